@@ -1,0 +1,110 @@
+"""A padded target: a deep model's cost with a small one's function, tokens and tau.
+
+In: a target. Out: a new one whose appended decoder layers add nothing, because the matrices that
+write into the residual stream are zero. The original layers are shared, the appended ones own their
+weights: reading them is what makes a deep target dear.
+"""
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+# what writes attention and MLP into the residual stream, in Llama and its descendants
+WRITERS = ("o_proj", "down_proj")
+
+
+def pad_target(target: PreTrainedModel, num_layers: int) -> PreTrainedModel:
+    """A new target of `num_layers` layers that computes the same: those appended add nothing."""
+    num_own = len(decoder_layers(target))
+    if not num_own:
+        raise ValueError(
+            f"{type(target).__name__} has no `layers` list in its decoder; "
+            "padding needs a target built like Llama."
+        )
+    if num_layers < num_own:
+        raise ValueError(
+            f"`num_layers` is {num_layers}, but the target has {num_own}; give that many or more."
+        )
+    padded = copy_sharing_weights(target)
+    extend_config(padded.config.get_text_config(), num_layers)
+    layers = decoder_layers(padded)
+    for index in range(num_own, num_layers):
+        layers.append(silent_copy(layers[index % num_own], index))
+    check_same_function(target, padded)
+    return padded
+
+
+def num_padded_layers(target: PreTrainedModel) -> int:
+    """How many of a target's last layers add nothing."""
+    count = 0
+    for layer in reversed(decoder_layers(target)):
+        writers = writing_parameters(layer)
+        if not writers or any(parameter.any() for parameter in writers):
+            break
+        count += 1
+    return count
+
+
+def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's list of layers; an empty one where a family keeps them elsewhere."""
+    layers = dict(target.get_decoder().named_children()).get("layers")
+    return layers if isinstance(layers, nn.ModuleList) else nn.ModuleList()
+
+
+def copy_sharing_weights(target: PreTrainedModel) -> PreTrainedModel:
+    """A second model, its modules and config its own, its tensors those of the first."""
+    tensors = [*target.parameters(), *target.buffers()]
+    return deepcopy(target, {id(tensor): tensor for tensor in tensors})
+
+
+def extend_config(config: PreTrainedConfig, num_layers: int) -> None:
+    """Set the depth, and repeat what the config lists by layer (`layer_types`, ...) up to it."""
+    num_own = config.num_hidden_layers
+    for name, value in config.to_dict().items():
+        if "layer" in name and isinstance(value, list) and len(value) == num_own:
+            setattr(config, name, [value[i % num_own] for i in range(num_layers)])
+    config.num_hidden_layers = num_layers
+
+
+def silent_copy(layer: nn.Module, index: int) -> nn.Module:
+    """A copy of a layer that adds nothing to the residual stream, with its own cache index."""
+    copy = deepcopy(layer)
+    for parameter in writing_parameters(copy):
+        parameter.data.zero_()
+    for module in copy.modules():
+        # a plain attribute on the attention, here and there on the layer or the MLP too
+        if "layer_idx" in vars(module):
+            module.layer_idx = index
+    return copy
+
+
+def writing_parameters(layer: nn.Module) -> list[nn.Parameter]:
+    """The parameters that write into the residual stream, biases and fused experts included."""
+    return [
+        parameter
+        for name, parameter in layer.named_parameters()
+        if any(part.startswith(WRITERS) for part in name.split("."))
+    ]
+
+
+@torch.no_grad()
+def check_same_function(target: PreTrainedModel, padded: PreTrainedModel) -> None:
+    """Raise where the padding shows: a family that writes elsewhere, or rescales its layers."""
+    ids = (
+        torch.arange(1, 9, device=target.device)[None] % target.config.get_text_config().vocab_size
+    )
+    expected, found = last_logits(target, ids), last_logits(padded, ids)
+    difference = (expected - found).abs().max().item()
+    if not difference <= 1e-6 * max(1.0, expected.abs().max().item()):
+        raise ValueError(
+            f"padding {type(target).__name__} changed its logits by {difference:.3g}: its layers "
+            f"write into the residual stream by more than {' and '.join(WRITERS)}; "
+            "choose a target built like Llama."
+        )
+
+
+def last_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """(1, length) ids to (1, vocab) logits after the last."""
+    return model(input_ids=ids, use_cache=False).logits[:, -1].float()

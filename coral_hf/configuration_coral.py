@@ -1,0 +1,200 @@
+"""What a CORAL checkpoint must remember.
+
+In: the config of a target. Out: `CoralConfig`: the drafter's own shape, how the target scales its embeddings and logits,
+which draft head to read, and which target the drafter belongs to.
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+DRAFT_HEADS = ("full", "routed")
+
+
+@strict
+class CoralConfig(PreTrainedConfig):
+    """Configuration of a [`CoralDrafter`].
+
+    The defaults describe EAGLE-1's drafter for a Llama-2-7B target. `CoralConfig.from_target` fills in everything that
+    follows from a target.
+
+    Args:
+        vocab_size: rows of the target's LM head, padding included.
+        hidden_size: width of the target's features and of the drafter.
+        num_hidden_layers: decoder layers of the drafter.
+        rope_parameters: rotary embedding, in the form transformers gives it to Llama.
+        attention_bias: biases in the query, key and value projections.
+        fc_bias: a bias in the projection of [embedding; feature].
+        embedding_scale: what the target multiplies its embeddings by, outside of its embedding module.
+        logit_scale: what the target multiplies its LM head's output by.
+        logit_softcap: the cap c of the target's c·tanh(logits / c), if it has one.
+        draft_head: `"full"` reads the whole LM head, `"routed"` the groups that the router picks.
+        num_groups: groups of the router, `None` for a drafter without one.
+        num_active_groups: groups that a routed head reads at a time.
+        is_router_trained: whether the router has been trained; only then can `draft_head` be `"routed"`.
+        target_name_or_path, target_revision, target_model_type: the target that the drafter was made for.
+        tokenizer_hash: of the target's tokenizer, as `coral_hf.target.tokenizer_hash` computes it.
+
+    Example:
+
+    ```python
+    >>> from transformers import LlamaConfig
+    >>> from coral_hf import CoralConfig
+    >>> CoralConfig.from_target(LlamaConfig(hidden_size=256, vocab_size=1000)).hidden_size
+    256
+    ```
+    """
+
+    model_type = "coral"
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 1
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    fc_bias: bool = False
+
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    draft_head: str = "full"
+    num_groups: int | None = None
+    num_active_groups: int = 2
+    is_router_trained: bool = False
+
+    target_name_or_path: str | None = None
+    target_revision: str | None = None
+    target_model_type: str | None = None
+    tokenizer_hash: str | None = None
+
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        super().__post_init__(**kwargs)
+        self._check_draft_head()
+
+    def _check_draft_head(self) -> None:
+        if self.draft_head not in DRAFT_HEADS:
+            raise ValueError(f"`draft_head` is {self.draft_head!r}; use one of {DRAFT_HEADS}.")
+        if self.num_groups is None:
+            if self.draft_head == "routed":
+                raise ValueError("`draft_head` is 'routed', but `num_groups` is None; set it.")
+            return
+        if not 1 <= self.num_groups <= self.vocab_size:
+            raise ValueError(
+                f"`num_groups` is {self.num_groups}; use a value from 1 to `vocab_size` = {self.vocab_size}."
+            )
+        if not 1 <= self.num_active_groups <= self.num_groups:
+            raise ValueError(
+                f"`num_active_groups` is {self.num_active_groups}; use a value from 1 to `num_groups` ="
+                f" {self.num_groups}."
+            )
+
+    @classmethod
+    def from_target(cls, target_config: PreTrainedConfig, **overrides) -> "CoralConfig":
+        """Derive a drafter's config from its target's, EAGLE-1's shape with the target's sizes.
+
+        Args:
+            target_config: of any decoder; the text part of a composite one is read.
+            overrides: fields of `CoralConfig` that shall differ.
+        """
+        text = target_config.get_text_config(decoder=True)
+        fields = {
+            **_sizes(text),
+            **_scales(text),
+            "rope_parameters": _rope(text),
+            "attention_bias": bool(getattr(text, "attention_bias", False))
+            or text.model_type in QKV_BIAS,
+            "target_name_or_path": getattr(target_config, "_name_or_path", None) or None,
+            "target_revision": getattr(target_config, "_commit_hash", None),
+            "target_model_type": target_config.model_type,
+            "bos_token_id": _first(text.bos_token_id),
+            "eos_token_id": text.eos_token_id,
+            "pad_token_id": text.pad_token_id,
+        }
+        return cls(**{**fields, **overrides})
+
+
+# families whose q, k and v always have a bias, without a field that says so
+QKV_BIAS = ("qwen2",)
+
+
+def _sizes(text: PreTrainedConfig) -> dict:
+    """The widths, heads and limits of a target's text config."""
+    heads = text.num_attention_heads
+    epsilons = (
+        getattr(text, name, None)
+        for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+    )
+    return {
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": _intermediate_size(text),
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "max_position_embeddings": _max_positions(text),
+        "initializer_range": float(getattr(text, "initializer_range", 0.02)),
+        "rms_norm_eps": float(next((epsilon for epsilon in epsilons if epsilon is not None), 1e-6)),
+    }
+
+
+def _max_positions(text: PreTrainedConfig) -> int:
+    """MPT calls it `max_seq_len`; ALiBi targets have no limit of their own."""
+    for name in ("max_position_embeddings", "max_seq_len"):
+        if getattr(text, name, None) is not None:
+            return getattr(text, name)
+    return CoralConfig.max_position_embeddings
+
+
+def _intermediate_size(text: PreTrainedConfig) -> int:
+    """GPT-2 calls it `n_inner` and leaves it unset for four times the width."""
+    for name in ("intermediate_size", "n_inner"):
+        if getattr(text, name, None) is not None:
+            return getattr(text, name)
+    return 4 * text.hidden_size
+
+
+def _scales(text: PreTrainedConfig) -> dict:
+    """How a target scales its embeddings and logits outside of the two modules (Granite, Cohere, Gemma 2)."""
+    divisor = getattr(text, "logits_scaling", None) or 1.0
+    factor = getattr(text, "logit_scale", None) or 1.0
+    softcap = getattr(text, "final_logit_softcapping", None)
+    return {
+        "embedding_scale": float(getattr(text, "embedding_multiplier", None) or 1.0),
+        "logit_scale": float(factor / divisor),
+        "logit_softcap": None if softcap is None else float(softcap),
+    }
+
+
+def _rope(text: PreTrainedConfig) -> dict | None:
+    """The target's rotary parameters; those of its full attention where layer types differ, None without RoPE."""
+    rope = getattr(text, "rope_parameters", None)
+    if not rope:
+        return None
+    rope = dict(rope.get("full_attention", rope))
+    if rope.get("rope_type", "default") == "default":
+        # the drafter rotates whole heads: its attention is its own, only the wavelengths follow the target
+        rope.pop("partial_rotary_factor", None)
+    return rope
+
+
+def _first(token_id: int | list[int] | None) -> int | None:
+    return token_id[0] if isinstance(token_id, list) else token_id

@@ -1,0 +1,30 @@
+"""What a call of `generate` with a drafter did: rounds, accepted tokens, and where the time went."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass
+class DecodingStats:
+    """Counts and seconds of one call. The pass over the prompt and the token it gives belong to no round."""
+
+    round_lengths: list[int] = field(default_factory=list)  # tokens that each round emitted
+    prefill_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    other_seconds: float = 0.0
+
+    @property
+    def acceptance_length(self) -> float:
+        """τ: tokens per target pass, of the rounds; 0 if there was none."""
+        return sum(self.round_lengths) / len(self.round_lengths) if self.round_lengths else 0.0
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time of a `with` block to `prefill`, `draft`, `verify` or `other`."""
+        start = time.perf_counter()
+        yield
+        name = f"{stage}_seconds"
+        setattr(self, name, getattr(self, name) + time.perf_counter() - start)

@@ -1,0 +1,95 @@
+"""The demo's own target: a tokenizer and a small Llama, trained on the standard library's source.
+
+In: a corpus. Out: a folder with both, as `save_pretrained` writes them.
+"""
+
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from .budget import BudgetCallback, trainer_arguments
+from .settings import DemoSettings, OwnTarget
+
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+MAX_POSITIONS = 1024
+
+
+def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE (as GPT-2's), so that no character is unknown."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(documents, trainer, length=len(documents))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS
+    )
+
+
+def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
+    """All documents, an EOS after each, cut into rows of `input_ids` (length,); the rest is dropped."""
+    ids = []
+    for document in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
+        ids += [*document, tokenizer.eos_token_id]
+    starts = range(0, len(ids) - length + 1, length)
+    return Dataset.from_dict({"input_ids": [ids[start : start + length] for start in starts]})
+
+
+def build_model(settings: OwnTarget, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    """A fresh Llama, small enough for two CPU cores."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def train_target(
+    documents: list[str], settings: DemoSettings, device: torch.device, folder: Path
+) -> None:
+    """Train tokenizer and model, and save both in `folder`."""
+    own = settings.own_target
+    tokenizer = train_tokenizer(documents, own.vocab_size)
+    rows = pack(documents, tokenizer, settings.block_length)
+    torch.manual_seed(settings.seed)
+    arguments = TrainingArguments(
+        **trainer_arguments(own.budget, folder, device),
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=own.learning_rate,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        seed=settings.seed,
+    )
+    trainer = Trainer(
+        model=build_model(own, tokenizer),
+        args=arguments,
+        train_dataset=rows.map(lambda row: {"labels": row["input_ids"]}, desc="Labelling"),
+        data_collator=default_data_collator,
+        callbacks=[BudgetCallback(own.budget)],
+    )
+    trainer.train()
+    trainer.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

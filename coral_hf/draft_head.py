@@ -1,0 +1,156 @@
+"""The LM heads that a drafter can read: the target's whole head, or the groups of it that a router picks.
+
+In: predicted features and the target's LM head. Out: `Children`, the best next tokens of each row and how sure the
+drafter is of them. Which head is read changes what is proposed, never what is verified. Router: CORAL, "LM head router".
+"""
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Children(NamedTuple):
+    """The best next tokens of each row of a tree level, best first."""
+
+    tokens: Tensor  # (batch, rows, top_k)
+    log_confidence: Tensor  # (batch, rows, top_k), at most 0: ranks nodes and nothing else
+
+
+class LMHead(NamedTuple):
+    """A target's LM head and what the target does to its output."""
+
+    module: nn.Module  # (..., hidden) → (..., vocab)
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """(vocab, hidden)"""
+        return self.module.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(vocab,), for the heads that have one."""
+        return getattr(self.module, "bias", None)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(..., hidden) → (..., vocab): exactly what the target computes of these features."""
+        return self.finish(self.module(features.to(self.weight.dtype)))
+
+    def block_logits(self, features: Tensor, start: int, stop: int) -> Tensor:
+        """(..., hidden) → (..., stop - start): the logits of tokens start … stop - 1, read in place."""
+        bias = None if self.bias is None else self.bias[start:stop]
+        return self.finish(F.linear(features.to(self.weight.dtype), self.weight[start:stop], bias))
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """Scale and soft-cap raw logits (..., any) as the target does."""
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+
+class DraftHead(Protocol):
+    """What the decoding loop asks of a draft head."""
+
+    def children(self, features: Tensor, log_path: Tensor, top_k: int) -> Children:
+        """Rank the next tokens of each row.
+
+        Args:
+            features: (batch, rows, hidden), predicted by the drafter.
+            log_path: (batch, rows), log-confidence of each row's path from the root.
+            top_k: children of each row.
+        """
+        ...
+
+
+class FullHead:
+    """Reads the whole LM head of the target."""
+
+    def __init__(self, head: LMHead):
+        self.head = head
+
+    def children(self, features: Tensor, log_path: Tensor, top_k: int) -> Children:
+        """See [`DraftHead`]."""
+        logits = self.head.logits(features).float()  # (batch, rows, vocab)
+        best, tokens = logits.topk(top_k, dim=-1)
+        return Children(tokens, best - logits.logsumexp(-1, keepdim=True))
+
+
+class Router(nn.Module):
+    """Which groups of the vocabulary hold the next token: softmax(W₂(SiLU(W₁h) + h)) (CORAL, LM head router)."""
+
+    def __init__(self, hidden_size: int, num_groups: int):
+        super().__init__()
+        self.fc = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.groups = nn.Linear(hidden_size, num_groups, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., hidden) → (..., groups), log-probabilities in fp32."""
+        hidden = F.silu(self.fc(features)) + features
+        return self.groups(hidden).float().log_softmax(-1)
+
+
+def group_size(vocab_size: int, num_groups: int) -> int:
+    """Tokens of a group: equal slices of the vocabulary, of which the last ones may be shorter or empty."""
+    return math.ceil(vocab_size / num_groups)
+
+
+def group_mass(probs: Tensor, num_groups: int) -> Tensor:
+    """Sum probabilities by group: (..., vocab) → (..., groups)."""
+    size = group_size(probs.shape[-1], num_groups)
+    padded = F.pad(probs, (0, size * num_groups - probs.shape[-1]))
+    return padded.unflatten(-1, (num_groups, size)).sum(-1)
+
+
+class RoutedHead:
+    """Reads the few groups of the LM head that the router expects the next tokens of a whole level in.
+
+    The groups are shared by the rows of a level, ranked by Σ over rows of path probability × router mass: at batch 1 a pass
+    costs what it reads, so reading each row's own groups would cost their union.
+    """
+
+    def __init__(self, head: LMHead, router: Router, num_active_groups: int):
+        self.head = head
+        self.router = router
+        self.num_active_groups = num_active_groups
+        self.num_groups = router.groups.out_features
+
+    def children(self, features: Tensor, log_path: Tensor, top_k: int) -> Children:
+        """See [`DraftHead`]. A child's confidence is its group's router mass × its probability within the group."""
+        log_mass = self.router(features)  # (batch, rows, groups)
+        blocks = self._read(features, log_mass, self._choose(log_mass, log_path))
+        log_confidence = torch.cat([block.log_confidence for block in blocks], dim=-1)
+        tokens = torch.cat(
+            [block.tokens for block in blocks], dim=-1
+        )  # (batch, rows, active tokens)
+        best, index = log_confidence.topk(min(top_k, tokens.shape[-1]), dim=-1)
+        return Children(tokens.gather(-1, index), best)
+
+    def _choose(self, log_mass: Tensor, log_path: Tensor) -> list[int]:
+        """The groups that the level reads; the one small index read of the routed head."""
+        mass = (log_mass + log_path[..., None]).exp().sum((0, 1))  # (groups,)
+        filled = math.ceil(self.head.weight.shape[0] / self._size)
+        return mass[:filled].topk(min(self.num_active_groups, filled)).indices.tolist()
+
+    def _read(self, features: Tensor, log_mass: Tensor, groups: list[int]) -> list[Children]:
+        """All tokens of each active group, as unranked `Children`."""
+        vocab_size = self.head.weight.shape[0]
+        blocks = []
+        for group in groups:
+            start, stop = group * self._size, min((group + 1) * self._size, vocab_size)
+            logits = self.head.block_logits(
+                features, start, stop
+            ).float()  # (batch, rows, group size)
+            within = logits.log_softmax(-1) + log_mass[..., group, None]
+            tokens = torch.arange(start, stop, device=features.device).expand_as(within)
+            blocks.append(Children(tokens, within))
+        return blocks
+
+    @property
+    def _size(self) -> int:
+        return group_size(self.head.weight.shape[0], self.num_groups)

@@ -1,0 +1,230 @@
+"""The CORAL drafter: one step, (next token, feature) → predicted next feature.
+
+EAGLE-1's shape (Li et al. 2024): `fc` on [embedding; feature], one Llama-style decoder layer without an input norm, no
+final norm; the embeddings and the LM head are the target's and are not held here.
+
+    position          0        1        2        3
+    token             x0       x1       x2       x3
+    target feature    f0       f1       f2       f3          f_i has read x_0 … x_i
+    drafter reads              (x1,f0)  (x2,f1)  (x3,f2)     at positions 0, 1, 2
+    and predicts               f̂1       f̂2       f̂3          whose logits are for x2, x3, x4
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
+
+from .configuration_coral import CoralConfig
+from .draft_head import DraftHead, FullHead, LMHead, RoutedHead, Router
+
+TREE_DEFAULTS = {"tree_depth": 6, "tree_top_k": 10, "tree_nodes": 60}
+
+
+class Context(Protocol):
+    """What a drafter step can attend to beside itself: a cache when decoding, earlier steps when training."""
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of this step's queries over the context and this step's own keys and values.
+
+        Args:
+            query: (batch, heads, length, head_dim).
+            key, value: (batch, kv_heads, length, head_dim).
+
+        Returns:
+            (batch, heads, length, head_dim).
+        """
+        ...
+
+
+class CausalContext:
+    """No context: each position sees itself and the positions before it."""
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See [`Context`]."""
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+class CoralAttention(nn.Module):
+    """Grouped-query attention with rotary positions over whatever the context holds."""
+
+    def __init__(self, config: CoralConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        width, kv_width = (
+            heads * config.head_dim
+            for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, context: Context) -> Tensor:
+        """(batch, length, hidden) → the same; `cos`, `sin`: (batch or 1, 1, length, rotary_dim)."""
+        query = rotate(self._heads(self.q_proj(hidden)), cos, sin)
+        key = rotate(self._heads(self.k_proj(hidden)), cos, sin)
+        attended = context.attend(self.layer_idx, query, key, self._heads(self.v_proj(hidden)))
+        return self.o_proj(attended.transpose(1, 2).flatten(-2))
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        """(batch, length, heads * head_dim) → (batch, heads, length, head_dim)."""
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary positions to the first rotary_dim channels of (batch, heads, length, head_dim)."""
+    rotary_dim = cos.shape[-1]
+    if rotary_dim == states.shape[-1]:
+        return states * cos + rotate_half(states) * sin
+    turned, passed = states[..., :rotary_dim], states[..., rotary_dim:]
+    return torch.cat([turned * cos + rotate_half(turned) * sin, passed], dim=-1)
+
+
+class CoralMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: CoralConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(batch, length, hidden) → the same."""
+        return self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class CoralLayer(GradientCheckpointingLayer):
+    """A Llama-style decoder layer; the first one has no input norm, as in EAGLE-1."""
+
+    def __init__(self, config: CoralConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = CoralAttention(config, layer_idx)
+        self.mlp = CoralMLP(config)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if layer_idx > 0:
+            self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, context: Context) -> Tensor:
+        """(batch, length, hidden) → the same."""
+        normed = self.input_layernorm(hidden) if self.self_attn.layer_idx > 0 else hidden
+        hidden = hidden + self.self_attn(normed, cos, sin, context)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class CoralDrafter(PreTrainedModel, GenerationMixin):
+    """A light model that predicts a target's next features, from which the target's own LM head drafts tokens.
+
+    Example:
+
+    ```python
+    >>> drafter = CoralDrafter.from_target(target)  # fresh; train it with CoralTrainer
+    >>> drafter = AutoModel.from_pretrained("org/coral-llama3")  # or load a trained one
+    >>> target.generate(**inputs, assistant_model=drafter)
+    ```
+    """
+
+    config_class = CoralConfig
+    config: CoralConfig
+    base_model_prefix = "model"
+    main_input_name = "features"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CoralLayer"]
+    _supports_sdpa = True
+
+    def __init__(self, config: CoralConfig):
+        super().__init__(config)
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
+        self.layers = nn.ModuleList(
+            CoralLayer(config, idx) for idx in range(config.num_hidden_layers)
+        )
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.router = (
+            None if config.num_groups is None else Router(config.hidden_size, config.num_groups)
+        )
+        self.post_init()
+        # replaced by the checkpoint's own when `from_pretrained` finds one
+        self.generation_config.update(**TREE_DEFAULTS)
+
+    @classmethod
+    def from_target(cls, target: PreTrainedModel, **overrides) -> "CoralDrafter":
+        """A fresh drafter for `target`, in its dtype and on its device; `overrides` are fields of [`CoralConfig`]."""
+        config = CoralConfig.from_target(target.config, **overrides)
+        drafter = cls(config).to(device=target.device, dtype=target.dtype)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(drafter.generation_config, name, getattr(target.generation_config, name))
+        return drafter
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        features: Tensor,
+        position_ids: Tensor | None = None,
+        context: Context | None = None,
+    ) -> Tensor:
+        """Predict the feature that follows each pair of (next token, feature).
+
+        Args:
+            inputs_embeds: (batch, length, hidden), the target's embedding of the token after each feature.
+            features: (batch, length, hidden), of the target, or predicted by an earlier step.
+            position_ids: (batch or 1, length), the positions of the features; 0, 1, … by default.
+            context: what can be attended to beside the inputs; causal attention among the inputs by default.
+
+        Returns:
+            (batch, length, hidden), the predicted next features.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(features.shape[1], device=features.device)[None]
+        dtype = self.fc.weight.dtype
+        hidden = self.fc(torch.cat([inputs_embeds.to(dtype), features.to(dtype)], dim=-1))
+        cos, sin = (part[:, None] for part in self.rotary_emb(hidden, position_ids))
+        for layer in self.layers:
+            hidden = layer(hidden, cos=cos, sin=sin, context=context or CausalContext())
+        return hidden
+
+    def draft_head(self, head: LMHead, name: str | None = None) -> DraftHead:
+        """The draft head called `name` (the config's by default) on a target's LM head."""
+        name = self.config.draft_head if name is None else name
+        if name == "full":
+            return FullHead(head)
+        if name != "routed":
+            raise ValueError(f"`draft_head` is {name!r}; use 'full' or 'routed'.")
+        if self.router is None or not self.config.is_router_trained:
+            raise ValueError(
+                "`draft_head` is 'routed', but this drafter has no trained router; train one with"
+                " CoralTrainer(..., args=CoralTrainingArguments(stage='router')) or use draft_head='full'."
+            )
+        return RoutedHead(head, self.router, self.config.num_active_groups)
+
+    def add_router(self, num_groups: int, num_active_groups: int) -> None:
+        """Give the drafter a fresh router over `num_groups` equal slices of the vocabulary."""
+        self.config = self.config.__class__.from_dict(
+            {
+                **self.config.to_dict(),
+                "num_groups": num_groups,
+                "num_active_groups": num_active_groups,
+                "is_router_trained": False,
+                "draft_head": "full",
+            }
+        )
+        router = Router(self.config.hidden_size, num_groups)
+        router.apply(self._init_weights)
+        self.router = router.to(device=self.device, dtype=self.dtype)
+
+    def generate(self, *args, **kwargs):
+        """A drafter drafts for its target and has no text of its own."""
+        raise TypeError(
+            "A CORAL drafter has no LM head of its own and cannot generate alone. Call"
+            " `target.generate(..., assistant_model=drafter)` after `pip install coral_hf` and `import coral_hf`."
+        )
+
+
+__all__ = ["CoralDrafter"]

@@ -1,0 +1,152 @@
+"""All that is read from a target: its features, its embeddings, its LM head, and what its attention supports.
+
+In: any decoder of transformers, unmodified. Out: a `Target`, gathered when a call begins and never kept in a drafter, so
+that `state_dict` stays clean and threads may share one drafter.
+"""
+
+import hashlib
+import inspect
+import json
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils import logging
+
+from .configuration_coral import CoralConfig
+from .draft_head import LMHead
+
+logger = logging.get_logger(__name__)
+
+# attention functions that add a 4-D float mask to their scores
+MASKED_ATTENTION = ("eager", "sdpa")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a drafter reads of its target, for one call."""
+
+    model: PreTrainedModel
+    head: LMHead
+    embeddings: nn.Module  # (batch, length) → (batch, length, hidden)
+    embedding_scale: float
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(batch, length) → (batch, length, hidden), as the target's first layer sees them."""
+        embeddings = self.embeddings(tokens.to(self.embeddings.weight.device))
+        return embeddings if self.embedding_scale == 1.0 else embeddings * self.embedding_scale
+
+    @property
+    def feature_index(self) -> int:
+        """Which of the target's `hidden_states` is the feature: the last one, taken after the final norm."""
+        return text_config(self.model).num_hidden_layers
+
+
+def read_target(model: PreTrainedModel, config: CoralConfig) -> Target:
+    """Gather what a drafter with `config` reads of `model`.
+
+    Raises:
+        ValueError: if the drafter was made for a target of other sizes; names the field.
+    """
+    _check_sizes(text_config(model), config)
+    _warn_of_other_target(model.config, config)
+    output = model.get_output_embeddings()
+    if output is None:
+        raise ValueError(
+            f"The target {type(model).__name__} has no LM head; load it with AutoModelForCausalLM."
+        )
+    return Target(
+        model=model,
+        head=LMHead(output, config.logit_scale, config.logit_softcap),
+        embeddings=model.get_input_embeddings(),
+        embedding_scale=config.embedding_scale,
+    )
+
+
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The config of the part of a target that decodes text."""
+    return model.config.get_text_config(decoder=True)
+
+
+def _check_sizes(text: PreTrainedConfig, config: CoralConfig) -> None:
+    for name in ("hidden_size", "vocab_size"):
+        expected, found = getattr(config, name), getattr(text, name)
+        if expected != found:
+            raise ValueError(
+                f"`{name}` of the target is {found}, but the drafter was made for a target with {expected}"
+                f" ({config.target_name_or_path or 'unnamed'}). Use the drafter's own target, or train a drafter"
+                " for this one with CoralDrafter.from_target(target)."
+            )
+
+
+def _warn_of_other_target(found: PreTrainedConfig, config: CoralConfig) -> None:
+    """A fine-tuned target has another id and still drafts well, so this is no error."""
+    if config.target_model_type not in (None, found.model_type):
+        logger.warning_once(
+            f"The drafter was made for a {config.target_model_type} target and meets a {found.model_type} target"
+            " of the same sizes. The output stays the target's own; expect few accepted tokens."
+        )
+    if config.target_name_or_path not in (None, found._name_or_path):
+        logger.info(
+            f"The drafter was made for {config.target_name_or_path}, not for {found._name_or_path}."
+        )
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of a tokenizer's token → id table, the part that a drafter depends on."""
+    table = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
+    return hashlib.sha256(table.encode()).hexdigest()
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: CoralConfig) -> None:
+    """Raise a ValueError if a drafter was trained with another tokenizer."""
+    if config.tokenizer_hash not in (None, tokenizer_hash(tokenizer)):
+        raise ValueError(
+            "The tokenizer that was passed maps tokens to other ids than the one that the drafter was trained with"
+            f" ({config.target_name_or_path or 'unnamed target'}). Pass the target's own tokenizer."
+        )
+
+
+@torch.no_grad()
+def read_features(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The target's features of a padded batch, without its LM head.
+
+    Args:
+        input_ids, attention_mask: (batch, length).
+
+    Returns:
+        (batch, length, hidden), after the final norm.
+    """
+    decoder = model.get_decoder()
+    return decoder(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+    ).last_hidden_state
+
+
+def tree_obstacle(model: PreTrainedModel) -> str | None:
+    """Why a target cannot verify a tree, or None if it can; read from what it declares."""
+    attention = model.config._attn_implementation
+    if attention not in MASKED_ATTENTION:
+        return f"its attention {attention!r} takes no 4-D mask (of {MASKED_ATTENTION})"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return "its forward takes no `position_ids`"
+    if getattr(text_config(model), "alibi", False):
+        return "its positions are ALiBi biases, which follow the order of the rows"
+    return None
+
+
+def cache_obstacle(model: PreTrainedModel) -> str | None:
+    """Why a target's cache cannot drop rejected rows, or None if it can."""
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    foreign = sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
+    if foreign:
+        return f"its cache has layers of kind {', '.join(foreign)}, from which rejected tokens cannot be dropped"
+    return None
+
+
+def sliding_windows(model: PreTrainedModel) -> list[int | None]:
+    """The attention window of each layer of a target, None for full attention."""
+    layers = DynamicCache(config=model.config).layers
+    return [layer.sliding_window if layer.is_sliding else None for layer in layers]

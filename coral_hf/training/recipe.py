@@ -1,0 +1,56 @@
+"""The whole training of a drafter: the drafter, then its router, then one folder to publish.
+
+In: a target, its tokenizer, conversations. Out: a checkpoint that `AutoModel.from_pretrained` loads.
+"""
+
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..modeling_coral import CoralDrafter
+from .arguments import CoralTrainingArguments
+from .data import prepare_dataset
+from .trainer import CoralTrainer
+
+
+def train(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset,
+    stages: list[CoralTrainingArguments],
+    drafter: CoralDrafter | None = None,
+    resume: bool = False,
+) -> CoralDrafter:
+    """Run training stages one after the other on one drafter.
+
+    Args:
+        target: frozen.
+        tokenizer: the target's.
+        dataset: conversations in any form that `prepare_dataset` takes.
+        stages: usually one with `stage="drafter"` and one with `stage="router"`, each with its own `output_dir`.
+        drafter: to be trained on; a fresh one in fp32 by default.
+        resume: continue each stage from its last checkpoint, where it has one.
+    """
+    rows = prepare_dataset(dataset, tokenizer, stages[0].max_length)
+    drafter = CoralDrafter.from_target(target).float() if drafter is None else drafter
+    for args in stages:
+        trainer = CoralTrainer(
+            model=drafter,
+            target_model=target,
+            args=args,
+            train_dataset=rows,
+            processing_class=tokenizer,
+        )
+        trainer.train(resume_from_checkpoint=_last_checkpoint(args) if resume else None)
+    return drafter.eval()
+
+
+def _last_checkpoint(args: CoralTrainingArguments) -> str | None:
+    return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+
+
+def save(drafter: CoralDrafter, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write drafter, router, tokenizer and settings into one folder, as `push_to_hub` publishes them."""
+    drafter.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,284 @@
+"""The benchmark's arithmetic on literal runs, its report, and one run of the whole."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import coral_hf
+from coral_hf.benchmark import (
+    BenchmarkSettings,
+    BigramDrafter,
+    Prompt,
+    Report,
+    pad_target,
+    run_benchmark,
+)
+from coral_hf.benchmark.baselines import BigramDrafting
+from coral_hf.benchmark.environment import describe_environment
+from coral_hf.benchmark.methods import generate_in_chains
+from coral_hf.benchmark.mismatch import Mismatch, first_difference, top2_gap
+from coral_hf.benchmark.runs import Run
+from coral_hf.benchmark.summary import accepted_depths, summarise, tau_per_item, tau_per_token
+from coral_hf.decoding import TreeShape
+
+VOCAB = 40
+GREEDY = {"max_new_tokens": 16, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def target() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {f"w{i}": i for i in range(VOCAB)}
+    fast = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="w0")
+
+
+@pytest.fixture(scope="module")
+def report(target, tokenizer) -> Report:
+    prompts = [
+        Prompt("story", "a", text="w1 w2 w3 w1 w2"),
+        Prompt("chat", "b", ({"role": "user", "content": "w4 w5"},), turns=("w6", "w7")),
+        Prompt("chat", "long", text="w1 " * 60),
+    ]
+    settings = BenchmarkSettings(
+        methods=["plain", "coral", "bigram", "prompt_lookup", "assisted"],
+        max_new_tokens=12,
+        repeats=2,
+        max_turns=2,
+        tree={"tree_depth": 3, "tree_top_k": 2, "tree_nodes": 6},
+    )
+    drafter = coral_hf.CoralDrafter.from_target(target)
+    bigram = BigramDrafter.count([torch.arange(VOCAB)], VOCAB, top_k=3)
+    padded = pad_target(target, 4)
+    return run_benchmark(padded, drafter, tokenizer, prompts, settings, target, bigram)
+
+
+def literal_run(item: int, method: str, seconds: float, round_lengths: list[int], **other) -> Run:
+    stages = {"prefill": 0.5, "draft": 0.2, "verify": 0.3, "other": 0.1}
+    fields = {
+        "task": "chat",
+        "prompt": str(item),
+        "turn": 0,
+        "repeat": 0,
+        "prompt_length": 3,
+        "num_tokens": 1 + sum(round_lengths),
+        "stage_seconds": {} if method == "plain" else stages,
+        "peak_bytes": None,
+        "equals_plain": True,
+    }
+    return Run(
+        item=item, method=method, seconds=seconds, round_lengths=round_lengths, **(fields | other)
+    )
+
+
+# the story of summary.py's picture, and a second item
+RUNS = [
+    literal_run(0, "plain", 7.0, [1] * 6),
+    literal_run(0, "coral", 3.5, [3, 1, 2]),
+    literal_run(1, "plain", 5.0, [1] * 4, task="story"),
+    literal_run(1, "coral", 1.25, [4], task="story", equals_plain=False),
+]
+
+
+def test_tau_weighs_tokens_or_items():
+    lengths = [[3, 1, 2], [4], []]
+    assert tau_per_token(lengths) == 10 / 4
+    assert tau_per_item(lengths) == (2 + 4) / 2
+    assert tau_per_token([[]]) is None
+
+
+def test_rows_hold_medians_ratios_and_shares():
+    overall = summarise(RUNS)[-1]
+    assert (overall.task, overall.method, overall.num_items) == ("overall", "coral", 2)
+    assert overall.speedup == 3.0  # the median of 2 and 4
+    assert overall.tau_per_token == 2.5
+    assert overall.speedup_per_tau == 3.0 / 2.5
+    assert overall.tokens_per_second == 12 / 4.75
+    assert overall.exact_match == 0.5
+    expected = {"prefill": 500, "draft": 100, "verify": 150, "other": 50}  # 2 calls, 4 rounds
+    assert overall.stage_milliseconds == pytest.approx(expected)
+
+
+def test_every_task_has_a_row_for_every_method():
+    rows = [(row.task, row.method) for row in summarise(RUNS)]
+    assert rows == [(t, m) for t in ("chat", "story", "overall") for m in ("plain", "coral")]
+
+
+def test_repeats_of_an_item_count_once_in_the_speedup():
+    repeats = [literal_run(0, "coral", seconds, [3, 1, 2], repeat=1) for seconds in (3.5, 70.0)]
+    assert summarise(RUNS[:2] + repeats)[-1].speedup == 2.0
+
+
+def test_acceptance_by_depth_is_of_all_rounds_and_of_those_that_got_there():
+    depths = [
+        (entry.depth, entry.share, entry.share_given_parent) for entry in accepted_depths(RUNS)
+    ]
+    assert depths == [(1, 3 / 4, 3 / 4), (2, 2 / 4, 2 / 3), (3, 1 / 4, 1 / 2)]
+
+
+def test_the_first_difference_counts_missing_tokens():
+    assert first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert first_difference([1, 2, 3], [1, 4, 3]) == 1
+    assert first_difference([1, 2, 3], [1, 2]) == 2
+
+
+def test_the_gap_is_of_the_logits_after_the_shared_tokens(target):
+    ids = torch.tensor([[1, 2]])
+    logits = target(torch.tensor([[1, 2, 3]])).logits[0, -1].sort(descending=True).values
+    assert top2_gap(target, ids, [3]) == pytest.approx((logits[0] - logits[1]).item(), abs=1e-5)
+    assert top2_gap(target, torch.tensor([[1, 2, 3]]), []) == top2_gap(target, ids, [3])
+
+
+def test_rounds_of_transformers_own_methods_are_its_target_passes(target):
+    passes = []
+    handle = target.register_forward_pre_hook(lambda *_: passes.append(1))
+    ids = torch.tensor([[1, 2, 3, 1, 2, 3]])
+    generation = generate_in_chains(target, GREEDY | {"prompt_lookup_num_tokens": 3}, ids)
+    handle.remove()
+    assert len(generation.round_lengths) == len(passes) - 1
+    assert sum(generation.round_lengths) < len(generation.tokens) == 16
+
+
+def test_bigrams_are_counted_with_distinct_successors_best_first():
+    drafter = BigramDrafter.count([torch.tensor([0, 1, 0, 2, 0, 1]), torch.tensor([3])], 4, 2)
+    assert drafter.successors.tolist() == [[1, 2], [0, 1], [0, 1], [0, 1]]  # 0 and 1 fill up
+    assert drafter.log_probs[0].exp().tolist() == pytest.approx([2 / 3, 1 / 3], abs=1e-3)
+
+
+def test_a_bigram_tree_follows_the_most_probable_pairs():
+    drafting = BigramDrafting(BigramDrafter.count([torch.tensor([0, 1, 0, 2, 0, 1])], 4, 2))
+    drafting.begin(torch.tensor([[3, 0]]), torch.zeros(1, 1, 8))
+    tree = drafting.propose(TreeShape(depth=2, top_k=2, nodes=4))
+    assert tree.tokens.tolist() == [[0, 1, 2, 0]]
+    assert tree.parents.tolist() == [[0, 0, 0, 1]]
+    drafting.commit(torch.tensor([[1]]), torch.zeros(1, 1, 8))
+    assert drafting.propose(TreeShape(depth=0, top_k=2, nodes=4)).tokens.tolist() == [[1]]
+
+
+def test_all_methods_run_on_all_turns_and_agree_with_the_target(report):
+    overall = [row for row in report.rows if row.task == "overall"]
+    assert [row.method for row in overall] == report.settings.methods
+    assert {(row.num_items, row.exact_match) for row in overall} == {(3, 1.0)}
+    assert report.mismatches == []
+    assert overall[0].tau_per_token == overall[0].speedup == 1.0
+    assert all(row.tau_per_token >= 1 for row in overall)
+    assert set(overall[1].stage_milliseconds) == {"prefill", "draft", "verify", "other"}
+
+
+def test_prompts_beyond_the_context_are_listed(report):
+    assert report.skipped == ["chat/long"]
+    assert "chat/long" in report.to_markdown()
+
+
+def test_later_turns_are_asked_after_the_targets_own_answer(report):
+    lengths = {run.turn: run.prompt_length for run in report.runs if run.task == "chat"}
+    assert lengths == {0: 2, 1: 2 + 12 + 1}
+
+
+def test_a_drafter_that_always_agrees_is_measured_as_such(target, tokenizer):
+    ids = torch.tensor([[5]])
+    tokens = target.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)[0]
+    drafter = BigramDrafter.count([tokens], VOCAB, top_k=8)
+    settings = BenchmarkSettings(
+        methods=["plain", "bigram"], max_new_tokens=16, tree={"tree_depth": 3}
+    )
+    report = run_benchmark(
+        target, None, tokenizer, [Prompt("text", "0", text="w5")], settings, bigram=drafter
+    )
+    assert report.rows[-1].tau_per_token > 2
+    assert report.acceptance[0].share > 0.5
+
+
+def test_sampled_tokens_are_not_compared(target, tokenizer):
+    settings = BenchmarkSettings(
+        methods=["plain", "prompt_lookup"], max_new_tokens=8, do_sample=True, temperature=0.5
+    )
+    before = torch.random.get_rng_state()
+    report = run_benchmark(target, None, tokenizer, [Prompt("text", "0", text="w5 w6")], settings)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert (report.rows[-1].exact_match, report.mismatches) == (None, [])
+
+
+def test_a_report_survives_json(report):
+    assert Report.from_json(report.to_json()) == report
+
+
+def test_markdown_tells_hardware_versions_dtype_seed_and_both_depths(report):
+    text, environment = report.to_markdown(), report.environment
+    assert environment.hardware in text
+    assert f"torch {torch.__version__}" in text and f"coral_hf {coral_hf.__version__}" in text
+    assert "cpu, float32" in text and "| seed | 0 |" in text
+    assert "4 layers, of which 2 add nothing" in text
+    assert "| overall | coral | 3 |" in text
+
+
+def test_markdown_lists_mismatches_with_their_gap(target):
+    mismatch = Mismatch("chat", "7", 0, "coral", 12, 1.5e-7)
+    report = Report(
+        BenchmarkSettings(), describe_environment(target, None, None), RUNS, [mismatch], []
+    )
+    assert "| chat | 7 | 0 | coral | 12 | 1.5e-07 |" in report.to_markdown()
+
+
+def test_a_report_writes_json_markdown_and_pictures(report, tmp_path):
+    report.write(tmp_path / "new" / "folder")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "new" / "folder").iterdir()}
+    assert set(files) == {"report.json", "report.md", "acceptance.png", "speedup.png"}
+    assert all(files[name].startswith(b"\x89PNG") for name in ("acceptance.png", "speedup.png"))
+
+
+def test_the_terminal_table_has_a_row_for_each_task_and_method(report):
+    assert report.to_rich_table().row_count == len(report.rows) == 15
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"methods": ["coral"]}, "`methods` is .'coral'."),
+        ({"methods": ["plain", "medusa"]}, "`methods` is"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` is 0"),
+        ({"do_sample": True, "temperature": 0.0}, "`temperature` is 0.0"),
+    ],
+)
+def test_settings_that_measure_nothing_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        BenchmarkSettings(**fields)
+
+
+def test_a_method_without_its_model_is_refused(target, tokenizer):
+    with pytest.raises(ValueError, match="'assisted', but `assistant` is None"):
+        settings = BenchmarkSettings(methods=["plain", "assisted"])
+        run_benchmark(target, None, tokenizer, [Prompt("text", "0", text="w5")], settings)
+
+
+def test_a_benchmark_without_a_fitting_prompt_is_refused(target, tokenizer):
+    with pytest.raises(ValueError, match="none of the 1 `prompts` fits"):
+        settings = BenchmarkSettings(methods=["plain"])
+        run_benchmark(target, None, tokenizer, [Prompt("text", "0", text="w5")], settings)
+
+
+@pytest.mark.slow
+def test_importing_the_benchmark_imports_no_plotting_library():
+    check = "import sys, coral_hf.benchmark; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0
