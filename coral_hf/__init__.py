@@ -1,6 +1,7 @@
 """CORAL: speculative decoding with learned drafters, for Hugging Face transformers.
 
-`import coral_hf` registers the drafter with the Auto classes and lets `generate` take it as `assistant_model`.
+`import coral_hf` registers the drafter with the Auto classes and lets `generate` take it as
+`assistant_model`.
 """
 
 from transformers import AutoConfig, AutoModel
@@ -17,7 +18,7 @@ install()
 
 
 def __getattr__(name: str):
-    """The trainer's names are imported when they are first asked for: `Trainer` takes seconds to import."""
+    """Import the trainer's names when they are first asked for: `Trainer` takes seconds."""
     if name in ("CoralTrainer", "CoralTrainingArguments"):
         from . import training
 

@@ -16,11 +16,19 @@ app = typer.Typer(
 
 TargetOption = Annotated[str, typer.Option(help="The target: a folder or a Hub id.")]
 DrafterOption = Annotated[str, typer.Option(help="The drafter: a folder or a Hub id.")]
-DtypeOption = Annotated[str, typer.Option(help="'auto', 'float32', 'bfloat16', 'float16' or 'float64'.")]
-HeadOption = Annotated[str | None, typer.Option(help="Draft head: 'full' or 'routed'; the drafter's own by default.")]
+DtypeOption = Annotated[
+    str, typer.Option(help="'auto', 'float32', 'bfloat16', 'float16' or 'float64'.")
+]
+HeadOption = Annotated[
+    str | None, typer.Option(help="Draft head: 'full' or 'routed'; the drafter's own by default.")
+]
 DepthOption = Annotated[int | None, typer.Option(help="Levels of the draft tree.")]
-TopKOption = Annotated[int | None, typer.Option(help="Children of an expanded node; 1 drafts chains.")]
-NodesOption = Annotated[int | None, typer.Option(help="Rows of the target's pass, the root included.")]
+TopKOption = Annotated[
+    int | None, typer.Option(help="Children of an expanded node; 1 drafts chains.")
+]
+NodesOption = Annotated[
+    int | None, typer.Option(help="Rows of the target's pass, the root included.")
+]
 
 
 @app.callback()
@@ -34,16 +42,23 @@ def main() -> None:
 def train(
     context: typer.Context,
     target: TargetOption,
-    dataset: Annotated[list[str], typer.Option(help="Conversations: JSON, JSONL, text, a folder or a Hub id.")],
+    dataset: Annotated[
+        list[str], typer.Option(help="Conversations: JSON, JSONL, text, a folder or a Hub id.")
+    ],
     output: Annotated[Path, typer.Option(help="Folder of the finished drafter.")],
-    hold_out: Annotated[int, typer.Option(help="Leave out the last rows of each dataset, for measuring.")] = 0,
+    hold_out: Annotated[
+        int, typer.Option(help="Leave out the last rows of each dataset, for measuring.")
+    ] = 0,
     dtype: DtypeOption = "auto",
-    router_epochs: Annotated[float, typer.Option(help="Epochs of the router's stage; 0 trains no router.")] = 0.2,
+    router_epochs: Annotated[
+        float, typer.Option(help="Epochs of the router's stage; 0 trains no router.")
+    ] = 0.2,
     resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint.")] = False,
 ) -> None:
     """Train a drafter and its router.
 
-    Every other option is one of CoralTrainingArguments, as in any Trainer script: --learning_rate 1e-3 --num_steps 3.
+    Every other option is one of CoralTrainingArguments, as in any Trainer script: --learning_rate
+    1e-3 --num_steps 3.
     """
     from .training.data import load_conversations
     from .training.recipe import save
@@ -62,13 +77,19 @@ def train(
 
 def _training_arguments(folder: Path, extra: list[str], **fields):
     """CoralTrainingArguments of the options that typer left over; `fields` win over them."""
+    import torch
     from transformers import HfArgumentParser
 
     from .training import CoralTrainingArguments
 
-    own = [part for name, value in fields.items() for part in (f"--{name}", str(value))]
-    options = ["--output_dir", str(folder), "--report_to", "none", *extra, *own]
+    defaults = {"output_dir": folder, "report_to": "none"}
+    defaults["dataloader_pin_memory"] = torch.cuda.is_available()  # else torch warns of it
+    options = [*_options(defaults), *extra, *_options(fields)]
     return HfArgumentParser(CoralTrainingArguments).parse_args_into_dataclasses(options)[0]
+
+
+def _options(fields: dict) -> list[str]:
+    return [part for name, value in fields.items() for part in (f"--{name}", str(value))]
 
 
 def _without_last(datasets: list, count: int):
@@ -100,7 +121,9 @@ def generate(
     model, tokenizer = load_target(target, dtype)
     asked = {"messages": (user_message(prompt),)} if tokenizer.chat_template else {"text": prompt}
     tree = _tree(draft_head, tree_depth, tree_top_k, tree_nodes)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    )
     output = model.generate(
         encode(Prompt(task="prompt", id="0", **asked), tokenizer).to(model.device),
         assistant_model=load_drafter(drafter, model),
@@ -112,13 +135,18 @@ def generate(
         **tree,
     )
     stats = output.stats
-    typer.echo(f"[{stats.acceptance_length:.2f} tokens per target pass, {len(stats.round_lengths)} passes]", err=True)
+    passes = len(stats.round_lengths)
+    typer.echo(f"[{stats.acceptance_length:.2f} tokens per target pass, {passes} passes]", err=True)
 
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder of the drafter and the plot.")] = Path("coral-demo"),
-    target: Annotated[str | None, typer.Option(help="A target of your own; a small one is trained by default.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the drafter and the plot.")] = Path(
+        "coral-demo"
+    ),
+    target: Annotated[
+        str | None, typer.Option(help="A target of your own; a small one is trained by default.")
+    ] = None,
     dataset: Annotated[str | None, typer.Option(help="Conversations of your own.")] = None,
     fresh: Annotated[bool, typer.Option(help="Train again instead of reading the cache.")] = False,
 ) -> None:
@@ -131,20 +159,36 @@ def demo(
 @app.command()
 def benchmark(
     target: TargetOption,
-    prompts: Annotated[list[Path], typer.Option(help="MT-bench, HumanEval, GSM8K, Spec-Bench, messages or text.")],
+    prompts: Annotated[
+        list[Path], typer.Option(help="MT-bench, HumanEval, GSM8K, Spec-Bench, messages or text.")
+    ],
     output: Annotated[Path, typer.Option(help="Folder of report.json, report.md and the plots.")],
-    drafter: Annotated[str | None, typer.Option(help="The drafter; an untrained one by default.")] = None,
-    methods: Annotated[list[str], typer.Option("--method", help="plain, coral, bigram, prompt_lookup, assisted.")] = [  # noqa: B006
+    drafter: Annotated[
+        str | None, typer.Option(help="The drafter; an untrained one by default.")
+    ] = None,
+    methods: Annotated[
+        list[str], typer.Option("--method", help="plain, coral, bigram, prompt_lookup, assisted.")
+    ] = [  # noqa: B006
         "plain",
         "coral",
     ],
     limit: Annotated[int | None, typer.Option(help="Prompts of each file at most.")] = None,
     last: Annotated[int | None, typer.Option(help="Only the last rows of each file.")] = None,
-    user_turn: Annotated[int, typer.Option(help="Which user turn of a dialogue is answered; -1 is the last.")] = -1,
-    assistant: Annotated[str | None, typer.Option(help="A small model for the method 'assisted'.")] = None,
-    bigram_dataset: Annotated[str | None, typer.Option(help="Text that the method 'bigram' counts.")] = None,
-    hold_out: Annotated[int, typer.Option(help="Rows at the end of --bigram-dataset that are not counted.")] = 0,
-    pad_layers: Annotated[int | None, typer.Option(help="Measure on a target padded to this depth.")] = None,
+    user_turn: Annotated[
+        int, typer.Option(help="Which user turn of a dialogue is answered; -1 is the last.")
+    ] = -1,
+    assistant: Annotated[
+        str | None, typer.Option(help="A small model for the method 'assisted'.")
+    ] = None,
+    bigram_dataset: Annotated[
+        str | None, typer.Option(help="Text that the method 'bigram' counts.")
+    ] = None,
+    hold_out: Annotated[
+        int, typer.Option(help="Rows at the end of --bigram-dataset that are not counted.")
+    ] = 0,
+    pad_layers: Annotated[
+        int | None, typer.Option(help="Measure on a target padded to this depth.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     repeats: Annotated[int, typer.Option(help="Runs of each prompt and method.")] = 1,
@@ -162,7 +206,11 @@ def benchmark(
 
     model, tokenizer = load_target(target, dtype)
     model = model if pad_layers is None else pad_target(model, pad_layers)
-    items = [item for path in prompts for item in read_prompts(path, limit=limit, last=last, user_turn=user_turn)]
+    items = [
+        item
+        for path in prompts
+        for item in read_prompts(path, limit=limit, last=last, user_turn=user_turn)
+    ]
     settings = BenchmarkSettings(
         methods=methods,
         max_new_tokens=max_new_tokens,
@@ -179,7 +227,9 @@ def benchmark(
         items,
         settings,
         assistant=None if assistant is None else load_target(assistant, dtype)[0],
-        bigram=None if bigram_dataset is None else _count_bigrams(bigram_dataset, hold_out, model, tokenizer),
+        bigram=None
+        if bigram_dataset is None
+        else _count_bigrams(bigram_dataset, hold_out, model, tokenizer),
     )
     report.write(output)
     Console().print(report.to_rich_table())
@@ -214,10 +264,15 @@ def _count_bigrams(dataset: str, hold_out: int, target, tokenizer):
 
     rows = _without_last([load_conversations(dataset)], hold_out)
     tokens = (torch.tensor(row["input_ids"]) for row in prepare_dataset(rows, tokenizer, 2048))
-    return BigramDrafter.count(tokens, target.config.get_text_config().vocab_size)
+    return BigramDrafter.from_texts(tokens, target.config.get_text_config().vocab_size)
 
 
 def _tree(draft_head: str | None, depth: int | None, top_k: int | None, nodes: int | None) -> dict:
     """The settings that were given."""
-    settings = {"draft_head": draft_head, "tree_depth": depth, "tree_top_k": top_k, "tree_nodes": nodes}
+    settings = {
+        "draft_head": draft_head,
+        "tree_depth": depth,
+        "tree_top_k": top_k,
+        "tree_nodes": nodes,
+    }
     return {name: value for name, value in settings.items() if value is not None}

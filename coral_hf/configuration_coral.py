@@ -1,7 +1,7 @@
 """What a CORAL checkpoint must remember.
 
-In: the config of a target. Out: `CoralConfig`: the drafter's own shape, how the target scales its embeddings and logits,
-which draft head to read, and which target the drafter belongs to.
+In: the config of a target. Out: `CoralConfig`: the drafter's own shape, how the target scales its
+embeddings and logits, which draft head to read, and which target the drafter belongs to.
 """
 
 from huggingface_hub.dataclasses import strict
@@ -14,8 +14,8 @@ DRAFT_HEADS = ("full", "routed")
 class CoralConfig(PreTrainedConfig):
     """Configuration of a [`CoralDrafter`].
 
-    The defaults describe EAGLE-1's drafter for a Llama-2-7B target. `CoralConfig.from_target` fills in everything that
-    follows from a target.
+    The defaults describe EAGLE-1's drafter for a Llama-2-7B target. `CoralConfig.from_target`
+    fills in everything that follows from a target.
 
     Args:
         vocab_size: rows of the target's LM head, padding included.
@@ -24,14 +24,17 @@ class CoralConfig(PreTrainedConfig):
         rope_parameters: rotary embedding, in the form transformers gives it to Llama.
         attention_bias: biases in the query, key and value projections.
         fc_bias: a bias in the projection of [embedding; feature].
-        embedding_scale: what the target multiplies its embeddings by, outside of its embedding module.
+        embedding_scale: what the target multiplies its embeddings by, outside of its embedding
+            module.
         logit_scale: what the target multiplies its LM head's output by.
         logit_softcap: the cap c of the target's c·tanh(logits / c), if it has one.
         draft_head: `"full"` reads the whole LM head, `"routed"` the groups that the router picks.
         num_groups: groups of the router, `None` for a drafter without one.
         num_active_groups: groups that a routed head reads at a time.
-        is_router_trained: whether the router has been trained; only then can `draft_head` be `"routed"`.
-        target_name_or_path, target_revision, target_model_type: the target that the drafter was made for.
+        is_router_trained: whether the router has been trained; only then can `draft_head` be
+            `"routed"`.
+        target_name_or_path, target_revision, target_model_type: the target that the drafter was
+            made for.
         tokenizer_hash: of the target's tokenizer, as `coral_hf.target.tokenizer_hash` computes it.
 
     Example:
@@ -99,12 +102,13 @@ class CoralConfig(PreTrainedConfig):
             return
         if not 1 <= self.num_groups <= self.vocab_size:
             raise ValueError(
-                f"`num_groups` is {self.num_groups}; use a value from 1 to `vocab_size` = {self.vocab_size}."
+                f"`num_groups` is {self.num_groups}; use a value from 1 to `vocab_size` ="
+                f" {self.vocab_size}."
             )
         if not 1 <= self.num_active_groups <= self.num_groups:
             raise ValueError(
-                f"`num_active_groups` is {self.num_active_groups}; use a value from 1 to `num_groups` ="
-                f" {self.num_groups}."
+                f"`num_active_groups` is {self.num_active_groups}; use a value from 1 to"
+                f" `num_groups` = {self.num_groups}."
             )
 
     @classmethod
@@ -120,9 +124,8 @@ class CoralConfig(PreTrainedConfig):
             **_sizes(text),
             **_scales(text),
             "rope_parameters": _rope(text),
-            "attention_bias": bool(getattr(text, "attention_bias", False))
-            or text.model_type in QKV_BIAS,
-            "target_name_or_path": getattr(target_config, "_name_or_path", None) or None,
+            "attention_bias": _has_qkv_bias(text),
+            "target_name_or_path": target_config._name_or_path or None,
             "target_revision": getattr(target_config, "_commit_hash", None),
             "target_model_type": target_config.model_type,
             "bos_token_id": _first(text.bos_token_id),
@@ -134,6 +137,10 @@ class CoralConfig(PreTrainedConfig):
 
 # families whose q, k and v always have a bias, without a field that says so
 QKV_BIAS = ("qwen2",)
+
+
+def _has_qkv_bias(text: PreTrainedConfig) -> bool:
+    return bool(getattr(text, "attention_bias", False)) or text.model_type in QKV_BIAS
 
 
 def _sizes(text: PreTrainedConfig) -> dict:
@@ -173,7 +180,7 @@ def _intermediate_size(text: PreTrainedConfig) -> int:
 
 
 def _scales(text: PreTrainedConfig) -> dict:
-    """How a target scales its embeddings and logits outside of the two modules (Granite, Cohere, Gemma 2)."""
+    """How a target (Granite, Cohere, Gemma 2) scales embeddings and logits outside its modules."""
     divisor = getattr(text, "logits_scaling", None) or 1.0
     factor = getattr(text, "logit_scale", None) or 1.0
     softcap = getattr(text, "final_logit_softcapping", None)
@@ -185,13 +192,16 @@ def _scales(text: PreTrainedConfig) -> dict:
 
 
 def _rope(text: PreTrainedConfig) -> dict | None:
-    """The target's rotary parameters; those of its full attention where layer types differ, None without RoPE."""
+    """The target's rotary parameters, None without RoPE.
+
+    Where layer types differ, those of full attention.
+    """
     rope = getattr(text, "rope_parameters", None)
     if not rope:
         return None
     rope = dict(rope.get("full_attention", rope))
     if rope.get("rope_type", "default") == "default":
-        # the drafter rotates whole heads: its attention is its own, only the wavelengths follow the target
+        # the drafter rotates whole heads; only the wavelengths follow the target
         rope.pop("partial_rotary_factor", None)
     return rope
 

@@ -1,7 +1,8 @@
-"""The LM heads that a drafter can read: the target's whole head, or the groups of it that a router picks.
+"""The LM heads that a drafter can read: the target's whole head, or groups picked by a router.
 
-In: predicted features and the target's LM head. Out: `Children`, the best next tokens of each row and how sure the
-drafter is of them. Which head is read changes what is proposed, never what is verified. Router: CORAL, "LM head router".
+In: predicted features and the target's LM head. Out: `Children`, the best next tokens of each row
+and how sure the drafter is of them. Which head is read changes what is proposed, never what is
+verified. Router: CORAL, "LM head router".
 """
 
 import math
@@ -41,7 +42,7 @@ class LMHead(NamedTuple):
         return self.finish(self.module(features.to(self.weight.dtype)))
 
     def block_logits(self, features: Tensor, start: int, stop: int) -> Tensor:
-        """(..., hidden) → (..., stop - start): the logits of tokens start … stop - 1, read in place."""
+        """(..., hidden) → (..., stop - start): logits of tokens start … stop - 1, read in place."""
         bias = None if self.bias is None else self.bias[start:stop]
         return self.finish(F.linear(features.to(self.weight.dtype), self.weight[start:stop], bias))
 
@@ -82,7 +83,10 @@ class FullHead:
 
 
 class Router(nn.Module):
-    """Which groups of the vocabulary hold the next token: softmax(W₂(SiLU(W₁h) + h)) (CORAL, LM head router)."""
+    """Which groups of the vocabulary hold the next token (CORAL, LM head router).
+
+    softmax(W₂(SiLU(W₁h) + h)) of a feature h.
+    """
 
     def __init__(self, hidden_size: int, num_groups: int):
         super().__init__()
@@ -96,7 +100,7 @@ class Router(nn.Module):
 
 
 def group_size(vocab_size: int, num_groups: int) -> int:
-    """Tokens of a group: equal slices of the vocabulary, of which the last ones may be shorter or empty."""
+    """Tokens of a group: equal slices of the vocabulary; the last may be shorter or empty."""
     return math.ceil(vocab_size / num_groups)
 
 
@@ -108,10 +112,11 @@ def group_mass(probs: Tensor, num_groups: int) -> Tensor:
 
 
 class RoutedHead:
-    """Reads the few groups of the LM head that the router expects the next tokens of a whole level in.
+    """Reads the few groups of the LM head in which the router expects a level's next tokens.
 
-    The groups are shared by the rows of a level, ranked by Σ over rows of path probability × router mass: at batch 1 a pass
-    costs what it reads, so reading each row's own groups would cost their union.
+    The groups are shared by the rows of a level, ranked by Σ over rows of path probability ×
+    router mass: at batch 1 a pass costs what it reads, so reading each row's own groups would cost
+    their union.
     """
 
     def __init__(self, head: LMHead, router: Router, num_active_groups: int):
@@ -121,13 +126,15 @@ class RoutedHead:
         self.num_groups = router.groups.out_features
 
     def children(self, features: Tensor, log_path: Tensor, top_k: int) -> Children:
-        """See [`DraftHead`]. A child's confidence is its group's router mass × its probability within the group."""
+        """See [`DraftHead`].
+
+        A child's confidence is its group's router mass × its probability within the group.
+        """
         log_mass = self.router(features)  # (batch, rows, groups)
         blocks = self._read(features, log_mass, self._choose(log_mass, log_path))
         log_confidence = torch.cat([block.log_confidence for block in blocks], dim=-1)
-        tokens = torch.cat(
-            [block.tokens for block in blocks], dim=-1
-        )  # (batch, rows, active tokens)
+        # (batch, rows, active tokens)
+        tokens = torch.cat([block.tokens for block in blocks], dim=-1)
         best, index = log_confidence.topk(min(top_k, tokens.shape[-1]), dim=-1)
         return Children(tokens.gather(-1, index), best)
 
@@ -143,9 +150,8 @@ class RoutedHead:
         blocks = []
         for group in groups:
             start, stop = group * self._size, min((group + 1) * self._size, vocab_size)
-            logits = self.head.block_logits(
-                features, start, stop
-            ).float()  # (batch, rows, group size)
+            # (batch, rows, group size)
+            logits = self.head.block_logits(features, start, stop).float()
             within = logits.log_softmax(-1) + log_mass[..., group, None]
             tokens = torch.arange(start, stop, device=features.device).expand_as(within)
             blocks.append(Children(tokens, within))

@@ -1,7 +1,8 @@
 """The CORAL drafter: one step, (next token, feature) → predicted next feature.
 
-EAGLE-1's shape (Li et al. 2024): `fc` on [embedding; feature], one Llama-style decoder layer without an input norm, no
-final norm; the embeddings and the LM head are the target's and are not held here.
+EAGLE-1's shape (Li et al. 2024): `fc` on [embedding; feature], one Llama-style decoder layer
+without an input norm, no final norm; the embeddings and the LM head are the target's and are not
+held here.
 
     position          0        1        2        3
     token             x0       x1       x2       x3
@@ -27,7 +28,7 @@ TREE_DEFAULTS = {"tree_depth": 6, "tree_top_k": 10, "tree_nodes": 60}
 
 
 class Context(Protocol):
-    """What a drafter step can attend to beside itself: a cache when decoding, earlier steps when training."""
+    """What a drafter step attends to beside itself: a cache in decoding, past steps in training."""
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of this step's queries over the context and this step's own keys and values.
@@ -56,11 +57,10 @@ class CoralAttention(nn.Module):
     def __init__(self, config: CoralConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
+        assert config.head_dim and config.num_key_value_heads, "the config fills these in"
         self.head_dim = config.head_dim
-        width, kv_width = (
-            heads * config.head_dim
-            for heads in (config.num_attention_heads, config.num_key_value_heads)
-        )
+        width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
@@ -79,7 +79,10 @@ class CoralAttention(nn.Module):
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions to the first rotary_dim channels of (batch, heads, length, head_dim)."""
+    """Apply rotary positions to the first rotary_dim channels.
+
+    `states`: (batch, heads, length, head_dim); `cos`, `sin`: (batch or 1, 1, length, rotary_dim).
+    """
     rotary_dim = cos.shape[-1]
     if rotary_dim == states.shape[-1]:
         return states * cos + rotate_half(states) * sin
@@ -121,7 +124,7 @@ class CoralLayer(GradientCheckpointingLayer):
 
 
 class CoralDrafter(PreTrainedModel, GenerationMixin):
-    """A light model that predicts a target's next features, from which the target's own LM head drafts tokens.
+    """A light model that predicts a target's next features, for the target's own LM head to read.
 
     Example:
 
@@ -156,7 +159,10 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_target(cls, target: PreTrainedModel, **overrides) -> "CoralDrafter":
-        """A fresh drafter for `target`, in its dtype and on its device; `overrides` are fields of [`CoralConfig`]."""
+        """A fresh drafter for `target`, in its dtype and on its device.
+
+        `overrides` are fields of [`CoralConfig`].
+        """
         config = CoralConfig.from_target(target.config, **overrides)
         drafter = cls(config).to(device=target.device, dtype=target.dtype)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -173,10 +179,12 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
         """Predict the feature that follows each pair of (next token, feature).
 
         Args:
-            inputs_embeds: (batch, length, hidden), the target's embedding of the token after each feature.
+            inputs_embeds: (batch, length, hidden), the target's embedding of the token after each
+                feature.
             features: (batch, length, hidden), of the target, or predicted by an earlier step.
             position_ids: (batch or 1, length), the positions of the features; 0, 1, … by default.
-            context: what can be attended to beside the inputs; causal attention among the inputs by default.
+            context: what can be attended to beside the inputs; causal attention among the inputs
+                by default.
 
         Returns:
             (batch, length, hidden), the predicted next features.
@@ -200,7 +208,8 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
         if self.router is None or not self.config.is_router_trained:
             raise ValueError(
                 "`draft_head` is 'routed', but this drafter has no trained router; train one with"
-                " CoralTrainer(..., args=CoralTrainingArguments(stage='router')) or use draft_head='full'."
+                " CoralTrainer(..., args=CoralTrainingArguments(stage='router')) or use"
+                " draft_head='full'."
             )
         return RoutedHead(head, self.router, self.config.num_active_groups)
 
@@ -223,7 +232,8 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
         """A drafter drafts for its target and has no text of its own."""
         raise TypeError(
             "A CORAL drafter has no LM head of its own and cannot generate alone. Call"
-            " `target.generate(..., assistant_model=drafter)` after `pip install coral_hf` and `import coral_hf`."
+            " `target.generate(..., assistant_model=drafter)` after `pip install coral_hf` and"
+            " `import coral_hf`."
         )
 
 

@@ -1,7 +1,7 @@
-"""All that is read from a target: its features, its embeddings, its LM head, and what its attention supports.
+"""All that is read from a target: features, embeddings, LM head, what its attention supports.
 
-In: any decoder of transformers, unmodified. Out: a `Target`, gathered when a call begins and never kept in a drafter, so
-that `state_dict` stays clean and threads may share one drafter.
+In: any decoder of transformers, unmodified. Out: a `Target`, gathered when a call begins and never
+kept in a drafter, so that `state_dict` stays clean and threads may share one drafter.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class Target:
 
     @property
     def feature_index(self) -> int:
-        """Which of the target's `hidden_states` is the feature: the last one, taken after the final norm."""
+        """Which of the target's `hidden_states` is the feature: the last, after the final norm."""
         return text_config(self.model).num_hidden_layers
 
 
@@ -75,9 +75,9 @@ def _check_sizes(text: PreTrainedConfig, config: CoralConfig) -> None:
         expected, found = getattr(config, name), getattr(text, name)
         if expected != found:
             raise ValueError(
-                f"`{name}` of the target is {found}, but the drafter was made for a target with {expected}"
-                f" ({config.target_name_or_path or 'unnamed'}). Use the drafter's own target, or train a drafter"
-                " for this one with CoralDrafter.from_target(target)."
+                f"`{name}` of the target is {found}, but the drafter was made for a target with"
+                f" {expected} ({config.target_name_or_path or 'unnamed'}). Use the drafter's own"
+                " target, or train a drafter for this one with CoralDrafter.from_target(target)."
             )
 
 
@@ -85,8 +85,9 @@ def _warn_of_other_target(found: PreTrainedConfig, config: CoralConfig) -> None:
     """A fine-tuned target has another id and still drafts well, so this is no error."""
     if config.target_model_type not in (None, found.model_type):
         logger.warning_once(
-            f"The drafter was made for a {config.target_model_type} target and meets a {found.model_type} target"
-            " of the same sizes. The output stays the target's own; expect few accepted tokens."
+            f"The drafter was made for a {config.target_model_type} target and meets a"
+            f" {found.model_type} target of the same sizes. The output stays the target's own;"
+            " expect few accepted tokens."
         )
     if config.target_name_or_path not in (None, found._name_or_path):
         logger.info(
@@ -104,8 +105,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: CoralConfig) -> 
     """Raise a ValueError if a drafter was trained with another tokenizer."""
     if config.tokenizer_hash not in (None, tokenizer_hash(tokenizer)):
         raise ValueError(
-            "The tokenizer that was passed maps tokens to other ids than the one that the drafter was trained with"
-            f" ({config.target_name_or_path or 'unnamed target'}). Pass the target's own tokenizer."
+            "The tokenizer that was passed maps tokens to other ids than the one that the drafter"
+            f" was trained with ({config.target_name_or_path or 'unnamed target'}). Pass the"
+            " target's own tokenizer."
         )
 
 
@@ -142,7 +144,8 @@ def cache_obstacle(model: PreTrainedModel) -> str | None:
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
     foreign = sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
     if foreign:
-        return f"its cache has layers of kind {', '.join(foreign)}, from which rejected tokens cannot be dropped"
+        kinds_found = ", ".join(foreign)
+        return f"its cache has layers of kind {kinds_found}, which cannot drop rejected tokens"
     return None
 
 

@@ -30,57 +30,57 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
-    "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 128,
     "bos_token_id": 1,
     "eos_token_id": None,
     "pad_token_id": 0,
 }
-TWO_KINDS = {
+LLAMA_LIKE = {"intermediate_size": 48, "num_key_value_heads": 2}
+GEMMA_LIKE = {
+    **LLAMA_LIKE,
     "head_dim": 8,
     "query_pre_attn_scalar": 8,
     "sliding_window": WINDOW,
     "layer_types": ["sliding_attention", "full_attention"],
+    # tied, the scaled embedding of a random model's last token outweighs all else
+    "tie_word_embeddings": False,
 }
 
-# family → its config class, and what differs from `SIZES`
+# family → its config class, and what it takes beside `SIZES`
 FAMILIES = {
-    "llama": (LlamaConfig, {}),
-    "qwen2": (Qwen2Config, {}),
-    "qwen3": (Qwen3Config, {"head_dim": 16}),
-    "mistral": (MistralConfig, {"sliding_window": None}),
-    "mistral_window": (MistralConfig, {"sliding_window": WINDOW}),
-    "gemma2": (Gemma2Config, TWO_KINDS),
-    "gemma3": (Gemma3TextConfig, TWO_KINDS),
-    "phi3": (Phi3Config, {}),
-    "olmo2": (Olmo2Config, {}),
-    "gpt_neox": (GPTNeoXConfig, {"num_key_value_heads": None}),
-    "gpt2": (GPT2Config, {"intermediate_size": None, "num_key_value_heads": None}),
+    "llama": (LlamaConfig, LLAMA_LIKE),
+    "qwen2": (Qwen2Config, LLAMA_LIKE),
+    "qwen3": (Qwen3Config, {**LLAMA_LIKE, "head_dim": 16}),
+    "mistral": (MistralConfig, {**LLAMA_LIKE, "sliding_window": None}),
+    "mistral_window": (MistralConfig, {**LLAMA_LIKE, "sliding_window": WINDOW}),
+    "gemma2": (Gemma2Config, GEMMA_LIKE),
+    "gemma3": (Gemma3TextConfig, GEMMA_LIKE),
+    "phi3": (Phi3Config, LLAMA_LIKE),
+    "olmo2": (Olmo2Config, LLAMA_LIKE),
+    "gpt_neox": (GPTNeoXConfig, {"intermediate_size": 48}),
+    "gpt2": (GPT2Config, {}),
 }
 
 
 def tiny_config(family: str, **overrides) -> PreTrainedConfig:
-    """The config of a tiny target; `overrides` are fields of its class, or of the layers' number and widths."""
-    config_class, differences = FAMILIES[family]
-    fields = {**SIZES, **differences, **overrides}
-    return config_class(**{name: value for name, value in fields.items() if name in overrides or
-                           value is not None or name == "eos_token_id" or name == "sliding_window"})
+    """The config of a tiny target; `overrides` are fields of its class."""
+    config_class, fields = FAMILIES[family]
+    return config_class(**{**SIZES, **fields, **overrides})
 
 
 def tiny_target(
     family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides
 ) -> PreTrainedModel:
-    """A random target whose argmax varies: at the usual initialisation a tiny model repeats one token."""
+    """A random target whose argmax varies: as it is initialised, a tiny one repeats one token."""
     model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
     scatter_weights(model, seed)
     return model.to(dtype).eval()
 
 
 def scatter_weights(model: torch.nn.Module, seed: int = 0) -> None:
-    """Draw matrices with a standard deviation of 0.4, and move biases and norms off their 0 and 1."""
+    """Draw matrices with a standard deviation of 0.4; move biases and norms off their 0 and 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -69,7 +69,7 @@ def report(target, tokenizer) -> Report:
         tree={"tree_depth": 3, "tree_top_k": 2, "tree_nodes": 6},
     )
     drafter = coral_hf.CoralDrafter.from_target(target)
-    bigram = BigramDrafter.count([torch.arange(VOCAB)], VOCAB, top_k=3)
+    bigram = BigramDrafter.from_texts([torch.arange(VOCAB)], VOCAB, top_k=3)
     padded = pad_target(target, 4)
     return run_benchmark(padded, drafter, tokenizer, prompts, settings, target, bigram)
 
@@ -161,13 +161,13 @@ def test_rounds_of_transformers_own_methods_are_its_target_passes(target):
 
 
 def test_bigrams_are_counted_with_distinct_successors_best_first():
-    drafter = BigramDrafter.count([torch.tensor([0, 1, 0, 2, 0, 1]), torch.tensor([3])], 4, 2)
+    drafter = BigramDrafter.from_texts([torch.tensor([0, 1, 0, 2, 0, 1]), torch.tensor([3])], 4, 2)
     assert drafter.successors.tolist() == [[1, 2], [0, 1], [0, 1], [0, 1]]  # 0 and 1 fill up
     assert drafter.log_probs[0].exp().tolist() == pytest.approx([2 / 3, 1 / 3], abs=1e-3)
 
 
 def test_a_bigram_tree_follows_the_most_probable_pairs():
-    drafting = BigramDrafting(BigramDrafter.count([torch.tensor([0, 1, 0, 2, 0, 1])], 4, 2))
+    drafting = BigramDrafting(BigramDrafter.from_texts([torch.tensor([0, 1, 0, 2, 0, 1])], 4, 2))
     drafting.begin(torch.tensor([[3, 0]]), torch.zeros(1, 1, 8))
     tree = drafting.propose(TreeShape(depth=2, top_k=2, nodes=4))
     assert tree.tokens.tolist() == [[0, 1, 2, 0]]
@@ -199,7 +199,7 @@ def test_later_turns_are_asked_after_the_targets_own_answer(report):
 def test_a_drafter_that_always_agrees_is_measured_as_such(target, tokenizer):
     ids = torch.tensor([[5]])
     tokens = target.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)[0]
-    drafter = BigramDrafter.count([tokens], VOCAB, top_k=8)
+    drafter = BigramDrafter.from_texts([tokens], VOCAB, top_k=8)
     settings = BenchmarkSettings(
         methods=["plain", "bigram"], max_new_tokens=16, tree={"tree_depth": 3}
     )

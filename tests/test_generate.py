@@ -72,7 +72,11 @@ def tokenizer():
 
 
 def plain_and_drafted(target, drafter, tree=None, **settings):
-    settings = {"do_sample": False, "max_new_tokens": 30, "return_dict_in_generate": True} | settings
+    settings = {
+        "do_sample": False,
+        "max_new_tokens": 30,
+        "return_dict_in_generate": True,
+    } | settings
     plain = target.generate(PROMPT, **settings)
     return plain, target.generate(PROMPT, assistant_model=drafter, **settings, **(tree or {}))
 
@@ -269,7 +273,9 @@ def test_a_seed_gives_the_same_sample_twice(target, drafter):
     texts = []
     for _ in range(2):
         torch.manual_seed(3)
-        texts.append(target.generate(PROMPT, do_sample=True, assistant_model=drafter, max_new_tokens=30))
+        texts.append(
+            target.generate(PROMPT, do_sample=True, assistant_model=drafter, max_new_tokens=30)
+        )
     assert torch.equal(*texts)
 
 
@@ -362,9 +368,9 @@ def test_a_positional_assistant_is_found(target, drafter):
 def test_pipeline_takes_the_drafter_as_assistant(target, drafter, tokenizer):
     settings = {"do_sample": False, "max_new_tokens": 12, "return_tensors": True}
     plain = pipeline("text-generation", target, tokenizer=tokenizer)("face", **settings)
-    drafted = pipeline(
-        "text-generation", target, tokenizer=tokenizer, assistant_model=drafter
-    )("face", **settings)
+    drafted = pipeline("text-generation", target, tokenizer=tokenizer, assistant_model=drafter)(
+        "face", **settings
+    )
     assert plain == drafted
 
 
@@ -401,9 +407,7 @@ def test_transformers_own_chain_loop_takes_our_candidates(target, drafter):
     target._get_candidate_generator = lambda **kwargs: candidates
     other = scatter_weights(LlamaForCausalLM(target.config), seed=1)
     try:
-        chained = target.generate(
-            PROMPT, do_sample=False, max_new_tokens=20, assistant_model=other
-        )
+        chained = target.generate(PROMPT, do_sample=False, max_new_tokens=20, assistant_model=other)
     finally:
         del target._get_candidate_generator
     assert torch.equal(plain, chained)
@@ -436,7 +440,9 @@ def test_a_batch_is_refused(target, drafter):
 
 def test_an_empty_prompt_is_refused(target, drafter):
     with pytest.raises(ValueError, match="[Ee]mpty|input_ids"):
-        target.generate(torch.zeros(1, 0, dtype=torch.long), assistant_model=drafter, max_new_tokens=5)
+        target.generate(
+            torch.zeros(1, 0, dtype=torch.long), assistant_model=drafter, max_new_tokens=5
+        )
 
 
 def test_a_drafter_of_another_target_is_refused_by_field(target):
@@ -521,7 +527,7 @@ def test_a_recurrent_target_is_refused():
 
 
 def test_asking_for_a_tree_where_only_a_chain_is_safe_is_refused(target, drafter):
-    flash = coral_hf.decoding.generate.choose_shape
+    flash = coral_hf.decoding.checks.choose_shape
     shape = {"tree_depth": 4, "tree_top_k": 5, "tree_nodes": 20}
     declared = target.config._attn_implementation
     target.config._attn_implementation_internal = "flash_attention_2"

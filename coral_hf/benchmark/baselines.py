@@ -30,7 +30,7 @@ class BigramDrafter(NamedTuple):
     log_probs: Tensor  # (vocab, top_k)
 
     @classmethod
-    def count(cls, texts: Iterable[Tensor], vocab_size: int, top_k: int = 10) -> "BigramDrafter":
+    def from_texts(cls, texts: Iterable[Tensor], vocab_size: int, top_k: int = 10) -> "BigramDrafter":
         """Count the pairs of neighbours in `texts`, each (length,) of token ids.
 
         Where fewer than `top_k` successors were seen, the most frequent tokens of all fill up.
@@ -56,9 +56,10 @@ class BigramDrafter(NamedTuple):
 class BigramDrafting:
     """The drafting side of one call: all that it remembers is the last token."""
 
+    _root: Tensor  # (batch,)
+
     def __init__(self, drafter: BigramDrafter) -> None:
         self.drafter = drafter
-        self._root: Tensor | None = None  # (batch,)
 
     def begin(self, tokens: Tensor, features: Tensor) -> None:
         """See [`coral_hf.decoding.candidate_generator.Drafting`]."""

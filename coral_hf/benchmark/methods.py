@@ -85,6 +85,7 @@ def check_drafters(drafters: Drafters, settings: BenchmarkSettings) -> None:
 
 def sampling_arguments(settings: BenchmarkSettings) -> Arguments:
     """Explicit, so that no default of a target's generation config (top-k 50, say) slips in."""
+    choice: dict[str, float | None]
     if settings.do_sample:
         choice = {"temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
     else:

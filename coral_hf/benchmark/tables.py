@@ -15,7 +15,7 @@ class TextTable(NamedTuple):
 
     title: str
     header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
     def to_markdown(self) -> str:
         lines = [self.header, ("---",) * len(self.header), *self.rows]

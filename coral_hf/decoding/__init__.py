@@ -1,4 +1,4 @@
-"""Decoding: tree → candidate generator (drafting) / verification / cache → loop → generate (the door)."""
+"""Decoding: tree → candidate generator / verification / cache → loop → generate (the door)."""
 
 from .candidate_generator import CoralCandidateGenerator
 from .generate import decoder, install, uninstall

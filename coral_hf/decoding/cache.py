@@ -1,7 +1,8 @@
 """A key-value cache that grows in place and drops rejected rows without being copied.
 
-In: the keys and values that a model computes. Out: views of preallocated buffers. transformers' dynamic layer copies the
-whole cache at every call; this one writes each row once, and a round's commit moves only the accepted rows.
+In: the keys and values that a model computes. Out: views of preallocated buffers. transformers'
+dynamic layer copies the whole cache at every call; this one writes each row once, and a round's
+commit moves only the accepted rows.
 
     rows         0 … n-1        n … n+nodes-1
                  committed      nodes of the last tree
@@ -16,11 +17,14 @@ FIRST_CAPACITY = 256
 
 
 class GrowingLayer(DynamicLayer):
-    """One layer's keys and values, (batch, kv_heads, length, head_dim), at the front of a larger buffer."""
+    """One layer's keys and values at the front of a larger buffer.
+
+    Both are (batch, kv_heads, length, head_dim).
+    """
 
     def __init__(self):
         super().__init__()
-        self._buffers: tuple[Tensor, Tensor] | None = None
+        self._buffers: list[Tensor] = []  # keys, values: (batch, kv_heads, capacity, head_dim)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
@@ -51,7 +55,7 @@ class GrowingLayer(DynamicLayer):
 
     def _has_room(self, length: int) -> bool:
         # a batch operation of transformers replaces `keys`, which then is no view of the buffer
-        is_view = self._buffers is not None and self.keys.data_ptr() == self._buffers[0].data_ptr()
+        is_view = bool(self._buffers) and self.keys.data_ptr() == self._buffers[0].data_ptr()
         return is_view and length <= self._buffers[0].shape[-2]
 
     def _grow(self, key_states: Tensor, value_states: Tensor, length: int) -> None:
@@ -63,7 +67,7 @@ class GrowingLayer(DynamicLayer):
             if start:
                 buffer[:, :, :start] = old
             buffers.append(buffer)
-        self._buffers = tuple(buffers)
+        self._buffers = buffers
 
     def _show(self, length: int) -> None:
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)

@@ -1,12 +1,12 @@
 """The drafting side of a call: the drafter, its cache, and the trees it proposes.
 
-In: tokens that are certain and the target's features of them. Out: a `DraftTree` a round. The loop knows a drafter by
-`begin`, `propose` and `commit` (`Drafting`) and nothing else.
+In: tokens that are certain and the target's features of them. Out: a `DraftTree` a round. The loop
+knows a drafter by `begin`, `propose` and `commit` (`Drafting`) and nothing else.
 
     certain tokens       x0       x1       x2       x3
     target features      f0       f1       f2
-    begin reads          (x1,f0)  (x2,f1)  (x3,f2)         the last output, f̂3, gives the first level of the tree
-    a level reads        (node, its parent's f̂)            and gives the next level
+    begin reads          (x1,f0)  (x2,f1)  (x3,f2)        the last output, f̂3, gives level 1
+    a level reads        (node, its parent's f̂)           and gives the next level
 """
 
 from typing import Protocol
@@ -27,7 +27,12 @@ class Drafting(Protocol):
     """All that the decoding loop knows of a drafter."""
 
     def begin(self, tokens: Tensor, features: Tensor) -> None:
-        """Start at a prompt: `tokens` (batch, length + 1), the last one just emitted; `features` (batch, length, hidden)."""
+        """Start at a prompt.
+
+        Args:
+            tokens: (batch, length + 1), the last one just emitted.
+            features: (batch, length, hidden), the target's, of all tokens but the last.
+        """
         ...
 
     def propose(self, shape: TreeShape) -> DraftTree:
@@ -35,7 +40,12 @@ class Drafting(Protocol):
         ...
 
     def commit(self, tokens: Tensor, features: Tensor) -> None:
-        """Read the tokens (batch, new) that a round made certain, each with the feature (batch, new, hidden) before it."""
+        """Read the tokens that a round made certain, each with the feature before it.
+
+        Args:
+            tokens: (batch, new).
+            features: (batch, new, hidden).
+        """
         ...
 
 
@@ -44,9 +54,8 @@ class CacheContext:
 
     def __init__(self, num_layers: int):
         self.cache = GrowingCache(num_layers)
-        self.mask: Tensor | None = (
-            None  # (batch, 1, length, rows so far + length), True where a query may look
-        )
+        # (batch, 1, length, rows so far + length), True where a query may look
+        self.mask: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -81,6 +90,8 @@ class CoralCandidateGenerator(CandidateGenerator):
     """
 
     requires_model_outputs = True
+    _root: Tensor  # (batch,), the last certain token
+    _feature: Tensor  # (batch, 1, hidden), predicted for the root's position
 
     def __init__(
         self,
@@ -98,8 +109,6 @@ class CoralCandidateGenerator(CandidateGenerator):
 
     def _reset(self) -> None:
         self._context = CacheContext(self.drafter.config.num_hidden_layers)
-        self._root: Tensor | None = None  # (batch,), the last certain token
-        self._feature: Tensor | None = None  # (batch, 1, hidden), predicted for the root's position
 
     def begin(self, tokens: Tensor, features: Tensor) -> None:
         """See [`Drafting`]."""
@@ -123,14 +132,11 @@ class CoralCandidateGenerator(CandidateGenerator):
             return root_only(self._root)
         committed = self._context.length
         builder = TreeBuilder(self._root, shape)
-        features, log_path = (
-            self._feature,
-            self._feature.new_zeros(self._feature.shape[:2], dtype=torch.float32),
-        )
+        features = self._feature
+        log_path = features.new_zeros(features.shape[:2], dtype=torch.float32)
         beam = builder.add_level(*self._children(features, log_path, shape))
-        seen = beam.tokens.new_zeros(
-            *beam.tokens.shape, 0, dtype=torch.bool
-        )  # (batch, beam, tree rows)
+        # (batch, beam, tree rows)
+        seen = beam.tokens.new_zeros(*beam.tokens.shape, 0, dtype=torch.bool)
         for depth in range(1, shape.depth):
             seen = self._see_itself(seen, beam, is_first=depth == 1)
             features = self._expand(beam, features, seen, committed + depth - 1, committed)
@@ -174,17 +180,14 @@ class CoralCandidateGenerator(CandidateGenerator):
     ) -> tuple[Tensor, Tensor | None]:
         """transformers' own contract: a chain of candidates after `input_ids` (1, length).
 
-        The candidates are the drafter's best guesses and come without logits, so transformers compares them with tokens
-        of the target's own, which is lossless.
+        The candidates are the drafter's best guesses and come without logits, so transformers
+        compares them with tokens of the target's own, which is lossless.
         """
-        if (
-            model_outputs is None
-        ):  # the first pass reads the prompt, whose features are not there yet
+        # the first pass reads the prompt, whose features are not there yet
+        if model_outputs is None:
             return input_ids, None
         read = self._context.length
-        features = model_outputs.hidden_states[self.target.feature_index][
-            :, : input_ids.shape[1] - 1 - read
-        ]
-        self.commit(input_ids[:, read + 1 :], features)
+        features = model_outputs.hidden_states[self.target.feature_index]
+        self.commit(input_ids[:, read + 1 :], features[:, : input_ids.shape[1] - 1 - read])
         chain = self.propose(TreeShape(self.chain_length, top_k=1, nodes=self.chain_length + 1))
         return torch.cat([input_ids, chain.tokens[:, 1:]], dim=1), None

@@ -1,16 +1,17 @@
 """The door to `generate`: the one place that knows `GenerationMixin`.
 
-In: `target.generate(..., assistant_model=drafter)`. Out: the same call with our loop as its decoding method. transformers
-has no registry for assistants, so its public `generate` is wrapped once; calls without a CORAL drafter pass untouched.
+In: `target.generate(..., assistant_model=drafter)`. Out: the same call with our loop as its
+decoding method. transformers has no registry for assistants, so its public `generate` is wrapped
+once; calls without a CORAL drafter pass untouched.
 """
 
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from transformers import (
-    Cache,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
@@ -19,27 +20,16 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import logging
 
 from ..configuration_coral import CoralConfig
 from ..modeling_coral import TREE_DEFAULTS, CoralDrafter
-from ..target import (
-    Target,
-    cache_obstacle,
-    check_tokenizer,
-    read_target,
-    text_config,
-    tree_obstacle,
-)
+from ..target import Target, check_tokenizer, read_target
 from .candidate_generator import CoralCandidateGenerator, Drafting
+from .checks import check_call, choose_shape, longest_text
 from .loop import CoralGenerateOutput, DecodingLoop
 from .scoring import TargetScorer
 from .sequence import Sequence
-from .tree import TreeShape
-
-logger = logging.get_logger(__name__)
 
 # keywords of `generate` that are ours
 TREE_KEYWORDS = tuple(TREE_DEFAULTS)
@@ -47,7 +37,7 @@ OWN_KEYWORDS = (*TREE_KEYWORDS, "draft_head")
 
 
 def install() -> None:
-    """Wrap `GenerationMixin.generate` so that it takes a CORAL drafter as `assistant_model`; once is enough."""
+    """Let `GenerationMixin.generate` take a CORAL drafter as `assistant_model`; once is enough."""
     plain = GenerationMixin.generate
     if is_installed():
         return
@@ -59,7 +49,7 @@ def install() -> None:
             return plain(self, *args, **kwargs)
         return _generate_with(plain, drafter, self, args, kwargs)
 
-    generate.is_coral_door = True
+    vars(generate)["is_coral_door"] = True
     GenerationMixin.generate = generate
 
 
@@ -75,20 +65,17 @@ def is_installed() -> bool:
 
 
 def is_coral(assistant: object) -> bool:
-    """Whether an assistant is a CORAL drafter, loaded with or without this package's own classes."""
+    """Whether an assistant is a CORAL drafter, whichever classes it was loaded with."""
     config = getattr(assistant, "config", None)
     return getattr(config, "model_type", None) == CoralConfig.model_type
 
 
-def _assistant(plain: Callable, model: PreTrainedModel, args: tuple, kwargs: dict) -> object:
+def _assistant(plain: Callable, model: PreTrainedModel, args: tuple, kwargs: dict) -> Any:
     """The `assistant_model` of a call, given by keyword or by position."""
     if not args:
         return kwargs.get("assistant_model")
-    return (
-        inspect.signature(plain)
-        .bind_partial(model, *args, **kwargs)
-        .arguments.get("assistant_model")
-    )
+    call = inspect.signature(plain).bind_partial(model, *args, **kwargs)
+    return call.arguments.get("assistant_model")
 
 
 def _generate_with(
@@ -101,17 +88,21 @@ def _generate_with(
     call |= call.pop("kwargs", {})
     if call.get("custom_generate") is not None:
         raise ValueError(
-            "`custom_generate` and a CORAL `assistant_model` are two decoding loops; pass one of them."
+            "`custom_generate` and a CORAL `assistant_model` are two decoding loops; pass one of"
+            " them."
         )
     own = {name: call.pop(name) for name in OWN_KEYWORDS if name in call}
-    # `generate` keeps a streamer and a tokenizer to itself when a callable decodes, so they are bound here
+    # `generate` hands a callable neither streamer nor tokenizer, so they are bound here
     loop = decoder(drafter, streamer=call.get("streamer"), tokenizer=call.get("tokenizer"), **own)
     call["stopping_criteria"] = _with_stop_strings(call)
     return plain(model, **call, custom_generate=loop)
 
 
 def _with_stop_strings(call: dict) -> StoppingCriteriaList | None:
-    """The call's criteria, with the one for `stop_strings`, which `generate` cannot build without the tokenizer."""
+    """The call's criteria, with the one for `stop_strings`.
+
+    `generate` cannot build it: it passes no tokenizer on when a callable decodes.
+    """
     criteria = call.get("stopping_criteria")
     strings = call.pop("stop_strings", None)
     config = call.get("generation_config")
@@ -122,7 +113,8 @@ def _with_stop_strings(call: dict) -> StoppingCriteriaList | None:
         return criteria
     if call.get("tokenizer") is None:
         raise ValueError(
-            "`stop_strings` was passed without `tokenizer`; pass the target's tokenizer to `generate` too."
+            "`stop_strings` was passed without `tokenizer`; pass the target's tokenizer to"
+            " `generate` too."
         )
     return StoppingCriteriaList([*(criteria or []), StopStringCriteria(call["tokenizer"], strings)])
 
@@ -133,13 +125,14 @@ def decoder(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **settings,
 ) -> Callable:
-    """The decoding loop as a callable for `generate(..., custom_generate=coral_hf.decoder(drafter))`.
+    """The decoding loop as a callable, for `generate(..., custom_generate=decoder(drafter))`.
 
     Args:
         drafter: a CORAL drafter of the target.
         streamer: gets every token in order.
         tokenizer: of the target, compared with the one the drafter was trained with.
-        settings: `tree_depth`, `tree_top_k`, `tree_nodes`, `draft_head`; the drafter's `generation_config` by default.
+        settings: `tree_depth`, `tree_top_k`, `tree_nodes`, `draft_head`; the drafter's
+            `generation_config` by default.
     """
     unknown = sorted(set(settings) - set(OWN_KEYWORDS))
     if unknown:
@@ -173,7 +166,7 @@ def decoder_of(
         generation_config: GenerationConfig,
         **model_kwargs,
     ) -> Tensor | CoralGenerateOutput:
-        check_call(model, input_ids, generation_config, model_kwargs)
+        check_call(model, input_ids, generation_config, model_kwargs.get("past_key_values"))
         target = read_target(model, config)
         tree_shape, takes_tree = choose_shape(model, shape, settings)
         loop = DecodingLoop(
@@ -182,112 +175,9 @@ def decoder_of(
             Sequence(input_ids, logits_processor, stopping_criteria, streamer),
             generation_config,
             tree_shape,
-            _max_length(model, stopping_criteria),
+            longest_text(model, stopping_criteria),
         )
         loop.run(model_kwargs)
         return loop.output()
 
     return decode
-
-
-def choose_shape(
-    model: PreTrainedModel, shape: dict[str, int], settings: dict[str, int]
-) -> tuple[TreeShape, bool]:
-    """The largest tree of a call, and whether the target verifies trees.
-
-    Args:
-        shape: the drafter's own settings.
-        settings: those of the call, which win; asking for a tree where only a chain is safe raises.
-    """
-    wanted = {**shape, **{name: value for name, value in settings.items() if value is not None}}
-    for name, value in wanted.items():
-        if value < 1:
-            raise ValueError(f"`{name}` is {value}; use a value of at least 1.")
-    obstacle = tree_obstacle(model)
-    if obstacle is None:
-        return TreeShape(*(wanted[name] for name in TREE_KEYWORDS)), True
-    if settings.get("tree_top_k", 1) > 1:
-        raise ValueError(
-            f"`tree_top_k` is {settings['tree_top_k']}, but this target cannot verify a tree: {obstacle}."
-            " Leave it out, or pass tree_top_k=1 for a chain."
-        )
-    logger.info(f"The target drafts in chains: {obstacle}.")
-    return TreeShape(wanted["tree_depth"], 1, wanted["tree_depth"] + 1), False
-
-
-def check_call(
-    model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict
-) -> None:
-    """Refuse, with a ValueError, what a drafter cannot do; nothing is silently done another way."""
-    if config.prompt_lookup_num_tokens is not None:
-        raise ValueError(
-            "`prompt_lookup_num_tokens` and a CORAL drafter both draft; pass one of them."
-        )
-    mode = config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(
-            f"A CORAL drafter works with greedy search and sampling; the call asks for {mode.value}."
-            " Set num_beams=1 and leave out penalty_alpha, dola_layers and constraints, or drop `assistant_model`."
-        )
-    if not config.use_cache:
-        raise ValueError(
-            "`use_cache` is False, but a drafter needs the target's cache; pass use_cache=True."
-        )
-    if config.output_attentions or config.output_hidden_states:
-        raise ValueError(
-            "`output_attentions` and `output_hidden_states` are not returned with a drafter; call the target once on"
-            " the finished sequence to get them."
-        )
-    if model.config.is_encoder_decoder:
-        raise ValueError(
-            f"The target {type(model).__name__} is an encoder-decoder; a CORAL drafter needs a decoder."
-        )
-    _check_input(model, input_ids, config)
-    _check_cache(model, config, model_kwargs.get("past_key_values"))
-
-
-def _check_input(model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig) -> None:
-    batch, length = input_ids.shape
-    if batch > 1:
-        raise ValueError(
-            f"The batch has {batch} rows; generation with a drafter takes one row at a time."
-        )
-    if length == 0:
-        raise ValueError("The prompt is empty; pass at least one token, such as the BOS token.")
-    limit = _position_limit(model)
-    if limit is not None and length > limit:
-        raise ValueError(
-            f"The prompt has {length} tokens, but the target has {limit} positions; shorten the prompt."
-        )
-
-
-def _check_cache(model: PreTrainedModel, config: GenerationConfig, cache: Cache | None) -> None:
-    if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
-        raise ValueError(
-            f"`cache_implementation` is {config.cache_implementation!r}; a drafter works with the default cache."
-        )
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError(
-            f"`past_key_values` already holds {cache.get_seq_length()} tokens; with a drafter, pass the whole text as"
-            " `input_ids` and no cache."
-        )
-    obstacle = cache_obstacle(model)
-    if obstacle is not None:
-        raise ValueError(f"The target {type(model).__name__} cannot take a drafter: {obstacle}.")
-
-
-def _position_limit(model: PreTrainedModel) -> int | None:
-    """Positions of a target with a table of them; rotary ones go on, as in plain `generate`."""
-    text = text_config(model)
-    has_table = getattr(text, "rope_parameters", None) is None and tree_obstacle(model) is None
-    return text.max_position_embeddings if has_table else None
-
-
-def _max_length(model: PreTrainedModel, criteria: StoppingCriteriaList) -> int:
-    """Tokens that the text may have: a tree never reaches beyond them.
-
-    With a table of P positions, the text ends at P + 1 tokens: the last one is never read.
-    """
-    limit = _position_limit(model)
-    lengths = [criteria.max_length, None if limit is None else limit + 1]
-    return min(length for length in lengths if length is not None)

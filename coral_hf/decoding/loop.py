@@ -1,6 +1,7 @@
-"""The decoding loop: draft a tree, score it in one pass of the target, verify, commit; until a criterion stops.
+"""The decoding loop: draft a tree, score it in one pass of the target, verify, commit.
 
-In: a prompt and everything `generate` has prepared. Out: tokens that are exactly the target's own, and `DecodingStats`.
+In: a prompt and everything `generate` has prepared. Out: tokens that are exactly the target's own,
+and `DecodingStats`.
 """
 
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class DecodingLoop:
         self.logits: tuple[Tensor, ...] = ()
 
     def run(self, model_kwargs: dict) -> None:
-        """Decode until a criterion stops; `model_kwargs` are what `generate` prepared for the target."""
+        """Decode until a criterion stops; `model_kwargs` are what `generate` prepared."""
         with self.stats.timed("prefill"):
             self.prefill(model_kwargs)
         while not self.sequence.is_stopped:
@@ -118,7 +119,10 @@ class DecodingLoop:
         return len(tokens)
 
     def token_rule(self, scores: Scores) -> TokenRule:
-        """How the target's next token after a node comes about: argmax, or a draw that tries the node's children."""
+        """How the target's next token after a node comes about.
+
+        Either the argmax, or a draw that tries the node's children.
+        """
         if not (self.config.do_sample or self.sequence.has_processors or self.keeps_scores):
             # in fp32 as plain `generate` compares them: float64 can tie there, and bf16 is slow
             best = scores.logits[0].float().argmax(-1).tolist()

@@ -1,7 +1,7 @@
 """The target's side of a call: its cache, the pass over the prompt, and one pass over each tree.
 
-In: a prompt, then trees. Out: `Scores`: the target's logits and features of each row. A tree is told to the target by a
-4-D float mask and position ids; a chain is plain causal text.
+In: a prompt, then trees. Out: `Scores`: the target's logits and features of each row. A tree is
+told to the target by a 4-D float mask and position ids; a chain is plain causal text.
 
     rows of the cache        committed 0 … n-1          tree n … n+nodes-1
     a node may look at       those inside its window    its ancestors and itself
@@ -37,7 +37,7 @@ class TargetScorer:
         self._padded = 0  # padded positions of the prompt
 
     def prefill(self, input_ids: Tensor, model_kwargs: dict) -> Scores:
-        """Read a prompt (batch, length); the logits are of its last token only, (batch, 1, vocab)."""
+        """Read a prompt (batch, length); logits of its last token only, (batch, 1, vocab)."""
         mask = model_kwargs.get("attention_mask")
         if mask is not None:
             self._padding = mask.bool()
@@ -60,7 +60,7 @@ class TargetScorer:
         )
 
     def commit(self, path: list[int], length: int) -> None:
-        """Keep the rows of the first nodes of an accepted path, `length` rows being committed before."""
+        """Keep the rows of an accepted path's nodes; `length` rows were committed before."""
         self.cache.keep(length, torch.tensor(path))
 
     @property
@@ -70,16 +70,9 @@ class TargetScorer:
 
     def _forward(self, **inputs) -> Scores:
         index = self._target.feature_index
-        outputs = self._target.model(
-            **inputs,
-            **(
-                {}
-                if "past_key_values" in inputs
-                else {"past_key_values": self.cache, "use_cache": True}
-            ),
-            output_hidden_states=[index],
-            return_dict=True,
-        )
+        if "past_key_values" not in inputs:
+            inputs |= {"past_key_values": self.cache, "use_cache": True}
+        outputs = self._target.model(**inputs, output_hidden_states=[index], return_dict=True)
         return Scores(outputs.logits, outputs.hidden_states[index])
 
     def _chain_mask(self, tokens: Tensor) -> dict:
@@ -91,7 +84,7 @@ class TargetScorer:
         return {"attention_mask": torch.cat([self._padding, new], dim=1).long()}
 
     def _masks(self, tree: DraftTree, positions: Tensor) -> Tensor | dict[str, Tensor]:
-        """The additive mask (batch, 1, nodes, rows), by layer type where the target's layers differ."""
+        """The additive mask (batch, 1, nodes, rows), by layer type where layers differ."""
         windows = set(self._windows)
         masks = {window: self._mask(tree, positions, window) for window in windows}
         if len(windows) == 1:
@@ -108,8 +101,7 @@ class TargetScorer:
             looks[:, :, : self._padding.shape[1]] &= self._padding[:, None]
         if window is not None:
             rows = torch.arange(committed, device=positions.device) - self._padded
-            rows = torch.cat(
-                [rows.expand(batch, -1), positions], dim=1
-            )  # (batch, rows), positions of all rows
+            # (batch, rows), positions of all rows
+            rows = torch.cat([rows.expand(batch, -1), positions], dim=1)
             looks &= positions[..., None] - rows[:, None] < window
         return visible(looks, self._target.model.dtype)[:, None]

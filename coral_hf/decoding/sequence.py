@@ -1,7 +1,8 @@
 """The text of a call so far, and all that watches it: processors, stopping criteria, streamer.
 
-In: tokens, one by one. Out: whether to stop, and the processed scores of a position. Every token passes here in order, so
-no token comes out after the first stop, and a processor sees each position once, with its own prefix.
+In: tokens, one by one. Out: whether to stop, and the processed scores of a position. Every token
+passes here in order, so no token comes out after the first stop, and a processor sees each
+position once, with its own prefix.
 """
 
 import torch
@@ -39,9 +40,9 @@ class Sequence:
         return len(self._processors) > 0
 
     def scores(self, logits: Tensor, drafted: list[int]) -> Tensor:
-        """Processed scores of the token after the certain ones and `drafted`: (1, vocab) → (1, vocab), in fp32.
+        """Processed scores of the token after the certain ones and `drafted`.
 
-        As in plain `generate`, fp32 whatever the target's dtype.
+        (1, vocab) → (1, vocab), as in plain `generate` in fp32 whatever the target's dtype.
         """
         stop = self.length + len(drafted)
         self._reserve(stop)

@@ -1,4 +1,4 @@
-"""What a call of `generate` with a drafter did: rounds, accepted tokens, and where the time went."""
+"""What a call of `generate` with a drafter did: rounds, accepted tokens, where the time went."""
 
 import time
 from collections.abc import Iterator
@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 
 @dataclass
 class DecodingStats:
-    """Counts and seconds of one call. The pass over the prompt and the token it gives belong to no round."""
+    """Counts and seconds of one call.
+
+    The pass over the prompt and the token it gives belong to no round.
+    """
 
     round_lengths: list[int] = field(default_factory=list)  # tokens that each round emitted
     prefill_seconds: float = 0.0

@@ -1,9 +1,10 @@
 """The draft tree: its nodes, its mask, its paths, and how it grows level by level.
 
-In: for each level, the best children of the nodes that were expanded. Out: a `DraftTree`. EAGLE-2 (Li et al. 2024,
-sections 4.1 and 4.2): the most confident nodes of a level are expanded, the most confident nodes of all are verified.
+In: for each level, the best children of the nodes that were expanded. Out: a `DraftTree`. EAGLE-2
+(Li et al. 2024, sections 4.1 and 4.2): the most confident nodes of a level are expanded, the most
+confident nodes of all are verified.
 
-    node       0           1        2        3        4           the root is the last token that is certain
+    node       0           1        2        3        4        the root is the last certain token
     token      "It"        "is"     "was"    "a"      "the"
     parent     -           0        0        1        1
     depth      0           1        1        2        2
@@ -30,12 +31,14 @@ class DraftTree(NamedTuple):
     tokens: Tensor  # (batch, nodes), the root is node 0
     parents: Tensor  # (batch, nodes), the root is its own parent
     depths: Tensor  # (batch, nodes)
-    draft_probs: Tensor | None = (
-        None  # (batch, nodes, vocab); None where tokens were chosen, not drawn
-    )
+    # (batch, nodes, vocab); None where tokens were chosen, not drawn
+    draft_probs: Tensor | None = None
 
     def ancestry(self) -> Tensor:
-        """Whether the second node is on the path from the root to the first: (batch, nodes, nodes)."""
+        """Whether the second node is on the path from the root to the first.
+
+        (batch, nodes, nodes); a node is on its own path.
+        """
         batch, nodes = self.tokens.shape
         seen = torch.eye(nodes, dtype=torch.bool, device=self.tokens.device).repeat(batch, 1, 1)
         ancestor = self.parents
@@ -54,7 +57,7 @@ class DraftTree(NamedTuple):
 
 
 def root_only(tokens: Tensor) -> DraftTree:
-    """A tree of one node per row, which makes a round a plain decoding step: (batch,) → (batch, 1)."""
+    """A tree of one node per row, which makes a round a plain decoding step: `tokens` (batch,)."""
     zeros = torch.zeros_like(tokens)[:, None]
     return DraftTree(tokens[:, None], zeros, zeros)
 
@@ -70,8 +73,8 @@ class Beam(NamedTuple):
 class TreeBuilder:
     """Collects levels of children and keeps the best nodes of all.
 
-    A child's confidence is at most its parent's, and ties go to the earlier node, so the nodes that are kept always
-    form a tree.
+    A child's confidence is at most its parent's, and ties go to the earlier node, so the nodes
+    that are kept always form a tree.
     """
 
     def __init__(self, root: Tensor, shape: TreeShape):
@@ -82,16 +85,17 @@ class TreeBuilder:
         self._log_paths: list[Tensor] = []
         self._parents: list[Tensor] = []  # pool indices, the root is -1
         self._size = 0
-        self._beam_nodes = torch.full_like(root, -1)[
-            :, None
-        ]  # (batch, beam), pool indices of the newest beam
+        # (batch, beam), pool indices of the newest beam
+        self._beam_nodes = torch.full_like(root, -1)[:, None]
         self._beam_log_path = torch.zeros(root.shape[0], 1, device=root.device)
 
     def add_level(self, tokens: Tensor, log_confidence: Tensor) -> Beam:
-        """Add the children of the newest beam, (batch, beam, top_k) each, and choose the next beam among them."""
-        log_paths = (self._beam_log_path[..., None] + log_confidence).flatten(
-            1
-        )  # (batch, beam * top_k)
+        """Add the children of the newest beam, and choose the next beam among them.
+
+        Both are (batch, beam, top_k).
+        """
+        # (batch, beam * top_k)
+        log_paths = (self._beam_log_path[..., None] + log_confidence).flatten(1)
         tokens, top_k = tokens.flatten(1), tokens.shape[-1]
         self._tokens.append(tokens)
         self._log_paths.append(log_paths)
@@ -120,9 +124,7 @@ class TreeBuilder:
 
     def _renumber(self, parents: Tensor, chosen: Tensor) -> Tensor:
         """Pool indices of parents (batch, kept) → node ids, the root's -1 becoming 0."""
-        node_of = torch.zeros(
-            chosen.shape[0], self._size + 1, dtype=torch.long, device=chosen.device
-        )
+        node_of = chosen.new_zeros(chosen.shape[0], self._size + 1)
         ids = torch.arange(1, chosen.shape[1] + 1, device=chosen.device).expand_as(chosen)
         node_of.scatter_(1, chosen + 1, ids)
         return node_of.gather(1, parents + 1)
@@ -130,11 +132,8 @@ class TreeBuilder:
 
 def _depths(parents: Tensor, max_depth: int) -> Tensor:
     """How many steps each node (batch, nodes) is below the root."""
-    depths, ancestor = (
-        torch.zeros_like(parents),
-        torch.arange(parents.shape[1], device=parents.device),
-    )
-    ancestor = ancestor.expand_as(parents)
+    depths = torch.zeros_like(parents)
+    ancestor = torch.arange(parents.shape[1], device=parents.device).expand_as(parents)
     for _ in range(max_depth):
         depths = depths + (ancestor > 0)
         ancestor = parents.gather(1, ancestor)

@@ -1,10 +1,11 @@
 """Verification of a draft tree by the target.
 
-In: a `DraftTree` and a rule that draws the target's token after a node. Out: a `Verdict`, the accepted path and one more
-token. Greedy: the argmax. Sampling from a deterministic tree: the children of a node are tried in order, each accepted
-with probability p / q with q = 1, on rejection p ← norm(p without the child) (EAGLE-2's rule; SpecInfer, Miao et al.
-2024, with one-hot q). Both rules give a token of the target's own distribution, and the walk goes on while that token is
-a node of the tree; so the tree decides how far a round gets and never what comes out.
+In: a `DraftTree` and a rule that draws the target's token after a node. Out: a `Verdict`, the
+accepted path and one more token. Greedy: the argmax. Sampling from a deterministic tree: the
+children of a node are tried in order, each accepted with probability p / q with q = 1, on
+rejection p ← norm(p without the child) (EAGLE-2's rule; SpecInfer, Miao et al. 2024, with one-hot
+q). Both rules give a token of the target's own distribution, and the walk goes on while that token
+is a node of the tree; so the tree decides how far a round gets and never what comes out.
 """
 
 from collections.abc import Callable
@@ -30,7 +31,7 @@ class Siblings(NamedTuple):
     residual: Tensor  # (vocab,), the distribution left when all were rejected
 
 
-# (node, tokens after the root up to and with the node, tokens of the node's children) → the target's next token
+# (node, tokens after the root up to the node, tokens of its children) → the target's next token
 TokenRule = Callable[[int, list[int], list[int]], int]
 
 
@@ -43,21 +44,22 @@ def verify(tree: DraftTree, row: int, next_token: TokenRule) -> Verdict:
         next_token: called once for each emitted token, in order.
     """
     children, token_of = tree.children(row), tree.tokens[row].tolist()
-    path, tokens = [0], []
+    path: list[int] = [0]
+    tokens: list[int] = []
     while True:
-        drafted = {token_of[child]: child for child in reversed(children[path[-1]])}
-        token = next_token(path[-1], tokens, [token_of[child] for child in children[path[-1]]])
+        child_of = {token_of[child]: child for child in children[path[-1]]}
+        token = next_token(path[-1], tokens, list(child_of))
         tokens = [*tokens, token]
-        if token not in drafted:
+        if token not in child_of:
             return Verdict(path, tokens)
-        path.append(drafted[token])
+        path.append(child_of[token])
 
 
 def share_among_siblings(target_probs: Tensor, child_tokens: Tensor) -> Siblings:
     """Chance of each child under recursive rejection with q = 1, and the residual.
 
-    The i-th child is accepted with p(xᵢ) after the earlier ones were taken out of p and p was normalised:
-    p(xᵢ) / (1 - Σ_{j<i} p(xⱼ)).
+    The i-th child is accepted with p(xᵢ) after the earlier ones were taken out of p and p was
+    normalised: p(xᵢ) / (1 - Σ_{j<i} p(xⱼ)).
 
     Args:
         target_probs: (vocab,), p.
@@ -74,7 +76,10 @@ def share_among_siblings(target_probs: Tensor, child_tokens: Tensor) -> Siblings
 def draw_token(
     target_probs: Tensor, child_tokens: list[int], generator: torch.Generator | None = None
 ) -> int:
-    """Draw a token of `target_probs` (vocab,) by trying the children first, as `share_among_siblings` says."""
+    """Draw a token of `target_probs` (vocab,), trying the children first.
+
+    Each with its chance of `share_among_siblings`; one of the residual if all are rejected.
+    """
     siblings = share_among_siblings(
         target_probs, torch.tensor(child_tokens, device=target_probs.device).long()
     )

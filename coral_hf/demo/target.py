@@ -42,12 +42,16 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
-    """All documents, an EOS after each, cut into rows of `input_ids` (length,); the rest is dropped."""
+    """All documents, an EOS after each, cut into rows of `input_ids` (length,); the rest is dropped.
+
+    A row starts with BOS wherever it was cut, as a prompt does.
+    """
     ids = []
     for document in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
         ids += [*document, tokenizer.eos_token_id]
-    starts = range(0, len(ids) - length + 1, length)
-    return Dataset.from_dict({"input_ids": [ids[start : start + length] for start in starts]})
+    size, bos = length - 1, tokenizer.bos_token_id
+    starts = range(0, len(ids) - size + 1, size)
+    return Dataset.from_dict({"input_ids": [[bos, *ids[i : i + size]] for i in starts]})
 
 
 def build_model(settings: OwnTarget, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:

@@ -9,7 +9,9 @@ STAGES = ("drafter", "router")
 
 @dataclass
 class CoralTrainingArguments(TrainingArguments):
-    """[`~transformers.TrainingArguments`] with the settings of CORAL (`L = Σ_steps (w_reg L_reg + w_cls L_cls) + w_csra L_csra`).
+    """[`~transformers.TrainingArguments`] with the settings of CORAL.
+
+    L = Σ_steps (w_reg L_reg + w_cls L_cls) + w_csra L_csra
 
     Raises:
         ValueError: for settings that contradict each other, such as CSRA with a single step.
@@ -52,8 +54,8 @@ class CoralTrainingArguments(TrainingArguments):
             raise ValueError(f"`num_steps` is {self.num_steps}; use at least 1.")
         if self.num_steps == 1 and self.csra_weight != 0 and self.stage == "drafter":
             raise ValueError(
-                f"`csra_weight` is {self.csra_weight}, but with `num_steps` 1 there are no steps to align; use"
-                " num_steps of at least 2, or csra_weight=0."
+                f"`csra_weight` is {self.csra_weight}, but with `num_steps` 1 there are no steps to"
+                " align; use num_steps of at least 2, or csra_weight=0."
             )
         if self.csra_temperature <= 0:
             raise ValueError(f"`csra_temperature` is {self.csra_temperature}; use a value above 0.")

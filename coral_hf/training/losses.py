@@ -1,7 +1,8 @@
 """The losses of a drafter and of a router.
 
-In: predicted features of all steps at the trained positions, and the target's features there. Out: sums over positions,
-to be divided by the number of trained tokens. Nothing here holds (positions × vocabulary) logits beyond one chunk.
+In: predicted features of all steps at the trained positions, and the target's features there. Out:
+sums over positions, to be divided by the number of trained tokens. Nothing here holds (positions ×
+vocabulary) logits beyond one chunk.
 """
 
 from collections.abc import Callable
@@ -40,10 +41,11 @@ def regression_loss(predicted: Tensor, target: Tensor) -> Tensor:
 def classification_loss(
     predicted: Tensor, target: Tensor, logits_of: LogitsOf, chunk_size: int = 128
 ) -> Classification:
-    """Soft cross-entropy -Σ_v p(v) log q(v) between the target's and the drafter's next-token distributions.
+    """Soft cross-entropy -Σ_v p(v) log q(v) of the target's and the drafter's next tokens.
 
-    The frozen head makes the gradient with respect to features known in the forward pass, (softmax(z) - p)·∂z, so each
-    chunk's logits are dropped at once: memory does not grow with vocabulary × steps.
+    The frozen head makes the gradient with respect to features known in the forward pass,
+    (softmax(z) - p)·∂z, so each chunk's logits are dropped at once: memory does not grow with
+    vocabulary × steps.
 
     Args:
         predicted: (steps, positions, hidden).
@@ -94,23 +96,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _refill(buffer: Tensor | None, logits: Tensor) -> Tensor:
-    """`logits` (rows, vocab) in fp32, in `buffer` where it has the room; the last chunk is the shortest."""
+    """`logits` (rows, vocab) in fp32, in `buffer` where there is one.
+
+    The first chunk is the longest, so the others fit.
+    """
     if buffer is None:
         return logits.to(torch.float32, copy=True)
     return buffer[: len(logits)].copy_(logits)
 
 
 def plain_classification_loss(predicted: Tensor, target: Tensor, logits_of: LogitsOf) -> Tensor:
-    """`classification_loss` in one line, for reading and for tests: (steps,), summed over positions."""
+    """`classification_loss` in plain terms, for reading and for tests: (steps,)."""
     target_probs = logits_of(target).float().softmax(-1)
     return -(target_probs * logits_of(predicted).float().log_softmax(-1)).sum((-1, -2))
 
 
 def csra_loss(predicted: Tensor, temperature: float, chunk_size: int = 1024) -> Tensor:
-    """Cross-step representation alignment: InfoNCE between the steps' features of one position (CORAL, CSRA).
+    """Cross-step representation alignment: InfoNCE between the steps of a position (CORAL, CSRA).
 
-    -1/|P(i)| Σ_{p ∈ P(i)} log( e^{z_i·z_p/τ} / Σ_{a ≠ i} e^{z_i·z_a/τ} ) for each feature i, z the normalised features,
-    P(i) the same position at the other steps; all other features of the batch are negatives.
+    -1/|P(i)| Σ_{p ∈ P(i)} log( e^{z_i·z_p/τ} / Σ_{a ≠ i} e^{z_i·z_a/τ} ) for each feature i, z the
+    normalised features, P(i) the same position at the other steps; all other features of the batch
+    are negatives.
 
     Args:
         predicted: (steps, positions, hidden), at least two steps.
@@ -148,7 +154,7 @@ def _log_normaliser(rows: Tensor, start: int, chunk_size: int, temperature: floa
 def router_loss(
     log_mass: Tensor, target: Tensor, mass_of: Callable[[Tensor], Tensor], chunk_size: int = 128
 ) -> Tensor:
-    """Cross-entropy between the target's probability mass of each group and the router's (CORAL, LM head router).
+    """Cross-entropy of the router's group mass against the target's (CORAL, LM head router).
 
     Args:
         log_mass: (steps, positions, groups), the router's log-probabilities.
@@ -160,7 +166,6 @@ def router_loss(
         (steps,), summed over positions.
     """
     with torch.no_grad():
-        mass = torch.cat(
-            [mass_of(rows) for rows in target.split(chunk_size)]
-        )  # (positions, groups)
+        # (positions, groups)
+        mass = torch.cat([mass_of(rows) for rows in target.split(chunk_size)])
     return -(mass * log_mass).sum((-1, -2))

@@ -1,6 +1,7 @@
 """The whole training of a drafter: the drafter, then its router, then one folder to publish.
 
-In: a target, its tokenizer, conversations. Out: a checkpoint that `AutoModel.from_pretrained` loads.
+In: a target, its tokenizer, conversations. Out: a checkpoint that `AutoModel.from_pretrained`
+loads.
 """
 
 from pathlib import Path
@@ -28,7 +29,8 @@ def train(
         target: frozen.
         tokenizer: the target's.
         dataset: conversations in any form that `prepare_dataset` takes.
-        stages: usually one with `stage="drafter"` and one with `stage="router"`, each with its own `output_dir`.
+        stages: usually one with `stage="drafter"` and one with `stage="router"`, each with its own
+            `output_dir`.
         drafter: to be trained on; a fresh one in fp32 by default.
         resume: continue each stage from its last checkpoint, where it has one.
     """
@@ -51,6 +53,6 @@ def _last_checkpoint(args: CoralTrainingArguments) -> str | None:
 
 
 def save(drafter: CoralDrafter, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write drafter, router, tokenizer and settings into one folder, as `push_to_hub` publishes them."""
+    """Write drafter, router, tokenizer and settings into one folder, ready for the Hub."""
     drafter.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,7 +1,7 @@
-"""`CoralTrainer`: a `Trainer` whose model is a drafter and whose data is what its target makes of conversations.
+"""`CoralTrainer`: a `Trainer` whose model is a drafter and whose data are its target's features.
 
-In: a drafter, its target, conversations. Out: the trained drafter, or its trained router. Each batch goes
-target features (no gradient) → unroll → losses.
+In: a drafter, its target, conversations. Out: the trained drafter, or its trained router. Each
+batch goes target features (no gradient) → unroll → losses.
 
     position           0       1       2       3       4
     token              x0      x1      x2      x3      x4
@@ -43,7 +43,8 @@ class CoralTrainer(Trainer):
         model: the drafter.
         target_model: the target, frozen; its features are computed as training goes.
         args: [`CoralTrainingArguments`]; `stage="router"` trains the router of a trained drafter.
-        train_dataset, eval_dataset: conversations in any form that `prepare_dataset` takes, or token ids.
+        train_dataset, eval_dataset: conversations in any form that `prepare_dataset` takes, or
+            token ids.
         processing_class: the target's tokenizer.
 
     Example:
@@ -72,6 +73,8 @@ class CoralTrainer(Trainer):
                 if kwargs.get(name) is not None:
                     kwargs[name] = _tokenized(kwargs[name], processing_class, args.max_length)
         kwargs.setdefault("data_collator", CoralCollator(model.config.pad_token_id or 0))
+        # `Trainer` looks for labels by name in the signature of forward, which has none here
+        args.label_names = ["labels"]
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
         # losses are sums over trained tokens, divided by their number over all accumulated batches
         self.model_accepts_loss_kwargs = True
@@ -103,7 +106,7 @@ class CoralTrainer(Trainer):
         self._signature_columns = COLUMNS
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of a batch, (): summed over trained positions and divided by `num_items_in_batch`."""
+        """The loss of a batch, (): a sum over trained positions over `num_items_in_batch`."""
         num_items = (
             (inputs["labels"] != -100).sum() if num_items_in_batch is None else num_items_in_batch
         )
@@ -118,10 +121,8 @@ class CoralTrainer(Trainer):
         features = read_features(self.target.model, input_ids, inputs["attention_mask"])
         embeddings = self.target.embed(input_ids[:, 1:])
         with torch.set_grad_enabled(self.args.stage == "drafter" and torch.is_grad_enabled()):
-            predicted = unroll(
-                model, embeddings, features[:, :-1], self.args.num_steps, len(self.drafter.layers)
-            )
-        # position t predicts feature t + 1, whose token is t + 2; the last one's lies beyond the text
+            predicted = unroll(model, embeddings, features[:, :-1], self.args.num_steps)
+        # position t predicts feature t + 1, whose token is t + 2; the last is beyond the text
         trained = torch.zeros_like(labels[:, 1:], dtype=torch.bool)
         trained[:, :-1] = labels[:, 2:] != -100
         return Unrolled(predicted[:, trained], features[:, 1:][trained])
@@ -148,11 +149,13 @@ class CoralTrainer(Trainer):
         return losses
 
     def _router_losses(self, model, unrolled: Unrolled) -> dict[str, Tensor]:
-        log_mass = self.drafter.router(unrolled.predicted)
-        num_groups = self.drafter.config.num_groups
+        router = self.drafter.router
+        assert router is not None, "the router's stage starts by adding one"
+        log_mass = router(unrolled.predicted)  # (steps, positions, groups)
 
         def mass_of(features: Tensor) -> Tensor:
-            return group_mass(self.target.head.logits(features).float().softmax(-1), num_groups)
+            probs = self.target.head.logits(features).float().softmax(-1)
+            return group_mass(probs, log_mass.shape[-1])
 
         loss = router_loss(log_mass, unrolled.target, mass_of)
         self._note("router_loss", loss.mean(), len(unrolled.target))
@@ -170,7 +173,10 @@ class CoralTrainer(Trainer):
             self._sums[f"{name}/positions"] += positions
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """See [`~transformers.Trainer.log`]; adds the average of each loss and the agreement since the last entry."""
+        """See [`~transformers.Trainer.log`].
+
+        Adds the average of each loss and the agreement since the last entry.
+        """
         if "loss" in logs:
             names = [name for name in self._sums if not name.endswith("/positions")]
             logs |= {

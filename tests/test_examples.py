@@ -1,0 +1,48 @@
+"""The examples run as their first lines say."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tiny_target
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved tiny target with a byte-level tokenizer, and two conversations."""
+    folder = tmp_path_factory.mktemp("examples")
+    alphabet = sorted(ByteLevel.alphabet())
+    backend = Tokenizer(BPE({byte: index for index, byte in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=alphabet[0])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(folder / "target")
+    tiny_target("llama", vocab_size=len(alphabet)).float().save_pretrained(folder / "target")
+    talk = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello there."}]
+    rows = [json.dumps({"messages": talk})] * 4
+    (folder / "talk.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def run(monkeypatch, name: str, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def test_train_and_generate(folder, monkeypatch, capsys):
+    names = ["--target", folder / "target", "--dataset", folder / "talk.jsonl"]
+    run(monkeypatch, "train.py", *names, "--output", folder / "drafter", "--max-steps", 2)
+    names = ["--target", folder / "target", "--drafter", folder / "drafter"]
+    run(monkeypatch, "generate.py", *names, "--max-new-tokens", 8, "Hello")
+    assert "tokens per target pass" in capsys.readouterr().out

@@ -1,0 +1,275 @@
+"""`CoralTrainer`: what a user of `Trainer` expects, on a tiny target that has something to teach."""
+
+import json
+
+import pytest
+import torch
+from conftest import VOCAB, tiny_target
+from datasets import Dataset
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModel, TrainerCallback
+
+import coral_hf
+from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
+from coral_hf.training.losses import csra_loss
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target("llama", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def rows(target):
+    """The target's own words: 24 rows of 20 tokens, the first two not trained."""
+    torch.manual_seed(0)
+    prompts = torch.randint(2, VOCAB, (24, 4))
+    texts = target.generate(
+        prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=16
+    ).tolist()
+    return [
+        {"input_ids": text, "attention_mask": [1] * len(text), "labels": [-100, -100, *text[2:]]}
+        for text in texts
+    ]
+
+
+def make_trainer(target, rows, folder, drafter=None, **settings):
+    if drafter is None:
+        torch.manual_seed(0)
+        drafter = CoralDrafter.from_target(target)
+    fields = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    args = CoralTrainingArguments(**{**fields, **settings})
+    return CoralTrainer(
+        model=drafter, target_model=target, args=args, train_dataset=Dataset.from_list(rows)
+    )
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def test_training_lowers_every_loss_and_raises_the_agreement(target, rows, tmp_path):
+    trainer = make_trainer(target, rows, tmp_path, max_steps=60, classification_weight=1.0)
+    trainer.train()
+    for name in ("loss", "regression_loss", "classification_loss", "csra_loss"):
+        assert logged(trainer, name)[-1] < 0.95 * logged(trainer, name)[0], name
+    for step in (1, 2, 3):
+        agreement = logged(trainer, f"agreement_{step}")
+        assert agreement[-1] > agreement[0] + 0.2 and agreement[-1] <= 1
+
+
+def test_every_loss_the_agreement_and_the_gradient_norm_are_logged(target, rows, tmp_path):
+    trainer = make_trainer(target, rows, tmp_path, max_steps=1)
+    trainer.train()
+    expected = {"loss", "grad_norm", "learning_rate", "regression_loss", "classification_loss"}
+    expected |= {"csra_loss", "agreement_1", "agreement_2", "agreement_3"}
+    assert expected <= set(trainer.state.log_history[0])
+
+
+def test_the_loss_is_the_weighted_sum_over_trained_tokens(target, rows, tmp_path):
+    weights = {"regression_weight": 0.7, "classification_weight": 0.3, "csra_weight": 0.2}
+    trainer = make_trainer(target, rows, tmp_path, num_steps=2, **weights)
+    batch = {name: torch.tensor([row[name] for row in rows[:2]]) for name in rows[0]}
+    batch["labels"][1, 9:] = -100
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    # by hand, one step after the other
+    ids, drafter = batch["input_ids"], trainer.model
+    features = target.model(ids).last_hidden_state
+    embeddings = target.model.embed_tokens(ids[:, 1:])
+    unrolled = trainer._unroll(drafter, batch)
+    kept = batch["labels"][:, 2:] != -100
+    first = drafter(embeddings, features[:, :-1])[:, :-1][kept]
+    torch.testing.assert_close(unrolled.predicted[0], first)
+    goal = features[:, 1:-1][kept]
+    probs = target.lm_head(goal).softmax(-1)
+    total = 0.2 * csra_loss(unrolled.predicted, 0.07)
+    for predicted in unrolled.predicted:
+        total += 0.7 * F.smooth_l1_loss(predicted, goal, reduction="none").mean(-1).sum()
+        total -= 0.3 * (probs * target.lm_head(predicted).log_softmax(-1)).sum()
+    torch.testing.assert_close(loss, total / kept.sum())
+
+
+def test_the_target_stays_as_it_is(target, rows, tmp_path):
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    make_trainer(target, rows, tmp_path).train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in target.parameters())
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_any_number_of_steps_trains(target, rows, tmp_path, num_steps):
+    csra = {"csra_weight": 0.0} if num_steps == 1 else {}
+    trainer = make_trainer(target, rows, tmp_path, num_steps=num_steps, max_steps=1, **csra)
+    trainer.train()
+    assert f"agreement_{num_steps}" in trainer.state.log_history[0]
+
+
+def test_accumulated_batches_equal_one_large_batch(target, rows, tmp_path):
+    # rows of different numbers of trained tokens, so a mean of means would differ
+    uneven = [
+        dict(row, labels=[-100] * (2 + index) + row["labels"][2 + index :])
+        for index, row in enumerate(rows[:8])
+    ]
+    found = []
+    for size, accumulated in ((8, 1), (2, 4)):
+        trainer = make_trainer(
+            target,
+            uneven,
+            tmp_path,
+            max_steps=1,
+            csra_weight=0.0,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulated,
+            optim="sgd",
+        )
+        trainer.train()
+        found.append((logged(trainer, "loss")[0], trainer.model.fc.weight.detach().clone()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")  # renamed in 5.23
+def test_gradient_checkpointing_gives_the_same_losses(target, rows, tmp_path):
+    losses = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(target, rows, tmp_path, gradient_checkpointing=checkpointing)
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_bf16_trains(target, rows, tmp_path):
+    trainer = make_trainer(target, rows, tmp_path, bf16=True, max_steps=20)
+    trainer.train()
+    assert logged(trainer, "loss")[-1] < logged(trainer, "loss")[0]
+    assert trainer.model.dtype == torch.float32
+
+
+def test_a_seed_gives_the_same_losses_twice(target, rows, tmp_path):
+    runs = [make_trainer(target, rows, tmp_path, seed=7) for _ in range(2)]
+    for trainer in runs:
+        trainer.train()
+    assert logged(runs[0], "loss") == logged(runs[1], "loss")
+
+
+class Interrupt(TrainerCallback):
+    """Stops a run as Ctrl-C would, in the middle of a step after a checkpoint."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_training_goes_on_with_the_same_losses(target, rows, tmp_path):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(target, rows, tmp_path / "whole", **settings)
+    whole.train()
+    broken = make_trainer(target, rows, tmp_path / "broken", **settings)
+    broken.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    resumed = make_trainer(target, rows, tmp_path / "broken", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert logged(resumed, "loss") == logged(whole, "loss")
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_checkpoint_holds_the_drafter_and_nothing_of_the_target(target, rows, tmp_path):
+    trainer = make_trainer(target, rows, tmp_path, save_strategy="steps", save_steps=4)
+    trainer.train()
+    folder = tmp_path / "checkpoint-4"
+    saved = load_file(folder / "model.safetensors")
+    assert set(saved) == set(trainer.model.state_dict())
+    assert not any("embed" in name or "lm_head" in name for name in saved)
+    assert (folder / "generation_config.json").exists()
+    assert isinstance(AutoModel.from_pretrained(folder), CoralDrafter)
+
+
+def test_a_trained_router_becomes_the_drafters_head(target, rows, tmp_path):
+    first = make_trainer(target, rows, tmp_path / "drafter")
+    first.train()
+    before = {name: tensor.clone() for name, tensor in first.model.state_dict().items()}
+    groups = {"num_groups": 6, "num_active_groups": 2}
+    second = make_trainer(
+        target, rows, tmp_path / "router", first.model, stage="router", max_steps=60, **groups
+    )
+    second.train()
+    losses = logged(second, "router_loss")
+    assert sum(losses[-6:]) < sum(losses[:6])
+    for name, tensor in second.model.state_dict().items():
+        assert name.startswith("router.") or torch.equal(tensor, before[name])
+    second.model.save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["draft_head"] == "routed" and config["is_router_trained"]
+    loaded = AutoModel.from_pretrained(tmp_path / "saved").eval()
+    prompt = torch.tensor([rows[0]["input_ids"][:4]])
+    settings = {"do_sample": False, "max_new_tokens": 20, "attention_mask": torch.ones_like(prompt)}
+    plain = target.generate(prompt, **settings)
+    for head in ("routed", "full"):
+        drafted = target.generate(prompt, assistant_model=loaded, draft_head=head, **settings)
+        assert torch.equal(plain, drafted)
+
+
+def test_conversations_are_rendered_by_the_trainer(target, tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, "user": 2, "assistant": 3, "end": 4, "hello": 5, "you": 6}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ' ' + m.content + ' end ' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    talk = [
+        {"role": "user", "content": "hello hello"},
+        {"role": "assistant", "content": "you hello you"},
+    ]
+    args = CoralTrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    drafter = CoralDrafter.from_target(target)
+    trainer = CoralTrainer(
+        model=drafter,
+        target_model=target,
+        args=args,
+        train_dataset=Dataset.from_list([{"messages": talk}] * 4),
+        processing_class=tokenizer,
+    )
+    # user hello hello end assistant | you hello you end
+    assert trainer.train_dataset[0]["labels"] == [-100] * 5 + [6, 5, 6, 4]
+    assert drafter.config.tokenizer_hash == coral_hf.target.tokenizer_hash(tokenizer)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "tokenizer.json").exists()
+
+
+def test_evaluation_reports_the_loss_of_held_out_rows(target, rows, tmp_path):
+    trainer = make_trainer(target, rows[:16], tmp_path)
+    metrics = trainer.evaluate(Dataset.from_list(rows[16:]))
+    assert 0 < metrics["eval_loss"] < 100
+
+
+def test_a_target_of_other_sizes_is_refused_before_training(target, rows, tmp_path):
+    other = tiny_target("llama", torch.float32, vocab_size=VOCAB + 3)
+    drafter = CoralDrafter.from_target(target)
+    with pytest.raises(ValueError, match="`vocab_size` of the target is 43"):
+        make_trainer(other, rows, tmp_path, drafter)
