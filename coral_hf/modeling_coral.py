@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
@@ -154,8 +154,16 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
             None if config.num_groups is None else Router(config.hidden_size, config.num_groups)
         )
         self.post_init()
-        # replaced by the checkpoint's own when `from_pretrained` finds one
-        self.generation_config.update(**TREE_DEFAULTS)
+        # replaced by the checkpoint's own when `from_pretrained` finds one; transformers' defaults
+        # for assistants, 20 tokens and a threshold of 0.4, are meant for another method
+        self.generation_config = GenerationConfig(
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+            num_assistant_tokens=TREE_DEFAULTS["tree_depth"],
+            assistant_confidence_threshold=0.0,
+            **TREE_DEFAULTS,
+        )
 
     @classmethod
     def from_target(cls, target: PreTrainedModel, **overrides) -> "CoralDrafter":
@@ -168,6 +176,23 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(drafter.generation_config, name, getattr(target.generation_config, name))
         return drafter
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """See [`~transformers.PreTrainedModel.from_pretrained`].
+
+        Raises:
+            ValueError: if the checkpoint lacks a tensor, or has one of another shape or name;
+                transformers would fill in random numbers and only warn.
+        """
+        drafter, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+            if info[kind]:
+                raise ValueError(
+                    f"The checkpoint does not fit its config: {kind} {sorted(map(str, info[kind]))}."
+                    " Download or save it again."
+                )
+        return (drafter, info) if output_loading_info else drafter
 
     def forward(
         self,

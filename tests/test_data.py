@@ -186,6 +186,16 @@ def test_a_token_across_the_seam_is_trained(markers: tuple[str, str]) -> None:
     assert trained_text(row, tokenizer) == ".. yes<end>"
 
 
+@pytest.mark.parametrize("template", [TEMPLATE, PLAIN_TEMPLATE])
+def test_a_conversation_gets_no_special_token_beyond_its_templates(template: str) -> None:
+    tokenizer = tiny_tokenizer(template)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    assert tokenizer.decode(tokenizer("hi")["input_ids"]) == "<s>hi"
+    assert tokenizer.decode(tokenize({"messages": CHAT}, tokenizer, 100)["input_ids"]) == RENDERED
+
+
 def test_an_empty_answer_trains_its_end() -> None:
     for template in (TEMPLATE, PLAIN_TEMPLATE):
         row = {"messages": [CHAT[0], {"role": "assistant", "content": ""}]}
@@ -221,6 +231,10 @@ def test_thinking_that_the_template_drops_is_not_looked_for() -> None:
         PLAIN_TEMPLATE.replace("%}<bot>{% endif", "%}<bot>think{% endif"),
         # only the last turn is rendered
         "{{ messages[-1].content }}{% if add_generation_prompt %}<bot>{% endif %}",
+        # the opening changes with the number of turns
+        "{% if messages | length > 2 %}a{% else %}b{% endif %}" + PLAIN_TEMPLATE,
+        # the last answer is rendered without its prompt
+        PLAIN_TEMPLATE.replace("<bot>{{", "{% if not loop.last %}<bot>{% endif %}{{"),
         # earlier answers become a summary
         THINKING_TEMPLATE.replace("m.content.split('/think')[-1]", "'...'").replace("<end>", ""),
     ],

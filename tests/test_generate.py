@@ -425,6 +425,7 @@ def test_transformers_own_chain_loop_takes_our_candidates(target, drafter):
         ({"draft_head": "routed"}, "no trained router"),
         ({"draft_head": "half"}, "'full' or 'routed'"),
         ({"tree_depth": 0}, "`tree_depth` is 0"),
+        ({"synced_gpus": True}, "synced_gpus"),
         ({"custom_generate": lambda *args, **kwargs: None}, "custom_generate"),
     ],
 )

@@ -67,7 +67,7 @@ def test_training_lowers_every_loss_and_raises_the_agreement(target, rows, tmp_p
         assert logged(trainer, name)[-1] < 0.95 * logged(trainer, name)[0], name
     for step in (1, 2, 3):
         agreement = logged(trainer, f"agreement_{step}")
-        assert agreement[-1] > agreement[0] + 0.2 and agreement[-1] <= 1
+        assert sum(agreement[-5:]) > sum(agreement[:5]) + 0.5 and agreement[-1] <= 1
 
 
 def test_every_loss_the_agreement_and_the_gradient_norm_are_logged(target, rows, tmp_path):

@@ -91,6 +91,11 @@ def _generate_with(
             "`custom_generate` and a CORAL `assistant_model` are two decoding loops; pass one of"
             " them."
         )
+    if call.pop("synced_gpus", None):
+        raise ValueError(
+            "`synced_gpus` is True, but a drafter's rounds differ between ranks; generate on one rank,"
+            " or without `assistant_model`."
+        )
     own = {name: call.pop(name) for name in OWN_KEYWORDS if name in call}
     # `generate` hands a callable neither streamer nor tokenizer, so they are bound here
     loop = decoder(drafter, streamer=call.get("streamer"), tokenizer=call.get("tokenizer"), **own)

@@ -1,6 +1,6 @@
 """Settings of the demo: what is trained for how long, what is measured, where the results go."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -52,15 +52,14 @@ class DemoSettings:
     own_target: OwnTarget = OwnTarget()
     drafter_budget: Budget = Budget(max_steps=500, max_seconds=75)
     router_budget: Budget = Budget(max_steps=100, max_seconds=15)
-    block_length: int = 256  # tokens of a training row
+    row_length: int = 256  # tokens of a training row
     batch_size: int = 4  # rows; larger logits than 4 x 256 x 4096 are slow to allocate on a CPU
     pad_layers: int = 32  # depth of the padded target; a deeper one is measured as it is
     num_prompts: int = 8
     max_new_tokens: int = 96
     seed: int = 0
-    tree: dict[str, int | str] = field(default_factory=dict)  # as in `BenchmarkSettings`
 
     def __post_init__(self) -> None:
-        for name in ("block_length", "batch_size", "num_prompts", "max_new_tokens"):
+        for name in ("row_length", "batch_size", "num_prompts", "max_new_tokens"):
             if vars(self)[name] < 1:
                 raise ValueError(f"`{name}` is {vars(self)[name]}; use 1 or more.")

@@ -6,7 +6,6 @@ In: a corpus. Out: a folder with both, as `save_pretrained` writes them.
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -20,6 +19,7 @@ from transformers import (
 
 from .budget import BudgetCallback, trainer_arguments
 from .settings import DemoSettings, OwnTarget
+from .texts import pack
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 MAX_POSITIONS = 1024
@@ -39,19 +39,6 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS
     )
-
-
-def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
-    """All documents, an EOS after each, cut into rows of `input_ids` (length,); the rest is dropped.
-
-    A row starts with BOS wherever it was cut, as a prompt does.
-    """
-    ids = []
-    for document in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
-        ids += [*document, tokenizer.eos_token_id]
-    size, bos = length - 1, tokenizer.bos_token_id
-    starts = range(0, len(ids) - size + 1, size)
-    return Dataset.from_dict({"input_ids": [[bos, *ids[i : i + size]] for i in starts]})
 
 
 def build_model(settings: OwnTarget, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
@@ -77,7 +64,7 @@ def train_target(
     """Train tokenizer and model, and save both in `folder`."""
     own = settings.own_target
     tokenizer = train_tokenizer(documents, own.vocab_size)
-    rows = pack(documents, tokenizer, settings.block_length)
+    rows = pack(documents, tokenizer, settings.row_length)
     torch.manual_seed(settings.seed)
     arguments = TrainingArguments(
         **trainer_arguments(own.budget, folder, device),

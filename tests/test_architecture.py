@@ -1,0 +1,113 @@
+"""Imports run one way, and each seam to transformers is in a known file (docs/architecture.md)."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import coral_hf
+
+PACKAGE = Path(coral_hf.__file__).parent
+FILES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
+
+# a part may import what stands before it; parts of one line never import each other
+ORDER = (
+    ["configuration_coral"],
+    ["draft_head"],
+    ["modeling_coral"],
+    ["target"],
+    ["decoding", "training"],
+    ["__init__"],
+    ["benchmark"],
+    ["demo"],
+    ["cli"],
+)
+RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
+PUBLISHED = ["configuration_coral.py", "draft_head.py", "modeling_coral.py"]
+PURE = ["decoding/tree.py", "decoding/verification.py", "training/losses.py"]
+# imported when they are needed: each costs seconds, or is not installed everywhere
+LAZY = {"datasets", "peft", "matplotlib", "vllm", "transformers.trainer"}
+
+# name of transformers → the files that know it
+SEAMS = {
+    "GenerationMixin": ["decoding/generate.py", "modeling_coral.py"],
+    "get_input_embeddings": ["target.py"],
+    "get_output_embeddings": ["target.py"],
+    "_attn_implementation": ["target.py"],
+    "DynamicCache": ["target.py"],
+    "DynamicLayer": ["decoding/cache.py", "target.py"],
+}
+
+
+def part_of(module: str) -> str:
+    """`coral_hf.decoding.tree` → `decoding`; names of the package itself are `__init__`'s."""
+    part = module.split(".")[1:2]
+    return part[0] if part and part[0] in RANKS else "__init__"
+
+
+def imports(name: str) -> set[str]:
+    """The modules that a file imports, at module level and inside functions, in full."""
+    package = ".".join(["coral_hf", *Path(name).parts[:-1]])
+    found = set()
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            relative = "." * node.level + (node.module or "")
+            module = importlib.util.resolve_name(relative, package)
+            # `from . import training` names a module, `from .tree import Beam` does not
+            found |= {module} if node.module else {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def names(name: str) -> set[str]:
+    """All names that a file imports or uses."""
+    nodes = list(ast.walk(ast.parse(FILES[name].read_text())))
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    used |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    return used | {node.name for node in nodes if isinstance(node, ast.alias)}
+
+
+def test_imports_run_one_way():
+    edges = {
+        (part_of(f"coral_hf.{name.removesuffix('.py').replace('/', '.')}"), part_of(module))
+        for name in FILES
+        for module in imports(name)
+        if module.split(".")[0] == "coral_hf"
+    }
+    assert {("decoding", "target"), ("training", "modeling_coral"), ("cli", "benchmark")} <= edges
+    assert not {(a, b) for a, b in edges if a != b and RANKS[a] <= RANKS[b]}
+
+
+def test_every_file_has_its_place_in_the_order():
+    assert {Path(name).parts[0].removesuffix(".py") for name in FILES} <= RANKS.keys()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_code_that_is_published_needs_no_more_than_transformers(name):
+    own = {f"coral_hf.{other.removesuffix('.py')}" for other in PUBLISHED}
+    roots = {module.split(".")[0] for module in imports(name) - own}
+    assert roots <= {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_the_pure_core_knows_torch_only(name):
+    roots = {module.split(".")[0] for module in imports(name) - {"coral_hf.decoding.tree"}}
+    assert roots <= {"torch"} | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("seam", SEAMS)
+def test_a_seam_to_transformers_is_in_known_files(seam):
+    assert [name for name in sorted(FILES) if seam in names(name)] == SEAMS[seam]
+
+
+def test_importing_the_package_imports_nothing_slow_or_optional():
+    script = "import sys, coral_hf; print(*sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", script], cwd=PACKAGE.parent, capture_output=True, text=True
+    )
+    assert "coral_hf.decoding.loop" in found.stdout.split(), found.stderr
+    assert not LAZY & set(found.stdout.split())

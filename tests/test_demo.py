@@ -1,0 +1,207 @@
+"""The demo on a target of one layer and three files of the standard library, in seconds."""
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from coral_hf.demo import Budget, DemoSettings, OwnTarget, run_demo
+from coral_hf.demo.budget import BudgetCallback
+from coral_hf.demo.cache import Cache
+from coral_hf.demo.corpus import HELD_OUT, prompt_texts, read_corpus
+from coral_hf.demo.precision import bf16_pays
+from coral_hf.demo.show import accepted_tokens, decode_pieces
+from coral_hf.demo.target import train_tokenizer
+from coral_hf.demo.texts import held_out_prompts, pack
+
+STEPS = Budget(max_steps=3, max_seconds=60)
+TINY = {
+    "own_target": OwnTarget(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=1,
+        num_heads=2,
+        num_files=3,
+        budget=STEPS,
+    ),
+    "drafter_budget": STEPS,
+    "router_budget": STEPS,
+    "row_length": 64,
+    "pad_layers": 3,
+    "num_prompts": 2,
+    "max_new_tokens": 8,
+}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def shown_by(settings: DemoSettings):
+    """The result of a demo and what the terminal shows."""
+    console = Console(file=io.StringIO(), width=200)
+    result = run_demo(settings, console)
+    return result, console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def settings(folder) -> DemoSettings:
+    return DemoSettings(output=folder / "out", cache_dir=folder / "cache", **TINY)
+
+
+@pytest.fixture(scope="module")
+def first_run(settings):
+    return shown_by(settings)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(read_corpus(3).documents, 400)
+
+
+def test_the_demo_shows_both_depths_and_leaves_its_files(first_run, settings):
+    result, shown = first_run
+    assert result.is_newly_trained
+    assert "1 layers, its own" in shown and "3 layers, 2 of them padding" in shown
+    assert result.drafter == settings.output / "drafter"
+    assert (result.drafter / "tokenizer.json").is_file()
+    for depth in ("1-layers", "3-layers"):
+        assert (settings.output / depth / "report.json").is_file()
+    assert result.acceptance.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_answers_are_the_targets_own_at_both_depths(first_run):
+    result, _ = first_run
+    rows = [row for report in result.reports for row in report.rows if row.method == "coral"]
+    assert {row.exact_match for row in rows} == {1.0}
+    assert len({row.tau_per_token for row in rows}) == 1
+
+
+def test_the_drafter_loads_with_a_trained_router(first_run):
+    drafter = AutoModel.from_pretrained(first_run[0].drafter)
+    assert drafter.config.is_router_trained and drafter.config.tokenizer_hash is not None
+
+
+def test_the_second_run_trains_nothing(first_run, settings):
+    result, shown = shown_by(settings)
+    assert not result.is_newly_trained
+    assert "Training" in first_run[1] and "Training" not in shown
+
+
+def test_fresh_trains_again(first_run, settings):
+    result, _ = shown_by(DemoSettings(**{**vars(settings), "fresh": True}))
+    assert result.is_newly_trained
+
+
+def test_an_interrupted_training_is_not_taken_for_a_finished_one(tmp_path):
+    def interrupted(folder):
+        (folder / "half").write_text("")
+        raise KeyboardInterrupt
+
+    cache = Cache(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        cache.get("model", {"seed": 0}, interrupted)
+    made = cache.get("model", {"seed": 0}, lambda folder: (folder / "whole").touch())
+    assert made.is_new and [file.name for file in made.folder.iterdir()] == ["whole"]
+    assert list(tmp_path.iterdir()) == [made.folder]
+
+
+def test_another_key_is_another_folder(tmp_path):
+    folders = {Cache(tmp_path).get("model", {"seed": i}, lambda _: None).folder for i in range(2)}
+    assert len(folders) == 2
+
+
+def test_a_target_and_a_dataset_of_conversations_can_be_given(tmp_path, tokenizer):
+    tokenizer.chat_template = CHAT_TEMPLATE
+    source = save_target(tmp_path / "target", tokenizer)
+    turns = [{"role": "user", "content": "sort"}, {"role": "assistant", "content": "list.sort()"}]
+    rows = "\n".join(json.dumps({"messages": turns}) for _ in range(8))
+    (tmp_path / "chat.jsonl").write_text(rows)
+    given = {"target": str(source), "dataset": str(tmp_path / "chat.jsonl")}
+    result, shown = shown_by(
+        DemoSettings(**TINY, **given, output=tmp_path / "out", cache_dir=tmp_path / "cache")
+    )
+    assert result.is_newly_trained and "2 layers, its own" in shown
+    assert {run.task for run in result.reports[0].runs} == {"held-out"}
+
+
+def save_target(folder, tokenizer):
+    """A random target of two layers with its tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_dataset_without_rows_to_train_on_is_refused(tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"text": "one"}))
+    with pytest.raises(ValueError, match="`dataset` has 1 rows"):
+        held_out_prompts(DemoSettings(dataset=str(path)))
+
+
+def test_prompts_come_from_files_that_are_not_trained_on():
+    corpus = read_corpus()
+    prompts = prompt_texts(corpus, 12)
+    assert len(prompts) == 12 and len({name for name, _ in prompts}) == len(HELD_OUT)
+    assert not any(text in document for _, text in prompts for document in corpus.documents)
+
+
+def test_a_library_without_source_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="0 source files to train on"):
+        read_corpus(folder=tmp_path)
+
+
+def test_rows_start_with_bos_and_hold_the_documents_in_order(tokenizer):
+    rows = pack(["a = 1\n", "b = 2\n"], tokenizer, 4)["input_ids"]
+    assert all(len(row) == 4 and row[0] == tokenizer.bos_token_id for row in rows)
+    kept = [token for row in rows for token in row[1:]]
+    text = tokenizer.decode([token for token in kept if token != tokenizer.eos_token_id])
+    assert "a = 1\nb = 2\n".startswith(text)
+
+
+def test_the_last_token_of_a_round_is_the_targets():
+    assert accepted_tokens([3, 1, 2]) == [False, True, True, False, False, True, False]
+
+
+def test_half_a_character_is_shown_with_its_last_token(tokenizer):
+    tokens = tokenizer("a é", add_special_tokens=False)["input_ids"]
+    pieces = decode_pieces(tokens, 0, tokenizer)
+    assert "".join(pieces) == "a é" and len(pieces) == len(tokens)
+
+
+def test_the_learning_rate_falls_by_the_nearer_limit():
+    callback = BudgetCallback(Budget(max_steps=10, max_seconds=1000))
+    assert callback.spent(5) == pytest.approx(0.5)
+    callback.start -= 900
+    assert callback.spent(5) == pytest.approx(0.9, abs=0.01)
+
+
+def test_a_budget_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="`max_steps` is 0"):
+        Budget(max_steps=0, max_seconds=1)
+
+
+def test_precision_is_measured_on_the_device():
+    assert bf16_pays(torch.device("cpu")) in (True, False)
+    assert not bf16_pays(torch.device("meta"))

@@ -1,0 +1,286 @@
+"""What is read from a target is what the target computes; what it cannot do is said."""
+
+import logging
+
+import pytest
+import torch
+from conftest import FAMILIES, SIZES, VOCAB, WINDOW, scatter_weights, shared_file, tiny_target
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    CohereConfig,
+    FalconConfig,
+    GPTNeoConfig,
+    GraniteConfig,
+    Llama4TextConfig,
+    LlamaModel,
+    MambaConfig,
+    MptConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RecurrentGemmaConfig,
+)
+
+from coral_hf import CoralConfig
+from coral_hf.decoding.scoring import TargetScorer
+from coral_hf.decoding.tree import DraftTree
+from coral_hf.target import (
+    Target,
+    cache_obstacle,
+    check_tokenizer,
+    read_features,
+    read_target,
+    sliding_windows,
+    tokenizer_hash,
+    tree_obstacle,
+)
+
+GROUPED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
+OTHERS = {
+    "granite": GraniteConfig(**GROUPED, embedding_multiplier=3.0, logits_scaling=2.0),
+    "cohere": CohereConfig(**GROUPED, logit_scale=0.25),
+    "bloom": BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4),
+    "mpt": MptConfig(vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=4),
+    "falcon_alibi": FalconConfig(**SIZES, alibi=True),
+    "mamba": MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "recurrent_gemma": RecurrentGemmaConfig(
+        **SIZES, intermediate_size=48, lru_width=32, attention_window_size=WINDOW
+    ),
+    "llama4": Llama4TextConfig(
+        **GROUPED,
+        intermediate_size_mlp=48,
+        head_dim=8,
+        num_local_experts=2,
+        attention_chunk_size=WINDOW,
+    ),
+    "gpt_neo": GPTNeoConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=WINDOW,
+        max_position_embeddings=128,
+    ),
+}
+READ_AS_PROMISED = [*FAMILIES, "granite", "cohere"]
+
+# the parent of each node; down to depth 6, and with more rows than a window
+PARENTS = [0, 0, 0, 0, 1, 1, 2, 3, 4, 4, 8, 10, 9, 11, 12]
+
+
+def make_target(name: str) -> PreTrainedModel:
+    if name in FAMILIES:
+        return tiny_target(name)
+    model = AutoModelForCausalLM.from_config(OTHERS[name])
+    scatter_weights(model)
+    return model.double().eval()
+
+
+def bind(model: PreTrainedModel) -> Target:
+    return read_target(model, CoralConfig.from_target(model.config))
+
+
+def make_text(length: int, seed: int = 0) -> Tensor:
+    """(1, length)"""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCAB, (1, length), generator=generator)
+
+
+def make_tree() -> DraftTree:
+    depths = [0]
+    for parent in PARENTS[1:]:
+        depths.append(depths[parent] + 1)
+    return DraftTree(make_text(len(PARENTS), 1), torch.tensor([PARENTS]), torch.tensor([depths]))
+
+
+# ---- features, embeddings, LM head
+
+
+@pytest.mark.parametrize("name", READ_AS_PROMISED)
+@torch.no_grad()
+def test_a_feature_is_the_last_hidden_state_and_the_head_makes_the_logits_of_it(name):
+    model = make_target(name)
+    target, text = bind(model), make_text(12)
+    whole = model(text, output_hidden_states=True)
+    features = read_features(model, text, torch.ones_like(text))
+    torch.testing.assert_close(features, whole.hidden_states[-1])
+    torch.testing.assert_close(features, whole.hidden_states[target.feature_index])
+    torch.testing.assert_close(target.head.logits(features), whole.logits)
+
+
+@pytest.mark.parametrize("name", [name for name in READ_AS_PROMISED if name != "gpt2"])
+@torch.no_grad()
+def test_embeddings_are_what_the_targets_first_layer_sees(name):
+    # GPT-2 adds its positions to them first
+    model, text = make_target(name), make_text(5)
+    seen = model(text, output_hidden_states=True).hidden_states[0]
+    torch.testing.assert_close(bind(model).embed(text), seen)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_padding_on_the_right_leaves_the_features_of_a_row_as_they_are(family):
+    model, text = tiny_target(family), make_text(9)
+    padded = torch.cat([text, torch.zeros(1, 4, dtype=torch.long)], dim=1)
+    batch = torch.cat([padded, make_text(13, seed=1)])
+    mask = torch.ones_like(batch)
+    mask[0, 9:] = 0
+    alone = read_features(model, text, torch.ones_like(text))
+    torch.testing.assert_close(read_features(model, batch, mask)[:1, :9], alone)
+
+
+def test_nothing_of_a_target_is_registered_in_the_value_that_names_it():
+    target = bind(tiny_target("llama"))
+    assert not isinstance(target, torch.nn.Module)
+    with pytest.raises(AttributeError):
+        target.embedding_scale = 2.0
+
+
+# ---- targets that do not fit
+
+
+@pytest.mark.parametrize(("field", "value"), [("hidden_size", 64), ("vocab_size", 41)])
+def test_a_target_of_another_size_raises_and_names_the_field(field, value):
+    config = CoralConfig.from_target(tiny_target("llama").config, target_name_or_path="org/model")
+    other = tiny_target("llama", **{field: value})
+    with pytest.raises(ValueError, match=f"`{field}` of the target is {value}.*org/model"):
+        read_target(other, config)
+
+
+def test_a_target_without_an_lm_head_raises():
+    model = LlamaModel(tiny_target("llama").config)
+    with pytest.raises(ValueError, match="LlamaModel has no LM head"):
+        bind(model)
+
+
+def test_a_target_of_another_family_warns_and_one_of_another_name_does_not(caplog):
+    config = CoralConfig.from_target(tiny_target("llama").config, target_name_or_path="org/model")
+    with caplog.at_level(logging.WARNING):
+        read_target(tiny_target("llama"), config)
+        assert not caplog.records
+        read_target(tiny_target("mistral"), config)
+    assert "made for a llama target and meets a mistral target" in caplog.text
+
+
+# ---- tokenizers
+
+
+def make_tokenizer(*words: str) -> PreTrainedTokenizerFast:
+    vocab = {word: index for index, word in enumerate(words)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token=words[0])), unk_token=words[0]
+    )
+
+
+def test_the_hash_of_a_tokenizer_is_that_of_its_token_ids():
+    one, same, other = (make_tokenizer(*words) for words in ("abc", "abc", "acb"))
+    same.model_max_length = 7  # what a text may be long is no part of it
+    assert tokenizer_hash(one) == tokenizer_hash(same) != tokenizer_hash(other)
+    assert len(tokenizer_hash(one)) == 64
+
+
+def test_an_added_token_changes_the_hash():
+    one, other = make_tokenizer(*"abc"), make_tokenizer(*"abc")
+    other.add_tokens(["d"])
+    assert tokenizer_hash(one) != tokenizer_hash(other)
+
+
+def test_the_hash_of_a_real_tokenizer_survives_a_reload(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(shared_file("targets/stories260k-hf"))
+    tokenizer.save_pretrained(tmp_path)
+    assert tokenizer_hash(tokenizer) == tokenizer_hash(AutoTokenizer.from_pretrained(tmp_path))
+
+
+def test_another_tokenizer_than_the_drafters_raises():
+    config = CoralConfig(tokenizer_hash=tokenizer_hash(make_tokenizer(*"abc")))
+    check_tokenizer(make_tokenizer(*"abc"), config)
+    with pytest.raises(ValueError, match="maps tokens to other ids"):
+        check_tokenizer(make_tokenizer(*"acb"), config)
+
+
+def test_a_drafter_that_remembers_no_tokenizer_takes_any():
+    check_tokenizer(make_tokenizer(*"abc"), CoralConfig())
+
+
+# ---- what a target's attention and cache support
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_takes_trees_and_drops_rejected_tokens(family):
+    model = tiny_target(family)
+    assert tree_obstacle(model) is None
+    assert cache_obstacle(model) is None
+
+
+@pytest.mark.parametrize("name", [*READ_AS_PROMISED, "llama4", "gpt_neo"])
+@torch.no_grad()
+def test_a_target_scores_each_node_as_the_text_that_ends_there_or_names_an_obstacle(name):
+    model, text, tree = make_target(name), make_text(2 * WINDOW + 3), make_tree()
+    if tree_obstacle(model) is not None:
+        return
+    scorer = TargetScorer(bind(model), takes_tree=True)
+    scorer.prefill(text, {"use_cache": True})
+    scores = scorer.score(tree)
+    for node, seen in enumerate(tree.ancestry()[0]):
+        alone = model(torch.cat([text, tree.tokens[:, seen]], dim=1)).logits[:, -1]
+        # the eager softmax of some families is in fp32
+        torch.testing.assert_close(scores.logits[:, node], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("bloom", "takes no `position_ids`"),
+        ("mpt", "takes no `position_ids`"),
+        ("falcon_alibi", "ALiBi"),
+        ("mamba", "takes no `position_ids`"),
+        ("llama4", "chunk"),  # a chunk's bounds are not a window
+        ("gpt_neo", "local"),  # its window counts rows, not positions
+    ],
+)
+def test_a_target_that_cannot_tell_siblings_apart_names_its_obstacle(name, said):
+    assert said in (tree_obstacle(make_target(name)) or "none")
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_an_attention_that_takes_no_float_mask_is_an_obstacle(attention):
+    model = tiny_target("llama")
+    model.config._attn_implementation = attention
+    assert repr(attention) in tree_obstacle(model)
+
+
+def test_eager_attention_takes_trees():
+    model = AutoModelForCausalLM.from_config(
+        tiny_target("llama").config, attn_implementation="eager"
+    )
+    assert tree_obstacle(model) is None
+
+
+@pytest.mark.parametrize("name", ["mamba", "recurrent_gemma"])
+def test_a_recurrent_state_cannot_drop_rejected_tokens(name):
+    assert "LinearAttentionLayer" in cache_obstacle(make_target(name))
+
+
+@pytest.mark.parametrize("name", ["bloom", "mpt", "falcon_alibi", "gpt_neo", "llama4"])
+def test_a_target_without_trees_may_still_take_chains(name):
+    assert cache_obstacle(make_target(name)) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "windows"),
+    [
+        ("llama", [None, None]),
+        ("mistral", [None, None]),
+        ("mistral_window", [WINDOW, WINDOW]),
+        ("gemma2", [WINDOW, None]),
+        ("gemma3", [WINDOW, None]),
+        ("gpt2", [None, None]),
+    ],
+)
+def test_each_layers_window_is_read(family, windows):
+    assert sliding_windows(tiny_target(family)) == windows
