@@ -188,9 +188,10 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
         drafter, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if info[kind]:
+                keys = sorted(map(str, info[kind]))
                 raise ValueError(
-                    f"The checkpoint does not fit its config: {kind} {sorted(map(str, info[kind]))}."
-                    " Download or save it again."
+                    f"The checkpoint does not fit its config: {kind} {keys}. Download or save it"
+                    " again."
                 )
         return (drafter, info) if output_loading_info else drafter
 

@@ -192,7 +192,7 @@ confidences = st.sampled_from([0.0, -0.25, -0.5, -1.0, -2.0, float("-inf")])
 @given(st.data())
 def test_the_kept_nodes_are_the_best_of_the_pool_and_form_a_tree(data):
     shape = TreeShape(
-        depth=data.draw(st.integers(1, 4)),
+        depth=data.draw(st.integers(1, 3)),
         top_k=data.draw(st.integers(1, 3)),
         nodes=data.draw(st.integers(1, 14)),
     )

@@ -35,9 +35,7 @@ TARGET = [
     {".": 0.8, "on": 0.2},
     {".": 0.7, "on": 0.3},
 ]
-GREEDY = Verdict(
-    path=[0, 1, 3, 7], tokens=[WORDS.index(word) for word in ("on", "the", "sofa", ".")]
-)
+GREEDY = ["on", "the", "sofa", "."]
 
 
 def running_example() -> DraftTree:
@@ -63,7 +61,8 @@ def share(node: int, *children: str) -> Siblings:
 
 def test_greedy_takes_the_path_of_the_targets_argmaxes():
     verdict = verify(running_example(), 0, lambda node, *_: int(target_probs(node).argmax()))
-    assert verdict == GREEDY
+    assert verdict.path == [0, 1, 3, 7]
+    assert [WORDS[token] for token in verdict.tokens] == GREEDY
 
 
 def test_the_first_child_is_accepted_with_its_probability_the_next_with_what_is_left():
@@ -87,6 +86,12 @@ def test_each_word_comes_out_as_often_as_the_target_says():
     assert {word: value.item() for word, value in out.items()} == pytest.approx(TARGET[0])
 
 
+def test_with_the_plain_target_as_residual_a_word_comes_out_too_often():
+    chances, _ = share(0, "on", "down")
+    rest = (1 - chances).prod().item()
+    assert chances[0].item() + rest * TARGET[0]["on"] == pytest.approx(0.65)
+
+
 def test_a_draw_walks_down_the_tree_until_a_token_is_no_node_of_it():
     luck = iter([0.7, 0.3, 0.6])  # "on" is refused, "down" taken, then its child "on" refused
 
@@ -102,13 +107,11 @@ def test_a_draw_walks_down_the_tree_until_a_token_is_no_node_of_it():
     assert [WORDS[token] for token in verdict.tokens] == ["down", "."]
 
 
-def test_the_running_example_emits_two_and_a_half_tokens_a_pass():
-    tree = running_example()
+def test_the_running_example_emits_nearly_two_and_a_half_tokens_a_pass():
     reached = [1.0] * len(NODES)
     for node, parent in enumerate(PARENTS[1:], start=1):
-        reached[node] = reached[parent] * TARGET[parent].get(NODES[node], 0)
+        reached[node] = reached[parent] * TARGET[parent][NODES[node]]
     assert sum(reached) == pytest.approx(2.47)
-    assert tree.children(0)[0] == [1, 2]
 
 
 # ---- the walk
@@ -128,15 +131,6 @@ def test_the_rule_is_asked_once_for_each_emitted_token_in_order():
         (3, ["on", "the"], ["mat", "sofa"]),
         (7, ["on", "the", "sofa"], []),
     ]
-
-
-def test_what_a_rule_does_to_its_lists_changes_nothing():
-    def rule(node: int, drafted: list[int], children: list[int]) -> int:
-        drafted.append(99)
-        children.clear()
-        return int(target_probs(node).argmax())
-
-    assert verify(running_example(), 0, rule) == GREEDY
 
 
 def test_the_target_never_accepts_draft_tokens():
@@ -336,9 +330,9 @@ def test_children_that_hold_all_the_mass_leave_no_way_past_them(dtype):
 def test_drawn_tokens_come_as_often_as_the_target_says(children):
     probs = torch.tensor([0.35, 0.25, 0.05, 0.2, 0.15])
     generator = torch.Generator().manual_seed(len(children))
-    draws = [draw_token(probs, children, generator) for _ in range(1500)]
+    draws = [draw_token(probs, children, generator) for _ in range(1000)]
     counts = torch.bincount(torch.tensor(draws), minlength=5).numpy()
-    assert chisquare(counts, 1500 * probs.double().numpy()).pvalue > 1e-3
+    assert chisquare(counts, 1000 * probs.double().numpy()).pvalue > 1e-3
 
 
 def test_the_same_seed_draws_the_same_tokens():

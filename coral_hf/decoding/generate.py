@@ -93,8 +93,8 @@ def _generate_with(
         )
     if call.pop("synced_gpus", None):
         raise ValueError(
-            "`synced_gpus` is True, but a drafter's rounds differ between ranks; generate on one rank,"
-            " or without `assistant_model`."
+            "`synced_gpus` is True, but a drafter's rounds differ between ranks; generate on one"
+            " rank, or without `assistant_model`."
         )
     own = {name: call.pop(name) for name in OWN_KEYWORDS if name in call}
     # `generate` hands a callable neither streamer nor tokenizer, so they are bound here

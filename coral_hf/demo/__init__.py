@@ -1,4 +1,4 @@
-"""The demo: everything that CORAL does, on a small target that it trains itself, without a network."""
+"""The demo: all that CORAL does, on a small target that it trains itself, without a network."""
 
 from .run import DemoResult, run_demo
 from .settings import Budget, DemoSettings, OwnTarget

@@ -1,7 +1,7 @@
 """Training that ends on time, however fast the machine is.
 
-In: a Budget. Out: arguments of a `Trainer`, and a callback that lets the learning rate fall to zero by
-whichever of the two limits is nearer, so that a slow machine's shorter training is a whole one too.
+In: a Budget. Out: arguments of a `Trainer`, and a callback that lets the learning rate fall to zero
+by whichever of the two limits is nearer: a slow machine's shorter training is a whole one too.
 """
 
 import time

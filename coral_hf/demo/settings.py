@@ -21,14 +21,14 @@ class Budget:
 class OwnTarget:
     """The small target that the demo trains itself; the defaults suit two CPU cores."""
 
-    vocab_size: int = 4096
-    hidden_size: int = 192
-    intermediate_size: int = 512
-    num_layers: int = 4
-    num_heads: int = 6
+    vocab_size: int = 2048
+    hidden_size: int = 128
+    intermediate_size: int = 352
+    num_layers: int = 2
+    num_heads: int = 4
     num_files: int | None = None  # of the standard library; None for all
-    budget: Budget = Budget(max_steps=1300, max_seconds=165)
-    learning_rate: float = 3e-3
+    budget: Budget = Budget(max_steps=4000, max_seconds=165)
+    learning_rate: float = 4e-3
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class DemoSettings:
     cache_dir: Path | None = None
     fresh: bool = False
     own_target: OwnTarget = OwnTarget()
-    drafter_budget: Budget = Budget(max_steps=500, max_seconds=75)
-    router_budget: Budget = Budget(max_steps=100, max_seconds=15)
+    drafter_budget: Budget = Budget(max_steps=1500, max_seconds=75)
+    router_budget: Budget = Budget(max_steps=300, max_seconds=15)
     row_length: int = 256  # tokens of a training row
-    batch_size: int = 4  # rows; larger logits than 4 x 256 x 4096 are slow to allocate on a CPU
+    batch_size: int = 4  # rows; large logits are slow to allocate on a CPU
     pad_layers: int = 32  # depth of the padded target; a deeper one is measured as it is
     num_prompts: int = 8
     max_new_tokens: int = 96

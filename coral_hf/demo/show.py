@@ -88,9 +88,9 @@ def accepted_tokens(round_lengths: Sequence[int]) -> list[bool]:
 
 
 def decode_pieces(tokens: list[int], start: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What each token from `start` on adds to the text; half a character comes with its last token.
+    """What each token from `start` on adds; half a character comes with its last token.
 
-    A token alone may decode to another text (Llama's loses its leading space), so prefixes are compared.
+    A token alone may decode to another text (Llama's loses its leading space): prefixes are compared.
     """
     texts = [
         tokenizer.decode(tokens[:stop], skip_special_tokens=True)

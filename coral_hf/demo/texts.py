@@ -17,7 +17,7 @@ from .settings import DemoSettings
 
 
 def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
-    """All documents, an EOS after each, cut into rows of `input_ids` (length,); the rest is dropped.
+    """All documents, an EOS after each, cut into rows of `input_ids` (length,); no short last row.
 
     A row starts with BOS wherever it was cut, as a prompt does.
     """

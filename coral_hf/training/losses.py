@@ -133,22 +133,25 @@ def csra_loss(predicted: Tensor, temperature: float, chunk_size: int = 1024) -> 
         )
     unit = F.normalize(predicted.float(), dim=-1)
     rows = unit.flatten(0, 1)  # (steps * positions, hidden)
-    normalisers = [
-        checkpoint(_log_normaliser, rows, start, chunk_size, temperature, use_reentrant=False)
-        for start in range(0, len(rows), chunk_size)
-    ]
+    normalisers = rows.new_zeros(())
+    for start in range(0, len(rows), chunk_size):
+        normalisers = normalisers + checkpoint(
+            _log_normaliser, rows, start, chunk_size, temperature, use_reentrant=False
+        )
     # Σ_{p ∈ P(i)} z_i·z_p is z_i·(Σ over steps) less z_i·z_i
     together = unit.sum(0)
     positives = ((unit * together).sum(-1) - (unit * unit).sum(-1)) / (steps - 1) / temperature
-    return (torch.cat(normalisers).sum() - positives.sum()) / steps
+    return (normalisers - positives.sum()) / steps
 
 
 def _log_normaliser(rows: Tensor, start: int, chunk_size: int, temperature: float) -> Tensor:
-    """log Σ_{a ≠ i} e^{z_i·z_a/τ} of a chunk of rows: (total, hidden) → (chunk,)."""
+    """log Σ_{a ≠ i} e^{z_i·z_a/τ} summed over a chunk of rows: (total, hidden) → ()."""
     chunk = rows[start : start + chunk_size]
-    similarity = chunk @ rows.T / temperature
+    # bf16 products of unit vectors are off by 0.004, which a small temperature makes large
+    with torch.autocast(rows.device.type, enabled=False):
+        similarity = chunk @ rows.T / temperature  # (chunk, total)
     itself = torch.arange(len(chunk), device=rows.device)[:, None] + start
-    return similarity.scatter(1, itself, float("-inf")).logsumexp(-1)
+    return similarity.scatter(1, itself, float("-inf")).logsumexp(-1).sum()
 
 
 def router_loss(

@@ -1,0 +1,52 @@
+"""Settings of a training run that contradict each other raise before anything is loaded."""
+
+import pytest
+
+from coral_hf import CoralTrainingArguments
+
+
+def make_arguments(tmp_path, **settings) -> CoralTrainingArguments:
+    return CoralTrainingArguments(output_dir=str(tmp_path), report_to=[], **settings)
+
+
+def test_the_defaults_are_the_papers_where_they_are_known(tmp_path):
+    args = make_arguments(tmp_path)
+    assert (args.num_steps, args.regression_weight, args.classification_weight) == (3, 1.0, 0.1)
+    assert args.stage == "drafter"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"stage": "head"}, "`stage` is 'head'; use one of"),
+        ({"num_steps": 0, "csra_weight": 0.0}, "`num_steps` is 0; use at least 1"),
+        ({"num_steps": 1}, "`csra_weight` is 0.1, but with `num_steps` 1"),
+        ({"csra_temperature": 0.0}, "`csra_temperature` is 0.0; use a value above 0"),
+        ({"regression_weight": -1.0}, "`regression_weight` is -1.0; use 0 or more"),
+        ({"classification_weight": -0.1}, "`classification_weight` is -0.1"),
+        ({"csra_weight": -0.1}, "`csra_weight` is -0.1"),
+    ],
+)
+def test_a_contradiction_raises_and_names_the_setting(tmp_path, settings, said):
+    with pytest.raises(ValueError, match=said):
+        make_arguments(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_steps": 1, "csra_weight": 0.0},
+        {"num_steps": 1, "stage": "router"},
+        {"num_steps": 5},
+        {"num_groups": 8, "num_active_groups": 8},
+    ],
+)
+def test_settings_that_fit_are_taken(tmp_path, settings):
+    args = make_arguments(tmp_path, **settings)
+    assert {name: getattr(args, name) for name in settings} == settings
+
+
+def test_a_saved_run_gives_its_settings_back(tmp_path):
+    args = make_arguments(tmp_path, csra_weight=0.5, num_steps=4)
+    assert args.to_dict()["csra_weight"] == 0.5
+    assert args.to_dict()["num_steps"] == 4
