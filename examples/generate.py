@@ -1,6 +1,6 @@
 """Generate with a drafter: the target's own text, in fewer passes.
 
-    python examples/generate.py --target org/my-llama --drafter org/coral-my-llama "Tell me a story."
+python examples/generate.py --target org/my-llama --drafter org/coral-my-llama "Tell a story."
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Train a drafter and its router on conversations, and save them to be published.
 
-    python examples/train.py --target org/my-llama --dataset conversations.jsonl --output my-drafter
+python examples/train.py --target org/my-llama --dataset conversations.jsonl --output my-drafter
 """
 
 import argparse

@@ -75,7 +75,7 @@ def test_greedy_tokens_equal_a_trained_target_alone(name):
 
 
 class Branch(DecodingLoop):
-    """The loop along one branch of all that chance may do; `chance` is the product of the choices' chances."""
+    """The loop along one branch of all that chance may do, and how likely that branch is."""
 
     def follow(self, text, rule=share_among_siblings):
         self.text, self.rule, self.chance = text, rule, 1.0
@@ -95,7 +95,7 @@ class Branch(DecodingLoop):
 
 
 def chance_of(token: int, children: list[int], siblings: Siblings) -> float:
-    """How likely the rule is to give `token`: accepted as a child after the others failed, or drawn at last."""
+    """How likely the rule is to give `token`, as a child after the others failed or at last."""
     rejected = 1.0
     chance = 0.0
     for child, accepted in zip(children, siblings.chances.tolist(), strict=True):
@@ -147,7 +147,7 @@ def own_chances(target, processors=None) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def pair():
-    """A target of four tokens whose every text is likely enough to be counted, and a random drafter."""
+    """A target of four tokens, of which every text is likely enough, and a random drafter."""
     target = tiny_target("llama", **TINY)
     torch.manual_seed(0)
     drafter = CoralDrafter.from_target(target).eval()

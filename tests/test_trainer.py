@@ -1,4 +1,4 @@
-"""`CoralTrainer`: what a user of `Trainer` expects, on a tiny target that has something to teach."""
+"""`CoralTrainer`: what a user of `Trainer` expects, on a tiny target and its own words."""
 
 import json
 

@@ -185,35 +185,32 @@ def test_each_row_of_a_batch_grows_its_own_tree():
 # ---- any tree at all
 
 # few values, and exact in fp32: ties and sure children abound
-confidences = st.sampled_from([0.0, -0.25, -0.5, -1.0, -2.0, float("-inf")])
+CONFIDENCES = [0.0, -0.25, -0.5, -1.0, -2.0, float("-inf")]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
-@given(st.data())
-def test_the_kept_nodes_are_the_best_of_the_pool_and_form_a_tree(data):
-    shape = TreeShape(
-        depth=data.draw(st.integers(1, 3)),
-        top_k=data.draw(st.integers(1, 3)),
-        nodes=data.draw(st.integers(1, 14)),
-    )
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(
+    shape=st.builds(TreeShape, st.integers(1, 3), st.integers(1, 3), st.integers(1, 12)),
+    choices=st.binary(min_size=21, max_size=21),
+)
+def test_the_kept_nodes_are_the_best_of_the_pool_and_form_a_tree(shape, choices):
+    drawn = [CONFIDENCES[choice % len(CONFIDENCES)] for choice in choices]
     builder = TreeBuilder(torch.tensor([0]), shape)
-    pool, beam = [], [(0.0, None)]  # (log_path, parent), a node's token is its index + 1
+    pool, beam = [], [(0.0, 0)]  # (log_path, parent's token); a node's token is its index + 1
     for _ in range(shape.depth):
-        widths = len(beam) * shape.top_k
-        drawn = data.draw(st.lists(confidences, min_size=widths, max_size=widths))
-        tokens = torch.arange(len(pool) + 1, len(pool) + 1 + widths).view(1, len(beam), -1)
-        for index, value in enumerate(drawn):
-            log_path, parent = beam[index // shape.top_k]
-            pool.append((log_path + value, parent))
-        level = builder.add_level(tokens, torch.tensor(drawn).view(1, len(beam), -1))
+        start, stop = len(pool), len(pool) + len(beam) * shape.top_k
+        for index in range(start, stop):
+            log_path, parent = beam[(index - start) // shape.top_k]
+            pool.append((log_path + drawn[index], parent))
+        tokens = torch.arange(start + 1, stop + 1).view(1, len(beam), -1)
+        level = builder.add_level(tokens, torch.tensor(drawn[start:stop]).view_as(tokens))
         beam = [(pool[token - 1][0], token) for token in level.tokens[0].tolist()]
         assert level.log_path[0].tolist() == [log_path for log_path, _ in beam]
     tree = builder.build()
     best = sorted(range(len(pool)), key=lambda node: (-pool[node][0], node))[: shape.nodes - 1]
-    kept = tree.tokens[0, 1:].tolist()
-    assert kept == [node + 1 for node in sorted(best)]
-    for node, token in enumerate(kept, start=1):
-        parent = tree.parents[0, node].item()
-        assert parent < node
-        assert tree.tokens[0, parent].item() == (pool[token - 1][1] or 0)
-        assert tree.depths[0, node] == tree.depths[0, parent] + 1
+    tokens, parents, depths = (row[0].tolist() for row in tree[:3])
+    assert tokens[1:] == [node + 1 for node in sorted(best)]
+    for node in range(1, len(tokens)):
+        assert parents[node] < node
+        assert tokens[parents[node]] == pool[tokens[node] - 1][1]
+        assert depths[node] == depths[parents[node]] + 1

@@ -30,7 +30,9 @@ class BigramDrafter(NamedTuple):
     log_probs: Tensor  # (vocab, top_k)
 
     @classmethod
-    def from_texts(cls, texts: Iterable[Tensor], vocab_size: int, top_k: int = 10) -> "BigramDrafter":
+    def from_texts(
+        cls, texts: Iterable[Tensor], vocab_size: int, top_k: int = 10
+    ) -> "BigramDrafter":
         """Count the pairs of neighbours in `texts`, each (length,) of token ids.
 
         Where fewer than `top_k` successors were seen, the most frequent tokens of all fill up.

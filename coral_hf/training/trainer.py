@@ -107,12 +107,15 @@ class CoralTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a batch, (): a sum over trained positions over `num_items_in_batch`."""
-        num_items = (
-            (inputs["labels"] != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        )
+        num_items, num_processes = num_items_in_batch, 1
+        if num_items is None:
+            num_items = (inputs["labels"] != -100).sum()
+        elif self.args.average_tokens_across_devices:
+            # the items are those of all processes, over which DDP averages once more
+            num_processes = self.accelerator.num_processes
         stage_losses = self._router_losses if self.args.stage == "router" else self._drafter_losses
         losses = stage_losses(model, self._unroll(model, inputs))
-        loss = sum(losses.values()) / num_items
+        loss = sum(losses.values()) * num_processes / num_items
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _unroll(self, model, inputs: dict[str, Tensor]) -> Unrolled:
