@@ -117,6 +117,8 @@ class CoralCandidateGenerator(CandidateGenerator):
 
     def commit(self, tokens: Tensor, features: Tensor) -> None:
         """See [`Drafting`]."""
+        # prompts may stay on the CPU, and a target's last layer may be on another device
+        tokens = tokens.to(self.drafter.fc.weight.device)
         start, new = self._context.length, tokens.shape[1]
         positions = torch.arange(start, start + new, device=tokens.device)
         columns = torch.arange(start + new, device=tokens.device)

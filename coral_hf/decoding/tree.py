@@ -34,6 +34,10 @@ class DraftTree(NamedTuple):
     # (batch, nodes, vocab); None where tokens were chosen, not drawn
     draft_probs: Tensor | None = None
 
+    def to(self, device: torch.device) -> "DraftTree":
+        """The same tree on a device."""
+        return DraftTree(*(None if part is None else part.to(device) for part in self))
+
     def ancestry(self) -> Tensor:
         """Whether the second node is on the path from the root to the first.
 

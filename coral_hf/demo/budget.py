@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .precision import bf16_pays
@@ -32,17 +31,12 @@ class BudgetCallback(TrainerCallback):
         self.start = time.monotonic()
 
     def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Optimizer,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Linear warm-up over steps, linear decay over the budget."""
         warmup = min(1.0, (state.global_step + 1) / WARMUP_STEPS)
         factor = warmup * max(0.0, 1 - self.spent(state.global_step))
-        for group in optimizer.param_groups:
+        for group in kwargs["optimizer"].param_groups:
             group["lr"] = args.learning_rate * factor
 
     def on_step_end(

@@ -42,7 +42,7 @@ def run_demo(settings: DemoSettings | None = None, console: Console | None = Non
     settings, console = settings or DemoSettings(), console or Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = settings.target or str(own_target(settings, device, console.rule).folder)
-    target = AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(device).eval()
+    target = AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(device.type).eval()
     tokenizer = AutoTokenizer.from_pretrained(source)
     targets = with_padded(target, settings.pad_layers)
 

@@ -70,7 +70,7 @@ def accepted_text(
     )
     tokens = out.sequences[0].tolist()
     is_accepted = accepted_tokens(out.stats.round_lengths)
-    text = Text(tokenizer.decode(tokens[: ids.shape[1]], skip_special_tokens=True), PROMPT_STYLE)
+    text = Text(decode(tokens[: ids.shape[1]], tokenizer), PROMPT_STYLE)
     pieces = decode_pieces(tokens, ids.shape[1], tokenizer)
     for piece, is_drafted in zip(pieces, is_accepted, strict=True):
         text.append(piece, ACCEPTED_STYLE if is_drafted else "not dim")
@@ -90,15 +90,17 @@ def accepted_tokens(round_lengths: Sequence[int]) -> list[bool]:
 def decode_pieces(tokens: list[int], start: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What each token from `start` on adds; half a character comes with its last token.
 
-    A token alone may decode to another text (Llama's loses its leading space): prefixes are compared.
+    Prefixes are compared, since a token alone may decode otherwise (Llama's loses its space).
     """
-    texts = [
-        tokenizer.decode(tokens[:stop], skip_special_tokens=True)
-        for stop in range(start, len(tokens) + 1)
-    ]
+    texts = [decode(tokens[:stop], tokenizer) for stop in range(start, len(tokens) + 1)]
     pieces, shown = [], len(texts[0])
     for text in texts[1:]:
         complete = text.rstrip(INCOMPLETE)
         pieces.append(complete[shown:])
         shown = max(shown, len(complete))
     return pieces
+
+
+def decode(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of tokens, without the special ones."""
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))

@@ -10,7 +10,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
@@ -21,7 +20,7 @@ from .budget import BudgetCallback, trainer_arguments
 from .settings import DemoSettings, OwnTarget
 from .texts import pack
 
-PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+SPECIAL_TOKENS = PAD, BOS, EOS = "<pad>", "<s>", "</s>"  # the first ids, in this order
 MAX_POSITIONS = 1024
 # three times the usual: so narrow a model starts to learn much sooner
 INITIALIZER_RANGE = 0.06
@@ -34,7 +33,7 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[PAD, BOS, EOS],
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(documents, trainer, length=len(documents))
@@ -43,10 +42,10 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def build_model(settings: OwnTarget, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+def build_model(settings: OwnTarget, vocab_size: int) -> LlamaForCausalLM:
     """A fresh Llama, small enough for two CPU cores."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size,
         hidden_size=settings.hidden_size,
         intermediate_size=settings.intermediate_size,
         num_hidden_layers=settings.num_layers,
@@ -54,9 +53,9 @@ def build_model(settings: OwnTarget, tokenizer: PreTrainedTokenizerBase) -> Llam
         max_position_embeddings=MAX_POSITIONS,
         initializer_range=INITIALIZER_RANGE,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=SPECIAL_TOKENS.index(PAD),
+        bos_token_id=SPECIAL_TOKENS.index(BOS),
+        eos_token_id=SPECIAL_TOKENS.index(EOS),
     )
     return LlamaForCausalLM(config)
 
@@ -69,6 +68,7 @@ def train_target(
     tokenizer = train_tokenizer(documents, own.vocab_size)
     rows = pack(documents, tokenizer, settings.row_length)
     torch.manual_seed(settings.seed)
+    model = build_model(own, len(tokenizer))
     arguments = TrainingArguments(
         **trainer_arguments(own.budget, folder, device),
         per_device_train_batch_size=settings.batch_size,
@@ -78,12 +78,12 @@ def train_target(
         seed=settings.seed,
     )
     trainer = Trainer(
-        model=build_model(own, tokenizer),
+        model=model,
         args=arguments,
         train_dataset=rows.map(lambda row: {"labels": row["input_ids"]}, desc="Labelling"),
         data_collator=default_data_collator,
         callbacks=[BudgetCallback(own.budget)],
     )
     trainer.train()
-    trainer.model.save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

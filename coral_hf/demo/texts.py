@@ -30,9 +30,9 @@ def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int) 
     return Dataset.from_dict({"input_ids": [[*start, *ids[cut : cut + size]] for cut in cuts]})
 
 
-def special_ids(token_id: int | None) -> list[int]:
+def special_ids(token_id: object) -> list[int]:
     """A special token as a list, empty for a tokenizer without it."""
-    return [] if token_id is None else [token_id]
+    return [token_id] if isinstance(token_id, int) else []
 
 
 def training_rows(settings: DemoSettings, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -52,12 +52,12 @@ def held_out_prompts(settings: DemoSettings) -> list[Prompt]:
         texts = prompt_texts(read_corpus(settings.own_target.num_files), settings.num_prompts)
         return [Prompt("stdlib", f"{name}-{i}", text=text) for i, (name, text) in enumerate(texts)]
     rows = split_dataset(settings)["test"]
-    return [prompt_of_row(row, index) for index, row in enumerate(rows)]
+    return [prompt_of_row(dict(row), index) for index, row in enumerate(rows)]
 
 
 def split_dataset(settings: DemoSettings) -> DatasetDict:
     """A dataset's rows to train on and to hold out."""
-    rows = load_conversations(settings.dataset)
+    rows = load_conversations(str(settings.dataset))
     if len(rows) <= settings.num_prompts:
         raise ValueError(
             f"`dataset` has {len(rows)} rows, of which `num_prompts` = {settings.num_prompts} are "
