@@ -83,7 +83,7 @@ def literal_run(item: int, method: str, seconds: float, round_lengths: list[int]
         "repeat": 0,
         "prompt_length": 3,
         "num_tokens": 1 + sum(round_lengths),
-        "stage_seconds": {} if method == "plain" else stages,
+        "stage_seconds": {"prefill": 1.0} if method == "plain" else stages,
         "peak_bytes": None,
         "equals_plain": True,
     }
@@ -112,6 +112,8 @@ def test_rows_hold_medians_ratios_and_shares():
     overall = summarise(RUNS)[-1]
     assert (overall.task, overall.method, overall.num_items) == ("overall", "coral", 2)
     assert overall.speedup == 3.0  # the median of 2 and 4
+    # (6 / 6) / (3 / 6) and (4 / 4) / (0.75 / 4), the prompt's pass and token left out
+    assert overall.decoding_speedup == pytest.approx((2 + 16 / 3) / 2)
     assert overall.tau_per_token == 2.5
     assert overall.speedup_per_tau == 3.0 / 2.5
     assert overall.tokens_per_second == 12 / 4.75

@@ -5,13 +5,14 @@ In: a prompt's ids (1, length). Out: a Generation. "plain" is the target alone, 
 a small model of the target's vocabulary.
 """
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from .baselines import BigramDrafter
@@ -49,6 +50,19 @@ class RoundRecorder(BaseStreamer):
 
     def end(self) -> None:
         pass
+
+
+class FirstTokenClock(StoppingCriteria):
+    """Notes when the first token is there, and never stops."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self.seconds: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        if self.seconds is None:
+            self.seconds = time.perf_counter() - self._start
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 def build_methods(
@@ -108,9 +122,15 @@ def own_arguments(
 
 def generate_plain(target: PreTrainedModel, arguments: Arguments, ids: Tensor) -> Generation:
     """Generate from ids (1, length) as anyone does: one token a pass."""
-    sequences = target.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
+    clock = FirstTokenClock()
+    sequences = target.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        stopping_criteria=StoppingCriteriaList([clock]),
+        **arguments,
+    )
     tokens = sequences[0, ids.shape[1] :].tolist()
-    return Generation(tokens, [1] * (len(tokens) - 1), {})
+    return Generation(tokens, [1] * (len(tokens) - 1), {"prefill": clock.seconds or 0.0})
 
 
 def generate_in_trees(target: PreTrainedModel, arguments: Arguments, ids: Tensor) -> Generation:

@@ -9,13 +9,14 @@ In: runs. Out: a Row for each method and task, and an AcceptedDepth for each met
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
 from .runs import Run
 
 OVERALL = "overall"
+Cost = Callable[[Run], float | None]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Row:
     tau_per_item: float | None  # mean of that ratio over runs
     tokens_per_second: float  # all tokens / all seconds, prefill included
     speedup: float  # median over items of plain's seconds per token / the method's
+    decoding_speedup: float | None  # the same without the prompt's pass and its token
     speedup_per_tau: float | None  # the share of tau that the drafting and the wider passes leave
     stage_milliseconds: dict[str, float]  # "prefill" a call; "draft", "verify", "other" a round
     peak_bytes: int | None
@@ -63,7 +65,8 @@ def rows_of(task: str, runs: Sequence[Run]) -> list[Row]:
 def row_of(task: str, method: str, by_method: dict[str, list[Run]]) -> Row:
     runs = by_method[method]
     tau = tau_per_token(run.round_lengths for run in runs)
-    speedup = median(speedups(by_method["plain"], runs))
+    speedup = median(ratios(by_method["plain"], runs, lambda run: run.seconds_per_token))
+    decoding = ratios(by_method["plain"], runs, lambda run: run.decoding_seconds_per_token)
     matches = [run.equals_plain for run in runs if run.equals_plain is not None]
     return Row(
         task=task,
@@ -74,6 +77,7 @@ def row_of(task: str, method: str, by_method: dict[str, list[Run]]) -> Row:
         tau_per_item=tau_per_item(run.round_lengths for run in runs),
         tokens_per_second=sum(run.num_tokens for run in runs) / sum(run.seconds for run in runs),
         speedup=speedup,
+        decoding_speedup=median(decoding) if decoding else None,
         speedup_per_tau=None if tau is None else speedup / tau,
         stage_milliseconds=stage_milliseconds(runs),
         peak_bytes=max(
@@ -102,16 +106,17 @@ def tau_per_item(round_lengths: Iterable[Sequence[int]]) -> float | None:
     return fmean(taus) if taus else None
 
 
-def speedups(plain: Sequence[Run], runs: Sequence[Run]) -> list[float]:
-    """For each item: plain's seconds per token / the method's, each the median of its repeats."""
-    expected, found = seconds_per_token(plain), seconds_per_token(runs)
-    return [expected[item] / found[item] for item in found]
+def ratios(plain: Sequence[Run], runs: Sequence[Run], cost: Cost) -> list[float]:
+    """For each item: plain's cost / the method's, each the median of its repeats."""
+    expected, found = cost_by_item(plain, cost), cost_by_item(runs, cost)
+    return [expected[item] / found[item] for item in found if item in expected]
 
 
-def seconds_per_token(runs: Sequence[Run]) -> dict[int, float]:
+def cost_by_item(runs: Sequence[Run], cost: Cost) -> dict[int, float]:
     by_item: dict[int, list[float]] = defaultdict(list)
     for run in runs:
-        by_item[run.item].append(run.seconds_per_token)
+        if (value := cost(run)) is not None:
+            by_item[run.item].append(value)
     return {item: median(values) for item, values in by_item.items()}
 
 
