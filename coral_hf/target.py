@@ -22,6 +22,8 @@ logger = logging.get_logger(__name__)
 
 # attention functions that add a 4-D float mask to their scores
 MASKED_ATTENTION = ("eager", "sdpa")
+# layer types whose mask follows from positions alone
+MASKED_LAYERS = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
@@ -129,13 +131,18 @@ def read_features(model: PreTrainedModel, input_ids: Tensor, attention_mask: Ten
 
 def tree_obstacle(model: PreTrainedModel) -> str | None:
     """Why a target cannot verify a tree, or None if it can; read from what it declares."""
-    attention = model.config._attn_implementation
+    attention, text = model.config._attn_implementation, text_config(model)
     if attention not in MASKED_ATTENTION:
         return f"its attention {attention!r} takes no 4-D mask (of {MASKED_ATTENTION})"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "its forward takes no `position_ids`"
-    if getattr(text_config(model), "alibi", False):
+    if getattr(text, "alibi", False):
         return "its positions are ALiBi biases, which follow the order of the rows"
+    foreign = sorted(set(getattr(text, "layer_types", None) or ()) - set(MASKED_LAYERS))
+    if foreign:
+        return f"its layers of type {', '.join(foreign)} look at other rows than a mask says"
+    if "local" in getattr(text, "attention_layers", ()):  # GPT-Neo
+        return "the window of its local attention counts rows, not positions"
     return None
 
 

@@ -204,7 +204,11 @@ def p_value(counts: torch.Tensor, chances: torch.Tensor) -> float:
 @torch.no_grad()
 def test_sampling_through_generate_fits_the_target(pair):
     counts = sample_texts(*pair, seed=0, count=400)
-    assert p_value(counts, own_chances(pair[0])) > 1e-3
+    # so few samples tell little of a whole text; the first tokens are of a round's tree as well
+    starts = [
+        texts.unflatten(0, (VOCAB**2, VOCAB)).sum(1) for texts in (counts, own_chances(pair[0]))
+    ]
+    assert p_value(*starts) > 1e-3
 
 
 @pytest.mark.slow

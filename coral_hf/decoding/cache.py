@@ -38,25 +38,23 @@ class GrowingLayer(DynamicLayer):
             self._grow(key_states, value_states, stop)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, start:stop] = states
-        self._show(stop)
+        self.keys, self.values = (buffer[:, :, :stop] for buffer in self._buffers)
         return self.keys, self.values
 
     def keep(self, start: int, rows: Tensor) -> None:
         """Keep rows 0 … start - 1 and start + `rows` (kept,), in this order; drop the others."""
+        stop = start + len(rows)
         for states in (self.keys, self.values):
-            index = start + rows.to(states.device)
-            states[:, :, start : start + len(rows)] = states[:, :, index]
-        self._show(start + len(rows))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last rows; transformers passes their number negated."""
-        if tokens_to_remove != 0 and self.is_initialized:
-            self._show(self.get_seq_length() - abs(tokens_to_remove))
+            states[:, :, start:stop] = states[:, :, start + rows.to(states.device)]
+        self.keys, self.values = self.keys[:, :, :stop], self.values[:, :, :stop]
 
     def _has_room(self, length: int) -> bool:
+        if not self._buffers or length > self._buffers[0].shape[-2]:
+            return False
+        # inference mode's tensors cannot be written to outside of it
+        is_writable = not self._buffers[0].is_inference() or torch.is_inference_mode_enabled()
         # a batch operation of transformers replaces `keys`, which then is no view of the buffer
-        is_view = bool(self._buffers) and self.keys.data_ptr() == self._buffers[0].data_ptr()
-        return is_view and length <= self._buffers[0].shape[-2]
+        return is_writable and self.keys.data_ptr() == self._buffers[0].data_ptr()
 
     def _grow(self, key_states: Tensor, value_states: Tensor, length: int) -> None:
         """Move the rows to buffers of twice the room."""
@@ -68,9 +66,6 @@ class GrowingLayer(DynamicLayer):
                 buffer[:, :, :start] = old
             buffers.append(buffer)
         self._buffers = buffers
-
-    def _show(self, length: int) -> None:
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
 
 
 class GrowingCache(Cache):
@@ -88,7 +83,7 @@ class GrowingCache(Cache):
     def truncate(self, length: int) -> None:
         """Keep the first `length` rows."""
         for layer in self.layers:
-            layer.crop(length - layer.get_seq_length())
+            layer.crop(min(length - layer.get_seq_length(), 0))
 
 
 def visible(mask: Tensor, dtype: torch.dtype) -> Tensor:
