@@ -20,6 +20,9 @@ from .draft_head import LMHead
 
 logger = logging.get_logger(__name__)
 
+# the feature is the last of a target's `hidden_states`, taken after the final norm; given as an
+# index, newer versions of transformers keep that one alone and older ones keep them all
+FEATURE = -1
 # attention functions that add a 4-D float mask to their scores
 MASKED_ATTENTION = ("eager", "sdpa")
 # layer types whose mask follows from positions alone
@@ -39,11 +42,6 @@ class Target:
         """(batch, length) → (batch, length, hidden), as the target's first layer sees them."""
         embeddings = self.embeddings(tokens.to(self.embeddings.weight.device))
         return embeddings if self.embedding_scale == 1.0 else embeddings * self.embedding_scale
-
-    @property
-    def feature_index(self) -> int:
-        """Which of the target's `hidden_states` is the feature: the last, after the final norm."""
-        return text_config(self.model).num_hidden_layers
 
 
 def read_target(model: PreTrainedModel, config: CoralConfig) -> Target:
@@ -153,6 +151,8 @@ def cache_obstacle(model: PreTrainedModel) -> str | None:
     if foreign:
         kinds_found = ", ".join(foreign)
         return f"its cache has layers of kind {kinds_found}, which cannot drop rejected tokens"
+    if model._is_stateful:
+        return "its recurrent state cannot drop rejected tokens"
     return None
 
 

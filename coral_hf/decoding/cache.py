@@ -48,6 +48,11 @@ class GrowingLayer(DynamicLayer):
             states[:, :, start:stop] = states[:, :, start + rows.to(states.device)]
         self.keys, self.values = self.keys[:, :, :stop], self.values[:, :, :stop]
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last rows; transformers passes their number negated."""
+        if self.is_initialized:  # older versions of transformers do not ask
+            super().crop(tokens_to_remove)
+
     def _has_room(self, length: int) -> bool:
         if not self._buffers or length > self._buffers[0].shape[-2]:
             return False

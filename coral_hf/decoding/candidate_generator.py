@@ -18,7 +18,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 from ..draft_head import Children
 from ..modeling_coral import CoralDrafter
-from ..target import Target
+from ..target import FEATURE, Target
 from .cache import GrowingCache
 from .tree import Beam, DraftTree, TreeBuilder, TreeShape, root_only
 
@@ -104,7 +104,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         self.target = target
         self.head = drafter.draft_head(target.head, draft_head)
         self.chain_length = chain_length
-        self.model_kwargs_overrides = {"output_hidden_states": [target.feature_index]}
+        self.model_kwargs_overrides = {"output_hidden_states": FEATURE}
         self._reset()
 
     def _reset(self) -> None:
@@ -177,6 +177,11 @@ class CoralCandidateGenerator(CandidateGenerator):
         embeddings = self.target.embed(tokens).to(device)
         return self.drafter(embeddings, features.to(device), positions, self._context)
 
+    def update_candidate_strategy(
+        self, input_ids: Tensor, scores: Tensor, num_matches: int
+    ) -> None:
+        """transformers' own contract; the length of our chains does not follow the matches."""
+
     def get_candidates(
         self, input_ids: Tensor, model_outputs=None, **kwargs
     ) -> tuple[Tensor, Tensor | None]:
@@ -189,7 +194,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         if model_outputs is None:
             return input_ids, None
         read = self._context.length
-        features = model_outputs.hidden_states[self.target.feature_index]
+        features = model_outputs.hidden_states[FEATURE]
         self.commit(input_ids[:, read + 1 :], features[:, : input_ids.shape[1] - 1 - read])
         chain = self.propose(TreeShape(self.chain_length, top_k=1, nodes=self.chain_length + 1))
         return torch.cat([input_ids, chain.tokens[:, 1:]], dim=1), None

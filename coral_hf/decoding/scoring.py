@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..target import Target, sliding_windows, text_config
+from ..target import FEATURE, Target, sliding_windows, text_config
 from .cache import GrowingCache, visible
 from .tree import DraftTree
 
@@ -70,11 +70,10 @@ class TargetScorer:
         return self.cache.get_seq_length()
 
     def _forward(self, **inputs) -> Scores:
-        index = self._target.feature_index
         if "past_key_values" not in inputs:
             inputs |= {"past_key_values": self.cache, "use_cache": True}
-        outputs = self._target.model(**inputs, output_hidden_states=[index], return_dict=True)
-        return Scores(outputs.logits, outputs.hidden_states[index])
+        outputs = self._target.model(**inputs, output_hidden_states=FEATURE, return_dict=True)
+        return Scores(outputs.logits, outputs.hidden_states[FEATURE])
 
     def _chain_mask(self, tokens: Tensor) -> dict:
         """The 2-D mask of a padded prompt, grown to the chain's end; none without padding."""
