@@ -145,7 +145,12 @@ def _has_qkv_bias(text: PreTrainedConfig) -> bool:
 
 def _sizes(text: PreTrainedConfig) -> dict:
     """The widths, heads and limits of a target's text config."""
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None)
+    if heads is None:
+        raise ValueError(
+            f"The target's config, {type(text).__name__}, has no attention heads; a CORAL drafter"
+            " needs a target with attention."
+        )
     epsilons = (
         getattr(text, name, None)
         for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
@@ -183,6 +188,8 @@ def _scales(text: PreTrainedConfig) -> dict:
     """How a target (Granite, Cohere, Gemma 2) scales embeddings and logits outside its modules."""
     divisor = getattr(text, "logits_scaling", None) or 1.0
     factor = getattr(text, "logit_scale", None) or 1.0
+    if isinstance(factor, str):  # MPT names a rule, which transformers does not apply
+        factor = 1.0
     softcap = getattr(text, "final_logit_softcapping", None)
     return {
         "embedding_scale": float(getattr(text, "embedding_multiplier", None) or 1.0),

@@ -9,6 +9,7 @@ from transformers import (
     Gemma3Config,
     GraniteConfig,
     LlamaConfig,
+    MambaConfig,
     MptConfig,
     Phi3Config,
     Qwen2Config,
@@ -189,3 +190,13 @@ def test_two_configs_do_not_share_their_rotary_parameters():
 
 def test_qwen2_has_biases_though_no_field_says_so():
     assert CoralConfig.from_target(Qwen2Config(**SIZES)).attention_bias is True
+
+
+def test_a_named_logit_scale_is_left_to_the_target():
+    config = MptConfig(logit_scale="inv_sqrt_d_model", d_model=32, n_heads=4)
+    assert CoralConfig.from_target(config).logit_scale == 1.0
+
+
+def test_a_target_without_attention_is_refused():
+    with pytest.raises(ValueError, match="MambaConfig, has no attention heads"):
+        CoralConfig.from_target(MambaConfig())
