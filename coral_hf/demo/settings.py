@@ -55,8 +55,8 @@ class DemoSettings:
     row_length: int = 256  # tokens of a training row
     batch_size: int = 4  # rows; large logits are slow to allocate on a CPU
     pad_layers: int = 32  # depth of the padded target; a deeper one is measured as it is
-    num_prompts: int = 8
-    max_new_tokens: int = 96
+    num_prompts: int = 5
+    max_new_tokens: int = 64
     seed: int = 0
 
     def __post_init__(self) -> None:
