@@ -24,6 +24,7 @@ def test_the_defaults_are_the_papers_where_they_are_known(tmp_path):
         ({"csra_temperature": 0.0}, "`csra_temperature` is 0.0; use a value above 0"),
         ({"regression_weight": -1.0}, "`regression_weight` is -1.0; use 0 or more"),
         ({"classification_weight": -0.1}, "`classification_weight` is -0.1"),
+        ({"csra_negatives": "all"}, "`csra_negatives` is 'all'; use one of"),
         ({"csra_weight": -0.1}, "`csra_weight` is -0.1"),
     ],
 )

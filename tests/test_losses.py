@@ -192,10 +192,21 @@ def whole_matrix_csra(predicted: Tensor, temperature: float) -> Tensor:
 @pytest.mark.parametrize("chunk_size", [4, 10, 33, 1024])
 def test_csra_is_the_same_in_chunks_in_value_and_gradient(chunk_size):
     predicted, _ = features()
-    ours, whole = csra_loss(predicted, 0.1, chunk_size), whole_matrix_csra(predicted, 0.1)
+    ours, whole = csra_loss(predicted, 0.1, chunk_size=chunk_size), whole_matrix_csra(predicted, 0.1)
     torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-4)
     gradients = [torch.autograd.grad(loss, predicted)[0] for loss in (ours, whole)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_csra_with_lengths_tells_a_feature_only_from_those_of_its_own_sequence():
+    predicted, _ = features()
+    lengths = [4, 0, 1, POSITIONS - 5]
+    apart = sum(csra_loss(part, 0.1) for part in predicted.split(lengths, dim=1))
+    together = csra_loss(predicted, 0.1, lengths)
+    torch.testing.assert_close(together, apart)
+    assert together < csra_loss(predicted, 0.1)  # which has more to tell apart
+    gradients = [torch.autograd.grad(loss, predicted)[0] for loss in (together, apart)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_csra_reaches_both_sides_of_a_pair():

@@ -78,8 +78,16 @@ def test_every_loss_the_agreement_and_the_gradient_norm_are_logged(target, rows,
     assert expected <= set(trainer.state.log_history[0])
 
 
-def test_the_loss_is_the_weighted_sum_over_trained_tokens(target, rows, tmp_path):
+@pytest.mark.parametrize(
+    ("negatives", "csra"),
+    [
+        ("batch", lambda predicted: csra_loss(predicted, 0.07)),
+        ("sequence", lambda predicted: csra_loss(predicted, 0.07, [18, 7])),
+    ],
+)
+def test_the_loss_is_the_weighted_sum_over_trained_tokens(target, rows, tmp_path, negatives, csra):
     weights = {"regression_weight": 0.7, "classification_weight": 0.3, "csra_weight": 0.2}
+    weights["csra_negatives"] = negatives
     trainer = make_trainer(target, rows, tmp_path, num_steps=2, **weights)
     batch = {name: torch.tensor([row[name] for row in rows[:2]]) for name in rows[0]}
     batch["labels"][1, 9:] = -100
@@ -94,7 +102,7 @@ def test_the_loss_is_the_weighted_sum_over_trained_tokens(target, rows, tmp_path
     torch.testing.assert_close(unrolled.predicted[0], first)
     goal = features[:, 1:-1][kept]
     probs = target.lm_head(goal).softmax(-1)
-    total = 0.2 * csra_loss(unrolled.predicted, 0.07)
+    total = 0.2 * csra(unrolled.predicted)
     for predicted in unrolled.predicted:
         total += 0.7 * F.smooth_l1_loss(predicted, goal, reduction="none").mean(-1).sum()
         total -= 0.3 * (probs * target.lm_head(predicted).log_softmax(-1)).sum()
@@ -129,7 +137,7 @@ def test_accumulated_batches_equal_one_large_batch(target, rows, tmp_path):
             uneven,
             tmp_path,
             max_steps=1,
-            csra_weight=0.0,
+            csra_negatives="sequence",
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulated,
             optim="sgd",

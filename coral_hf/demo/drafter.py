@@ -14,7 +14,12 @@ from .budget import BudgetCallback, trainer_arguments
 from .settings import Budget, DemoSettings
 from .texts import training_rows
 
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 4e-3
+SMALL_VOCAB = 8192
+# likely tokens lie in many groups of a small vocabulary: half of it is read, not an eighth
+SMALL_VOCAB_GROUPS = {"num_groups": 8, "num_active_groups": 4}
+# a small machine verifies fewer nodes
+TREE = {"tree_depth": 6, "tree_top_k": 8, "tree_nodes": 32}
 
 
 def train_drafter(
@@ -27,6 +32,7 @@ def train_drafter(
     rows = training_rows(settings, tokenizer)
     # fp32, whatever the target's dtype: small updates vanish in lower ones
     drafter = CoralDrafter.from_target(target).float()
+    drafter.generation_config.update(**TREE)
     for stage, budget in (
         ("drafter", settings.drafter_budget),
         ("router", settings.router_budget),
@@ -49,9 +55,12 @@ def stage_arguments(
     """The arguments of one stage."""
     return CoralTrainingArguments(
         **trainer_arguments(budget, folder, target.device),
+        **(SMALL_VOCAB_GROUPS if target.config.get_text_config().vocab_size < SMALL_VOCAB else {}),
         stage=stage,
+        classification_weight=1.0,
+        csra_negatives="sequence",
         max_length=settings.row_length,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.drafter_batch_size,
         learning_rate=LEARNING_RATE,
         seed=settings.seed,
     )

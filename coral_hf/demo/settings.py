@@ -27,7 +27,7 @@ class OwnTarget:
     num_layers: int = 2
     num_heads: int = 4
     num_files: int | None = None  # of the standard library; None for all
-    budget: Budget = Budget(max_steps=4000, max_seconds=165)
+    budget: Budget = Budget(max_steps=10_000, max_seconds=150)
     learning_rate: float = 4e-3
 
 
@@ -50,16 +50,17 @@ class DemoSettings:
     cache_dir: Path | None = None
     fresh: bool = False
     own_target: OwnTarget = OwnTarget()
-    drafter_budget: Budget = Budget(max_steps=1500, max_seconds=75)
-    router_budget: Budget = Budget(max_steps=300, max_seconds=15)
+    drafter_budget: Budget = Budget(max_steps=3000, max_seconds=95)
+    router_budget: Budget = Budget(max_steps=1000, max_seconds=12)
     row_length: int = 256  # tokens of a training row
     batch_size: int = 4  # rows; large logits are slow to allocate on a CPU
+    drafter_batch_size: int = 2  # more steps in the same time
     pad_layers: int = 32  # depth of the padded target; a deeper one is measured as it is
     num_prompts: int = 5
     max_new_tokens: int = 64
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("row_length", "batch_size", "num_prompts", "max_new_tokens"):
+        for name in ("row_length", "batch_size", "drafter_batch_size", "num_prompts", "max_new_tokens"):
             if vars(self)[name] < 1:
                 raise ValueError(f"`{name}` is {vars(self)[name]}; use 1 or more.")

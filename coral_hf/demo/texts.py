@@ -42,7 +42,7 @@ def training_rows(settings: DemoSettings, tokenizer: PreTrainedTokenizerBase) ->
         rows = pack(corpus.documents, tokenizer, settings.row_length)
     else:
         rows = split_dataset(settings)["train"]
-    most = settings.drafter_budget.max_steps * settings.batch_size
+    most = settings.drafter_budget.max_steps * settings.drafter_batch_size
     return rows.shuffle(seed=settings.seed).select(range(min(most, len(rows))))
 
 

@@ -49,6 +49,7 @@ def own_drafter(
         **common_key(settings),
         "source": identity(source),
         "budgets": [asdict(settings.drafter_budget), asdict(settings.router_budget)],
+        "drafter_batch_size": settings.drafter_batch_size,
     }
     if settings.dataset is not None:
         # as many rows are held out as there are prompts

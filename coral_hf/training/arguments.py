@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 STAGES = ("drafter", "router")
+NEGATIVES = ("batch", "sequence")
 
 
 @dataclass
@@ -36,6 +37,13 @@ class CoralTrainingArguments(TrainingArguments):
         default=0.1, metadata={"help": "Weight of cross-step representation alignment."}
     )
     csra_temperature: float = field(default=0.07, metadata={"help": "Temperature of CSRA."})
+    csra_negatives: str = field(
+        default="batch",
+        metadata={
+            "help": "What CSRA tells a feature from: all of the 'batch' of a device, whose cost"
+            " grows with the square of its tokens, or its own 'sequence'."
+        },
+    )
     num_groups: int = field(
         default=16, metadata={"help": "Groups of the vocabulary of a new router."}
     )
@@ -50,6 +58,10 @@ class CoralTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.stage not in STAGES:
             raise ValueError(f"`stage` is {self.stage!r}; use one of {STAGES}.")
+        if self.csra_negatives not in NEGATIVES:
+            raise ValueError(
+                f"`csra_negatives` is {self.csra_negatives!r}; use one of {NEGATIVES}."
+            )
         if self.num_steps < 1:
             raise ValueError(f"`num_steps` is {self.num_steps}; use at least 1.")
         if self.num_steps == 1 and self.csra_weight != 0 and self.stage == "drafter":

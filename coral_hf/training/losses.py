@@ -111,16 +111,22 @@ def plain_classification_loss(predicted: Tensor, target: Tensor, logits_of: Logi
     return -(target_probs * logits_of(predicted).float().log_softmax(-1)).sum((-1, -2))
 
 
-def csra_loss(predicted: Tensor, temperature: float, chunk_size: int = 1024) -> Tensor:
+def csra_loss(
+    predicted: Tensor,
+    temperature: float,
+    lengths: list[int] | None = None,
+    chunk_size: int = 1024,
+) -> Tensor:
     """Cross-step representation alignment: InfoNCE between the steps of a position (CORAL, CSRA).
 
     -1/|P(i)| Σ_{p ∈ P(i)} log( e^{z_i·z_p/τ} / Σ_{a ≠ i} e^{z_i·z_a/τ} ) for each feature i, z the
-    normalised features, P(i) the same position at the other steps; all other features of the batch
-    are negatives.
+    normalised features, P(i) the same position at the other steps; all other features of the same
+    sequence are negatives.
 
     Args:
         predicted: (steps, positions, hidden), at least two steps.
         temperature: τ.
+        lengths: positions of each sequence, adding up to all; one sequence by default.
         chunk_size: rows of the similarity matrix held at a time.
 
     Returns:
@@ -132,12 +138,13 @@ def csra_loss(predicted: Tensor, temperature: float, chunk_size: int = 1024) -> 
             f"CSRA compares steps with each other; `predicted` has {steps} of them, use at least 2."
         )
     unit = F.normalize(predicted.float(), dim=-1)
-    rows = unit.flatten(0, 1)  # (steps * positions, hidden)
-    normalisers = rows.new_zeros(())
-    for start in range(0, len(rows), chunk_size):
-        normalisers = normalisers + checkpoint(
-            _log_normaliser, rows, start, chunk_size, temperature, use_reentrant=False
-        )
+    normalisers = unit.new_zeros(())
+    for sequence in unit.split(lengths or [positions], dim=1):
+        rows = sequence.flatten(0, 1)  # (steps * length, hidden)
+        for start in range(0, len(rows), chunk_size):
+            normalisers = normalisers + checkpoint(
+                _log_normaliser, rows, start, chunk_size, temperature, use_reentrant=False
+            )
     # Σ_{p ∈ P(i)} z_i·z_p is z_i·(Σ over steps) less z_i·z_i
     together = unit.sum(0)
     positives = ((unit * together).sum(-1) - (unit * unit).sum(-1)) / (steps - 1) / temperature

@@ -34,6 +34,7 @@ class Unrolled(NamedTuple):
 
     predicted: Tensor  # (steps, positions, hidden)
     target: Tensor  # (positions, hidden), the features that were to be predicted
+    lengths: list[int]  # trained positions of each row of the batch
 
 
 class CoralTrainer(Trainer):
@@ -128,7 +129,7 @@ class CoralTrainer(Trainer):
         # position t predicts feature t + 1, whose token is t + 2; the last is beyond the text
         trained = torch.zeros_like(labels[:, 1:], dtype=torch.bool)
         trained[:, :-1] = labels[:, 2:] != -100
-        return Unrolled(predicted[:, trained], features[:, 1:][trained])
+        return Unrolled(predicted[:, trained], features[:, 1:][trained], trained.sum(1).tolist())
 
     def _drafter_losses(self, model, unrolled: Unrolled) -> dict[str, Tensor]:
         """Weighted losses, each () and summed over positions."""
@@ -142,7 +143,8 @@ class CoralTrainer(Trainer):
             "classification": args.classification_weight * classification.loss.sum(),
         }
         if args.csra_weight:
-            csra = csra_loss(unrolled.predicted, args.csra_temperature)
+            lengths = unrolled.lengths if args.csra_negatives == "sequence" else None
+            csra = csra_loss(unrolled.predicted, args.csra_temperature, lengths)
             losses["csra"] = args.csra_weight * csra
             self._note("csra_loss", csra, positions)
         self._note("regression_loss", regression.mean(), positions)
