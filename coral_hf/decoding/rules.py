@@ -71,7 +71,7 @@ class Remainder(NamedTuple):
         mass = float(residual.sum())
         if mass < torch.finfo(residual.dtype).tiny:  # whose inverse would overflow
             mass = 0.0
-        beside = mass + 1 - self.reach
+        beside = mass + (1 - self.reach)
         return Remainder(
             reach=mass / beside if beside > 0 else self.reach,
             target=residual.div_(mass) if mass > 0 else self.target,
@@ -240,8 +240,8 @@ def _chain(parents: list[int]) -> list[int]:
     while siblings := children[chain[-1]]:
         if len(siblings) > 1:
             raise ValueError(
-                f"`parents` is {parents}, where node {chain[-1]} has {len(siblings)} children; block "
-                "verification takes chains, use `traversal` for other trees."
+                f"`parents` is {parents}, where node {chain[-1]} has {len(siblings)} children; "
+                "`block` takes chains, use `traversal` for other trees."
             )
         chain.append(siblings[0])
     return chain
