@@ -56,6 +56,13 @@ def test_the_worked_example_step_by_step():
     assert without_b.reject(C).reach == 0
 
 
+def test_the_worked_example_ends_in_one_of_three_ways():
+    ways = [(tuple(o.path), chance) for chance, o in branches(partial(traversal, *EXAMPLE))]
+    assert dict(ways) == pytest.approx({(0, 1, 2): 2 / 3, (0, 1, 3): 7 / 33, (0,): 4 / 33})
+    ways = [(tuple(o.path), chance) for chance, o in branches(partial(token_walk, *EXAMPLE))]
+    assert dict(ways) == pytest.approx({(0, 1, 2): 0.5, (0,): 0.5})
+
+
 def test_traversal_may_accept_less_of_one_tree_but_accepts_more_of_all_that_could_be_drawn():
     def of_tree(rule: Rule, *words: int) -> float:
         run = partial(rule, [A, *words], *EXAMPLE[1:])
@@ -408,13 +415,18 @@ def test_on_chosen_tokens_all_rules_accept_the_same(case):
     assert mean_length(traversal, case) == pytest.approx(mean_length(token_walk, case), abs=1e-12)
 
 
-@pytest.mark.parametrize("case", CHAINS + BUSHES, ids=name_of)
-def test_a_drafter_that_equals_the_target_is_always_accepted(case):
-    if case.kind == "equal":
-        assert mean_length(token_walk, case) == pytest.approx(case.depth)
-        assert mean_length(traversal, case) == pytest.approx(case.depth)
-    if case.kind == "disjoint":  # and one that never says what the target says never is
-        assert mean_length(token_walk, case) == mean_length(traversal, case) == 0
+@pytest.mark.parametrize("rule", [token_walk, traversal])
+@pytest.mark.parametrize("how", ["without replacement", "with replacement"])
+@pytest.mark.parametrize("name", ["chain of two", "binary", "irregular"])
+def test_a_drafter_that_equals_the_target_is_always_accepted(name, how, rule):
+    case = Case(name, SHAPES[name], 3, "equal", how)
+    assert mean_length(rule, case) == pytest.approx(case.depth)
+
+
+@pytest.mark.parametrize("rule", [token_walk, traversal])
+@pytest.mark.parametrize("name", ["chain of two", "binary", "irregular"])
+def test_a_drafter_that_never_says_what_the_target_says_is_never_accepted(name, rule):
+    assert mean_length(rule, Case(name, SHAPES[name], 2, "disjoint", "with replacement")) == 0
 
 
 # ---- single trees
@@ -497,8 +509,9 @@ def test_the_root_alone_is_accepted_without_asking(rule):
 
 
 @pytest.mark.parametrize("rule", [token_walk, traversal, block])
-def test_padding_is_never_looked_at(rule):
+def test_padding_and_the_drafter_after_a_leaf_are_never_looked_at(rule):
     p, q = some_probs(3, 4, seed=3), some_probs(3, 4, seed=4)
+    q[2] = torch.nan
     plain = asked(rule, [0, 1, 0], [0, 0, 1], p, q)
     nowhere = torch.full((1, 4), torch.nan, dtype=p.dtype)
     padded_p, padded_q = (torch.cat([x[:2], nowhere, x[2:], nowhere]) for x in (p, q))
@@ -557,6 +570,9 @@ def test_no_input_leads_to_anything_but_a_distribution(dtype, with_replacement):
         assert torch.equal(p, before[0]) and torch.equal(q, before[1])
 
 
+DTYPES = (torch.float64, torch.float32)
+
+
 @pytest.mark.parametrize("rule", [token_walk, traversal])
 def test_single_precision_asks_for_nearly_the_same_chances(rule):
     tree = [0, 1, 0, 5, 1, 0, 2], [0, 0, 0, 0, 1, 1, 4]
@@ -564,6 +580,3 @@ def test_single_precision_asks_for_nearly_the_same_chances(rule):
     double, single = (asked(rule, *tree, p.to(dtype), q.to(dtype)) for dtype in DTYPES)
     assert single[0] == pytest.approx(double[0], abs=1e-5)
     torch.testing.assert_close(single[1].probs.double(), double[1].probs, rtol=0, atol=1e-5)
-
-
-DTYPES = (torch.float64, torch.float32)
