@@ -170,11 +170,12 @@ def test_bigrams_are_counted_with_distinct_successors_best_first():
 
 def test_a_bigram_tree_follows_the_most_probable_pairs():
     drafting = BigramDrafting(BigramDrafter.from_texts([torch.tensor([0, 1, 0, 2, 0, 1])], 4, 2))
-    drafting.begin(torch.tensor([[3, 0]]), torch.zeros(1, 1, 8))
+    features, positions = torch.zeros(1, 2, 8), torch.tensor([[0, 1]])
+    drafting.begin(torch.tensor([[3, 0]]), features, positions)
     tree = drafting.propose(TreeShape(depth=2, top_k=2, nodes=4))
     assert tree.tokens.tolist() == [[0, 1, 2, 0]]
     assert tree.parents.tolist() == [[0, 0, 0, 1]]
-    drafting.commit(torch.tensor([[1]]), torch.zeros(1, 1, 8))
+    drafting.commit(torch.tensor([[1, 2]]), features, torch.tensor([1]))
     assert drafting.propose(TreeShape(depth=0, top_k=2, nodes=4)).tokens.tolist() == [[1]]
 
 

@@ -26,6 +26,14 @@ def filled(count: int = 10) -> GrowingLayer:
     return layer
 
 
+def keep(layer: GrowingLayer | GrowingCache, start: int, nodes: list[int]) -> None:
+    """Keep the columns before `start`, and those of some nodes of the tree that begins there."""
+    batch = layer.layers[0].keys.shape[0] if isinstance(layer, GrowingCache) else len(layer.keys)
+    source = (start + torch.tensor(nodes, dtype=torch.long)).expand(batch, -1)
+    destination = torch.arange(start, start + len(nodes)).expand(batch, -1)
+    layer.keep(source, destination, start + len(nodes))
+
+
 def assert_same(layer: DynamicLayer, other: DynamicLayer) -> None:
     assert layer.get_seq_length() == other.get_seq_length()
     if layer.get_seq_length():
@@ -85,7 +93,7 @@ def test_rejected_nodes_leave_the_cache():
     keys, values = make_rows(6, seed=1)
     layer.update(keys, values)
     address = layer.keys.data_ptr()
-    layer.keep(4, torch.tensor([0, 2, 5]))
+    keep(layer, 4, [0, 2, 5])
     assert layer.get_seq_length() == 7
     assert layer.keys[:, :, :4].equal(before)
     assert layer.keys[:, :, 4:].equal(keys[:, :, [0, 2, 5]])
@@ -95,16 +103,27 @@ def test_rejected_nodes_leave_the_cache():
 
 def test_keeping_nothing_of_a_tree_leaves_the_committed_rows():
     layer = filled(10)
-    layer.keep(6, torch.tensor([], dtype=torch.long))
+    keep(layer, 6, [])
     assert layer.keys.equal(make_rows(10)[0][:, :, :6])
 
 
 def test_rows_written_after_a_commit_follow_the_kept_ones():
     layer = filled(6)
-    layer.keep(2, torch.tensor([1, 3]))
+    keep(layer, 2, [1, 3])
     keys, _ = make_rows(2, seed=1)
     layer.update(*make_rows(2, seed=1))
     assert layer.keys.equal(torch.cat([make_rows(6)[0][:, :, [0, 1, 3, 5]], keys], dim=2))
+
+
+def test_rows_of_a_batch_keep_columns_of_their_own():
+    layer = filled(4)
+    keys, values = make_rows(3, seed=1)
+    layer.update(keys, values)
+    # row 0 keeps two nodes behind its four columns, row 1 one node behind its two
+    layer.keep(torch.tensor([[4, 6], [5, 4]]), torch.tensor([[4, 5], [2, 3]]), 6)
+    before = make_rows(4)[0]
+    assert layer.keys[0].equal(torch.cat([before[0], keys[0][:, [0, 2]]], dim=1))
+    assert layer.keys[1, :, :3].equal(torch.cat([before[1, :, :2], keys[1][:, [1]]], dim=1))
 
 
 def test_a_repeated_cache_can_be_cropped():
@@ -117,7 +136,7 @@ def test_a_repeated_cache_can_be_cropped():
 def test_a_repeated_cache_keeps_the_rows_that_it_is_told_to():
     layer = filled(10)
     layer.batch_repeat_interleave(3)
-    layer.keep(4, torch.tensor([1, 4]))
+    keep(layer, 4, [1, 4])
     repeated = make_rows(10)[0].repeat_interleave(3, dim=0)
     assert layer.keys.equal(repeated[:, :, [0, 1, 2, 3, 5, 8]])
 
@@ -181,7 +200,7 @@ def test_all_layers_of_a_cache_keep_and_truncate_alike_and_empty_ones_stay_empty
     cache = GrowingCache(3)
     for idx in (0, 2):  # layer 1 reads another layer's keys
         cache.update(*make_rows(8, seed=idx), layer_idx=idx)
-    cache.keep(3, torch.tensor([0, 4]))
+    keep(cache, 3, [0, 4])
     cache.truncate(4)
     assert cache.get_seq_length() == 4
     for idx in (0, 2):

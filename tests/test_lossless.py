@@ -19,14 +19,16 @@ from transformers import (
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from coral_hf import CoralDrafter
-from coral_hf.decoding import loop as loop_module
 from coral_hf.decoding import verification
+from coral_hf.decoding import verifier as verifier_module
 from coral_hf.decoding.candidate_generator import CoralCandidateGenerator
 from coral_hf.decoding.loop import DecodingLoop
+from coral_hf.decoding.records import Records
 from coral_hf.decoding.scoring import TargetScorer
-from coral_hf.decoding.sequence import Sequence
+from coral_hf.decoding.texts import Texts
 from coral_hf.decoding.tree import TreeShape
 from coral_hf.decoding.verification import Siblings, share_among_siblings
+from coral_hf.decoding.verifier import Verifier
 from coral_hf.target import read_target
 
 TREE = {"tree_depth": 4, "tree_top_k": 6, "tree_nodes": 24}
@@ -74,24 +76,21 @@ def test_greedy_tokens_equal_a_trained_target_alone(name):
     assert torch.equal(plain, drafted)
 
 
-class Branch(DecodingLoop):
-    """The loop along one branch of all that chance may do, and how likely that branch is."""
+class Branch(Verifier):
+    """The verifier along one branch of all that chance may do, and how likely that branch is."""
 
     def follow(self, text, rule=share_among_siblings):
         self.text, self.rule, self.chance = text, rule, 1.0
         return self
 
-    def token_rule(self, scores):
-        def next_token(node, drafted, children):
-            # float64 all the way, where `generate` itself goes on in fp32
-            probs = scores.logits[0, node].double().softmax(-1)
-            token = self.text[self.sequence.length - PROMPT.shape[1] + len(drafted)]
-            self.chance *= chance_of(
-                token, children, self.rule(probs, torch.tensor(children).long())
-            )
-            return token
-
-        return next_token
+    def _next_tokens(self, rows, nodes, child_of, scores):
+        # float64 all the way, where `generate` itself goes on in fp32
+        probs = scores.logits[0, nodes[0]].double().softmax(-1)
+        token = self.text[self._texts.longest - PROMPT.shape[1]]
+        children = list(child_of[0])
+        siblings = self.rule(probs, torch.tensor(children).long())
+        self.chance *= chance_of(token, children, siblings)
+        return [token]
 
 
 def chance_of(token: int, children: list[int], siblings: Siblings) -> float:
@@ -118,15 +117,19 @@ def chances_of_all_texts(target, drafter, shape, rule=share_among_siblings) -> t
         end = PROMPT.shape[1] + LENGTH
         criteria = StoppingCriteriaList([MaxLengthCriteria(end)])
         # a round may look at tokens beyond the text, which no chance depends on
-        branch = Branch(
+        config = GenerationConfig(do_sample=True)
+        texts, records = Texts(PROMPT, LogitsProcessorList(), criteria), Records(config, 1)
+        loop = DecodingLoop(
             CoralCandidateGenerator(drafter, bound),
             TargetScorer(bound, takes_tree=True),
-            Sequence(PROMPT, LogitsProcessorList(), criteria),
-            GenerationConfig(do_sample=True),
+            texts,
+            records,
+            config,
             shape,
             end,
-        ).follow(text, rule)
-        branch.run({"use_cache": True})
+        )
+        branch = loop.verifier = Branch(texts, records, True).follow(text, rule)
+        loop.run({"use_cache": True})
         chances.append(branch.chance)
     return torch.tensor(chances, dtype=torch.float64)
 
@@ -239,4 +242,4 @@ def test_samples_fit_the_target_with_processors(pair):
 
 
 def test_the_loop_draws_by_the_tested_rule():
-    assert loop_module.draw_token is verification.draw_token
+    assert verifier_module.draw_token is verification.draw_token

@@ -11,6 +11,7 @@ from conftest import scatter_weights, tiny_config, tiny_target
 from torch import Tensor
 
 from coral_hf import CoralCandidateGenerator, CoralConfig, CoralDrafter
+from coral_hf.decoding.cache import GrowingCache
 from coral_hf.decoding.candidate_generator import CacheContext
 from coral_hf.decoding.tree import TreeShape
 from coral_hf.modeling_coral import CausalContext
@@ -126,7 +127,7 @@ def draft(drafter: CoralDrafter, embeddings: Tensor, features: Tensor, own: int)
     reads the prediction of the step before it, at the position after it. (1, hidden)
     """
     length = features.shape[1]
-    context = CacheContext(len(drafter.layers))
+    context = CacheContext(GrowingCache(len(drafter.layers)))
     true = length - own
     positions = torch.arange(length)[None]
     predicted = drafter(embeddings[:, :true], features[:, :true], positions[:, :true], context)
@@ -167,7 +168,8 @@ def test_the_unroll_ranks_tokens_as_the_tree_does():
     text = torch.tensor([[5, 9, 3, 17, 22, 8, 30]])
     features = read_features(model, text, torch.ones_like(text))
     drafting = CoralCandidateGenerator(drafter, target)
-    drafting.begin(text, features[:, :-1])
+    positions = torch.arange(text.shape[1] - 1)[None]
+    drafting.begin(text[:, 1:], features[:, :-1], positions)
     chain = drafting.propose(TreeShape(depth=4, top_k=1, nodes=5)).tokens  # (1, 1 + 4)
     assert len(set(chain[0].tolist())) > 2
 

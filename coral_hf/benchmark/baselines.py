@@ -52,7 +52,7 @@ class BigramDrafter(NamedTuple):
         settings = {name: int(tree[name]) for name in TREE_KEYWORDS if name in tree}
         table = BigramDrafter(*(tensor.to(target.device) for tensor in self))
         config = CoralConfig.from_target(target.config)
-        return decoder_of(config, lambda _: BigramDrafting(table), TREE_DEFAULTS, settings, None)
+        return decoder_of(config, lambda *_: BigramDrafting(table), TREE_DEFAULTS, settings, None)
 
 
 class BigramDrafting:
@@ -63,13 +63,20 @@ class BigramDrafting:
     def __init__(self, drafter: BigramDrafter) -> None:
         self.drafter = drafter
 
-    def begin(self, tokens: Tensor, features: Tensor) -> None:
+    def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
         """See [`coral_hf.decoding.candidate_generator.Drafting`]."""
         self._root = tokens[:, -1]
 
-    def commit(self, tokens: Tensor, features: Tensor) -> None:
+    def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
         """See [`coral_hf.decoding.candidate_generator.Drafting`]."""
-        self._root = tokens[:, -1]
+        self._root = tokens.gather(1, counts[:, None] - 1)[:, 0]
+
+    def select(self, rows: Tensor) -> None:
+        """See [`coral_hf.decoding.candidate_generator.Drafting`]."""
+        self._root = self._root[rows]
+
+    def memory(self) -> None:
+        """See [`coral_hf.decoding.candidate_generator.Drafting`]."""
 
     def propose(self, shape: TreeShape) -> DraftTree:
         """The most probable paths of the bigram chain below the last certain token."""

@@ -1,19 +1,23 @@
 """A key-value cache that grows in place and drops rejected rows without being copied.
 
 In: the keys and values that a model computes. Out: views of preallocated buffers. transformers'
-dynamic layer copies the whole cache at every call; this one writes each row once, and a round's
-commit moves only the accepted rows.
+dynamic layer copies the whole cache at every call; this one writes each column once, and a round's
+commit moves only the accepted ones.
 
-    rows         0 … n-1        n … n+nodes-1
-                 committed      nodes of the last tree
-    keep(n, [0, 2, 5])          rows n, n+2, n+5 move to n, n+1, n+2; the length becomes n + 3
+    columns                       0 … n-1        n … n+nodes-1
+                                  committed      nodes of the last tree
+    keep([[n, n+2, n+5]],         columns n, n+2, n+5 move to n, n+1, n+2;
+         [[n, n+1, n+2]], n+3)    the length becomes n + 3
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
 FIRST_CAPACITY = 256
+# the attribute of a returned cache that holds what the drafter has read of the same texts
+MEMORY = "drafter_memory"
 
 
 class GrowingLayer(DynamicLayer):
@@ -41,12 +45,28 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :stop] for buffer in self._buffers)
         return self.keys, self.values
 
-    def keep(self, start: int, rows: Tensor) -> None:
-        """Keep rows 0 … start - 1 and start + `rows` (kept,), in this order; drop the others."""
-        stop = start + len(rows)
+    def keep(self, source: Tensor, destination: Tensor, length: int) -> None:
+        """Move the columns `source` to `destination`, (batch, kept) each; then keep `length`."""
         for states in (self.keys, self.values):
-            states[:, :, start:stop] = states[:, :, start + rows.to(states.device)]
-        self.keys, self.values = self.keys[:, :, :stop], self.values[:, :, :stop]
+            # (batch, kv_heads, kept, head_dim); gathered before written: the two overlap
+            shape = (*states.shape[:2], -1, states.shape[-1])
+            index, target = (
+                part.to(states.device)[:, None, :, None].expand(shape)
+                for part in (source, destination)
+            )
+            states.scatter_(2, target, states.gather(2, index))
+        self._cut(length)
+
+    def _cut(self, length: int) -> None:
+        self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
+
+    @classmethod
+    def of(cls, layer: DynamicLayer) -> "GrowingLayer":
+        """A layer with another one's columns."""
+        growing = cls()
+        if layer.is_initialized and layer.keys.numel():
+            growing.update(layer.keys, layer.values)
+        return growing
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last rows; transformers passes their number negated."""
@@ -79,16 +99,99 @@ class GrowingCache(Cache):
     def __init__(self, num_layers: int):
         super().__init__(layers=[GrowingLayer() for _ in range(num_layers)])
 
-    def keep(self, start: int, rows: Tensor) -> None:
-        """Keep the first `start` rows and the rows start + `rows` (kept,) of every layer."""
+    @classmethod
+    def of(cls, cache: Cache) -> "GrowingCache | None":
+        """A cache with another one's columns, or None if that one has dropped some of them."""
+        for layer in cache.layers:
+            keys = getattr(layer, "keys", None)
+            length = 0 if keys is None else keys.shape[-2]
+            if layer.is_initialized and length != layer.get_seq_length():
+                return None
+        growing = cls(0)
+        growing.layers = [
+            layer if isinstance(layer, GrowingLayer) else GrowingLayer.of(layer)
+            for layer in cache.layers
+        ]
+        return growing
+
+    def keep(self, source: Tensor, destination: Tensor, length: int) -> None:
+        """Move columns, (batch, kept) each, and keep the first `length` ones of every layer."""
+        is_in_place = source.equal(destination)
         for layer in self.layers:
             if layer.is_initialized:  # layers that share another layer's keys stay empty
-                layer.keep(start, rows)
+                layer._cut(length) if is_in_place else layer.keep(source, destination, length)
+
+    def rows(self, rows: Tensor) -> "GrowingCache":
+        """A cache of some rows of the batch, (rows,)."""
+        part = GrowingCache(len(self.layers))
+        for layer, own in zip(part.layers, self.layers, strict=True):
+            if own.is_initialized:
+                layer.update(own.keys[rows], own.values[rows])
+        return part
+
+    @classmethod
+    def join(cls, parts: "list[tuple[list[int], GrowingCache]]") -> "GrowingCache":
+        """One cache of several, each of some rows of the batch; shorter ones end in zeros."""
+        order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
+        width = max(part.get_seq_length() for _, part in parts)
+        whole = cls(len(parts[0][1].layers))
+        for index, layer in enumerate(whole.layers):
+            layers = [part.layers[index] for _, part in parts]
+            if layers[0].is_initialized:
+                keys = _joined([one.keys for one in layers], width)[order]
+                layer.update(keys, _joined([one.values for one in layers], width)[order])
+        return whole
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` rows."""
         for layer in self.layers:
             layer.crop(min(length - layer.get_seq_length(), 0))
+
+
+def is_users(cache: Cache | None) -> bool:
+    """Whether the caller has passed a cache, and so may go on with it after the call."""
+    return cache is not None and (
+        getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0
+    )
+
+
+def continued_cache(given: Cache | None, length: int, is_whole: bool) -> GrowingCache | None:
+    """The columns that a call goes on with, None where it starts afresh.
+
+    Args:
+        given: the call's `past_key_values`.
+        length: of the call's `input_ids`.
+        is_whole: whether these are whole texts, or only what is new in them.
+
+    Raises:
+        ValueError: if the cache has dropped columns and the text does not come whole.
+    """
+    if given is None or given.get_seq_length() == 0:
+        return None
+    cache = GrowingCache.of(given)
+    if cache is None:
+        if is_whole:
+            return None  # read again from the start: right, and slower once
+        raise ValueError(
+            f"`past_key_values` is a {type(given).__name__} whose layers do not hold every token,"
+            " and `input_ids` only what is new; pass the whole text as `input_ids`."
+        )
+    if is_whole:  # the last token at least is read, for its logits
+        cache.truncate(length - 1)
+    return cache
+
+
+def returned_cache(given: Cache | None, cache: GrowingCache) -> Cache:
+    """The caller's own cache, filled, where it is one that grows; else ours."""
+    if given is None or not all(isinstance(layer, DynamicLayer) for layer in given.layers):
+        return cache
+    given.layers = cache.layers
+    return given
+
+
+def _joined(parts: list[Tensor], width: int) -> Tensor:
+    """Stack (rows, kv_heads, columns, head_dim) of different widths along the batch."""
+    return torch.cat([F.pad(part, (0, 0, 0, width - part.shape[2])) for part in parts])
 
 
 def visible(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,8 @@ knows a drafter by `begin`, `propose` and `commit` (`Drafting`) and nothing else
     a level reads        (node, its parent's f̂)           and gives the next level
 """
 
-from typing import Protocol
+import weakref
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,47 +21,70 @@ from ..draft_head import Children
 from ..modeling_coral import CoralDrafter
 from ..target import FEATURE, Target
 from .cache import GrowingCache
+from .columns import HIDDEN, Columns
 from .tree import Beam, DraftTree, TreeBuilder, TreeShape, root_only
 
 
 class Drafting(Protocol):
     """All that the decoding loop knows of a drafter."""
 
-    def begin(self, tokens: Tensor, features: Tensor) -> None:
-        """Start at a prompt.
+    def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
+        """Start at prompts, or go on with texts that were read before.
 
         Args:
-            tokens: (batch, length + 1), the last one just emitted.
-            features: (batch, length, hidden), the target's, of all tokens but the last.
+            tokens: (batch, length), the token after each feature; the last one was just emitted.
+            features: (batch, length, hidden), the target's.
+            positions: (batch, length), of the features; negative where the prompt is padded.
         """
         ...
 
     def propose(self, shape: TreeShape) -> DraftTree:
-        """Draft a tree below the last certain token, no larger than `shape`."""
+        """Draft a tree below each row's last certain token, no larger than `shape`."""
         ...
 
-    def commit(self, tokens: Tensor, features: Tensor) -> None:
+    def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
         """Read the tokens that a round made certain, each with the feature before it.
 
         Args:
-            tokens: (batch, new).
+            tokens: (batch, new), padded on the right.
             features: (batch, new, hidden).
+            counts: (batch,), how many are no padding.
         """
         ...
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with some rows of the batch only, (rows,)."""
+        ...
+
+    def memory(self) -> object | None:
+        """What to hand to a later call that goes on with the same texts, if anything."""
+        ...
+
+
+class DrafterMemory(NamedTuple):
+    """What a drafter has read of texts that may go on: it travels with the target's cache."""
+
+    drafter: weakref.ref
+    cache: GrowingCache
+    columns: Columns
+
+    def fits(self, drafter: CoralDrafter, positions: Tensor) -> bool:
+        """Whether a text at (batch, length) `positions` goes on where this one ends."""
+        ends = self.columns.next_positions
+        return (
+            self.drafter() is drafter
+            and len(ends) == len(positions)
+            and bool((ends.to(positions.device) == positions[:, 0]).all())
+        )
 
 
 class CacheContext:
     """A drafter's own cache as the context of its steps."""
 
-    def __init__(self, num_layers: int):
-        self.cache = GrowingCache(num_layers)
+    def __init__(self, cache: GrowingCache):
+        self.cache = cache
         # (batch, 1, length, rows so far + length), True where a query may look
         self.mask: Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        """Rows in the cache."""
-        return self.cache.get_seq_length()
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See [`coral_hf.modeling_coral.Context`]."""
@@ -79,6 +103,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         target: what the drafter reads of its target.
         draft_head: `"full"` or `"routed"`; the drafter's own choice by default.
         chain_length: tokens that `get_candidates` proposes, for transformers' own chain loop.
+        memory: of an earlier call; left aside where the text does not go on from it.
 
     Example:
 
@@ -92,6 +117,7 @@ class CoralCandidateGenerator(CandidateGenerator):
     requires_model_outputs = True
     _root: Tensor  # (batch,), the last certain token
     _feature: Tensor  # (batch, 1, hidden), predicted for the root's position
+    _columns: Columns  # of the drafter's cache
 
     def __init__(
         self,
@@ -99,40 +125,87 @@ class CoralCandidateGenerator(CandidateGenerator):
         target: Target,
         draft_head: str | None = None,
         chain_length: int = 5,
+        memory: DrafterMemory | None = None,
     ):
         self.drafter = drafter
         self.target = target
         self.head = drafter.draft_head(target.head, draft_head)
         self.chain_length = chain_length
         self.model_kwargs_overrides = {"output_hidden_states": FEATURE}
-        self._reset()
+        self._memory = memory
+        self._start(batch=1)
 
-    def _reset(self) -> None:
-        self._context = CacheContext(self.drafter.config.num_hidden_layers)
+    def _start(self, batch: int) -> None:
+        self._context = CacheContext(GrowingCache(self.drafter.config.num_hidden_layers))
+        self._columns = Columns(batch, self.drafter.fc.weight.device)
 
-    def begin(self, tokens: Tensor, features: Tensor) -> None:
+    def memory(self) -> DrafterMemory:
+        """What was read so far, for a call that goes on with the same texts."""
+        return DrafterMemory(weakref.ref(self.drafter), self._context.cache, self._columns)
+
+    def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
         """See [`Drafting`]."""
-        self._reset()
-        self.commit(tokens[:, 1:], features)
+        device = self.drafter.fc.weight.device
+        tokens, positions = tokens.to(device), positions.to(device)
+        if self._memory is None or not self._memory.fits(self.drafter, positions):
+            self._start(len(tokens))
+        else:
+            self._context, self._columns = CacheContext(self._memory.cache), self._memory.columns
+            self._context.cache.truncate(self._columns.width)  # a call may have broken off
+        mask = None  # a prompt without padding is plainly causal
+        seen = positions != HIDDEN
+        if self._columns.width or not seen.all():
+            length = seen.shape[1]
+            causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+            itself = torch.eye(length, dtype=torch.bool, device=device)  # padding sees something
+            mask = self._mask(positions, causal & seen[:, None] | itself)
+        predicted = self._step(tokens, features, positions.clamp(min=0), mask)
+        self._columns.append(positions)
+        self._root, self._feature = tokens[:, -1], predicted[:, -1:]
 
-    def commit(self, tokens: Tensor, features: Tensor) -> None:
+    def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
         """See [`Drafting`]."""
         # prompts may stay on the CPU, and a target's last layer may be on another device
-        tokens = tokens.to(self.drafter.fc.weight.device)
-        start, new = self._context.length, tokens.shape[1]
-        positions = torch.arange(start, start + new, device=tokens.device)
-        columns = torch.arange(start + new, device=tokens.device)
-        # a lone row sees all there is, and a whole prompt is plainly causal
-        needs_mask = start > 0 and new > 1
-        mask = (columns <= positions[:, None])[None, None] if needs_mask else None
-        predicted = self._step(tokens, features, positions[None], mask)
-        self._root, self._feature = tokens[:, -1], predicted[:, -1:]
+        device = self.drafter.fc.weight.device
+        tokens, counts = tokens.to(device), counts.to(device)
+        columns, new = self._columns, tokens.shape[1]
+        steps = torch.arange(new, device=device)
+        positions = columns.next_positions[:, None] + steps  # (batch, new)
+        causal = (steps <= steps[:, None]).expand(len(tokens), -1, -1)
+        # a lone row sees all there is
+        is_plain = new == 1 and columns.is_dense
+        mask = None if is_plain else self._mask(positions, causal)
+        predicted = self._step(tokens, features, positions, mask)
+        source, destination = columns.width + steps, columns.destinations(new)
+        columns.commit(counts)
+        self._context.cache.keep(source.expand(len(tokens), -1), destination, columns.width)
+        last = counts - 1
+        self._root = tokens.gather(1, last[:, None])[:, 0]
+        index = last[:, None, None].expand(-1, -1, predicted.shape[2])
+        self._feature = predicted.gather(1, index)
+
+    def select(self, rows: Tensor) -> None:
+        """See [`Drafting`]."""
+        rows = rows.to(self._root.device)
+        self._columns.select(rows)
+        self._context.cache.batch_select_indices(rows)
+        self._context.cache.truncate(self._columns.width)
+        self._root, self._feature = self._root[rows], self._feature[rows]
+
+    def _mask(self, positions: Tensor, seen: Tensor) -> Tensor:
+        """What queries see: (batch, 1, queries, columns + new), True where they may look.
+
+        Args:
+            positions: (batch, queries).
+            seen: (batch, queries, new), among the rows behind the committed columns.
+        """
+        return torch.cat([self._columns.looks(positions), seen], dim=2)[:, None]
 
     def propose(self, shape: TreeShape) -> DraftTree:
         """See [`Drafting`]. EAGLE-2's dynamic tree, deterministic."""
         if shape.depth == 0 or shape.nodes == 1:
             return root_only(self._root)
-        committed = self._context.length
+        committed = self._columns.width
         builder = TreeBuilder(self._root, shape)
         features = self._feature
         log_path = features.new_zeros(features.shape[:2], dtype=torch.float32)
@@ -141,7 +214,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         seen = beam.tokens.new_zeros(*beam.tokens.shape, 0, dtype=torch.bool)
         for depth in range(1, shape.depth):
             seen = self._see_itself(seen, beam, is_first=depth == 1)
-            features = self._expand(beam, features, seen, committed + depth - 1, committed)
+            features = self._expand(beam, features, seen, depth - 1)
             beam = builder.add_level(*self._children(features, beam.log_path, shape))
         self._context.cache.truncate(committed)
         return builder.build()
@@ -160,13 +233,11 @@ class CoralCandidateGenerator(CandidateGenerator):
         inherited = seen.gather(1, beam.parents[..., None].expand(-1, -1, seen.shape[2]))
         return torch.cat([inherited, itself], dim=2)
 
-    def _expand(
-        self, beam: Beam, features: Tensor, seen: Tensor, position: int, committed: int
-    ) -> Tensor:
+    def _expand(self, beam: Beam, features: Tensor, seen: Tensor, depth: int) -> Tensor:
         """One drafter step over the beam: (batch, beam, hidden) features that its nodes predict."""
         parents = beam.parents[..., None].expand(-1, -1, features.shape[2])
-        mask = torch.cat([seen.new_ones(*seen.shape[:2], committed), seen], dim=2)[:, None]
-        positions = torch.full((1, 1), position, device=features.device)
+        positions = (self._columns.next_positions + depth)[:, None]  # (batch, 1)
+        mask = self._mask(positions.expand(seen.shape[:2]), seen)
         return self._step(beam.tokens, features.gather(1, parents), positions, mask)
 
     def _step(
@@ -193,8 +264,13 @@ class CoralCandidateGenerator(CandidateGenerator):
         # the first pass reads the prompt, whose features are not there yet
         if model_outputs is None:
             return input_ids, None
-        read = self._context.length
-        features = model_outputs.hidden_states[FEATURE]
-        self.commit(input_ids[:, read + 1 :], features[:, : input_ids.shape[1] - 1 - read])
+        read = self._columns.width
+        tokens = input_ids[:, read + 1 :]
+        features = model_outputs.hidden_states[FEATURE][:, : tokens.shape[1]]
+        if read == 0:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+            self.begin(tokens, features, positions)
+        else:
+            self.commit(tokens, features, tokens.new_tensor([tokens.shape[1]]))
         chain = self.propose(TreeShape(self.chain_length, top_k=1, nodes=self.chain_length + 1))
         return torch.cat([input_ids, chain.tokens[:, 1:]], dim=1), None

@@ -5,7 +5,7 @@ what cannot be done; nothing is silently done another way.
 """
 
 from torch import Tensor
-from transformers import Cache, GenerationConfig, PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerationMode
 from transformers.utils import logging
 
@@ -16,7 +16,8 @@ from .tree import TreeShape
 logger = logging.get_logger(__name__)
 
 DECODING_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-DYNAMIC_CACHES = (None, "dynamic", "dynamic_full")
+# "static" asks for fixed shapes, which is about speed: the tokens are the same with ours
+KNOWN_CACHES = (None, "dynamic", "dynamic_full", "static")
 
 
 def choose_shape(
@@ -45,20 +46,20 @@ def choose_shape(
 
 
 def check_call(
-    model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, cache: Cache | None
+    model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict
 ) -> None:
     """Refuse what a drafter cannot do.
 
     Args:
         input_ids: (batch, length).
-        cache: the call's `past_key_values`.
+        model_kwargs: what `generate` has prepared for the target.
 
     Raises:
         ValueError: with the setting, its value and what to do.
     """
     _check_mode(model, config)
-    _check_input(model, input_ids)
-    _check_cache(model, config, cache)
+    _check_input(model, input_ids, model_kwargs.get("attention_mask"))
+    _check_cache(model, config)
 
 
 def _check_mode(model: PreTrainedModel, config: GenerationConfig) -> None:
@@ -77,11 +78,6 @@ def _check_mode(model: PreTrainedModel, config: GenerationConfig) -> None:
         raise ValueError(
             "`use_cache` is False, but a drafter needs the target's cache; pass use_cache=True."
         )
-    if config.output_attentions or config.output_hidden_states:
-        raise ValueError(
-            "`output_attentions` and `output_hidden_states` are not returned with a drafter; call"
-            " the target once on the finished sequence to get them."
-        )
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"The target {type(model).__name__} is an encoder-decoder; a CORAL drafter needs a"
@@ -89,15 +85,16 @@ def _check_mode(model: PreTrainedModel, config: GenerationConfig) -> None:
         )
 
 
-def _check_input(model: PreTrainedModel, input_ids: Tensor) -> None:
-    batch, length = input_ids.shape
-    if batch > 1:
-        raise ValueError(
-            f"The batch has {batch} rows; generation with a drafter takes one row at a time."
-        )
+def _check_input(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> None:
+    length = input_ids.shape[1]
     if length == 0:
         raise ValueError("The prompt is empty; pass at least one token, such as the BOS token.")
-    limit = _position_limit(model)
+    if mask is not None and not mask[:, -1].all():
+        raise ValueError(
+            "`attention_mask` ends with 0 in some row, but text goes on at the right end of a row;"
+            " pad on the left: tokenizer.padding_side = 'left'."
+        )
+    limit = position_limit(model)
     if limit is not None and length > limit:
         raise ValueError(
             f"The prompt has {length} tokens, but the target has {limit} positions; shorten the"
@@ -105,23 +102,18 @@ def _check_input(model: PreTrainedModel, input_ids: Tensor) -> None:
         )
 
 
-def _check_cache(model: PreTrainedModel, config: GenerationConfig, cache: Cache | None) -> None:
-    if config.cache_implementation not in DYNAMIC_CACHES:
+def _check_cache(model: PreTrainedModel, config: GenerationConfig) -> None:
+    if config.cache_implementation not in KNOWN_CACHES:
         raise ValueError(
             f"`cache_implementation` is {config.cache_implementation!r}; a drafter works with the"
             " default cache."
-        )
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError(
-            f"`past_key_values` already holds {cache.get_seq_length()} tokens; with a drafter, pass"
-            " the whole text as `input_ids` and no cache."
         )
     obstacle = cache_obstacle(model)
     if obstacle is not None:
         raise ValueError(f"The target {type(model).__name__} cannot take a drafter: {obstacle}.")
 
 
-def _position_limit(model: PreTrainedModel) -> int | None:
+def position_limit(model: PreTrainedModel) -> int | None:
     """Positions of a target with a table of them; others go on, as in plain `generate`."""
     text = text_config(model)
     has_table = getattr(text, "rope_parameters", None) is None and tree_obstacle(model) is None
@@ -133,6 +125,6 @@ def longest_text(model: PreTrainedModel, criteria: StoppingCriteriaList) -> int:
 
     With a table of P positions, the text ends at P + 1 tokens: the last one is never read.
     """
-    limit = _position_limit(model)
+    limit = position_limit(model)
     lengths = [criteria.max_length, None if limit is None else limit + 1]
     return min(length for length in lengths if length is not None)

@@ -24,12 +24,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..configuration_coral import CoralConfig
 from ..modeling_coral import TREE_DEFAULTS, CoralDrafter
-from ..target import Target, check_tokenizer, read_target
-from .candidate_generator import CoralCandidateGenerator, Drafting
-from .checks import check_call, choose_shape, longest_text
+from ..target import Target, check_tokenizer, read_target, sliding_windows
+from .cache import MEMORY, continued_cache, is_users, returned_cache
+from .candidate_generator import CoralCandidateGenerator, DrafterMemory, Drafting
+from .checks import check_call, choose_shape, longest_text, position_limit
 from .loop import CoralGenerateOutput, DecodingLoop
-from .scoring import TargetScorer
-from .sequence import Sequence
+from .records import Records
+from .scoring import TargetScorer, whole_length
+from .texts import Texts
 
 # keywords of `generate` that are ours
 TREE_KEYWORDS = tuple(TREE_DEFAULTS)
@@ -146,8 +148,8 @@ def decoder(
         check_tokenizer(tokenizer, drafter.config)
     head = settings.pop("draft_head", None)
 
-    def drafting(target: Target) -> Drafting:
-        return CoralCandidateGenerator(drafter, target, head)
+    def drafting(target: Target, memory: DrafterMemory | None) -> Drafting:
+        return CoralCandidateGenerator(drafter, target, head, memory=memory)
 
     shape = {
         name: getattr(drafter.generation_config, name, TREE_DEFAULTS[name])
@@ -158,7 +160,7 @@ def decoder(
 
 def decoder_of(
     config: CoralConfig,
-    drafting: Callable[[Target], Drafting],
+    drafting: Callable[[Target, DrafterMemory | None], Drafting],
     shape: dict[str, int],
     settings: dict[str, int],
     streamer: BaseStreamer | None,
@@ -171,18 +173,40 @@ def decoder_of(
         generation_config: GenerationConfig,
         **model_kwargs,
     ) -> Tensor | CoralGenerateOutput:
-        check_call(model, input_ids, generation_config, model_kwargs.get("past_key_values"))
+        check_call(model, input_ids, generation_config, model_kwargs)
         target = read_target(model, config)
         tree_shape, takes_tree = choose_shape(model, shape, settings)
+        pad_token = generation_config._pad_token_tensor
+        given = model_kwargs.get("past_key_values")
+        length = input_ids.shape[1]
+        is_whole = whole_length(input_ids, model_kwargs) == length
+        cache = continued_cache(given, length, is_whole)
+        texts = Texts(
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            streamer,
+            0 if pad_token is None else int(pad_token),
+            is_lockstep=not takes_tree,
+        )
+        records = Records(generation_config, len(input_ids), sliding_windows(model))
+        goes_on = generation_config.return_dict_in_generate or is_users(given)
+        scorer = TargetScorer(
+            target, takes_tree, cache, position_limit(model), records.wants, keeps_rows=goes_on
+        )
         loop = DecodingLoop(
-            drafting(target),
-            TargetScorer(target, takes_tree),
-            Sequence(input_ids, logits_processor, stopping_criteria, streamer),
+            drafting(target, getattr(given, MEMORY, None)),
+            scorer,
+            texts,
+            records,
             generation_config,
             tree_shape,
             longest_text(model, stopping_criteria),
+            remembers=goes_on,
         )
         loop.run(model_kwargs)
-        return loop.output()
+        cache = returned_cache(given, scorer.whole_cache())
+        setattr(cache, MEMORY, loop.memory())
+        return loop.output(cache)
 
     return decode

@@ -1,6 +1,6 @@
-"""The decoding loop: draft a tree, score it in one pass of the target, verify, commit.
+"""The decoding loop: draft trees, score them in one pass of the target, verify, commit.
 
-In: a prompt and everything `generate` has prepared. Out: tokens that are exactly the target's own,
+In: prompts and everything `generate` has prepared. Out: tokens that are exactly the target's own,
 and `DecodingStats`.
 """
 
@@ -8,15 +8,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import Cache, GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .candidate_generator import Drafting
+from .records import Records
 from .scoring import Scores, TargetScorer
-from .sequence import Sequence
 from .stats import DecodingStats
-from .tree import TreeShape
-from .verification import TokenRule, Verdict, draw_token, verify
+from .texts import Texts
+from .tree import TreeShape, root_only
+from .verification import Verdict
+from .verifier import Verifier
 
 
 @dataclass
@@ -31,128 +33,150 @@ class CoralGenerateOutput(GenerateDecoderOnlyOutput):
 
 
 class DecodingLoop:
-    """One call of `generate` with a drafter, for one row of text."""
+    """One call of `generate` with a drafter."""
 
     def __init__(
         self,
         drafting: Drafting,
         scorer: TargetScorer,
-        sequence: Sequence,
+        texts: Texts,
+        records: Records,
         config: GenerationConfig,
         shape: TreeShape,
         max_length: int,
+        remembers: bool = False,
     ):
-        """`max_length` bounds the text in tokens; `shape` is the largest tree."""
+        """One loop a call.
+
+        Args:
+            shape: the largest tree.
+            max_length: bounds the texts in tokens.
+            remembers: whether the drafter reads the last tokens too, for a text that goes on.
+        """
         self.drafting = drafting
         self.scorer = scorer
-        self.sequence = sequence
+        self.texts = texts
+        self.records = records
+        self.verifier = Verifier(texts, records, config.do_sample)
         self.config = config
         self.shape = shape
         self.max_length = max_length
+        self.remembers = remembers
         self.stats = DecodingStats()
-        self.scores: tuple[Tensor, ...] = ()  # each (1, vocab), processed, one a token
-        self.logits: tuple[Tensor, ...] = ()
 
     def run(self, model_kwargs: dict) -> None:
-        """Decode until a criterion stops; `model_kwargs` are what `generate` prepared."""
+        """Decode until every row has ended; `model_kwargs` are what `generate` prepared."""
         with self.stats.timed("prefill"):
             self.prefill(model_kwargs)
-        while not self.sequence.is_stopped:
+        while self.texts.active:
             self.round()
-        self.sequence.end()
+        self.texts.end()
 
     def prefill(self, model_kwargs: dict) -> None:
-        """Read the prompt and emit the first token."""
-        scores = self.scorer.prefill(self.sequence.ids, model_kwargs)
-        self.emit([self.token_rule(scores)(0, [], [])], scores.logits[0])
-        if not self.sequence.is_stopped:
-            kept = model_kwargs.get("attention_mask")
-            kept = slice(None) if kept is None else kept[0].bool()  # the drafter sees no padding
-            tokens, features = self.sequence.ids[:, :-1][:, kept], scores.features[:, kept]
-            self.drafting.begin(torch.cat([tokens, self.sequence.ids[:, -1:]], dim=1), features)
+        """Read the prompts, emit each row's first token, and start the drafter."""
+        prompts = self.texts.ids
+        scores = self.scorer.prefill(prompts, model_kwargs, self.config.prefill_chunk_size)
+        self.records.add_prompt(scores)
+        rows = self.texts.active
+        first = self.verifier.verify(root_only(prompts[:, -1]), scores)
+        kept = self.kept(rows)
+        if not kept and not self.remembers:
+            return
+        new = scores.features.shape[1]
+        tokens = torch.cat([prompts[:, prompts.shape[1] - new + 1 :], _column(first, prompts)], 1)
+        positions = self.scorer.columns.positions[:, -new:]
+        self.drafting.begin(tokens, scores.features, positions)
+        self.drop(rows, kept)
 
     def round(self) -> None:
         """Draft, score, verify, commit."""
+        rows = self.texts.active
         with self.stats.timed("draft"):
-            tree = self.drafting.propose(self.budget())
-        committed = self.scorer.length
+            trees = self.drafting.propose(self.budget())
         with self.stats.timed("verify"):
-            scores = self.scorer.score(tree)
-            verdict = verify(tree, 0, self.token_rule(scores))
+            scores = self.scorer.score(trees)
+            verdicts = self.verifier.verify(trees, scores)
         with self.stats.timed("other"):
-            emitted = self.emit(verdict.tokens, scores.logits[0, verdict.path])
-            self.stats.round_lengths.append(emitted)
-            self.scorer.commit(verdict.path[:emitted], committed)
-        if not self.sequence.is_stopped:
+            self.note(rows, verdicts, scores)
+            self.scorer.commit(*_padded(verdicts))
+            kept = self.kept(rows)
+            self.drop(rows, kept)
+        # at the end of all texts the drafter reads on if they may be continued
+        read = kept or (list(range(len(rows))) if self.remembers else [])
+        if read:
             with self.stats.timed("draft"):
-                self.commit(verdict, scores)
+                self.commit([verdicts[i] for i in read], scores.features[read])
 
     def budget(self) -> TreeShape:
         """The largest tree of which every accepted token may still come out.
 
         A node of depth d is followed by one more token, so d + 1 of them must fit.
         """
-        depth = min(self.shape.depth, self.max_length - self.sequence.length - 1)
-        return TreeShape(max(depth, 0), self.shape.top_k, self.shape.nodes)
+        shortest = min(self.texts.lengths[row] for row in self.texts.active)
+        depth = min(self.shape.depth, self.max_length - shortest - 1)
+        return self.shape._replace(depth=max(depth, 0))
 
-    def commit(self, verdict: Verdict, scores: Scores) -> None:
+    def note(self, rows: list[int], verdicts: list[Verdict], scores: Scores) -> None:
+        """Remember what the round gave."""
+        columns = self.scorer.columns.lengths.tolist()
+        self.stats.num_rounds += 1
+        for index, (row, verdict) in enumerate(zip(rows, verdicts, strict=True)):
+            self.stats.round_lengths.append(len(verdict.tokens))
+            self.records.add_nodes(row, index, verdict.path, scores, columns[index])
+
+    def kept(self, rows: list[int]) -> list[int]:
+        """Which of the pass's rows go on, by their index in it."""
+        return [index for index, row in enumerate(rows) if not self.texts.is_stopped[row]]
+
+    def drop(self, rows: list[int], kept: list[int]) -> None:
+        """Go on without the rows that have ended: they cost nothing any more."""
+        if kept and len(kept) < len(rows):
+            index = torch.tensor(kept, device=self.scorer.columns.lengths.device)
+            self.scorer.select(index)
+            self.drafting.select(index)
+            self.remembers = False  # the drafter forgets the rows that have ended
+
+    def commit(self, verdicts: list[Verdict], features: Tensor) -> None:
         """Hand the new tokens and the features before them to the drafter.
 
         path            root     a        b
         feature         f_root   f_a      f_b
         new token       a        b        next        each is paired with the feature before it
         """
-        tokens = torch.tensor([verdict.tokens], device=scores.features.device)
-        self.drafting.commit(tokens, scores.features[:, verdict.path])
+        nodes, counts = _padded(verdicts, features.device)
+        tokens = torch.zeros_like(nodes)
+        for row, verdict in enumerate(verdicts):
+            tokens[row, : len(verdict.tokens)] = torch.tensor(verdict.tokens)
+        paired = features.gather(1, nodes[..., None].expand(-1, -1, features.shape[2]))
+        self.drafting.commit(tokens, paired, counts)
 
-    def emit(self, tokens: list[int], logits: Tensor) -> int:
-        """Make tokens certain one by one until a criterion stops; returns how many it took.
+    def memory(self) -> object | None:
+        """What the drafter has read of all texts, None where it has not read every token."""
+        return self.drafting.memory() if self.remembers else None
 
-        `logits`: (len(tokens), vocab), of the position before each.
+    def output(self, cache: Cache) -> Tensor | CoralGenerateOutput:
+        """What `generate` returns: token ids (batch, length), or all that was asked for.
+
+        `cache`: of all tokens but the last.
         """
-        for count, (token, row) in enumerate(zip(tokens, logits, strict=True), start=1):
-            if self.config.return_dict_in_generate and self.config.output_logits:
-                self.logits += (row[None].to(torch.float32, copy=True),)
-            self.sequence.append(token, self.scores or None)
-            if self.sequence.is_stopped:
-                return count
-        return len(tokens)
-
-    def token_rule(self, scores: Scores) -> TokenRule:
-        """How the target's next token after a node comes about.
-
-        Either the argmax, or a draw that tries the node's children.
-        """
-        if not (self.config.do_sample or self.sequence.has_processors or self.keeps_scores):
-            # in fp32 as plain `generate` compares them: float64 can tie there, and bf16 is slow
-            best = scores.logits[0].float().argmax(-1).tolist()
-            return lambda node, drafted, children: best[node]
-
-        def rule(node: int, drafted: list[int], children: list[int]) -> int:
-            processed = self.sequence.scores(scores.logits[:, node], drafted)
-            if self.keeps_scores:
-                self.scores += (processed,)
-            if self.config.do_sample:
-                return draw_token(processed[0].softmax(-1), children)
-            return int(processed[0].argmax(-1))
-
-        return rule
-
-    @property
-    def keeps_scores(self) -> bool:
-        """Whether the caller wants the processed scores of each token."""
-        return bool(self.config.return_dict_in_generate and self.config.output_scores)
-
-    def output(self) -> Tensor | CoralGenerateOutput:
-        """What `generate` returns: token ids (1, length), or all that was asked for."""
-        sequences = self.sequence.ids.clone()
+        sequences = self.texts.ids.clone()
         if not self.config.return_dict_in_generate:
             return sequences
-        new = sequences.shape[1] - self.sequence.prompt_length
         return CoralGenerateOutput(
             sequences=sequences,
-            scores=self.scores[:new] or None,
-            logits=self.logits[:new] or None,
-            past_key_values=self.scorer.cache,
+            past_key_values=cache,
             stats=self.stats,
+            **self.records.outputs(),
         )
+
+
+def _column(verdicts: list[Verdict], like: Tensor) -> Tensor:
+    """(batch, 1): the only token of each verdict."""
+    return torch.tensor([verdict.tokens for verdict in verdicts], device=like.device)
+
+
+def _padded(verdicts: list[Verdict], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """The nodes of the paths, (batch, longest), padded with the root, and how many they are."""
+    counts = [len(verdict.path) for verdict in verdicts]
+    paths = [[*verdict.path, *[0] * (max(counts) - len(verdict.path))] for verdict in verdicts]
+    return torch.tensor(paths, device=device), torch.tensor(counts, device=device)

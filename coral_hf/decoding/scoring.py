@@ -1,11 +1,11 @@
-"""The target's side of a call: its cache, the pass over the prompt, and one pass over each tree.
+"""The target's side of a call: its cache, the pass over the prompts, and one pass over each tree.
 
-In: a prompt, then trees. Out: `Scores`: the target's logits and features of each row. A tree is
+In: prompts, then trees. Out: `Scores`: the target's logits and features of each node. A tree is
 told to the target by a 4-D float mask and position ids; a chain is plain causal text.
 
-    rows of the cache        committed 0 … n-1          tree n … n+nodes-1
-    a node may look at       those inside its window    its ancestors and itself
-    its position             n + depth                  (less the padding on the left)
+    columns of the cache     committed 0 … n-1          tree n … n+nodes-1
+    a node may look at       those of its row's text    its ancestors and itself
+    its position             that of the root + depth
 """
 
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..target import FEATURE, Target, sliding_windows, text_config
 from .cache import GrowingCache, visible
+from .columns import HIDDEN, Columns, count_positions
 from .tree import DraftTree
 
 
@@ -23,68 +24,142 @@ class Scores(NamedTuple):
 
     logits: Tensor  # (batch, nodes, vocab)
     features: Tensor  # (batch, nodes, hidden)
+    hidden_states: tuple[Tensor, ...] = ()  # where asked for: by layer, (batch, nodes, hidden)
+    attentions: tuple[Tensor, ...] = ()  # where asked for: (batch, heads, nodes, columns + nodes)
 
 
 class TargetScorer:
-    """Runs a target over one sequence, whose committed tokens its cache holds."""
+    """Runs a target over a batch of texts, whose committed tokens its cache holds."""
 
-    def __init__(self, target: Target, takes_tree: bool):
+    def __init__(
+        self,
+        target: Target,
+        takes_tree: bool,
+        cache: GrowingCache | None = None,
+        position_limit: int | None = None,
+        wants: tuple[str, ...] = (),
+        keeps_rows: bool = False,
+    ):
+        """Start at an empty cache, or go on with one.
+
+        Args:
+            takes_tree: whether the target verifies trees, or chains only.
+            position_limit: positions of a target that has a table of them.
+            wants: of `"output_hidden_states"` and `"output_attentions"`.
+            keeps_rows: whether somebody will ask for the columns of rows that ended early.
+        """
         self._target = target
         self._takes_tree = takes_tree
         self._windows = sliding_windows(target.model)
-        self.cache = GrowingCache(len(self._windows))
-        self._padding: Tensor | None = None  # (batch, length) of the prompt, False where padded
-        self._padded = 0  # padded positions of the prompt
+        self._limit = position_limit
+        self._wants = wants
+        self._keeps_rows = keeps_rows
+        self._left: list[tuple[list[int], GrowingCache]] = []  # rows that ended, and their columns
+        self.cache = cache or GrowingCache(len(self._windows))
 
-    def prefill(self, input_ids: Tensor, model_kwargs: dict) -> Scores:
-        """Read a prompt (batch, length); logits of its last token only, (batch, 1, vocab)."""
+    def prefill(
+        self, input_ids: Tensor, model_kwargs: dict, chunk_size: int | None = None
+    ) -> Scores:
+        """Read what the cache does not hold of the prompts (batch, length).
+
+        Returns:
+            logits of the last token only, (batch, 1, vocab); features of all tokens read.
+        """
+        read = self.cache.get_seq_length()
+        batch, length = input_ids.shape
         mask = model_kwargs.get("attention_mask")
-        if mask is not None:
-            self._padding = mask.bool()
-            self._padded = int((~self._padding).sum(1).max())
-        inputs = self._target.model.prepare_inputs_for_generation(
-            input_ids, is_first_iteration=True, **{**model_kwargs, "past_key_values": self.cache}
-        )
-        scores = self._forward(**inputs)
-        return Scores(scores.logits[:, -1:], scores.features)
+        whole = whole_length(input_ids, model_kwargs)
+        if mask is None:
+            mask = input_ids.new_ones(batch, whole)
+        # a text that goes on comes whole, or as what is new in it
+        new_ids = input_ids[:, read:] if whole == length else input_ids
+        # (batch, read + new) positions
+        positions = count_positions(mask.bool())
+        self.columns, self._rows = Columns(batch, input_ids.device), list(range(batch))
+        parts = []
+        for chunk in new_ids.split(chunk_size or new_ids.shape[1], dim=1):
+            read += chunk.shape[1]
+            kwargs = {**model_kwargs, "past_key_values": self.cache}
+            for name in ("attention_mask", "position_ids"):
+                if kwargs.get(name) is not None:
+                    kwargs[name] = kwargs[name][..., :read]
+            inputs = self._target.model.prepare_inputs_for_generation(
+                chunk, is_first_iteration=True, **kwargs
+            )
+            parts.append(self._forward(**inputs))
+        self.columns.append(positions)
+        features = torch.cat([part.features for part in parts], dim=1)
+        last = parts[-1]
+        return Scores(last.logits[:, -1:], features, last.hidden_states, last.attentions)
 
     def score(self, tree: DraftTree) -> Scores:
         """Read all nodes of a tree at once."""
         tree = tree.to(self._target.model.device)
         if not self._takes_tree:
             return self._forward(input_ids=tree.tokens, **self._chain_mask(tree.tokens))
-        positions = self.length - self._padded + tree.depths
+        # (batch, nodes)
+        positions = self.columns.next_positions.to(tree.tokens.device)[:, None] + tree.depths
+        if self._limit is not None:  # nodes beyond it are never emitted
+            positions = positions.clamp(max=self._limit - 1)
         return self._forward(
             input_ids=tree.tokens,
             position_ids=positions,
             attention_mask=self._masks(tree, positions),
         )
 
-    def commit(self, path: list[int], length: int) -> None:
-        """Keep the rows of an accepted path's nodes; `length` rows were committed before."""
-        self.cache.keep(length, torch.tensor(path))
+    def commit(self, nodes: Tensor, counts: Tensor) -> None:
+        """Keep the columns of accepted nodes: (batch, kept), of which (batch,) count."""
+        source = self.columns.width + nodes
+        destination = self.columns.destinations(nodes.shape[1])
+        self.columns.commit(counts)
+        self.cache.keep(source, destination, self.columns.width)
 
-    @property
-    def length(self) -> int:
-        """Committed rows."""
-        return self.cache.get_seq_length()
+    def select(self, kept: Tensor) -> None:
+        """Go on with some rows of the last pass only, (kept,) indices."""
+        if self._keeps_rows:
+            self._set_aside(kept)
+        self._rows = [self._rows[index] for index in kept.tolist()]
+        self.columns.select(kept)
+        self.cache.batch_select_indices(kept)
+        self.cache.truncate(self.columns.width)
+
+    def _set_aside(self, kept: Tensor) -> None:
+        """Keep the columns of the rows that leave, for `whole_cache`."""
+        for index in sorted(set(range(len(self._rows))) - set(kept.tolist())):
+            part = self.cache.rows(torch.tensor([index]))
+            part.truncate(int(self.columns.lengths[index]))
+            self._left.append(([self._rows[index]], part))
+
+    def whole_cache(self) -> GrowingCache:
+        """The cache of all rows of the call, those that ended early included."""
+        if not self._left:
+            return self.cache
+        return GrowingCache.join([*self._left, (self._rows, self.cache)])
 
     def _forward(self, **inputs) -> Scores:
         if "past_key_values" not in inputs:
             inputs |= {"past_key_values": self.cache, "use_cache": True}
-        outputs = self._target.model(**inputs, output_hidden_states=FEATURE, return_dict=True)
-        return Scores(outputs.logits, outputs.hidden_states[FEATURE])
+        wants_all = "output_hidden_states" in self._wants
+        inputs["output_hidden_states"] = True if wants_all else FEATURE
+        if "output_attentions" in self._wants:
+            inputs["output_attentions"] = True
+        outputs = self._target.model(**inputs, return_dict=True)
+        return Scores(
+            outputs.logits,
+            outputs.hidden_states[FEATURE],
+            outputs.hidden_states if wants_all else (),
+            outputs.attentions if "output_attentions" in self._wants else (),
+        )
 
     def _chain_mask(self, tokens: Tensor) -> dict:
-        """The 2-D mask of a padded prompt, grown to the chain's end; none without padding."""
-        if self._padding is None:
+        """The 2-D mask of padded prompts, grown to the chain's end; none without padding."""
+        if self.columns.is_dense:
             return {}
-        batch, prompt = self._padding.shape
-        new = self._padding.new_ones(batch, self.length + tokens.shape[1] - prompt)
-        return {"attention_mask": torch.cat([self._padding, new], dim=1).long()}
+        seen = self.columns.positions != HIDDEN
+        return {"attention_mask": torch.cat([seen, torch.ones_like(tokens, dtype=bool)], 1).long()}
 
     def _masks(self, tree: DraftTree, positions: Tensor) -> Tensor | dict[str, Tensor]:
-        """The additive mask (batch, 1, nodes, rows), by layer type where layers differ."""
+        """The additive mask (batch, 1, nodes, columns), by layer type where layers differ."""
         windows = set(self._windows)
         masks = {window: self._mask(tree, positions, window) for window in windows}
         if len(windows) == 1:
@@ -93,15 +168,21 @@ class TargetScorer:
         return {name: masks[window] for name, window in names.items()}
 
     def _mask(self, tree: DraftTree, positions: Tensor, window: int | None) -> Tensor:
-        batch, nodes = tree.tokens.shape
-        committed = self.length
-        looks = tree.tokens.new_ones(batch, nodes, committed + nodes, dtype=torch.bool)
-        looks[:, :, committed:] = tree.ancestry()
-        if self._padding is not None:
-            looks[:, :, : self._padding.shape[1]] &= self._padding[:, None]
+        device = positions.device
+        committed = self.columns.looks(positions.to(self.columns.lengths.device), window)
+        nodes = tree.ancestry()  # (batch, nodes, nodes)
         if window is not None:
-            rows = torch.arange(committed, device=positions.device) - self._padded
-            # (batch, rows), positions of all rows
-            rows = torch.cat([rows.expand(batch, -1), positions], dim=1)
-            looks &= positions[..., None] - rows[:, None] < window
+            nodes = nodes & (positions[..., None] - positions[:, None] < window)
+        looks = torch.cat([committed.to(device), nodes], dim=2)
         return visible(looks, self._target.model.dtype)[:, None]
+
+
+def whole_length(input_ids: Tensor, model_kwargs: dict) -> int:
+    """Tokens of the texts, of which `input_ids` (batch, length) may be only the new ones.
+
+    The mask or the positions, where `generate` has prepared them, are always those of all tokens.
+    """
+    for name in ("attention_mask", "position_ids"):
+        if model_kwargs.get(name) is not None:
+            return model_kwargs[name].shape[-1]
+    return input_ids.shape[1]

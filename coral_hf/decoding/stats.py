@@ -13,7 +13,9 @@ class DecodingStats:
     The pass over the prompt and the token it gives belong to no round.
     """
 
-    round_lengths: list[int] = field(default_factory=list)  # tokens that each round emitted
+    # tokens that each round emitted, row after row in a batch
+    round_lengths: list[int] = field(default_factory=list)
+    num_rounds: int = 0  # passes of the target over trees, each over all rows that go on
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
@@ -21,7 +23,7 @@ class DecodingStats:
 
     @property
     def acceptance_length(self) -> float:
-        """τ: tokens per target pass, of the rounds; 0 if there was none."""
+        """τ: tokens of a row per target pass, of the rounds; 0 if there was none."""
         return sum(self.round_lengths) / len(self.round_lengths) if self.round_lengths else 0.0
 
     @contextmanager

@@ -1,0 +1,202 @@
+"""The texts of a call so far, and all that watches them: processors, stopping criteria, streamer.
+
+In: tokens, one by one. Out: whether a row has ended, and the processed scores of its next token.
+Every token passes here in order, so none comes out after the first stop, and a processor sees each
+position once, with its own prefix.
+
+Rows of a batch grow at their own pace as long as whatever watches them looks at one row at a time.
+Where it may look at the whole batch, they grow in lockstep, as in plain `generate`.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers import generation as hf
+from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
+from transformers.generation.streamers import BaseStreamer
+
+# processors that look at scores only
+PREFIX_FREE = (
+    hf.EpsilonLogitsWarper,
+    hf.EtaLogitsWarper,
+    hf.InfNanRemoveLogitsProcessor,
+    hf.LogitNormalization,
+    hf.MinPLogitsWarper,
+    hf.SuppressTokensLogitsProcessor,
+    hf.TemperatureLogitsWarper,
+    hf.TopKLogitsWarper,
+    hf.TopPLogitsWarper,
+    hf.TypicalLogitsWarper,
+)
+# processors that look at a row and its own prefix
+ROW_WISE = (
+    *PREFIX_FREE,
+    hf.ExponentialDecayLengthPenalty,
+    hf.ForcedBOSTokenLogitsProcessor,
+    hf.ForcedEOSTokenLogitsProcessor,
+    hf.MinLengthLogitsProcessor,
+    hf.MinNewTokensLengthLogitsProcessor,
+    hf.NoBadWordsLogitsProcessor,
+    hf.NoRepeatNGramLogitsProcessor,
+    hf.RepetitionPenaltyLogitsProcessor,
+    hf.SequenceBiasLogitsProcessor,
+    hf.SuppressTokensAtBeginLogitsProcessor,
+    hf.WatermarkLogitsProcessor,
+)
+ROW_WISE_CRITERIA = (
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    hf.EosTokenCriteria,
+    hf.StopStringCriteria,
+)
+# processors that remember what they have seen
+STATEFUL = (
+    hf.SynthIDTextWatermarkLogitsProcessor,
+    hf.UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+
+
+class Texts:
+    """Rows of tokens in a buffer; what lies behind a row's end is padding."""
+
+    def __init__(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        streamer: BaseStreamer | None = None,
+        pad_token: int = 0,
+        is_lockstep: bool = False,
+    ):
+        """Start at prompts, (batch, length).
+
+        `is_lockstep`: grow all rows alike, even where each could go at its own pace.
+        """
+        batch, self.prompt_length = input_ids.shape
+        self.lengths = [self.prompt_length] * batch
+        self.is_stopped = [False] * batch
+        self._buffer = input_ids.clone()
+        self._pad_token = pad_token
+        self._processors = logits_processor
+        self._streamer = streamer
+        self._criteria = stopping_criteria
+        self.is_lockstep = batch > 1 and (is_lockstep or self._watches_the_batch())
+
+    def _watches_the_batch(self) -> bool:
+        return (
+            self._streamer is not None
+            or any(type(one) not in ROW_WISE for one in self._processors)
+            or any(type(one) not in ROW_WISE_CRITERIA for one in self._criteria)
+        )
+
+    @property
+    def active(self) -> list[int]:
+        """The rows that have not ended."""
+        return [row for row, is_stopped in enumerate(self.is_stopped) if not is_stopped]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths)
+
+    @property
+    def ids(self) -> Tensor:
+        """(batch, longest), padded on the right where a row ended earlier."""
+        return self._buffer[:, : self.longest]
+
+    @property
+    def has_processors(self) -> bool:
+        """Whether scores can differ from logits."""
+        return len(self._processors) > 0
+
+    @property
+    def is_prefix_free(self) -> bool:
+        """Whether scores depend on logits alone."""
+        return all(type(one) in PREFIX_FREE for one in self._processors)
+
+    def scores(self, rows: list[int], logits: Tensor) -> Tensor:
+        """Processed scores of the next token of some rows: (rows, vocab) → (rows, vocab).
+
+        In fp32 whatever the target's dtype, as in plain `generate`.
+        """
+        logits = logits.to(torch.float32, copy=True)
+        if self.is_lockstep:
+            every = logits.new_zeros(len(self.lengths), logits.shape[1])
+            every[rows] = logits
+            return self._processors(self.ids.clone(), every)[rows]
+        if self.is_prefix_free:
+            return self._processors(self._buffer[rows, :1], logits)
+        return torch.cat([self._scores_of(row, one) for row, one in zip(rows, logits, strict=True)])
+
+    def _scores_of(self, row: int, logits: Tensor) -> Tensor:
+        """(vocab,) → (1, vocab)"""
+        return self._processors_of(row)(self._row(row).clone(), logits[None])
+
+    def scores_after(self, row: int, drafted: Sequence[list[int]], logits: Tensor) -> Tensor:
+        """Processed scores after a row's text and some drafted tokens: (nodes, vocab) → the same.
+
+        `drafted`: the tokens between the text and each node's next one.
+        """
+        logits = logits.to(torch.float32, copy=True)
+        if self.is_prefix_free:
+            return self._processors(self._buffer[[row] * len(logits), :1], logits)
+        text = self._row(row)
+        prefixes = [torch.cat([text, text.new_tensor([tokens])], dim=1) for tokens in drafted]
+        scores = [
+            self._processors_of(row)(prefix, one[None])
+            for prefix, one in zip(prefixes, logits, strict=True)
+        ]
+        return torch.cat(scores)
+
+    def _processors_of(self, row: int) -> LogitsProcessorList:
+        """The call's processors as if the row were the whole batch."""
+        return LogitsProcessorList(_of_row(one, row) for one in self._processors)
+
+    def _row(self, row: int) -> Tensor:
+        """(1, length)"""
+        return self._buffer[row : row + 1, : self.lengths[row]]
+
+    def append(
+        self, rows: list[int], tokens: list[int], scores: Callable[[], tuple[Tensor, ...] | None]
+    ) -> None:
+        """Make one more token of some rows certain, stream it, and ask whether it is their last.
+
+        `scores`: what criteria see of all tokens so far, each (batch, vocab).
+        """
+        self._reserve(self.longest + 1)
+        for row, token in zip(rows, tokens, strict=True):
+            self._buffer[row, self.lengths[row]] = token
+            self.lengths[row] += 1
+        if self._streamer is not None:
+            self._streamer.put(self.ids[:, -1].cpu())
+        if self.is_lockstep:
+            is_done = self._criteria(self.ids, scores()).tolist()
+        else:
+            is_done = {row: bool(self._criteria(self._row(row), scores()).all()) for row in rows}
+        for row in rows:
+            self.is_stopped[row] = is_done[row]
+
+    def end(self) -> None:
+        """Tell the streamer that the text is complete."""
+        if self._streamer is not None:
+            self._streamer.end()
+
+    def _reserve(self, length: int) -> None:
+        batch, room = self._buffer.shape
+        if length > room:
+            buffer = self._buffer.new_full((batch, max(length, 2 * room)), self._pad_token)
+            buffer[:, :room] = self._buffer
+            self._buffer = buffer
+
+
+def _of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
+    """A row-wise processor without what it knows of other rows."""
+    ignored = getattr(processor, "prompt_ignore_length", None)  # (batch,) in newer versions
+    if not isinstance(ignored, Tensor):
+        return processor
+    processor = copy.copy(processor)
+    vars(processor)["prompt_ignore_length"] = ignored[row : row + 1]
+    return processor

@@ -1,0 +1,174 @@
+"""A text goes on from the cache that a call returned: only what is new is read."""
+
+import copy
+
+import pytest
+import torch
+from conftest import VOCAB, scatter_weights, tiny_target
+from transformers import DynamicCache
+
+from coral_hf import CoralDrafter
+
+TREE = {"tree_depth": 3, "tree_top_k": 3, "tree_nodes": 8}
+SETTINGS = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": None}
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target("llama", torch.float64)
+
+
+@pytest.fixture(scope="module")
+def drafter(target):
+    torch.manual_seed(0)
+    drafter = CoralDrafter.from_target(target).eval()
+    scatter_weights(drafter, seed=1)
+    return drafter
+
+
+def words(length, seed):
+    return torch.randint(3, VOCAB, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def reply(target, text, cache=None, **settings):
+    return target.generate(
+        text,
+        attention_mask=torch.ones_like(text),
+        past_key_values=cache,
+        return_dict_in_generate=True,
+        **SETTINGS,
+        **settings,
+    )
+
+
+class TokensRead:
+    """How many tokens each pass of a module has read."""
+
+    def __init__(self, module, name):
+        self.lengths, self.module, self.name = [], module, name
+
+    def __enter__(self):
+        def note(module, args, kwargs):
+            given = kwargs.get(self.name, args[0] if args else None)
+            self.lengths.append(given.shape[1])
+
+        self.hook = self.module.register_forward_pre_hook(note, with_kwargs=True)
+        return self
+
+    def __exit__(self, *exception):
+        self.hook.remove()
+
+
+def test_the_second_turn_reads_only_what_is_new_in_target_and_drafter(target, drafter):
+    assistant = {"assistant_model": drafter, **TREE}
+    first = reply(target, words(7, 0), **assistant)
+    text = torch.cat([first.sequences, words(5, 1)], dim=1)  # 7 + 12 + 5
+    with TokensRead(target, "input_ids") as by_target, TokensRead(drafter, "x") as by_drafter:
+        second = reply(target, text, first.past_key_values, **assistant)
+    # the last token of the first turn was emitted and not read
+    assert by_target.lengths[0] == by_drafter.lengths[0] == 6
+    assert second.sequences.equal(reply(target, text).sequences)
+    assert second.past_key_values is first.past_key_values
+
+
+def test_a_continued_text_is_drafted_as_if_it_had_been_read_at_once(target, drafter):
+    assistant = {"assistant_model": drafter, **TREE}
+    first = reply(target, words(7, 0), **assistant)
+    text = torch.cat([first.sequences, words(5, 1)], dim=1)
+    second = reply(target, text, first.past_key_values, **assistant)
+    at_once = reply(target, text, **assistant)
+    assert second.stats.round_lengths == at_once.stats.round_lengths
+    for ours, theirs in zip(
+        second.past_key_values.layers, at_once.past_key_values.layers, strict=True
+    ):
+        torch.testing.assert_close(ours.keys, theirs.keys)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_a_plain_calls_cache_is_continued_with_a_drafter_that_starts_cold(family):
+    target = tiny_target(family, torch.float64)
+    drafter = CoralDrafter.from_target(target).eval()
+    first = reply(target, words(4, 0))
+    text = torch.cat([first.sequences, words(5, 1)], dim=1)
+    expected = reply(target, text).sequences
+    second = reply(target, text, first.past_key_values, assistant_model=drafter, **TREE)
+    assert second.sequences.equal(expected)
+    third = reply(target, torch.cat([expected, words(3, 2)], dim=1), second.past_key_values)
+    assert third.sequences.equal(reply(target, torch.cat([expected, words(3, 2)], 1)).sequences)
+
+
+def test_the_callers_own_cache_is_filled(target, drafter):
+    cache = DynamicCache(config=target.config)
+    out = reply(target, words(7, 0), cache, assistant_model=drafter, **TREE)
+    assert out.past_key_values is cache
+    assert cache.get_seq_length() == out.sequences.shape[1] - 1
+
+
+def test_one_cache_can_be_copied_and_continued_twice(target, drafter):
+    assistant = {"assistant_model": drafter, **TREE}
+    first = reply(target, words(7, 0), **assistant)
+    for seed in (1, 2):
+        text = torch.cat([first.sequences, words(5, seed)], dim=1)
+        out = reply(target, text, copy.deepcopy(first.past_key_values), **assistant)
+        assert out.sequences.equal(reply(target, text).sequences)
+
+
+def test_new_tokens_alone_go_on_with_the_mask_of_the_whole_text(target, drafter):
+    assistant = {"assistant_model": drafter, **TREE}
+    first = reply(target, words(7, 0), **assistant)
+    text = torch.cat([first.sequences, words(5, 1)], dim=1)
+    out = target.generate(
+        text[:, -6:],
+        attention_mask=torch.ones_like(text),
+        past_key_values=first.past_key_values,
+        **SETTINGS,
+        **assistant,
+    )
+    assert out[0, 6:].equal(reply(target, text).sequences[0, text.shape[1] :])
+
+
+def test_a_text_that_is_all_in_the_cache_goes_on(target, drafter):
+    assistant = {"assistant_model": drafter, **TREE}
+    text = words(9, 0)
+    cache = target(text, use_cache=True).past_key_values
+    out = reply(target, text, cache, **assistant)
+    assert out.sequences.equal(reply(target, text).sequences)
+
+
+def test_a_batch_goes_on_from_its_cache(target, drafter):
+    assistant = {"assistant_model": drafter, **TREE}
+    prompts = words(14, 3).view(2, 7)
+    first = reply(target, prompts, **assistant)
+    text = torch.cat([first.sequences, words(10, 4).view(2, 5)], dim=1)
+    second = reply(target, text, first.past_key_values, **assistant)
+    assert second.sequences.equal(reply(target, text).sequences)
+
+
+def test_the_drafter_of_another_call_starts_cold(target, drafter):
+    other = CoralDrafter.from_target(target).eval()
+    first = reply(target, words(7, 0), assistant_model=drafter, **TREE)
+    text = torch.cat([first.sequences, words(5, 1)], dim=1)
+    out = reply(target, text, first.past_key_values, assistant_model=other, **TREE)
+    assert out.sequences.equal(reply(target, text).sequences)
+
+
+def test_memory_fits_only_where_the_text_goes_on(target, drafter):
+    first = reply(target, words(7, 0), assistant_model=drafter, **TREE)
+    memory = first.past_key_values.drafter_memory
+    end = first.sequences.shape[1] - 1
+    assert memory.fits(drafter, torch.tensor([[end, end + 1]]))
+    assert not memory.fits(drafter, torch.tensor([[end + 1]]))
+    assert not memory.fits(CoralDrafter.from_target(target), torch.tensor([[end]]))
+
+
+@pytest.mark.parametrize("chunk", [2, 3, 100])
+def test_a_prompt_read_in_chunks_gives_the_same_text(target, drafter, chunk):
+    text = words(10, 5)
+    out = reply(target, text, assistant_model=drafter, prefill_chunk_size=chunk, **TREE)
+    assert out.sequences.equal(reply(target, text).sequences)
+
+
+def test_a_static_cache_is_asked_for_and_the_text_is_the_same(target, drafter):
+    text = words(6, 6)
+    out = reply(target, text, assistant_model=drafter, cache_implementation="static", **TREE)
+    assert out.sequences.equal(reply(target, text).sequences)
