@@ -68,6 +68,17 @@ class DraftHead(Protocol):
         """
         ...
 
+    def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
+        """Logits of what the head reads, to draw from; -inf for the rest of the vocabulary.
+
+        Args:
+            features, log_path: as of `children`.
+
+        Returns:
+            (batch, rows, vocab), in fp32.
+        """
+        ...
+
 
 class FullHead:
     """Reads the whole LM head of the target."""
@@ -80,6 +91,10 @@ class FullHead:
         logits = self.head.logits(features).float()  # (batch, rows, vocab)
         best, tokens = logits.topk(top_k, dim=-1)
         return Children(tokens, best - logits.logsumexp(-1, keepdim=True))
+
+    def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
+        """See [`DraftHead`]."""
+        return self.head.logits(features).float()
 
 
 class Router(nn.Module):
@@ -138,6 +153,17 @@ class RoutedHead:
         best, index = log_confidence.topk(min(top_k, tokens.shape[-1]), dim=-1)
         return Children(tokens.gather(-1, index), best)
 
+    def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
+        """See [`DraftHead`]: the target's logits in the active groups, whatever their mass."""
+        groups = self._choose(self.router(features), log_path)
+        logits = features.new_full(
+            (*features.shape[:2], self.head.weight.shape[0]), float("-inf"), dtype=torch.float32
+        )
+        for group in groups:
+            start, stop = self._bounds(group)
+            logits[..., start:stop] = self.head.block_logits(features, start, stop)
+        return logits
+
     def _choose(self, log_mass: Tensor, log_path: Tensor) -> list[int]:
         """The groups that the level reads; the one small index read of the routed head."""
         mass = (log_mass + log_path[..., None]).exp().sum((0, 1))  # (groups,)
@@ -146,16 +172,19 @@ class RoutedHead:
 
     def _read(self, features: Tensor, log_mass: Tensor, groups: list[int]) -> list[Children]:
         """All tokens of each active group, as unranked `Children`."""
-        vocab_size = self.head.weight.shape[0]
         blocks = []
         for group in groups:
-            start, stop = group * self._size, min((group + 1) * self._size, vocab_size)
+            start, stop = self._bounds(group)
             # (batch, rows, group size)
             logits = self.head.block_logits(features, start, stop).float()
             within = logits.log_softmax(-1) + log_mass[..., group, None]
             tokens = torch.arange(start, stop, device=features.device).expand_as(within)
             blocks.append(Children(tokens, within))
         return blocks
+
+    def _bounds(self, group: int) -> tuple[int, int]:
+        """First token of a group, and the one after its last."""
+        return group * self._size, min((group + 1) * self._size, self.head.weight.shape[0])
 
     @property
     def _size(self) -> int:

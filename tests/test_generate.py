@@ -25,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import coral_hf
 from coral_hf import CoralDrafter
+from coral_hf.decoding.settings import Rule, choose_shape
 
 VOCAB = 40
 PROMPT = torch.tensor([[5, 9, 3, 17, 22, 8]])
@@ -118,7 +119,7 @@ class TheTargetItself:
     def memory(self):
         return None
 
-    def propose(self, shape):
+    def propose(self, shape, warp=None):
         from coral_hf.decoding.tree import DraftTree
 
         length = min(shape.depth, self.text.shape[1] - self.known) + 1
@@ -514,15 +515,15 @@ def test_a_recurrent_target_is_refused():
 
 
 def test_asking_for_a_tree_where_only_a_chain_is_safe_is_refused(target, drafter):
-    flash = coral_hf.decoding.checks.choose_shape
+    rule = Rule("greedy", is_drawn=False)
     shape = {"tree_depth": 4, "tree_top_k": 5, "tree_nodes": 20}
     declared = target.config._attn_implementation
     target.config._attn_implementation_internal = "flash_attention_2"
     try:
-        chain, takes_tree = flash(target, shape, {})
+        chain, takes_tree = choose_shape(target, shape, {}, rule)
         assert (chain.top_k, chain.nodes, takes_tree) == (1, 5, False)
         with pytest.raises(ValueError, match="cannot verify a tree"):
-            flash(target, shape, {"tree_top_k": 5})
+            choose_shape(target, shape, {"tree_top_k": 5}, rule)
     finally:
         target.config._attn_implementation_internal = declared
 

@@ -1,5 +1,6 @@
 """Lossless: greedy gives the target's own tokens, sampling the target's own distribution."""
 
+import copy
 import itertools
 
 import pytest
@@ -22,13 +23,15 @@ from coral_hf import CoralDrafter
 from coral_hf.decoding import verification
 from coral_hf.decoding import verifier as verifier_module
 from coral_hf.decoding.candidate_generator import CoralCandidateGenerator
+from coral_hf.decoding.drawn_tree import DrawnTreeBuilder
 from coral_hf.decoding.loop import DecodingLoop
 from coral_hf.decoding.records import Records
 from coral_hf.decoding.scoring import TargetScorer
+from coral_hf.decoding.settings import Rule
 from coral_hf.decoding.texts import Texts
 from coral_hf.decoding.tree import TreeShape
-from coral_hf.decoding.verification import Siblings, share_among_siblings
-from coral_hf.decoding.verifier import Verifier
+from coral_hf.decoding.verification import token_choice
+from coral_hf.decoding.verifier import Verifier, Walk
 from coral_hf.target import read_target
 
 TREE = {"tree_depth": 4, "tree_top_k": 6, "tree_nodes": 24}
@@ -79,37 +82,46 @@ def test_greedy_tokens_equal_a_trained_target_alone(name):
 class Branch(Verifier):
     """The verifier along one branch of all that chance may do, and how likely that branch is."""
 
-    def follow(self, text, rule=share_among_siblings):
+    def follow(self, text, rule=token_choice):
         self.text, self.rule, self.chance = text, rule, 1.0
         return self
 
-    def _next_tokens(self, rows, nodes, child_of, scores):
-        # float64 all the way, where `generate` itself goes on in fp32
-        probs = scores.logits[0, nodes[0]].double().softmax(-1)
-        token = self.text[self._texts.longest - PROMPT.shape[1]]
-        children = list(child_of[0])
-        siblings = self.rule(probs, torch.tensor(children).long())
-        self.chance *= chance_of(token, children, siblings)
-        return [token]
+    def _source(self, tree, scores):
+        branch = self
+
+        class WalkOfBranch(Walk):
+            def next_tokens(self, going):
+                # float64 all the way, where `generate` itself goes on in fp32
+                node = self.nodes[0]
+                probs = scores.logits[0, node].double().softmax(-1)
+                token = branch.text[branch._texts.longest - PROMPT.shape[1]]
+                children = [self._tokens[0][child] for child in self._children[0][node]]
+                branch.chance *= chance_of(token, children, probs, branch.rule)
+                return [token]
+
+        return WalkOfBranch(tree, scores, "token", self._texts, self._records)
 
 
-def chance_of(token: int, children: list[int], siblings: Siblings) -> float:
+def chance_of(token: int, children: list[int], probs: torch.Tensor, rule) -> float:
     """How likely the rule is to give `token`, as a child after the others failed or at last."""
+    asked = []
+    residual = rule(probs, children, lambda chance: bool(asked.append(chance))).probs
     rejected = 1.0
     chance = 0.0
-    for child, accepted in zip(children, siblings.chances.tolist(), strict=True):
+    for child, accepted in zip(children, asked, strict=True):
         if child == token:
             chance += rejected * accepted
         rejected *= 1 - accepted
-    return chance + rejected * float(siblings.residual[token])
+    return chance + rejected * float(residual[token])
 
 
-def without_residual(target_probs, child_tokens):
+def without_residual(target_probs, child_tokens, accept, draft_probs=None):
     """The rule with its residual step left out: what is drawn at last is drawn from p itself."""
-    return share_among_siblings(target_probs, child_tokens)._replace(residual=target_probs)
+    choice = token_choice(target_probs, child_tokens, accept, draft_probs)
+    return choice._replace(probs=target_probs)
 
 
-def chances_of_all_texts(target, drafter, shape, rule=share_among_siblings) -> torch.Tensor:
+def chances_of_all_texts(target, drafter, shape, rule=token_choice) -> torch.Tensor:
     """The chance of each text of `LENGTH` tokens, through drafter, tree, target pass and commit."""
     chances = []
     for text in itertools.product(range(VOCAB), repeat=LENGTH):
@@ -126,9 +138,10 @@ def chances_of_all_texts(target, drafter, shape, rule=share_among_siblings) -> t
             records,
             config,
             shape,
+            Rule("token", is_drawn=False),
             end,
         )
-        branch = loop.verifier = Branch(texts, records, True).follow(text, rule)
+        branch = loop.verifier = Branch(texts, records, "token").follow(text, rule)
         loop.run({"use_cache": True})
         chances.append(branch.chance)
     return torch.tensor(chances, dtype=torch.float64)
@@ -175,24 +188,25 @@ def test_the_enumeration_notices_a_missing_residual_step(pair):
     assert (found - own_chances(pair[0])).abs().max() > 1e-3
 
 
-def sample_texts(target, drafter, seed, count, processors=None) -> torch.Tensor:
-    """How often each text came out of the public `generate`."""
+def sample_texts(
+    target, drafter, seed, count, processors=None, batch=250, **settings
+) -> torch.Tensor:
+    """How often each text came out of the public `generate`, `batch` of them a call."""
     torch.manual_seed(seed)
     counts = torch.zeros(VOCAB**LENGTH)
     places = VOCAB ** torch.arange(LENGTH - 1, -1, -1)
-    for _ in range(count):
-        text = target.generate(
+    for _ in range(count // batch):
+        texts = target.generate(
             PROMPT,
             do_sample=True,
             top_k=0,
             max_new_tokens=LENGTH,
             assistant_model=drafter,
             logits_processor=processors,
-            tree_depth=2,
-            tree_top_k=2,
-            tree_nodes=5,
+            num_return_sequences=batch,
+            **{"tree_depth": 2, "tree_top_k": 2, "tree_nodes": 5, **settings},
         )
-        counts[int((text[0, -LENGTH:] * places).sum())] += 1
+        counts += (texts[:, -LENGTH:] * places).sum(1).bincount(minlength=len(counts))
     return counts
 
 
@@ -206,7 +220,7 @@ def p_value(counts: torch.Tensor, chances: torch.Tensor) -> float:
 
 @torch.no_grad()
 def test_sampling_through_generate_fits_the_target(pair):
-    counts = sample_texts(*pair, seed=0, count=400)
+    counts = sample_texts(*pair, seed=0, count=400, batch=1)
     # so few samples tell little of a whole text; the first tokens are of a round's tree as well
     starts = [
         texts.unflatten(0, (VOCAB**2, VOCAB)).sum(1) for texts in (counts, own_chances(pair[0]))
@@ -225,21 +239,60 @@ def test_fifty_thousand_samples_fit_the_target(pair, seed):
 @pytest.mark.slow
 @torch.no_grad()
 def test_fifty_thousand_samples_without_the_residual_step_do_not_fit(pair, monkeypatch):
-    monkeypatch.setattr(verification, "share_among_siblings", without_residual)
+    monkeypatch.setattr(verifier_module, "token_choice", without_residual)
     counts = sample_texts(*pair, SEEDS[0], count=50_000)
     assert p_value(counts, own_chances(pair[0])) < 1e-6
 
 
-@pytest.mark.slow
-@torch.no_grad()
-def test_samples_fit_the_target_with_processors(pair):
-    def processors():
-        warpers = [TemperatureLogitsWarper(0.7), TopPLogitsWarper(0.9)]
-        return LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3), *warpers])
+# every way to draft and verify when sampling
+RULES = {
+    "chosen": {},
+    "drawn": {"drawn_tree": True},
+    "traversal": {"verification": "traversal"},
+    "traversal of a wide tree": {"verification": "traversal", "tree_top_k": 3, "tree_nodes": 13},
+    "traversal of a chosen tree": {"verification": "traversal", "drawn_tree": False},
+    "block": {"verification": "block", "tree_top_k": 1},
+}
 
-    counts = sample_texts(*pair, SEEDS[0], count=20_000, processors=processors())
-    assert p_value(counts, own_chances(pair[0], processors())) > 0.01
+
+def processors():
+    warpers = [TemperatureLogitsWarper(0.7), TopPLogitsWarper(0.9)]
+    return LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3), *warpers])
+
+
+@pytest.mark.parametrize("rule", RULES)
+@torch.no_grad()
+def test_samples_of_every_rule_fit_the_target(pair, rule):
+    counts = sample_texts(*pair, seed=0, count=5_000, batch=500, **RULES[rule])
+    assert p_value(counts, own_chances(pair[0])) > 1e-3
+
+
+@torch.no_grad()
+def test_a_tree_that_was_drawn_from_another_distribution_does_not_fit(pair, monkeypatch):
+    drawn = DrawnTreeBuilder.build
+
+    def forged(self):
+        tree = drawn(self)
+        return tree._replace(draft_probs=tree.draft_probs.sqrt())
+
+    monkeypatch.setattr(DrawnTreeBuilder, "build", forged)
+    counts = sample_texts(*pair, seed=0, count=20_000, batch=500, drawn_tree=True)
+    assert p_value(counts, own_chances(pair[0])) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("rule", RULES)
+@torch.no_grad()
+def test_samples_with_processors_and_a_routed_head_fit_the_target(pair, rule, batch):
+    target, drafter = pair
+    drafter = copy.deepcopy(drafter)
+    drafter.add_router(num_groups=2, num_active_groups=1)
+    drafter.config.is_router_trained = True
+    settings = RULES[rule] | {"draft_head": "routed", "batch": batch}
+    counts = sample_texts(target, drafter, SEEDS[0], 20_000, processors(), **settings)
+    assert p_value(counts, own_chances(target, processors())) > 0.01 / len(RULES)
 
 
 def test_the_loop_draws_by_the_tested_rule():
-    assert verifier_module.draw_token is verification.draw_token
+    assert verifier_module.token_choice is verification.token_choice

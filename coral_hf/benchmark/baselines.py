@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..configuration_coral import CoralConfig
-from ..decoding.generate import TREE_KEYWORDS, decoder_of
+from ..decoding.candidate_generator import Warp
+from ..decoding.generate import decoder_of
+from ..decoding.settings import TREE_KEYWORDS
 from ..decoding.tree import DraftTree, TreeBuilder, TreeShape, root_only
 from ..modeling_coral import TREE_DEFAULTS
 
@@ -78,7 +80,7 @@ class BigramDrafting:
     def memory(self) -> None:
         """See [`coral_hf.decoding.candidate_generator.Drafting`]."""
 
-    def propose(self, shape: TreeShape) -> DraftTree:
+    def propose(self, shape: TreeShape, warp: Warp | None = None) -> DraftTree:
         """The most probable paths of the bigram chain below the last certain token."""
         if shape.depth == 0 or shape.nodes == 1:
             return root_only(self._root)

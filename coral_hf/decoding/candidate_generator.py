@@ -10,6 +10,7 @@ knows a drafter by `begin`, `propose` and `commit` (`Drafting`) and nothing else
 """
 
 import weakref
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,7 +23,11 @@ from ..modeling_coral import CoralDrafter
 from ..target import FEATURE, Target
 from .cache import GrowingCache
 from .columns import HIDDEN, Columns
+from .drawn_tree import DrawnTreeBuilder, plan_levels
 from .tree import Beam, DraftTree, TreeBuilder, TreeShape, root_only
+
+# (rows, vocab) logits → the same after the call's warpers
+Warp = Callable[[Tensor], Tensor]
 
 
 class Drafting(Protocol):
@@ -38,8 +43,12 @@ class Drafting(Protocol):
         """
         ...
 
-    def propose(self, shape: TreeShape) -> DraftTree:
-        """Draft a tree below each row's last certain token, no larger than `shape`."""
+    def propose(self, shape: TreeShape, warp: Warp | None = None) -> DraftTree:
+        """Draft a tree below each row's last certain token, no larger than `shape`.
+
+        With `warp` its tokens are drawn from the drafter's distribution, which warpers such as the
+        temperature change first; else they are the most probable ones.
+        """
         ...
 
     def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
@@ -201,11 +210,30 @@ class CoralCandidateGenerator(CandidateGenerator):
         """
         return torch.cat([self._columns.looks(positions), seen], dim=2)[:, None]
 
-    def propose(self, shape: TreeShape) -> DraftTree:
-        """See [`Drafting`]. EAGLE-2's dynamic tree, deterministic."""
+    def propose(self, shape: TreeShape, warp: Warp | None = None) -> DraftTree:
+        """See [`Drafting`]. EAGLE-2's dynamic tree, or a drawn one."""
         if shape.depth == 0 or shape.nodes == 1:
             return root_only(self._root)
-        committed = self._columns.width
+        tree = self._choose(shape) if warp is None else self._draw(shape, warp)
+        self._context.cache.truncate(self._columns.width)
+        return tree
+
+    def _draw(self, shape: TreeShape, warp: Warp) -> DraftTree:
+        """A tree of draws without replacement among siblings."""
+        builder, features = DrawnTreeBuilder(self._root), self._feature
+        seen = self._root.new_zeros(len(self._root), 1, 0, dtype=torch.bool)  # as in `_choose`
+        for depth, level in enumerate(plan_levels(shape)):
+            beam = builder.best(level.families)
+            if depth > 0:
+                seen = self._see_itself(seen, beam, is_first=depth == 1)
+                features = self._expand(beam, features, seen, depth - 1)
+            logits = self.head.logits(features, beam.log_path)  # (batch, families, vocab)
+            probs = warp(logits.flatten(0, 1)).softmax(-1).view_as(logits)
+            builder.draw(probs, level.children)
+        return builder.build()
+
+    def _choose(self, shape: TreeShape) -> DraftTree:
+        """The most confident nodes (Li et al. 2024, sections 4.1 and 4.2)."""
         builder = TreeBuilder(self._root, shape)
         features = self._feature
         log_path = features.new_zeros(features.shape[:2], dtype=torch.float32)
@@ -216,7 +244,6 @@ class CoralCandidateGenerator(CandidateGenerator):
             seen = self._see_itself(seen, beam, is_first=depth == 1)
             features = self._expand(beam, features, seen, depth - 1)
             beam = builder.add_level(*self._children(features, beam.log_path, shape))
-        self._context.cache.truncate(committed)
         return builder.build()
 
     def _children(self, features: Tensor, log_path: Tensor, shape: TreeShape) -> Children:

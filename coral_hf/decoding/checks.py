@@ -9,40 +9,13 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerationMode
 from transformers.utils import logging
 
-from ..modeling_coral import TREE_DEFAULTS
 from ..target import cache_obstacle, text_config, tree_obstacle
-from .tree import TreeShape
 
 logger = logging.get_logger(__name__)
 
 DECODING_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # "static" asks for fixed shapes, which is about speed: the tokens are the same with ours
 KNOWN_CACHES = (None, "dynamic", "dynamic_full", "static")
-
-
-def choose_shape(
-    model: PreTrainedModel, shape: dict[str, int], settings: dict[str, int]
-) -> tuple[TreeShape, bool]:
-    """The largest tree of a call, and whether the target verifies trees.
-
-    Args:
-        shape: the drafter's own settings.
-        settings: those of the call, which win; asking for a tree where only a chain is safe raises.
-    """
-    wanted = shape | {name: value for name, value in settings.items() if value is not None}
-    for name, value in wanted.items():
-        if value < 1:
-            raise ValueError(f"`{name}` is {value}; use a value of at least 1.")
-    obstacle = tree_obstacle(model)
-    if obstacle is None:
-        return TreeShape(*(wanted[name] for name in TREE_DEFAULTS)), True
-    if settings.get("tree_top_k", 1) > 1:
-        raise ValueError(
-            f"`tree_top_k` is {settings['tree_top_k']}, but this target cannot verify a tree:"
-            f" {obstacle}. Leave it out, or pass tree_top_k=1 for a chain."
-        )
-    logger.info(f"The target drafts in chains: {obstacle}.")
-    return TreeShape(wanted["tree_depth"], 1, wanted["tree_depth"] + 1), False
 
 
 def check_call(

@@ -27,15 +27,22 @@ from ..modeling_coral import TREE_DEFAULTS, CoralDrafter
 from ..target import Target, check_tokenizer, read_target, sliding_windows
 from .cache import MEMORY, continued_cache, is_users, returned_cache
 from .candidate_generator import CoralCandidateGenerator, DrafterMemory, Drafting
-from .checks import check_call, choose_shape, longest_text, position_limit
+from .checks import check_call, longest_text, position_limit
 from .loop import CoralGenerateOutput, DecodingLoop
 from .records import Records
 from .scoring import TargetScorer, whole_length
+from .settings import (
+    RULE_KEYWORDS,
+    TREE_KEYWORDS,
+    Settings,
+    check_rule,
+    choose_rule,
+    choose_shape,
+)
 from .texts import Texts
 
 # keywords of `generate` that are ours
-TREE_KEYWORDS = tuple(TREE_DEFAULTS)
-OWN_KEYWORDS = (*TREE_KEYWORDS, "draft_head")
+OWN_KEYWORDS = (*TREE_KEYWORDS, *RULE_KEYWORDS, "draft_head")
 
 
 def install() -> None:
@@ -138,7 +145,8 @@ def decoder(
         drafter: a CORAL drafter of the target.
         streamer: gets every token in order.
         tokenizer: of the target, compared with the one the drafter was trained with.
-        settings: `tree_depth`, `tree_top_k`, `tree_nodes`, `draft_head`; the drafter's
+        settings: `tree_depth`, `tree_top_k`, `tree_nodes`, `draft_head`, and when sampling
+            `verification` ("token", "traversal" or "block") and `drawn_tree`; the drafter's
             `generation_config` by default.
     """
     unknown = sorted(set(settings) - set(OWN_KEYWORDS))
@@ -151,20 +159,21 @@ def decoder(
     def drafting(target: Target, memory: DrafterMemory | None) -> Drafting:
         return CoralCandidateGenerator(drafter, target, head, memory=memory)
 
-    shape = {
-        name: getattr(drafter.generation_config, name, TREE_DEFAULTS[name])
-        for name in TREE_KEYWORDS
-    }
-    return decoder_of(drafter.config, drafting, shape, settings, streamer)
+    own = drafter.generation_config
+    defaults = {name: getattr(own, name, TREE_DEFAULTS[name]) for name in TREE_KEYWORDS}
+    defaults |= {name: getattr(own, name, None) for name in RULE_KEYWORDS}
+    return decoder_of(drafter.config, drafting, defaults, settings, streamer)
 
 
 def decoder_of(
     config: CoralConfig,
     drafting: Callable[[Target, DrafterMemory | None], Drafting],
-    shape: dict[str, int],
-    settings: dict[str, int],
+    defaults: Settings,
+    settings: Settings,
     streamer: BaseStreamer | None,
 ) -> Callable:
+    """The decoding loop of any `Drafting`; `settings` are those of the call, which win."""
+
     def decode(
         model: PreTrainedModel,
         input_ids: Tensor,
@@ -175,7 +184,8 @@ def decoder_of(
     ) -> Tensor | CoralGenerateOutput:
         check_call(model, input_ids, generation_config, model_kwargs)
         target = read_target(model, config)
-        tree_shape, takes_tree = choose_shape(model, shape, settings)
+        rule = choose_rule(generation_config.do_sample, defaults, settings)
+        shape, takes_tree = choose_shape(model, defaults, settings, rule)
         pad_token = generation_config._pad_token_tensor
         given = model_kwargs.get("past_key_values")
         length = input_ids.shape[1]
@@ -189,6 +199,7 @@ def decoder_of(
             0 if pad_token is None else int(pad_token),
             is_lockstep=not takes_tree,
         )
+        check_rule(rule, texts)
         records = Records(generation_config, len(input_ids), sliding_windows(model))
         goes_on = generation_config.return_dict_in_generate or is_users(given)
         scorer = TargetScorer(
@@ -200,7 +211,8 @@ def decoder_of(
             texts,
             records,
             generation_config,
-            tree_shape,
+            shape,
+            rule,
             longest_text(model, stopping_criteria),
             remembers=goes_on,
         )

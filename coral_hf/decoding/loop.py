@@ -14,6 +14,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from .candidate_generator import Drafting
 from .records import Records
 from .scoring import Scores, TargetScorer
+from .settings import Rule
 from .stats import DecodingStats
 from .texts import Texts
 from .tree import TreeShape, root_only
@@ -43,6 +44,7 @@ class DecodingLoop:
         records: Records,
         config: GenerationConfig,
         shape: TreeShape,
+        rule: Rule,
         max_length: int,
         remembers: bool = False,
     ):
@@ -50,6 +52,7 @@ class DecodingLoop:
 
         Args:
             shape: the largest tree.
+            rule: how trees are drafted and verified.
             max_length: bounds the texts in tokens.
             remembers: whether the drafter reads the last tokens too, for a text that goes on.
         """
@@ -57,9 +60,10 @@ class DecodingLoop:
         self.scorer = scorer
         self.texts = texts
         self.records = records
-        self.verifier = Verifier(texts, records, config.do_sample)
+        self.verifier = Verifier(texts, records, rule.name)
         self.config = config
         self.shape = shape
+        self.warp = texts.warp if rule.is_drawn else None
         self.max_length = max_length
         self.remembers = remembers
         self.stats = DecodingStats()
@@ -92,7 +96,7 @@ class DecodingLoop:
         """Draft, score, verify, commit."""
         rows = self.texts.active
         with self.stats.timed("draft"):
-            trees = self.drafting.propose(self.budget())
+            trees = self.drafting.propose(self.budget(), self.warp)
         with self.stats.timed("verify"):
             scores = self.scorer.score(trees)
             verdicts = self.verifier.verify(trees, scores)

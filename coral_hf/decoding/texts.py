@@ -88,9 +88,14 @@ class Texts:
     def _watches_the_batch(self) -> bool:
         return (
             self._streamer is not None
-            or any(type(one) not in ROW_WISE for one in self._processors)
+            or not self.is_row_wise
             or any(type(one) not in ROW_WISE_CRITERIA for one in self._criteria)
         )
+
+    @property
+    def is_row_wise(self) -> bool:
+        """Whether each processor looks at one row at a time."""
+        return all(type(one) in ROW_WISE for one in self._processors)
 
     @property
     def active(self) -> list[int]:
@@ -111,6 +116,11 @@ class Texts:
     def has_processors(self) -> bool:
         """Whether scores can differ from logits."""
         return len(self._processors) > 0
+
+    @property
+    def stateful(self) -> list[str]:
+        """Names of the processors that remember what they have seen."""
+        return [type(one).__name__ for one in self._processors if isinstance(one, STATEFUL)]
 
     @property
     def is_prefix_free(self) -> bool:
@@ -134,6 +144,11 @@ class Texts:
     def _scores_of(self, row: int, logits: Tensor) -> Tensor:
         """(vocab,) → (1, vocab)"""
         return self._processors_of(row)(self._row(row).clone(), logits[None])
+
+    def warp(self, logits: Tensor) -> Tensor:
+        """What the processors that look at scores only make of a drafter's: (rows, vocab)."""
+        warpers = LogitsProcessorList(one for one in self._processors if type(one) in PREFIX_FREE)
+        return warpers(self._buffer[:1, :1].expand(len(logits), 1), logits)
 
     def scores_after(self, row: int, drafted: Sequence[list[int]], logits: Tensor) -> Tensor:
         """Processed scores after a row's text and some drafted tokens: (nodes, vocab) → the same.

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+PADDING = -1  # the parent of a node that is none
+
 
 class TreeShape(NamedTuple):
     """How large a tree may grow."""
@@ -29,10 +31,10 @@ class DraftTree(NamedTuple):
     """A tree of drafted tokens; parents come before their children, siblings best first."""
 
     tokens: Tensor  # (batch, nodes), the root is node 0
-    parents: Tensor  # (batch, nodes), the root is its own parent
+    parents: Tensor  # (batch, nodes), the root is its own parent; `PADDING` where there is no node
     depths: Tensor  # (batch, nodes)
     # (batch, nodes, vocab); None where tokens were chosen, not drawn
-    draft_probs: Tensor | None = None
+    draft_probs: Tensor | None = None  # q after each node, of the tokens that were drawn there
 
     def to(self, device: torch.device) -> "DraftTree":
         """The same tree on a device."""
@@ -45,10 +47,11 @@ class DraftTree(NamedTuple):
         """
         batch, nodes = self.tokens.shape
         seen = torch.eye(nodes, dtype=torch.bool, device=self.tokens.device).repeat(batch, 1, 1)
-        ancestor = self.parents
+        parents = self.parents.clamp(min=0)
+        ancestor = parents
         for _ in range(int(self.depths.max())):
             seen.scatter_(2, ancestor[..., None], True)
-            ancestor = self.parents.gather(1, ancestor)
+            ancestor = parents.gather(1, ancestor)
         return seen
 
     def children(self, row: int) -> list[list[int]]:
@@ -56,7 +59,8 @@ class DraftTree(NamedTuple):
         parents = self.parents[row].tolist()
         children: list[list[int]] = [[] for _ in parents]
         for node, parent in enumerate(parents[1:], start=1):
-            children[parent].append(node)
+            if parent != PADDING:
+                children[parent].append(node)
         return children
 
 

@@ -1,11 +1,19 @@
-"""Verification of a draft tree by the target.
+"""The rules by which a target accepts nodes of a draft tree without changing what it says.
 
-In: a `DraftTree` and a rule that draws the target's token after a node. Out: a `Verdict`, the
-accepted path and one more token. Greedy: the argmax. Sampling from a deterministic tree: the
-children of a node are tried in order, each accepted with probability p / q with q = 1, on
-rejection p ← norm(p without the child) (EAGLE-2's rule; SpecInfer, Miao et al. 2024, with one-hot
-q). Both rules give a token of the target's own distribution, and the walk goes on while that token
-is a node of the tree; so the tree decides how far a round gets and never what comes out.
+In: a tree, the target's and the drafter's distribution after each node, and chance. Out: an
+`Outcome`, the accepted path and what the next token is to be drawn from.
+
+    greedy_walk  the path that the target's own choices take
+    token_walk   token by token from the root: recursive rejection (SpecInfer, Miao et al. 2024);
+                 with chosen tokens the rule of EAGLE-2 (Li et al. 2024)
+    traversal    path by path from the leaves: Traversal Verification (Weng et al. 2025, arXiv
+                 2505.12398)
+    block        the same for chains: Block Verification (Sun et al. 2025, ICLR)
+
+A tree is two lists, the token and the parent of each node. Node 0 is the root and its own parent,
+parents come before their children, siblings are in the order in which they were drawn, and a node
+of parent -1 is padding. Tokens were drawn from `draft_probs`, without replacement among siblings
+unless `with_replacement` is set, or were chosen, when `draft_probs` is None: then q = 1.
 """
 
 from collections.abc import Callable
@@ -14,82 +22,251 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tree import DraftTree
+# True with the given probability: a draw in production, every branch in turn in the tests
+Accept = Callable[[float], bool]
 
 
 class Verdict(NamedTuple):
-    """What the target makes of one row of a tree."""
+    """What comes out of one row of a tree."""
 
-    path: list[int]  # accepted nodes, the root first
+    path: list[int]  # the nodes before the tokens, the root first
     tokens: list[int]  # the accepted drafted tokens and the target's next one, len(path) in all
 
 
-class Siblings(NamedTuple):
-    """How the children of a node share the target's distribution after it."""
+class Choice(NamedTuple):
+    """Which of the siblings the target accepts."""
 
-    chances: Tensor  # (children,), of accepting each child when those before it were rejected
-    residual: Tensor  # (vocab,), the distribution left when all were rejected
-
-
-# (node, tokens after the root up to the node, tokens of its children) → the target's next token
-TokenRule = Callable[[int, list[int], list[int]], int]
+    child: int | None  # its place among the siblings; None: none was accepted
+    probs: Tensor  # (vocab,), the residual if none was accepted, else the target's as given
 
 
-def verify(tree: DraftTree, row: int, next_token: TokenRule) -> Verdict:
-    """Walk down one row of a tree while the target's own next token is a child of the node.
+class Outcome(NamedTuple):
+    """What the target accepts of a tree."""
+
+    path: list[int]  # accepted nodes, the root first
+    probs: Tensor  # (vocab,), what the token after the path is to be drawn from
+
+
+class Remainder(NamedTuple):
+    """What is left after a node when some of its children were rejected."""
+
+    reach: float  # p of the paper, how likely the node is accepted if no child of it is
+    target: Tensor  # (vocab,), M_b of the paper, what the target has yet to say after the node
+    draft: Tensor | None  # (vocab,), M_s, what the next child was drawn from; None: was chosen
+
+    def chance(self, token: int) -> float:
+        """Chance of the next child, min(1, reach · p / q) (Traversal Verification, section 3).
+
+        A token of no draft probability comes only when all others were drawn: it was chosen.
+        """
+        if self.draft is None:
+            return min(1.0, self.reach * float(self.target[token]))
+        p, q = torch.stack([self.target[token], self.draft[token]]).tolist()
+        return min(1.0, self.reach * p / (q or 1.0))
+
+    def reject(self, token: int, with_replacement: bool = False) -> "Remainder":
+        """Take a rejected child out (Traversal Verification, appendix F).
+
+        p ← [reach · p - q]₊ / S with S = Σ [reach · p - q]₊, reach ← S / (S + 1 - reach), and
+        q ← norm(q without the token), or q as it is when siblings are drawn independently.
+        """
+        if self.reach == 0:  # nothing below the node can be accepted any more
+            return self
+        residual = self.reach * self.target  # (vocab,)
+        if self.draft is not None:
+            residual = residual.sub_(self.draft).clamp_(min=0)
+        residual[token] = 0  # also where q = 1; where it was drawn, p < q or it had been accepted
+        mass = float(residual.sum())
+        if mass < torch.finfo(residual.dtype).tiny:  # whose inverse would overflow
+            mass = 0.0
+        beside = mass + (1 - self.reach)
+        return Remainder(
+            reach=mass / beside if beside > 0 else self.reach,
+            target=residual.div_(mass) if mass > 0 else self.target,
+            draft=self.draft if with_replacement else _without(self.draft, token),
+        )
+
+
+def greedy_walk(tokens: list[int], parents: list[int], best: list[int]) -> list[int]:
+    """The longest path of which each token is the target's own choice.
 
     Args:
-        tree: of any shape.
-        row: which row of its batch.
-        next_token: called once for each emitted token, in order.
+        tokens: of each node.
+        parents: of each node.
+        best: the target's choice after each node.
     """
-    children, token_of = tree.children(row), tree.tokens[row].tolist()
-    path: list[int] = [0]
-    tokens: list[int] = []
+    children = _children(parents)
+    path = [0]
     while True:
-        child_of = {token_of[child]: child for child in children[path[-1]]}
-        token = next_token(path[-1], tokens, list(child_of))
-        tokens = [*tokens, token]
-        if token not in child_of:
-            return Verdict(path, tokens)
-        path.append(child_of[token])
+        agreeing = [child for child in children[path[-1]] if tokens[child] == best[path[-1]]]
+        if not agreeing:
+            return path
+        path.append(agreeing[0])
 
 
-def share_among_siblings(target_probs: Tensor, child_tokens: Tensor) -> Siblings:
-    """Chance of each child under recursive rejection with q = 1, and the residual.
+def token_choice(
+    target_probs: Tensor,
+    child_tokens: list[int],
+    accept: Accept,
+    draft_probs: Tensor | None = None,
+    with_replacement: bool = False,
+) -> Choice:
+    """Try siblings in turn, each accepted with min(1, p / q) (SpecInfer, Miao et al. 2024).
 
-    The i-th child is accepted with p(xᵢ) after the earlier ones were taken out of p and p was
-    normalised: p(xᵢ) / (1 - Σ_{j<i} p(xⱼ)).
+    On a rejection p ← norm([p - q]₊) and q ← norm(q without the child) (Traversal Verification,
+    algorithm 2).
 
     Args:
         target_probs: (vocab,), p.
-        child_tokens: (children,), distinct, in the order in which they are tried.
+        child_tokens: in the order in which they were drawn.
+        accept: called for each child that is tried.
+        draft_probs: (vocab,), q, what the first child was drawn from; None: tokens were chosen.
+        with_replacement: whether siblings were drawn independently, so that tokens may repeat.
     """
-    p = target_probs[child_tokens]
-    left = (1 - (p.cumsum(0) - p)).clamp(min=0)
-    chances = torch.where(left > 0, p / left, torch.zeros_like(p)).clamp(max=1)
-    residual = target_probs.index_fill(0, child_tokens, 0)
-    total = residual.sum()
-    return Siblings(chances, residual / total if total > 0 else target_probs)
+    left = Remainder(1.0, target_probs, draft_probs)
+    for child, token in enumerate(child_tokens):
+        if accept(left.chance(token)):
+            return Choice(child, target_probs)
+        left = left.reject(token, with_replacement)
+    return Choice(None, left.target)
 
 
-def draw_token(
-    target_probs: Tensor, child_tokens: list[int], generator: torch.Generator | None = None
-) -> int:
-    """Draw a token of `target_probs` (vocab,), trying the children first.
+def token_walk(
+    tokens: list[int],
+    parents: list[int],
+    target_probs: Tensor,
+    draft_probs: Tensor | None,
+    accept: Accept,
+    with_replacement: bool = False,
+) -> Outcome:
+    """Walk down from the root while a child is accepted by `token_choice`.
 
-    Each with its chance of `share_among_siblings`; one of the residual if all are rejected.
+    Args:
+        tokens: of each node.
+        parents: of each node.
+        target_probs: (nodes, vocab), p after each node.
+        draft_probs: (nodes, vocab), q after each node; None: tokens were chosen.
+        accept: called for each node that is tried.
+        with_replacement: whether siblings were drawn independently, so that tokens may repeat.
     """
-    siblings = share_among_siblings(
-        target_probs, torch.tensor(child_tokens, device=target_probs.device).long()
-    )
-    luck = torch.rand(
-        siblings.chances.shape,
-        generator=generator,
-        device=target_probs.device,
-        dtype=siblings.chances.dtype,
-    )
-    accepted = (luck < siblings.chances).nonzero()
-    if len(accepted):
-        return child_tokens[int(accepted[0])]
-    return int(torch.multinomial(siblings.residual, 1, generator=generator))
+    children = _children(parents)
+    path = [0]
+    while True:
+        node = path[-1]
+        siblings = [tokens[child] for child in children[node]]
+        draft = None if draft_probs is None else draft_probs[node]
+        choice = token_choice(target_probs[node], siblings, accept, draft, with_replacement)
+        if choice.child is None:
+            return Outcome(path, choice.probs)
+        path.append(children[node][choice.child])
+
+
+def traversal(
+    tokens: list[int],
+    parents: list[int],
+    target_probs: Tensor,
+    draft_probs: Tensor | None,
+    accept: Accept,
+    with_replacement: bool = False,
+) -> Outcome:
+    """Try whole paths, the deepest first (Traversal Verification, section 3 and appendix E).
+
+    A node is tried when all its children were rejected. The root is accepted at last.
+
+    Args:
+        tokens: of each node.
+        parents: of each node.
+        target_probs: (nodes, vocab), p after each node.
+        draft_probs: (nodes, vocab), q after each node; None: tokens were chosen.
+        accept: called for each node that is tried.
+        with_replacement: whether siblings were drawn independently, so that tokens may repeat.
+    """
+    children = _children(parents)
+
+    def visit(node: int, reach: float) -> Outcome | None:
+        """The path from this node on, if it or one below it is accepted."""
+        if reach == 0:
+            return None
+        left = _remainder(node, reach, target_probs, draft_probs)
+        for child in children[node]:
+            below = visit(child, left.chance(tokens[child]))
+            if below is not None:
+                return Outcome([node, *below.path], below.probs)
+            left = left.reject(tokens[child], with_replacement)
+        return Outcome([node], left.target) if node == 0 or accept(left.reach) else None
+
+    outcome = visit(0, 1.0)
+    assert outcome is not None, "the root is always accepted"
+    return outcome
+
+
+def block(
+    tokens: list[int],
+    parents: list[int],
+    target_probs: Tensor,
+    draft_probs: Tensor | None,
+    accept: Accept,
+) -> Outcome:
+    """Accept the longest prefix of a chain that a draw of its own allows (Sun et al. 2025).
+
+    After i tokens reachᵢ = min(1, reachᵢ₋₁ · p / q), and the prefix is accepted with reach at the
+    end of the chain and with Sᵢ / (Sᵢ + 1 - reachᵢ) before it, where Sᵢ = Σ [reachᵢ · p - q]₊; the
+    next token is drawn from [reachᵢ · p - q]₊ / Sᵢ.
+
+    Args:
+        tokens: of each node.
+        parents: of each node; of a chain.
+        target_probs: (nodes, vocab), p after each node.
+        draft_probs: (nodes, vocab), q after each node; None: tokens were chosen.
+        accept: called for each prefix that is tried, the longest first.
+    """
+    chain = _chain(parents)
+    prefixes = [_remainder(0, 1.0, target_probs, draft_probs)]
+    for child in chain[1:]:
+        reach = prefixes[-1].chance(tokens[child])
+        prefixes.append(_remainder(child, reach, target_probs, draft_probs))
+    for place in range(len(chain) - 1, 0, -1):
+        if accept(prefixes[place].reach):
+            return Outcome(chain[: place + 1], prefixes[place].target)
+        prefixes[place - 1] = prefixes[place - 1].reject(tokens[chain[place]])
+    return Outcome([0], prefixes[0].target)
+
+
+def _remainder(
+    node: int, reach: float, target_probs: Tensor, draft_probs: Tensor | None
+) -> Remainder:
+    """A node with its own rows of `target_probs` and `draft_probs` (nodes, vocab)."""
+    return Remainder(reach, target_probs[node], None if draft_probs is None else draft_probs[node])
+
+
+def _without(probs: Tensor | None, token: int) -> Tensor | None:
+    """`probs` (vocab,) without a token and normalised; all zero if there was no other."""
+    if probs is None:
+        return None
+    rest = probs.clone()
+    rest[token] = 0
+    # the divisor stays on the device, so nothing waits for it
+    return rest.div_(rest.sum().clamp_(min=torch.finfo(rest.dtype).tiny))
+
+
+def _children(parents: list[int]) -> list[list[int]]:
+    """The children of each node in order, padding left out."""
+    children: list[list[int]] = [[] for _ in parents]
+    for node, parent in enumerate(parents[1:], start=1):
+        if parent >= 0:
+            children[parent].append(node)
+    return children
+
+
+def _chain(parents: list[int]) -> list[int]:
+    """The nodes of a chain, the root first."""
+    children = _children(parents)
+    chain = [0]
+    while siblings := children[chain[-1]]:
+        if len(siblings) > 1:
+            raise ValueError(
+                f"`parents` is {parents}, where node {chain[-1]} has {len(siblings)} children; "
+                "`block` takes chains, use `traversal` for other trees."
+            )
+        chain.append(siblings[0])
+    return chain

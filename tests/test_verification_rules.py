@@ -12,9 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import coral_hf.decoding.rules as rules
-from coral_hf.decoding.rules import Outcome, Remainder, block, token_choice, token_walk, traversal
-from coral_hf.decoding.verification import share_among_siblings
+import coral_hf.decoding.verification as rules
+from coral_hf.decoding.verification import (
+    Outcome,
+    Remainder,
+    block,
+    token_choice,
+    token_walk,
+    traversal,
+)
 
 Prefix = tuple[int, ...]
 Rule = Callable[..., Outcome]  # tokens, parents, target_probs, draft_probs, accept → Outcome
@@ -449,14 +455,16 @@ def some_probs(rows: int, vocab: int, seed: int, dtype: torch.dtype = torch.floa
 
 
 @pytest.mark.parametrize("children", [[], [2], [4, 0], [1, 3, 0, 2], [0, 1, 2, 3, 4]])
-def test_chosen_siblings_are_tried_by_the_chances_that_share_the_target(children):
+def test_a_chosen_child_is_accepted_with_its_share_of_what_is_left(children):
     probs = some_probs(1, 5, seed=len(children))[0]
-    expected = share_among_siblings(probs, torch.tensor(children).long())
     chances, choice = asked(token_choice, probs, children)
-    torch.testing.assert_close(torch.tensor(chances).double(), expected.chances.double())
+    p = probs[children]
+    left = 1 - (p.cumsum(0) - p)
+    torch.testing.assert_close(torch.tensor(chances).double(), p / left)
     assert choice.child is None
     if len(children) < 5:  # else there is nothing left to draw from
-        torch.testing.assert_close(choice.probs, expected.residual)
+        rest = probs.index_fill(0, torch.tensor(children).long(), 0)
+        torch.testing.assert_close(choice.probs, rest / rest.sum())
 
 
 def test_an_accepted_child_leaves_the_target_as_it_is():
