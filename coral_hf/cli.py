@@ -26,6 +26,12 @@ DepthOption = Annotated[int | None, typer.Option(help="Levels of the draft tree.
 TopKOption = Annotated[
     int | None, typer.Option(help="Children of an expanded node; 1 drafts chains.")
 ]
+RuleOption = Annotated[
+    str | None, typer.Option(help="When sampling: 'token', 'traversal' or 'block'.")
+]
+DrawnOption = Annotated[
+    bool | None, typer.Option(help="When sampling: draw the tree's tokens or choose them.")
+]
 NodesOption = Annotated[
     int | None, typer.Option(help="Rows of the target's pass, the root included.")
 ]
@@ -111,6 +117,8 @@ def generate(
     tree_depth: DepthOption = None,
     tree_top_k: TopKOption = None,
     tree_nodes: NodesOption = None,
+    verification: RuleOption = None,
+    drawn_tree: DrawnOption = None,
 ) -> None:
     """Generate with a drafter, streaming the text."""
     from transformers import TextStreamer
@@ -120,7 +128,14 @@ def generate(
 
     model, tokenizer = load_target(target, dtype)
     asked = {"messages": (user_message(prompt),)} if tokenizer.chat_template else {"text": prompt}
-    tree = _tree(draft_head, tree_depth, tree_top_k, tree_nodes)
+    tree = _given(
+        draft_head=draft_head,
+        tree_depth=tree_depth,
+        tree_top_k=tree_top_k,
+        tree_nodes=tree_nodes,
+        verification=verification,
+        drawn_tree=drawn_tree,
+    )
     sampling = (
         {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     )
@@ -198,6 +213,8 @@ def benchmark(
     tree_depth: DepthOption = None,
     tree_top_k: TopKOption = None,
     tree_nodes: NodesOption = None,
+    verification: RuleOption = None,
+    drawn_tree: DrawnOption = None,
 ) -> None:
     """Measure a drafter against plain generation, runs interleaved."""
     from rich.console import Console
@@ -218,7 +235,14 @@ def benchmark(
         temperature=temperature or 1.0,
         repeats=repeats,
         seed=seed,
-        tree=_tree(draft_head, tree_depth, tree_top_k, tree_nodes),
+        tree=_given(
+            draft_head=draft_head,
+            tree_depth=tree_depth,
+            tree_top_k=tree_top_k,
+            tree_nodes=tree_nodes,
+            verification=verification,
+            drawn_tree=drawn_tree,
+        ),
     )
     report = run_benchmark(
         model,
@@ -267,12 +291,6 @@ def _count_bigrams(dataset: str, hold_out: int, target, tokenizer):
     return BigramDrafter.from_texts(tokens, target.config.get_text_config().vocab_size)
 
 
-def _tree(draft_head: str | None, depth: int | None, top_k: int | None, nodes: int | None) -> dict:
+def _given(**settings) -> dict:
     """The settings that were given."""
-    settings = {
-        "draft_head": draft_head,
-        "tree_depth": depth,
-        "tree_top_k": top_k,
-        "tree_nodes": nodes,
-    }
     return {name: value for name, value in settings.items() if value is not None}

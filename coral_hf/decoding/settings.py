@@ -39,8 +39,8 @@ def choose_shape(
         settings: those of the call, which win; asking for a tree where only a chain is safe raises.
         rule: of which `"block"` takes chains only.
     """
-    given = {name: value for name, value in settings.items() if value is not None}
-    wanted: dict[str, int] = {name: given.get(name, defaults[name]) for name in TREE_KEYWORDS}
+    given: Settings = {name: value for name, value in settings.items() if value is not None}
+    wanted = {name: int((given if name in given else defaults)[name]) for name in TREE_KEYWORDS}
     for name, value in wanted.items():
         if value < 1:
             raise ValueError(f"`{name}` is {value}; use a value of at least 1.")
