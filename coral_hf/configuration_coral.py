@@ -177,10 +177,14 @@ def _max_positions(text: PreTrainedConfig) -> int:
 
 
 def _intermediate_size(text: PreTrainedConfig) -> int:
-    """GPT-2 calls it `n_inner` and leaves it unset for four times the width."""
+    """GPT-2 calls it `n_inner` and leaves it unset for four times the width.
+
+    Gemma 3n lists one for each layer; the drafter takes the widest.
+    """
     for name in ("intermediate_size", "n_inner"):
-        if getattr(text, name, None) is not None:
-            return getattr(text, name)
+        size = getattr(text, name, None)
+        if size is not None:
+            return max(size) if isinstance(size, (list, tuple)) else size
     return 4 * text.hidden_size
 
 

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
 from .configuration_coral import CoralConfig
-from .draft_head import LMHead
+from .draft_head import LMHead, execution_device
 
 logger = logging.get_logger(__name__)
 
@@ -38,9 +38,14 @@ class Target:
     embeddings: nn.Module  # (batch, length) → (batch, length, hidden)
     embedding_scale: float
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tokens belong."""
+        return execution_device(self.embeddings)
+
     def embed(self, tokens: Tensor) -> Tensor:
         """(batch, length) → (batch, length, hidden), as the target's first layer sees them."""
-        embeddings = self.embeddings(tokens.to(self.embeddings.weight.device))
+        embeddings = self.embeddings(tokens.to(self.device))
         return embeddings if self.embedding_scale == 1.0 else embeddings * self.embedding_scale
 
 
@@ -153,6 +158,20 @@ def cache_obstacle(model: PreTrainedModel) -> str | None:
         return f"its cache has layers of kind {kinds_found}, which cannot drop rejected tokens"
     if model._is_stateful:
         return "its recurrent state cannot drop rejected tokens"
+    return None
+
+
+def adapter_obstacle(model: PreTrainedModel) -> str | None:
+    """Why PEFT's adapter around a target cannot be followed by a drafter, or None if it can."""
+    # PEFT binds a method of its own to the target for the time of a call
+    wrapper = getattr(model.prepare_inputs_for_generation, "__self__", model)
+    adapter = getattr(wrapper, "active_peft_config", None)
+    if adapter is None:
+        return None
+    if adapter.is_prompt_learning:
+        return f"the adapter ({adapter.peft_type.value}) puts virtual tokens before its text"
+    if getattr(adapter, "alora_invocation_tokens", None):
+        return "the adapter (aLoRA) counts its tokens from the end of the text"
     return None
 
 

@@ -30,6 +30,23 @@ EXPECTED = {
     "olmo2": {"rms_norm_eps": 1e-5},
     "gpt_neox": {"num_key_value_heads": 4, "attention_bias": True, "rms_norm_eps": 1e-5},
     "gpt2": {"num_key_value_heads": 4, "intermediate_size": 4 * 32, "rms_norm_eps": 1e-5},
+    "qwen3_moe": {},
+    "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0},
+    "gemma": {},
+    "granite": {"embedding_scale": 3.0, "logit_scale": 0.5},
+    "cohere": {"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "logit_scale": 0.25},
+    "cohere2": {"rms_norm_eps": 1e-5, "logit_scale": 0.25},
+    "starcoder2_window": {},
+    "stablelm": {"rms_norm_eps": 1e-5},
+    "glm4": {
+        "rms_norm_eps": 1.5625e-7,
+        "attention_bias": True,
+        "eos_token_id": [151329, 151336, 151338],
+    },
+    "smollm3": {"rope_theta": 2_000_000.0},
+    "deepseek_v3": {"num_key_value_heads": 4},
+    "bitnet": {"rms_norm_eps": 1e-5, "rope_theta": 500_000.0},
+    "gpt_oss": {"rms_norm_eps": 1e-5, "attention_bias": True},
 }
 SHARED_BY_ALL = {
     "vocab_size": VOCAB,

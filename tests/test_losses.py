@@ -192,7 +192,10 @@ def whole_matrix_csra(predicted: Tensor, temperature: float) -> Tensor:
 @pytest.mark.parametrize("chunk_size", [4, 10, 33, 1024])
 def test_csra_is_the_same_in_chunks_in_value_and_gradient(chunk_size):
     predicted, _ = features()
-    ours, whole = csra_loss(predicted, 0.1, chunk_size=chunk_size), whole_matrix_csra(predicted, 0.1)
+    ours, whole = (
+        csra_loss(predicted, 0.1, chunk_size=chunk_size),
+        whole_matrix_csra(predicted, 0.1),
+    )
     torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-4)
     gradients = [torch.autograd.grad(loss, predicted)[0] for loss in (ours, whole)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)

@@ -10,7 +10,7 @@ from transformers.generation import GenerationMode
 from transformers.utils import logging
 
 from ..modeling_coral import TREE_DEFAULTS
-from ..target import cache_obstacle, text_config, tree_obstacle
+from ..target import adapter_obstacle, cache_obstacle, text_config, tree_obstacle
 from .tree import TreeShape
 
 logger = logging.get_logger(__name__)
@@ -57,8 +57,9 @@ def check_call(
         ValueError: with the setting, its value and what to do.
     """
     _check_mode(model, config)
+    _check_target(model)
     _check_input(model, input_ids)
-    _check_cache(model, config, cache)
+    _check_cache(config, cache)
 
 
 def _check_mode(model: PreTrainedModel, config: GenerationConfig) -> None:
@@ -105,7 +106,13 @@ def _check_input(model: PreTrainedModel, input_ids: Tensor) -> None:
         )
 
 
-def _check_cache(model: PreTrainedModel, config: GenerationConfig, cache: Cache | None) -> None:
+def _check_target(model: PreTrainedModel) -> None:
+    obstacle = cache_obstacle(model) or adapter_obstacle(model)
+    if obstacle is not None:
+        raise ValueError(f"The target {type(model).__name__} cannot take a drafter: {obstacle}.")
+
+
+def _check_cache(config: GenerationConfig, cache: Cache | None) -> None:
     if config.cache_implementation not in DYNAMIC_CACHES:
         raise ValueError(
             f"`cache_implementation` is {config.cache_implementation!r}; a drafter works with the"
@@ -116,9 +123,6 @@ def _check_cache(model: PreTrainedModel, config: GenerationConfig, cache: Cache 
             f"`past_key_values` already holds {cache.get_seq_length()} tokens; with a drafter, pass"
             " the whole text as `input_ids` and no cache."
         )
-    obstacle = cache_obstacle(model)
-    if obstacle is not None:
-        raise ValueError(f"The target {type(model).__name__} cannot take a drafter: {obstacle}.")
 
 
 def _position_limit(model: PreTrainedModel) -> int | None:

@@ -61,6 +61,12 @@ class DemoSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("row_length", "batch_size", "drafter_batch_size", "num_prompts", "max_new_tokens"):
+        for name in (
+            "row_length",
+            "batch_size",
+            "drafter_batch_size",
+            "num_prompts",
+            "max_new_tokens",
+        ):
             if vars(self)[name] < 1:
                 raise ValueError(f"`{name}` is {vars(self)[name]}; use 1 or more.")
