@@ -53,9 +53,11 @@ def read_target(model: PreTrainedModel, config: CoralConfig) -> Target:
     """Gather what a drafter with `config` reads of `model`.
 
     Raises:
-        ValueError: if the drafter was made for a target of other sizes; names the field.
+        ValueError: if the drafter was made for a target of other sizes, naming the field, or if
+            the target has no LM head or no single feature a token.
     """
     _check_sizes(text_config(model), config)
+    _check_streams(model)
     _warn_of_other_target(model.config, config)
     output = model.get_output_embeddings()
     if output is None:
@@ -84,6 +86,15 @@ def _check_sizes(text: PreTrainedConfig, config: CoralConfig) -> None:
                 f" {expected} ({config.target_name_or_path or 'unnamed'}). Use the drafter's own"
                 " target, or train a drafter for this one with CoralDrafter.from_target(target)."
             )
+
+
+def _check_streams(model: PreTrainedModel) -> None:
+    streams = getattr(text_config(model), "altup_num_inputs", 1)
+    if streams > 1:
+        raise ValueError(
+            f"The target {type(model).__name__} cannot take a drafter: it carries {streams} hidden"
+            " states a token (`altup_num_inputs`), and a drafter reads one."
+        )
 
 
 def _warn_of_other_target(found: PreTrainedConfig, config: CoralConfig) -> None:
@@ -162,16 +173,15 @@ def cache_obstacle(model: PreTrainedModel) -> str | None:
 
 
 def adapter_obstacle(model: PreTrainedModel) -> str | None:
-    """Why PEFT's adapter around a target cannot be followed by a drafter, or None if it can."""
-    # PEFT binds a method of its own to the target for the time of a call
+    """Why an adapter of PEFT's cannot be followed by a drafter, or None if it can."""
+    # around a target whose prompt it learns, PEFT binds a method of its own for the time of a call
     wrapper = getattr(model.prepare_inputs_for_generation, "__self__", model)
-    adapter = getattr(wrapper, "active_peft_config", None)
-    if adapter is None:
-        return None
-    if adapter.is_prompt_learning:
-        return f"the adapter ({adapter.peft_type.value}) puts virtual tokens before its text"
-    if getattr(adapter, "alora_invocation_tokens", None):
-        return "the adapter (aLoRA) counts its tokens from the end of the text"
+    around = getattr(wrapper, "active_peft_config", None)
+    if around is not None and around.is_prompt_learning:
+        return f"its adapter ({around.peft_type.value}) puts virtual tokens before the text"
+    within = getattr(model, "peft_config", {}).values()
+    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in within):
+        return "its adapter (aLoRA) starts to act at a place in the text"
     return None
 
 

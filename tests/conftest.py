@@ -18,6 +18,7 @@ from transformers import (
     FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GemmaConfig,
     Glm4Config,
     GPT2Config,
@@ -133,6 +134,10 @@ FAMILIES = {
         },
     ),
     "bitnet": (BitNetConfig, LLAMA_LIKE),
+    "gemma4": (
+        Gemma4TextConfig,
+        {**GEMMA_LIKE, "global_head_dim": 16, "vocab_size_per_layer_input": VOCAB},
+    ),
     "gpt_oss": (
         GptOssConfig,
         {

@@ -111,6 +111,14 @@ def test_a_target_without_an_lm_head_raises():
         bind(model)
 
 
+def test_a_target_of_several_hidden_states_a_token_raises():
+    model = tiny_target("llama")
+    config = CoralConfig.from_target(model.config)
+    model.config.altup_num_inputs = 4  # as Gemma 3n's
+    with pytest.raises(ValueError, match="carries 4 hidden states a token"):
+        read_target(model, config)
+
+
 def test_a_target_of_another_family_warns_and_one_of_another_name_does_not(caplog):
     config = CoralConfig.from_target(tiny_target("llama").config, target_name_or_path="org/model")
     with caplog.at_level(logging.WARNING):
