@@ -61,6 +61,7 @@ SIZES = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA_LIKE = {"intermediate_size": 48, "num_key_value_heads": 2}
 HALF_WINDOWED = {
     **LLAMA_LIKE,
@@ -136,14 +137,19 @@ FAMILIES = {
     "bitnet": (BitNetConfig, LLAMA_LIKE),
     "gemma4": (
         Gemma4TextConfig,
-        {**GEMMA_LIKE, "global_head_dim": 16, "vocab_size_per_layer_input": VOCAB},
+        {
+            **GEMMA_LIKE,
+            "global_head_dim": 16,
+            "vocab_size_per_layer_input": VOCAB,
+            "rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE},
+        },
     ),
     "gpt_oss": (
         GptOssConfig,
         {
             **HALF_WINDOWED,
             **EXPERTS,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "rope_parameters": ROPE,
         },
     ),
 }

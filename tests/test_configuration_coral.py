@@ -47,7 +47,7 @@ EXPECTED = {
     "smollm3": {"rope_theta": 2_000_000.0},
     "deepseek_v3": {"num_key_value_heads": 4},
     "bitnet": {"rms_norm_eps": 1e-5, "rope_theta": 500_000.0},
-    "gemma4": {"head_dim": 16, "rope_theta": 1_000_000.0},
+    "gemma4": {"head_dim": 16},
     "gpt_oss": {"rms_norm_eps": 1e-5, "attention_bias": True},
 }
 SHARED_BY_ALL = {

@@ -73,6 +73,13 @@ def set_attention(target: PreTrainedModel, attention: str) -> None:
     target.set_attn_implementation(attention)
 
 
+def skip_what_padding_breaks(target: PreTrainedModel, batch: int) -> None:
+    """In float64, the mask of a wholly padded row overflows the eager softmax, which is in fp32."""
+    is_eager = target.config._attn_implementation == "eager"
+    if batch > 1 and is_eager and target.dtype == torch.float64:
+        pytest.skip("padding gives NaN in the target alone")
+
+
 def random_drafter(target: PreTrainedModel) -> CoralDrafter:
     torch.manual_seed(0)
     return CoralDrafter.from_target(target).eval()
@@ -98,6 +105,7 @@ def assert_same_texts(target, drafter, batch, tie=0.0, shapes=(TREE, CHAIN)) -> 
 def test_greedy_tokens_equal_the_target_alone(family, attention, dtype, batch):
     target = tiny_target(family, dtype)
     set_attention(target, attention)
+    skip_what_padding_breaks(target, batch)
     assert_same_texts(target, random_drafter(target), batch, TIES[dtype])
 
 
@@ -116,10 +124,13 @@ def test_a_row_ends_at_its_own_end_token(family, batch):
 
 
 @pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("dtype", TIES)
 @pytest.mark.parametrize("name", CHAIN_ONLY)
-def test_a_target_without_trees_keeps_its_own_text_in_chains(name, batch):
-    target = any_target(name)
-    assert_same_texts(target, random_drafter(target), batch, shapes=({"tree_depth": 4}, CHAIN))
+def test_a_target_without_trees_keeps_its_own_text_in_chains(name, dtype, batch):
+    target = any_target(name, dtype)
+    skip_what_padding_breaks(target, batch)
+    chains = ({"tree_depth": 4}, CHAIN)
+    assert_same_texts(target, random_drafter(target), batch, TIES[dtype], chains)
 
 
 @pytest.mark.parametrize("name", CHAIN_ONLY)
