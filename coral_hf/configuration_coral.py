@@ -4,6 +4,8 @@ In: the config of a target. Out: `CoralConfig`: the drafter's own shape, how the
 embeddings and logits, which draft head to read, and which target the drafter belongs to.
 """
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -143,6 +145,14 @@ def _has_qkv_bias(text: PreTrainedConfig) -> bool:
     return bool(getattr(text, "attention_bias", False)) or text.model_type in QKV_BIAS
 
 
+def _field(text: PreTrainedConfig, name: str) -> Any:
+    """A field of a config, None where it is missing; the last layer's own where layers differ."""
+    try:
+        return getattr(text, name, None)
+    except RuntimeError:  # newer versions of transformers name no one value for such layers
+        return getattr(text.per_layer_config[text.num_hidden_layers - 1], name)
+
+
 def _sizes(text: PreTrainedConfig) -> dict:
     """The widths, heads and limits of a target's text config."""
     heads = getattr(text, "num_attention_heads", None)
@@ -160,8 +170,8 @@ def _sizes(text: PreTrainedConfig) -> dict:
         "hidden_size": text.hidden_size,
         "intermediate_size": _intermediate_size(text),
         "num_attention_heads": heads,
-        "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "num_key_value_heads": _field(text, "num_key_value_heads") or heads,
+        "head_dim": _field(text, "head_dim") or text.hidden_size // heads,
         "max_position_embeddings": _max_positions(text),
         "initializer_range": float(getattr(text, "initializer_range", 0.02)),
         "rms_norm_eps": float(next((epsilon for epsilon in epsilons if epsilon is not None), 1e-6)),
@@ -177,10 +187,14 @@ def _max_positions(text: PreTrainedConfig) -> int:
 
 
 def _intermediate_size(text: PreTrainedConfig) -> int:
-    """GPT-2 calls it `n_inner` and leaves it unset for four times the width."""
+    """GPT-2 calls it `n_inner` and leaves it unset for four times the width.
+
+    Gemma 3n lists one for each layer; the drafter takes the widest.
+    """
     for name in ("intermediate_size", "n_inner"):
-        if getattr(text, name, None) is not None:
-            return getattr(text, name)
+        size = _field(text, name)
+        if size is not None:
+            return max(size) if isinstance(size, (list, tuple)) else size
     return 4 * text.hidden_size
 
 

@@ -13,6 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes; accelerate leaves an offloaded one's weight on no real device."""
+    device = module.weight.device
+    hook = getattr(module, "_hf_hook", None)
+    return torch.device(hook.execution_device) if device.type == "meta" and hook else device
+
+
 class Children(NamedTuple):
     """The best next tokens of each row of a tree level, best first."""
 
@@ -37,14 +44,26 @@ class LMHead(NamedTuple):
         """(vocab,), for the heads that have one."""
         return getattr(self.module, "bias", None)
 
+    @property
+    def is_readable(self) -> bool:
+        """Whether rows of the weight can be read in place."""
+        weight = self.weight
+        return isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
+
     def logits(self, features: Tensor) -> Tensor:
         """(..., hidden) → (..., vocab): exactly what the target computes of these features."""
-        return self.finish(self.module(features.to(self.weight.dtype)))
+        return self.finish(self.module(self._cast(features)))
 
     def block_logits(self, features: Tensor, start: int, stop: int) -> Tensor:
         """(..., hidden) → (..., stop - start): logits of tokens start … stop - 1, read in place."""
         bias = None if self.bias is None else self.bias[start:stop]
-        return self.finish(F.linear(features.to(self.weight.dtype), self.weight[start:stop], bias))
+        return self.finish(F.linear(self._cast(features), self.weight[start:stop], bias))
+
+    def _cast(self, features: Tensor) -> Tensor:
+        """Features (any) in the dtype that the head computes in; a quantised head takes any."""
+        weight = self.weight
+        is_float = isinstance(weight, Tensor) and weight.is_floating_point()
+        return features.to(weight.dtype) if is_float else features
 
     def finish(self, logits: Tensor) -> Tensor:
         """Scale and soft-cap raw logits (..., any) as the target does."""

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
 
 from .configuration_coral import CoralConfig
-from .draft_head import DraftHead, FullHead, LMHead, RoutedHead, Router
+from .draft_head import DraftHead, FullHead, LMHead, RoutedHead, Router, execution_device
 
 TREE_DEFAULTS = {"tree_depth": 6, "tree_top_k": 10, "tree_nodes": 60}
 
@@ -167,12 +167,13 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_target(cls, target: PreTrainedModel, **overrides) -> "CoralDrafter":
-        """A fresh drafter for `target`, in its dtype and on its device.
+        """A fresh drafter for `target`, in its dtype and on the device of its LM head.
 
         `overrides` are fields of [`CoralConfig`].
         """
         config = CoralConfig.from_target(target.config, **overrides)
-        drafter = cls(config).to(device=target.device, dtype=target.dtype)
+        device = execution_device(target.get_output_embeddings())
+        drafter = cls(config).to(device=device, dtype=target.dtype)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(drafter.generation_config, name, getattr(target.generation_config, name))
         return drafter
@@ -236,6 +237,11 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
                 "`draft_head` is 'routed', but this drafter has no trained router; train one with"
                 " CoralTrainer(..., args=CoralTrainingArguments(stage='router')) or use"
                 " draft_head='full'."
+            )
+        if not head.is_readable:
+            raise ValueError(
+                "`draft_head` is 'routed', but the target's LM head is quantised or offloaded, so"
+                " that no group of it can be read alone; use draft_head='full'."
             )
         return RoutedHead(head, self.router, self.config.num_active_groups)
 

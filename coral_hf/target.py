@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
 from .configuration_coral import CoralConfig
-from .draft_head import LMHead
+from .draft_head import LMHead, execution_device
 
 logger = logging.get_logger(__name__)
 
@@ -38,9 +38,14 @@ class Target:
     embeddings: nn.Module  # (batch, length) → (batch, length, hidden)
     embedding_scale: float
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tokens belong."""
+        return execution_device(self.embeddings)
+
     def embed(self, tokens: Tensor) -> Tensor:
         """(batch, length) → (batch, length, hidden), as the target's first layer sees them."""
-        embeddings = self.embeddings(tokens.to(self.embeddings.weight.device))
+        embeddings = self.embeddings(tokens.to(self.device))
         return embeddings if self.embedding_scale == 1.0 else embeddings * self.embedding_scale
 
 
@@ -48,9 +53,11 @@ def read_target(model: PreTrainedModel, config: CoralConfig) -> Target:
     """Gather what a drafter with `config` reads of `model`.
 
     Raises:
-        ValueError: if the drafter was made for a target of other sizes; names the field.
+        ValueError: if the drafter was made for a target of other sizes, naming the field, or if
+            the target has no LM head or no single feature a token.
     """
     _check_sizes(text_config(model), config)
+    _check_streams(model)
     _warn_of_other_target(model.config, config)
     output = model.get_output_embeddings()
     if output is None:
@@ -79,6 +86,15 @@ def _check_sizes(text: PreTrainedConfig, config: CoralConfig) -> None:
                 f" {expected} ({config.target_name_or_path or 'unnamed'}). Use the drafter's own"
                 " target, or train a drafter for this one with CoralDrafter.from_target(target)."
             )
+
+
+def _check_streams(model: PreTrainedModel) -> None:
+    streams = getattr(text_config(model), "altup_num_inputs", 1)
+    if streams > 1:
+        raise ValueError(
+            f"The target {type(model).__name__} cannot take a drafter: it carries {streams} hidden"
+            " states a token (`altup_num_inputs`), and a drafter reads one."
+        )
 
 
 def _warn_of_other_target(found: PreTrainedConfig, config: CoralConfig) -> None:
@@ -153,6 +169,19 @@ def cache_obstacle(model: PreTrainedModel) -> str | None:
         return f"its cache has layers of kind {kinds_found}, which cannot drop rejected tokens"
     if model._is_stateful:
         return "its recurrent state cannot drop rejected tokens"
+    return None
+
+
+def adapter_obstacle(model: PreTrainedModel) -> str | None:
+    """Why an adapter of PEFT's cannot be followed by a drafter, or None if it can."""
+    # around a target whose prompt it learns, PEFT binds a method of its own for the time of a call
+    wrapper = getattr(model.prepare_inputs_for_generation, "__self__", model)
+    around = getattr(wrapper, "active_peft_config", None)
+    if around is not None and around.is_prompt_learning:
+        return f"its adapter ({around.peft_type.value}) puts virtual tokens before the text"
+    within = getattr(model, "peft_config", {}).values()
+    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in within):
+        return "its adapter (aLoRA) starts to act at a place in the text"
     return None
 
 

@@ -9,18 +9,42 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BitNetConfig,
+    BloomConfig,
+    Cohere2Config,
+    CohereConfig,
+    DeepseekV3Config,
+    FalconConfig,
+    FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
+    GemmaConfig,
+    Glm4Config,
     GPT2Config,
+    GPTNeoConfig,
     GPTNeoXConfig,
+    GptOssConfig,
+    GraniteConfig,
+    Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
+    MixtralConfig,
+    MptConfig,
     Olmo2Config,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+    RecurrentGemmaConfig,
+    SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
 )
 
 VOCAB = 40
@@ -37,15 +61,28 @@ SIZES = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA_LIKE = {"intermediate_size": 48, "num_key_value_heads": 2}
-GEMMA_LIKE = {
+HALF_WINDOWED = {
     **LLAMA_LIKE,
     "head_dim": 8,
-    "query_pre_attn_scalar": 8,
     "sliding_window": WINDOW,
     "layer_types": ["sliding_attention", "full_attention"],
+}
+GEMMA_LIKE = {
+    **HALF_WINDOWED,
+    "query_pre_attn_scalar": 8,
     # tied, the scaled embedding of a random model's last token outweighs all else
     "tie_word_embeddings": False,
+}
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LATENT_ATTENTION = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
 }
 
 # family → its config class, and what it takes beside `SIZES`
@@ -61,6 +98,112 @@ FAMILIES = {
     "olmo2": (Olmo2Config, LLAMA_LIKE),
     "gpt_neox": (GPTNeoXConfig, {"intermediate_size": 48}),
     "gpt2": (GPT2Config, {}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {
+            **LLAMA_LIKE,
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+        },
+    ),
+    "mixtral": (MixtralConfig, {**LLAMA_LIKE, **EXPERTS, "sliding_window": None}),
+    "gemma": (GemmaConfig, {**LLAMA_LIKE, "head_dim": 8, "tie_word_embeddings": False}),
+    "granite": (
+        GraniteConfig,
+        {**LLAMA_LIKE, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
+    ),
+    "cohere": (CohereConfig, {**LLAMA_LIKE, "logit_scale": 0.25}),
+    "cohere2": (Cohere2Config, {**HALF_WINDOWED, "logit_scale": 0.25}),
+    "starcoder2_window": (Starcoder2Config, {**LLAMA_LIKE, "sliding_window": WINDOW}),
+    "stablelm": (StableLmConfig, LLAMA_LIKE),
+    "glm4": (Glm4Config, {**LLAMA_LIKE, "head_dim": 8}),
+    "smollm3": (SmolLM3Config, {**LLAMA_LIKE, "no_rope_layers": [1, 0]}),
+    "deepseek_v3": (
+        DeepseekV3Config,
+        {
+            **LATENT_ATTENTION,
+            "intermediate_size": 48,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "bitnet": (BitNetConfig, LLAMA_LIKE),
+    "gemma4": (
+        Gemma4TextConfig,
+        {
+            **GEMMA_LIKE,
+            "global_head_dim": 16,
+            "vocab_size_per_layer_input": VOCAB,
+            "rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE},
+        },
+    ),
+    "gpt_oss": (
+        GptOssConfig,
+        {
+            **HALF_WINDOWED,
+            **EXPERTS,
+            "rope_parameters": ROPE,
+        },
+    ),
+}
+
+
+# families that take chains alone, or no drafter at all
+GROUPED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
+OTHERS = {
+    "bloom": BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4),
+    "mpt": MptConfig(vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=4),
+    "falcon_alibi": FalconConfig(**SIZES, alibi=True),
+    "mamba": MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "recurrent_gemma": RecurrentGemmaConfig(
+        **SIZES, intermediate_size=48, lru_width=32, attention_window_size=WINDOW
+    ),
+    "llama4": Llama4TextConfig(
+        **GROUPED,
+        intermediate_size_mlp=48,
+        head_dim=8,
+        num_local_experts=2,
+        attention_chunk_size=WINDOW,
+    ),
+    "falcon_h1": FalconH1Config(
+        **GROUPED,
+        mamba_d_ssm=32,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+        mamba_n_groups=1,
+        mamba_d_state=8,
+    ),
+    "qwen3_next": Qwen3NextConfig(
+        **GROUPED,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=24,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    ),
+    "lfm2": Lfm2Config(**GROUPED, layer_types=["conv", "full_attention"]),
+    "gpt_neo": GPTNeoConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=WINDOW,
+        max_position_embeddings=128,
+    ),
 }
 
 
@@ -74,9 +217,22 @@ def tiny_target(
     family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides
 ) -> PreTrainedModel:
     """A random target whose argmax varies: as it is initialised, a tiny one repeats one token."""
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
+    return make_target(tiny_config(family, **overrides), dtype, seed)
+
+
+def make_target(
+    config: PreTrainedConfig, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> PreTrainedModel:
+    """A random target of a config, its weights as in `tiny_target`."""
+    model = AutoModelForCausalLM.from_config(config)
+    model.set_experts_implementation("eager")  # the grouped kernels know no float64
     scatter_weights(model, seed)
     return model.to(dtype).eval()
+
+
+def any_target(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """A random target of `FAMILIES` or `OTHERS`."""
+    return tiny_target(name, dtype) if name in FAMILIES else make_target(OTHERS[name], dtype)
 
 
 def scatter_weights(model: torch.nn.Module, seed: int = 0) -> None:

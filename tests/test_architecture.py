@@ -35,7 +35,7 @@ LAZY = {"datasets", "peft", "matplotlib", "vllm", "transformers.trainer"}
 SEAMS = {
     "GenerationMixin": ["decoding/generate.py", "modeling_coral.py"],
     "get_input_embeddings": ["target.py"],
-    "get_output_embeddings": ["target.py"],
+    "get_output_embeddings": ["modeling_coral.py", "target.py"],
     "_attn_implementation": ["target.py"],
     "DynamicCache": ["target.py"],
     "DynamicLayer": ["decoding/cache.py", "target.py"],

@@ -7,6 +7,7 @@ from transformers import (
     AutoConfig,
     CohereConfig,
     Gemma3Config,
+    Gemma3nTextConfig,
     GraniteConfig,
     LlamaConfig,
     MambaConfig,
@@ -30,6 +31,24 @@ EXPECTED = {
     "olmo2": {"rms_norm_eps": 1e-5},
     "gpt_neox": {"num_key_value_heads": 4, "attention_bias": True, "rms_norm_eps": 1e-5},
     "gpt2": {"num_key_value_heads": 4, "intermediate_size": 4 * 32, "rms_norm_eps": 1e-5},
+    "qwen3_moe": {},
+    "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0},
+    "gemma": {},
+    "granite": {"embedding_scale": 3.0, "logit_scale": 0.5},
+    "cohere": {"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "logit_scale": 0.25},
+    "cohere2": {"rms_norm_eps": 1e-5, "logit_scale": 0.25},
+    "starcoder2_window": {},
+    "stablelm": {"rms_norm_eps": 1e-5},
+    "glm4": {
+        "rms_norm_eps": 1.5625e-7,
+        "attention_bias": True,
+        "eos_token_id": [151329, 151336, 151338],
+    },
+    "smollm3": {"rope_theta": 2_000_000.0},
+    "deepseek_v3": {"num_key_value_heads": 4},
+    "bitnet": {"rms_norm_eps": 1e-5, "rope_theta": 500_000.0},
+    "gemma4": {"head_dim": 16},
+    "gpt_oss": {"rms_norm_eps": 1e-5, "attention_bias": True},
 }
 SHARED_BY_ALL = {
     "vocab_size": VOCAB,
@@ -186,6 +205,11 @@ def test_two_configs_do_not_share_their_rotary_parameters():
     config.rope_parameters["rope_theta"] = 5.0
     assert target.rope_parameters["rope_theta"] == 10000.0
     assert CoralConfig().rope_parameters["rope_theta"] == 10000.0
+
+
+def test_a_list_of_widths_gives_the_widest():
+    config = Gemma3nTextConfig(num_hidden_layers=2, intermediate_size=[48, 96])
+    assert CoralConfig.from_target(config).intermediate_size == 96
 
 
 def test_qwen2_has_biases_though_no_field_says_so():

@@ -4,24 +4,15 @@ import logging
 
 import pytest
 import torch
-from conftest import FAMILIES, SIZES, VOCAB, WINDOW, scatter_weights, shared_file, tiny_target
+from conftest import FAMILIES, VOCAB, WINDOW, any_target, shared_file, tiny_target
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BloomConfig,
-    CohereConfig,
-    FalconConfig,
-    GPTNeoConfig,
-    GraniteConfig,
-    Llama4TextConfig,
     LlamaModel,
-    MambaConfig,
-    MptConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    RecurrentGemmaConfig,
 )
 
 from coral_hf import CoralConfig
@@ -39,47 +30,8 @@ from coral_hf.target import (
     tree_obstacle,
 )
 
-GROUPED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
-OTHERS = {
-    "granite": GraniteConfig(**GROUPED, embedding_multiplier=3.0, logits_scaling=2.0),
-    "cohere": CohereConfig(**GROUPED, logit_scale=0.25),
-    "bloom": BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4),
-    "mpt": MptConfig(vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=4),
-    "falcon_alibi": FalconConfig(**SIZES, alibi=True),
-    "mamba": MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4),
-    "recurrent_gemma": RecurrentGemmaConfig(
-        **SIZES, intermediate_size=48, lru_width=32, attention_window_size=WINDOW
-    ),
-    "llama4": Llama4TextConfig(
-        **GROUPED,
-        intermediate_size_mlp=48,
-        head_dim=8,
-        num_local_experts=2,
-        attention_chunk_size=WINDOW,
-    ),
-    "gpt_neo": GPTNeoConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=2,
-        num_heads=4,
-        attention_types=[[["global", "local"], 1]],
-        window_size=WINDOW,
-        max_position_embeddings=128,
-    ),
-}
-READ_AS_PROMISED = [*FAMILIES, "granite", "cohere"]
-
 # the parent of each node; down to depth 6, and with more rows than a window
 PARENTS = [0, 0, 0, 0, 1, 1, 2, 3, 4, 4, 8, 10, 9, 11, 12]
-
-
-def make_target(name: str) -> PreTrainedModel:
-    if name in FAMILIES:
-        return tiny_target(name)
-    model = AutoModelForCausalLM.from_config(OTHERS[name])
-    scatter_weights(model)
-    return model.double().eval()
 
 
 def bind(model: PreTrainedModel) -> Target:
@@ -102,10 +54,10 @@ def make_tree() -> DraftTree:
 # ---- features, embeddings, LM head
 
 
-@pytest.mark.parametrize("name", READ_AS_PROMISED)
+@pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_a_feature_is_the_last_hidden_state_and_the_head_makes_the_logits_of_it(name):
-    model = make_target(name)
+    model = any_target(name)
     target, text = bind(model), make_text(12)
     whole = model(text, output_hidden_states=True)
     features = read_features(model, text, torch.ones_like(text))
@@ -114,11 +66,11 @@ def test_a_feature_is_the_last_hidden_state_and_the_head_makes_the_logits_of_it(
     torch.testing.assert_close(target.head.logits(features), whole.logits)
 
 
-@pytest.mark.parametrize("name", [name for name in READ_AS_PROMISED if name != "gpt2"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gpt2"])
 @torch.no_grad()
 def test_embeddings_are_what_the_targets_first_layer_sees(name):
     # GPT-2 adds its positions to them first
-    model, text = make_target(name), make_text(5)
+    model, text = any_target(name), make_text(5)
     seen = model(text, output_hidden_states=True).hidden_states[0]
     torch.testing.assert_close(bind(model).embed(text), seen)
 
@@ -157,6 +109,14 @@ def test_a_target_without_an_lm_head_raises():
     model = LlamaModel(tiny_target("llama").config)
     with pytest.raises(ValueError, match="LlamaModel has no LM head"):
         bind(model)
+
+
+def test_a_target_of_several_hidden_states_a_token_raises():
+    model = tiny_target("llama")
+    config = CoralConfig.from_target(model.config)
+    model.config.altup_num_inputs = 4  # as Gemma 3n's
+    with pytest.raises(ValueError, match="carries 4 hidden states a token"):
+        read_target(model, config)
 
 
 def test_a_target_of_another_family_warns_and_one_of_another_name_does_not(caplog):
@@ -218,10 +178,10 @@ def test_every_family_takes_trees_and_drops_rejected_tokens(family):
     assert cache_obstacle(model) is None
 
 
-@pytest.mark.parametrize("name", [*READ_AS_PROMISED, "llama4", "gpt_neo"])
+@pytest.mark.parametrize("name", [*FAMILIES, "llama4", "gpt_neo"])
 @torch.no_grad()
 def test_a_target_scores_each_node_as_the_text_that_ends_there_or_names_an_obstacle(name):
-    model, text, tree = make_target(name), make_text(2 * WINDOW + 3), make_tree()
+    model, text, tree = any_target(name), make_text(2 * WINDOW + 3), make_tree()
     if tree_obstacle(model) is not None:
         return
     scorer = TargetScorer(bind(model), takes_tree=True)
@@ -245,7 +205,7 @@ def test_a_target_scores_each_node_as_the_text_that_ends_there_or_names_an_obsta
     ],
 )
 def test_a_target_that_cannot_tell_siblings_apart_names_its_obstacle(name, said):
-    assert said in (tree_obstacle(make_target(name)) or "none")
+    assert said in (tree_obstacle(any_target(name)) or "none")
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
@@ -264,12 +224,12 @@ def test_eager_attention_takes_trees():
 
 @pytest.mark.parametrize("name", ["mamba", "recurrent_gemma"])
 def test_a_recurrent_state_cannot_drop_rejected_tokens(name):
-    assert "cannot drop rejected tokens" in cache_obstacle(make_target(name))
+    assert "cannot drop rejected tokens" in cache_obstacle(any_target(name))
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt", "falcon_alibi", "gpt_neo", "llama4"])
 def test_a_target_without_trees_may_still_take_chains(name):
-    assert cache_obstacle(make_target(name)) is None
+    assert cache_obstacle(any_target(name)) is None
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerationMode
 from transformers.utils import logging
 
-from ..target import cache_obstacle, text_config, tree_obstacle
+from ..target import adapter_obstacle, cache_obstacle, text_config, tree_obstacle
 
 logger = logging.get_logger(__name__)
 
@@ -31,8 +31,9 @@ def check_call(
         ValueError: with the setting, its value and what to do.
     """
     _check_mode(model, config)
+    _check_target(model)
     _check_input(model, input_ids, model_kwargs.get("attention_mask"))
-    _check_cache(model, config)
+    _check_cache(config)
 
 
 def _check_mode(model: PreTrainedModel, config: GenerationConfig) -> None:
@@ -75,15 +76,18 @@ def _check_input(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None)
         )
 
 
-def _check_cache(model: PreTrainedModel, config: GenerationConfig) -> None:
+def _check_target(model: PreTrainedModel) -> None:
+    obstacle = cache_obstacle(model) or adapter_obstacle(model)
+    if obstacle is not None:
+        raise ValueError(f"The target {type(model).__name__} cannot take a drafter: {obstacle}.")
+
+
+def _check_cache(config: GenerationConfig) -> None:
     if config.cache_implementation not in KNOWN_CACHES:
         raise ValueError(
             f"`cache_implementation` is {config.cache_implementation!r}; a drafter works with the"
             " default cache."
         )
-    obstacle = cache_obstacle(model)
-    if obstacle is not None:
-        raise ValueError(f"The target {type(model).__name__} cannot take a drafter: {obstacle}.")
 
 
 def position_limit(model: PreTrainedModel) -> int | None:

@@ -94,7 +94,7 @@ class TargetScorer:
 
     def score(self, tree: DraftTree) -> Scores:
         """Read all nodes of a tree at once."""
-        tree = tree.to(self._target.model.device)
+        tree = tree.to(self._target.device)
         if not self._takes_tree:
             return self._forward(input_ids=tree.tokens, **self._chain_mask(tree.tokens))
         # (batch, nodes)
