@@ -87,5 +87,5 @@ class Columns:
 
 
 def count_positions(seen: Tensor) -> Tensor:
-    """Positions of a padded prompt: (batch, length) bool → the same shape, `HIDDEN` where padded."""
+    """Positions of a padded prompt, (batch, length), `HIDDEN` where it is not `seen`."""
     return (seen.long().cumsum(1) - 1).masked_fill(~seen, HIDDEN)
