@@ -11,6 +11,7 @@ knows a drafter by `begin`, `propose` and `commit` (`Drafting`) and nothing else
 
 import weakref
 from collections.abc import Callable
+from copy import deepcopy
 from typing import NamedTuple, Protocol
 
 import torch
@@ -76,6 +77,13 @@ class DrafterMemory(NamedTuple):
     drafter: weakref.ref
     cache: GrowingCache
     columns: Columns
+
+    def __reduce__(self) -> tuple:
+        """A cache is saved without it: where it is loaded, the drafter is another object."""
+        return type(None), ()
+
+    def __deepcopy__(self, memo: dict) -> "DrafterMemory":
+        return DrafterMemory(self.drafter, deepcopy(self.cache, memo), deepcopy(self.columns, memo))
 
     def fits(self, drafter: CoralDrafter, positions: Tensor) -> bool:
         """Whether a text at (batch, length) `positions` goes on where this one ends."""

@@ -32,6 +32,11 @@ def check_call(
     """
     _check_mode(model, config)
     _check_target(model)
+    if model_kwargs.get("inputs_embeds") is not None:
+        raise ValueError(
+            "`inputs_embeds` was passed, but a drafter reads the tokens of a text; pass"
+            " `input_ids` alone, or drop `assistant_model`."
+        )
     _check_input(model, input_ids, model_kwargs.get("attention_mask"))
     _check_cache(config)
 

@@ -75,19 +75,17 @@ class Columns:
 
         Args:
             queries: positions behind all columns.
-            window: how far a query of a sliding layer sees; itself included.
+            window: how far a query of a sliding layer sees; itself included. It is counted in
+                columns, as transformers does: where a prompt skips positions, they differ.
         """
-        positions = self.positions[:, None]
-        looks = positions != HIDDEN
-        if window is not None:
-            return looks & (queries[..., None] - positions < window)
-        return looks.expand(-1, queries.shape[1], -1)
+        looks = (self.positions != HIDDEN)[:, None]
+        if window is None:
+            return looks.expand(-1, queries.shape[1], -1)
+        column = torch.arange(self.width, device=queries.device)
+        own = queries + (self.lengths - self.next_positions)[:, None]  # (batch, queries) columns
+        return looks & (own[..., None] - column < window)
 
 
-def count_positions(seen: Tensor, start: Tensor | int = 0) -> Tensor:
-    """Positions of a padded prompt: (batch, length) bool → the same shape, `HIDDEN` where padded.
-
-    `start`: of each row, (batch, 1), where a text goes on.
-    """
-    positions = seen.long().cumsum(1) - 1 + start
-    return positions.masked_fill(~seen, HIDDEN)
+def count_positions(seen: Tensor) -> Tensor:
+    """Positions of a padded prompt, (batch, length), `HIDDEN` where it is not `seen`."""
+    return (seen.long().cumsum(1) - 1).masked_fill(~seen, HIDDEN)

@@ -8,6 +8,7 @@ told to the target by a 4-D float mask and position ids; a chain is plain causal
     its position             that of the root + depth
 """
 
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,7 @@ class TargetScorer:
         """
         self._target = target
         self._takes_tree = takes_tree
+        self._takes_positions = "position_ids" in signature(target.model.forward).parameters
         self._windows = sliding_windows(target.model)
         self._limit = position_limit
         self._wants = wants
@@ -73,8 +75,7 @@ class TargetScorer:
             mask = input_ids.new_ones(batch, whole)
         # a text that goes on comes whole, or as what is new in it
         new_ids = input_ids[:, read:] if whole == length else input_ids
-        # (batch, read + new) positions
-        positions = count_positions(mask.bool())
+        positions = _positions(mask.bool(), model_kwargs.get("position_ids"))
         self.columns, self._rows = Columns(batch, input_ids.device), list(range(batch))
         parts = []
         for chunk in new_ids.split(chunk_size or new_ids.shape[1], dim=1):
@@ -95,12 +96,13 @@ class TargetScorer:
     def score(self, tree: DraftTree) -> Scores:
         """Read all nodes of a tree at once."""
         tree = tree.to(self._target.device)
-        if not self._takes_tree:
-            return self._forward(input_ids=tree.tokens, **self._chain_mask(tree.tokens))
         # (batch, nodes)
         positions = self.columns.next_positions.to(tree.tokens.device)[:, None] + tree.depths
         if self._limit is not None:  # nodes beyond it are never emitted
             positions = positions.clamp(max=self._limit - 1)
+        if not self._takes_tree:
+            told = {"position_ids": positions} if self._takes_positions else {}
+            return self._forward(input_ids=tree.tokens, **told, **self._chain_mask(tree.tokens))
         return self._forward(
             input_ids=tree.tokens,
             position_ids=positions,
@@ -175,6 +177,16 @@ class TargetScorer:
             nodes = nodes & (positions[..., None] - positions[:, None] < window)
         looks = torch.cat([committed.to(device), nodes], dim=2)
         return visible(looks, self._target.model.dtype)[:, None]
+
+
+def _positions(seen: Tensor, given: Tensor | None) -> Tensor:
+    """Positions of all tokens, `HIDDEN` where padded: (batch, read + new) bool → the same shape.
+
+    `given`: what the target is told, (batch or 1, read + new), where there is one for each token.
+    """
+    if given is None or given.shape[1:] != seen.shape[1:]:
+        return count_positions(seen)
+    return given.to(seen.device).masked_fill(~seen, HIDDEN)
 
 
 def whole_length(input_ids: Tensor, model_kwargs: dict) -> int:
