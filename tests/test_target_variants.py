@@ -141,11 +141,6 @@ def test_a_compiled_target_keeps_its_text(compile_target):
 
 # older versions of transformers take the prompt's device for a mistake
 WITH_OFFLOADING = pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")
-ON_NO_DEVICE = pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="a round sends its tree where the first weight is, which is nowhere when offloaded",
-)
 
 
 def offload(folder, at: tuple[str, ...]) -> PreTrainedModel:
@@ -170,10 +165,7 @@ def folder(tmp_path_factory):
         ("model.layers.1",),
         ("lm_head",),
         ("model.layers.0", "model.norm", "lm_head"),
-        pytest.param(
-            ("model.embed_tokens",),
-            marks=ON_NO_DEVICE,
-        ),
+        ("model.embed_tokens",),
     ],
     ids="+".join,
 )
@@ -190,7 +182,6 @@ def test_a_target_with_device_hooks_keeps_its_text():
 
 
 @WITH_OFFLOADING
-@ON_NO_DEVICE
 def test_a_wholly_offloaded_target_keeps_its_text():
     target = cpu_offload(tiny_target("llama"), execution_device=torch.device("cpu"))
     assert_same_texts(target, random_drafter(target), 1)
@@ -251,14 +242,6 @@ def test_autocast_parts_from_the_text_only_at_ties(shape):
 # ---- positions of the call's own
 
 
-OWN_POSITIONS = pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a round places its tokens by their count, whatever the prompt's positions",
-)
-
-
-@OWN_POSITIONS
 @pytest.mark.parametrize("shape", [TREE, CHAIN])
 def test_positions_that_a_call_gives_are_followed_or_refused(shape):
     target, prompt = tiny_target("llama"), make_prompts()[0]
@@ -298,7 +281,6 @@ def seeing_target() -> PreTrainedModel:
     return model.double().eval()
 
 
-@OWN_POSITIONS
 @pytest.mark.parametrize("shape", [TREE, CHAIN])
 def test_text_after_an_image_is_followed_or_refused(shape):
     """An image of 4 × 4 patches takes 16 tokens and 4 positions."""

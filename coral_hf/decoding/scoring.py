@@ -182,8 +182,10 @@ class TargetScorer:
 def _positions(seen: Tensor, given: Tensor | None) -> Tensor:
     """Positions of all tokens, `HIDDEN` where padded: (batch, read + new) bool → the same shape.
 
-    `given`: what the target is told, (batch or 1, read + new), where there is one for each token.
+    `given`: what the target is told, (batch or 1, read + new), where there is one for each token;
+        with a leading axis for time, height and width, which agree for text.
     """
+    given = given[-1] if given is not None and given.dim() == 3 else given
     if given is None or given.shape[1:] != seen.shape[1:]:
         return count_positions(seen)
     return given.to(seen.device).masked_fill(~seen, HIDDEN)
