@@ -46,3 +46,5 @@ def test_train_and_generate(folder, monkeypatch, capsys):
     names = ["--target", folder / "target", "--drafter", folder / "drafter"]
     run(monkeypatch, "generate.py", *names, "--max-new-tokens", 8, "Hello")
     assert "tokens per target pass" in capsys.readouterr().out
+    run(monkeypatch, "chat.py", *names, "--max-new-tokens", 8, "Hello", "And then?")
+    assert capsys.readouterr().out.count("tokens per target pass") == 2

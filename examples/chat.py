@@ -1,0 +1,46 @@
+"""Talk to a target with a drafter: each turn reads only what is new.
+
+python examples/chat.py --target org/my-llama --drafter org/coral-my-llama "Hi." "And then?"
+"""
+
+import argparse
+
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import coral_hf  # noqa: F401  registers the drafter and lets `generate` take it
+
+
+def main(target_name: str, drafter_name: str, turns: list[str], max_new_tokens: int) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(target_name)
+    target = AutoModelForCausalLM.from_pretrained(target_name).eval()
+    drafter = AutoModel.from_pretrained(drafter_name, dtype=target.dtype).eval()
+    messages, cache = [], None
+    for turn in turns:
+        messages.append({"role": "user", "content": turn})
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        output = target.generate(
+            **inputs,
+            assistant_model=drafter,
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+        # carries what target and drafter have read; the next turn goes on from it
+        cache = output.past_key_values
+        start = inputs["input_ids"].shape[1]
+        reply = tokenizer.decode(output.sequences[0, start:], skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": reply})
+        print(f"> {turn}\n{reply}\n[{output.stats.acceptance_length:.2f} tokens per target pass]")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--drafter", required=True)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("turns", nargs="+")
+    options = parser.parse_args()
+    main(options.target, options.drafter, options.turns, options.max_new_tokens)
