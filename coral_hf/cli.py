@@ -35,6 +35,11 @@ DrawnOption = Annotated[
 NodesOption = Annotated[
     int | None, typer.Option(help="Rows of the target's pass, the root included.")
 ]
+PromptsOption = Annotated[
+    list[Path], typer.Option(help="MT-bench, HumanEval, GSM8K, Spec-Bench, messages or text.")
+]
+ReportOption = Annotated[Path, typer.Option(help="Folder of report.json, report.md and the plots.")]
+LimitOption = Annotated[int | None, typer.Option(help="Prompts of each file at most.")]
 
 
 @app.callback()
@@ -174,10 +179,8 @@ def demo(
 @app.command()
 def benchmark(
     target: TargetOption,
-    prompts: Annotated[
-        list[Path], typer.Option(help="MT-bench, HumanEval, GSM8K, Spec-Bench, messages or text.")
-    ],
-    output: Annotated[Path, typer.Option(help="Folder of report.json, report.md and the plots.")],
+    prompts: PromptsOption,
+    output: ReportOption,
     drafter: Annotated[
         str | None, typer.Option(help="The drafter; an untrained one by default.")
     ] = None,
@@ -187,7 +190,7 @@ def benchmark(
         "plain",
         "coral",
     ],
-    limit: Annotated[int | None, typer.Option(help="Prompts of each file at most.")] = None,
+    limit: LimitOption = None,
     last: Annotated[int | None, typer.Option(help="Only the last rows of each file.")] = None,
     user_turn: Annotated[
         int, typer.Option(help="Which user turn of a dialogue is answered; -1 is the last.")
@@ -257,6 +260,37 @@ def benchmark(
     )
     report.write(output)
     Console().print(report.to_rich_table())
+
+
+@app.command()
+def sweep(
+    target: TargetOption,
+    drafter: DrafterOption,
+    prompts: PromptsOption,
+    output: ReportOption,
+    batch_size: Annotated[list[int] | None, typer.Option(help="Prompts at once.")] = None,
+    context: Annotated[list[int] | None, typer.Option(help="Tokens before the answer.")] = None,
+    limit: LimitOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
+    repeats: Annotated[int, typer.Option(help="Runs of each batch and method.")] = 3,
+    dtype: DtypeOption = "auto",
+    draft_head: HeadOption = None,
+    tree_depth: DepthOption = None,
+    tree_top_k: TopKOption = None,
+    tree_nodes: NodesOption = None,
+) -> None:
+    """Measure a drafter by batch size and by length of the context."""
+    from rich.console import Console
+
+    from .benchmark import SweepSettings, read_prompts, run_sweep
+
+    tree = _tree(draft_head, tree_depth, tree_top_k, tree_nodes)
+    settings = SweepSettings(batch_size or [], context or [], max_new_tokens, repeats, tree=tree)
+    model, tokenizer = load_target(target, dtype)
+    items = [item for path in prompts for item in read_prompts(path, limit=limit)]
+    report = run_sweep(model, load_drafter(drafter, model), tokenizer, items, settings)
+    report.write(output)
+    Console().print(*report.to_rich_tables())
 
 
 def load_target(name: str, dtype: str):

@@ -57,7 +57,9 @@ def test_benchmark_writes_its_report(drafter, folder):  # noqa: F811
 
 def test_help_names_every_command():
     result = invoke("--help")
-    assert all(name in result.output for name in ("train", "generate", "demo", "benchmark"))
+    assert all(
+        name in result.output for name in ("train", "generate", "demo", "benchmark", "sweep")
+    )
 
 
 def test_an_unknown_training_option_is_an_error(folder):  # noqa: F811

@@ -1,4 +1,4 @@
-"""The pictures of a report: acceptance by depth, speed-up by task.
+"""The pictures of a report: acceptance by depth, speed-up by task, by batch size, by context.
 
 In: rows. Out: PNG files. matplotlib is imported when a picture is drawn, and needs no display.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .summary import AcceptedDepth, Row
+from .sweep_summary import BatchRow, ContextRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +22,7 @@ COLOURS = {
     "prompt_lookup": "#56B4E9",
     "assisted": "#009E73",
 }
+STAGE_COLOURS = {"draft": "#D55E00", "verify": "#0072B2", "other": "#CC79A7"}
 BAR_ROOM = 0.8  # of the distance between two groups of bars
 
 
@@ -85,6 +87,44 @@ def plot_speedups(rows: Sequence[Row], path: Path, title: str) -> None:
         axes.axhline(1.0, color=COLOURS["plain"], linewidth=1, label="plain")
         axes.set(title=title, ylabel="speed-up, median over prompts")
         axes.set_xticks(range(len(tasks)), tasks)
+        add_legend(axes)
+
+
+def plot_batches(rows: Sequence[BatchRow], path: Path, title: str) -> None:
+    """Bars: tokens per second of both methods by batch size, the drafter's with its speed-up."""
+    sizes = list(dict.fromkeys(row.batch_size for row in rows))
+    with figure(path, len(sizes)) as axes:
+        width = BAR_ROOM / 2
+        for index, method in enumerate(dict.fromkeys(row.method for row in rows)):
+            own = [row for row in rows if row.method == method]
+            x = [sizes.index(row.batch_size) + (index - 0.5) * width for row in own]
+            heights = [row.tokens_per_second for row in own]
+            bars = axes.bar(x, heights, width, color=COLOURS[method], label=method)
+            if method != "plain":
+                axes.bar_label(bars, [f"{row.speedup:.2f}x" for row in own], fontsize=8)
+        axes.set(title=title, xlabel="batch size", ylabel="tokens/s of all rows")
+        axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+        add_legend(axes)
+
+
+def plot_contexts(rows: Sequence[ContextRow], path: Path, title: str) -> None:
+    """Stacked bars: the stages of a round by context; dots: a plain token."""
+    stages = {
+        "draft": [row.draft_milliseconds for row in rows],
+        "verify": [row.verify_milliseconds for row in rows],
+        "other": [row.other_milliseconds for row in rows],
+    }
+    x = range(len(rows))
+    with figure(path, len(rows)) as axes:
+        bottoms = [0.0] * len(rows)
+        for stage, heights in stages.items():
+            colour = STAGE_COLOURS[stage]
+            axes.bar(x, heights, BAR_ROOM / 2, bottom=bottoms, color=colour, label=stage)
+            bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+        plain = [row.plain_milliseconds for row in rows]
+        axes.plot(x, plain, "o", color=COLOURS["plain"], mec="black", label="a plain token")
+        axes.set(title=title, xlabel="context, tokens", ylabel="ms a round")
+        axes.set_xticks(x, [str(row.context) for row in rows])
         add_legend(axes)
 
 

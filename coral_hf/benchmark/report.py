@@ -104,14 +104,9 @@ class Report:
 
     def to_rich_table(self) -> "Table":
         """The results for a terminal."""
-        from rich.table import Table
-
-        text = results_table(self.rows)
-        table = Table(title=self.title)
-        for index, name in enumerate(text.header):
-            table.add_column(name, justify="left" if index < 2 else "right")
-        for row, cells in zip(self.rows, text.rows, strict=True):
-            table.add_row(*cells, style="bold" if row.task == OVERALL else None)
+        table = results_table(self.rows)._replace(title=self.title).to_rich()
+        for row, line in zip(self.rows, table.rows, strict=True):
+            line.style = "bold" if row.task == OVERALL else None
         return table
 
     def write(self, folder: str | Path) -> None:

@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .environment import Environment
 from .mismatch import Mismatch
 from .settings import BenchmarkSettings
 from .summary import AcceptedDepth, Row
+from .sweep_settings import SweepSettings
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 class TextTable(NamedTuple):
@@ -22,6 +26,17 @@ class TextTable(NamedTuple):
         escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
         body = "\n".join(f"| {' | '.join(line)} |" for line in escaped)
         return f"## {self.title}\n\n{body}\n"
+
+    def to_rich(self) -> "Table":
+        """For a terminal, numbers to the right."""
+        from rich.table import Table
+
+        table = Table(title=self.title)
+        for index, name in enumerate(self.header):
+            table.add_column(name, justify="left" if index < 2 else "right")
+        for cells in self.rows:
+            table.add_row(*cells)
+        return table
 
 
 RESULTS_HEADER = (
@@ -61,7 +76,7 @@ def result_cells(row: Row) -> tuple[str, ...]:
         decimal(row.decoding_speedup),
         decimal(row.speedup_per_tau),
         " + ".join(f"{stage:.2f}" for stage in stages) or "–",
-        "–" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}",
+        mebibytes(row.peak_bytes),
         percent(row.exact_match),
     )
 
@@ -111,13 +126,17 @@ def environment_table(environment: Environment) -> TextTable:
     return TextTable("Environment", ("what", "value"), cells)
 
 
-def settings_table(settings: BenchmarkSettings) -> TextTable:
+def settings_table(settings: BenchmarkSettings | SweepSettings) -> TextTable:
     cells = [(name, str(value)) for name, value in asdict(settings).items()]
     return TextTable("Settings", ("setting", "value"), cells)
 
 
 def decimal(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
+
+
+def mebibytes(count: int | None) -> str:
+    return "–" if count is None else f"{count / 2**20:.0f}"
 
 
 def percent(share: float | None) -> str:

@@ -1,0 +1,233 @@
+"""A sweep's arithmetic on literal calls, its batches and contexts, and one run of the whole."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import VOCAB, scatter_weights, tiny_target
+from test_cli import drafter, invoke  # noqa: F401  a trained drafter
+from test_examples import folder  # noqa: F401  a saved target and its conversations
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from coral_hf import CoralDrafter
+from coral_hf.benchmark import Prompt, SweepReport, SweepSettings, run_sweep
+from coral_hf.benchmark.calls import Call, Caller, left_padded
+from coral_hf.benchmark.sweep_summary import batch_rows, context_rows
+
+TREE = {"tree_depth": 3, "tree_top_k": 3, "tree_nodes": 8}
+SENTENCES = ["w5 w6 w7", "w9", "w3 w3 w4 w8 w9", "w11 w2", "w7 w7", "w30 w31", "w20 w4"]
+
+
+@pytest.fixture(scope="module")
+def target():
+    target = tiny_target("llama", torch.float64)
+    target.generation_config.eos_token_id = [1, 2]
+    return target
+
+
+@pytest.fixture(scope="module")
+def own_drafter(target):
+    torch.manual_seed(0)
+    own_drafter = CoralDrafter.from_target(target).eval()
+    scatter_weights(own_drafter, seed=1)
+    return own_drafter
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+
+
+def prompts_of(*texts):
+    return [Prompt("text", str(index), text=text) for index, text in enumerate(texts)]
+
+
+@pytest.fixture(scope="module")
+def report(target, own_drafter, tokenizer):
+    settings = SweepSettings(
+        batch_sizes=[1, 3], contexts=[5, 40], max_new_tokens=10, repeats=2, tree=TREE
+    )
+    return run_sweep(target, own_drafter, tokenizer, prompts_of(*SENTENCES), settings)
+
+
+def literal_call(method: str, seconds: float, **other) -> Call:
+    stages = {"prefill": 1.0, "draft": 0.5, "verify": 1.0, "other": 0.25}
+    call = Call(
+        size=2,
+        item=0,
+        method=method,
+        repeat=0,
+        num_rows=2,
+        num_tokens=9,
+        num_rounds=6,
+        num_row_rounds=7,
+        seconds=seconds,
+        stage_seconds={"prefill": 1.0} if method == "plain" else stages,
+        peak_bytes=None,
+        num_equal_rows=2,
+    )
+    return replace(call, **other)
+
+
+# the story of sweep_summary.py's picture: rows of 7 and 2 tokens
+STORY = [
+    literal_call("plain", 10.0),
+    literal_call("coral", 4.0, num_rounds=3, num_row_rounds=4, num_equal_rows=1),
+]
+
+
+def test_a_row_of_a_batch_counts_in_the_rounds_that_it_took_part_in():
+    plain, coral = batch_rows(STORY)
+    assert (plain.tau, coral.tau) == (1.0, 7 / 4)
+    assert (plain.rounds_per_second, coral.rounds_per_second) == (6 / 9, 3 / 3)
+    assert (plain.tokens_per_second, coral.tokens_per_second) == (9 / 10, 9 / 4)
+    assert (plain.speedup, coral.speedup) == pytest.approx((1.0, 2.5))
+    assert coral.decoding_speedup == pytest.approx(3.0)
+    assert coral.exact_match == 0.5
+
+
+def test_the_speedup_is_the_median_over_batches_of_the_medians_of_their_repeats():
+    calls = [
+        *(literal_call("plain", 8.0, item=item) for item in range(3)),
+        *(literal_call("coral", 4.0, repeat=repeat) for repeat in range(2)),
+        literal_call("coral", 40.0, repeat=2),  # a repeat that was disturbed
+        literal_call("coral", 2.0, item=1),
+        literal_call("coral", 8.0, item=2),
+    ]
+    _, coral = batch_rows(calls)
+    assert coral.speedup == 2.0
+    assert (coral.num_batches, coral.num_tokens) == (3, 27)
+
+
+def test_a_batch_that_needs_no_round_has_no_tau():
+    calls = [
+        literal_call(method, 2.0, num_tokens=2, num_rounds=0, num_row_rounds=0)
+        for method in ("plain", "coral")
+    ]
+    for row in batch_rows(calls):
+        assert row.tau is row.rounds_per_second is row.decoding_speedup is None
+        assert row.speedup == 1.0
+
+
+def test_a_round_is_compared_with_a_plain_token():
+    one_row = {"size": 512, "num_rows": 1, "num_tokens": 11}
+    (row,) = context_rows(
+        [
+            literal_call("plain", 6.0, **one_row, num_rounds=10, num_row_rounds=10),
+            literal_call("coral", 9.0, **one_row, num_rounds=5, num_row_rounds=5),
+        ]
+    )
+    assert row.context == 512
+    assert row.plain_milliseconds == 500
+    assert (row.draft_milliseconds, row.verify_milliseconds) == (100, 200)
+    assert row.other_milliseconds == 50
+    assert (row.round_milliseconds, row.break_even, row.tau) == (350, 0.7, 2.0)
+
+
+def test_prompts_are_padded_on_the_left():
+    batch = left_padded([torch.tensor([5]), torch.tensor([6, 7, 8])], 0)
+    assert batch["input_ids"].tolist() == [[0, 0, 5], [6, 7, 8]]
+    assert batch["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
+
+
+def test_both_methods_answer_alike_and_each_row_ends_at_its_own_stop(target, own_drafter):
+    batch = left_padded([torch.tensor([5, 6, 7]), torch.tensor([9])], 0)
+    arguments = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
+    free = Caller(target, own_drafter, {**arguments, "eos_token_id": VOCAB}, TREE, [VOCAB])
+    stop = free.answer("plain", batch).texts[0][4]
+    caller = Caller(target, own_drafter, {**arguments, "eos_token_id": stop}, TREE, [stop])
+    plain, coral = (caller.answer(method, batch) for method in ("plain", "coral"))
+    assert plain.texts == coral.texts
+    assert plain.texts[0][-1] == stop and len(plain.texts[0]) <= 5
+    tokens = sum(map(len, plain.texts)) - 2
+    assert plain.num_rounds == max(map(len, plain.texts)) - 1
+    assert plain.num_row_rounds == tokens >= coral.num_row_rounds >= coral.num_rounds
+
+
+def test_every_size_is_measured_with_both_methods_in_turn(report):
+    assert [(row.batch_size, row.method) for row in report.batches] == [
+        (1, "plain"),
+        (1, "coral"),
+        (3, "plain"),
+        (3, "coral"),
+    ]
+    # the seventh prompt does not fill a third batch of three
+    assert [row.num_batches for row in report.batches] == [7, 7, 2, 2]
+    assert {row.exact_match for row in report.batches} == {1.0}
+    first = [call.method for call in report.context_calls[::2]]
+    assert first == ["plain", "coral"] * 2
+
+
+def test_no_stop_ends_the_answer_behind_a_context(report):
+    assert [row.context for row in report.contexts] == [5, 40]
+    assert {call.num_tokens for call in report.context_calls} == {10}
+    assert {call.num_equal_rows for call in report.context_calls} == {1}
+    assert all(row.round_milliseconds > 0 for row in report.contexts)
+
+
+def test_a_report_of_a_sweep_survives_json(report):
+    assert SweepReport.from_json(report.to_json()) == report
+
+
+def test_a_sweep_writes_json_markdown_and_pictures(report, tmp_path):
+    report.write(tmp_path / "new")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
+    assert set(files) == {"report.json", "report.md", "batches.png", "contexts.png"}
+    assert all(files[name].startswith(b"\x89PNG") for name in ("batches.png", "contexts.png"))
+    text = report.to_markdown()
+    for part in ("## By batch size", "| 3 | coral | 2 |", "## By context", "break-even", "float64"):
+        assert part in text
+
+
+def test_a_sweep_of_contexts_alone_has_no_table_of_batches(report):
+    alone = replace(report, batch_calls=[])
+    assert "By batch size" not in alone.to_markdown()
+    assert [table.title for table in alone.to_rich_tables()] == ["By context"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "both empty"),
+        ({"batch_sizes": [2, 0]}, "`batch_sizes` is .2, 0."),
+        ({"contexts": [0]}, "`contexts` is"),
+        ({"contexts": [8], "max_new_tokens": 1}, "use 2 or more"),
+        ({"contexts": [8], "repeats": 0}, "`repeats` is 0"),
+    ],
+)
+def test_settings_of_a_sweep_that_cannot_work_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SweepSettings(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_sizes": [8]}, "`batch_sizes` has 8, but 7 of the 7 `prompts` fit"),
+        ({"contexts": [121]}, "`contexts` has 121, .* room for 118"),
+    ],
+)
+def test_sizes_without_prompts_or_room_are_refused(target, own_drafter, tokenizer, fields, message):
+    settings = SweepSettings(**fields, max_new_tokens=10)
+    with pytest.raises(ValueError, match=message):
+        run_sweep(target, own_drafter, tokenizer, prompts_of(*SENTENCES), settings)
+
+
+def test_the_command_writes_the_report_of_a_sweep(drafter, folder):  # noqa: F811
+    result = invoke(
+        "sweep",
+        *("--target", folder / "target", "--drafter", drafter),
+        *("--prompts", folder / "talk.jsonl", "--limit", 4, "--max-new-tokens", 6),
+        *("--batch-size", 1, "--batch-size", 2, "--context", 16, "--repeats", 1),
+        *("--output", folder / "sweep", "--tree-depth", 2),
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads((folder / "sweep" / "report.json").read_text())
+    assert [row["batch_size"] for row in report["batches"]] == [1, 1, 2, 2]
+    assert [row["context"] for row in report["contexts"]] == [16]
+    assert report["settings"]["tree"] == {"tree_depth": 2}
+    assert "By batch size" in result.output
