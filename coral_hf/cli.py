@@ -284,7 +284,12 @@ def sweep(
 
     from .benchmark import SweepSettings, read_prompts, run_sweep
 
-    tree = _tree(draft_head, tree_depth, tree_top_k, tree_nodes)
+    tree = _given(
+        draft_head=draft_head,
+        tree_depth=tree_depth,
+        tree_top_k=tree_top_k,
+        tree_nodes=tree_nodes,
+    )
     settings = SweepSettings(batch_size or [], context or [], max_new_tokens, repeats, tree=tree)
     model, tokenizer = load_target(target, dtype)
     items = [item for path in prompts for item in read_prompts(path, limit=limit)]
