@@ -216,8 +216,9 @@ def test_sampling_through_generate_fits_the_target(pair):
 @pytest.mark.parametrize("seed", SEEDS)
 @torch.no_grad()
 def test_fifty_thousand_samples_fit_the_target(pair, seed):
-    counts = sample_texts(*pair, seed, count=50_000)
-    assert p_value(counts, own_chances(pair[0])) > 0.01 / len(SEEDS)
+    p = p_value(sample_texts(*pair, seed, count=50_000), own_chances(pair[0]))
+    print(f"seed {seed}: p = {p:.3f}")
+    assert p > 0.01 / len(SEEDS)
 
 
 @pytest.mark.slow
@@ -265,17 +266,19 @@ def test_a_tree_that_was_drawn_from_another_distribution_does_not_fit(pair, monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("rule", RULES)
 @torch.no_grad()
-def test_samples_with_processors_and_a_routed_head_fit_the_target(pair, rule, batch):
+def test_batches_with_processors_and_a_routed_head_fit_the_target(pair, rule):
     target, drafter = pair
     drafter = copy.deepcopy(drafter)
+    torch.manual_seed(0)
     drafter.add_router(num_groups=2, num_active_groups=1)
     drafter.config.is_router_trained = True
-    settings = RULES[rule] | {"draft_head": "routed", "batch": batch}
+    settings = RULES[rule] | {"draft_head": "routed", "batch": 4}
     counts = sample_texts(target, drafter, SEEDS[0], 20_000, processors(), **settings)
-    assert p_value(counts, own_chances(target, processors())) > 0.01 / len(RULES)
+    chances = own_chances(target, processors())
+    print(f"{rule}: p = {p_value(counts, chances):.3f}")
+    assert p_value(counts, chances) > 0.01 / len(RULES)
 
 
 def test_the_loop_draws_by_the_tested_rule():
