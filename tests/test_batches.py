@@ -3,7 +3,12 @@
 import pytest
 import torch
 from conftest import VOCAB, scatter_weights, tiny_target
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    SynthIDTextWatermarkingConfig,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from coral_hf import CoralDrafter
@@ -159,6 +164,19 @@ PROCESSORS = {
     "guidance_scale": 1.6,
     "prefix_allowed_tokens_fn": lambda row, ids: [(7 * row + int(ids[-1])) % 36 + 1, 2 + row, 38],
     "watermarking_config": {"bias": 3.0, "seeding_scheme": "selfhash"},
+    "encoder_repetition_penalty": 1.9,
+    "encoder_no_repeat_ngram_size": 2,
+    "forced_bos_token_id": 21,
+    "min_length": 12,
+    "renormalize_logits": True,
+    "remove_invalid_values": True,
+}
+# processors that remember, made anew for each call
+STATEFUL = {
+    "synthid": lambda: {
+        "watermarking_config": SynthIDTextWatermarkingConfig(keys=[3, 5, 7], ngram_len=3)
+    },
+    "grammar": lambda: {"logits_processor": LogitsProcessorList([Remembering()])},
 }
 
 
@@ -174,16 +192,28 @@ def test_every_processor_acts_as_in_the_plain_call(target, drafter, name, rows):
     assert new_tokens(drafted, prompts) == new_tokens(plain, prompts)
 
 
+@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("rows", [(6,), (5, 9, 2)])
+def test_every_processor_that_remembers_acts_as_in_the_plain_call(target, drafter, name, rows):
+    prompts, settings = make_prompts(rows, seed=4), {"max_new_tokens": 24, "do_sample": False}
+    plain = target.generate(**prompts, **settings, **STATEFUL[name]())
+    drafted = target.generate(
+        **prompts, assistant_model=drafter, **settings, **STATEFUL[name](), **TREE
+    )
+    assert new_tokens(drafted, prompts) == new_tokens(plain, prompts)
+    assert new_tokens(plain, prompts) != new_tokens(target.generate(**prompts, **settings), prompts)
+
+
 class Remembering(LogitsProcessor):
-    """Forbids each row its own tokens of two steps ago: it looks at all rows and remembers."""
+    """Forbids each row the tokens that it has ended with before: it looks at all rows."""
 
     def __init__(self):
         self.seen = []
 
     def __call__(self, input_ids, scores):
         self.seen.append(input_ids.clone())
-        if len(self.seen) > 2:
-            scores = scores.scatter(1, self.seen[-3][:, -1:], float("-inf"))
+        for ids in self.seen:
+            scores = scores.scatter(1, ids[:, -1:], float("-inf"))
         return scores
 
 
