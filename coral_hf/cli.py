@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from .loading import count_bigrams, load_drafter, load_prompts, load_target, without_last
+
 app = typer.Typer(
     name="coral-hf",
     help="Speculative decoding with CORAL drafters.",
@@ -40,6 +42,11 @@ PromptsOption = Annotated[
 ]
 ReportOption = Annotated[Path, typer.Option(help="Folder of report.json, report.md and the plots.")]
 LimitOption = Annotated[int | None, typer.Option(help="Prompts of each file at most.")]
+LastOption = Annotated[int | None, typer.Option(help="Only the last rows of each file.")]
+UserTurnOption = Annotated[
+    int, typer.Option(help="Which user turn of a dialogue is answered; -1 is the last.")
+]
+PadOption = Annotated[int | None, typer.Option(help="Measure on a target padded to this depth.")]
 
 
 @app.callback()
@@ -76,7 +83,7 @@ def train(
     from .training.recipe import train as train_stages
 
     model, tokenizer = load_target(target, dtype)
-    rows = _without_last([load_conversations(path) for path in dataset], hold_out)
+    rows = without_last([load_conversations(path) for path in dataset], hold_out)
     stages = [_training_arguments(output / "drafter", context.args, stage="drafter")]
     if router_epochs > 0:
         router = {"stage": "router", "num_train_epochs": router_epochs, "max_steps": -1}
@@ -101,13 +108,6 @@ def _training_arguments(folder: Path, extra: list[str], **fields):
 
 def _options(fields: dict) -> list[str]:
     return [part for name, value in fields.items() for part in (f"--{name}", str(value))]
-
-
-def _without_last(datasets: list, count: int):
-    from datasets import concatenate_datasets
-
-    kept = [rows.select(range(len(rows) - count)) for rows in datasets]
-    return kept[0] if len(kept) == 1 else concatenate_datasets(kept)
 
 
 @app.command()
@@ -191,10 +191,8 @@ def benchmark(
         "coral",
     ],
     limit: LimitOption = None,
-    last: Annotated[int | None, typer.Option(help="Only the last rows of each file.")] = None,
-    user_turn: Annotated[
-        int, typer.Option(help="Which user turn of a dialogue is answered; -1 is the last.")
-    ] = -1,
+    last: LastOption = None,
+    user_turn: UserTurnOption = -1,
     assistant: Annotated[
         str | None, typer.Option(help="A small model for the method 'assisted'.")
     ] = None,
@@ -204,9 +202,7 @@ def benchmark(
     hold_out: Annotated[
         int, typer.Option(help="Rows at the end of --bigram-dataset that are not counted.")
     ] = 0,
-    pad_layers: Annotated[
-        int | None, typer.Option(help="Measure on a target padded to this depth.")
-    ] = None,
+    pad_layers: PadOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     repeats: Annotated[int, typer.Option(help="Runs of each prompt and method.")] = 1,
@@ -222,15 +218,10 @@ def benchmark(
     """Measure a drafter against plain generation, runs interleaved."""
     from rich.console import Console
 
-    from .benchmark import BenchmarkSettings, pad_target, read_prompts, run_benchmark
+    from .benchmark import BenchmarkSettings, run_benchmark
 
-    model, tokenizer = load_target(target, dtype)
-    model = model if pad_layers is None else pad_target(model, pad_layers)
-    items = [
-        item
-        for path in prompts
-        for item in read_prompts(path, limit=limit, last=last, user_turn=user_turn)
-    ]
+    model, tokenizer = load_target(target, dtype, pad_layers)
+    items = load_prompts(prompts, limit, last, user_turn)
     settings = BenchmarkSettings(
         methods=methods,
         max_new_tokens=max_new_tokens,
@@ -256,7 +247,7 @@ def benchmark(
         assistant=None if assistant is None else load_target(assistant, dtype)[0],
         bigram=None
         if bigram_dataset is None
-        else _count_bigrams(bigram_dataset, hold_out, model, tokenizer),
+        else count_bigrams(bigram_dataset, hold_out, model, tokenizer),
     )
     report.write(output)
     Console().print(report.to_rich_table())
@@ -271,6 +262,9 @@ def sweep(
     batch_size: Annotated[list[int] | None, typer.Option(help="Prompts at once.")] = None,
     context: Annotated[list[int] | None, typer.Option(help="Tokens before the answer.")] = None,
     limit: LimitOption = None,
+    last: LastOption = None,
+    user_turn: UserTurnOption = -1,
+    pad_layers: PadOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
     repeats: Annotated[int, typer.Option(help="Runs of each batch and method.")] = 3,
     dtype: DtypeOption = "auto",
@@ -282,7 +276,7 @@ def sweep(
     """Measure a drafter by batch size and by length of the context."""
     from rich.console import Console
 
-    from .benchmark import SweepSettings, read_prompts, run_sweep
+    from .benchmark import SweepSettings, run_sweep
 
     tree = _given(
         draft_head=draft_head,
@@ -291,43 +285,11 @@ def sweep(
         tree_nodes=tree_nodes,
     )
     settings = SweepSettings(batch_size or [], context or [], max_new_tokens, repeats, tree=tree)
-    model, tokenizer = load_target(target, dtype)
-    items = [item for path in prompts for item in read_prompts(path, limit=limit)]
+    model, tokenizer = load_target(target, dtype, pad_layers)
+    items = load_prompts(prompts, limit, last, user_turn)
     report = run_sweep(model, load_drafter(drafter, model), tokenizer, items, settings)
     report.write(output)
     Console().print(*report.to_rich_tables())
-
-
-def load_target(name: str, dtype: str):
-    """A target and its tokenizer, on the GPU where there is one."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
-    return model.eval(), AutoTokenizer.from_pretrained(name)
-
-
-def load_drafter(name: str | None, target):
-    """A drafter in its target's dtype and on its device; an untrained one without a name."""
-    from transformers import AutoModel
-
-    from . import CoralDrafter
-
-    if name is None:
-        return CoralDrafter.from_target(target).eval()
-    return AutoModel.from_pretrained(name, dtype=target.dtype).to(target.device).eval()
-
-
-def _count_bigrams(dataset: str, hold_out: int, target, tokenizer):
-    import torch
-
-    from .benchmark import BigramDrafter
-    from .training.data import load_conversations, prepare_dataset
-
-    rows = _without_last([load_conversations(dataset)], hold_out)
-    tokens = (torch.tensor(row["input_ids"]) for row in prepare_dataset(rows, tokenizer, 2048))
-    return BigramDrafter.from_texts(tokens, target.config.get_text_config().vocab_size)
 
 
 def _given(**settings) -> dict:

@@ -2,6 +2,7 @@
 
 from functools import cache
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from conftest import scatter_weights, tiny_target
@@ -117,6 +118,35 @@ def test_greedy_tokens_of_each_row_are_those_of_the_target_alone(
     start = batch["input_ids"].shape[1]
     assert out[:, :start].equal(batch["input_ids"])
     assert texts_of(out, start, eos) == plain_rows(target, batch, eos, **arguments)
+
+
+@examples(40)
+@given(
+    st.sampled_from(FAMILIES),
+    st.lists(st.lists(st.booleans(), min_size=14, max_size=14), min_size=1, max_size=3),
+    st.integers(1, 15),
+    st.integers(0, 5),
+    trees,
+    st.booleans(),
+)
+def test_any_mask_positions_and_chunks_give_the_tokens_of_the_target_alone(
+    family, seen, chunk, start, tree, is_chain
+):
+    target, drafter = pair_of(family)
+    mask = torch.tensor(seen).long()
+    mask[:, -1] = 1
+    ids = torch.arange(mask.numel()).view(mask.shape) * 7 % (VOCAB - 3) + 3
+    positions = (mask.cumsum(1) - 1 + start).clamp(min=0)
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    settings_ = {"do_sample": False, "max_new_tokens": 12}
+    expected = target.generate(**batch, **settings_)
+    obstacle = "it is to draft in chains" if is_chain else None
+    tree = {**tree, "tree_top_k": 1} if is_chain else tree
+    with mock.patch("coral_hf.decoding.checks.tree_obstacle", return_value=obstacle):
+        out = target.generate(
+            **batch, **settings_, **tree, assistant_model=drafter, prefill_chunk_size=chunk
+        )
+    assert out.equal(expected)
 
 
 @examples(60)

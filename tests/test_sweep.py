@@ -223,11 +223,12 @@ def test_the_command_writes_the_report_of_a_sweep(drafter, folder):  # noqa: F81
         *("--target", folder / "target", "--drafter", drafter),
         *("--prompts", folder / "talk.jsonl", "--limit", 4, "--max-new-tokens", 6),
         *("--batch-size", 1, "--batch-size", 2, "--context", 16, "--repeats", 1),
-        *("--output", folder / "sweep", "--tree-depth", 2),
+        *("--output", folder / "sweep", "--tree-depth", 2, "--pad-layers", 3, "--last", 5),
     )
     assert result.exit_code == 0, result.output
     report = json.loads((folder / "sweep" / "report.json").read_text())
     assert [row["batch_size"] for row in report["batches"]] == [1, 1, 2, 2]
     assert [row["context"] for row in report["contexts"]] == [16]
     assert report["settings"]["tree"] == {"tree_depth": 2}
+    assert report["environment"]["num_target_layers"] == 3
     assert "By batch size" in result.output

@@ -76,6 +76,7 @@ class Sweep:
             )
         batches = [fitting[index * size : (index + 1) * size] for index in range(count)]
         yield from self.calls(self.caller(stop_tokens(self.target)), batches, size)
+        logger.info("batch size %d: %d batches", size, count)
 
     def context(self, rows: Sequence[Tensor], length: int) -> Iterator[Call]:
         """One prompt of `length` tokens, answered by as many tokens as the settings ask for."""
@@ -88,6 +89,7 @@ class Sweep:
         tokens = tokens.repeat(-(-length // len(tokens)))[:length]
         # the first id behind the vocabulary never comes, so no answer ends early
         yield from self.calls(self.caller([self.vocab_size]), [[tokens]], length)
+        logger.info("context of %d tokens", length)
 
     def caller(self, stops: Sequence[int]) -> Caller:
         arguments = {
@@ -107,7 +109,6 @@ class Sweep:
         for item, batch in enumerate(padded):
             for repeat in range(self.settings.repeats):
                 yield from caller.compare(batch, size, item, repeat)
-        logger.info("size %d: %d batches", size, len(batches))
 
 
 def stop_tokens(target: PreTrainedModel) -> list[int]:

@@ -1,0 +1,60 @@
+"""What commands of `coral-hf` work on, from the names that a user types.
+
+In: folders, Hub ids, files. Out: models, prompts, datasets. What is slow to import is imported
+when it is needed.
+"""
+
+from pathlib import Path
+
+
+def load_target(name: str, dtype: str, pad_layers: int | None = None):
+    """A target on the GPU where there is one, padded to a depth if asked for; its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
+    if pad_layers is not None:
+        from .benchmark import pad_target
+
+        model = pad_target(model, pad_layers)
+    return model.eval(), AutoTokenizer.from_pretrained(name)
+
+
+def load_drafter(name: str | None, target):
+    """A drafter in its target's dtype and on its device; an untrained one without a name."""
+    from transformers import AutoModel
+
+    from . import CoralDrafter
+
+    if name is None:
+        return CoralDrafter.from_target(target).eval()
+    return AutoModel.from_pretrained(name, dtype=target.dtype).to(target.device).eval()
+
+
+def load_prompts(paths: list[Path], limit: int | None, last: int | None, user_turn: int) -> list:
+    """The prompts of several files, see `read_prompts`."""
+    from .benchmark import read_prompts
+
+    files = (read_prompts(path, limit=limit, last=last, user_turn=user_turn) for path in paths)
+    return [prompt for prompts in files for prompt in prompts]
+
+
+def count_bigrams(dataset: str, hold_out: int, target, tokenizer):
+    """A BigramDrafter of the text of conversations, but for the last rows."""
+    import torch
+
+    from .benchmark import BigramDrafter
+    from .training.data import load_conversations, prepare_dataset
+
+    rows = without_last([load_conversations(dataset)], hold_out)
+    tokens = (torch.tensor(row["input_ids"]) for row in prepare_dataset(rows, tokenizer, 2048))
+    return BigramDrafter.from_texts(tokens, target.config.get_text_config().vocab_size)
+
+
+def without_last(datasets: list, count: int):
+    """The rows of several datasets, each but for its last ones."""
+    from datasets import concatenate_datasets
+
+    kept = [rows.select(range(len(rows) - count)) for rows in datasets]
+    return kept[0] if len(kept) == 1 else concatenate_datasets(kept)
