@@ -29,13 +29,15 @@ from .cache import MEMORY, continued_cache, is_users, returned_cache
 from .candidate_generator import CoralCandidateGenerator, DrafterMemory, Drafting
 from .checks import check_call, choose_shape, longest_text, position_limit
 from .loop import CoralGenerateOutput, DecodingLoop
+from .pace import choose_pace
 from .records import Records
 from .scoring import TargetScorer, whole_length
 from .texts import Texts
 
 # keywords of `generate` that are ours
 TREE_KEYWORDS = tuple(TREE_DEFAULTS)
-OWN_KEYWORDS = (*TREE_KEYWORDS, "draft_head")
+DECODING_KEYWORDS = (*TREE_KEYWORDS, "speculation")
+OWN_KEYWORDS = (*DECODING_KEYWORDS, "draft_head")
 
 
 def install() -> None:
@@ -138,8 +140,8 @@ def decoder(
         drafter: a CORAL drafter of the target.
         streamer: gets every token in order.
         tokenizer: of the target, compared with the one the drafter was trained with.
-        settings: `tree_depth`, `tree_top_k`, `tree_nodes`, `draft_head`; the drafter's
-            `generation_config` by default.
+        settings: `tree_depth`, `tree_top_k`, `tree_nodes`, `draft_head` and `speculation`; the
+            drafter's `generation_config` by default.
     """
     unknown = sorted(set(settings) - set(OWN_KEYWORDS))
     if unknown:
@@ -151,20 +153,34 @@ def decoder(
     def drafting(target: Target, memory: DrafterMemory | None) -> Drafting:
         return CoralCandidateGenerator(drafter, target, head, memory=memory)
 
-    shape = {
-        name: getattr(drafter.generation_config, name, TREE_DEFAULTS[name])
-        for name in TREE_KEYWORDS
-    }
-    return decoder_of(drafter.config, drafting, shape, settings, streamer)
+    own = drafter.generation_config
+    shape = {name: getattr(own, name, TREE_DEFAULTS[name]) for name in TREE_KEYWORDS}
+    settings = {"speculation": getattr(own, "speculation", None), **settings}
+    costs = getattr(own, "draft_costs", None)
+    return decoder_of(drafter.config, drafting, shape, settings, streamer, costs)
 
 
 def decoder_of(
     config: CoralConfig,
     drafting: Callable[[Target, DrafterMemory | None], Drafting],
     shape: dict[str, int],
-    settings: dict[str, int],
+    settings: dict[str, Any],
     streamer: BaseStreamer | None,
+    costs: dict[str, float] | None = None,
 ) -> Callable:
+    """The loop with any `Drafting`.
+
+    Args:
+        config: what a drafter reads of the target.
+        drafting: makes the drafting side of a call.
+        shape: the drafter's own tree.
+        settings: `DECODING_KEYWORDS` of the call.
+        streamer: gets every token in order.
+        costs: that `autotune` has stored.
+    """
+    tree = {name: settings[name] for name in TREE_KEYWORDS if name in settings}
+    speculation = settings.get("speculation")
+
     def decode(
         model: PreTrainedModel,
         input_ids: Tensor,
@@ -175,7 +191,8 @@ def decoder_of(
     ) -> Tensor | CoralGenerateOutput:
         check_call(model, input_ids, generation_config, model_kwargs)
         target = read_target(model, config)
-        tree_shape, takes_tree = choose_shape(model, shape, settings)
+        tree_shape, takes_tree = choose_shape(model, shape, tree)
+        pace = choose_pace(model, tree_shape, speculation, costs, generation_config.do_sample)
         pad_token = generation_config._pad_token_tensor
         given = model_kwargs.get("past_key_values")
         length = input_ids.shape[1]
@@ -200,7 +217,7 @@ def decoder_of(
             texts,
             records,
             generation_config,
-            tree_shape,
+            pace,
             longest_text(model, stopping_criteria),
             remembers=goes_on,
         )

@@ -107,6 +107,10 @@ class Texts:
         """(batch, longest), padded on the right where a row ended earlier."""
         return self._buffer[:, : self.longest]
 
+    def last(self, rows: list[int]) -> Tensor:
+        """(rows,), the newest token of some rows."""
+        return self._buffer[rows, [self.lengths[row] - 1 for row in rows]]
+
     @property
     def has_processors(self) -> bool:
         """Whether scores can differ from logits."""
