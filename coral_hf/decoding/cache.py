@@ -37,12 +37,15 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
-        stop = start + key_states.shape[-2]
+        new = key_states.shape[-2]
+        stop = start + new
         if not self._has_room(stop):
             self._grow(key_states, value_states, stop)
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start:stop] = states
-        self.keys, self.values = (buffer[:, :, :stop] for buffer in self._buffers)
+        # every layer of every pass comes here, and `narrow` is cheaper than slices
+        keys, values = self._buffers
+        keys.narrow(-2, start, new).copy_(key_states)
+        values.narrow(-2, start, new).copy_(value_states)
+        self.keys, self.values = keys.narrow(-2, 0, stop), values.narrow(-2, 0, stop)
         return self.keys, self.values
 
     def keep(self, source: Tensor, destination: Tensor, length: int) -> None:
@@ -58,7 +61,8 @@ class GrowingLayer(DynamicLayer):
         self._cut(length)
 
     def _cut(self, length: int) -> None:
-        self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
+        self.keys = self.keys.narrow(-2, 0, length)
+        self.values = self.values.narrow(-2, 0, length)
 
     @classmethod
     def of(cls, layer: DynamicLayer) -> "GrowingLayer":

@@ -135,7 +135,7 @@ class DecodingLoop:
         self, rows: list[int], trees: DraftTree, verdicts: list[Verdict], scores: Scores
     ) -> None:
         """Remember what the round gave."""
-        columns = self.scorer.columns.lengths.tolist()
+        columns = self.scorer.columns.lengths.tolist() if self.records.wants else [0] * len(rows)
         self.stats.num_rounds += 1
         self.stats.num_levels += trees.levels
         self.stats.num_nodes += trees.tokens.shape[1]
