@@ -194,6 +194,9 @@ def benchmark(
     repeats: Annotated[int, typer.Option(help="Runs of each prompt and method.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     dtype: DtypeOption = "auto",
+    speculation: Annotated[
+        str, typer.Option(help="'always' drafts in every round, 'adaptive' where it pays.")
+    ] = "always",
     draft_head: HeadOption = None,
     tree_depth: DepthOption = None,
     tree_top_k: TopKOption = None,
@@ -218,6 +221,7 @@ def benchmark(
         temperature=temperature or 1.0,
         repeats=repeats,
         seed=seed,
+        speculation=speculation,
         tree=_tree(draft_head, tree_depth, tree_top_k, tree_nodes),
     )
     report = run_benchmark(

@@ -60,6 +60,8 @@ class Spent(NamedTuple):
 class Meter(Protocol):
     """Where `Pace` reads costs."""
 
+    is_clock: bool  # whether rounds are timed
+
     def lacks_plain(self, rows: int) -> bool:
         """Whether plain passes are to be measured before any round can be judged."""
         ...
@@ -76,13 +78,15 @@ class Meter(Protocol):
         """Take a round into account, and say what it has cost."""
         ...
 
-    def forget_plain(self, rows: int) -> bool:
-        """Ask for new plain passes; False where they would change nothing."""
+    def forget_plain(self, rows: int) -> None:
+        """Ask for new plain passes."""
         ...
 
 
 class StoredCosts:
     """Costs that no clock changes, so that decisions follow from tokens alone."""
+
+    is_clock = False
 
     def __init__(self, costs: Costs):
         self._costs = costs
@@ -103,9 +107,8 @@ class StoredCosts:
         """See [`Meter`]."""
         return self._costs.of(spent.levels, spent.nodes)
 
-    def forget_plain(self, rows: int) -> bool:
+    def forget_plain(self, rows: int) -> None:
         """See [`Meter`]."""
-        return False
 
 
 @dataclass
@@ -152,6 +155,8 @@ class Timings:
 class MeasuredCosts:
     """Costs of one target, remembered by the process from call to call."""
 
+    is_clock = True
+
     _remembered: "WeakKeyDictionary[PreTrainedModel, dict[Hashable, Timings]]" = WeakKeyDictionary()
 
     def __init__(self, model: PreTrainedModel, before: Costs):
@@ -192,7 +197,6 @@ class MeasuredCosts:
         timings.rest.add(spent.nodes - 1, rest)
         return draft + rest
 
-    def forget_plain(self, rows: int) -> bool:
+    def forget_plain(self, rows: int) -> None:
         """See [`Meter`]."""
         self._of(rows).plain.clear()
-        return True

@@ -71,6 +71,8 @@ class DecodingLoop:
         """Decode until every row has ended; `model_kwargs` are what `generate` prepared."""
         with self.stats.timed("prefill"):
             self.prefill(model_kwargs)
+        if self.pace.is_plain:
+            self.stop_drafting()
         while self.texts.active:
             self.round()
         self.texts.end()
@@ -83,6 +85,8 @@ class DecodingLoop:
         rows = self.texts.active
         first = self.verifier.verify(root_only(prompts[:, -1]), scores)
         kept = self.kept(rows)
+        if self.pace.is_plain:
+            return self.drop(rows, kept)
         if not kept and not self.remembers:
             return
         new = scores.features.shape[1]
@@ -93,12 +97,12 @@ class DecodingLoop:
 
     def round(self) -> None:
         """Draft, score, verify, commit."""
-        rows, clock = self.texts.active, [self.stats.round_seconds]
+        rows, reads, clock = self.texts.active, not self.pace.is_plain, [self.stats.round_seconds]
         with self.stats.timed("draft"):
             trees = self.propose(rows)
         clock.append(self.stats.round_seconds)
         with self.stats.timed("verify"):
-            scores = self.scorer.score(trees, with_features=not self.pace.is_plain)
+            scores = self.scorer.score(trees, with_features=reads)
             verdicts = self.verifier.verify(trees, scores)
         with self.stats.timed("other"):
             self.note(rows, trees, verdicts, scores)
@@ -106,13 +110,14 @@ class DecodingLoop:
             kept = self.kept(rows)
             self.drop(rows, kept)
         clock.append(self.stats.round_seconds)
-        if not self.pace.is_plain:
+        if reads:
             with self.stats.timed("draft"):
                 self.read(kept, verdicts, scores.features)
         clock.append(self.stats.round_seconds)
         seconds = [stop - start for start, stop in pairwise(clock)]
         self.pace.note(Spent.of(trees, verdicts, *seconds))
-        if self.pace.is_plain:
+        if self.pace.is_plain and reads:
+            self.stats.is_stepped_back = True
             self.stop_drafting()
 
     def propose(self, rows: list[int]) -> DraftTree:
@@ -158,8 +163,8 @@ class DecodingLoop:
 
     def stop_drafting(self) -> None:
         """Leave the drafter alone for the rest of the call."""
-        self.stats.is_stepped_back = True
         self.remembers = False  # it does not read the text to its end
+        self.scorer.cache.be_plain()
 
     def read(self, kept: list[int], verdicts: list[Verdict], features: Tensor) -> None:
         """Let the drafter read the new tokens of the rows that go on."""

@@ -23,9 +23,9 @@ from .tree import TreeShape
 
 logger = logging.get_logger(__name__)
 
-SPECULATION = ("adaptive", "always")
+SPECULATION = ("adaptive", "always", "never")
 DEFAULT_SPECULATION = "adaptive"
-PATIENCE = 5.0  # plain passes
+PATIENCE = 3.0  # plain passes
 FIRST_CHECK = 8  # rounds after which a plain pass is measured again; then after twice as many, …
 LEAST_WORTH = 0.05  # plain passes; of a token
 
@@ -51,6 +51,22 @@ class Always:
 
     def __init__(self, shape: TreeShape):
         self._shape = shape
+
+    def plan(self, rows: int) -> TreeShape:
+        """See [`Pace`]."""
+        return self._shape
+
+    def note(self, spent: Spent) -> None:
+        """See [`Pace`]."""
+
+
+class Never:
+    """Leaves the drafter alone."""
+
+    is_plain = True
+
+    def __init__(self, shape: TreeShape):
+        self._shape = shape._replace(depth=0)
 
     def plan(self, rows: int) -> TreeShape:
         """See [`Pace`]."""
@@ -88,7 +104,7 @@ class Adaptive:
 
     @property
     def _is_check(self) -> bool:
-        return self._rounds == self._next_check
+        return self._meter.is_clock and self._rounds == self._next_check
 
     def note(self, spent: Spent) -> None:
         """See [`Pace`]."""
@@ -108,11 +124,10 @@ class Adaptive:
             self._doubt(spent.rows)
 
     def _doubt(self, rows: int) -> None:
-        known = self._meter.plain(rows)
-        if self._meter.forget_plain(rows):
-            self._doubted = known
-        else:
-            self._step_back()
+        if not self._meter.is_clock:
+            return self._step_back()
+        self._doubted = self._meter.plain(rows)
+        self._meter.forget_plain(rows)
 
     def _settle_doubts(self, rows: int) -> None:
         """Once plain passes are known afresh, step back or go on."""
@@ -152,7 +167,7 @@ def choose_pace(
     speculation = DEFAULT_SPECULATION if speculation is None else speculation
     if speculation not in SPECULATION:
         raise ValueError(f"`speculation` is {speculation!r}; use one of {SPECULATION}.")
-    if speculation == "always":
-        return Always(shape)
+    if speculation != "adaptive":
+        return Always(shape) if speculation == "always" else Never(shape)
     costs = Costs(**(stored or {}))
     return Adaptive(shape, StoredCosts(costs) if do_sample else MeasuredCosts(model, costs))
