@@ -282,10 +282,8 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
         if tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
             raise ValueError("`prompts` has texts, but `tokenizer` is None; give the target's.")
         ids = [
-            tokenizer(prompt, return_tensors="pt").input_ids
-            if tokenizer is not None and isinstance(prompt, str)
-            else prompt
-            for prompt in prompts
+            one if isinstance(one, Tensor) else tokenizer(one, return_tensors="pt").input_ids  # type: ignore[misc]
+            for one in prompts
         ]
         own = self.generation_config
         tree = {name: getattr(own, name, value) for name, value in TREE_DEFAULTS.items()}

@@ -41,7 +41,7 @@ def test_what_was_found_survives_saving_and_loading(target, drafter, tmp_path):
 
 
 def test_the_time_is_kept(target, drafter):
-    before = dict(tree_depth=6, tree_top_k=10, tree_nodes=60)
+    before = {"tree_depth": 6, "tree_top_k": 10, "tree_nodes": 60}
     assert drafter.autotune(target, [PROMPT] * 3, max_seconds=0).tree == before
 
 

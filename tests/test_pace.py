@@ -1,4 +1,4 @@
-"""How much is drafted follows what it costs and gives; the tokens are the target's own all along."""
+"""How much is drafted follows what it costs and gives; the tokens are the target's own."""
 
 import random
 import time
@@ -141,7 +141,11 @@ def test_a_level_is_drafted_while_its_beam_is_likely_enough():
 
 
 def generate(target, drafter, prompt=PROMPT, **settings):
-    settings = {"do_sample": False, "max_new_tokens": 60, "return_dict_in_generate": True} | settings
+    settings = {
+        "do_sample": False,
+        "max_new_tokens": 60,
+        "return_dict_in_generate": True,
+    } | settings
     mask = (prompt != 0).long()
     return target.generate(prompt, attention_mask=mask, assistant_model=drafter, **settings)
 
@@ -149,8 +153,8 @@ def generate(target, drafter, prompt=PROMPT, **settings):
 def test_an_untrained_drafter_is_left_alone_after_a_while(target, drafter, monkeypatch):
     calls = []
     hook = drafter.register_forward_hook(lambda *_: calls.append(1))
-    costly = {"draft_costs": {"base": 1.0, "level": 1.0, "node": 0.0}}
-    monkeypatch.setattr(drafter.generation_config, "draft_costs", costly["draft_costs"], False)
+    costly = {"base": 1.0, "level": 1.0, "node": 0.0}
+    monkeypatch.setattr(drafter.generation_config, "draft_costs", costly, raising=False)
     out = generate(target, drafter, speculation="adaptive", do_sample=True)
     hook.remove()
     assert out.stats.is_stepped_back

@@ -120,7 +120,9 @@ class GrowingCache(Cache):
                 return None
         growing = cls(0)
         growing.layers = [
-            layer if isinstance(layer, GrowingLayer) and not layer.is_plain else GrowingLayer.of(layer)
+            layer
+            if isinstance(layer, GrowingLayer) and not layer.is_plain
+            else GrowingLayer.of(layer)
             for layer in cache.layers
         ]
         return growing

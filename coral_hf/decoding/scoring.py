@@ -93,7 +93,7 @@ class TargetScorer:
         return Scores(last.logits[:, -1:], features, last.hidden_states, last.attentions)
 
     def score(self, tree: DraftTree, with_features: bool = True) -> Scores:
-        """Read all nodes of a tree at once; without features the pass is as cheap as a plain one."""
+        """Read all nodes of a tree at once; without features it is as cheap as a plain pass."""
         tree = tree.to(self._target.model.device)
         if not self._takes_tree:
             inputs = self._chain_mask(tree.tokens)

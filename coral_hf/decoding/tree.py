@@ -39,7 +39,8 @@ class DraftTree(NamedTuple):
 
     def to(self, device: torch.device) -> "DraftTree":
         """The same tree on a device."""
-        return DraftTree(*(p.to(device) if isinstance(p, Tensor) else p for p in self))
+        parts = self._asdict().items()
+        return self._replace(**{n: p.to(device) for n, p in parts if isinstance(p, Tensor)})
 
     def ancestry(self) -> Tensor:
         """Whether the second node is on the path from the root to the first.
