@@ -54,7 +54,9 @@ class Spent(NamedTuple):
     def of(cls, tree: DraftTree, verdicts: list[Verdict], *seconds: float) -> "Spent":
         """Of a batch of trees; `seconds`: `draft`, `decode` and `read`."""
         tokens = sum(len(verdict.tokens) for verdict in verdicts) / len(verdicts)
-        return cls(len(verdicts), tree.levels, tree.tokens.shape[1], tokens, *seconds)
+        nodes = tree.tokens.shape[1]
+        levels = tree.levels or min(nodes - 1, 1)  # not every tree tells
+        return cls(len(verdicts), levels, nodes, tokens, *seconds)
 
 
 class Meter(Protocol):
