@@ -81,7 +81,7 @@ class Meter(Protocol):
         ...
 
     def forget_plain(self, rows: int) -> None:
-        """Ask for new plain passes."""
+        """Ask for new plain passes, where they would change anything."""
         ...
 
 

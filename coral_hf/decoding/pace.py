@@ -9,8 +9,9 @@ What drafting has lost against plain decoding since it last paid is its *regret*
 
     regret ← max(0, regret + cost of the round in plain passes - tokens of a row)
 
-At `PATIENCE` plain passes the rest of the call is decoded plainly; where a clock is read, only
-after plain passes were measured afresh, since a machine that slowed down slowed both.
+At `PATIENCE` plain passes the rest of the call is decoded plainly, unless recent rounds have paid
+on average; where a clock is read, plain passes are measured afresh before that, since a machine
+that slowed down slowed both.
 """
 
 from typing import Protocol
@@ -25,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 SPECULATION = ("adaptive", "always", "never")
 DEFAULT_SPECULATION = "adaptive"
-PATIENCE = 3.0  # plain passes
+PATIENCE = 2.0  # plain passes
 FIRST_CHECK = 8  # rounds after which a plain pass is measured again; then after twice as many, …
 LEAST_WORTH = 0.05  # plain passes; of a token
 
@@ -124,13 +125,12 @@ class Adaptive:
             self._doubt(spent.rows)
 
     def _doubt(self, rows: int) -> None:
-        if not self._meter.is_clock:
-            return self._step_back()
         self._doubted = self._meter.plain(rows)
         self._meter.forget_plain(rows)
+        self._settle_doubts(rows)
 
     def _settle_doubts(self, rows: int) -> None:
-        """Once plain passes are known afresh, step back or go on."""
+        """Once plain passes are known afresh, step back, or go on if recent rounds still pay."""
         if self._doubted is None or self._meter.lacks_plain(rows):
             return
         self._cost *= self._doubted / self._meter.plain(rows)
