@@ -208,6 +208,9 @@ def benchmark(
     repeats: Annotated[int, typer.Option(help="Runs of each prompt and method.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     dtype: DtypeOption = "auto",
+    speculation: Annotated[
+        str, typer.Option(help="'always' drafts in every round, 'adaptive' where it pays.")
+    ] = "always",
     draft_head: HeadOption = None,
     tree_depth: DepthOption = None,
     tree_top_k: TopKOption = None,
@@ -229,6 +232,7 @@ def benchmark(
         temperature=temperature or 1.0,
         repeats=repeats,
         seed=seed,
+        speculation=speculation,
         tree=_given(
             draft_head=draft_head,
             tree_depth=tree_depth,

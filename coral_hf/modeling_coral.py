@@ -11,16 +11,23 @@ held here.
     and predicts               f̂1       f̂2       f̂3          whose logits are for x2, x3, x4
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
 
+from .autotune import Tuning, autotune
 from .configuration_coral import CoralConfig
 from .draft_head import DraftHead, FullHead, LMHead, RoutedHead, Router, execution_device
 
@@ -259,6 +266,38 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
         router = Router(self.config.hidden_size, num_groups)
         router.apply(self._init_weights)
         self.router = router.to(device=self.device, dtype=self.dtype)
+
+    def autotune(
+        self,
+        target: PreTrainedModel,
+        prompts: Sequence[Tensor | str],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_seconds: float = 50.0,
+    ) -> Tuning:
+        """Find the tree that pays best for `target` on this machine, and keep it.
+
+        The tree and the costs go into `generation_config`, which `save_pretrained` saves.
+
+        Args:
+            prompts: token ids (1, length) each, or texts; as different as those to come.
+            tokenizer: the target's, for prompts that are texts.
+            max_seconds: no new run begins after them.
+        """
+        if not prompts:
+            raise ValueError("`prompts` is empty; give at least one.")
+        if tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError("`prompts` has texts, but `tokenizer` is None; give the target's.")
+        ids = [
+            one if isinstance(one, Tensor) else tokenizer(one, return_tensors="pt").input_ids  # type: ignore[misc]
+            for one in prompts
+        ]
+        own = self.generation_config
+        tree = {name: getattr(own, name, value) for name, value in TREE_DEFAULTS.items()}
+        tuning = autotune(self, target, [one.to(target.device) for one in ids], tree, max_seconds)
+        for name, value in tuning.tree.items():
+            setattr(own, name, value)
+        own.draft_costs = tuning.costs
+        return tuning
 
     def generate(self, *args, **kwargs):
         """A drafter drafts for its target and has no text of its own."""

@@ -262,3 +262,9 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _always_draft(monkeypatch):
+    """Tiny targets are faster than any drafter, so calls would soon step back."""
+    monkeypatch.setattr("coral_hf.decoding.pace.DEFAULT_SPECULATION", "always")

@@ -16,7 +16,7 @@ FILES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*
 # a part may import what stands before it; parts of one line never import each other
 ORDER = (
     ["configuration_coral"],
-    ["draft_head"],
+    ["draft_head", "autotune"],
     ["modeling_coral"],
     ["target"],
     ["decoding", "training"],
@@ -27,7 +27,7 @@ ORDER = (
     ["cli"],
 )
 RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
-PUBLISHED = ["configuration_coral.py", "draft_head.py", "modeling_coral.py"]
+PUBLISHED = ["autotune.py", "configuration_coral.py", "draft_head.py", "modeling_coral.py"]
 PURE = ["decoding/tree.py", "decoding/verification.py", "training/losses.py"]
 # imported when they are needed: each costs seconds, or is not installed everywhere
 LAZY = {"datasets", "peft", "matplotlib", "vllm", "transformers.trainer"}

@@ -25,6 +25,7 @@ from coral_hf.decoding import verifier as verifier_module
 from coral_hf.decoding.candidate_generator import CoralCandidateGenerator
 from coral_hf.decoding.drawn_tree import DrawnTreeBuilder
 from coral_hf.decoding.loop import DecodingLoop
+from coral_hf.decoding.pace import Always
 from coral_hf.decoding.records import Records
 from coral_hf.decoding.scoring import TargetScorer
 from coral_hf.decoding.settings import Rule
@@ -121,7 +122,7 @@ def chances_of_all_texts(target, drafter, shape, rule=token_choice) -> torch.Ten
             texts,
             records,
             config,
-            shape,
+            Always(shape),
             Rule("token", is_drawn=False),
             end,
         )

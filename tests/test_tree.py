@@ -190,7 +190,7 @@ CONFIDENCES = [0.0, -0.25, -0.5, -1.0, -2.0, float("-inf")]
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(
-    shape=st.builds(TreeShape, st.integers(1, 3), st.integers(1, 3), st.integers(1, 12)),
+    shape=st.builds(lambda *sizes: TreeShape(*sizes), *map(st.integers, (1,) * 3, (3, 3, 12))),
     choices=st.binary(min_size=21, max_size=21),
 )
 def test_the_kept_nodes_are_the_best_of_the_pool_and_form_a_tree(shape, choices):

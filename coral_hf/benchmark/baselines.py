@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..configuration_coral import CoralConfig
 from ..decoding.candidate_generator import Warp
 from ..decoding.generate import decoder_of
-from ..decoding.settings import TREE_KEYWORDS
+from ..decoding.settings import DECODING_KEYWORDS
 from ..decoding.tree import DraftTree, TreeBuilder, TreeShape, root_only
 from ..modeling_coral import TREE_DEFAULTS
 
@@ -51,7 +51,7 @@ class BigramDrafter(NamedTuple):
         self, target: PreTrainedModel, tree: Mapping[str, int | str]
     ) -> Callable[..., object]:
         """The loop for `target.generate(custom_generate=...)`; `tree` as with a CoralDrafter."""
-        settings = {name: int(tree[name]) for name in TREE_KEYWORDS if name in tree}
+        settings = {name: tree[name] for name in DECODING_KEYWORDS if name in tree}
         table = BigramDrafter(*(tensor.to(target.device) for tensor in self))
         config = CoralConfig.from_target(target.config)
         return decoder_of(config, lambda *_: BigramDrafting(table), TREE_DEFAULTS, settings, None)
@@ -84,10 +84,13 @@ class BigramDrafting:
         """The most probable paths of the bigram chain below the last certain token."""
         if shape.depth == 0 or shape.nodes == 1:
             return root_only(self._root)
-        builder, beam = TreeBuilder(self._root, shape), self._root[:, None]  # (batch, beam)
+        builder, tokens = TreeBuilder(self._root, shape), self._root[:, None]  # (batch, beam)
         successors, log_probs = (table[:, : shape.top_k] for table in self.drafter)
         for _ in range(shape.depth):
-            beam = builder.add_level(successors[beam], log_probs[beam]).tokens
+            beam = builder.add_level(successors[tokens], log_probs[tokens])
+            if not builder.is_worth_more(beam):
+                break
+            tokens = beam.tokens
         return builder.build()
 
 

@@ -111,10 +111,11 @@ def own_arguments(
     method: str, target: PreTrainedModel, drafters: Drafters, settings: BenchmarkSettings
 ) -> Arguments:
     """What makes a call of generate this method's."""
+    decoding = {"speculation": settings.speculation, **settings.tree}
     if method == "coral":
-        return {"assistant_model": drafters.coral, **settings.tree}
+        return {"assistant_model": drafters.coral, **decoding}
     if method == "bigram" and drafters.bigram is not None:
-        return {"custom_generate": drafters.bigram.decoder(target, settings.tree)}
+        return {"custom_generate": drafters.bigram.decoder(target, decoding)}
     if method == "prompt_lookup":
         return {"prompt_lookup_num_tokens": settings.prompt_lookup_tokens}
     return {"assistant_model": drafters.assisted} if method == "assisted" else {}

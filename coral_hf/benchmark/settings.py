@@ -19,6 +19,7 @@ class BenchmarkSettings:
     warmup: int = 1  # untimed calls of each method before them, on the first prompts
     seed: int = 0  # of sampling; repeat r draws with seed + r
     max_turns: int = 1  # user turns of a prompt; later ones follow on the answer of "plain"
+    speculation: str = "always"  # "adaptive": what a user gets, who never waits longer than plain
     # keywords of "coral" such as `tree_depth`, `draft_head`, `verification`; else its own settings
     tree: dict[str, int | str] = field(default_factory=dict)
     prompt_lookup_tokens: int = 10  # longest draft of "prompt_lookup"

@@ -29,6 +29,7 @@ class GrowingLayer(DynamicLayer):
     def __init__(self):
         super().__init__()
         self._buffers: list[Tensor] = []  # keys, values: (batch, kv_heads, capacity, head_dim)
+        self.is_plain = False  # whether to append as transformers does
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
@@ -36,13 +37,18 @@ class GrowingLayer(DynamicLayer):
         """Append (batch, kv_heads, new, head_dim) rows and return all rows so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.is_plain:
+            return super().update(key_states, value_states)
         start = self.get_seq_length()
-        stop = start + key_states.shape[-2]
+        new = key_states.shape[-2]
+        stop = start + new
         if not self._has_room(stop):
             self._grow(key_states, value_states, stop)
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start:stop] = states
-        self.keys, self.values = (buffer[:, :, :stop] for buffer in self._buffers)
+        # every layer of every pass comes here, and `narrow` is cheaper than slices
+        keys, values = self._buffers
+        keys.narrow(-2, start, new).copy_(key_states)
+        values.narrow(-2, start, new).copy_(value_states)
+        self.keys, self.values = keys.narrow(-2, 0, stop), values.narrow(-2, 0, stop)
         return self.keys, self.values
 
     def keep(self, source: Tensor, destination: Tensor, length: int) -> None:
@@ -58,7 +64,8 @@ class GrowingLayer(DynamicLayer):
         self._cut(length)
 
     def _cut(self, length: int) -> None:
-        self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
+        self.keys = self.keys.narrow(-2, 0, length)
+        self.values = self.values.narrow(-2, 0, length)
 
     @classmethod
     def of(cls, layer: DynamicLayer) -> "GrowingLayer":
@@ -67,6 +74,10 @@ class GrowingLayer(DynamicLayer):
         if layer.is_initialized and layer.keys.numel():
             growing.update(layer.keys, layer.values)
         return growing
+
+    def be_plain(self) -> None:
+        """Append as transformers does from now on: a lone column of a short text costs less so."""
+        self.is_plain, self._buffers = True, []
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last rows; transformers passes their number negated."""
@@ -109,7 +120,9 @@ class GrowingCache(Cache):
                 return None
         growing = cls(0)
         growing.layers = [
-            layer if isinstance(layer, GrowingLayer) else GrowingLayer.of(layer)
+            layer
+            if isinstance(layer, GrowingLayer) and not layer.is_plain
+            else GrowingLayer.of(layer)
             for layer in cache.layers
         ]
         return growing
@@ -120,6 +133,11 @@ class GrowingCache(Cache):
         for layer in self.layers:
             if layer.is_initialized:  # layers that share another layer's keys stay empty
                 layer._cut(length) if is_in_place else layer.keep(source, destination, length)
+
+    def be_plain(self) -> None:
+        """Append as transformers does, so that a plain pass costs what it costs there."""
+        for layer in self.layers:
+            layer.be_plain()
 
     def rows(self, rows: Tensor) -> "GrowingCache":
         """A cache of some rows of the batch, (rows,)."""

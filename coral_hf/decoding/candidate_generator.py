@@ -249,6 +249,8 @@ class CoralCandidateGenerator(CandidateGenerator):
         # (batch, beam, tree rows)
         seen = beam.tokens.new_zeros(*beam.tokens.shape, 0, dtype=torch.bool)
         for depth in range(1, shape.depth):
+            if not builder.is_worth_more(beam):
+                break
             seen = self._see_itself(seen, beam, is_first=depth == 1)
             features = self._expand(beam, features, seen, depth - 1)
             beam = builder.add_level(*self._children(features, beam.log_path, shape))

@@ -24,16 +24,13 @@ class Columns:
         self.positions = torch.empty(batch, 0, dtype=torch.long, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # columns of each row
         self.next_positions = torch.zeros_like(self.lengths)
+        self.is_even = True  # whether all rows are equally long
+        self.is_dense = True  # whether every row may look at every column
 
     @property
     def width(self) -> int:
         """Columns of the longest row: where the next tree is written."""
         return self.positions.shape[1]
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether every row may look at every column."""
-        return bool((self.positions != HIDDEN).all())
 
     def append(self, positions: Tensor) -> None:
         """Add a prompt's columns: (batch, new) positions, `HIDDEN` where padded.
@@ -43,6 +40,17 @@ class Columns:
         self.positions = torch.cat([self.positions, positions], dim=1)
         self.lengths = self.lengths + positions.shape[1]
         self.next_positions = torch.maximum(self.next_positions, positions.amax(1) + 1)
+        self._look()
+
+    def step(self) -> None:
+        """Add one column to every row, where rows are equally long."""
+        self.positions = torch.cat([self.positions, self.next_positions[:, None]], dim=1)
+        self.lengths = self.lengths + 1
+        self.next_positions = self.next_positions + 1
+
+    def _look(self) -> None:
+        self.is_dense = bool((self.positions != HIDDEN).all())
+        self.is_even = self.is_dense or bool((self.lengths == self.width).all())
 
     def destinations(self, kept: int) -> Tensor:
         """(batch, kept): the columns behind each row's text."""
@@ -58,17 +66,20 @@ class Columns:
         positions = torch.where(is_new, self.next_positions[:, None] + behind, positions)
         self.positions, self.lengths = positions[:, :width], lengths
         self.next_positions = self.next_positions + counts
+        self._look()
 
     def truncate(self, width: int) -> None:
         """Keep the first columns of rows that are equally long."""
         self.positions = self.positions[:, :width]
         self.lengths = torch.full_like(self.lengths, width)
         self.next_positions = self.positions.amax(1) + 1
+        self._look()
 
     def select(self, rows: Tensor) -> None:
         """Keep only some rows of the batch, (rows,)."""
         self.lengths, self.next_positions = self.lengths[rows], self.next_positions[rows]
         self.positions = self.positions[rows][:, : int(self.lengths.max())]
+        self._look()
 
     def looks(self, queries: Tensor, window: int | None = None) -> Tensor:
         """Which columns a query may look at: (batch, queries) positions → (batch, queries, width).

@@ -95,4 +95,5 @@ class DrawnTreeBuilder:
             torch.cat(self._parents, dim=1),
             torch.cat(self._depths, dim=1),
             draft_probs,
+            levels=len(self._expanded),
         )

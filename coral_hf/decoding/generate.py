@@ -29,20 +29,14 @@ from .cache import MEMORY, continued_cache, is_users, returned_cache
 from .candidate_generator import CoralCandidateGenerator, DrafterMemory, Drafting
 from .checks import check_call, longest_text, position_limit
 from .loop import CoralGenerateOutput, DecodingLoop
+from .pace import choose_pace
 from .records import Records
 from .scoring import TargetScorer, whole_length
-from .settings import (
-    RULE_KEYWORDS,
-    TREE_KEYWORDS,
-    Settings,
-    check_rule,
-    choose_rule,
-    choose_shape,
-)
+from .settings import DECODING_KEYWORDS, Settings, check_rule, choose_rule, choose_shape
 from .texts import Texts
 
 # keywords of `generate` that are ours
-OWN_KEYWORDS = (*TREE_KEYWORDS, *RULE_KEYWORDS, "draft_head")
+OWN_KEYWORDS = (*DECODING_KEYWORDS, "draft_head")
 
 
 def install() -> None:
@@ -145,9 +139,9 @@ def decoder(
         drafter: a CORAL drafter of the target.
         streamer: gets every token in order.
         tokenizer: of the target, compared with the one the drafter was trained with.
-        settings: `tree_depth`, `tree_top_k`, `tree_nodes`, `draft_head`, and when sampling
-            `verification` ("token", "traversal" or "block") and `drawn_tree`; the drafter's
-            `generation_config` by default.
+        settings: `tree_depth`, `tree_top_k`, `tree_nodes`, `speculation`, `draft_head`, and when
+            sampling `verification` ("token", "traversal" or "block") and `drawn_tree`; the
+            drafter's `generation_config` by default.
     """
     unknown = sorted(set(settings) - set(OWN_KEYWORDS))
     if unknown:
@@ -160,9 +154,9 @@ def decoder(
         return CoralCandidateGenerator(drafter, target, head, memory=memory)
 
     own = drafter.generation_config
-    defaults = {name: getattr(own, name, TREE_DEFAULTS[name]) for name in TREE_KEYWORDS}
-    defaults |= {name: getattr(own, name, None) for name in RULE_KEYWORDS}
-    return decoder_of(drafter.config, drafting, defaults, settings, streamer)
+    defaults = {name: getattr(own, name, TREE_DEFAULTS.get(name)) for name in DECODING_KEYWORDS}
+    costs = getattr(own, "draft_costs", None)
+    return decoder_of(drafter.config, drafting, defaults, settings, streamer, costs)
 
 
 def decoder_of(
@@ -171,8 +165,18 @@ def decoder_of(
     defaults: Settings,
     settings: Settings,
     streamer: BaseStreamer | None,
+    costs: dict[str, float] | None = None,
 ) -> Callable:
-    """The decoding loop of any `Drafting`; `settings` are those of the call, which win."""
+    """The loop with any `Drafting`.
+
+    Args:
+        config: what a drafter reads of the target.
+        drafting: makes the drafting side of a call.
+        defaults: the drafter's own settings, by `DECODING_KEYWORDS`.
+        settings: those of the call, which win.
+        streamer: gets every token in order.
+        costs: that `autotune` has stored.
+    """
 
     def decode(
         model: PreTrainedModel,
@@ -186,6 +190,8 @@ def decoder_of(
         target = read_target(model, config)
         rule = choose_rule(generation_config.do_sample, defaults, settings)
         shape, takes_tree = choose_shape(model, defaults, settings, rule)
+        speculation = settings.get("speculation") or defaults.get("speculation")
+        pace = choose_pace(model, shape, speculation, costs, generation_config.do_sample)
         pad_token = generation_config._pad_token_tensor
         given = model_kwargs.get("past_key_values")
         length = input_ids.shape[1]
@@ -211,7 +217,7 @@ def decoder_of(
             texts,
             records,
             generation_config,
-            shape,
+            pace,
             rule,
             longest_text(model, stopping_criteria),
             remembers=goes_on,

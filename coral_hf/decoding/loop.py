@@ -5,6 +5,7 @@ and `DecodingStats`.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,12 +13,14 @@ from transformers import Cache, GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .candidate_generator import Drafting
+from .costs import Spent
+from .pace import Pace
 from .records import Records
 from .scoring import Scores, TargetScorer
 from .settings import Rule
 from .stats import DecodingStats
 from .texts import Texts
-from .tree import TreeShape, root_only
+from .tree import DraftTree, TreeShape, root_only
 from .verification import Verdict
 from .verifier import Verifier
 
@@ -43,7 +46,7 @@ class DecodingLoop:
         texts: Texts,
         records: Records,
         config: GenerationConfig,
-        shape: TreeShape,
+        pace: Pace,
         rule: Rule,
         max_length: int,
         remembers: bool = False,
@@ -51,7 +54,7 @@ class DecodingLoop:
         """One loop a call.
 
         Args:
-            shape: the largest tree.
+            pace: how much to draft in each round.
             rule: how trees are drafted and verified.
             max_length: bounds the texts in tokens.
             remembers: whether the drafter reads the last tokens too, for a text that goes on.
@@ -62,7 +65,7 @@ class DecodingLoop:
         self.records = records
         self.verifier = Verifier(texts, records, rule.name)
         self.config = config
-        self.shape = shape
+        self.pace = pace
         self.warp = texts.warp if rule.is_drawn else None
         self.max_length = max_length
         self.remembers = remembers
@@ -72,6 +75,8 @@ class DecodingLoop:
         """Decode until every row has ended; `model_kwargs` are what `generate` prepared."""
         with self.stats.timed("prefill"):
             self.prefill(model_kwargs)
+        if self.pace.is_plain:
+            self.stop_drafting()
         while self.texts.active:
             self.round()
         self.texts.end()
@@ -84,6 +89,8 @@ class DecodingLoop:
         rows = self.texts.active
         first = self.verifier.verify(root_only(prompts[:, -1]), scores)
         kept = self.kept(rows)
+        if self.pace.is_plain:
+            return self.drop(rows, kept)
         if not kept and not self.remembers:
             return
         new = scores.features.shape[1]
@@ -94,36 +101,53 @@ class DecodingLoop:
 
     def round(self) -> None:
         """Draft, score, verify, commit."""
-        rows = self.texts.active
+        rows, reads, clock = self.texts.active, not self.pace.is_plain, [self.stats.round_seconds]
         with self.stats.timed("draft"):
-            trees = self.drafting.propose(self.budget(), self.warp)
+            trees = self.propose(rows)
+        clock.append(self.stats.round_seconds)
         with self.stats.timed("verify"):
-            scores = self.scorer.score(trees)
+            scores = self.scorer.score(trees, with_features=reads)
             verdicts = self.verifier.verify(trees, scores)
         with self.stats.timed("other"):
-            self.note(rows, verdicts, scores)
+            self.note(rows, trees, verdicts, scores)
             self.scorer.commit(*_padded(verdicts))
             kept = self.kept(rows)
             self.drop(rows, kept)
-        # at the end of all texts the drafter reads on if they may be continued
-        read = kept or (list(range(len(rows))) if self.remembers else [])
-        if read:
+        clock.append(self.stats.round_seconds)
+        if reads:
             with self.stats.timed("draft"):
-                self.commit([verdicts[i] for i in read], scores.features[read])
+                self.read(kept, verdicts, scores.features)
+        clock.append(self.stats.round_seconds)
+        seconds = [stop - start for start, stop in pairwise(clock)]
+        self.pace.note(Spent.of(trees, verdicts, *seconds))
+        if self.pace.is_plain and reads:
+            self.stats.is_stepped_back = True
+            self.stop_drafting()
 
-    def budget(self) -> TreeShape:
+    def propose(self, rows: list[int]) -> DraftTree:
+        """A tree for each row, or its root alone where drafting does not pay or nothing fits."""
+        shape = self.budget(self.pace.plan(len(rows)))
+        if shape.depth == 0:
+            return root_only(self.texts.last(rows))
+        return self.drafting.propose(shape, self.warp)
+
+    def budget(self, shape: TreeShape) -> TreeShape:
         """The largest tree of which every accepted token may still come out.
 
         A node of depth d is followed by one more token, so d + 1 of them must fit.
         """
         shortest = min(self.texts.lengths[row] for row in self.texts.active)
-        depth = min(self.shape.depth, self.max_length - shortest - 1)
-        return self.shape._replace(depth=max(depth, 0))
+        depth = min(shape.depth, self.max_length - shortest - 1)
+        return shape._replace(depth=max(depth, 0))
 
-    def note(self, rows: list[int], verdicts: list[Verdict], scores: Scores) -> None:
+    def note(
+        self, rows: list[int], trees: DraftTree, verdicts: list[Verdict], scores: Scores
+    ) -> None:
         """Remember what the round gave."""
-        columns = self.scorer.columns.lengths.tolist()
+        columns = self.scorer.columns.lengths.tolist() if self.records.wants else [0] * len(rows)
         self.stats.num_rounds += 1
+        self.stats.num_levels += trees.levels
+        self.stats.num_nodes += trees.tokens.shape[1]
         for index, (row, verdict) in enumerate(zip(rows, verdicts, strict=True)):
             self.stats.round_lengths.append(len(verdict.tokens))
             self.records.add_nodes(row, index, verdict.path, scores, columns[index])
@@ -137,8 +161,21 @@ class DecodingLoop:
         if kept and len(kept) < len(rows):
             index = torch.tensor(kept, device=self.scorer.columns.lengths.device)
             self.scorer.select(index)
-            self.drafting.select(index)
+            if not self.pace.is_plain:
+                self.drafting.select(index)
             self.remembers = False  # the drafter forgets the rows that have ended
+
+    def stop_drafting(self) -> None:
+        """Leave the drafter alone for the rest of the call."""
+        self.remembers = False  # it does not read the text to its end
+        self.scorer.cache.be_plain()
+
+    def read(self, kept: list[int], verdicts: list[Verdict], features: Tensor) -> None:
+        """Let the drafter read the new tokens of the rows that go on."""
+        # at the end of all texts it reads on if they may be continued
+        rows = kept or (list(range(len(verdicts))) if self.remembers else [])
+        if rows:
+            self.commit([verdicts[i] for i in rows], features[rows])
 
     def commit(self, verdicts: list[Verdict], features: Tensor) -> None:
         """Hand the new tokens and the features before them to the drafter.

@@ -93,8 +93,8 @@ class TargetScorer:
         last = parts[-1]
         return Scores(last.logits[:, -1:], features, last.hidden_states, last.attentions)
 
-    def score(self, tree: DraftTree) -> Scores:
-        """Read all nodes of a tree at once."""
+    def score(self, tree: DraftTree, with_features: bool = True) -> Scores:
+        """Read all nodes of a tree at once; without features it is as cheap as a plain pass."""
         tree = tree.to(self._target.device)
         # (batch, nodes)
         positions = self.columns.next_positions.to(tree.tokens.device)[:, None] + tree.depths
@@ -102,15 +102,28 @@ class TargetScorer:
             positions = positions.clamp(max=self._limit - 1)
         if not self._takes_tree:
             told = {"position_ids": positions} if self._takes_positions else {}
-            return self._forward(input_ids=tree.tokens, **told, **self._chain_mask(tree.tokens))
+            told |= self._chain_mask(tree.tokens)
+            return self._forward(with_features, input_ids=tree.tokens, **told)
         return self._forward(
+            with_features,
             input_ids=tree.tokens,
             position_ids=positions,
-            attention_mask=self._masks(tree, positions),
+            attention_mask=None if self._sees_all(tree) else self._masks(tree, positions),
         )
+
+    def _sees_all(self, tree: DraftTree) -> bool:
+        """Whether a pass needs no mask: a lone node after columns that it may all look at."""
+        if tree.tokens.shape[1] > 1 or not self.columns.is_dense:
+            return False
+        return all(window is None or self.columns.width < window for window in self._windows)
 
     def commit(self, nodes: Tensor, counts: Tensor) -> None:
         """Keep the columns of accepted nodes: (batch, kept), of which (batch,) count."""
+        if nodes.shape[1] == 1 and self.columns.is_even:
+            self.columns.step()  # the root lies where it belongs
+            if self.cache.get_seq_length() > self.columns.width:
+                self.cache.truncate(self.columns.width)
+            return
         source = self.columns.width + nodes
         destination = self.columns.destinations(nodes.shape[1])
         self.columns.commit(counts)
@@ -138,17 +151,17 @@ class TargetScorer:
             return self.cache
         return GrowingCache.join([*self._left, (self._rows, self.cache)])
 
-    def _forward(self, **inputs) -> Scores:
+    def _forward(self, with_features: bool = True, **inputs) -> Scores:
         if "past_key_values" not in inputs:
             inputs |= {"past_key_values": self.cache, "use_cache": True}
         wants_all = "output_hidden_states" in self._wants
-        inputs["output_hidden_states"] = True if wants_all else FEATURE
+        inputs["output_hidden_states"] = wants_all or (FEATURE if with_features else False)
         if "output_attentions" in self._wants:
             inputs["output_attentions"] = True
         outputs = self._target.model(**inputs, return_dict=True)
         return Scores(
             outputs.logits,
-            outputs.hidden_states[FEATURE],
+            outputs.hidden_states[FEATURE] if with_features else outputs.logits[..., :0],
             outputs.hidden_states if wants_all else (),
             outputs.attentions if "output_attentions" in self._wants else (),
         )

@@ -18,6 +18,7 @@ logger = logging.get_logger(__name__)
 RULES = ("greedy", "token", "traversal", "block")
 TREE_KEYWORDS = tuple(TREE_DEFAULTS)
 RULE_KEYWORDS = ("verification", "drawn_tree")
+DECODING_KEYWORDS = (*TREE_KEYWORDS, *RULE_KEYWORDS, "speculation")
 
 Settings = dict[str, Any]  # by keyword of `generate`; None where it is left open
 

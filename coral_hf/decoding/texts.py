@@ -9,7 +9,8 @@ Where it may look at the whole batch, they grow in lockstep, as in plain `genera
 """
 
 import copy
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -83,6 +84,7 @@ class Texts:
         self._processors = logits_processor
         self._streamer = streamer
         self._criteria = stopping_criteria
+        self._end_tokens = _end_tokens(stopping_criteria)
         self.is_lockstep = batch > 1 and (is_lockstep or self._watches_the_batch())
 
     def _watches_the_batch(self) -> bool:
@@ -111,6 +113,10 @@ class Texts:
     def ids(self) -> Tensor:
         """(batch, longest), padded on the right where a row ended earlier."""
         return self._buffer[:, : self.longest]
+
+    def last(self, rows: list[int]) -> Tensor:
+        """(rows,), the newest token of some rows."""
+        return self._buffer[rows, [self.lengths[row] - 1 for row in rows]]
 
     @property
     def has_processors(self) -> bool:
@@ -187,7 +193,14 @@ class Texts:
             self.lengths[row] += 1
         if self._streamer is not None:
             self._streamer.put(self.ids[:, -1].cpu())
-        if self.is_lockstep:
+        is_done: Mapping[int, bool] | list[bool]
+        if self._end_tokens is not None:
+            longest = self._criteria.max_length or sys.maxsize
+            is_done = {
+                row: token in self._end_tokens or self.lengths[row] >= longest
+                for row, token in zip(rows, tokens, strict=True)
+            }
+        elif self.is_lockstep:
             is_done = self._criteria(self.ids, scores()).tolist()
         else:
             is_done = {row: bool(self._criteria(self._row(row), scores()).all()) for row in rows}
@@ -205,6 +218,17 @@ class Texts:
             buffer = self._buffer.new_full((batch, max(length, 2 * room)), self._pad_token)
             buffer[:, :room] = self._buffer
             self._buffer = buffer
+
+
+def _end_tokens(criteria: StoppingCriteriaList) -> set[int] | None:
+    """The tokens that end a row, where nothing but them and the length ends it.
+
+    Numbers are compared faster than tensors, which a small target would notice.
+    """
+    if any(type(one) not in (MaxLengthCriteria, hf.EosTokenCriteria) for one in criteria):
+        return None
+    ends = [one.eos_token_id.tolist() for one in criteria if type(one) is hf.EosTokenCriteria]
+    return {token for tokens in ends for token in tokens}
 
 
 def _of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:

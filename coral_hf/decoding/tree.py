@@ -25,6 +25,8 @@ class TreeShape(NamedTuple):
     depth: int  # levels below the root
     top_k: int  # children of an expanded node, and nodes expanded in a level
     nodes: int  # rows of the target's pass, the root included
+    node_floor: float = 0.0  # a node's confidence from which on it is worth a row
+    level_floor: float = 0.0  # confidence of a beam, summed, from which on it is worth a level
 
 
 class DraftTree(NamedTuple):
@@ -35,10 +37,12 @@ class DraftTree(NamedTuple):
     depths: Tensor  # (batch, nodes)
     # (batch, nodes, vocab); None where tokens were chosen, not drawn
     draft_probs: Tensor | None = None  # q after each node, of the tokens that were drawn there
+    levels: int = 0  # that were drafted, whether or not a node of theirs was kept
 
     def to(self, device: torch.device) -> "DraftTree":
         """The same tree on a device."""
-        return DraftTree(*(None if part is None else part.to(device) for part in self))
+        parts = self._asdict().items()
+        return self._replace(**{n: p.to(device) for n, p in parts if isinstance(p, Tensor)})
 
     def ancestry(self) -> Tensor:
         """Whether the second node is on the path from the root to the first.
@@ -113,12 +117,20 @@ class TreeBuilder:
         self._size += tokens.shape[1]
         return Beam(tokens.gather(1, index), index // top_k, best)
 
+    def is_worth_more(self, beam: Beam) -> bool:
+        """Whether to draft the level below a beam, on average over the batch.
+
+        Each node of the beam that is accepted gives one more accepted node at most.
+        """
+        floor = self._shape.level_floor
+        return floor == 0 or float(beam.log_path.exp().sum(1).mean()) >= floor
+
     def build(self) -> DraftTree:
         """The root and the best nodes of the pool, in the order in which they were added."""
         log_paths = torch.cat(self._log_paths, dim=1)  # (batch, pool)
-        kept = min(self._shape.nodes - 1, log_paths.shape[1])
         # stable: of equal nodes the earlier, so a parent is kept before its child
-        order = log_paths.sort(dim=1, descending=True, stable=True).indices
+        ranked, order = log_paths.sort(dim=1, descending=True, stable=True)
+        kept = min(self._shape.nodes - 1, self._num_worthy(ranked))
         chosen = order[:, :kept].sort(dim=1).values  # (batch, kept)
         parents = self._renumber(torch.cat(self._parents, dim=1).gather(1, chosen), chosen)
         tokens = torch.cat(self._tokens, dim=1).gather(1, chosen)
@@ -127,8 +139,18 @@ class TreeBuilder:
         return DraftTree(
             torch.cat([self._root[:, None], tokens], dim=1),
             parents,
-            _depths(parents, self._shape.depth),
+            _depths(parents, len(self._tokens)),
+            levels=len(self._tokens),
         )
+
+    def _num_worthy(self, ranked: Tensor) -> int:
+        """How many of a row's best nodes are worth a row of the target's pass.
+
+        `ranked`: (batch, pool), log-confidence, best first. The pass is as wide as its widest row,
+        so nodes of equal rank count together.
+        """
+        floor = self._shape.node_floor
+        return ranked.shape[1] if floor == 0 else int((ranked.exp().mean(0) >= floor).sum())
 
     def _renumber(self, parents: Tensor, chosen: Tensor) -> Tensor:
         """Pool indices of parents (batch, kept) → node ids, the root's -1 becoming 0."""

@@ -64,6 +64,7 @@ def accepted_text(
         ids,
         attention_mask=torch.ones_like(ids),
         assistant_model=drafter,
+        speculation="always",
         max_new_tokens=max_new_tokens,
         do_sample=False,
         return_dict_in_generate=True,

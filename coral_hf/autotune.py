@@ -1,0 +1,163 @@
+"""Which tree pays best on this machine: a search over short runs, in a time that is given.
+
+In: a drafter, its target and prompts. Out: a `Tuning`. One setting is changed at a time, each run
+is compared with a plain one that was timed just before it, and what was measured on the way gives
+the costs by which sampling decides how much to draft.
+"""
+
+import time
+from collections.abc import Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+CANDIDATES = {
+    "tree_nodes": (8, 16, 32, 60, 100),
+    "tree_depth": (2, 4, 6, 8),
+    "tree_top_k": (1, 4, 10),
+}
+NEW_TOKENS = 48  # of a run
+LEAST_COST = 1e-4  # plain passes, of a level or a node
+
+Tree = dict[str, int]
+
+
+class Trial(NamedTuple):
+    """One run with one tree; seconds are those of its rounds, without the prompt."""
+
+    tree: Tree
+    plain: float  # seconds of a plain pass at the time
+    seconds: float
+    draft: float  # of the seconds, the drafter's
+    tokens: int
+    rounds: int
+    levels: int
+    nodes: int  # over all rounds, the roots included
+
+    @property
+    def speedup(self) -> float:
+        """Over plain decoding."""
+        return self.plain * self.tokens / self.seconds
+
+
+class Tuning(NamedTuple):
+    """What `autotune` has found."""
+
+    tree: Tree
+    costs: dict[str, float]  # `base`, `level` and `node`, in plain passes of the target
+    speedup: float  # over plain decoding, the prompt's pass left out
+
+
+def autotune(
+    drafter: PreTrainedModel,
+    target: PreTrainedModel,
+    prompts: Sequence[Tensor],
+    tree: Tree,
+    max_seconds: float,
+) -> Tuning:
+    """See `CoralDrafter.autotune`; `tree` is where the search starts."""
+    bench = Bench(drafter, target, prompts, time.perf_counter() + max_seconds)
+    bench.warm_up(tree)
+    best = tree
+    with logging.tqdm(total=1 + sum(map(len, CANDIDATES.values())), desc="autotune") as bar:
+        bench.measure(best)
+        bar.update()
+        for name, values in CANDIDATES.items():
+            for value in values:
+                if value != best[name] and not bench.is_over:
+                    bench.measure(best | {name: value})
+                    bar.update()
+            best = max(bench.trees, key=bench.speedup)
+    return Tuning(best, fit_costs(bench.trials), bench.speedup(best))
+
+
+class Bench:
+    """Runs trees and plain decoding in turn, prompt after prompt."""
+
+    def __init__(
+        self,
+        drafter: PreTrainedModel,
+        target: PreTrainedModel,
+        prompts: Sequence[Tensor],
+        end: float,
+    ):
+        """`end`: when to stop, on the clock of `time.perf_counter`."""
+        self.trials: list[Trial] = []
+        self._drafter, self._target, self._prompts, self._end = drafter, target, prompts, end
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time is up."""
+        return time.perf_counter() > self._end
+
+    @property
+    def trees(self) -> list[Tree]:
+        """Those that were measured."""
+        return [trial.tree for trial in self.trials]
+
+    def speedup(self, tree: Tree) -> float:
+        """The median over the runs of a tree."""
+        return median(trial.speedup for trial in self.trials if trial.tree == tree)
+
+    def warm_up(self, tree: Tree) -> None:
+        """Run what is slower the first time."""
+        self._run(self._prompts[0], tree, tokens=8)
+        self._run(self._prompts[0], None, tokens=8)
+
+    def measure(self, tree: Tree) -> None:
+        """Run a tree on the prompts, as far as time allows; at least on one."""
+        for prompt in self._prompts:
+            plain, stats = self._run(prompt, None), self._run(prompt, tree)
+            if not stats.num_rounds:
+                raise ValueError(
+                    "One of `prompts` is answered with a single token; give prompts with longer"
+                    " answers."
+                )
+            self.trials.append(
+                Trial(
+                    tree,
+                    plain=plain.round_seconds / plain.num_rounds,
+                    seconds=stats.round_seconds,
+                    draft=stats.draft_seconds,
+                    tokens=sum(stats.round_lengths),
+                    rounds=stats.num_rounds,
+                    levels=stats.num_levels,
+                    nodes=stats.num_nodes,
+                )
+            )
+            if self.is_over:
+                break
+
+    def _run(self, prompt: Tensor, tree: Tree | None, tokens: int = NEW_TOKENS) -> Any:
+        """The `DecodingStats` of a run; None is plain decoding."""
+        choice = {"speculation": "never"} if tree is None else {"speculation": "always", **tree}
+        out = self._target.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            assistant_model=self._drafter,
+            do_sample=False,
+            max_new_tokens=tokens,
+            return_dict_in_generate=True,
+            **choice,
+        )
+        return out.stats
+
+
+def fit_costs(trials: Sequence[Trial]) -> dict[str, float]:
+    """The cost of a round, a level and a node in plain passes, by least squares.
+
+    A round's cost beside its levels is taken as base + node · nodes beside the root.
+    """
+    level = median(t.draft / t.plain / max(t.levels, 1) for t in trials)
+    rest = torch.tensor([(t.seconds - t.draft) / t.plain / t.rounds for t in trials])
+    nodes = torch.tensor([t.nodes / t.rounds - 1 for t in trials])
+    spread = nodes.var(correction=0)
+    together = ((nodes - nodes.mean()) * (rest - rest.mean())).mean()
+    slope = float(together / spread) if spread > 0 else 0.0
+    slope = max(slope, LEAST_COST)
+    base = max(float(rest.mean() - slope * nodes.mean()), 1.0)
+    return {"base": base, "level": max(level, LEAST_COST), "node": slope}

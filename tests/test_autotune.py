@@ -1,0 +1,73 @@
+"""`autotune` measures trees and keeps the best one with its costs."""
+
+import pytest
+import torch
+from conftest import scatter_weights, tiny_target
+from transformers import AutoModel
+from transformers.utils import logging
+
+from coral_hf import CoralDrafter
+from coral_hf.autotune import CANDIDATES, Trial, fit_costs
+
+PROMPT = torch.tensor([[5, 9, 3, 17, 22, 8]])
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target("llama", torch.float32)
+
+
+@pytest.fixture
+def drafter(target):
+    drafter = CoralDrafter.from_target(target).eval()
+    scatter_weights(drafter, seed=1)
+    return drafter
+
+
+@pytest.fixture(autouse=True)
+def _no_bar():
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
+def test_what_was_found_survives_saving_and_loading(target, drafter, tmp_path):
+    tuning = drafter.autotune(target, [PROMPT], max_seconds=0.5)
+    drafter.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path).generation_config
+    assert {name: getattr(loaded, name) for name in tuning.tree} == tuning.tree
+    assert loaded.draft_costs == tuning.costs
+    assert set(tuning.costs) == {"base", "level", "node"} and min(tuning.costs.values()) > 0
+
+
+def test_the_time_is_kept(target, drafter):
+    before = {"tree_depth": 6, "tree_top_k": 10, "tree_nodes": 60}
+    assert drafter.autotune(target, [PROMPT] * 3, max_seconds=0).tree == before
+
+
+def test_prompts_that_cannot_be_used_are_refused(target, drafter):
+    with pytest.raises(ValueError, match="`prompts` is empty"):
+        drafter.autotune(target, [])
+    with pytest.raises(ValueError, match="`tokenizer` is None"):
+        drafter.autotune(target, ["once upon a time"])
+
+
+def test_costs_are_fitted_in_plain_passes():
+    trials = [
+        Trial(
+            {},
+            plain=0.01,
+            seconds=10 * (0.012 + 0.0002 * nodes + levels * 0.001),
+            draft=10 * levels * 0.001,
+            tokens=20,
+            rounds=10,
+            levels=10 * levels,
+            nodes=10 * (nodes + 1),
+        )
+        for nodes, levels in ((5, 2), (30, 4), (59, 6))
+    ]
+    assert fit_costs(trials) == pytest.approx({"base": 1.2, "level": 0.1, "node": 0.02}, rel=1e-3)
+
+
+def test_the_search_covers_chains_and_trees():
+    assert 1 in CANDIDATES["tree_top_k"] and max(CANDIDATES["tree_nodes"]) >= 60
