@@ -23,6 +23,7 @@ from coral_hf.decoding import verification
 from coral_hf.decoding import verifier as verifier_module
 from coral_hf.decoding.candidate_generator import CoralCandidateGenerator
 from coral_hf.decoding.loop import DecodingLoop
+from coral_hf.decoding.pace import Always
 from coral_hf.decoding.records import Records
 from coral_hf.decoding.scoring import TargetScorer
 from coral_hf.decoding.texts import Texts
@@ -125,7 +126,7 @@ def chances_of_all_texts(target, drafter, shape, rule=share_among_siblings) -> t
             texts,
             records,
             config,
-            shape,
+            Always(shape),
             end,
         )
         branch = loop.verifier = Branch(texts, records, True).follow(text, rule)
