@@ -6,11 +6,14 @@ import time
 import pytest
 import torch
 from conftest import VOCAB, scatter_weights, tiny_target
+from test_generate import TheTargetItself
 
 from coral_hf import CoralDrafter
 from coral_hf.decoding.costs import PROBES, Costs, Line, MeasuredCosts, Spent, StoredCosts
+from coral_hf.decoding.generate import decoder_of
 from coral_hf.decoding.pace import PATIENCE, Adaptive, choose_pace
 from coral_hf.decoding.tree import TreeBuilder, TreeShape
+from coral_hf.modeling_coral import TREE_DEFAULTS
 
 SHAPE = TreeShape(depth=4, top_k=3, nodes=20)
 PROMPT = torch.tensor([[5, 9, 3, 17, 22, 8]])
@@ -167,6 +170,23 @@ def test_an_untrained_drafter_is_left_alone_after_a_while(target, drafter, monke
     assert out.stats.is_stepped_back
     assert len(calls) < 20 and out.sequences.shape[1] == 66
     assert out.past_key_values.drafter_memory is None
+
+
+def test_a_drafter_that_knows_the_text_goes_on(target, drafter, monkeypatch):
+    text = target.generate(PROMPT, do_sample=False, max_new_tokens=60)
+    drafting = TheTargetItself(text)
+    monkeypatch.setattr("coral_hf.decoding.pace.MeasuredCosts", lambda _, costs: StoredCosts(costs))
+    settings = {"speculation": "adaptive"}
+    knowing = decoder_of(drafter.config, lambda *_: drafting, TREE_DEFAULTS, settings, None)
+    out = target.generate(
+        PROMPT,
+        do_sample=False,
+        max_new_tokens=60,
+        custom_generate=knowing,
+        return_dict_in_generate=True,
+    )
+    assert torch.equal(out.sequences, text)
+    assert not out.stats.is_stepped_back and out.stats.acceptance_length > 5
 
 
 def test_forced_speculation_never_steps_back(target, drafter):
