@@ -7,6 +7,7 @@ the costs by which sampling decides how much to draft.
 
 import time
 from collections.abc import Sequence
+from itertools import combinations, cycle
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ CANDIDATES = {
     "tree_depth": (2, 4, 6, 8),
     "tree_top_k": (1, 4, 10),
 }
-NEW_TOKENS = 48  # of a run
+NEW_TOKENS = 32  # of a run
+FINALISTS = 3  # trees
 LEAST_COST = 1e-4  # plain passes, of a level or a node
 
 Tree = dict[str, int]
@@ -72,6 +74,11 @@ def autotune(
                     bench.measure(best | {name: value})
                     bar.update()
             best = max(bench.trees, key=bench.speedup)
+    while not bench.is_over:  # the best few again, as long as there is time
+        for again in sorted(bench.trees, key=bench.speedup)[-FINALISTS:]:
+            if not bench.is_over:
+                bench.measure(again)
+    best = max(bench.trees, key=bench.speedup)
     return Tuning(best, fit_costs(bench.trials), bench.speedup(best))
 
 
@@ -87,7 +94,8 @@ class Bench:
     ):
         """`end`: when to stop, on the clock of `time.perf_counter`."""
         self.trials: list[Trial] = []
-        self._drafter, self._target, self._prompts, self._end = drafter, target, prompts, end
+        self._drafter, self._target, self._end = drafter, target, end
+        self._prompts = cycle(prompts)
 
     @property
     def is_over(self) -> bool:
@@ -96,8 +104,9 @@ class Bench:
 
     @property
     def trees(self) -> list[Tree]:
-        """Those that were measured."""
-        return [trial.tree for trial in self.trials]
+        """Those that were measured, each once."""
+        trees = [trial.tree for trial in self.trials]
+        return [tree for index, tree in enumerate(trees) if tree not in trees[:index]]
 
     def speedup(self, tree: Tree) -> float:
         """The median over the runs of a tree."""
@@ -105,32 +114,31 @@ class Bench:
 
     def warm_up(self, tree: Tree) -> None:
         """Run what is slower the first time."""
-        self._run(self._prompts[0], tree, tokens=8)
-        self._run(self._prompts[0], None, tokens=8)
+        prompt = next(self._prompts)
+        self._run(prompt, tree, tokens=8)
+        self._run(prompt, None, tokens=8)
 
     def measure(self, tree: Tree) -> None:
-        """Run a tree on the prompts, as far as time allows; at least on one."""
-        for prompt in self._prompts:
-            plain, stats = self._run(prompt, None), self._run(prompt, tree)
-            if not stats.num_rounds:
-                raise ValueError(
-                    "One of `prompts` is answered with a single token; give prompts with longer"
-                    " answers."
-                )
-            self.trials.append(
-                Trial(
-                    tree,
-                    plain=plain.round_seconds / plain.num_rounds,
-                    seconds=stats.round_seconds,
-                    draft=stats.draft_seconds,
-                    tokens=sum(stats.round_lengths),
-                    rounds=stats.num_rounds,
-                    levels=stats.num_levels,
-                    nodes=stats.num_nodes,
-                )
+        """Run a tree on the next prompt, just after a plain run on it."""
+        prompt = next(self._prompts)
+        plain, stats = self._run(prompt, None), self._run(prompt, tree)
+        if not stats.num_rounds:
+            raise ValueError(
+                "One of `prompts` is answered with a single token; give prompts with longer"
+                " answers."
             )
-            if self.is_over:
-                break
+        self.trials.append(
+            Trial(
+                tree,
+                plain=plain.round_seconds / plain.num_rounds,
+                seconds=stats.round_seconds,
+                draft=stats.draft_seconds,
+                tokens=sum(stats.round_lengths),
+                rounds=stats.num_rounds,
+                levels=stats.num_levels,
+                nodes=stats.num_nodes,
+            )
+        )
 
     def _run(self, prompt: Tensor, tree: Tree | None, tokens: int = NEW_TOKENS) -> Any:
         """The `DecodingStats` of a run; None is plain decoding."""
@@ -148,16 +156,14 @@ class Bench:
 
 
 def fit_costs(trials: Sequence[Trial]) -> dict[str, float]:
-    """The cost of a round, a level and a node in plain passes, by least squares.
+    """The cost of a round, a level and a node in plain passes.
 
-    A round's cost beside its levels is taken as base + node · nodes beside the root.
+    A round's cost beside its levels is base + node · nodes beside the root; medians of slopes
+    (Theil and Sen) and of heights, since a run that the machine held up is far off the line.
     """
     level = median(t.draft / t.plain / max(t.levels, 1) for t in trials)
-    rest = torch.tensor([(t.seconds - t.draft) / t.plain / t.rounds for t in trials])
-    nodes = torch.tensor([t.nodes / t.rounds - 1 for t in trials])
-    spread = nodes.var(correction=0)
-    together = ((nodes - nodes.mean()) * (rest - rest.mean())).mean()
-    slope = float(together / spread) if spread > 0 else 0.0
-    slope = max(slope, LEAST_COST)
-    base = max(float(rest.mean() - slope * nodes.mean()), 1.0)
-    return {"base": base, "level": max(level, LEAST_COST), "node": slope}
+    points = [(t.nodes / t.rounds - 1, (t.seconds - t.draft) / t.plain / t.rounds) for t in trials]
+    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in combinations(points, 2) if a[0] != b[0]]
+    node = max(median(slopes or [0.0]), LEAST_COST)
+    base = max(median(cost - node * nodes for nodes, cost in points), 1.0)
+    return {"base": base, "level": max(level, LEAST_COST), "node": node}

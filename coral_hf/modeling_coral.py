@@ -272,7 +272,7 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
         target: PreTrainedModel,
         prompts: Sequence[Tensor | str],
         tokenizer: PreTrainedTokenizerBase | None = None,
-        max_seconds: float = 50.0,
+        max_seconds: float = 45.0,
     ) -> Tuning:
         """Find the tree that pays best for `target` on this machine, and keep it.
 
