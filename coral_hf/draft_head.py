@@ -148,9 +148,9 @@ def group_mass(probs: Tensor, num_groups: int) -> Tensor:
 class RoutedHead:
     """Reads the few groups of the LM head in which the router expects a level's next tokens.
 
-    The groups are shared by the rows of a level, ranked by Σ over rows of path probability ×
+    The groups are shared by the rows of a text's level, ranked by Σ over rows of path probability ×
     router mass: at batch 1 a pass costs what it reads, so reading each row's own groups would cost
-    their union.
+    their union. Texts of a batch have groups of their own.
     """
 
     def __init__(self, head: LMHead, router: Router, num_active_groups: int):
@@ -165,36 +165,44 @@ class RoutedHead:
         A child's confidence is its group's router mass × its probability within the group.
         """
         log_mass = self.router(features)  # (batch, rows, groups)
-        blocks = self._read(features, log_mass, self._choose(log_mass, log_path))
+        texts = zip(features.split(1), log_mass.split(1), strict=True)
+        parts = [
+            self._best(self._read(*text, groups), top_k)
+            for text, groups in zip(texts, self._choose(log_mass, log_path), strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else _joined(parts)
+
+    def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
+        """See [`DraftHead`]: the target's logits in the active groups, whatever their mass."""
+        logits = features.new_full(
+            (*features.shape[:2], self.head.weight.shape[0]), float("-inf"), dtype=torch.float32
+        )
+        for text, groups in enumerate(self._choose(self.router(features), log_path)):
+            for start, stop in map(self._bounds, groups):
+                logits[text, :, start:stop] = self.head.block_logits(features[text], start, stop)
+        return logits
+
+    def _choose(self, log_mass: Tensor, log_path: Tensor) -> list[list[int]]:
+        """The groups that each text's level reads; the one index read of the routed head."""
+        mass = (log_mass + log_path[..., None]).exp().sum(1)  # (batch, groups)
+        filled = math.ceil(self.head.weight.shape[0] / self._size)
+        return mass[:, :filled].topk(min(self.num_active_groups, filled)).indices.tolist()
+
+    @staticmethod
+    def _best(blocks: list[Children], top_k: int) -> Children:
+        """The best of all tokens that were read."""
         log_confidence = torch.cat([block.log_confidence for block in blocks], dim=-1)
-        # (batch, rows, active tokens)
+        # (1, rows, active tokens)
         tokens = torch.cat([block.tokens for block in blocks], dim=-1)
         best, index = log_confidence.topk(min(top_k, tokens.shape[-1]), dim=-1)
         return Children(tokens.gather(-1, index), best)
 
-    def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
-        """See [`DraftHead`]: the target's logits in the active groups, whatever their mass."""
-        groups = self._choose(self.router(features), log_path)
-        logits = features.new_full(
-            (*features.shape[:2], self.head.weight.shape[0]), float("-inf"), dtype=torch.float32
-        )
-        for group in groups:
-            start, stop = self._bounds(group)
-            logits[..., start:stop] = self.head.block_logits(features, start, stop)
-        return logits
-
-    def _choose(self, log_mass: Tensor, log_path: Tensor) -> list[int]:
-        """The groups that the level reads; the one small index read of the routed head."""
-        mass = (log_mass + log_path[..., None]).exp().sum((0, 1))  # (groups,)
-        filled = math.ceil(self.head.weight.shape[0] / self._size)
-        return mass[:filled].topk(min(self.num_active_groups, filled)).indices.tolist()
-
     def _read(self, features: Tensor, log_mass: Tensor, groups: list[int]) -> list[Children]:
-        """All tokens of each active group, as unranked `Children`."""
+        """All tokens of each active group, as unranked `Children` of one text."""
         blocks = []
         for group in groups:
             start, stop = self._bounds(group)
-            # (batch, rows, group size)
+            # (1, rows, group size)
             logits = self.head.block_logits(features, start, stop).float()
             within = logits.log_softmax(-1) + log_mass[..., group, None]
             tokens = torch.arange(start, stop, device=features.device).expand_as(within)
@@ -208,3 +216,14 @@ class RoutedHead:
     @property
     def _size(self) -> int:
         return group_size(self.head.weight.shape[0], self.num_groups)
+
+
+def _joined(parts: list[Children]) -> Children:
+    """Children of several texts; where one has fewer, tokens of no confidence fill up."""
+    width = max(part.tokens.shape[-1] for part in parts)
+    tokens = [F.pad(part.tokens, (0, width - part.tokens.shape[-1])) for part in parts]
+    confidence = [
+        F.pad(part.log_confidence, (0, width - part.tokens.shape[-1]), value=float("-inf"))
+        for part in parts
+    ]
+    return Children(torch.cat(tokens), torch.cat(confidence))

@@ -173,3 +173,17 @@ def test_the_mass_of_the_groups_sums_to_one_and_each_is_its_tokens_sum(vocab_siz
     for group in range(num_groups):
         expected = probs[..., size * group : size * (group + 1)].sum(-1)
         torch.testing.assert_close(mass[..., group], expected)
+
+
+def test_each_text_of_a_batch_reads_groups_of_its_own():
+    torch.manual_seed(0)
+    features, log_path = torch.randn(3, 4, HIDDEN), torch.zeros(3, 4)
+    routed = RoutedHead(make_head(50), make_router(7), 1)
+    together = routed.children(features, log_path, 3)
+    logits = routed.logits(features, log_path)
+    for text in range(3):
+        alone = routed.children(features[text : text + 1], log_path[:1], 3)
+        assert together.tokens[text].equal(alone.tokens[0])
+        torch.testing.assert_close(together.log_confidence[text], alone.log_confidence[0])
+        one = routed.logits(features[text : text + 1], log_path[:1])
+        torch.testing.assert_close(logits[text], one[0])

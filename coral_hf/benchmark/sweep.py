@@ -99,7 +99,13 @@ class Sweep:
             "pad_token_id": self.pad_token,
             "eos_token_id": [*stops] or None,
         }
-        return Caller(self.target, self.drafter, arguments, self.settings.tree, stops)
+        return Caller(
+            self.target,
+            self.drafter,
+            arguments,
+            {"speculation": "always", **self.settings.tree},
+            stops,
+        )
 
     def calls(self, caller: Caller, batches: Sequence[list[Tensor]], size: int) -> Iterator[Call]:
         """Both methods on every batch, after a warm-up on the first."""
