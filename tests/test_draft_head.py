@@ -175,9 +175,10 @@ def test_the_mass_of_the_groups_sums_to_one_and_each_is_its_tokens_sum(vocab_siz
         torch.testing.assert_close(mass[..., group], expected)
 
 
+@torch.no_grad()
 def test_each_text_of_a_batch_reads_groups_of_its_own():
     torch.manual_seed(0)
-    features, log_path = torch.randn(3, 4, HIDDEN), torch.zeros(3, 4)
+    features, log_path = torch.randn(3, 4, HIDDEN).double(), torch.zeros(3, 4)
     routed = RoutedHead(make_head(50), make_router(7), 1)
     together = routed.children(features, log_path, 3)
     logits = routed.logits(features, log_path)
