@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 CANDIDATES = {
@@ -52,6 +52,24 @@ class Tuning(NamedTuple):
     tree: Tree
     costs: dict[str, float]  # `base`, `level` and `node`, in plain passes of the target
     speedup: float  # over plain decoding, the prompt's pass left out
+
+
+def read_prompts(
+    prompts: Sequence[Tensor | str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device,
+) -> list[Tensor]:
+    """Token ids of prompts, (1, length) each; texts need the target's tokenizer."""
+    if not prompts:
+        raise ValueError("`prompts` is empty; give at least one.")
+    ids = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                raise ValueError("`prompts` has texts, but `tokenizer` is None; give the target's.")
+            prompt = tokenizer(prompt, return_tensors="pt").input_ids
+        ids.append(prompt.to(device))
+    return ids
 
 
 def autotune(

@@ -186,10 +186,7 @@ def benchmark(
     ] = None,
     methods: Annotated[
         list[str], typer.Option("--method", help="plain, coral, bigram, prompt_lookup, assisted.")
-    ] = [  # noqa: B006
-        "plain",
-        "coral",
-    ],
+    ] = ["plain", "coral"],  # noqa: B006
     limit: LimitOption = None,
     last: LastOption = None,
     user_turn: UserTurnOption = -1,

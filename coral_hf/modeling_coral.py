@@ -27,7 +27,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
 
-from .autotune import Tuning, autotune
+from .autotune import Tuning, autotune, read_prompts
 from .configuration_coral import CoralConfig
 from .draft_head import DraftHead, FullHead, LMHead, RoutedHead, Router, execution_device
 
@@ -283,17 +283,10 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
             tokenizer: the target's, for prompts that are texts.
             max_seconds: no new run begins after them.
         """
-        if not prompts:
-            raise ValueError("`prompts` is empty; give at least one.")
-        if tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError("`prompts` has texts, but `tokenizer` is None; give the target's.")
-        ids = [
-            one if isinstance(one, Tensor) else tokenizer(one, return_tensors="pt").input_ids  # type: ignore[misc]
-            for one in prompts
-        ]
+        ids = read_prompts(prompts, tokenizer, target.device)
         own = self.generation_config
         tree = {name: getattr(own, name, value) for name, value in TREE_DEFAULTS.items()}
-        tuning = autotune(self, target, [one.to(target.device) for one in ids], tree, max_seconds)
+        tuning = autotune(self, target, ids, tree, max_seconds)
         for name, value in tuning.tree.items():
             setattr(own, name, value)
         own.draft_costs = tuning.costs

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..configuration_coral import CoralConfig
-from ..decoding.candidate_generator import Warp
+from ..decoding.drafting import Warp
 from ..decoding.generate import decoder_of
 from ..decoding.settings import DECODING_KEYWORDS
 from ..decoding.tree import DraftTree, TreeBuilder, TreeShape, root_only
@@ -66,19 +66,19 @@ class BigramDrafting:
         self.drafter = drafter
 
     def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
-        """See [`coral_hf.decoding.candidate_generator.Drafting`]."""
+        """See [`coral_hf.decoding.drafting.Drafting`]."""
         self._root = tokens[:, -1]
 
     def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
-        """See [`coral_hf.decoding.candidate_generator.Drafting`]."""
+        """See [`coral_hf.decoding.drafting.Drafting`]."""
         self._root = tokens.gather(1, counts[:, None] - 1)[:, 0]
 
     def select(self, rows: Tensor) -> None:
-        """See [`coral_hf.decoding.candidate_generator.Drafting`]."""
+        """See [`coral_hf.decoding.drafting.Drafting`]."""
         self._root = self._root[rows]
 
     def memory(self) -> None:
-        """See [`coral_hf.decoding.candidate_generator.Drafting`]."""
+        """See [`coral_hf.decoding.drafting.Drafting`]."""
 
     def propose(self, shape: TreeShape, warp: Warp | None = None) -> DraftTree:
         """The most probable paths of the bigram chain below the last certain token."""

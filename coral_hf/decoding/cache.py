@@ -173,20 +173,21 @@ def is_users(cache: Cache | None) -> bool:
     )
 
 
-def continued_cache(given: Cache | None, length: int, is_whole: bool) -> GrowingCache | None:
+def continued_cache(given: Cache | None, input_ids: Tensor, whole: int) -> GrowingCache | None:
     """The columns that a call goes on with, None where it starts afresh.
 
     Args:
         given: the call's `past_key_values`.
-        length: of the call's `input_ids`.
-        is_whole: whether these are whole texts, or only what is new in them.
+        input_ids: (batch, length), whole texts or only what is new in them.
+        whole: tokens of the whole texts.
 
     Raises:
         ValueError: if the cache has dropped columns and the text does not come whole.
     """
     if given is None or given.get_seq_length() == 0:
         return None
-    cache = GrowingCache.of(given)
+    length = input_ids.shape[1]
+    is_whole, cache = length == whole, GrowingCache.of(given)
     if cache is None:
         if is_whole:
             return None  # read again from the start: right, and slower once

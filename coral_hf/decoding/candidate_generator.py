@@ -10,9 +10,8 @@ knows a drafter by `begin`, `propose` and `commit` (`Drafting`) and nothing else
 """
 
 import weakref
-from collections.abc import Callable
 from copy import deepcopy
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,51 +23,9 @@ from ..modeling_coral import CoralDrafter
 from ..target import FEATURE, Target
 from .cache import GrowingCache
 from .columns import HIDDEN, Columns
+from .drafting import Warp
 from .drawn_tree import DrawnTreeBuilder, plan_levels
 from .tree import Beam, DraftTree, TreeBuilder, TreeShape, root_only
-
-# (rows, vocab) logits → the same after the call's warpers
-Warp = Callable[[Tensor], Tensor]
-
-
-class Drafting(Protocol):
-    """All that the decoding loop knows of a drafter."""
-
-    def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
-        """Start at prompts, or go on with texts that were read before.
-
-        Args:
-            tokens: (batch, length), the token after each feature; the last one was just emitted.
-            features: (batch, length, hidden), the target's.
-            positions: (batch, length), of the features; negative where the prompt is padded.
-        """
-        ...
-
-    def propose(self, shape: TreeShape, warp: Warp | None = None) -> DraftTree:
-        """Draft a tree below each row's last certain token, no larger than `shape`.
-
-        With `warp` its tokens are drawn from the drafter's distribution, which warpers such as the
-        temperature change first; else they are the most probable ones.
-        """
-        ...
-
-    def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
-        """Read the tokens that a round made certain, each with the feature before it.
-
-        Args:
-            tokens: (batch, new), padded on the right.
-            features: (batch, new, hidden).
-            counts: (batch,), how many are no padding.
-        """
-        ...
-
-    def select(self, rows: Tensor) -> None:
-        """Go on with some rows of the batch only, (rows,)."""
-        ...
-
-    def memory(self) -> object | None:
-        """What to hand to a later call that goes on with the same texts, if anything."""
-        ...
 
 
 class DrafterMemory(NamedTuple):
@@ -161,7 +118,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         return DrafterMemory(weakref.ref(self.drafter), self._context.cache, self._columns)
 
     def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
-        """See [`Drafting`]."""
+        """See [`coral_hf.decoding.drafting.Drafting`]."""
         device = self.drafter.fc.weight.device
         tokens, positions = tokens.to(device), positions.to(device)
         if self._memory is None or not self._memory.fits(self.drafter, positions):
@@ -181,7 +138,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         self._root, self._feature = tokens[:, -1], predicted[:, -1:]
 
     def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
-        """See [`Drafting`]."""
+        """See [`coral_hf.decoding.drafting.Drafting`]."""
         # prompts may stay on the CPU, and a target's last layer may be on another device
         device = self.drafter.fc.weight.device
         tokens, counts = tokens.to(device), counts.to(device)
@@ -202,7 +159,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         self._feature = predicted.gather(1, index)
 
     def select(self, rows: Tensor) -> None:
-        """See [`Drafting`]."""
+        """See [`coral_hf.decoding.drafting.Drafting`]."""
         rows = rows.to(self._root.device)
         self._columns.select(rows)
         self._context.cache.batch_select_indices(rows)
@@ -219,7 +176,7 @@ class CoralCandidateGenerator(CandidateGenerator):
         return torch.cat([self._columns.looks(positions), seen], dim=2)[:, None]
 
     def propose(self, shape: TreeShape, warp: Warp | None = None) -> DraftTree:
-        """See [`Drafting`]. EAGLE-2's dynamic tree, or a drawn one."""
+        """See [`coral_hf.decoding.drafting.Drafting`]. EAGLE-2's dynamic tree, or a drawn one."""
         if shape.depth == 0 or shape.nodes == 1:
             return root_only(self._root)
         tree = self._choose(shape) if warp is None else self._draw(shape, warp)

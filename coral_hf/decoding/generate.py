@@ -26,8 +26,9 @@ from ..configuration_coral import CoralConfig
 from ..modeling_coral import TREE_DEFAULTS, CoralDrafter
 from ..target import Target, check_tokenizer, read_target, sliding_windows
 from .cache import MEMORY, continued_cache, is_users, returned_cache
-from .candidate_generator import CoralCandidateGenerator, DrafterMemory, Drafting
+from .candidate_generator import CoralCandidateGenerator, DrafterMemory
 from .checks import check_call, longest_text, position_limit
+from .drafting import Drafting
 from .loop import CoralGenerateOutput, DecodingLoop
 from .pace import choose_pace
 from .records import Records
@@ -167,15 +168,9 @@ def decoder_of(
     streamer: BaseStreamer | None,
     costs: dict[str, float] | None = None,
 ) -> Callable:
-    """The loop with any `Drafting`.
+    """The loop with any `Drafting`; `settings` of the call win over `defaults` of the drafter.
 
-    Args:
-        config: what a drafter reads of the target.
-        drafting: makes the drafting side of a call.
-        defaults: the drafter's own settings, by `DECODING_KEYWORDS`.
-        settings: those of the call, which win.
-        streamer: gets every token in order.
-        costs: that `autotune` has stored.
+    `costs`: what `autotune` has stored.
     """
 
     def decode(
@@ -186,30 +181,31 @@ def decoder_of(
         generation_config: GenerationConfig,
         **model_kwargs,
     ) -> Tensor | CoralGenerateOutput:
+        do_sample, given = generation_config.do_sample, model_kwargs.get("past_key_values")
         check_call(model, input_ids, generation_config, model_kwargs)
         target = read_target(model, config)
-        rule = choose_rule(generation_config.do_sample, defaults, settings)
+        rule = choose_rule(do_sample, defaults, settings)
         shape, takes_tree = choose_shape(model, defaults, settings, rule)
         speculation = settings.get("speculation") or defaults.get("speculation")
-        pace = choose_pace(model, shape, speculation, costs, generation_config.do_sample)
-        pad_token = generation_config._pad_token_tensor
-        given = model_kwargs.get("past_key_values")
-        length = input_ids.shape[1]
-        is_whole = whole_length(input_ids, model_kwargs) == length
-        cache = continued_cache(given, length, is_whole)
         texts = Texts(
             input_ids,
             logits_processor,
             stopping_criteria,
             streamer,
-            0 if pad_token is None else int(pad_token),
+            pad_token(generation_config),
             is_lockstep=not takes_tree,
         )
         check_rule(rule, texts)
-        records = Records(generation_config, len(input_ids), sliding_windows(model))
+        # who gets a cache may go on with it
         goes_on = generation_config.return_dict_in_generate or is_users(given)
+        records = Records(generation_config, len(input_ids), sliding_windows(model))
         scorer = TargetScorer(
-            target, takes_tree, cache, position_limit(model), records.wants, keeps_rows=goes_on
+            target,
+            takes_tree,
+            continued_cache(given, input_ids, whole_length(input_ids, model_kwargs)),
+            position_limit(model),
+            records.wants,
+            keeps_rows=goes_on,
         )
         loop = DecodingLoop(
             drafting(target, getattr(given, MEMORY, None)),
@@ -217,7 +213,7 @@ def decoder_of(
             texts,
             records,
             generation_config,
-            pace,
+            choose_pace(model, shape, speculation, costs, do_sample),
             rule,
             longest_text(model, stopping_criteria),
             remembers=goes_on,
@@ -228,3 +224,9 @@ def decoder_of(
         return loop.output(cache)
 
     return decode
+
+
+def pad_token(config: GenerationConfig) -> int:
+    """What rows that have ended are filled with."""
+    prepared = config._pad_token_tensor
+    return 0 if prepared is None else int(prepared)

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .candidate_generator import Drafting
 from .costs import Spent
+from .drafting import Drafting
 from .pace import Pace
 from .records import Records
 from .scoring import Scores, TargetScorer
