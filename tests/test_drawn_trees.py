@@ -178,7 +178,16 @@ def test_the_drafters_own_settings_choose_the_rule(target, drafter, monkeypatch)
                 "verification": "traversal",
                 "watermarking_config": SynthIDTextWatermarkingConfig(keys=[3, 5], ngram_len=3),
             },
-            "SynthIDTextWatermarkLogitsProcessor remembers",
+            "SynthIDTextWatermarkLogitsProcessor may remember",
+        ),
+        (
+            {"verification": "traversal", "drawn_tree": False, "guidance_scale": 1.5},
+            "UnbatchedClassifierFreeGuidanceLogitsProcessor may remember",
+        ),
+        ({"verification": "block", "tree_top_k": 1, "logits_processor": [print]}, "may remember"),
+        (
+            {"drawn_tree": True, "guidance_scale": 1.5},
+            "UnbatchedClassifierFreeGuidanceLogitsProcessor may remember",
         ),
         (
             {

@@ -92,12 +92,14 @@ def choose_rule(do_sample: bool, defaults: Settings, settings: Settings) -> Rule
 
 def check_rule(rule: Rule, texts: Texts) -> None:
     """Raise a ValueError if a rule reads scores in an order that a processor cannot follow."""
-    if rule.is_drawn and texts.stateful:
+    reads_all = rule.name in ("traversal", "block")  # every node, accepted or not
+    names = texts.unknown if reads_all else texts.stateful if rule.is_drawn else []
+    if names:
         raise ValueError(
-            f"The tree is drawn, but {texts.stateful[0]} remembers what it has seen; pass"
-            " verification='token' and drawn_tree=False."
+            f"{names[0]} may remember what it has seen, and this call reads nodes that are never"
+            " emitted; pass verification='token' and drawn_tree=False."
         )
-    if rule.name in ("traversal", "block") and texts.is_lockstep and not texts.is_row_wise:
+    if reads_all and texts.is_lockstep and not texts.is_row_wise:
         raise ValueError(
             f"`verification` is {rule.name!r}, but a logits processor looks at the whole batch;"
             " pass verification='token', or one row at a time."

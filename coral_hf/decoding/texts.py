@@ -31,6 +31,8 @@ PREFIX_FREE = (
     hf.TopKLogitsWarper,
     hf.TopPLogitsWarper,
     hf.TypicalLogitsWarper,
+    # not in all versions
+    *(getattr(hf, name) for name in ("TopHLogitsWarper",) if hasattr(hf, name)),
 )
 # processors that look at a row and its own prefix
 ROW_WISE = (
@@ -46,6 +48,13 @@ ROW_WISE = (
     hf.SequenceBiasLogitsProcessor,
     hf.SuppressTokensAtBeginLogitsProcessor,
     hf.WatermarkLogitsProcessor,
+)
+# all processors that remember nothing
+STATELESS = (
+    *ROW_WISE,
+    hf.EncoderNoRepeatNGramLogitsProcessor,
+    hf.EncoderRepetitionPenaltyLogitsProcessor,
+    hf.PrefixConstrainedLogitsProcessor,
 )
 ROW_WISE_CRITERIA = (
     MaxLengthCriteria,
@@ -125,8 +134,13 @@ class Texts:
 
     @property
     def stateful(self) -> list[str]:
-        """Names of the processors that remember what they have seen."""
+        """Names of the processors that are known to remember what they have seen."""
         return [type(one).__name__ for one in self._processors if isinstance(one, STATEFUL)]
+
+    @property
+    def unknown(self) -> list[str]:
+        """Names of the processors that may remember something."""
+        return [type(one).__name__ for one in self._processors if type(one) not in STATELESS]
 
     @property
     def is_prefix_free(self) -> bool:
