@@ -23,7 +23,6 @@ ORDER = (
     ["__init__"],
     ["benchmark"],
     ["demo"],
-    ["loading"],
     ["cli"],
 )
 RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}

@@ -15,7 +15,7 @@ def load_target(name: str, dtype: str, pad_layers: int | None = None):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
     if pad_layers is not None:
-        from .benchmark import pad_target
+        from ..benchmark import pad_target
 
         model = pad_target(model, pad_layers)
     return model.eval(), AutoTokenizer.from_pretrained(name)
@@ -25,7 +25,7 @@ def load_drafter(name: str | None, target):
     """A drafter in its target's dtype and on its device; an untrained one without a name."""
     from transformers import AutoModel
 
-    from . import CoralDrafter
+    from .. import CoralDrafter
 
     if name is None:
         return CoralDrafter.from_target(target).eval()
@@ -34,7 +34,7 @@ def load_drafter(name: str | None, target):
 
 def load_prompts(paths: list[Path], limit: int | None, last: int | None, user_turn: int) -> list:
     """The prompts of several files, see `read_prompts`."""
-    from .benchmark import read_prompts
+    from ..benchmark import read_prompts
 
     files = (read_prompts(path, limit=limit, last=last, user_turn=user_turn) for path in paths)
     return [prompt for prompts in files for prompt in prompts]
@@ -44,8 +44,8 @@ def count_bigrams(dataset: str, hold_out: int, target, tokenizer):
     """A BigramDrafter of the text of conversations, but for the last rows."""
     import torch
 
-    from .benchmark import BigramDrafter
-    from .training.data import load_conversations, prepare_dataset
+    from ..benchmark import BigramDrafter
+    from ..training.data import load_conversations, prepare_dataset
 
     rows = without_last([load_conversations(dataset)], hold_out)
     tokens = (torch.tensor(row["input_ids"]) for row in prepare_dataset(rows, tokenizer, 2048))

@@ -1,0 +1,81 @@
+"""Commands that make a drafter."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import app
+from .loading import load_target, without_last
+from .options import DtypeOption, TargetOption
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    target: TargetOption,
+    dataset: Annotated[
+        list[str], typer.Option(help="Conversations: JSON, JSONL, text, a folder or a Hub id.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the finished drafter.")],
+    hold_out: Annotated[
+        int, typer.Option(help="Leave out the last rows of each dataset, for measuring.")
+    ] = 0,
+    dtype: DtypeOption = "auto",
+    router_epochs: Annotated[
+        float, typer.Option(help="Epochs of the router's stage; 0 trains no router.")
+    ] = 0.2,
+    resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint.")] = False,
+) -> None:
+    """Train a drafter and its router.
+
+    Every other option is one of CoralTrainingArguments, as in any Trainer script: --learning_rate
+    1e-3 --num_steps 3.
+    """
+    from ..training.data import load_conversations
+    from ..training.recipe import save
+    from ..training.recipe import train as train_stages
+
+    model, tokenizer = load_target(target, dtype)
+    rows = without_last([load_conversations(path) for path in dataset], hold_out)
+    stages = [_training_arguments(output / "drafter", context.args, stage="drafter")]
+    if router_epochs > 0:
+        router = {"stage": "router", "num_train_epochs": router_epochs, "max_steps": -1}
+        stages.append(_training_arguments(output / "router", context.args, **router))
+    drafter = train_stages(model, tokenizer, rows, stages, resume=resume)
+    save(drafter, tokenizer, output)
+    typer.echo(f"The drafter is in {output}.")
+
+
+def _training_arguments(folder: Path, extra: list[str], **fields):
+    """CoralTrainingArguments of the options that typer left over; `fields` win over them."""
+    import torch
+    from transformers import HfArgumentParser
+
+    from ..training import CoralTrainingArguments
+
+    defaults = {"output_dir": folder, "report_to": "none"}
+    defaults["dataloader_pin_memory"] = torch.cuda.is_available()  # else torch warns of it
+    options = [*_options(defaults), *extra, *_options(fields)]
+    return HfArgumentParser(CoralTrainingArguments).parse_args_into_dataclasses(options)[0]
+
+
+def _options(fields: dict) -> list[str]:
+    return [part for name, value in fields.items() for part in (f"--{name}", str(value))]
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder of the drafter and the plot.")] = Path(
+        "coral-demo"
+    ),
+    target: Annotated[
+        str | None, typer.Option(help="A target of your own; a small one is trained by default.")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Conversations of your own.")] = None,
+    fresh: Annotated[bool, typer.Option(help="Train again instead of reading the cache.")] = False,
+) -> None:
+    """Train a drafter on a small target, load it back, and measure it. Needs no network."""
+    from ..demo import DemoSettings, run_demo
+
+    run_demo(DemoSettings(output=output, target=target, dataset=dataset, fresh=fresh))
