@@ -13,13 +13,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from coral_hf.training.data import (
-    DOCUMENT_CHARACTERS,
     CoralCollator,
     load_conversations,
     prepare_dataset,
     to_messages,
     tokenize,
 )
+from coral_hf.training.data.loading import DOCUMENT_CHARACTERS
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 TRAIN_FILES = [file.relative_to(SHARED).as_posix() for file in sorted(SHARED.glob("train/*/*"))]
@@ -336,7 +336,7 @@ def test_rows_cut_before_their_first_label_are_dropped_and_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     warnings: list[str] = []
-    monkeypatch.setattr("coral_hf.training.data.logger.warning", warnings.append)
+    monkeypatch.setattr("coral_hf.training.data.dataset.logger.warning", warnings.append)
     long = {"messages": [{"role": "user", "content": "long" * 9}, CHAT[1]]}
     assert len(prepare([long, {"messages": CHAT}, long], max_length=20)) == 1
     assert warnings == [

@@ -1,0 +1,37 @@
+"""Rows of different lengths as one batch.
+
+In: rows of `prepare_dataset`. Out: three tensors, each (batch, length), padded on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .encoding import IGNORED
+from .messages import Row
+
+
+@dataclass
+class CoralCollator:
+    """Pad rows of [`prepare_dataset`] on the right to three tensors, each (batch, length).
+
+    >>> batch = CoralCollator(pad_to_multiple_of=8)([dataset[0], dataset[1]])
+    """
+
+    pad_token_id: int = 0  # any id of the vocabulary: mask and labels hide it
+    pad_to_multiple_of: int | None = None  # so that fewer lengths occur
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        fills = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
+        if not fills.keys() <= rows[0].keys():
+            raise ValueError(f"Rows have {[*rows[0]]}, not {[*fills]}; use `prepare_dataset`.")
+        multiple = self.pad_to_multiple_of or 1
+        length = -(-max(len(row["input_ids"]) for row in rows) // multiple) * multiple
+        return {
+            name: torch.tensor([[*row[name], *[fill] * (length - len(row[name]))] for row in rows])
+            for name, fill in fills.items()
+        }

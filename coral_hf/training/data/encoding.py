@@ -1,0 +1,123 @@
+"""One row as token ids and labels; a label is -100 where nothing is trained.
+
+In: a row and the target's tokenizer. Out: `input_ids`, `attention_mask`, `labels`, each (length,).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from .messages import Message, Row, layout_of, to_messages
+
+Encoded = dict[str, list[int]]  # `input_ids` and `labels`, each (length,)
+
+IGNORED = -100  # the label that cross entropy and the trainer's count of items skip
+GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    """Turn a row into `input_ids`, `attention_mask`, `labels`, each (length,), up to `max_length`.
+
+    Of conversations the assistant's tokens are trained (all or none is an error), of plain text all
+    tokens, of `input_ids` those with a label (without padding). The label of all others is -100.
+    """
+    layout = layout_of(row)
+    if layout == "input_ids":
+        encoded = _encode_ids(row)
+    elif layout == "text":
+        encoded = _encode_text(row["text"], tokenizer)
+    else:
+        encoded = _encode_conversation(row, tokenizer)
+    # A drafter reads a token and the feature before it; nothing predicts the first two tokens.
+    # position        0      1        2        3
+    # token           x0     x1       x2       x3
+    # feature         f0     f1       f2       f3       f_i has read x_0 .. x_i
+    # drafter reads          (x1,f0)  (x2,f1)  (x3,f2)  and predicts x2, x3, x4
+    # label           -100   -100     x2       x3
+    ids = encoded["input_ids"][:max_length]
+    labels = [IGNORED, IGNORED, *encoded["labels"][2:]][: len(ids)]
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def _encode_ids(row: Row) -> Encoded:
+    ids = row["input_ids"]
+    labels = ids if row.get("labels") is None else row["labels"]
+    mask = [1] * len(ids) if row.get("attention_mask") is None else row["attention_mask"]
+    sizes = {len(ids), len(labels), len(mask)}
+    if len(sizes) > 1 or any(b not in (a, IGNORED) for a, b in zip(ids, labels, strict=True)):
+        raise ValueError(
+            f"{len(ids)} `input_ids` have {len(labels)} `labels` and {len(mask)} in the mask; each"
+            " needs one, and a label is its own token (unshifted) or -100."
+        )
+    pairs = [pair for *pair, is_real in zip(ids, labels, mask, strict=True) if is_real]
+    return {"input_ids": [i for i, _ in pairs], "labels": [label for _, label in pairs]}
+
+
+def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ids = [bos, *ids] if bos is not None and ids[:1] != [bos] else ids
+    ids = [*ids, eos] if eos is not None and ids[-1:] != [eos] else ids
+    return {"input_ids": ids, "labels": ids}
+
+
+def _encode_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    messages = to_messages(row)
+    if not (tokenizer.chat_template and tokenizer.is_fast):
+        raise ValueError(
+            f"Expected a fast tokenizer with a chat template, found `is_fast` {tokenizer.is_fast}"
+            f" and a template {bool(tokenizer.chat_template)}; set `tokenizer.chat_template` to the"
+            " one the target is used with, or give `text` rows."
+        )
+    tools = row.get("tools") or None
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+
+    def render(turns: list[Message], **options: Any) -> Any:
+        return tokenizer.apply_chat_template(turns, tools=tools or None, **options)
+
+    if GENERATION_BLOCK.search(tokenizer.get_chat_template(tools=tools or None)):
+        silent = {"verbose": False}  # of the length: the cut to `max_length` comes later
+        full = render(messages, return_assistant_tokens_mask=True, tokenizer_kwargs=silent)
+        mask = full["assistant_masks"]
+    else:
+        text = render(messages, tokenize=False)
+        full = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        mask = _mask_by_prefixes(messages, text, full["offset_mapping"], render)
+    if all(mask) or not any(mask):
+        raise ValueError(
+            f"{'Every' if any(mask) else 'No'} token of {[turn['role'] for turn in messages]} is"
+            " trained; expected the answers' alone. Drop rows without prompt or answer with"
+            " `dataset.filter`, or enclose only the answers in the template in `{% generation %}`."
+        )
+    labels = [i if kept else IGNORED for i, kept in zip(full["input_ids"], mask, strict=True)]
+    return {"input_ids": full["input_ids"], "labels": labels}
+
+
+def _mask_by_prefixes(
+    messages: list[Message], text: str, offsets: list[tuple[int, int]], render: Callable[..., Any]
+) -> list[bool]:
+    """Train what an assistant's turn adds to its prompt, with the token that spans the seam."""
+    spans = []
+    for position, message in enumerate(messages):
+        # no prompt can be rendered for a turn that opens the conversation: it is not trained
+        if position == 0 or message["role"] != "assistant":
+            continue
+        prompt = render(messages[:position], tokenize=False, add_generation_prompt=True)
+        turn = render(messages[: position + 1], tokenize=False)
+        start, answer = len(prompt), turn.removeprefix(prompt)
+        # reasoning templates drop the thinking of earlier turns, so an end of the answer stays
+        ends = (k for k in range(len(answer)) if text.startswith(answer[k:], start))
+        lost = next(ends, len(answer))
+        has_prompt = turn.startswith(prompt) and text.startswith(prompt)
+        if not has_prompt or (answer and lost == len(answer)):
+            raise ValueError(
+                f"The chat template does not render turn {position} as its prompt and an answer;"
+                " enclose answers in the template in `{% generation %}` and `{% endgeneration %}`."
+            )
+        spans.append((start, start + len(answer) - lost))
+    return [any(a < stop and b > start for start, stop in spans) for a, b in offsets]
