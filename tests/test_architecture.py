@@ -27,7 +27,8 @@ ORDER = (
 )
 RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 PUBLISHED = ["autotune.py", "configuration_coral.py", "draft_head.py", "modeling_coral.py"]
-PURE = ["decoding/tree.py", "decoding/verification.py", "training/losses.py"]
+PURE = ["decoding/tree.py", "decoding/verification.py"]
+PURE += [f"training/{name}.py" for name in ("losses", "token_loss", "csra", "attention")]
 # imported when they are needed: each costs seconds, or is not installed everywhere
 LAZY = {"datasets", "peft", "matplotlib", "vllm", "transformers.trainer"}
 

@@ -26,6 +26,12 @@ def test_the_defaults_are_the_papers_where_they_are_known(tmp_path):
         ({"classification_weight": -0.1}, "`classification_weight` is -0.1"),
         ({"csra_negatives": "all"}, "`csra_negatives` is 'all'; use one of"),
         ({"csra_weight": -0.1}, "`csra_weight` is -0.1"),
+        ({"recipe": "medusa"}, "`recipe` is 'medusa'; use one of \\('eagle', 'hass', 'coral'\\)"),
+        ({"recipe": "hass", "top_k": 0}, "`top_k` is 0; use at least 1"),
+        ({"csra_positives": "target"}, "`csra_positives` is 'target'"),
+        ({"csra_gradient": "none"}, "`csra_gradient` is 'none'"),
+        ({"feature_noise": -1.0}, "`feature_noise` is -1.0; use 0 or more"),
+        ({"regression_weight": 0.0, "classification_weight": 0.0}, "nothing ties the drafter"),
     ],
 )
 def test_a_contradiction_raises_and_names_the_setting(tmp_path, settings, said):
@@ -51,3 +57,20 @@ def test_a_saved_run_gives_its_settings_back(tmp_path):
     args = make_arguments(tmp_path, csra_weight=0.5, num_steps=4)
     assert args.to_dict()["csra_weight"] == 0.5
     assert args.to_dict()["num_steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("eagle", (1, 1.0, 0.1, 0.0, 0.0)),
+        ("hass", (3, 1.0, 0.1, 1.0, 0.0)),
+        ("coral", (3, 1.0, 0.1, 0.0, 0.1)),
+    ],
+)
+def test_a_recipe_gives_the_settings_that_are_not_given(tmp_path, recipe, expected):
+    names = ("num_steps", "regression_weight", "classification_weight", "top_k_weight")
+    names += ("csra_weight",)
+    args = make_arguments(tmp_path, recipe=recipe)
+    assert tuple(getattr(args, name) for name in names) == expected
+    own = make_arguments(tmp_path, recipe=recipe, num_steps=4, classification_weight=1.0)
+    assert (own.num_steps, own.classification_weight, own.csra_weight) == (4, 1.0, expected[4])

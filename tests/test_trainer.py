@@ -12,7 +12,8 @@ from transformers import AutoModel, TrainerCallback
 
 import coral_hf
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
-from coral_hf.training.losses import csra_loss
+from coral_hf.training.csra import csra_loss
+from coral_hf.training.objectives import Unrolled
 
 
 @pytest.fixture(scope="module")
@@ -281,3 +282,43 @@ def test_a_target_of_other_sizes_is_refused_before_training(target, rows, tmp_pa
     drafter = CoralDrafter.from_target(target)
     with pytest.raises(ValueError, match="`vocab_size` of the target is 43"):
         make_trainer(other, rows, tmp_path, drafter)
+
+
+def test_feature_noise_is_read_in_training_and_never_the_goal(target, rows, tmp_path):
+    trainer = make_trainer(target, rows, tmp_path, feature_noise=0.1)
+    batch = {name: torch.tensor([row[name] for row in rows[:2]]) for name in rows[0]}
+    trainer.model.train()
+    noisy = trainer._unroll(trainer.model, batch)
+    trainer.model.eval()
+    clear = trainer._unroll(trainer.model, batch)
+    assert not torch.equal(noisy.predicted, clear.predicted)
+    assert torch.equal(noisy.target, clear.target)
+    features = torch.zeros(4, 50, 32)
+    noise = trainer._noisy(features)
+    assert noise.abs().max() <= 0.1 and noise.std() == pytest.approx(0.1 / 3**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("recipe", ["eagle", "hass", "coral"])
+def test_every_recipe_trains(target, rows, tmp_path, recipe):
+    trainer = make_trainer(target, rows, tmp_path, recipe=recipe, max_steps=20)
+    trainer.train()
+    assert logged(trainer, "loss")[-1] < 0.95 * logged(trainer, "loss")[0]
+    entry = trainer.state.log_history[0]
+    assert ("csra_loss" in entry, "top_k_loss" in entry) == (recipe == "coral", recipe == "hass")
+    assert ("agreement_2" in entry) == (recipe != "eagle")
+
+
+def test_later_steps_alone_learn_from_csra_when_told_so(target, rows, tmp_path):
+    unrolled = Unrolled(torch.randn(3, 5, 32, requires_grad=True), torch.randn(5, 32), [5])
+    weights = {"regression_weight": 0.0, "classification_weight": 0.0, "top_k_weight": 1e-9}
+    trainer = make_trainer(target, rows, tmp_path, csra_gradient="later_steps", **weights)
+    loss = trainer._losses(unrolled).terms["csra"]
+    (gradient,) = torch.autograd.grad(loss, unrolled.predicted)
+    assert gradient[0].eq(0).all() and gradient[1:].abs().sum(-1).gt(0).all()
+
+
+def test_csra_pulls_to_the_targets_features_when_told_so(target, rows, tmp_path):
+    unrolled = Unrolled(torch.randn(3, 5, 32), torch.randn(5, 32), [5])
+    trainer = make_trainer(target, rows, tmp_path, csra_positives="steps_and_target")
+    expected = csra_loss(unrolled.predicted, 0.07, target=unrolled.target)
+    torch.testing.assert_close(trainer._losses(unrolled).notes["csra_loss"], expected)

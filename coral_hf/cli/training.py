@@ -33,8 +33,8 @@ def train(
     1e-3 --num_steps 3.
     """
     from ..training.data import load_conversations
-    from ..training.recipe import save
-    from ..training.recipe import train as train_stages
+    from ..training.stages import save
+    from ..training.stages import train as train_stages
 
     model, tokenizer = load_target(target, dtype)
     rows = without_last([load_conversations(path) for path in dataset], hold_out)

@@ -1,76 +1,113 @@
 """The settings of a CORAL training run, beside those of every `Trainer`."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
-STAGES = ("drafter", "router")
-NEGATIVES = ("batch", "sequence")
+from .recipes import RECIPES
+from .token_loss import TokenWeights
+
+CHOICES = {
+    "stage": ("drafter", "router"),
+    "recipe": tuple(RECIPES),
+    "csra_negatives": ("sequence", "batch", "gathered"),
+    "csra_positives": ("steps", "steps_and_target"),
+    "csra_gradient": ("all_steps", "later_steps"),
+}
+NOT_NEGATIVE = ("regression_weight", "classification_weight", "top_k_weight", "csra_weight")
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class CoralTrainingArguments(TrainingArguments):
     """[`~transformers.TrainingArguments`] with the settings of CORAL.
 
-    L = Σ_steps (w_reg L_reg + w_cls L_cls) + w_csra L_csra
+    L = Σ_steps (w_reg L_reg + w_cls L_cls + w_topk L_topk) + w_csra L_csra
+
+    The number of steps and the weights are those of `recipe` where they are not given.
 
     Raises:
         ValueError: for settings that contradict each other, such as CSRA with a single step.
     """
 
-    stage: str = field(
-        default="drafter",
-        metadata={
-            "help": "'drafter' trains the drafter, 'router' its router with the rest frozen."
-        },
+    stage: str = _setting(
+        "drafter", "'drafter' trains the drafter, 'router' its router with the rest frozen."
     )
-    num_steps: int = field(
-        default=3, metadata={"help": "Steps of the unroll (N of CORAL and HASS)."}
+    recipe: str = _setting(
+        "coral", "'eagle', 'hass' or 'coral': the steps and weights that are not given."
     )
-    regression_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the smooth L1 loss on features."}
+    num_steps: int | None = _setting(None, "Steps of the unroll (N of CORAL and HASS).")
+    regression_weight: float | None = _setting(None, "Weight of the smooth L1 loss on features.")
+    classification_weight: float | None = _setting(
+        None, "Weight of the soft cross-entropy on tokens."
     )
-    classification_weight: float = field(
-        default=0.1, metadata={"help": "Weight of the soft cross-entropy on tokens."}
+    top_k_weight: float | None = _setting(
+        None, "Weight of the soft cross-entropy on the target's most probable tokens (HASS)."
     )
-    csra_weight: float = field(
-        default=0.1, metadata={"help": "Weight of cross-step representation alignment."}
+    top_k: int = _setting(10, "How many tokens that are.")
+    csra_weight: float | None = _setting(None, "Weight of cross-step representation alignment.")
+    csra_temperature: float = _setting(0.07, "Temperature of CSRA.")
+    csra_negatives: str = _setting(
+        "batch",
+        "What CSRA tells a feature from: its own 'sequence', all of the 'batch' of a device, whose"
+        " cost grows with the square of its tokens, or 'gathered' from all devices.",
     )
-    csra_temperature: float = field(default=0.07, metadata={"help": "Temperature of CSRA."})
-    csra_negatives: str = field(
-        default="batch",
-        metadata={
-            "help": "What CSRA tells a feature from: all of the 'batch' of a device, whose cost"
-            " grows with the square of its tokens, or its own 'sequence'."
-        },
+    csra_positives: str = _setting(
+        "steps",
+        "What CSRA pulls a feature to: the other 'steps', or 'steps_and_target', the target's"
+        " feature too.",
     )
-    num_groups: int = field(
-        default=16, metadata={"help": "Groups of the vocabulary of a new router."}
+    csra_gradient: str = _setting(
+        "all_steps",
+        "'all_steps' learn from CSRA, or the 'later_steps' alone, while the first stands still.",
     )
-    num_active_groups: int = field(
-        default=2, metadata={"help": "Groups that the routed head reads at a time."}
+    feature_noise: float = _setting(
+        0.0, "Uniform noise on the target's features as inputs, at most this much (EAGLE: 0.1)."
     )
-    max_length: int = field(
-        default=2048, metadata={"help": "Tokens after which a conversation is cut."}
+    num_groups: int = _setting(16, "Groups of the vocabulary of a new router.")
+    num_active_groups: int = _setting(2, "Groups that the routed head reads at a time.")
+    max_length: int = _setting(2048, "Tokens after which a conversation is cut.")
+    packing: bool = _setting(
+        False, "Put several conversations into each row of `max_length`; none sees another."
     )
 
     def __post_init__(self):
         super().__post_init__()
-        if self.stage not in STAGES:
-            raise ValueError(f"`stage` is {self.stage!r}; use one of {STAGES}.")
-        if self.csra_negatives not in NEGATIVES:
-            raise ValueError(
-                f"`csra_negatives` is {self.csra_negatives!r}; use one of {NEGATIVES}."
-            )
-        if self.num_steps < 1:
-            raise ValueError(f"`num_steps` is {self.num_steps}; use at least 1.")
-        if self.num_steps == 1 and self.csra_weight != 0 and self.stage == "drafter":
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; use one of {choices}.")
+        for name, value in RECIPES[self.recipe]._asdict().items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        for name in ("num_steps", "top_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; use at least 1.")
+        for name in (*NOT_NEGATIVE, "feature_noise"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; use 0 or more.")
+        if self.csra_temperature <= 0:
+            raise ValueError(f"`csra_temperature` is {self.csra_temperature}; use a value above 0.")
+        if self.stage == "drafter":
+            self._check_losses()
+
+    def _check_losses(self) -> None:
+        if self.num_steps == 1 and self.csra_weight:
             raise ValueError(
                 f"`csra_weight` is {self.csra_weight}, but with `num_steps` 1 there are no steps to"
                 " align; use num_steps of at least 2, or csra_weight=0."
             )
-        if self.csra_temperature <= 0:
-            raise ValueError(f"`csra_temperature` is {self.csra_temperature}; use a value above 0.")
-        for name in ("regression_weight", "classification_weight", "csra_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; use 0 or more.")
+        if not any(getattr(self, name) for name in NOT_NEGATIVE[:3]):
+            raise ValueError(
+                f"{', '.join(f'`{name}`' for name in NOT_NEGATIVE[:3])} are all 0, so that nothing"
+                " ties the drafter to its target; give one of them a weight."
+            )
+
+    @property
+    def token_weights(self) -> TokenWeights:
+        """The weights of the losses on tokens."""
+        assert self.classification_weight is not None and self.top_k_weight is not None
+        return TokenWeights(self.classification_weight, self.top_k_weight, self.top_k)

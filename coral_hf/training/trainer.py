@@ -12,29 +12,20 @@ batch goes target features (no gradient) → unroll → losses.
 """
 
 from collections import defaultdict
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
-from ..draft_head import group_mass
 from ..modeling_coral import CoralDrafter
-from ..target import check_tokenizer, read_features, read_target, tokenizer_hash
+from ..target import check_tokenizer, read_target, tokenizer_hash
 from .arguments import CoralTrainingArguments
-from .data import CoralCollator, prepare_dataset
-from .losses import classification_loss, csra_loss, regression_loss, router_loss
+from .data import CoralCollator, pack_dataset, prepare_dataset
+from .features import Features
+from .objectives import Losses, Unrolled, drafter_losses, router_losses
 from .unroll import unroll
 
-COLUMNS = ["input_ids", "attention_mask", "labels"]
-
-
-class Unrolled(NamedTuple):
-    """The trained positions of a batch."""
-
-    predicted: Tensor  # (steps, positions, hidden)
-    target: Tensor  # (positions, hidden), the features that were to be predicted
-    lengths: list[int]  # trained positions of each row of the batch
+COLUMNS = ["input_ids", "attention_mask", "labels", "position_ids", "features"]
 
 
 class CoralTrainer(Trainer):
@@ -67,12 +58,13 @@ class CoralTrainer(Trainer):
         **kwargs,
     ):
         self.target = read_target(target_model.eval().requires_grad_(False), model.config)
+        self.features = Features(target_model)
         self._prepare_drafter(model, args)
         if processing_class is not None:
             self._bind_tokenizer(model, processing_class)
-            for name in ("train_dataset", "eval_dataset"):
-                if kwargs.get(name) is not None:
-                    kwargs[name] = _tokenized(kwargs[name], processing_class, args.max_length)
+        for name in ("train_dataset", "eval_dataset"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = _prepared(kwargs[name], processing_class, args)
         kwargs.setdefault("data_collator", CoralCollator(model.config.pad_token_id or 0))
         # `Trainer` looks for labels by name in the signature of forward, which has none here
         args.label_names = ["labels"]
@@ -114,68 +106,49 @@ class CoralTrainer(Trainer):
         elif self.args.average_tokens_across_devices:
             # the items are those of all processes, over which DDP averages once more
             num_processes = self.accelerator.num_processes
-        stage_losses = self._router_losses if self.args.stage == "router" else self._drafter_losses
-        losses = stage_losses(model, self._unroll(model, inputs))
-        loss = sum(losses.values()) * num_processes / num_items
+        losses = self._losses(self._unroll(model, inputs))
+        if model.training:
+            self._note(losses.notes, positions=(inputs["labels"] != -100).sum())
+        loss = sum(losses.terms.values()) * num_processes / num_items
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _unroll(self, model, inputs: dict[str, Tensor]) -> Unrolled:
         """Target features → unroll → what lies at the trained positions."""
         input_ids, labels = inputs["input_ids"], inputs["labels"]
-        features = read_features(self.target.model, input_ids, inputs["attention_mask"])
+        positions = inputs["position_ids"][:, :-1] if "position_ids" in inputs else None
+        features = self.features.of(inputs)
         embeddings = self.target.embed(input_ids[:, 1:])
         with torch.set_grad_enabled(self.args.stage == "drafter" and torch.is_grad_enabled()):
-            predicted = unroll(model, embeddings, features[:, :-1], self.args.num_steps)
+            noisy = self._noisy(features[:, :-1]) if model.training else features[:, :-1]
+            predicted = unroll(model, embeddings, noisy, self.args.num_steps, positions)
         # position t predicts feature t + 1, whose token is t + 2; the last is beyond the text
         trained = torch.zeros_like(labels[:, 1:], dtype=torch.bool)
         trained[:, :-1] = labels[:, 2:] != -100
-        return Unrolled(predicted[:, trained], features[:, 1:][trained], trained.sum(1).tolist())
+        lengths = _lengths(trained, positions)
+        return Unrolled(predicted[:, trained], features[:, 1:][trained], lengths)
 
-    def _drafter_losses(self, model, unrolled: Unrolled) -> dict[str, Tensor]:
-        """Weighted losses, each () and summed over positions."""
-        args, positions = self.args, len(unrolled.target)
-        regression = regression_loss(unrolled.predicted, unrolled.target)
-        classification = classification_loss(
-            unrolled.predicted, unrolled.target, self.target.head.logits
-        )
-        losses = {
-            "regression": args.regression_weight * regression.sum(),
-            "classification": args.classification_weight * classification.loss.sum(),
-        }
-        if args.csra_weight:
-            lengths = unrolled.lengths if args.csra_negatives == "sequence" else None
-            csra = csra_loss(unrolled.predicted, args.csra_temperature, lengths)
-            losses["csra"] = args.csra_weight * csra
-            self._note("csra_loss", csra, positions)
-        self._note("regression_loss", regression.mean(), positions)
-        self._note("classification_loss", classification.loss.mean(), positions)
-        for step, agreed in enumerate(classification.agreement, start=1):
-            self._note(f"agreement_{step}", agreed, positions)
-        return losses
+    def _noisy(self, features: Tensor) -> Tensor:
+        """Features as an imperfect drafter might see them (EAGLE, data augmentation)."""
+        most = self.args.feature_noise
+        return features + torch.empty_like(features).uniform_(-most, most) if most else features
 
-    def _router_losses(self, model, unrolled: Unrolled) -> dict[str, Tensor]:
+    def _losses(self, unrolled: Unrolled) -> Losses:
+        if self.args.stage == "drafter":
+            return drafter_losses(unrolled, self.args, self.target.head)
         router = self.drafter.router
         assert router is not None, "the router's stage starts by adding one"
-        log_mass = router(unrolled.predicted)  # (steps, positions, groups)
-
-        def mass_of(features: Tensor) -> Tensor:
-            probs = self.target.head.logits(features).float().softmax(-1)
-            return group_mass(probs, log_mass.shape[-1])
-
-        loss = router_loss(log_mass, unrolled.target, mass_of)
-        self._note("router_loss", loss.mean(), len(unrolled.target))
-        return {"router": loss.mean()}
+        return router_losses(unrolled, router, self.target.head)
 
     @property
     def drafter(self) -> CoralDrafter:
         """The drafter without wrappers."""
         return self.accelerator.unwrap_model(self.model)
 
-    def _note(self, name: str, total: Tensor, positions: int) -> None:
-        """Collect a sum over positions for the next log entry."""
-        if self.model.training:
+    def _note(self, notes: dict[str, Tensor], positions: Tensor) -> None:
+        """Collect sums over positions for the next log entry."""
+        for name, total in notes.items():
             self._sums[name] += float(total.detach())
-            self._sums[f"{name}/positions"] += positions
+            self._sums[f"{name}/positions"] += int(positions)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """See [`~transformers.Trainer.log`].
@@ -191,10 +164,18 @@ class CoralTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-def _tokenized(dataset, tokenizer, max_length: int):
-    """Token ids of a dataset, or of each of several."""
+def _prepared(dataset, tokenizer, args: CoralTrainingArguments):
+    """Token ids of a dataset, or of each of several; packed if asked for."""
     if isinstance(dataset, dict):
-        return {
-            name: prepare_dataset(part, tokenizer, max_length) for name, part in dataset.items()
-        }
-    return prepare_dataset(dataset, tokenizer, max_length)
+        return {name: _prepared(part, tokenizer, args) for name, part in dataset.items()}
+    if tokenizer is not None:
+        dataset = prepare_dataset(dataset, tokenizer, args.max_length)
+    return pack_dataset(dataset, args.max_length) if args.packing else dataset
+
+
+def _lengths(trained: Tensor, positions: Tensor | None) -> list[int]:
+    """Trained positions of each document: (batch, length) → a number for each."""
+    if positions is None:
+        return trained.sum(1).tolist()
+    document = (positions == 0).flatten().cumsum(0) - 1  # (batch * length,)
+    return torch.bincount(document[trained.flatten()]).tolist()

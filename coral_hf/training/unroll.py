@@ -17,82 +17,72 @@ masks. A step's inputs are detached; the graph of all steps is kept, since CSRA 
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..modeling_coral import CausalContext
+from .attention import KeysValues, mixed_attention
 
-# keys and values, (batch, kv_heads, length, head_dim) each, of every step so far, by layer and step
-Seen = dict[tuple[int, int], tuple[Tensor, Tensor]]
+# keys and values of every step so far, by layer and step
+Seen = dict[tuple[int, int], KeysValues]
+# lengths of the documents of each row, adding up to the row's
+Documents = list[list[int]]
 
 
 class UnrollContext:
     """What one step of the unroll attends to: the keys and values of the steps before it."""
 
-    def __init__(self, step: int, seen: Seen):
+    def __init__(self, step: int, seen: Seen, documents: Documents | None = None):
         """`step` counts from 0; `seen` is shared by the steps of an unroll."""
         self._step = step
         self._seen = seen
+        self._documents = documents
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See [`coral_hf.modeling_coral.Context`]."""
         # gradient checkpointing runs a step twice; the first run's tensors stay
         self._seen.setdefault((layer_idx, self._step), (key, value))
         if self._step == 0:
-            return CausalContext().attend(layer_idx, query, key, value)
-        own = [self._seen[layer_idx, step] for step in range(1, self._step)] + [(key, value)]
-        return mixed_attention(query, self._seen[layer_idx, 0], own)
+            target, own = (key, value), []
+        else:
+            target = self._seen[layer_idx, 0]
+            own = [self._seen[layer_idx, step] for step in range(1, self._step)] + [(key, value)]
+        if self._documents is None:
+            return mixed_attention(query, target, own)
+        return _by_document(self._documents, query, target, own)
 
 
-def mixed_attention(
-    query: Tensor, target: tuple[Tensor, Tensor], own: list[tuple[Tensor, Tensor]]
+def _by_document(
+    documents: Documents, query: Tensor, target: KeysValues, own: list[KeysValues]
 ) -> Tensor:
-    """Attention over the target's features, shifted, and one position of each earlier step.
+    """`mixed_attention` within each document of packed rows: no document sees another."""
+    tensors = [query, *target, *(part for pair in own for part in pair)]
+    rows = []
+    for row, lengths in enumerate(documents):
+        parts = zip(*(part[row : row + 1].split(lengths, dim=2) for part in tensors), strict=True)
+        attended = [
+            mixed_attention(query, (keys, values), list(zip(rest[::2], rest[1::2], strict=True)))
+            for query, keys, values, *rest in parts
+        ]
+        rows.append(torch.cat(attended, dim=2))
+    return torch.cat(rows)
 
-    At the step with `own` of length s, position t attends to target positions up to t - s and to
-    the k-th of `own` (from 1) at position t - (s - k).
 
-    Args:
-        query: (batch, heads, length, head_dim).
-        target: keys and values of step one, (batch, kv_heads, length, head_dim) each.
-        own: the same of each later step, the newest last.
+def document_lengths(position_ids: Tensor) -> Documents:
+    """Lengths of the documents of each row: a document begins where a position is 0.
 
-    Returns:
-        (batch, heads, length, head_dim).
+    position_ids (batch, length)     0  1  2  0  1  2  3  0  1
+    lengths                          3        4           2
     """
-    batch, heads, length, width = query.shape
-    # (batch, kv, group, length, dim)
-    grouped = query.view(batch, target[0].shape[1], -1, length, width) * width**-0.5
-    far = _target_scores(grouped, target[0], shift=len(own))
-    lags = range(len(own) - 1, -1, -1)
-    near = [_diagonal_scores(grouped, keys, lag) for (keys, _), lag in zip(own, lags, strict=True)]
-    weights = torch.cat([far, *near], dim=-1).softmax(-1, dtype=torch.float32).to(query.dtype)
-    attended = weights[..., :length] @ target[1][:, :, None]
-    for index, ((_, values), lag) in enumerate(zip(own, lags, strict=True)):
-        attended = attended + weights[..., length + index, None] * _delay(values, lag)[:, :, None]
-    return attended.reshape(batch, heads, length, width)
+    batch, length = position_ids.shape
+    starts = [[*(row == 0).nonzero()[:, 0].tolist(), length] for row in position_ids]
+    return [[b - a for a, b in zip(row, row[1:])] for row in starts]  # noqa: B905
 
 
-def _target_scores(query: Tensor, keys: Tensor, shift: int) -> Tensor:
-    """(batch, kv, group, length, length): scores of target positions up to t - shift."""
-    scores = query @ keys[:, :, None].transpose(-1, -2)
-    length = scores.shape[-1]
-    hidden = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1 - shift)
-    return scores.masked_fill(hidden, float("-inf"))
-
-
-def _diagonal_scores(query: Tensor, keys: Tensor, lag: int) -> Tensor:
-    """(batch, kv, group, length, 1): scores of position t - lag of one step, -inf if t < lag."""
-    scores = (query * _delay(keys, lag)[:, :, None]).sum(-1, keepdim=True)
-    hidden = torch.arange(scores.shape[-2], device=scores.device)[:, None] < lag
-    return scores.masked_fill(hidden, float("-inf"))
-
-
-def _delay(states: Tensor, lag: int) -> Tensor:
-    """Move (batch, kv, length, dim) right by `lag`: position t holds what was at t - lag."""
-    return states if lag == 0 else F.pad(states, (0, 0, lag, 0))[:, :, : states.shape[2]]
-
-
-def unroll(drafter: nn.Module, embeddings: Tensor, features: Tensor, num_steps: int) -> Tensor:
+def unroll(
+    drafter: nn.Module,
+    embeddings: Tensor,
+    features: Tensor,
+    num_steps: int,
+    position_ids: Tensor | None = None,
+) -> Tensor:
     """Run the drafter `num_steps` times, each time on its own last predictions.
 
     Args:
@@ -100,16 +90,22 @@ def unroll(drafter: nn.Module, embeddings: Tensor, features: Tensor, num_steps: 
         embeddings: (batch, length, hidden), of the token after each feature.
         features: (batch, length, hidden), the target's.
         num_steps: N of the papers, at least 1.
+        position_ids: (batch, length), of packed rows: they begin at 0 with each document, and
+            documents do not see each other.
 
     Returns:
         (steps, batch, length, hidden): at [j, :, t] the step's prediction of feature t + 1.
     """
+    documents = None if position_ids is None else document_lengths(position_ids)
+    if position_ids is None:
+        position_ids = torch.arange(features.shape[1], device=features.device)[None]
+    begins = (position_ids == 0)[..., None]
     seen: Seen = {}
     inputs, predicted = features, []
-    positions = torch.arange(features.shape[1], device=features.device)[None]
     for step in range(num_steps):
-        predicted.append(drafter(embeddings, inputs, positions, UnrollContext(step, seen)))
+        context = UnrollContext(step, seen, documents)
+        predicted.append(drafter(embeddings, inputs, position_ids, context))
         # the first position has no prediction of its own and keeps the target's feature
-        first = features[:, :1].to(predicted[-1].dtype)
-        inputs = torch.cat([first, predicted[-1][:, :-1].detach()], dim=1)
+        shifted = predicted[-1].detach().roll(1, dims=1)
+        inputs = torch.where(begins, features.to(shifted.dtype), shifted)
     return torch.stack(predicted)

@@ -10,5 +10,13 @@ from .dataset import prepare_dataset
 from .encoding import tokenize
 from .loading import load_conversations
 from .messages import to_messages
+from .packing import pack_dataset
 
-__all__ = ["CoralCollator", "load_conversations", "prepare_dataset", "to_messages", "tokenize"]
+__all__ = [
+    "CoralCollator",
+    "load_conversations",
+    "pack_dataset",
+    "prepare_dataset",
+    "to_messages",
+    "tokenize",
+]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .encoding import IGNORED
 from .messages import Row
@@ -18,6 +19,9 @@ from .messages import Row
 @dataclass
 class CoralCollator:
     """Pad rows of [`prepare_dataset`] on the right to three tensors, each (batch, length).
+
+    Packed rows have `position_ids` too, and rows of a feature cache `features` (batch, length,
+    hidden).
 
     >>> batch = CoralCollator(pad_to_multiple_of=8)([dataset[0], dataset[1]])
     """
@@ -31,7 +35,17 @@ class CoralCollator:
             raise ValueError(f"Rows have {[*rows[0]]}, not {[*fills]}; use `prepare_dataset`.")
         multiple = self.pad_to_multiple_of or 1
         length = -(-max(len(row["input_ids"]) for row in rows) // multiple) * multiple
-        return {
+        batch = {
             name: torch.tensor([[*row[name], *[fill] * (length - len(row[name]))] for row in rows])
             for name, fill in fills.items()
         }
+        if "position_ids" in rows[0]:
+            # what pads a row counts from 0 again: it is a document of its own
+            batch["position_ids"] = torch.tensor(
+                [[*row["position_ids"], *range(length - len(row["input_ids"]))] for row in rows]
+            )
+        if "features" in rows[0]:
+            batch["features"] = torch.stack(
+                [F.pad(row["features"], (0, 0, 0, length - len(row["input_ids"]))) for row in rows]
+            )
+        return batch

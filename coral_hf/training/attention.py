@@ -1,0 +1,127 @@
+"""Attention of a step of the unroll: the target's features far back, the drafter's own nearby.
+
+In: queries, keys and values of one document. Out: what each position gathered. The steps share the
+keys and values of the steps before them; nothing is projected twice.
+
+    at the step with `own` of length s = 2, position t attends to
+
+    position                 t-3    t-2    t-1    t
+    target                   yes    yes                   all up to t - s
+    own, first                             yes            at t - 1 alone
+    own, second (newest)                          yes     at t alone
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+KeysValues = tuple[Tensor, Tensor]  # (batch, kv_heads, length, head_dim) each
+
+
+def mixed_attention(query: Tensor, target: KeysValues, own: list[KeysValues]) -> Tensor:
+    """Attention over the target's features, shifted, and one position of each later step.
+
+    With s = len(own), position t attends to target positions up to t - s and to the k-th of `own`
+    (from 1) at position t - (s - k) (HASS, harmonized context alignment).
+
+    Args:
+        query: (batch, heads, length, head_dim).
+        target: keys and values of the first step, which read the target's features.
+        own: the same of each later step, the newest last.
+
+    Returns:
+        (batch, heads, length, head_dim).
+    """
+    if not own:
+        return F.scaled_dot_product_attention(query, *target, is_causal=True, enable_gqa=True)
+    if query.device.type == "cpu" and query.shape[2] > len(own):
+        return _merged(query, target, own)
+    return plain_mixed_attention(query, target, own)
+
+
+def plain_mixed_attention(query: Tensor, target: KeysValues, own: list[KeysValues]) -> Tensor:
+    """`mixed_attention` with one explicit mask over all keys: [target's; first own; second; …]."""
+    length, steps, group = query.shape[2], len(own), query.shape[1] // target[0].shape[1]
+    t, u = torch.arange(length, device=query.device)[:, None], torch.arange(length).to(query.device)
+    near = [u == t - (steps - k) for k in range(1, steps + 1)]
+    visible = torch.cat([u <= t - steps, *near], dim=-1)  # (length, (1 + steps) * length)
+    keys, values = (
+        torch.cat(parts, dim=2).repeat_interleave(group, dim=1)
+        for parts in zip(target, *own, strict=True)
+    )
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=visible)
+
+
+def _merged(query: Tensor, target: KeysValues, own: list[KeysValues]) -> Tensor:
+    """`mixed_attention` without a mask: causal attention far back, merged with a few diagonals."""
+    group = query.shape[1] // target[0].shape[1]
+    far = [part.repeat_interleave(group, dim=1) for part in target]
+    lags = torch.arange(len(own) - 1, -1, -1)
+    near_keys, near_values = (
+        [
+            _delay(part, lag).repeat_interleave(group, dim=1)
+            for part, lag in zip(parts, lags.tolist(), strict=True)
+        ]
+        for parts in zip(*own, strict=True)
+    )
+    scaled = query * query.shape[-1] ** -0.5
+    scores = torch.stack([(scaled * keys).sum(-1) for keys in near_keys], dim=-1)
+    hidden = torch.arange(query.shape[2])[:, None] < lags
+    # (batch, heads, length, steps)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    return _MergedAttention.apply(query, *far, scores, *near_values)
+
+
+def _delay(states: Tensor, lag: int) -> Tensor:
+    """Move (batch, heads, length, dim) right by `lag`: position t holds what was at t - lag."""
+    return states if lag == 0 else F.pad(states, (0, 0, lag, 0))[:, :, : states.shape[2]]
+
+
+class _MergedAttention(torch.autograd.Function):
+    """One softmax over two sets of keys, from torch's fused kernel for the larger one.
+
+    The kernel gives the attention `far` and the logarithm of its normaliser, so that both sets can
+    be weighed against each other. Its backward pass needs no more than the output and normaliser of
+    the whole softmax in place of its own: the weights of the far keys are e^(score - normaliser),
+    and the sum that the softmax subtracts is that of output and its gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, query, keys, values, scores, *near_values):
+        shift, length = len(near_values), query.shape[2]
+        # rows t ≥ shift against keys up to t - shift is a causal square: no mask
+        square = (query[:, :, shift:], keys[:, :, : length - shift], values[:, :, : length - shift])
+        far, normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *square, 0.0, True
+        )
+        total = torch.logsumexp(scores.to(normaliser.dtype), -1)  # (batch, heads, length)
+        total[:, :, shift:] = torch.logaddexp(total[:, :, shift:], normaliser)
+        weights = (scores.to(total.dtype) - total[..., None]).exp_().to(query.dtype)
+        out = sum(weights[..., k, None] * near for k, near in enumerate(near_values))
+        out[:, :, shift:] += far * (normaliser - total[:, :, shift:]).exp_()[..., None].to(
+            far.dtype
+        )
+        ctx.save_for_backward(query, keys, values, out, total, weights, *near_values)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, keys, values, out, total, weights, *near_values = ctx.saved_tensors
+        shift, length = len(near_values), query.shape[2]
+        mean = (gradient * out).sum(-1, keepdim=True)
+        slopes = [(gradient * near).sum(-1, keepdim=True) - mean for near in near_values]
+        scores_gradient = weights * torch.cat(slopes, -1)
+        near_gradients = [weights[..., k, None] * gradient for k in range(shift)]
+        far_gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            gradient[:, :, shift:].contiguous(),
+            query[:, :, shift:],
+            keys[:, :, : length - shift],
+            values[:, :, : length - shift],
+            out[:, :, shift:],
+            total[:, :, shift:],
+            0.0,
+            True,
+        )
+        query_gradient = F.pad(far_gradients[0], (0, 0, shift, 0))
+        key_gradient, value_gradient = (F.pad(part, (0, 0, 0, shift)) for part in far_gradients[1:])
+        return query_gradient, key_gradient, value_gradient, scores_gradient, *near_gradients

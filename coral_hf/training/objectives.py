@@ -1,0 +1,76 @@
+"""What a stage of training minimises: weighted losses of a batch, and what the log says of them.
+
+In: the trained positions of an unrolled batch. Out: losses summed over positions.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..draft_head import LMHead, Router, group_mass
+from .arguments import CoralTrainingArguments
+from .csra import csra_loss, of_other_devices
+from .losses import regression_loss, router_loss
+from .token_loss import token_loss
+
+
+class Unrolled(NamedTuple):
+    """The trained positions of a batch."""
+
+    predicted: Tensor  # (steps, positions, hidden)
+    target: Tensor  # (positions, hidden), the features that were to be predicted
+    lengths: list[int]  # trained positions of each document of the batch
+
+
+class Losses(NamedTuple):
+    """The terms of a loss, and sums to be logged; each () and summed over positions."""
+
+    terms: dict[str, Tensor]
+    notes: dict[str, Tensor]
+
+
+def drafter_losses(unrolled: Unrolled, args: CoralTrainingArguments, head: LMHead) -> Losses:
+    """L_reg, L_cls and L_topk of all steps, and L_csra, each with its weight."""
+    predicted, target, _ = unrolled
+    tokens = token_loss(predicted, target, head.logits, args.token_weights)
+    regression = regression_loss(predicted, target)
+    assert args.regression_weight is not None, "the recipe gives what is not set"
+    terms = {"regression": args.regression_weight * regression.sum(), "tokens": tokens.loss.sum()}
+    notes = {
+        "regression_loss": regression.mean(),
+        "classification_loss": tokens.classification.mean(),
+    }
+    if args.top_k_weight:
+        notes["top_k_loss"] = tokens.top_k.mean()
+    if args.csra_weight:
+        notes["csra_loss"] = _csra(unrolled, args)
+        terms["csra"] = args.csra_weight * notes["csra_loss"]
+    for step, agreed in enumerate(tokens.agreed, start=1):
+        notes[f"agreement_{step}"] = agreed.sum()
+    return Losses(terms, notes)
+
+
+def _csra(unrolled: Unrolled, args: CoralTrainingArguments) -> Tensor:
+    predicted, target, lengths = unrolled
+    if args.csra_gradient == "later_steps":
+        predicted = torch.cat([predicted[:1].detach(), predicted[1:]])
+    is_gathered = args.csra_negatives == "gathered"
+    return csra_loss(
+        predicted,
+        args.csra_temperature,
+        lengths=lengths if args.csra_negatives == "sequence" else None,
+        others=of_other_devices(predicted.flatten(0, 1)) if is_gathered else None,
+        target=target if args.csra_positives == "steps_and_target" else None,
+    )
+
+
+def router_losses(unrolled: Unrolled, router: Router, head: LMHead) -> Losses:
+    """Cross-entropy of the router's group mass against the target's, averaged over steps."""
+    log_mass = router(unrolled.predicted)  # (steps, positions, groups)
+
+    def mass_of(features: Tensor) -> Tensor:
+        return group_mass(head.logits(features).float().softmax(-1), log_mass.shape[-1])
+
+    loss = router_loss(log_mass, unrolled.target, mass_of).mean()
+    return Losses({"router": loss}, {"router_loss": loss})

@@ -1,0 +1,118 @@
+"""Packed rows train exactly what their documents train one by one."""
+
+import pytest
+import torch
+from conftest import OTHERS, VOCAB, make_target, tiny_target
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_trainer import make_trainer
+
+from coral_hf import CoralDrafter
+from coral_hf.target import reads_packed_rows
+from coral_hf.training.data import CoralCollator, pack_dataset
+from coral_hf.training.data.packing import best_fit
+from coral_hf.training.features import Features
+from coral_hf.training.unroll import document_lengths, unroll
+
+LENGTHS = [7, 3, 12, 5, 4, 9]
+ROOM = 16
+
+
+def make_rows() -> list[dict]:
+    torch.manual_seed(0)
+    texts = [torch.randint(2, VOCAB, (length,)).tolist() for length in LENGTHS]
+    return [
+        {"input_ids": text, "attention_mask": [1] * len(text), "labels": [-100, -100, *text[2:]]}
+        for text in texts
+    ]
+
+
+@pytest.fixture(scope="module")
+def packed() -> Dataset:
+    return pack_dataset(Dataset.from_list(make_rows()), ROOM)
+
+
+def test_no_document_is_cut_or_lost(packed):
+    texts = []
+    for row in packed:
+        lengths = document_lengths(torch.tensor([row["position_ids"]]))[0]
+        texts += [part.tolist() for part in torch.tensor(row["input_ids"]).split(lengths)]
+    assert sorted(texts) == sorted(row["input_ids"] for row in make_rows())
+    assert all(len(row["input_ids"]) <= ROOM for row in packed)
+
+
+def test_a_document_goes_where_it_leaves_the_least_room():
+    assert best_fit([7, 3, 12, 5, 4, 9], 16) == [[2, 4], [5, 0], [3, 1]]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 50), max_size=40))
+def test_every_document_has_one_place_within_the_room(lengths):
+    rows = best_fit(lengths, 50)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    assert all(sum(lengths[index] for index in row) <= 50 for row in rows)
+
+
+def test_padding_is_a_document_of_its_own(packed):
+    batch = CoralCollator()(list(packed))
+    assert batch["position_ids"].shape == batch["input_ids"].shape
+    assert [sum(row) for row in document_lengths(batch["position_ids"])] == [16, 16, 16]
+    assert document_lengths(batch["position_ids"])[2] == [5, 3, 8]
+
+
+def test_a_stream_is_packed_too():
+    stream = pack_dataset(Dataset.from_list(make_rows()).to_iterable_dataset(), ROOM)
+    assert [len(row["input_ids"]) for row in stream] == [16, 16, 8]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral_window", "qwen3_moe"])
+def test_targets_of_transformers_keep_packed_documents_apart(family):
+    assert reads_packed_rows(tiny_target(family, torch.float32), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon_alibi", "gpt_neo", "lfm2", "recurrent_gemma"])
+def test_a_target_that_looks_across_documents_reads_them_one_by_one(family):
+    target = make_target(OTHERS[family], torch.float32)
+    features = Features(target)
+    batch = CoralCollator()(list(pack_dataset(Dataset.from_list(make_rows()), ROOM)))
+    found = features.of(batch).flatten(0, 1)
+    lengths = [length for row in document_lengths(batch["position_ids"]) for length in row]
+    texts = batch["input_ids"].flatten().split(lengths)
+    for ids, document in zip(texts, found.split(lengths), strict=True):
+        alone = target.get_decoder()(ids[None], use_cache=False).last_hidden_state[0]
+        torch.testing.assert_close(document, alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_the_unroll_of_a_packed_row_is_that_of_its_documents(num_steps):
+    target = tiny_target("llama", torch.float64)
+    torch.manual_seed(0)
+    drafter = CoralDrafter.from_target(target, num_hidden_layers=2)
+    embeddings, features = torch.randn(2, 2, 11, 32, dtype=torch.float64)
+    positions = torch.tensor([[*range(4), *range(1), *range(6)], [*range(11)]])
+    packed = unroll(drafter, embeddings, features, num_steps, positions)
+    for row, part in ((0, slice(0, 4)), (0, slice(4, 5)), (0, slice(5, 11)), (1, slice(0, 11))):
+        alone = unroll(drafter, embeddings[[row], part], features[[row], part], num_steps)
+        torch.testing.assert_close(packed[:, [row], part], alone)
+
+
+@pytest.mark.parametrize("negatives", ["sequence", "batch"])
+def test_packed_rows_have_the_loss_and_the_gradient_of_their_documents(tmp_path, negatives):
+    found = []
+    for packing in (False, True):
+        trainer = make_trainer(
+            tiny_target("llama", torch.float32),
+            make_rows(),
+            tmp_path,
+            packing=packing,
+            max_length=ROOM,
+            csra_negatives=negatives,
+            per_device_train_batch_size=8,
+        )
+        batch = next(iter(trainer.get_train_dataloader()))
+        assert len(batch["input_ids"]) == (3 if packing else 6)
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        found.append((loss.detach(), trainer.model.fc.weight.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
