@@ -22,6 +22,7 @@ ORDER = (
     ["decoding", "training"],
     ["__init__"],
     ["benchmark"],
+    ["comparison"],
     ["demo"],
     ["cli"],
 )

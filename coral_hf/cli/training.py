@@ -32,36 +32,20 @@ def train(
     Every other option is one of CoralTrainingArguments, as in any Trainer script: --learning_rate
     1e-3 --num_steps 3.
     """
+    from ..training import parse_arguments
     from ..training.data import load_conversations
     from ..training.stages import save
     from ..training.stages import train as train_stages
 
     model, tokenizer = load_target(target, dtype)
     rows = without_last([load_conversations(path) for path in dataset], hold_out)
-    stages = [_training_arguments(output / "drafter", context.args, stage="drafter")]
+    stages = [parse_arguments(output / "drafter", context.args, stage="drafter")]
     if router_epochs > 0:
         router = {"stage": "router", "num_train_epochs": router_epochs, "max_steps": -1}
-        stages.append(_training_arguments(output / "router", context.args, **router))
+        stages.append(parse_arguments(output / "router", context.args, **router))
     drafter = train_stages(model, tokenizer, rows, stages, resume=resume)
     save(drafter, tokenizer, output)
     typer.echo(f"The drafter is in {output}.")
-
-
-def _training_arguments(folder: Path, extra: list[str], **fields):
-    """CoralTrainingArguments of the options that typer left over; `fields` win over them."""
-    import torch
-    from transformers import HfArgumentParser
-
-    from ..training import CoralTrainingArguments
-
-    defaults = {"output_dir": folder, "report_to": "none"}
-    defaults["dataloader_pin_memory"] = torch.cuda.is_available()  # else torch warns of it
-    options = [*_options(defaults), *extra, *_options(fields)]
-    return HfArgumentParser(CoralTrainingArguments).parse_args_into_dataclasses(options)[0]
-
-
-def _options(fields: dict) -> list[str]:
-    return [part for name, value in fields.items() for part in (f"--{name}", str(value))]
 
 
 @app.command()

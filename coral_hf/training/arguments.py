@@ -1,9 +1,12 @@
 """The settings of a CORAL training run, beside those of every `Trainer`."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+import torch
+from transformers import HfArgumentParser, TrainingArguments
 
 from .recipes import RECIPES
 from .token_loss import TokenWeights
@@ -111,3 +114,17 @@ class CoralTrainingArguments(TrainingArguments):
         """The weights of the losses on tokens."""
         assert self.classification_weight is not None and self.top_k_weight is not None
         return TokenWeights(self.classification_weight, self.top_k_weight, self.top_k)
+
+
+def parse_arguments(
+    output_dir: str | Path, options: Sequence[str], **fields: Any
+) -> CoralTrainingArguments:
+    """Arguments of options as they are typed (`--num_steps 3`); `fields` win over them."""
+    defaults = {"output_dir": output_dir, "report_to": "none"}
+    defaults["dataloader_pin_memory"] = torch.cuda.is_available()  # else torch warns of it
+    typed = [*_options(defaults), *options, *_options(fields)]
+    return HfArgumentParser(CoralTrainingArguments).parse_args_into_dataclasses(typed)[0]
+
+
+def _options(fields: Mapping[str, Any]) -> list[str]:
+    return [part for name, value in fields.items() for part in (f"--{name}", str(value))]

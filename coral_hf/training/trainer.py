@@ -69,6 +69,7 @@ class CoralTrainer(Trainer):
         # `Trainer` looks for labels by name in the signature of forward, which has none here
         args.label_names = ["labels"]
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
+        self.model.main_input_name = "input_ids"  # whose tokens `Trainer` counts
         # losses are sums over trained tokens, divided by their number over all accumulated batches
         self.model_accepts_loss_kwargs = True
         self._sums: dict[str, float] = defaultdict(float)

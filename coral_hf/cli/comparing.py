@@ -1,0 +1,77 @@
+"""The command that compares trainings."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import app
+from .loading import load_prompts, load_target, without_last
+from .options import (
+    DepthOption,
+    DtypeOption,
+    LastOption,
+    LimitOption,
+    NodesOption,
+    PromptsOption,
+    TargetOption,
+    TopKOption,
+    UserTurnOption,
+    given,
+)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def compare(
+    context: typer.Context,
+    target: TargetOption,
+    dataset: Annotated[list[str], typer.Option(help="Conversations to train on.")],
+    prompts: PromptsOption,
+    output: Annotated[Path, typer.Option(help="Folder of the results; continued if it has some.")],
+    trial: Annotated[
+        list[str], typer.Option(help="A recipe and settings: 'coral csra_weight=0.5'.")
+    ],
+    steps: Annotated[int, typer.Option(help="Of each training; of the first rung if halving.")],
+    seeds: Annotated[int, typer.Option(help="Trainings of each trial.")] = 3,
+    keep: Annotated[
+        int | None, typer.Option(help="Successive halving down to so many trials, with one seed.")
+    ] = None,
+    hold_out: Annotated[int, typer.Option(help="Leave out the last rows of each dataset.")] = 0,
+    temperature: Annotated[list[float] | None, typer.Option(help="Measured at; 0 and 1.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
+    limit: LimitOption = None,
+    last: LastOption = None,
+    user_turn: UserTurnOption = -1,
+    dtype: DtypeOption = "auto",
+    tree_depth: DepthOption = None,
+    tree_top_k: TopKOption = None,
+    tree_nodes: NodesOption = None,
+) -> None:
+    """Train drafters with different settings and compare what they are worth.
+
+    Every other option is one of CoralTrainingArguments, the same for all trials.
+    """
+    from ..comparison import Comparison, ComparisonSettings, Trial, comparison_table, halve
+    from ..training.data import load_conversations
+
+    model, tokenizer = load_target(target, dtype)
+    settings = ComparisonSettings(
+        output=output,
+        options=context.args,
+        temperatures=temperature or (0.0, 1.0),
+        max_new_tokens=max_new_tokens,
+        tree=given(tree_depth=tree_depth, tree_top_k=tree_top_k, tree_nodes=tree_nodes),
+    )
+    rows = without_last([load_conversations(path) for path in dataset], hold_out)
+    items = load_prompts(prompts, limit, last, user_turn)
+    comparison = Comparison(model, tokenizer, rows, items, settings)
+    trials = [Trial.parse(text) for text in trial]
+    if keep is not None:
+        rungs = halve(comparison, trials, steps, keep)
+        table = "\n".join(f"{r.steps} steps\n\n{comparison_table(r.results)}" for r in rungs)
+    else:
+        table = comparison_table(
+            [comparison.result(one, seed, steps) for seed in range(seeds) for one in trials]
+        )
+    (output / "table.md").write_text(table, encoding="utf-8")
+    typer.echo(table)

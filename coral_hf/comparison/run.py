@@ -1,0 +1,132 @@
+"""The comparison: each trial trained from nothing and measured, with the same data and tree.
+
+In: a target, its tokenizer, conversations, prompts. Out: a `Result` for each trial and seed.
+"""
+
+import logging
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from .. import CoralDrafter
+from ..benchmark import Prompt, encode
+from ..training import CoralTrainer, parse_arguments
+from ..training.data import prepare_dataset
+from .acceptance import acceptance_length
+from .results import Result, read_results
+from .trial import Trial
+
+logger = logging.getLogger(__name__)
+RESULTS = "results.jsonl"
+
+
+@dataclass
+class ComparisonSettings:
+    """What all trials share."""
+
+    output: Path  # of the results
+    options: list[str] = field(default_factory=list)  # of the trainer, as on a command line
+    temperatures: Sequence[float] = (0.0, 1.0)
+    max_new_tokens: int = 64
+    batch_size: int = 8  # prompts that are answered at once
+    tree: Mapping[str, int] = field(default_factory=dict)  # `tree_depth` and the like
+
+
+class Comparison:
+    """Trains and measures trials; one that was measured before is not repeated."""
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        dataset,
+        prompts: Sequence[Prompt],
+        settings: ComparisonSettings,
+    ):
+        """`dataset` in any form that `prepare_dataset` takes, or rows of a feature cache."""
+        self._target = target
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._prompts: dict[str, list] = {}
+        for prompt in prompts:
+            ids = encode(prompt, tokenizer)[0]
+            self._prompts.setdefault(prompt.task, []).append(ids)
+        max_length = parse_arguments(settings.output, settings.options).max_length
+        has_tokens = not hasattr(dataset, "column_names")
+        self._rows = dataset if has_tokens else prepare_dataset(dataset, tokenizer, max_length)
+        settings.output.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def results(self) -> list[Result]:
+        """All that were measured so far."""
+        return read_results(self._settings.output / RESULTS)
+
+    def result(self, trial: Trial, seed: int, steps: int) -> Result:
+        """Train and measure a trial, or read what was measured before."""
+        for result in self.results:
+            if (result.trial, result.seed, result.steps) == (trial.name, seed, steps):
+                return result
+        start = time.perf_counter()
+        drafter, logs = self._train(trial, seed, steps)
+        result = Result(
+            trial=trial.name,
+            seed=seed,
+            steps=steps,
+            num_tokens=int(logs.pop("num_tokens")),
+            seconds=time.perf_counter() - start,
+            losses=logs,
+            acceptance={
+                str(value): self._measure(drafter, value) for value in self._settings.temperatures
+            },
+        )
+        result.append_to(self._settings.output / RESULTS)
+        logger.info(
+            f"{trial.name}, seed {seed}, {steps} steps: τ {result.mean_acceptance:.3f} after"
+            f" {result.seconds:.0f} s"
+        )
+        return result
+
+    def _train(self, trial: Trial, seed: int, steps: int) -> tuple[CoralDrafter, dict[str, float]]:
+        with tempfile.TemporaryDirectory() as folder:
+            args = parse_arguments(
+                folder,
+                [*self._settings.options, *trial.options],
+                max_steps=steps,
+                seed=seed,
+                save_strategy="no",
+                logging_steps=max(steps // 10, 1),
+                disable_tqdm=True,
+            )
+            args.include_num_input_tokens_seen = "non_padding"
+            set_seed(seed)
+            drafter = CoralDrafter.from_target(self._target).float()
+            trainer = CoralTrainer(
+                model=drafter, target_model=self._target, args=args, train_dataset=self._rows
+            )
+            trainer.train()
+        kept: dict[str, float] = {}
+        for entry in trainer.state.log_history:
+            kept |= {k: v for k, v in entry.items() if k.endswith("_loss") or "agreement" in k}
+        kept["num_tokens"] = trainer.state.num_input_tokens_seen
+        return drafter.to(self._target.dtype).eval(), kept
+
+    @torch.no_grad()
+    def _measure(self, drafter: CoralDrafter, temperature: float) -> dict[str, float]:
+        settings = self._settings
+        drafter.generation_config.update(**settings.tree)
+        return {
+            task: acceptance_length(
+                self._target,
+                drafter,
+                prompts,
+                temperature,
+                settings.max_new_tokens,
+                settings.batch_size,
+            )
+            for task, prompts in self._prompts.items()
+        }
