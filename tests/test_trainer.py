@@ -52,9 +52,8 @@ def make_trainer(target, rows, folder, drafter=None, **settings):
         "dataloader_pin_memory": False,
     }
     args = CoralTrainingArguments(**{**fields, **settings})
-    return CoralTrainer(
-        model=drafter, target_model=target, args=args, train_dataset=Dataset.from_list(rows)
-    )
+    dataset = Dataset.from_list(rows) if isinstance(rows, list) else rows
+    return CoralTrainer(model=drafter, target_model=target, args=args, train_dataset=dataset)
 
 
 def logged(trainer, name):

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .app import app
-from .loading import load_prompts, load_target, without_last
+from .loading import load_prompts, load_rows, load_target
 from .options import (
     DepthOption,
     DtypeOption,
@@ -52,7 +52,6 @@ def compare(
     Every other option is one of CoralTrainingArguments, the same for all trials.
     """
     from ..comparison import Comparison, ComparisonSettings, Trial, comparison_table, halve
-    from ..training.data import load_conversations
 
     model, tokenizer = load_target(target, dtype)
     settings = ComparisonSettings(
@@ -62,7 +61,7 @@ def compare(
         max_new_tokens=max_new_tokens,
         tree=given(tree_depth=tree_depth, tree_top_k=tree_top_k, tree_nodes=tree_nodes),
     )
-    rows = without_last([load_conversations(path) for path in dataset], hold_out)
+    rows = load_rows(dataset, hold_out)
     items = load_prompts(prompts, limit, last, user_turn)
     comparison = Comparison(model, tokenizer, rows, items, settings)
     trials = [Trial.parse(text) for text in trial]

@@ -58,3 +58,21 @@ def without_last(datasets: list, count: int):
 
     kept = [rows.select(range(len(rows) - count)) for rows in datasets]
     return kept[0] if len(kept) == 1 else concatenate_datasets(kept)
+
+
+def load_rows(paths: list[str], hold_out: int):
+    """Conversations but for the last rows of each dataset, or the rows of a feature cache."""
+    import typer
+
+    from ..training.data import load_conversations
+    from ..training.feature_cache import INDEX, CachedFeatures
+
+    cached = [path for path in paths if (Path(path) / INDEX).is_file()]
+    if not cached:
+        return without_last([load_conversations(path) for path in paths], hold_out)
+    if len(paths) > 1 or hold_out:
+        raise typer.BadParameter(
+            f"{cached[0]} is a feature cache: it is read alone and whole. Give `--hold-out` and"
+            " all datasets to `coral-hf features`."
+        )
+    return CachedFeatures(cached[0])

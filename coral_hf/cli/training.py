@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .app import app
-from .loading import load_target, without_last
+from .loading import load_rows, load_target
 from .options import DtypeOption, TargetOption
 
 
@@ -15,7 +15,8 @@ def train(
     context: typer.Context,
     target: TargetOption,
     dataset: Annotated[
-        list[str], typer.Option(help="Conversations: JSON, JSONL, text, a folder or a Hub id.")
+        list[str],
+        typer.Option(help="A file, a folder, a Hub id; or cached features."),
     ],
     output: Annotated[Path, typer.Option(help="Folder of the finished drafter.")],
     hold_out: Annotated[
@@ -33,12 +34,11 @@ def train(
     1e-3 --num_steps 3.
     """
     from ..training import parse_arguments
-    from ..training.data import load_conversations
     from ..training.stages import save
     from ..training.stages import train as train_stages
 
     model, tokenizer = load_target(target, dtype)
-    rows = without_last([load_conversations(path) for path in dataset], hold_out)
+    rows = load_rows(dataset, hold_out)
     stages = [parse_arguments(output / "drafter", context.args, stage="drafter")]
     if router_epochs > 0:
         router = {"stage": "router", "num_train_epochs": router_epochs, "max_steps": -1}

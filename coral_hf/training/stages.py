@@ -11,7 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling_coral import CoralDrafter
 from .arguments import CoralTrainingArguments
-from .data import prepare_dataset
+from .rows import training_rows
 from .trainer import CoralTrainer
 
 
@@ -28,13 +28,13 @@ def train(
     Args:
         target: frozen.
         tokenizer: the target's.
-        dataset: conversations in any form that `prepare_dataset` takes.
+        dataset: conversations in any form that `prepare_dataset` takes, or `CachedFeatures`.
         stages: usually one with `stage="drafter"` and one with `stage="router"`, each with its own
             `output_dir`.
         drafter: to be trained on; a fresh one in fp32 by default.
         resume: continue each stage from its last checkpoint, where it has one.
     """
-    rows = prepare_dataset(dataset, tokenizer, stages[0].max_length)
+    rows = training_rows(dataset, tokenizer, stages[0])
     drafter = CoralDrafter.from_target(target).float() if drafter is None else drafter
     for args in stages:
         trainer = CoralTrainer(

@@ -20,9 +20,11 @@ from transformers import PreTrainedModel, Trainer
 from ..modeling_coral import CoralDrafter
 from ..target import check_tokenizer, read_target, tokenizer_hash
 from .arguments import CoralTrainingArguments
-from .data import CoralCollator, pack_dataset, prepare_dataset
+from .data import CoralCollator
+from .feature_cache import CachedFeatures
 from .features import Features
 from .objectives import Losses, Unrolled, drafter_losses, router_losses
+from .rows import training_rows
 from .unroll import unroll
 
 COLUMNS = ["input_ids", "attention_mask", "labels", "position_ids", "features"]
@@ -64,7 +66,7 @@ class CoralTrainer(Trainer):
             self._bind_tokenizer(model, processing_class)
         for name in ("train_dataset", "eval_dataset"):
             if kwargs.get(name) is not None:
-                kwargs[name] = _prepared(kwargs[name], processing_class, args)
+                kwargs[name] = training_rows(kwargs[name], processing_class, args)
         kwargs.setdefault("data_collator", CoralCollator(model.config.pad_token_id or 0))
         # `Trainer` looks for labels by name in the signature of forward, which has none here
         args.label_names = ["labels"]
@@ -75,6 +77,9 @@ class CoralTrainer(Trainer):
         self._sums: dict[str, float] = defaultdict(float)
         if getattr(target_model, "hf_device_map", None) is None:
             target_model.to(self.args.device)
+        for dataset in (self.train_dataset, self.eval_dataset):
+            if isinstance(dataset, CachedFeatures):
+                dataset.check_target(target_model)
 
     @staticmethod
     def _prepare_drafter(model: CoralDrafter, args: CoralTrainingArguments) -> None:
@@ -163,15 +168,6 @@ class CoralTrainer(Trainer):
             }
             self._sums.clear()
         super().log(logs, *args, **kwargs)
-
-
-def _prepared(dataset, tokenizer, args: CoralTrainingArguments):
-    """Token ids of a dataset, or of each of several; packed if asked for."""
-    if isinstance(dataset, dict):
-        return {name: _prepared(part, tokenizer, args) for name, part in dataset.items()}
-    if tokenizer is not None:
-        dataset = prepare_dataset(dataset, tokenizer, args.max_length)
-    return pack_dataset(dataset, args.max_length) if args.packing else dataset
 
 
 def _lengths(trained: Tensor, positions: Tensor | None) -> list[int]:

@@ -1,0 +1,208 @@
+"""Features on disk: the same training, with nothing lost that is not said."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+from conftest import VOCAB, make_target, tiny_config, tiny_target
+from datasets import Dataset
+from test_trainer import logged, make_trainer
+from torch.utils.data import DataLoader
+
+from coral_hf.training.data import CoralCollator, pack_dataset
+from coral_hf.training.feature_cache import (
+    INDEX,
+    CachedFeatures,
+    delete_features,
+    plan_features,
+    write_features,
+)
+from coral_hf.training.features import Features
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target("llama", torch.float32).bfloat16()
+
+
+@pytest.fixture(scope="module")
+def rows() -> Dataset:
+    torch.manual_seed(0)
+    texts = [torch.randint(2, VOCAB, (5 + index % 7,)).tolist() for index in range(24)]
+    return Dataset.from_list(
+        [
+            {
+                "input_ids": text,
+                "attention_mask": [1] * len(text),
+                "labels": [-100, -100, *text[2:]],
+            }
+            for text in texts
+        ]
+    )
+
+
+def fresh(target, rows, row: int) -> torch.Tensor:
+    """The target's features of one row, alone."""
+    return Features(target).of(CoralCollator()([rows[row]]))[0]
+
+
+def test_a_row_is_what_the_target_says_of_it(target, rows, tmp_path):
+    write_features(target, rows, tmp_path, shard_bytes=2000)
+    cached = CachedFeatures(tmp_path, checksums=True)
+    assert len(cached) == len(rows) and len(cached.index.shards) > 3
+    assert cached.index.error.relative == 0
+    for row in (0, 7, 23):
+        assert cached[row]["input_ids"] == rows[row]["input_ids"]
+        assert cached[row]["labels"] == rows[row]["labels"]
+        torch.testing.assert_close(
+            cached[row]["features"], fresh(target, rows, row), atol=0.05, rtol=0.05
+        )
+
+
+def test_the_plan_is_what_is_written(target, rows, tmp_path):
+    for format in ("bfloat16", "int8"):
+        folder = tmp_path / format
+        plan = plan_features(target, rows, folder, format, 2000)
+        assert not folder.exists()
+        write_features(target, rows, folder, format, shard_bytes=2000)
+        found = sum(shard.num_bytes for shard in CachedFeatures(folder).index.shards)
+        headers = 600 * len(plan.shards)
+        assert plan.disk_bytes <= found <= plan.disk_bytes + headers
+        assert f"{len(rows)} rows" in str(plan) and f"{len(plan.shards)} shards" in str(plan)
+
+
+def test_int8_says_what_it_lost(target, rows, tmp_path):
+    index = write_features(target, rows, tmp_path, format="int8", shard_bytes=2000)
+    lost = [
+        CachedFeatures(tmp_path)[row]["features"] - fresh(target, rows, row) for row in range(24)
+    ]
+    whole = torch.cat([fresh(target, rows, row) for row in range(24)]).float()
+    found = torch.cat(lost).norm() / whole.norm()
+    assert 0 < index.error.relative < 0.02
+    assert float(found) == pytest.approx(index.error.relative, abs=0.01)
+    assert torch.cat(lost).abs().max() <= index.error.largest + 0.05
+    assert CachedFeatures(tmp_path).index.error == index.error
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_training_from_the_cache_is_training_online(rows, tmp_path, packing):
+    online = tiny_target("llama", torch.float32)
+    given = pack_dataset(rows, 16) if packing else rows
+    write_features(online, given, tmp_path / "cache", shard_bytes=2000)
+    losses = []
+    for dataset in (rows, CachedFeatures(tmp_path / "cache")):
+        trainer = make_trainer(online, dataset, tmp_path, packing=packing, max_length=16)
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+
+
+def test_worker_processes_read_the_same_rows(target, rows, tmp_path):
+    write_features(target, rows, tmp_path, shard_bytes=2000)
+    cached = CachedFeatures(tmp_path)
+    cached[3]  # a file is open before the workers start
+    loader = DataLoader(cached, batch_size=4, collate_fn=CoralCollator(), num_workers=2)
+    batches = list(loader)
+    assert sum(len(batch["input_ids"]) for batch in batches) == len(rows)
+    assert torch.equal(
+        batches[0]["features"], CoralCollator()([cached[i] for i in range(4)])["features"]
+    )
+
+
+def test_a_broken_run_goes_on_with_the_next_shard(target, rows, tmp_path, monkeypatch):
+    whole = write_features(target, rows, tmp_path / "whole", shard_bytes=2000)
+    from coral_hf.training.feature_cache import writer
+
+    save, saved = writer.save_file, []
+
+    def stop_at_the_third(tensors, path):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(path)
+        save(tensors, path)
+
+    monkeypatch.setattr(writer, "save_file", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        write_features(target, rows, tmp_path / "broken", shard_bytes=2000)
+    with pytest.raises(ValueError, match="run the command that writes them again, and it goes on"):
+        CachedFeatures(tmp_path / "broken")
+    monkeypatch.setattr(writer, "save_file", lambda *args: (saved.append(args[1]), save(*args)))
+    index = write_features(target, rows, tmp_path / "broken", shard_bytes=2000)
+    assert len(saved) == len(index.shards)
+    assert [s.sha256 for s in index.shards] == [s.sha256 for s in whole.shards]
+
+
+def test_a_full_disk_keeps_the_shards_that_are_whole(target, rows, tmp_path, monkeypatch):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk can be mounted by root alone")
+    try:
+        cache = folder / "cache"
+        many = Dataset.from_list(list(rows) * 10)
+        with pytest.raises(ValueError, match="The features need .* more, but only .* are free"):
+            write_features(target, many, cache, shard_bytes=9000)
+        # what fits by the plan, but not with what somebody else writes meanwhile
+        (folder / "other").write_bytes(b"0" * 40_000)
+        few = Dataset.from_list(list(rows))
+        plan = plan_features(target, few, cache, "bfloat16", 4000)
+        with monkeypatch.context() as patch:
+            patch.setattr("coral_hf.training.feature_cache.plan._free", lambda folder: 10**9)
+            with pytest.raises(OSError, match="shards are whole and stay; free some space"):
+                write_features(target, few, cache, shard_bytes=4000)
+        kept = json.loads((cache / INDEX).read_text())["shards"]
+        assert len(kept) < len(plan.shards)
+        assert not list(cache.glob("*.tmp"))
+        (folder / "other").unlink()
+        write_features(target, few, cache, shard_bytes=4000)
+        assert len(CachedFeatures(cache, checksums=True)) == len(rows)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_what_does_not_fit_is_refused(target, rows, tmp_path):
+    write_features(target, rows, tmp_path / "cache", shard_bytes=2000)
+    with pytest.raises(ValueError, match="holds features with `format` 'bfloat16', but 'int8'"):
+        write_features(target, rows, tmp_path / "cache", format="int8")
+    with pytest.raises(ValueError, match="holds features with `fingerprint`"):
+        write_features(target, Dataset.from_list(list(rows)[::-1]), tmp_path / "cache")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="holds other files; give a new folder"):
+        write_features(target, rows, tmp_path / "other")
+    with pytest.raises(ValueError, match="is no feature cache"):
+        CachedFeatures(tmp_path / "other")
+    with pytest.raises(ValueError, match="`format` is 'int4'; use one of"):
+        write_features(target, rows, tmp_path / "new", format="int4")
+
+
+def test_a_changed_byte_is_found(target, rows, tmp_path):
+    index = write_features(target, rows, tmp_path, shard_bytes=2000)
+    file = tmp_path / index.shards[1].file
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    CachedFeatures(tmp_path)
+    with pytest.raises(ValueError, match="does not have the checksum"):
+        CachedFeatures(tmp_path, checksums=True)
+    file.write_bytes(data[:-1])
+    with pytest.raises(ValueError, match="should have .* bytes and has"):
+        CachedFeatures(tmp_path)
+
+
+def test_the_features_of_another_target_are_refused(target, rows, tmp_path):
+    write_features(target, rows, tmp_path / "cache")
+    other = make_target(tiny_config("llama"), torch.float32, seed=1)
+    with pytest.raises(ValueError, match="not of the target"):
+        make_trainer(other, CachedFeatures(tmp_path / "cache"), tmp_path)
+
+
+def test_deleting_leaves_what_is_not_the_caches(target, rows, tmp_path):
+    write_features(target, rows, tmp_path / "cache", shard_bytes=2000)
+    (tmp_path / "cache" / "notes.txt").touch()
+    assert delete_features(tmp_path / "cache") > 0
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["notes.txt"]
+    with pytest.raises(ValueError, match="is no feature cache"):
+        delete_features(tmp_path / "cache")
