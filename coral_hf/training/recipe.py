@@ -34,8 +34,10 @@ def train(
         drafter: to be trained on; a fresh one in fp32 by default.
         resume: continue each stage from its last checkpoint, where it has one.
     """
-    rows = prepare_dataset(dataset, tokenizer, stages[0].max_length)
     drafter = CoralDrafter.from_target(target).float() if drafter is None else drafter
+    rows = prepare_dataset(
+        dataset, tokenizer, stages[0].max_length, vocab_size=drafter.config.vocab_size
+    )
     for args in stages:
         trainer = CoralTrainer(
             model=drafter,

@@ -23,6 +23,7 @@ from ..modeling_coral import CoralDrafter
 from ..target import check_tokenizer, read_features, read_target, tokenizer_hash
 from .arguments import CoralTrainingArguments
 from .data import CoralCollator, prepare_dataset
+from .data.vocabulary import check_rows
 from .losses import classification_loss, csra_loss, regression_loss, router_loss
 from .unroll import unroll
 
@@ -70,9 +71,11 @@ class CoralTrainer(Trainer):
         self._prepare_drafter(model, args)
         if processing_class is not None:
             self._bind_tokenizer(model, processing_class)
-            for name in ("train_dataset", "eval_dataset"):
-                if kwargs.get(name) is not None:
-                    kwargs[name] = _tokenized(kwargs[name], processing_class, args.max_length)
+        for name in ("train_dataset", "eval_dataset"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = _tokenized(
+                    kwargs[name], processing_class, args.max_length, model.config.vocab_size
+                )
         kwargs.setdefault("data_collator", CoralCollator(model.config.pad_token_id or 0))
         # `Trainer` looks for labels by name in the signature of forward, which has none here
         args.label_names = ["labels"]
@@ -191,10 +194,14 @@ class CoralTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-def _tokenized(dataset, tokenizer, max_length: int):
-    """Token ids of a dataset, or of each of several."""
+def _tokenized(dataset, tokenizer, max_length: int, vocab_size: int):
+    """Token ids of a dataset, or of each of several; checked alone without a tokenizer."""
+    if tokenizer is None:
+        check_rows(dataset, vocab_size)
+        return dataset
     if isinstance(dataset, dict):
         return {
-            name: prepare_dataset(part, tokenizer, max_length) for name, part in dataset.items()
+            name: prepare_dataset(part, tokenizer, max_length, vocab_size=vocab_size)
+            for name, part in dataset.items()
         }
-    return prepare_dataset(dataset, tokenizer, max_length)
+    return prepare_dataset(dataset, tokenizer, max_length, vocab_size=vocab_size)

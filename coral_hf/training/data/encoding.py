@@ -5,14 +5,15 @@ In: a row and the target's tokenizer. Out: `input_ids`, `attention_mask`, `label
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from .messages import Message, Row, layout_of, to_messages
+from .messages import Message, Row, layout_of, shown, to_messages
+from .tools import check_tools_are_rendered, read_tools
 
 Encoded = dict[str, list[int]]  # `input_ids` and `labels`, each (length,)
 
@@ -25,7 +26,25 @@ def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> E
 
     Of conversations the assistant's tokens are trained (all or none is an error), of plain text all
     tokens, of `input_ids` those with a label (without padding). The label of all others is -100.
+
+    Raises:
+        ValueError: for a row that cannot be read, or that the chat template cannot render.
     """
+    return cut(encode(row, tokenizer), max_length)
+
+
+def cut(encoded: Encoded, max_length: int) -> Encoded:
+    """The first `max_length` tokens of what `encode` returns, with their mask."""
+    ids = encoded["input_ids"][:max_length]
+    return {
+        "input_ids": ids,
+        "attention_mask": [1] * len(ids),
+        "labels": encoded["labels"][: len(ids)],
+    }
+
+
+def encode(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """All tokens and labels of a row, each (length,)."""
     layout = layout_of(row)
     if layout == "input_ids":
         encoded = _encode_ids(row)
@@ -39,9 +58,9 @@ def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> E
     # feature         f0     f1       f2       f3       f_i has read x_0 .. x_i
     # drafter reads          (x1,f0)  (x2,f1)  (x3,f2)  and predicts x2, x3, x4
     # label           -100   -100     x2       x3
-    ids = encoded["input_ids"][:max_length]
+    ids = encoded["input_ids"]
     labels = [IGNORED, IGNORED, *encoded["labels"][2:]][: len(ids)]
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+    return {"input_ids": ids, "labels": labels}
 
 
 def _encode_ids(row: Row) -> Encoded:
@@ -59,6 +78,8 @@ def _encode_ids(row: Row) -> Encoded:
 
 
 def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    if not isinstance(text, str):
+        raise ValueError(f"`text` is {shown(text)}; expected a str.")
     ids = tokenizer(text, verbose=False)["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     ids = [bos, *ids] if bos is not None and ids[:1] != [bos] else ids
@@ -74,13 +95,17 @@ def _encode_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encode
             f" and a template {bool(tokenizer.chat_template)}; set `tokenizer.chat_template` to the"
             " one the target is used with, or give `text` rows."
         )
-    tools = row.get("tools") or None
-    tools = json.loads(tools) if isinstance(tools, str) else tools
+    tools = read_tools(row)
 
     def render(turns: list[Message], **options: Any) -> Any:
-        return tokenizer.apply_chat_template(turns, tools=tools or None, **options)
+        try:
+            return tokenizer.apply_chat_template(turns, tools=tools, **options)
+        except (TemplateError, TypeError, KeyError) as error:
+            roles = [turn["role"] for turn in turns]
+            raise ValueError(f"The chat template cannot render {roles}: {error}") from error
 
-    if GENERATION_BLOCK.search(tokenizer.get_chat_template(tools=tools or None)):
+    check_tools_are_rendered(messages, render)
+    if GENERATION_BLOCK.search(tokenizer.get_chat_template(tools=tools)):
         silent = {"verbose": False}  # of the length: the cut to `max_length` comes later
         full = render(messages, return_assistant_tokens_mask=True, tokenizer_kwargs=silent)
         mask = full["assistant_masks"]
