@@ -340,7 +340,7 @@ def test_rows_cut_before_their_first_label_are_dropped_and_counted(
     long = {"messages": [{"role": "user", "content": "long" * 9}, CHAT[1]]}
     assert len(prepare([long, {"messages": CHAT}, long], max_length=20)) == 1
     assert warnings == [
-        "2 of 3 rows are cut to `max_length` = 20, which loses 48 tokens, 24 of one row.",
+        "Cut to `max_length` = 20: 2 of 3 rows; 48 tokens are lost, 24 of one row.",
         "2 of 3 rows have no trained token in their first 20 and are dropped; raise `max_length`"
         " to keep more.",
     ]

@@ -1,6 +1,6 @@
 """The commands of `coral-hf`, thin: each calls one public function."""
 
-from . import decoding, measuring, training  # noqa: F401  each adds its commands
+from . import data, decoding, measuring, training  # noqa: F401  each adds its commands
 from .app import app
 
 __all__ = ["app"]

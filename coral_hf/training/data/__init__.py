@@ -10,5 +10,14 @@ from .dataset import prepare_dataset
 from .encoding import tokenize
 from .loading import load_conversations
 from .messages import to_messages
+from .show import render_mask, show
 
-__all__ = ["CoralCollator", "load_conversations", "prepare_dataset", "to_messages", "tokenize"]
+__all__ = [
+    "CoralCollator",
+    "load_conversations",
+    "prepare_dataset",
+    "render_mask",
+    "show",
+    "to_messages",
+    "tokenize",
+]

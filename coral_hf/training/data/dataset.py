@@ -165,12 +165,12 @@ def _warn_of_rows(notes: Any, max_length: int) -> None:
     of_rows = f"of {len(notes)} rows"
     if (lost > 0).any():
         logger.warning(
-            f"{(lost > 0).sum()} {of_rows} are cut to `max_length` = {max_length}, which loses"
-            f" {lost.sum()} tokens, {lost.max()} of one row."
+            f"Cut to `max_length` = {max_length}: {(lost > 0).sum()} {of_rows}; {lost.sum()} tokens"
+            f" are lost, {lost.max()} of one row."
         )
     if (empty > 0).any():
         logger.warning(
-            f"{(empty > 0).sum()} {of_rows} have empty turns, the first is row {empty.argmax()};"
+            f"With empty turns: {(empty > 0).sum()} {of_rows}, the first is row {empty.argmax()};"
             " they are trained as they stand, or drop them with `dataset.filter`."
         )
     num_dropped = (notes["num_trained"] == 0).sum()
