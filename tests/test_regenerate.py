@@ -156,6 +156,28 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_rows(
     assert broken.read_bytes().startswith(written[: written[:-9].rfind(b"\n") + 1])
 
 
+def test_a_batch_of_which_a_row_is_lost_is_answered_as_a_whole(target, tmp_path, monkeypatch):
+    output, sizes = tmp_path / "out.jsonl", []
+    run(target, output, batch_size=3)
+    output.write_bytes(output.read_bytes()[:-9])
+    generate = target.generate
+
+    def noted(ids: Any, **kwargs: Any) -> Any:
+        sizes.append(len(ids))
+        return generate(ids, **kwargs)
+
+    monkeypatch.setattr(target, "generate", noted)
+    run(target, output, batch_size=3)
+    assert sizes[0] == 3 and set(read(output)) == set(range(6))
+
+
+def test_a_target_without_chat_template_is_refused_before_the_first_answer(target, tmp_path):
+    settings = RegenerationSettings(max_new_tokens=10)
+    with pytest.raises(ValueError, match="Row 0: The tokenizer has no chat template"):
+        regenerate(target, tiny_tokenizer(None), chats(), tmp_path / "out.jsonl", settings)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_finished_run_asks_the_target_nothing_more(target, tmp_path, monkeypatch):
     first = run(target, tmp_path / "out.jsonl", unfinished="drop")
     killed_after(target, 0, monkeypatch)

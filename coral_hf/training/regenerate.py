@@ -99,6 +99,7 @@ def regenerate(
     """
     settings = RegenerationSettings() if settings is None else settings
     survey = _survey(dataset, settings)
+    _try_first(dataset[0], tokenizer, settings)
     facts = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
     facts |= {"dataset": survey.digest, "target": target_digest(target)}
     facts |= {"tokenizer": tokenizer_hash(tokenizer), "chat_template": tokenizer.chat_template}
@@ -109,8 +110,9 @@ def regenerate(
             for rows in _batches(survey.sizes, file.done, settings.batch_size):
                 talks = {row: open_row(dataset[row], settings.prompt_tokens) for row in rows}
                 _answer(talks, speaker, tokenizer, settings)
-                _write(file, talks, dataset)
-                bar.update(len(rows))
+                new = {row: talk for row, talk in talks.items() if row not in file.done}
+                _write(file, new, dataset)
+                bar.update(len(new))
         return _summary(file)
 
 
@@ -135,6 +137,16 @@ def _survey(dataset: Any, settings: RegenerationSettings) -> Survey:
     if not sizes:
         raise ValueError("`dataset` has no rows; check its path, its split and its filters.")
     return Survey(sizes, digest.hexdigest())
+
+
+def _try_first(row: Any, tokenizer: PreTrainedTokenizerBase, settings: RegenerationSettings):
+    """Say at once what is wrong with all rows, such as a chat template that is not there."""
+    talk = open_row(row, settings.prompt_tokens)
+    try:
+        if talk.advance():
+            talk.prompt(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"Row 0: {error}") from error
 
 
 def target_digest(target: PreTrainedModel) -> str:
@@ -179,12 +191,16 @@ def _speaker(
 def _batches(
     sizes: Sequence[tuple[int, int]], done: set[int], batch_size: int
 ) -> Iterator[list[int]]:
-    """Numbers of rows that are not done, in batches of like rows."""
+    """Numbers of rows in batches of like rows, those batches that are not done.
+
+    A batch of which some rows are done is answered as a whole: rounding depends on the batch.
+    """
     window = batch_size * BATCHES_OF_A_WINDOW
     for start in range(0, len(sizes), window):
         rows = range(start, min(start + window, len(sizes)))
-        alike = sorted((row for row in rows if row not in done), key=lambda row: sizes[row])
-        yield from (alike[at : at + batch_size] for at in range(0, len(alike), batch_size))
+        alike = sorted(rows, key=lambda row: sizes[row])
+        batches = (alike[at : at + batch_size] for at in range(0, len(alike), batch_size))
+        yield from (batch for batch in batches if not done.issuperset(batch))
 
 
 def _answer(
