@@ -340,8 +340,9 @@ def test_rows_cut_before_their_first_label_are_dropped_and_counted(
     long = {"messages": [{"role": "user", "content": "long" * 9}, CHAT[1]]}
     assert len(prepare([long, {"messages": CHAT}, long], max_length=20)) == 1
     assert warnings == [
+        "Cut to `max_length` = 20: 2 of 3 rows; 48 tokens are lost, 24 of one row.",
         "2 of 3 rows have no trained token in their first 20 and are dropped; raise `max_length`"
-        " to keep more."
+        " to keep more.",
     ]
     with pytest.raises(ValueError, match="2 of 2 rows .* nothing is left; raise `max_length`"):
         prepare([long, long], max_length=20)
@@ -374,7 +375,7 @@ def test_plain_text_needs_no_chat_template() -> None:
 
 def test_what_the_template_refuses_is_named_by_its_row() -> None:
     picky = "{% if messages[0].role != 'user' %}{{ raise_exception('users first') }}{% endif %}"
-    with pytest.raises(ValueError, match="Row 1: users first"):
+    with pytest.raises(ValueError, match=r"Row 1: The chat template cannot .*: users first"):
         prepare([{"messages": CHAT}, {"messages": CHAT[1:]}], picky + TEMPLATE)
 
 

@@ -1,6 +1,7 @@
 """The commands of `coral-hf`, thin: each calls one public function."""
 
-from . import comparing, decoding, features, measuring, training  # noqa: F401  each adds its commands
+# each adds its commands
+from . import comparing, data, decoding, features, measuring, training  # noqa: F401
 from .app import app
 
 __all__ = ["app"]

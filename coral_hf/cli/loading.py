@@ -21,6 +21,13 @@ def load_target(name: str, dtype: str, pad_layers: int | None = None):
     return model.eval(), AutoTokenizer.from_pretrained(name)
 
 
+def load_tokenizer(name: str):
+    """The tokenizer of a target, without the target."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name)
+
+
 def load_drafter(name: str | None, target):
     """A drafter in its target's dtype and on its device; an untrained one without a name."""
     from transformers import AutoModel

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .arguments import CoralTrainingArguments
 from .data import pack_dataset, prepare_dataset
+from .data.vocabulary import check_rows
 from .feature_cache import CachedFeatures
 
 
@@ -19,8 +20,10 @@ def training_rows(dataset, tokenizer: PreTrainedTokenizerBase | None, args: Cora
         return _checked(dataset, args)
     if "position_ids" in (dataset.column_names or ()):  # packed before
         return dataset
-    if tokenizer is not None:
-        dataset = prepare_dataset(dataset, tokenizer, args.max_length)
+    if tokenizer is None:
+        check_rows(dataset, vocab_size)
+    else:
+        dataset = prepare_dataset(dataset, tokenizer, args.max_length, vocab_size=vocab_size)
     return pack_dataset(dataset, args.max_length) if args.packing else dataset
 
 

@@ -34,8 +34,8 @@ def train(
         drafter: to be trained on; a fresh one in fp32 by default.
         resume: continue each stage from its last checkpoint, where it has one.
     """
-    rows = training_rows(dataset, tokenizer, stages[0])
     drafter = CoralDrafter.from_target(target).float() if drafter is None else drafter
+    rows = training_rows(dataset, tokenizer, stages[0], drafter.config.vocab_size)
     for args in stages:
         trainer = CoralTrainer(
             model=drafter,

@@ -66,7 +66,8 @@ class CoralTrainer(Trainer):
             self._bind_tokenizer(model, processing_class)
         for name in ("train_dataset", "eval_dataset"):
             if kwargs.get(name) is not None:
-                kwargs[name] = training_rows(kwargs[name], processing_class, args)
+                rows = training_rows(kwargs[name], processing_class, args, model.config.vocab_size)
+                kwargs[name] = rows
         kwargs.setdefault("data_collator", CoralCollator(model.config.pad_token_id or 0))
         # `Trainer` looks for labels by name in the signature of forward, which has none here
         args.label_names = ["labels"]

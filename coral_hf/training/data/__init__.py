@@ -11,12 +11,15 @@ from .encoding import tokenize
 from .loading import load_conversations
 from .messages import to_messages
 from .packing import pack_dataset
+from .show import render_mask, show
 
 __all__ = [
     "CoralCollator",
     "load_conversations",
     "pack_dataset",
     "prepare_dataset",
+    "render_mask",
+    "show",
     "to_messages",
     "tokenize",
 ]

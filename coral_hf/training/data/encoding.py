@@ -5,19 +5,18 @@ In: a row and the target's tokenizer. Out: `input_ids`, `attention_mask`, `label
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .messages import Message, Row, layout_of, to_messages
+from .messages import Message, Row, layout_of, shown, to_messages
+from .template import has_generation_block, render
+from .tools import check_tools_are_rendered, read_tools
 
 Encoded = dict[str, list[int]]  # `input_ids` and `labels`, each (length,)
 
 IGNORED = -100  # the label that cross entropy and the trainer's count of items skip
-GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
@@ -25,12 +24,30 @@ def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> E
 
     Of conversations the assistant's tokens are trained (all or none is an error), of plain text all
     tokens, of `input_ids` those with a label (without padding). The label of all others is -100.
+
+    Raises:
+        ValueError: for a row that cannot be read, or that the chat template cannot render.
     """
+    return cut(encode(row, tokenizer), max_length)
+
+
+def cut(encoded: Encoded, max_length: int) -> Encoded:
+    """The first `max_length` tokens of what `encode` returns, with their mask."""
+    ids = encoded["input_ids"][:max_length]
+    return {
+        "input_ids": ids,
+        "attention_mask": [1] * len(ids),
+        "labels": encoded["labels"][: len(ids)],
+    }
+
+
+def encode(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """All tokens and labels of a row, each (length,)."""
     layout = layout_of(row)
     if layout == "input_ids":
         encoded = _encode_ids(row)
     elif layout == "text":
-        encoded = _encode_text(row["text"], tokenizer)
+        encoded = _encode_text(row, tokenizer)
     else:
         encoded = _encode_conversation(row, tokenizer)
     # A drafter reads a token and the feature before it; nothing predicts the first two tokens.
@@ -39,9 +56,9 @@ def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> E
     # feature         f0     f1       f2       f3       f_i has read x_0 .. x_i
     # drafter reads          (x1,f0)  (x2,f1)  (x3,f2)  and predicts x2, x3, x4
     # label           -100   -100     x2       x3
-    ids = encoded["input_ids"][:max_length]
+    ids = encoded["input_ids"]
     labels = [IGNORED, IGNORED, *encoded["labels"][2:]][: len(ids)]
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+    return {"input_ids": ids, "labels": labels}
 
 
 def _encode_ids(row: Row) -> Encoded:
@@ -58,48 +75,81 @@ def _encode_ids(row: Row) -> Encoded:
     return {"input_ids": [i for i, _ in pairs], "labels": [label for _, label in pairs]}
 
 
-def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+def _encode_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    text = row["text"]
+    if not isinstance(text, str):
+        raise ValueError(f"`text` is {shown(text)}; expected a str.")
     ids = tokenizer(text, verbose=False)["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     ids = [bos, *ids] if bos is not None and ids[:1] != [bos] else ids
     ids = [*ids, eos] if eos is not None and ids[-1:] != [eos] else ids
+    if _is_cut_off(row) and eos is not None:
+        ids = ids[:-1]
     return {"input_ids": ids, "labels": ids}
 
 
+def _is_cut_off(row: Row) -> bool:
+    """Whether what the target wrote last has no end, as `regenerate` notes."""
+    return row.get("is_complete") is False
+
+
 def _encode_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    messages = to_messages(row)
+    messages, tools = to_messages(row), read_tools(row)
     if not (tokenizer.chat_template and tokenizer.is_fast):
         raise ValueError(
             f"Expected a fast tokenizer with a chat template, found `is_fast` {tokenizer.is_fast}"
             f" and a template {bool(tokenizer.chat_template)}; set `tokenizer.chat_template` to the"
             " one the target is used with, or give `text` rows."
         )
-    tools = row.get("tools") or None
-    tools = json.loads(tools) if isinstance(tools, str) else tools
 
-    def render(turns: list[Message], **options: Any) -> Any:
-        return tokenizer.apply_chat_template(turns, tools=tools or None, **options)
+    def rendered(turns: list[Message], **options: Any) -> Any:
+        return render(turns, tokenizer, tools, **options)
 
-    if GENERATION_BLOCK.search(tokenizer.get_chat_template(tools=tools or None)):
-        silent = {"verbose": False}  # of the length: the cut to `max_length` comes later
-        full = render(messages, return_assistant_tokens_mask=True, tokenizer_kwargs=silent)
-        mask = full["assistant_masks"]
-    else:
-        text = render(messages, tokenize=False)
-        full = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        mask = _mask_by_prefixes(messages, text, full["offset_mapping"], render)
+    check_tools_are_rendered(messages, rendered)
+    ids, mask = _ids_and_mask(messages, tokenizer, rendered, has_generation_block(tokenizer, tools))
     if all(mask) or not any(mask):
         raise ValueError(
             f"{'Every' if any(mask) else 'No'} token of {[turn['role'] for turn in messages]} is"
             " trained; expected the answers' alone. Drop rows without prompt or answer with"
             " `dataset.filter`, or enclose only the answers in the template in `{% generation %}`."
         )
-    labels = [i if kept else IGNORED for i, kept in zip(full["input_ids"], mask, strict=True)]
-    return {"input_ids": full["input_ids"], "labels": labels}
+    length = _open_length(messages, tokenizer, rendered) if _is_cut_off(row) else len(ids)
+    labels = [i if kept else IGNORED for i, kept in zip(ids, mask, strict=True)]
+    return {"input_ids": ids[:length], "labels": labels[:length]}
+
+
+def _ids_and_mask(
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    rendered: Callable[..., Any],
+    has_blocks: bool,
+) -> tuple[list[int], list[Any]]:
+    """Tokens of a conversation and whether they are trained, each (length,)."""
+    if has_blocks:
+        silent = {"verbose": False}  # of the length: the cut to `max_length` comes later
+        full = rendered(messages, return_assistant_tokens_mask=True, tokenizer_kwargs=silent)
+        return full["input_ids"], full["assistant_masks"]
+    text = rendered(messages, tokenize=False)
+    full = _with_offsets(text, tokenizer)
+    return full["input_ids"], _mask_by_prefixes(messages, text, full["offset_mapping"], rendered)
+
+
+def _with_offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> Any:
+    return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+
+
+def _open_length(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, rendered: Callable[..., Any]
+) -> int:
+    """Tokens up to the end of the last turn's words, without the marks that a template adds."""
+    text = rendered(messages, tokenize=False)
+    end = len(rendered(messages, tokenize=False, continue_final_message=True))
+    offsets = _with_offsets(text, tokenizer)["offset_mapping"]
+    return sum(stop <= end for _, stop in offsets)
 
 
 def _mask_by_prefixes(
-    messages: list[Message], text: str, offsets: list[tuple[int, int]], render: Callable[..., Any]
+    messages: list[Message], text: str, offsets: list[tuple[int, int]], rendered: Callable[..., Any]
 ) -> list[bool]:
     """Train what an assistant's turn adds to its prompt, with the token that spans the seam."""
     spans = []
@@ -107,8 +157,8 @@ def _mask_by_prefixes(
         # no prompt can be rendered for a turn that opens the conversation: it is not trained
         if position == 0 or message["role"] != "assistant":
             continue
-        prompt = render(messages[:position], tokenize=False, add_generation_prompt=True)
-        turn = render(messages[: position + 1], tokenize=False)
+        prompt = rendered(messages[:position], tokenize=False, add_generation_prompt=True)
+        turn = rendered(messages[: position + 1], tokenize=False)
         start, answer = len(prompt), turn.removeprefix(prompt)
         # reasoning templates drop the thinking of earlier turns, so an end of the answer stays
         ends = (k for k in range(len(answer)) if text.startswith(answer[k:], start))

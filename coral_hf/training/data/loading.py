@@ -5,10 +5,12 @@ In: a path or a hub id. Out: a `datasets.Dataset` with the columns that were fou
 
 from __future__ import annotations
 
-import gzip
+import glob
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .files import check_json, check_text, read_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,6 +28,9 @@ def load_conversations(path: str | Path, split: str = "train") -> Dataset:
             become `text` rows: where no `<|endoftext|>` separates them, paragraphs are joined in
             order to documents of about 2000 characters.
         split: the split; a file has `train`. Text files and saved folders take no slices of it.
+
+    Raises:
+        ValueError: for a file that is empty, cut off, not UTF-8 or not JSON, naming the line.
     """
     import datasets
 
@@ -37,16 +42,31 @@ def load_conversations(path: str | Path, split: str = "train") -> Dataset:
         return datasets.Dataset.load_from_disk(name)
     if reader is None:
         return datasets.load_dataset(name, split=split)
+    if reader != "parquet":
+        for found in glob.glob(name):
+            check_text(Path(found))
     if reader != "text":
-        return datasets.load_dataset(reader, data_files=name, split=split)
+        return _load_table(reader, name, split)
     if split != "train":
         raise ValueError(f"`split` is {split!r}, but a text file has 'train' only; use that.")
     return datasets.Dataset.from_dict({"text": _documents(file)})
 
 
+def _load_table(reader: str, name: str, split: str) -> Dataset:
+    import datasets
+
+    try:
+        return datasets.load_dataset(reader, data_files=name, split=split)
+    except datasets.exceptions.DatasetGenerationError as error:
+        for found in glob.glob(name) if reader == "json" else ():
+            check_json(Path(found))
+        raise ValueError(
+            f"{name} cannot be read as {reader}: {error.__cause__ or error}"
+        ) from error
+
+
 def _documents(file: Path) -> list[str]:
-    data = file.read_bytes()
-    text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8")
+    text = b"".join(read_lines(file)).decode("utf-8-sig")
     if "<|endoftext|>" in text:
         return [part.strip() for part in text.split("<|endoftext|>") if part.strip()]
     documents = [""]

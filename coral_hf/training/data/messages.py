@@ -5,7 +5,7 @@ In: a row of a dataset. Out: a list of messages, as chat templates read them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -28,14 +28,23 @@ def to_messages(row: Row) -> list[Message]:
     layout = layout_of(row)
     if layout in ("text", "input_ids"):
         raise ValueError(f"A row of `{layout}` is no conversation; pass it to `tokenize` as it is.")
-    turns = _alpaca_turns(row) if layout == "instruction" else list(row[layout])
-    if not turns:
-        raise ValueError(f"`{layout}` has no turns; drop such rows with `dataset.filter`.")
+    turns = _alpaca_turns(row) if layout == "instruction" else _turns(row[layout], layout)
     if isinstance(row.get("chosen"), Mapping):
         turns.append(row["chosen"])
     if row.get("system"):
         turns.insert(0, {"role": "system", "content": row["system"]})
     return [_message(turn, position) for position, turn in enumerate(turns)]
+
+
+def _turns(turns: Any, layout: str) -> list[Any]:
+    if not isinstance(turns, Sequence) or isinstance(turns, str):
+        raise ValueError(
+            f"`{layout}` is {shown(turns)}, not a list of turns; JSON that is kept as text is read"
+            " with `json.loads`."
+        )
+    if not turns:
+        raise ValueError(f"`{layout}` has no turns; drop such rows with `dataset.filter`.")
+    return list(turns)
 
 
 def layout_of(row: Row) -> str:
@@ -57,13 +66,53 @@ def _alpaca_turns(row: Row) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _message(turn: Row, position: int) -> Message:
+def _message(turn: Any, position: int) -> Message:
     """Rename ShareGPT's keys and roles; keep what else templates read (`tool_calls`, `name`)."""
+    if not isinstance(turn, Mapping):
+        raise ValueError(f"Turn {position} is {shown(turn)}; expected a `role` and a `content`.")
     keys = {"from": "role", "value": "content"}
-    message = {keys.get(key, key): value for key, value in turn.items() if value is not None}
+    filled = {key: value for key, value in turn.items() if value is not None}
+    message: Message = {keys.get(key, key): value for key, value in filled.items()}
     role = message.get("role")
     if role not in ROLES:
         raise ValueError(f"Turn {position} has role {role!r}; known are {[*ROLES]}. Rename it.")
-    if "content" not in message and "tool_calls" not in message:
+    if message.get("tool_calls"):
+        message["tool_calls"] = without_nulls(message["tool_calls"])
+    elif "content" not in message:
         raise ValueError(f"Turn {position} ({role}) has no content; fill it, or drop the turn.")
+    if not isinstance(message.get("content", ""), (str, list)):
+        raise ValueError(
+            f"The content of turn {position} ({role}) is {shown(message['content'])}; expected text"
+            " or a list of parts."
+        )
     return {**message, "role": ROLES[role]}
+
+
+def without_nulls(value: Any) -> Any:
+    """Leave out keys without a value, at any depth.
+
+    Rows of a table share their keys, so a call with the argument `city` and one with `date` come
+    back with both, one of them null, which no one wrote.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def count_empty_turns(row: Row) -> int:
+    """Turns without a word and without a tool call; 1 for an empty text."""
+    layout = layout_of(row)
+    if layout in ("text", "input_ids"):
+        return int(layout == "text" and not row["text"].strip())
+    return sum(not (turn.get("tool_calls") or _words(turn)) for turn in to_messages(row))
+
+
+def _words(message: Message) -> Any:
+    content = message["content"]
+    return content.strip() if isinstance(content, str) else content
+
+
+def shown(value: Any) -> str:
+    """A value and its type, for an error."""
+    text = repr(value)
+    return f"the {type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -1,0 +1,291 @@
+"""Bad rows, files and tokenizers: an error that says where, or a warning that counts."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from conftest import tiny_target
+from test_data import (  # noqa: F401  the cache is a fixture
+    CHAT,
+    PLAIN_TEMPLATE,
+    TEMPLATE,
+    fresh_cache,
+    prepare,
+    tiny_tokenizer,
+)
+
+from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
+from coral_hf.training.data import dataset as dataset_module
+from coral_hf.training.data import load_conversations, prepare_dataset, to_messages, tokenize
+
+TOOL_TEMPLATE = (
+    "{% for m in messages %}<{{ 'bot' if m.role == 'assistant' else 'user' }}>"
+    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% else %}{{ m.content }}{% endif %}<end>"
+    "{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "CET"}}}
+TOOL_CHAT = [
+    CHAT[0],
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "noon"},
+    CHAT[1],
+]
+LINE = json.dumps({"messages": CHAT}).encode()
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    found: list[str] = []
+    monkeypatch.setattr("coral_hf.training.data.dataset.logger.warning", found.append)
+    return found
+
+
+# Rows
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ("hello", "`messages` is the str 'hello', not a list of turns"),
+        (["hello"], "Turn 0 is the str 'hello'; expected a `role` and a `content`"),
+        ([{"role": "user", "content": 3}], r"content of turn 0 \(user\) is the int 3; expected"),
+        ([CHAT[0], {"role": "assistant", "content": None}], r"Turn 1 \(assistant\) has no content"),
+        ([{"role": "assistant", "tool_calls": []}], r"Turn 0 \(assistant\) has no content"),
+    ],
+)
+def test_turns_of_a_wrong_kind_are_refused(turns: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        to_messages({"messages": turns})
+
+
+def test_bad_rows_are_counted_and_the_first_is_named() -> None:
+    bad = [{"messages": CHAT}, {"messages": []}, {"messages": CHAT}, {"messages": CHAT[:1]}]
+    with pytest.raises(ValueError, match="^Row 1: `messages` has no turns.* Of 4 rows, 2 cannot"):
+        prepare(bad)
+
+
+def test_bad_rows_are_dropped_by_a_filter_over_tokenize() -> None:
+    tokenizer = tiny_tokenizer()
+
+    def is_readable(row: dict[str, Any]) -> bool:
+        try:
+            return bool(tokenize(row, tokenizer, 100))
+        except ValueError:
+            return False
+
+    rows = [{"messages": []}, {"messages": CHAT}, {"messages": CHAT[1:2]}, {"messages": CHAT[:1]}]
+    kept = datasets.Dataset.from_list(rows).filter(is_readable)
+    assert kept.to_list() == [{"messages": CHAT}, {"messages": CHAT[1:2]}]
+    assert len(prepare_dataset(kept, tokenizer, 100)) == 2
+
+
+def test_empty_turns_are_counted_in_a_warning(warnings: list[str]) -> None:
+    silent = {"messages": [CHAT[0], {"role": "assistant", "content": " "}]}
+    assert len(prepare([{"messages": CHAT}, silent, silent])) == 3
+    assert warnings == [
+        "With empty turns: 2 of 3 rows, the first is row 1; they are trained as they stand, or drop"
+        " them with `dataset.filter`."
+    ]
+
+
+def test_an_empty_text_is_counted_and_dropped(warnings: list[str]) -> None:
+    assert len(prepare([{"text": "abc"}, {"text": ""}])) == 1
+    assert warnings[0].startswith("With empty turns: 1 of 2 rows")
+    assert warnings[1].startswith("1 of 2 rows have no trained token")
+
+
+def test_a_row_of_100k_tokens_is_cut_with_one_warning(warnings: list[str]) -> None:
+    long = [CHAT[0], {"role": "assistant", "content": "x" * 100_000}]
+    prepared = prepare([{"messages": CHAT}, {"messages": long}], PLAIN_TEMPLATE, max_length=64)
+    assert [len(row) for row in prepared["input_ids"]] == [19, 64]
+    assert warnings == [
+        "Cut to `max_length` = 64: 1 of 2 rows; 99943 tokens are lost, 99943 of one row."
+    ]
+
+
+def test_a_column_named_as_our_notes_is_no_matter() -> None:
+    assert len(prepare([{"problem": "1 + 1", "num_lost": "x", "messages": CHAT}])) == 1
+
+
+# Tools
+
+
+@pytest.mark.parametrize("call", [CALL, CALL["function"]])
+def test_tool_calls_are_trained_and_their_results_are_not(call: dict[str, Any]) -> None:
+    tokenizer = tiny_tokenizer(TOOL_TEMPLATE)
+    chat = [CHAT[0], {"role": "assistant", "tool_calls": [call]}, *TOOL_CHAT[2:]]
+    row = tokenize({"messages": chat}, tokenizer, 1000)
+    trained = tokenizer.decode([label for label in row["labels"] if label != -100])
+    assert json.loads(trained.split("<end>")[0]) == [call]
+    assert trained.split("<end>")[1:] == ["yes", ""]
+
+
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [
+        (PLAIN_TEMPLATE, "leaves out `tool_calls`"),
+        (
+            TOOL_TEMPLATE.replace("{{ m.content }}", "{{ m.content if m.role != 'tool' }}"),
+            "leaves out what turns of the role `tool` hold",
+        ),
+        (TOOL_TEMPLATE.replace("m.tool_calls |", "m.tool_calls[0].name + 1 |"), "cannot render"),
+        (PLAIN_TEMPLATE.replace("m.content", "m.content.strip()"), "cannot render .*content"),
+    ],
+)
+def test_a_template_without_tools_is_refused_by_the_row(template: str, what: str) -> None:
+    with pytest.raises(ValueError, match=f"Row 1: The chat template {what}"):
+        prepare([{"messages": CHAT}, {"messages": TOOL_CHAT}], template)
+
+
+def test_arguments_that_a_table_adds_are_left_out() -> None:
+    calls = [{"name": "clock", "arguments": arguments} for arguments in ({"a": 1}, {"b": "x"})]
+    chats = [[CHAT[0], {"role": "assistant", "tool_calls": [call]}] for call in calls]
+    rows = datasets.Dataset.from_list([{"messages": chat} for chat in chats])
+    assert [to_messages(row)[1]["tool_calls"] for row in rows] == [[call] for call in calls]
+
+
+def test_tools_that_are_no_list_are_refused() -> None:
+    for tools, message in (("{oops", "is no JSON"), ('{"name": "clock"}', "expected a list")):
+        with pytest.raises(ValueError, match=f"`tools` is .*{message}"):
+            tokenize({"messages": CHAT, "tools": tools}, tiny_tokenizer(), 100)
+
+
+# Files
+
+
+def write(file: Path, data: bytes) -> Path:
+    file.write_bytes(gzip.compress(data) if file.suffix == ".gz" else data)
+    return file
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "json", "txt", "txt.gz", "csv"])
+def test_bytes_that_are_not_utf8_are_named_by_file_line_and_byte(
+    tmp_path: Path, suffix: str
+) -> None:
+    bad = LINE.replace(b"yes", "né".encode("latin-1"))
+    file = write(tmp_path / f"chats.{suffix}", b"\n".join([LINE, bad, LINE, bad]))
+    byte = bad.index(b"\xe9") + 1
+    with pytest.raises(ValueError, match=f"chats.{suffix}, line 2, byte {byte}: 0xe9.* 2 lines"):
+        load_conversations(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "message"),
+    [
+        ("a.jsonl", b"{oops", "line 3, byte 2: this is no JSON: Expecting property name"),
+        ("a.jsonl.gz", LINE[:-5], "line 3, byte .*: this is no JSON"),
+        ("a.jsonl", b"12", "line 3, byte 1: a row is an object, not a int"),
+        ("a.jsonl", '{"é": oops}'.encode(), "line 3, byte 8: this is no JSON"),
+        ("a.json", b"{oops", "line 3, byte 2: this is no JSON: Expecting property name"),
+    ],
+)
+def test_lines_that_are_no_json_are_named(
+    tmp_path: Path, name: str, line: bytes, message: str
+) -> None:
+    file = write(tmp_path / name, b"\n".join([LINE, b"", line, LINE]))
+    with pytest.raises(ValueError, match=f"{name}, {message}.* 1 line is"):
+        load_conversations(file)
+
+
+def test_a_bad_array_is_named_by_its_line(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.json", b"[" + LINE + b",\n" + LINE + b",\n{oops}]")
+    with pytest.raises(ValueError, match="a.json, line 3, byte 2: this is no JSON"):
+        load_conversations(file)
+
+
+def test_a_gzip_file_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINE * 9)[:-20])
+    with pytest.raises(ValueError, match="a.jsonl.gz is no whole gzip file"):
+        load_conversations(tmp_path / "a.jsonl.gz")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.txt.gz", "a.csv"])
+def test_an_empty_file_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is empty"):
+        load_conversations(write(tmp_path / name, b"\n"))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    bom = b"\xef\xbb\xbf"
+    assert load_conversations(write(tmp_path / "a.txt", bom + b"One."))["text"][:] == ["One."]
+    chats = load_conversations(write(tmp_path / "a.jsonl", bom + LINE))
+    assert chats.to_list() == [{"messages": CHAT}]
+
+
+# Tokenizer and target
+
+
+def make_trainer(folder: Path, rows: list[dict[str, Any]], tokenizer: Any, vocab_size: int):
+    target = tiny_target("llama", torch.float32, vocab_size=vocab_size)
+    args = CoralTrainingArguments(output_dir=str(folder), report_to="none", use_cpu=True)
+    return CoralTrainer(
+        model=CoralDrafter.from_target(target),
+        target_model=target,
+        args=args,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+
+
+def test_a_tokenizer_larger_than_its_target_is_refused_before_any_row_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset_module, "encode", lambda *_: pytest.fail("a row was read"))
+    tokenizer = tiny_tokenizer()
+    size = len(tokenizer) - 2
+    with pytest.raises(ValueError, match=rf"has 2 tokens beyond .* {size}, such as .*\({size}\)"):
+        make_trainer(tmp_path, [{"messages": CHAT}], tokenizer, size)
+
+
+def test_a_tokenizer_smaller_than_its_target_trains(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, [{"messages": CHAT}], tiny_tokenizer(), 300)
+    assert len(trainer.train_dataset) == 1
+
+
+@pytest.mark.parametrize("worst", [40, -1])
+def test_ids_outside_the_vocabulary_are_refused_when_a_trainer_is_made(
+    tmp_path: Path, worst: int
+) -> None:
+    ids = [[5, 6, 7], [], [5, worst, 7], [5, 6, 39], [8, worst]]
+    rows = [{"input_ids": row, "attention_mask": [1] * len(row), "labels": row} for row in ids]
+    with pytest.raises(ValueError, match=rf"Row 2: `input_ids` has {worst}, outside .* 2 are"):
+        make_trainer(tmp_path, rows, None, 40)
+    make_trainer(tmp_path, [rows[0], rows[3]], None, 40)
+
+
+def test_ids_outside_the_vocabulary_are_refused_with_a_tokenizer_too(tmp_path: Path) -> None:
+    rows = [{"input_ids": [5, 6, 7, 8]}, {"input_ids": [5, 6, 300, 8]}]
+    with pytest.raises(ValueError, match="Row 1: `input_ids` has 300, outside the target's"):
+        make_trainer(tmp_path, rows, tiny_tokenizer(), 300)
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    with pytest.raises(ValueError, match="Row 1: `input_ids` has 300"):
+        list(prepare_dataset(stream, tiny_tokenizer(), 100, vocab_size=300))
+
+
+# Cache
+
+
+def test_tokens_are_cached_until_the_code_that_makes_them_changes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINE)
+    calls: list[int] = []
+    encode = dataset_module.encode
+
+    def counted(*given: Any) -> Any:
+        calls.append(1)
+        return encode(*given)
+
+    monkeypatch.setattr(dataset_module, "encode", counted)
+    tokenizer, seen = tiny_tokenizer(TEMPLATE), []
+    for version in ("one", "one", "two"):
+        monkeypatch.setattr(dataset_module, "code_version", lambda version=version: version)
+        prepare_dataset(load_conversations(tmp_path / "a.jsonl"), tokenizer, 100)
+        seen.append(len(calls))
+    assert seen == [2, 3, 5]  # the first row is always tried; the rest, only what is not cached

@@ -1,0 +1,107 @@
+"""The viewer of the loss mask: every token, trained or not, with and without colour."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from test_data import CHAT, PLAIN_TEMPLATE, fresh_cache, tiny_tokenizer  # noqa: F401
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from coral_hf.cli import app
+from coral_hf.training.data import render_mask, show
+from coral_hf.training.data.encoding import encode
+from coral_hf.training.data.show import TRAINED, UNTRAINED, MaskCount
+
+ROW = {"messages": [{"role": "user", "content": "a yb"}, {"role": "assistant", "content": "é\n"}]}
+
+
+def printed(rows: list[dict[str, Any]], **options: Any) -> tuple[str, MaskCount]:
+    console = Console(file=io.StringIO(), width=80, highlight=False, **options)
+    count = show(enumerate(rows), tiny_tokenizer(), console=console)
+    return console.file.getvalue(), count
+
+
+def test_marks_stand_around_trained_tokens_and_between_all() -> None:
+    text = render_mask(ROW, tiny_tokenizer(), has_marks=True)
+    assert text.plain == "<s>│<user>│a│ y│b│<end>│<bot>│⟦…│é│↵\n│<end>⟧"
+
+
+def test_colours_say_what_is_trained() -> None:
+    tokenizer = tiny_tokenizer()
+    text = render_mask(ROW, tokenizer)
+    spans = [(text.plain[span.start : span.end], str(span.style)) for span in text.spans]
+    labels = encode(ROW, tokenizer)["labels"]
+    assert len(spans) == len(labels) and "│" not in text.plain
+    for index, ((_, style), label) in enumerate(zip(spans, labels, strict=True)):
+        assert style.endswith((UNTRAINED if label == -100 else TRAINED)[index % 2])
+    special = [word for word, style in spans if "underline" in style]
+    assert special == ["<s>", "<user>", "<end>", "<bot>", "<end>"]
+
+
+def test_without_colour_the_meaning_survives() -> None:
+    for options in ({}, {"force_terminal": True, "no_color": True}):
+        text, count = printed([ROW], **options)
+        text = re.sub("\x1b[^m]*m", "", text)  # bold and underlined stay
+        assert text.startswith("⟦trained⟧ not trained") and "⟦…│é│↵\n│<end>⟧" in text
+        assert "Row 0: 11 tokens, 4 trained (36.4%)" in text
+    assert count == MaskCount(11, 4)
+    text, _ = printed([ROW], force_terminal=True, color_system="truecolor")
+    assert "\x1b[" in text and "⟦" not in text
+
+
+def test_a_bad_row_is_named_and_the_next_one_follows() -> None:
+    text, count = printed([ROW, {"messages": []}, ROW])
+    assert "Row 1 cannot be read: `messages` has no turns" in text
+    assert text.rstrip().endswith("2 rows: 22 tokens, 8 trained (36.4%)")
+    assert count == MaskCount(22, 8)
+
+
+def test_a_cut_row_says_what_is_lost() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    show([(7, ROW)], tiny_tokenizer(), max_length=9, console=console)
+    assert "Row 7: 9 tokens, 2 trained (22.2%); 2 more are cut" in console.file.getvalue()
+
+
+def test_control_characters_are_written_out() -> None:
+    row = {"text": "ab\x1b[31m\tc"}
+    assert "\x1b" not in render_mask(row, tiny_tokenizer()).plain
+    assert "\\x1b" in render_mask(row, tiny_tokenizer()).plain
+
+
+def test_spaces_of_a_decoder_that_strips_them_are_shown() -> None:
+    core = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1, "?": 2}, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    text = render_mask({"text": "a b b"}, tokenizer, has_marks=True)
+    assert text.plain == " a│ b│⟦ b⟧"
+
+
+def test_the_command_shows_rows_of_a_file(tmp_path: Path) -> None:
+    tiny_tokenizer(PLAIN_TEMPLATE).save_pretrained(tmp_path / "target")
+    rows = [{"messages": CHAT}, ROW, ROW]
+    (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ["data", "show", "--dataset", str(tmp_path / "talk.jsonl")]
+    for name in ("--target", "--tokenizer"):
+        result = CliRunner().invoke(app, [*command, name, str(tmp_path / "target"), "--row", "-1"])
+        assert result.exit_code == 0, result.output
+        assert "Row 2: 11 tokens, 4 trained" in result.output
+    result = CliRunner().invoke(
+        app, [*command, "--target", str(tmp_path / "target"), "--row", "1", "--limit", "9"]
+    )
+    assert "Row 1:" in result.output and "Row 2:" in result.output and "Row 0" not in result.output
+
+
+@pytest.mark.parametrize("options", [[], ["--row", "9", "--tokenizer", "x"]])
+def test_the_command_refuses_what_it_cannot_show(tmp_path: Path, options: list[str]) -> None:
+    (tmp_path / "talk.jsonl").write_text(json.dumps(ROW))
+    command = ["data", "show", "--dataset", str(tmp_path / "talk.jsonl"), *options]
+    assert CliRunner().invoke(app, command).exit_code == 2
