@@ -8,7 +8,7 @@ from loss_inputs import HIDDEN, POSITIONS, STEPS, features, randn
 from torch import Tensor
 from torch.nn import functional as F
 
-from coral_hf.training.csra import csra_loss
+from coral_hf.training.csra import csra_loss, of_other_devices
 
 
 def naive_csra(predicted: Tensor, temperature: float) -> float:
@@ -112,3 +112,31 @@ def test_csra_with_the_target_has_it_as_one_more_step_that_is_no_anchor():
     anchors = slice(0, STEPS * POSITIONS)
     expected = -log_probs[anchors][positive[anchors]].sum() / STEPS / STEPS
     torch.testing.assert_close(csra_loss(predicted, 0.1, target=target), expected)
+
+
+COUNTS = (4, POSITIONS - 4)  # positions of each of two devices
+
+
+def gathered(rank: int, folder: str) -> None:
+    """The loss of one device with the negatives of both, and its gradient, into a file."""
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    own = features()[0].detach().split(COUNTS, dim=1)[rank].requires_grad_()
+    loss = csra_loss(own, 0.1, others=of_other_devices(own.flatten(0, 1)))
+    loss.backward()
+    torch.save((loss.detach(), own.grad), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_gathered_negatives_make_two_devices_one_batch(tmp_path):
+    torch.multiprocessing.spawn(gathered, (str(tmp_path),), nprocs=2)
+    losses, gradients = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)), strict=True)
+    predicted, _ = features()
+    whole = csra_loss(predicted, 0.1)
+    whole.backward()
+    torch.testing.assert_close(sum(losses), whole.detach())
+    torch.testing.assert_close(torch.cat(gradients, dim=1), predicted.grad)
+
+
+def test_one_device_alone_has_no_others():
+    assert of_other_devices(randn(3, HIDDEN)) is None

@@ -321,3 +321,19 @@ def test_csra_pulls_to_the_targets_features_when_told_so(target, rows, tmp_path)
     trainer = make_trainer(target, rows, tmp_path, csra_positives="steps_and_target")
     expected = csra_loss(unrolled.predicted, 0.07, target=unrolled.target)
     torch.testing.assert_close(trainer._losses(unrolled).notes["csra_loss"], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_compiled_drafter_has_the_same_losses(target, rows, tmp_path, packing):
+    uneven = [
+        {name: values[: len(values) - index % 5] for name, values in row.items()}
+        for index, row in enumerate(rows)
+    ]
+    losses = []
+    for compiled in (False, True):
+        settings = {"torch_compile": compiled, "packing": packing, "max_length": 40}
+        trainer = make_trainer(target, uneven, tmp_path, **settings)
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

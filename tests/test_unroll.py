@@ -221,3 +221,17 @@ def test_padding_on_the_right_changes_no_position_before_it():
 def test_a_text_of_one_token_unrolls():
     drafter, (embeddings, features) = make_drafter(), make_inputs()
     assert unroll(drafter, embeddings[:, :1], features[:, :1], 3).shape == (3, BATCH, 1, HIDDEN)
+
+
+def test_the_unroll_on_the_fast_path_is_the_plain_one_in_gradient_too():
+    # not scattered: gradients through saturated weights would be all rounding
+    torch.manual_seed(0)
+    config = CoralConfig.from_target(tiny_config("llama"), num_hidden_layers=2)
+    drafter, inputs = CoralDrafter(config).double(), make_inputs()
+    found = []
+    for attention in (mixed_attention, plain_mixed_attention):
+        drafter.zero_grad()
+        predicted = unroll(drafter, *inputs, 4, attention=attention)
+        predicted.pow(2).sum().backward()
+        found.append((predicted.detach(), *(p.grad for p in drafter.parameters())))
+    torch.testing.assert_close(*found)

@@ -12,10 +12,17 @@ from .data.vocabulary import check_rows
 from .feature_cache import CachedFeatures
 
 
-def training_rows(dataset, tokenizer: PreTrainedTokenizerBase | None, args: CoralTrainingArguments):
+def training_rows(
+    dataset,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: CoralTrainingArguments,
+    vocab_size: int,
+):
     """Rows of a dataset, or of each of several; without a tokenizer they hold tokens already."""
     if isinstance(dataset, dict):
-        return {name: training_rows(part, tokenizer, args) for name, part in dataset.items()}
+        return {
+            name: training_rows(part, tokenizer, args, vocab_size) for name, part in dataset.items()
+        }
     if isinstance(dataset, CachedFeatures):
         return _checked(dataset, args)
     if "position_ids" in (dataset.column_names or ()):  # packed before

@@ -15,6 +15,8 @@ masks. A step's inputs are detached; the graph of all steps is kept, since CSRA 
                                         q²_3     its own input at t
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,8 @@ from .attention import KeysValues, mixed_attention
 
 # keys and values of every step so far, by layer and step
 Seen = dict[tuple[int, int], KeysValues]
+# of queries over the target's keys and values and those of later steps, as `mixed_attention`
+Attention = Callable[[Tensor, KeysValues, list[KeysValues]], Tensor]
 # lengths of the documents of each row, adding up to the row's
 Documents = list[list[int]]
 
@@ -29,12 +33,21 @@ Documents = list[list[int]]
 class UnrollContext:
     """What one step of the unroll attends to: the keys and values of the steps before it."""
 
-    def __init__(self, step: int, seen: Seen, documents: Documents | None = None):
+    def __init__(
+        self,
+        step: int,
+        seen: Seen,
+        documents: Documents | None = None,
+        attention: Attention = mixed_attention,
+    ):
         """`step` counts from 0; `seen` is shared by the steps of an unroll."""
         self._step = step
         self._seen = seen
         self._documents = documents
+        self._attention = attention
 
+    # what was seen changes with every step: torch.compile would compile each of them anew
+    @torch.compiler.disable
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See [`coral_hf.modeling_coral.Context`]."""
         # gradient checkpointing runs a step twice; the first run's tensors stay
@@ -45,20 +58,24 @@ class UnrollContext:
             target = self._seen[layer_idx, 0]
             own = [self._seen[layer_idx, step] for step in range(1, self._step)] + [(key, value)]
         if self._documents is None:
-            return mixed_attention(query, target, own)
-        return _by_document(self._documents, query, target, own)
+            return self._attention(query, target, own)
+        return _by_document(self._attention, self._documents, query, target, own)
 
 
 def _by_document(
-    documents: Documents, query: Tensor, target: KeysValues, own: list[KeysValues]
+    attention: Attention,
+    documents: Documents,
+    query: Tensor,
+    target: KeysValues,
+    own: list[KeysValues],
 ) -> Tensor:
-    """`mixed_attention` within each document of packed rows: no document sees another."""
+    """Attention within each document of packed rows: no document sees another."""
     tensors = [query, *target, *(part for pair in own for part in pair)]
     rows = []
     for row, lengths in enumerate(documents):
         parts = zip(*(part[row : row + 1].split(lengths, dim=2) for part in tensors), strict=True)
         attended = [
-            mixed_attention(query, (keys, values), list(zip(rest[::2], rest[1::2], strict=True)))
+            attention(query, (keys, values), list(zip(rest[::2], rest[1::2], strict=True)))
             for query, keys, values, *rest in parts
         ]
         rows.append(torch.cat(attended, dim=2))
@@ -82,6 +99,7 @@ def unroll(
     features: Tensor,
     num_steps: int,
     position_ids: Tensor | None = None,
+    attention: Attention = mixed_attention,
 ) -> Tensor:
     """Run the drafter `num_steps` times, each time on its own last predictions.
 
@@ -92,6 +110,7 @@ def unroll(
         num_steps: N of the papers, at least 1.
         position_ids: (batch, length), of packed rows: they begin at 0 with each document, and
             documents do not see each other.
+        attention: `mixed_attention`, or its plain form for comparison.
 
     Returns:
         (steps, batch, length, hidden): at [j, :, t] the step's prediction of feature t + 1.
@@ -103,7 +122,7 @@ def unroll(
     seen: Seen = {}
     inputs, predicted = features, []
     for step in range(num_steps):
-        context = UnrollContext(step, seen, documents)
+        context = UnrollContext(step, seen, documents, attention)
         predicted.append(drafter(embeddings, inputs, position_ids, context))
         # the first position has no prediction of its own and keeps the target's feature
         shifted = predicted[-1].detach().roll(1, dims=1)

@@ -1,0 +1,92 @@
+"""Trainings are compared on the same data, and what was measured is not measured again."""
+
+import json
+
+import pytest
+import torch
+from test_cli import invoke
+from test_examples import folder  # noqa: F401  a saved target and its conversations
+
+from coral_hf.comparison import Result, Trial, comparison_table, halve
+
+
+def result(trial: str, seed: int, value: float, steps: int = 10) -> Result:
+    return Result(trial, seed, steps, 100, 1.0, {}, {"0.0": {"chat": value, "code": value + 1}})
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "options"),
+    [
+        ("hass", "hass", ["--recipe", "hass"]),
+        (
+            "coral csra_weight=0.5",
+            "coral csra_weight=0.5",
+            ["--recipe", "coral", "--csra_weight", "0.5"],
+        ),
+        ("num_steps=4", "num_steps=4", ["--num_steps", "4"]),
+    ],
+)
+def test_a_trial_is_a_recipe_and_settings(text, name, options):
+    trial = Trial.parse(text)
+    assert (trial.name, trial.options) == (name, options)
+
+
+@pytest.mark.parametrize("text", ["", "coral csra_weight", "coral =3"])
+def test_what_is_no_trial_is_refused(text):
+    with pytest.raises(ValueError, match="write a recipe and settings"):
+        Trial.parse(text)
+
+
+def test_the_table_gives_spread_and_paired_difference():
+    rows = [result("eagle", seed, 2.0 + seed) for seed in range(3)]
+    rows += [result("coral", seed, 2.2 + seed) for seed in range(3)]
+    rows += [result("hass", seed, 2.0 + seed + 0.3 * (-1) ** seed) for seed in range(3)]
+    lines = comparison_table(rows).splitlines()
+    assert "| eagle | 3.000 ± 1.000 | 4.000 ± 1.000 | 3.500 ± 1.000 |  |" in lines
+    assert lines[3].endswith("| 3.700 ± 1.000 | +0.200 ± 0.000 |")
+    assert lines[4].endswith("| +0.100 ± 0.200, no measurable difference |")
+
+
+class Prepared:
+    """A comparison whose results are known: the longer a trial trains, the more its name says."""
+
+    def __init__(self):
+        self.asked: list[tuple[str, int]] = []
+
+    def result(self, trial, seed, steps):
+        self.asked.append((trial.name, steps))
+        return result(trial.name, seed, float(trial.name[-1]), steps)
+
+
+def test_halving_keeps_the_better_half_and_trains_it_for_longer():
+    comparison = Prepared()
+    rungs = halve(comparison, [Trial.parse(f"top_k={k}") for k in (3, 1, 5, 4, 2)], 10, keep=1)
+    assert [(rung.steps, [r.trial[-1] for r in rung.results]) for rung in rungs] == [
+        (10, ["5", "4", "3", "2", "1"]),
+        (20, ["5", "4", "3"]),
+        (40, ["5", "4"]),
+        (80, ["5"]),
+    ]
+    assert len(comparison.asked) == 11
+
+
+OPTIONS = ["--per_device_train_batch_size", "2", "--use_cpu", "True", "--max_length", "64"]
+
+
+def test_the_command_compares_and_goes_on_where_it_stopped(folder):  # noqa: F811
+    names = [
+        *("--target", folder / "target", "--dataset", folder / "talk.jsonl"),
+        *("--prompts", folder / "talk.jsonl", "--limit", 2, "--output", folder / "compared"),
+        *("--steps", 2, "--seeds", 2, "--max-new-tokens", 6, "--tree-depth", 2, *OPTIONS),
+    ]
+    first = invoke("compare", *names, "--trial", "eagle")
+    assert first.exit_code == 0, first.output
+    results = folder / "compared" / "results.jsonl"
+    lines = results.read_text().splitlines()
+    assert len(lines) == 2 and json.loads(lines[0])["num_tokens"] > 0
+    second = invoke("compare", *names, "--trial", "eagle", "--trial", "coral num_steps=2")
+    assert second.exit_code == 0, second.output
+    assert results.read_text().splitlines()[:2] == lines
+    assert len(results.read_text().splitlines()) == 4
+    assert "| coral num_steps=2 |" in (folder / "compared" / "table.md").read_text()
+    assert torch.tensor(json.loads(lines[0])["acceptance"]["0.0"]["talk"]) >= 1
