@@ -1,0 +1,125 @@
+"""Tokens per second and peak memory of a training step, against a straightforward implementation.
+
+    python examples/training_cost.py --vocab-size 152064 --length 512 --length 2048
+
+Each case runs in a process of its own. The straightforward one holds the logits of every step, one
+mask for each step's attention, and the whole similarity matrix of CSRA.
+"""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from coral_hf import CoralDrafter
+from coral_hf.training.attention import mixed_attention, plain_mixed_attention
+from coral_hf.training.csra import csra_loss
+from coral_hf.training.losses import regression_loss
+from coral_hf.training.token_loss import token_loss
+from coral_hf.training.unroll import unroll
+
+STEPS, TEMPERATURE = 3, 0.07
+
+
+def library_loss(drafter, embeddings, features, goal, logits_of):
+    """The loss as the trainer computes it."""
+    predicted = unroll(drafter, embeddings, features, STEPS, attention=mixed_attention)
+    predicted = predicted.flatten(1, 2)
+    loss = (
+        regression_loss(predicted, goal).sum() + token_loss(predicted, goal, logits_of).loss.sum()
+    )
+    return loss + csra_loss(predicted, TEMPERATURE)
+
+
+def straightforward_loss(drafter, embeddings, features, goal, logits_of):
+    """The same loss, written down as it is defined."""
+    predicted = unroll(drafter, embeddings, features, STEPS, attention=plain_mixed_attention)
+    predicted = predicted.flatten(1, 2)
+    probs = logits_of(goal).float().softmax(-1)
+    loss = regression_loss(predicted, goal).sum()
+    for step in predicted:
+        loss = loss - (probs * logits_of(step).float().log_softmax(-1)).sum()
+    unit = F.normalize(predicted.float(), dim=-1).flatten(0, 1)
+    with torch.autocast("cpu", enabled=False):
+        scores = unit @ unit.T / TEMPERATURE
+    itself = torch.eye(len(unit), dtype=torch.bool)
+    log_probs = scores.masked_fill(itself, float("-inf")).log_softmax(-1)
+    position = torch.arange(len(goal)).repeat(STEPS)
+    positive = (position[:, None] == position) & ~itself
+    return loss - log_probs[positive].sum() / (STEPS - 1) / STEPS
+
+
+LOSSES = {"library": library_loss, "straightforward": straightforward_loss}
+
+
+def measure(name: str, vocab_size: int, length: int, hidden_size: int, repeats: int) -> str:
+    """Seconds of a step and megabytes beyond the models, as text."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=1,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=hidden_size // 64,
+    )
+    target = LlamaForCausalLM(config).bfloat16().requires_grad_(False)
+    drafter = CoralDrafter.from_target(target).float()
+    embeddings, features = torch.randn(2, 1, length, hidden_size)
+    goal = torch.randn(length, hidden_size).bfloat16()
+    seconds = []
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = resident("VmRSS")
+    for _ in range(1 + repeats):
+        start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = LOSSES[name](drafter, embeddings, features, goal, target.lm_head)
+        loss.backward()
+        drafter.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    return f"{median(seconds[1:])} {resident('VmHWM') - before} {float(loss)}"
+
+
+def resident(name: str) -> float:
+    """Megabytes of this process now (VmRSS) or at most (VmHWM); Linux."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{name}:\s*(\d+) kB", status)[1]) / 1024
+
+
+def main(
+    vocab_size: Annotated[list[int], typer.Option()],
+    length: Annotated[list[int], typer.Option()],
+    hidden_size: int = 512,
+    repeats: int = 3,
+    only: str | None = None,
+) -> None:
+    """Measure every case, or print the numbers of one."""
+    if only is not None:
+        print(measure(only, vocab_size[0], length[0], hidden_size, repeats))
+        return
+    table = Table("vocabulary", "length", "implementation", "tokens/s", "peak MB", "loss")
+    for vocab in vocab_size:
+        for tokens in length:
+            for name in LOSSES:
+                case = f"--vocab-size {vocab} --length {tokens} --only {name}"
+                case += f" --hidden-size {hidden_size} --repeats {repeats}"
+                run = [sys.executable, __file__, *case.split()]
+                output = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+                seconds, peak, loss = map(float, output.split())
+                row = (vocab, tokens, name, f"{tokens / seconds:.0f}", f"{peak:.0f}", f"{loss:.0f}")
+                table.add_row(*map(str, row))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
