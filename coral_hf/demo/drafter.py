@@ -4,6 +4,7 @@ In: a target, its tokenizer, settings. Out: a folder that `AutoModel.from_pretra
 """
 
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,7 +18,7 @@ from .texts import training_rows
 LEARNING_RATE = 4e-3
 SMALL_VOCAB = 8192
 # likely tokens lie in many groups of a small vocabulary: half of it is read, not an eighth
-SMALL_VOCAB_GROUPS = {"num_groups": 8, "num_active_groups": 4}
+SMALL_VOCAB_GROUPS: dict[str, Any] = {"num_groups": 8, "num_active_groups": 4}
 # a small machine verifies fewer nodes
 TREE = {"tree_depth": 6, "tree_top_k": 8, "tree_nodes": 32}
 

@@ -6,6 +6,13 @@ from transformers import TrainingArguments
 
 STAGES = ("drafter", "router")
 NEGATIVES = ("batch", "sequence")
+# a round of decoding follows the token of the prompt's pass, so an answer needs two
+LEAST = {
+    "eval_prompts": 0,
+    "eval_max_new_tokens": 2,
+    "eval_prompt_length": 1,
+    "eval_temperature": 0.0,
+}
 
 
 @dataclass
@@ -53,6 +60,22 @@ class CoralTrainingArguments(TrainingArguments):
     max_length: int = field(
         default=2048, metadata={"help": "Tokens after which a conversation is cut."}
     )
+    eval_prompts: int = field(
+        default=32,
+        metadata={"help": "Held-out prompts that an evaluation answers with the drafter; 0: none."},
+    )
+    eval_max_new_tokens: int = field(
+        default=64, metadata={"help": "Tokens of each of these answers at most."}
+    )
+    eval_prompt_length: int = field(
+        default=16, metadata={"help": "Tokens of a plain text that are its prompt."}
+    )
+    eval_temperature: float = field(
+        default=0.0, metadata={"help": "Temperature of these answers; 0 is greedy."}
+    )
+    plots: bool = field(
+        default=True, metadata={"help": "Draw what was logged into `output_dir`, as PNG files."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -74,3 +97,6 @@ class CoralTrainingArguments(TrainingArguments):
         for name in ("regression_weight", "classification_weight", "csra_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; use 0 or more.")
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; use {least} or more.")

@@ -12,7 +12,7 @@ batch goes target features (no gradient) → unroll → losses.
 """
 
 from collections import defaultdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ from ..modeling_coral import CoralDrafter
 from ..target import check_tokenizer, read_features, read_target, tokenizer_hash
 from .arguments import CoralTrainingArguments
 from .data import CoralCollator, prepare_dataset
+from .evaluation import Evaluation, step_similarity
 from .losses import classification_loss, csra_loss, regression_loss, router_loss
+from .plots import PlotCallback
 from .unroll import unroll
 
 COLUMNS = ["input_ids", "attention_mask", "labels"]
@@ -79,7 +81,10 @@ class CoralTrainer(Trainer):
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
         # losses are sums over trained tokens, divided by their number over all accumulated batches
         self.model_accepts_loss_kwargs = True
-        self._sums: dict[str, float] = defaultdict(float)
+        self._sums: dict[str, Any] = defaultdict(float)
+        self.evaluation = Evaluation(self.target, self.args)
+        if self.args.plots:
+            self.add_callback(PlotCallback(self.callback_handler))
         if getattr(target_model, "hf_device_map", None) is None:
             target_model.to(self.args.device)
 
@@ -103,6 +108,21 @@ class CoralTrainer(Trainer):
             self.model.config.draft_head = "routed"
         return super().train(*args, **kwargs)
 
+    def evaluate(self, *args, **kwargs):
+        """See [`~transformers.Trainer.evaluate`]; adds acceptance lengths to its metrics."""
+        with self.evaluation.running():
+            return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+        """See [`~transformers.Trainer.evaluation_loop`]."""
+        output = super().evaluation_loop(
+            dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
+        )
+        if self.evaluation.is_running:
+            found = self.evaluation.metrics(self.drafter, dataloader.dataset, self.accelerator)
+            output.metrics.update({f"{metric_key_prefix}_{name}": found[name] for name in found})
+        return output
+
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = COLUMNS
 
@@ -125,7 +145,10 @@ class CoralTrainer(Trainer):
         features = read_features(self.target.model, input_ids, inputs["attention_mask"])
         embeddings = self.target.embed(input_ids[:, 1:])
         with torch.set_grad_enabled(self.args.stage == "drafter" and torch.is_grad_enabled()):
-            predicted = unroll(model, embeddings, features[:, :-1], self.args.num_steps)
+            steps = self.evaluation.num_steps(self.drafter)
+            predicted = unroll(model, embeddings, features[:, :-1], steps)
+        self.evaluation.note(self.drafter, predicted, features, labels)
+        predicted = predicted[: self.args.num_steps]
         # position t predicts feature t + 1, whose token is t + 2; the last is beyond the text
         trained = torch.zeros_like(labels[:, 1:], dtype=torch.bool)
         trained[:, :-1] = labels[:, 2:] != -100
@@ -149,8 +172,10 @@ class CoralTrainer(Trainer):
             self._note("csra_loss", csra, positions)
         self._note("regression_loss", regression.mean(), positions)
         self._note("classification_loss", classification.loss.mean(), positions)
-        for step, agreed in enumerate(classification.agreement, start=1):
-            self._note(f"agreement_{step}", agreed, positions)
+        self._note_steps("regression_loss", regression, positions)
+        self._note_steps("classification_loss", classification.loss, positions)
+        self._note_steps("agreement", classification.agreement, positions)
+        self._note_steps("feature_similarity", step_similarity(unrolled.predicted), positions, 2)
         return losses
 
     def _router_losses(self, model, unrolled: Unrolled) -> dict[str, Tensor]:
@@ -174,18 +199,25 @@ class CoralTrainer(Trainer):
     def _note(self, name: str, total: Tensor, positions: int) -> None:
         """Collect a sum over positions for the next log entry."""
         if self.model.training:
-            self._sums[name] += float(total.detach())
+            # as a tensor: reading it here would wait for the device, many times a batch
+            self._sums[name] = self._sums[name] + total.detach()
             self._sums[f"{name}/positions"] += positions
+
+    def _note_steps(self, name: str, totals: Tensor, positions: int, first: int = 1) -> None:
+        """Collect a sum of each step from `first` on, (steps,)."""
+        for step, total in enumerate(totals, start=first):
+            self._note(f"{name}_{step}", total, positions)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """See [`~transformers.Trainer.log`].
 
-        Adds the average of each loss and the agreement since the last entry.
+        Adds the averages since the last entry: losses, agreement, similarity of the steps.
         """
         if "loss" in logs:
             names = [name for name in self._sums if not name.endswith("/positions")]
             logs |= {
-                name: self._sums[name] / max(self._sums[f"{name}/positions"], 1) for name in names
+                name: float(self._sums[name]) / max(self._sums[f"{name}/positions"], 1)
+                for name in names
             }
             self._sums.clear()
         super().log(logs, *args, **kwargs)
