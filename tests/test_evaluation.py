@@ -127,6 +127,13 @@ def test_a_training_does_not_notice_its_evaluations(target, rows, tmp_path):
     assert curves[0] == curves[1]
 
 
+def test_an_evaluation_puts_the_random_state_back(target, rows, tmp_path):
+    trainer = make_trainer(target, rows, tmp_path, eval_temperature=1.0)
+    before = torch.get_rng_state()
+    trainer.evaluate()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_bf16_training_evaluates_unnoticed_and_keeps_its_dtype(target, rows, tmp_path):
     curves = []
     for strategy in ("no", "steps"):
@@ -318,18 +325,29 @@ def test_losses_and_similarity_are_logged_by_step(target, rows, tmp_path):
     assert -1 < entry["feature_similarity_3"] < entry["feature_similarity_2"] < 1
 
 
+def test_a_checkpoint_without_tree_settings_is_evaluated_with_the_defaults(target, rows, tmp_path):
+    trainer = make_trainer(target, rows, tmp_path)
+    for name in TREE:
+        delattr(trainer.model.generation_config, name)
+    assert trainer.evaluate()["eval_acceptance_length"] >= 1
+
+
 @pytest.mark.slow
 def test_two_processes_report_what_one_does(tmp_path):
     """Ranks share the prompts and the rows, and both log the same numbers."""
     script = Path(__file__).parent / "evaluate_in_processes.py"
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}
+    own["PYTHONPATH"] = os.pathsep.join(sys.path)
     found = []
     for number in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={number}"]
         folder = tmp_path / str(number)
         subprocess.run(
-            [*command, "--master-port=0", str(script), str(folder)],
+            [*command, "--master-addr=127.0.0.1", "--master-port=29617", str(script), str(folder)],
             check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+            timeout=120,
+            env={**os.environ, **own},
         )
         found += [torch.load(folder / f"{rank}.pt") for rank in range(number)]
     alone, first, second = found

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset
 
-from ..modeling_coral import CoralDrafter
+from ..modeling_coral import TREE_DEFAULTS, CoralDrafter
 from ..target import Target, text_config, tree_obstacle
 from .arguments import CoralTrainingArguments
 from .data import IGNORED
@@ -46,8 +46,7 @@ class Evaluation:
 
     def num_steps(self, drafter: CoralDrafter) -> int:
         """Steps of the unroll: in an evaluation as many as the tree has levels, or more."""
-        levels = drafter.generation_config.tree_depth if self.is_running else 0
-        return max(self.args.num_steps, levels)
+        return max(self.args.num_steps, tree_depth(drafter) if self.is_running else 0)
 
     def note(
         self, drafter: CoralDrafter, predicted: Tensor, features: Tensor, labels: Tensor
@@ -61,7 +60,7 @@ class Evaluation:
             labels: (batch, length).
         """
         if self.is_running:
-            levels = predicted[: drafter.generation_config.tree_depth]
+            levels = predicted[: tree_depth(drafter)]
             self._replayed += replayed_rounds(drafter, self.target, levels, features, labels)
 
     def metrics(
@@ -76,7 +75,7 @@ class Evaluation:
             dataset: the rows that were evaluated.
             accelerator: of the trainer.
         """
-        depth = drafter.generation_config.tree_depth
+        depth = tree_depth(drafter)
 
         def counted(rounds: list[int]) -> Tensor:
             return accelerator.reduce(count_rounds(rounds, depth).to(accelerator.device)).cpu()
@@ -91,6 +90,11 @@ class Evaluation:
             found["acceptance_length"] = acceptance_length(counts)
             found |= acceptance_by_depth(counts)
         return found
+
+
+def tree_depth(drafter: CoralDrafter) -> int:
+    """Levels of a drafter's own trees; older checkpoints leave them to the defaults."""
+    return getattr(drafter.generation_config, "tree_depth", TREE_DEFAULTS["tree_depth"])
 
 
 def _check_whole(accelerator: Accelerator) -> None:

@@ -248,7 +248,7 @@ def _panels(number: int) -> tuple["Figure", list["Axes"]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.0 * number, 3.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(5.0 * number, 3.6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     panels = list(figure.subplots(1, number, squeeze=False)[0])
     for axes in panels:

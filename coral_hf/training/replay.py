@@ -7,7 +7,7 @@ starts with the root x3 is the diagonal marked *.
     token                 x0    x1    x2    x3    x4    x5    x6    x7
     label                 -     -     -     x3    x4    x5    x6    x7        trained: 3 … 7
     position t            0     1     2     3     4     5
-    step t predicts       x2    x3    x4    x5    x6    x7                    by reading x1 … x6
+    a step there says     x2    x3    x4    x5    x6    x7                    by reading x1 … x6
     step 1                            *                                       x4 after root x3
     step 2                                  *                                 x5 after x4, f̂¹_3
     step 3                                        *                           x6 after x5, f̂²_4
