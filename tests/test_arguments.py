@@ -19,7 +19,7 @@ def test_the_defaults_are_the_papers_where_they_are_known(tmp_path):
     ("settings", "said"),
     [
         ({"stage": "head"}, "`stage` is 'head'; use one of"),
-        ({"num_steps": 0, "csra_weight": 0.0}, "`num_steps` is 0; use at least 1"),
+        ({"num_steps": 0, "csra_weight": 0.0}, "`num_steps` is 0; use 1 or more"),
         ({"num_steps": 1}, "`csra_weight` is 0.1, but with `num_steps` 1"),
         ({"csra_temperature": 0.0}, "`csra_temperature` is 0.0; use a value above 0"),
         ({"regression_weight": -1.0}, "`regression_weight` is -1.0; use 0 or more"),
@@ -27,7 +27,7 @@ def test_the_defaults_are_the_papers_where_they_are_known(tmp_path):
         ({"csra_negatives": "all"}, "`csra_negatives` is 'all'; use one of"),
         ({"csra_weight": -0.1}, "`csra_weight` is -0.1"),
         ({"recipe": "medusa"}, "`recipe` is 'medusa'; use one of \\('eagle', 'hass', 'coral'\\)"),
-        ({"recipe": "hass", "top_k": 0}, "`top_k` is 0; use at least 1"),
+        ({"recipe": "hass", "top_k": 0}, "`top_k` is 0; use 1 or more"),
         ({"csra_positives": "target"}, "`csra_positives` is 'target'"),
         ({"csra_gradient": "none"}, "`csra_gradient` is 'none'"),
         ({"feature_noise": -1.0}, "`feature_noise` is -1.0; use 0 or more"),

@@ -46,6 +46,7 @@ def make_trainer(target, rows, folder, drafter=None, **settings):
         "learning_rate": 1e-2,
         "logging_steps": 1,
         "save_strategy": "no",
+        "plots": False,
         "report_to": "none",
         "use_cpu": True,
         "disable_tqdm": True,

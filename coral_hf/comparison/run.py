@@ -9,15 +9,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from .. import CoralDrafter
 from ..benchmark import Prompt, encode
+from ..target import read_target
 from ..training import CoralTrainer, parse_arguments
+from ..training.answering import Answers, decoded_rounds
 from ..training.data import prepare_dataset
-from .acceptance import acceptance_length
 from .results import Result, read_results
 from .trial import Trial
 
@@ -52,9 +53,9 @@ class Comparison:
         self._target = target
         self._tokenizer = tokenizer
         self._settings = settings
-        self._prompts: dict[str, list] = {}
+        self._prompts: dict[str, list[list[int]]] = {}
         for prompt in prompts:
-            ids = encode(prompt, tokenizer)[0]
+            ids = encode(prompt, tokenizer)[0].tolist()
             self._prompts.setdefault(prompt.task, []).append(ids)
         max_length = parse_arguments(settings.output, settings.options).max_length
         has_tokens = not hasattr(dataset, "column_names")
@@ -115,18 +116,14 @@ class Comparison:
         kept["num_tokens"] = trainer.state.num_input_tokens_seen
         return drafter.to(self._target.dtype).eval(), kept
 
-    @torch.no_grad()
     def _measure(self, drafter: CoralDrafter, temperature: float) -> dict[str, float]:
+        """τ of each task."""
         settings = self._settings
         drafter.generation_config.update(**settings.tree)
+        target = read_target(self._target, drafter.config)
+        answers = Answers(settings.max_new_tokens, temperature, settings.batch_size)
         return {
-            task: acceptance_length(
-                self._target,
-                drafter,
-                prompts,
-                temperature,
-                settings.max_new_tokens,
-                settings.batch_size,
-            )
+            # prompts of like length waste little
+            task: mean(decoded_rounds(drafter, target, sorted(prompts, key=len), answers))
             for task, prompts in self._prompts.items()
         }

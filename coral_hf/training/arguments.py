@@ -18,7 +18,13 @@ CHOICES = {
     "csra_positives": ("steps", "steps_and_target"),
     "csra_gradient": ("all_steps", "later_steps"),
 }
-NOT_NEGATIVE = ("regression_weight", "classification_weight", "top_k_weight", "csra_weight")
+WEIGHTS = ("regression_weight", "classification_weight", "top_k_weight", "csra_weight")
+LEAST = {
+    **dict.fromkeys((*WEIGHTS, "feature_noise", "eval_prompts", "eval_temperature"), 0),
+    **dict.fromkeys(("num_steps", "top_k", "eval_prompt_length"), 1),
+    # a round of decoding follows the token of the prompt's pass, so an answer needs two
+    "eval_max_new_tokens": 2,
+}
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -77,6 +83,13 @@ class CoralTrainingArguments(TrainingArguments):
     packing: bool = _setting(
         False, "Put several conversations into each row of `max_length`; none sees another."
     )
+    eval_prompts: int = _setting(
+        32, "Held-out prompts that an evaluation answers with the drafter; 0: none."
+    )
+    eval_max_new_tokens: int = _setting(64, "Tokens of each of these answers at most.")
+    eval_prompt_length: int = _setting(16, "Tokens of a plain text that are its prompt.")
+    eval_temperature: float = _setting(0.0, "Temperature of these answers; 0 is greedy.")
+    plots: bool = _setting(True, "Draw what was logged into `output_dir`, as PNG files.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -86,12 +99,9 @@ class CoralTrainingArguments(TrainingArguments):
         for name, value in RECIPES[self.recipe]._asdict().items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        for name in ("num_steps", "top_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; use at least 1.")
-        for name in (*NOT_NEGATIVE, "feature_noise"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; use 0 or more.")
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; use {least} or more.")
         if self.csra_temperature <= 0:
             raise ValueError(f"`csra_temperature` is {self.csra_temperature}; use a value above 0.")
         if self.stage == "drafter":
@@ -103,9 +113,9 @@ class CoralTrainingArguments(TrainingArguments):
                 f"`csra_weight` is {self.csra_weight}, but with `num_steps` 1 there are no steps to"
                 " align; use num_steps of at least 2, or csra_weight=0."
             )
-        if not any(getattr(self, name) for name in NOT_NEGATIVE[:3]):
+        if not any(getattr(self, name) for name in WEIGHTS[:3]):
             raise ValueError(
-                f"{', '.join(f'`{name}`' for name in NOT_NEGATIVE[:3])} are all 0, so that nothing"
+                f"{', '.join(f'`{name}`' for name in WEIGHTS[:3])} are all 0, so that nothing"
                 " ties the drafter to its target; give one of them a weight."
             )
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..draft_head import LMHead, Router, group_mass
 from .arguments import CoralTrainingArguments
@@ -40,15 +41,33 @@ def drafter_losses(unrolled: Unrolled, args: CoralTrainingArguments, head: LMHea
     notes = {
         "regression_loss": regression.mean(),
         "classification_loss": tokens.classification.mean(),
+        **by_step("regression_loss", regression),
+        **by_step("classification_loss", tokens.classification),
+        **by_step("agreement", tokens.agreed.sum(-1)),
+        **by_step("feature_similarity", step_similarity(predicted), first=2),
     }
     if args.top_k_weight:
         notes["top_k_loss"] = tokens.top_k.mean()
     if args.csra_weight:
         notes["csra_loss"] = _csra(unrolled, args)
         terms["csra"] = args.csra_weight * notes["csra_loss"]
-    for step, agreed in enumerate(tokens.agreed, start=1):
-        notes[f"agreement_{step}"] = agreed.sum()
     return Losses(terms, notes)
+
+
+def by_step(name: str, totals: Tensor, first: int = 1) -> dict[str, Tensor]:
+    """A note for each step from `first` on: (steps,) → () each."""
+    return {f"{name}_{step}": total for step, total in enumerate(totals, start=first)}
+
+
+def step_similarity(predicted: Tensor) -> Tensor:
+    """Cosine similarity of the later steps' predictions with step one's, summed over positions.
+
+    (steps, positions, hidden) → (steps - 1,)
+    """
+    with torch.no_grad():
+        first = predicted[0].float()
+        later = [F.cosine_similarity(first, one.float(), -1).sum() for one in predicted[1:]]
+        return torch.stack(later) if later else first.new_zeros(0)
 
 
 def _csra(unrolled: Unrolled, args: CoralTrainingArguments) -> Tensor:

@@ -12,6 +12,7 @@ batch goes target features (no gradient) → unroll → losses.
 """
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,11 @@ from ..modeling_coral import CoralDrafter
 from ..target import check_tokenizer, read_target, tokenizer_hash
 from .arguments import CoralTrainingArguments
 from .data import CoralCollator
+from .evaluation import Evaluation
 from .feature_cache import CachedFeatures
 from .features import Features
 from .objectives import Losses, Unrolled, drafter_losses, router_losses
+from .plots import PlotCallback
 from .rows import training_rows
 from .unroll import unroll
 
@@ -75,7 +78,10 @@ class CoralTrainer(Trainer):
         self.model.main_input_name = "input_ids"  # whose tokens `Trainer` counts
         # losses are sums over trained tokens, divided by their number over all accumulated batches
         self.model_accepts_loss_kwargs = True
-        self._sums: dict[str, float] = defaultdict(float)
+        self._sums: dict[str, Any] = defaultdict(float)
+        self.evaluation = Evaluation(self.target, self.args)
+        if self.args.plots:
+            self.add_callback(PlotCallback(self.callback_handler))
         if getattr(target_model, "hf_device_map", None) is None:
             target_model.to(self.args.device)
         for dataset in (self.train_dataset, self.eval_dataset):
@@ -102,6 +108,21 @@ class CoralTrainer(Trainer):
             self.model.config.draft_head = "routed"
         return super().train(*args, **kwargs)
 
+    def evaluate(self, *args, **kwargs):
+        """See [`~transformers.Trainer.evaluate`]; adds acceptance lengths to its metrics."""
+        with self.evaluation.running():
+            return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+        """See [`~transformers.Trainer.evaluation_loop`]."""
+        output = super().evaluation_loop(
+            dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
+        )
+        if self.evaluation.is_running:
+            found = self.evaluation.metrics(self.drafter, dataloader.dataset, self.accelerator)
+            output.metrics.update({f"{metric_key_prefix}_{name}": found[name] for name in found})
+        return output
+
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = COLUMNS
 
@@ -113,9 +134,10 @@ class CoralTrainer(Trainer):
         elif self.args.average_tokens_across_devices:
             # the items are those of all processes, over which DDP averages once more
             num_processes = self.accelerator.num_processes
-        losses = self._losses(self._unroll(model, inputs))
+        unrolled = self._unroll(model, inputs)
+        losses = self._losses(unrolled)
         if model.training:
-            self._note(losses.notes, positions=(inputs["labels"] != -100).sum())
+            self._note(losses.notes, len(unrolled.target))
         loss = sum(losses.terms.values()) * num_processes / num_items
         return (loss, {"loss": loss}) if return_outputs else loss
 
@@ -127,7 +149,10 @@ class CoralTrainer(Trainer):
         embeddings = self.target.embed(input_ids[:, 1:])
         with torch.set_grad_enabled(self.args.stage == "drafter" and torch.is_grad_enabled()):
             noisy = self._noisy(features[:, :-1]) if model.training else features[:, :-1]
-            predicted = unroll(model, embeddings, noisy, self.args.num_steps, positions)
+            steps = self.evaluation.num_steps(self.drafter)
+            predicted = unroll(model, embeddings, noisy, steps, positions)
+        self.evaluation.note(self.drafter, predicted, features, labels)
+        predicted = predicted[: self.args.num_steps]
         # position t predicts feature t + 1, whose token is t + 2; the last is beyond the text
         trained = torch.zeros_like(labels[:, 1:], dtype=torch.bool)
         trained[:, :-1] = labels[:, 2:] != -100
@@ -151,21 +176,23 @@ class CoralTrainer(Trainer):
         """The drafter without wrappers."""
         return self.accelerator.unwrap_model(self.model)
 
-    def _note(self, notes: dict[str, Tensor], positions: Tensor) -> None:
+    def _note(self, notes: dict[str, Tensor], positions: int) -> None:
         """Collect sums over positions for the next log entry."""
         for name, total in notes.items():
-            self._sums[name] += float(total.detach())
-            self._sums[f"{name}/positions"] += int(positions)
+            # as a tensor: reading it here would wait for the device, many times a batch
+            self._sums[name] = self._sums[name] + total.detach()
+            self._sums[f"{name}/positions"] += positions
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """See [`~transformers.Trainer.log`].
 
-        Adds the average of each loss and the agreement since the last entry.
+        Adds the averages since the last entry: losses, agreement, similarity of the steps.
         """
         if "loss" in logs:
             names = [name for name in self._sums if not name.endswith("/positions")]
             logs |= {
-                name: self._sums[name] / max(self._sums[f"{name}/positions"], 1) for name in names
+                name: float(self._sums[name]) / max(self._sums[f"{name}/positions"], 1)
+                for name in names
             }
             self._sums.clear()
         super().log(logs, *args, **kwargs)

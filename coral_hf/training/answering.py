@@ -1,0 +1,63 @@
+"""Prompts answered by the target with the drafter, for the rounds that it takes.
+
+In: token ids of prompts. Out: the tokens that each round of the tree decoding of `generate` emits.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..modeling_coral import CoralDrafter
+from ..target import Target, tree_obstacle
+
+
+class Answers(NamedTuple):
+    """How prompts are answered."""
+
+    max_new_tokens: int
+    temperature: float = 0.0  # 0 is greedy; else from the whole vocabulary
+    batch_size: int = 8
+    seed: int = 0
+
+
+def decoded_rounds(
+    drafter: CoralDrafter, target: Target, prompts: Sequence[list[int]], answers: Answers
+) -> list[int]:
+    """Tokens that each round emits when the target answers prompts with the drafter."""
+    # where no tree can be told to the target, rows of a batch wait for each other
+    size = answers.batch_size if tree_obstacle(target.model) is None else 1
+    pad = drafter.config.pad_token_id or 0
+    torch.manual_seed(answers.seed)
+    rounds: list[int] = []
+    for start in range(0, len(prompts), size):
+        ids, mask = left_padded(prompts[start : start + size], pad)
+        output = target.model.generate(
+            ids.to(target.device),
+            attention_mask=mask.to(target.device),
+            assistant_model=drafter,
+            speculation="always",
+            return_dict_in_generate=True,
+            max_new_tokens=answers.max_new_tokens,
+            pad_token_id=pad,
+            **_sampling(answers.temperature),
+        )
+        rounds += output.stats.round_lengths
+    return rounds
+
+
+def _sampling(temperature: float) -> dict[str, Any]:
+    """Arguments of `generate`, so that no default of the target's slips in."""
+    if temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+
+
+def left_padded(prompts: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """`input_ids` and `attention_mask` of prompts, (batch, length) each."""
+    longest = max(map(len, prompts))
+    ids = [F.pad(torch.tensor(ids), (longest - len(ids), 0), value=pad) for ids in prompts]
+    mask = [F.pad(torch.ones(len(ids)).long(), (longest - len(ids), 0)) for ids in prompts]
+    return torch.stack(ids), torch.stack(mask)

@@ -1,0 +1,135 @@
+"""Greedy chain decoding replayed over a text that is there already, from one unroll.
+
+In: what each step of the unroll predicts, and the target's features. Out: the rounds that chain
+decoding would take. Step d of the unroll stands where a chain of depth d stands: a chain that
+starts with the root x3 is the diagonal marked *.
+
+    token                 x0    x1    x2    x3    x4    x5    x6    x7
+    label                 -     -     -     x3    x4    x5    x6    x7        trained: 3 … 7
+    position t            0     1     2     3     4     5
+    a step there says     x2    x3    x4    x5    x6    x7                    by reading x1 … x6
+    step 1                            *                                       x4 after root x3
+    step 2                                  *                                 x5 after x4, f̂¹_3
+    step 3                                        *                           x6 after x5, f̂²_4
+
+On the target's own greedy text these are the rounds of real chain decoding, one by one. On any
+other text a round goes on along the text where the target itself would have gone another way.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..draft_head import group_size
+from ..modeling_coral import CoralDrafter
+from ..target import Target
+from .data.encoding import IGNORED
+
+CHUNK = 256  # rows of logits held at a time
+
+
+def replayed_rounds(
+    drafter: CoralDrafter, target: Target, predicted: Tensor, features: Tensor, labels: Tensor
+) -> list[int]:
+    """Tokens that each round of greedy chain decoding would emit, row after row.
+
+    Args:
+        drafter: whose draft head is read.
+        target: of the drafter.
+        predicted: (steps, batch, length - 1, hidden), see `unroll`; a chain has as many levels.
+        features: (batch, length, hidden), the target's.
+        labels: (batch, length), -100 where a token is not the target's to write.
+    """
+    trained = labels != IGNORED
+    trained[:, :2] = False
+    # position t predicts token t + 2
+    agreed = agreement(drafter, target, predicted[:, :, :-1], features[:, 1:-1], trained[:, 2:])
+    rows = zip(accepted_chains(agreed).tolist(), trained.tolist(), strict=True)
+    return [tokens for accepted, row in rows for tokens in walk(accepted, row)]
+
+
+@torch.no_grad()
+def agreement(
+    drafter: CoralDrafter, target: Target, predicted: Tensor, features: Tensor, trained: Tensor
+) -> Tensor:
+    """Where the drafter's first choice is the target's: (steps, batch, positions).
+
+    Args:
+        drafter, target: see `replayed_rounds`.
+        predicted: (steps, batch, positions, hidden).
+        features: (batch, positions, hidden), what was to be predicted.
+        trained: (batch, positions), where to look; False elsewhere.
+    """
+    agreed = torch.zeros(predicted.shape[:3], dtype=torch.bool, device=trained.device)
+    best = _by_chunk(lambda rows: target.head.logits(rows).argmax(-1), features[trained])
+    for step, one in enumerate(predicted):
+        choices = _by_chunk(lambda rows: first_choices(drafter, target, rows), one[trained])
+        agreed[step][trained] = choices == best
+    return agreed
+
+
+def _by_chunk(choose: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+    """(rows, hidden) → (rows,)"""
+    return torch.cat([choose(rows) for rows in features.split(CHUNK)])
+
+
+def first_choices(drafter: CoralDrafter, target: Target, features: Tensor) -> Tensor:
+    """The best child of each node of a chain, by the drafter's own head: (rows, hidden) → (rows,).
+
+    The routed head ranks by router mass × probability within the group, of its active groups.
+    """
+    logits = target.head.logits(features).float()
+    if drafter.config.draft_head == "full":
+        return logits.argmax(-1)
+    assert drafter.router is not None, "a routed head has a router"
+    log_mass = drafter.router(features.to(drafter.dtype))  # (rows, groups)
+    groups = log_mass.shape[-1]
+    size = group_size(logits.shape[-1], groups)
+    padded = F.pad(logits, (0, size * groups - logits.shape[-1]), value=float("-inf"))
+    blocks = padded.unflatten(-1, (groups, size))
+    filled = -(-logits.shape[-1] // size)
+    active = log_mass[:, :filled].topk(min(drafter.config.num_active_groups, filled)).indices
+    index = active[..., None].expand(-1, -1, size)
+    within = blocks.gather(1, index).log_softmax(-1) + log_mass.gather(1, active)[..., None]
+    best = within.flatten(1).argmax(-1)  # of (rows, active × size)
+    return active.gather(1, (best // size)[:, None])[:, 0] * size + best % size
+
+
+def accepted_chains(agreed: Tensor) -> Tensor:
+    """How many guesses of a chain are accepted, by where its first one stands.
+
+    Args:
+        agreed: (steps, batch, positions).
+
+    Returns:
+        (batch, positions): at t the leading agreements of step 1 at t, step 2 at t + 1, …
+    """
+    # step d moves left by d - 1, so that a chain is a column; what moves in is beyond the text
+    columns = [F.pad(one[:, step:], (0, step)) for step, one in enumerate(agreed)]
+    return torch.stack(columns).long().cumprod(0).sum(0)
+
+
+def walk(accepted: list[int], trained: list[bool]) -> Iterator[int]:
+    """Tokens of each round of a row: from root to root, through each stretch of trained tokens.
+
+    The first token of a stretch is that of the prompt's pass; the last round ends with the stretch.
+
+        token       x3    x4    x5    x6    x7        a stretch, 3 … 7
+        round 1     root  ✓     +                     accepted[2] = 1: emits x4 and one more, x5
+        round 2                 root  ✓     ✓         accepted[4] = 3: emits what is left, x6 x7
+
+    Args:
+        accepted: by position t of a chain's first guess, which is of token t + 2.
+        trained: by token.
+    """
+    root = 0
+    while root < len(trained) - 1:
+        if not (trained[root] and trained[root + 1]):
+            root += 1
+            continue
+        emitted = list(takewhile(bool, trained[root + 1 : root + 2 + accepted[root - 1]]))
+        yield len(emitted)
+        root += len(emitted)
