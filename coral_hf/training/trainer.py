@@ -11,18 +11,21 @@ batch goes target features (no gradient) → unroll → losses.
     and predicts       f1      f2      f3      f4                 whose tokens are x2, x3, x4, (x5)
 """
 
-from collections import defaultdict
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from ..draft_head import group_mass
 from ..modeling_coral import CoralDrafter
 from ..target import check_tokenizer, read_features, read_target, tokenizer_hash
 from .arguments import CoralTrainingArguments
+from .averages import RunningAverages
+from .checkpointing import CheckpointedTrainer
 from .data import CoralCollator, prepare_dataset
+from .distributed import place_target, set_ddp_defaults
+from .guards import FiniteGuard
 from .losses import classification_loss, csra_loss, regression_loss, router_loss
 from .unroll import unroll
 
@@ -37,7 +40,7 @@ class Unrolled(NamedTuple):
     lengths: list[int]  # trained positions of each row of the batch
 
 
-class CoralTrainer(Trainer):
+class CoralTrainer(CheckpointedTrainer):
     """Train a [`CoralDrafter`] or its router.
 
     Args:
@@ -76,12 +79,14 @@ class CoralTrainer(Trainer):
         kwargs.setdefault("data_collator", CoralCollator(model.config.pad_token_id or 0))
         # `Trainer` looks for labels by name in the signature of forward, which has none here
         args.label_names = ["labels"]
+        set_ddp_defaults(args)
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
         # losses are sums over trained tokens, divided by their number over all accumulated batches
         self.model_accepts_loss_kwargs = True
-        self._sums: dict[str, float] = defaultdict(float)
-        if getattr(target_model, "hf_device_map", None) is None:
-            target_model.to(self.args.device)
+        self.averages = RunningAverages()
+        self._guard = FiniteGuard(self.args.process_index, self._gather)
+        self.add_callback(self._guard)
+        place_target(target_model, self)
 
     @staticmethod
     def _prepare_drafter(model: CoralDrafter, args: CoralTrainingArguments) -> None:
@@ -115,8 +120,12 @@ class CoralTrainer(Trainer):
             # the items are those of all processes, over which DDP averages once more
             num_processes = self.accelerator.num_processes
         stage_losses = self._router_losses if self.args.stage == "router" else self._drafter_losses
-        losses = stage_losses(model, self._unroll(model, inputs))
+        unrolled = self._unroll(model, inputs)
+        losses = stage_losses(model, unrolled)
         loss = sum(losses.values()) * num_processes / num_items
+        if model.training:
+            terms = {**losses, "total": loss}
+            self._guard.watch(inputs["input_ids"], unrolled.lengths, unrolled.target, terms)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _unroll(self, model, inputs: dict[str, Tensor]) -> Unrolled:
@@ -154,9 +163,8 @@ class CoralTrainer(Trainer):
         return losses
 
     def _router_losses(self, model, unrolled: Unrolled) -> dict[str, Tensor]:
-        router = self.drafter.router
-        assert router is not None, "the router's stage starts by adding one"
-        log_mass = router(unrolled.predicted)  # (steps, positions, groups)
+        # through the model, since wrappers see to the gradients of what runs in its forward
+        log_mass = model(None, unrolled.predicted)  # (steps, positions, groups)
 
         def mass_of(features: Tensor) -> Tensor:
             probs = self.target.head.logits(features).float().softmax(-1)
@@ -166,16 +174,10 @@ class CoralTrainer(Trainer):
         self._note("router_loss", loss.mean(), len(unrolled.target))
         return {"router": loss.mean()}
 
-    @property
-    def drafter(self) -> CoralDrafter:
-        """The drafter without wrappers."""
-        return self.accelerator.unwrap_model(self.model)
-
     def _note(self, name: str, total: Tensor, positions: int) -> None:
         """Collect a sum over positions for the next log entry."""
         if self.model.training:
-            self._sums[name] += float(total.detach())
-            self._sums[f"{name}/positions"] += positions
+            self.averages.add(name, total, positions)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """See [`~transformers.Trainer.log`].
@@ -183,11 +185,7 @@ class CoralTrainer(Trainer):
         Adds the average of each loss and the agreement since the last entry.
         """
         if "loss" in logs:
-            names = [name for name in self._sums if not name.endswith("/positions")]
-            logs |= {
-                name: self._sums[name] / max(self._sums[f"{name}/positions"], 1) for name in names
-            }
-            self._sums.clear()
+            logs |= self.averages.take(self.accelerator.reduce)
         super().log(logs, *args, **kwargs)
 
 
