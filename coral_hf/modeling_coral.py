@@ -245,6 +245,9 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
             )
         return self.router(features)
 
+    def get_input_embeddings(self) -> None:
+        """None: a drafter reads its target's. FSDP asks for them."""
+
     def draft_head(self, head: LMHead, name: str | None = None) -> DraftHead:
         """The draft head called `name` (the config's by default) on a target's LM head."""
         name = self.config.draft_head if name is None else name

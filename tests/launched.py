@@ -7,14 +7,18 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
+from accelerate import DistributedType, PartialState
 from conftest import VOCAB, scatter_weights, tiny_target
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
+from coral_hf.training.run_lock import sole_run
 
 SETTINGS = {
     "max_steps": 4,
@@ -31,6 +35,10 @@ SETTINGS = {
 }
 
 
+# before any TrainingArguments: under ZeRO-3 what is made later is taken apart
+TARGET = tiny_target("llama", torch.float32)
+
+
 def make_rows(count: int = 24, length: int = 14) -> Dataset:
     """Random texts, each with another number of trained tokens."""
     ids = torch.randint(2, VOCAB, (count, length), generator=torch.Generator().manual_seed(0))
@@ -41,17 +49,33 @@ def make_rows(count: int = 24, length: int = 14) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def make_trainer(folder, target=None, trainer_class=CoralTrainer, rows=None, **settings):
-    """A trainer of a fresh drafter, or of `settings["drafter"]`."""
-    target = tiny_target("llama", torch.float32) if target is None else target
+def make_drafter() -> CoralDrafter:
+    """A random drafter of `TARGET`."""
     torch.manual_seed(0)
-    drafter = settings.pop("drafter", None)
-    if drafter is None:
-        drafter = CoralDrafter.from_target(target).float()
-        scatter_weights(drafter)  # as it is initialised, the gradients of its attention are tiny
+    drafter = CoralDrafter.from_target(TARGET).float()
+    # as it is initialised, the gradients of its attention are tiny
+    scatter_weights(drafter)
+    with torch.no_grad():
+        for weight in drafter.parameters():
+            weight.mul_(0.3)
+    return drafter
+
+
+def make_trainer(folder, target=None, trainer_class=CoralTrainer, eval_dataset=None, **settings):
+    """A trainer of a fresh drafter, or of `settings["drafter"]`."""
+    target = TARGET if target is None else target
+    drafter = settings.pop("drafter", None) or make_drafter()
     args = CoralTrainingArguments(output_dir=str(folder), **{**SETTINGS, **settings})
-    rows = make_rows() if rows is None else rows
-    return trainer_class(model=drafter, target_model=target, args=args, train_dataset=rows)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate offers FSDP on accelerators alone; torch knows it on CPUs too
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return trainer_class(
+        model=drafter,
+        target_model=target,
+        args=args,
+        train_dataset=make_rows(),
+        eval_dataset=eval_dataset,
+    )
 
 
 class Gradients(TrainerCallback):
@@ -99,8 +123,8 @@ def results(trainer: CoralTrainer) -> dict:
 
 def two_stages(folder: Path, **settings) -> dict:
     """The drafter's stage and the router's on it."""
-    found = {}
-    drafter = None
+    found: dict = {}
+    drafter = make_drafter()
     for stage in ("drafter", "router"):
         trainer = make_trainer(
             folder / stage, drafter=drafter, stage=stage, num_groups=4, **settings
@@ -108,8 +132,9 @@ def two_stages(folder: Path, **settings) -> dict:
         gradients = Gradients()
         trainer.add_callback(gradients)
         trainer.train()
-        drafter = trainer.model
-        found[stage] = {**results(trainer), "gradients": gradients.found}
+        weights = {name: weight.detach().clone() for name, weight in drafter.named_parameters()}
+        found[stage] = {**results(trainer), "weights": weights, "gradients": gradients.found}
+    found["shards"] = sum(isinstance(weight, DTensor) for weight in TARGET.parameters())
     return found
 
 
@@ -146,9 +171,35 @@ def all_at_once(folder: Path, **settings) -> dict:
     return found
 
 
-def resumed(folder: Path, kill_at: int | None = None, resume: bool = False, **settings) -> dict:
+class DiesWriting(NoisyTrainer):
+    """Ends this process as the kernel would, when half of a checkpoint is written."""
+
+    step: int
+
+    def _save_rng_state(self, output_dir):
+        if self.state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super()._save_rng_state(output_dir)
+
+
+def hold(folder: Path) -> None:
+    """Holds a folder as a training does, until the process is killed."""
+    with sole_run(folder, is_main=True):
+        print("held", flush=True)
+        time.sleep(600)
+
+
+def resumed(
+    folder: Path,
+    kill_at: int | None = None,
+    kill_writing: int | None = None,
+    resume: bool = False,
+    **settings,
+) -> dict:
     """A run that writes checkpoints, is killed, or goes on."""
-    trainer = make_trainer(folder / "run", trainer_class=NoisyTrainer, **settings)
+    trainer_class = NoisyTrainer if kill_writing is None else DiesWriting
+    trainer = make_trainer(folder / "run", trainer_class=trainer_class, **settings)
+    trainer.step = kill_writing
     if kill_at is not None:
         trainer.add_callback(KillAt(kill_at))
     trainer.train(resume_from_checkpoint=resume)

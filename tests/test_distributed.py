@@ -99,3 +99,27 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both(two):
     for process in two:
         saved = process["broken"]["saved"]
         assert [name for name in saved if name[0] != "_"] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_fsdp_shares_out_drafter_and_target_and_trains_the_same(one, tmp_path):
+    launch("fsdp2.yaml", TESTS / "launched.py", tmp_path, "two_stages", SETTINGS)
+    found = torch.load(tmp_path / "two_stages_1.pt")
+    layer = len(list(launched.TARGET.model.layers[0].parameters()))
+    assert found["shards"] == layer * len(launched.TARGET.model.layers)
+    for stage in ("drafter", "router"):
+        for name, weight in one[stage]["weights"].items():
+            torch.testing.assert_close(found[stage]["weights"][name], weight, rtol=1e-4, atol=1e-6)
+        for entry, expected in zip(found[stage]["logs"][:3], one[stage]["logs"][:3], strict=True):
+            assert entry == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_accelerate_reads_each_config_as_it_is_meant(config):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    read = load_config_from_file(str(CONFIGS / config))
+    kind = {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}.get(config.removesuffix(".yaml"), "DEEPSPEED")
+    assert str(read.distributed_type.value) == kind
+    assert read.mixed_precision == "bf16" and read.num_processes == 8
+    if kind == "DEEPSPEED":
+        assert f"zero{read.deepspeed_config['zero_stage']}.yaml" in config

@@ -36,7 +36,8 @@ def train(
     from ..training.recipe import save
     from ..training.recipe import train as train_stages
 
-    model, tokenizer = load_target(target, dtype)
+    # each process of a run has a GPU of its own, to which its trainer moves the target
+    model, tokenizer = load_target(target, dtype, device="cpu")
     rows = without_last([load_conversations(path) for path in dataset], hold_out)
     stages = [_training_arguments(output / "drafter", context.args, stage="drafter")]
     if router_epochs > 0:

@@ -41,6 +41,7 @@ class RunningAverages:
         """What has been added since the last entry, for a checkpoint."""
         return {"sums": dict(self._sums), "counts": dict(self._counts)}
 
-    def load_state_dict(self, state: dict[str, dict]) -> None:
+    def load_state_dict(self, state: dict[str, dict], device: torch.device) -> None:
         """Go on from a `state_dict`."""
-        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+        self._sums = {name: total.to(device) for name, total in state["sums"].items()}
+        self._counts = dict(state["counts"])

@@ -3,7 +3,7 @@
 In: what `Trainer` writes. Out: folders that appear in one step, when all is written.
 
     run/checkpoint-2               whole, whatever happens
-    run/_incomplete/checkpoint-4   being written; removed by the next run if its process dies
+    run/_incomplete/checkpoint-4   being written or deleted; removed by the next run if it dies
 """
 
 import os
@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from .averages import RunningAverages
 from .guards import check_weights
@@ -61,15 +61,22 @@ class CheckpointedTrainer(Trainer):
         if self.is_local_process_zero():
             error = self._attempt(_publish, staged, whole)
         self._raise_together(error, staged)
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+        if self.args.should_save and self.args.save_total_limit:
+            self._drop_old(run, self.args.save_total_limit)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(whole))
+
+    def _drop_old(self, run: Path, limit: int) -> None:
+        """Delete what is beyond the limit, aside, so that none is ever seen half deleted."""
+        best = self.state.best_model_checkpoint
+        # oldest first, but the best one stands just before the newest
+        checkpoints = sort_checkpoints(str(run), use_mtime=True, best_model_checkpoint=best)
+        is_best_older = best is not None and Path(best) != Path(checkpoints[-1])
+        for old in map(Path, checkpoints[: -max(limit, 1 + is_best_older)]):
+            aside = run / INCOMPLETE
+            aside.mkdir(exist_ok=True)
+            old.rename(aside / old.name)
+            shutil.rmtree(aside, ignore_errors=True)
 
     def _stage(self, model, trial, staged: Path, whole: Path) -> None:
         self._is_staging = True
@@ -126,12 +133,10 @@ class CheckpointedTrainer(Trainer):
         super()._load_rng_state(checkpoint)
         if checkpoint is None or not self._unlogged(checkpoint).is_file():
             return
-        unlogged = torch.load(
-            self._unlogged(checkpoint), map_location=self.args.device, weights_only=True
-        )
-        self._tr_loss = unlogged["loss"]
+        unlogged = torch.load(self._unlogged(checkpoint), map_location="cpu", weights_only=True)
+        self._tr_loss = unlogged["loss"].to(self.args.device)
         self._globalstep_last_logged = unlogged["last_step"]
-        self.averages.load_state_dict(unlogged["averages"])
+        self.averages.load_state_dict(unlogged["averages"], self.args.device)
 
     def _unlogged(self, folder: str) -> Path:
         return Path(folder, f"unlogged_{self.args.process_index}.pth")

@@ -24,7 +24,13 @@ from .arguments import CoralTrainingArguments
 from .averages import RunningAverages
 from .checkpointing import CheckpointedTrainer
 from .data import CoralCollator, prepare_dataset
-from .distributed import place_target, set_ddp_defaults
+from .distributed import (
+    give_back,
+    place_target,
+    set_ddp_defaults,
+    shares_out_weights,
+    trained_copy,
+)
 from .guards import FiniteGuard
 from .losses import classification_loss, csra_loss, regression_loss, router_loss
 from .unroll import unroll
@@ -87,6 +93,9 @@ class CoralTrainer(CheckpointedTrainer):
         self._guard = FiniteGuard(self.args.process_index, self._gather)
         self.add_callback(self._guard)
         place_target(target_model, self)
+        self._drafter = model
+        if shares_out_weights(self):
+            self.model = self.model_wrapped = trained_copy(model)
 
     @staticmethod
     def _prepare_drafter(model: CoralDrafter, args: CoralTrainingArguments) -> None:
@@ -104,9 +113,13 @@ class CoralTrainer(CheckpointedTrainer):
     def train(self, *args, **kwargs):
         """See [`~transformers.Trainer.train`]; a trained router becomes the drafter's head."""
         if self.args.stage == "router":
-            self.model.config.is_router_trained = True
-            self.model.config.draft_head = "routed"
-        return super().train(*args, **kwargs)
+            for model in (self._drafter, self.model):
+                model.config.is_router_trained = True
+                model.config.draft_head = "routed"
+        output = super().train(*args, **kwargs)
+        if shares_out_weights(self):
+            give_back(self.accelerator.unwrap_model(self.model), self._drafter)
+        return output
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = COLUMNS
