@@ -85,11 +85,15 @@ class Gradients(TrainerCallback):
         self.found = []
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        gradients = {
+            name.removeprefix("module."): weight.grad
+            for name, weight in model.named_parameters()
+            if weight.grad is not None
+        }
         self.found.append(
             {
-                n.removeprefix("module."): p.grad.clone()
-                for n, p in model.named_parameters()
-                if p.grad is not None
+                name: gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+                for name, gradient in gradients.items()
             }
         )
 
@@ -114,10 +118,10 @@ class KillAt(TrainerCallback):
 
 def results(trainer: CoralTrainer) -> dict:
     """What a test compares."""
-    drafter = trainer.accelerator.unwrap_model(trainer.model)
+    weights = trainer._drafter.named_parameters()
     return {
         "logs": trainer.state.log_history,
-        "weights": {name: weight.detach().clone() for name, weight in drafter.named_parameters()},
+        "weights": {name: weight.detach().clone() for name, weight in weights},
     }
 
 
@@ -132,8 +136,7 @@ def two_stages(folder: Path, **settings) -> dict:
         gradients = Gradients()
         trainer.add_callback(gradients)
         trainer.train()
-        weights = {name: weight.detach().clone() for name, weight in drafter.named_parameters()}
-        found[stage] = {**results(trainer), "weights": weights, "gradients": gradients.found}
+        found[stage] = {**results(trainer), "gradients": gradients.found}
     found["shards"] = sum(isinstance(weight, DTensor) for weight in TARGET.parameters())
     return found
 

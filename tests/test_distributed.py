@@ -9,6 +9,7 @@ from pathlib import Path
 import launched
 import pytest
 import torch
+from transformers import AutoModel
 
 import coral_hf
 
@@ -101,12 +102,16 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both(two):
         assert [name for name in saved if name[0] != "_"] == ["checkpoint-1", "checkpoint-2"]
 
 
+@pytest.mark.slow
 def test_fsdp_shares_out_drafter_and_target_and_trains_the_same(one, tmp_path):
     launch("fsdp2.yaml", TESTS / "launched.py", tmp_path, "two_stages", SETTINGS)
     found = torch.load(tmp_path / "two_stages_1.pt")
     layer = len(list(launched.TARGET.model.layers[0].parameters()))
     assert found["shards"] == layer * len(launched.TARGET.model.layers)
     for stage in ("drafter", "router"):
+        for name, gradient in one[stage]["gradients"][2].items():
+            close = {"rtol": 1e-4, "atol": 1e-6}
+            torch.testing.assert_close(found[stage]["gradients"][2][name], gradient, **close)
         for name, weight in one[stage]["weights"].items():
             torch.testing.assert_close(found[stage]["weights"][name], weight, rtol=1e-4, atol=1e-6)
         for entry, expected in zip(found[stage]["logs"][:3], one[stage]["logs"][:3], strict=True):
@@ -123,3 +128,14 @@ def test_accelerate_reads_each_config_as_it_is_meant(config):
     assert read.mixed_precision == "bf16" and read.num_processes == 8
     if kind == "DEEPSPEED":
         assert f"zero{read.deepspeed_config['zero_stage']}.yaml" in config
+
+
+@pytest.mark.slow
+def test_the_example_needs_no_change_for_two_processes(tmp_path):
+    from test_examples import save_target_and_talk
+
+    save_target_and_talk(tmp_path)
+    names = ["--target", tmp_path / "target", "--dataset", tmp_path / "talk.jsonl"]
+    script = CONFIGS.parent / "train.py"
+    launch("ddp.yaml", script, *names, "--output", tmp_path / "drafter", "--max-steps", 2)
+    assert AutoModel.from_pretrained(tmp_path / "drafter").config.draft_head == "routed"

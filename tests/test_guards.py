@@ -1,4 +1,4 @@
-"""Training stops at what is not finite, says where, and leaves the weights and checkpoints alone."""
+"""Training stops at what is not finite, says where, and leaves weights and checkpoints alone."""
 
 import launched
 import pytest

@@ -89,7 +89,8 @@ def _shard_layers(target: PreTrainedModel, device: torch.device) -> None:
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for layer in _layers(target):
-        fully_shard(layer, mesh=mesh)
+        # torch takes each layer for a root of its own, which it would leave whole after a pass
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
 
 def _layers(target: PreTrainedModel) -> list[nn.Module]:
