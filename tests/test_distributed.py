@@ -31,6 +31,7 @@ def launch(config: str, script: Path, *arguments: object, more: tuple = ()) -> s
     command += ["--mixed_precision", "no", "--main_process_port", str(free_port())]
     paths = os.pathsep.join([str(Path(coral_hf.__file__).parents[1]), str(TESTS)])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    environment["ACCELERATE_USE_CPU"] = "true"
     done = subprocess.run(
         [*command, str(script), *map(str, arguments)],
         env=environment,

@@ -81,7 +81,7 @@ def test_a_training_killed_as_it_writes_a_checkpoint_goes_on_from_the_one_before
 
 @pytest.mark.slow
 def test_a_training_killed_again_and_again_comes_to_the_same_end(tmp_path):
-    settings = {**SETTINGS, "max_steps": 24, "save_total_limit": 2}
+    settings = {**SETTINGS, "max_steps": 16, "save_total_limit": 2}
     expected = launched.resumed(tmp_path / "whole", **settings)
     folder, moments, kills = tmp_path / "run", random.Random(0), 0
     while not (tmp_path / "resumed_0.pt").exists():
