@@ -205,7 +205,7 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        inputs_embeds: Tensor,
+        inputs_embeds: Tensor | None,
         features: Tensor,
         position_ids: Tensor | None = None,
         context: Context | None = None,
@@ -214,15 +214,19 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
 
         Args:
             inputs_embeds: (batch, length, hidden), the target's embedding of the token after each
-                feature.
+                feature. None asks the router about the features instead: what is trained has to run
+                in `forward`, which is all that wrappers for several devices see.
             features: (batch, length, hidden), of the target, or predicted by an earlier step.
             position_ids: (batch or 1, length), the positions of the features; 0, 1, … by default.
             context: what can be attended to beside the inputs; causal attention among the inputs
                 by default.
 
         Returns:
-            (batch, length, hidden), the predicted next features.
+            (batch, length, hidden), the predicted next features; without `inputs_embeds` what the
+            router makes of features of any shape, (..., groups).
         """
+        if inputs_embeds is None:
+            return self._route(features)
         if position_ids is None:
             position_ids = torch.arange(features.shape[1], device=features.device)[None]
         dtype = self.fc.weight.dtype
@@ -231,6 +235,18 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
         for layer in self.layers:
             hidden = layer(hidden, cos=cos, sin=sin, context=context or CausalContext())
         return hidden
+
+    def _route(self, features: Tensor) -> Tensor:
+        """(..., hidden) → (..., groups), log-probabilities of the router's."""
+        if self.router is None:
+            raise ValueError(
+                "`inputs_embeds` is None, which asks the router, but this drafter has none; pass"
+                " embeddings, or call `add_router` first."
+            )
+        return self.router(features)
+
+    def get_input_embeddings(self) -> None:
+        """None: a drafter reads its target's. FSDP asks for them."""
 
     def draft_head(self, head: LMHead, name: str | None = None) -> DraftHead:
         """The draft head called `name` (the config's by default) on a target's LM head."""

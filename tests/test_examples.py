@@ -17,8 +17,14 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A saved tiny target with a byte-level tokenizer, and two conversations."""
+    """See `save_target_and_talk`."""
     folder = tmp_path_factory.mktemp("examples")
+    save_target_and_talk(folder)
+    return folder
+
+
+def save_target_and_talk(folder: Path) -> None:
+    """A tiny target with a byte-level tokenizer, and a few conversations."""
     alphabet = sorted(ByteLevel.alphabet())
     backend = Tokenizer(BPE({byte: index for index, byte in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -32,7 +38,6 @@ def folder(tmp_path_factory):
     talk = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello there."}]
     rows = [json.dumps({"messages": talk})] * 4
     (folder / "talk.jsonl").write_text("\n".join(rows))
-    return folder
 
 
 def run(monkeypatch, name: str, *arguments: object) -> None:

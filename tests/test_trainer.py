@@ -312,7 +312,7 @@ def test_later_steps_alone_learn_from_csra_when_told_so(target, rows, tmp_path):
     unrolled = Unrolled(torch.randn(3, 5, 32, requires_grad=True), torch.randn(5, 32), [5])
     weights = {"regression_weight": 0.0, "classification_weight": 0.0, "top_k_weight": 1e-9}
     trainer = make_trainer(target, rows, tmp_path, csra_gradient="later_steps", **weights)
-    loss = trainer._losses(unrolled).terms["csra"]
+    loss = trainer._losses(trainer.model, unrolled).terms["csra"]
     (gradient,) = torch.autograd.grad(loss, unrolled.predicted)
     assert gradient[0].eq(0).all() and gradient[1:].abs().sum(-1).gt(0).all()
 
@@ -321,7 +321,9 @@ def test_csra_pulls_to_the_targets_features_when_told_so(target, rows, tmp_path)
     unrolled = Unrolled(torch.randn(3, 5, 32), torch.randn(5, 32), [5])
     trainer = make_trainer(target, rows, tmp_path, csra_positives="steps_and_target")
     expected = csra_loss(unrolled.predicted, 0.07, target=unrolled.target)
-    torch.testing.assert_close(trainer._losses(unrolled).notes["csra_loss"], expected)
+    torch.testing.assert_close(
+        trainer._losses(trainer.model, unrolled).notes["csra_loss"], expected
+    )
 
 
 @pytest.mark.slow

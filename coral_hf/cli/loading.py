@@ -7,12 +7,12 @@ when it is needed.
 from pathlib import Path
 
 
-def load_target(name: str, dtype: str, pad_layers: int | None = None):
-    """A target on the GPU where there is one, padded to a depth if asked for; its tokenizer."""
+def load_target(name: str, dtype: str, pad_layers: int | None = None, device: str | None = None):
+    """A target, on the GPU where there is one, padded to a depth if asked for; its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
     if pad_layers is not None:
         from ..benchmark import pad_target

@@ -37,7 +37,8 @@ def train(
     from ..training.stages import save
     from ..training.stages import train as train_stages
 
-    model, tokenizer = load_target(target, dtype)
+    # each process of a run has a GPU of its own, to which its trainer moves the target
+    model, tokenizer = load_target(target, dtype, device="cpu")
     rows = load_rows(dataset, hold_out)
     stages = [parse_arguments(output / "drafter", context.args, stage="drafter")]
     if router_epochs > 0:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..draft_head import LMHead, Router, group_mass
+from ..draft_head import LMHead, group_mass
 from .arguments import CoralTrainingArguments
 from .csra import csra_loss, of_other_devices
 from .losses import regression_loss, router_loss
@@ -84,12 +84,16 @@ def _csra(unrolled: Unrolled, args: CoralTrainingArguments) -> Tensor:
     )
 
 
-def router_losses(unrolled: Unrolled, router: Router, head: LMHead) -> Losses:
-    """Cross-entropy of the router's group mass against the target's, averaged over steps."""
-    log_mass = router(unrolled.predicted)  # (steps, positions, groups)
+def router_losses(log_mass: Tensor, target: Tensor, head: LMHead) -> Losses:
+    """Cross-entropy of the router's group mass against the target's, averaged over steps.
+
+    Args:
+        log_mass: (steps, positions, groups), the router's.
+        target: (positions, hidden), the target's features.
+    """
 
     def mass_of(features: Tensor) -> Tensor:
         return group_mass(head.logits(features).float().softmax(-1), log_mass.shape[-1])
 
-    loss = router_loss(log_mass, unrolled.target, mass_of).mean()
+    loss = router_loss(log_mass, target, mass_of).mean()
     return Losses({"router": loss}, {"router_loss": loss})

@@ -6,6 +6,7 @@ loads.
 
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -54,5 +55,6 @@ def _last_checkpoint(args: CoralTrainingArguments) -> str | None:
 
 def save(drafter: CoralDrafter, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write drafter, router, tokenizer and settings into one folder, ready for the Hub."""
-    drafter.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if PartialState().is_main_process:
+        drafter.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

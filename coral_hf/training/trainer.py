@@ -11,20 +11,27 @@ batch goes target features (no gradient) → unroll → losses.
     and predicts       f1      f2      f3      f4                 whose tokens are x2, x3, x4, (x5)
 """
 
-from collections import defaultdict
-from typing import Any
-
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from ..modeling_coral import CoralDrafter
 from ..target import check_tokenizer, read_target, tokenizer_hash
 from .arguments import CoralTrainingArguments
+from .averages import RunningAverages
+from .checkpointing import CheckpointedTrainer
 from .data import CoralCollator
+from .distributed import (
+    give_back,
+    place_target,
+    set_ddp_defaults,
+    shares_out_weights,
+    trained_copy,
+)
 from .evaluation import Evaluation
 from .feature_cache import CachedFeatures
 from .features import Features
+from .guards import FiniteGuard
 from .objectives import Losses, Unrolled, drafter_losses, router_losses
 from .plots import PlotCallback
 from .rows import training_rows
@@ -33,7 +40,7 @@ from .unroll import unroll
 COLUMNS = ["input_ids", "attention_mask", "labels", "position_ids", "features"]
 
 
-class CoralTrainer(Trainer):
+class CoralTrainer(CheckpointedTrainer):
     """Train a [`CoralDrafter`] or its router.
 
     Args:
@@ -74,16 +81,21 @@ class CoralTrainer(Trainer):
         kwargs.setdefault("data_collator", CoralCollator(model.config.pad_token_id or 0))
         # `Trainer` looks for labels by name in the signature of forward, which has none here
         args.label_names = ["labels"]
+        set_ddp_defaults(args)
+        model.main_input_name = "input_ids"  # whose tokens `Trainer` counts
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
-        self.model.main_input_name = "input_ids"  # whose tokens `Trainer` counts
         # losses are sums over trained tokens, divided by their number over all accumulated batches
         self.model_accepts_loss_kwargs = True
-        self._sums: dict[str, Any] = defaultdict(float)
         self.evaluation = Evaluation(self.target, self.args)
         if self.args.plots:
             self.add_callback(PlotCallback(self.callback_handler))
-        if getattr(target_model, "hf_device_map", None) is None:
-            target_model.to(self.args.device)
+        self.averages = RunningAverages()
+        self._guard = FiniteGuard(self.args.process_index, self._gather)
+        self.add_callback(self._guard)
+        place_target(target_model, self)
+        self._drafter = model
+        if shares_out_weights(self):
+            self.model = self.model_wrapped = trained_copy(model)
         for dataset in (self.train_dataset, self.eval_dataset):
             if isinstance(dataset, CachedFeatures):
                 dataset.check_target(target_model)
@@ -104,9 +116,13 @@ class CoralTrainer(Trainer):
     def train(self, *args, **kwargs):
         """See [`~transformers.Trainer.train`]; a trained router becomes the drafter's head."""
         if self.args.stage == "router":
-            self.model.config.is_router_trained = True
-            self.model.config.draft_head = "routed"
-        return super().train(*args, **kwargs)
+            for model in (self._drafter, self.model):
+                model.config.is_router_trained = True
+                model.config.draft_head = "routed"
+        output = super().train(*args, **kwargs)
+        if shares_out_weights(self):
+            give_back(self.accelerator.unwrap_model(self.model), self._drafter)
+        return output
 
     def evaluate(self, *args, **kwargs):
         """See [`~transformers.Trainer.evaluate`]; adds acceptance lengths to its metrics."""
@@ -135,10 +151,12 @@ class CoralTrainer(Trainer):
             # the items are those of all processes, over which DDP averages once more
             num_processes = self.accelerator.num_processes
         unrolled = self._unroll(model, inputs)
-        losses = self._losses(unrolled)
-        if model.training:
-            self._note(losses.notes, len(unrolled.target))
+        losses = self._losses(model, unrolled)
         loss = sum(losses.terms.values()) * num_processes / num_items
+        if model.training:
+            self.averages.add(losses.notes, len(unrolled.target))
+            terms = {**losses.terms, "total": loss}
+            self._guard.watch(inputs["input_ids"], inputs["labels"], unrolled.target, terms)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _unroll(self, model, inputs: dict[str, Tensor]) -> Unrolled:
@@ -164,24 +182,17 @@ class CoralTrainer(Trainer):
         most = self.args.feature_noise
         return features + torch.empty_like(features).uniform_(-most, most) if most else features
 
-    def _losses(self, unrolled: Unrolled) -> Losses:
+    def _losses(self, model, unrolled: Unrolled) -> Losses:
         if self.args.stage == "drafter":
             return drafter_losses(unrolled, self.args, self.target.head)
-        router = self.drafter.router
-        assert router is not None, "the router's stage starts by adding one"
-        return router_losses(unrolled, router, self.target.head)
+        # through the model, since wrappers see to the gradients of what runs in its forward
+        log_mass = model(None, unrolled.predicted)  # (steps, positions, groups)
+        return router_losses(log_mass, unrolled.target, self.target.head)
 
     @property
     def drafter(self) -> CoralDrafter:
         """The drafter without wrappers."""
         return self.accelerator.unwrap_model(self.model)
-
-    def _note(self, notes: dict[str, Tensor], positions: int) -> None:
-        """Collect sums over positions for the next log entry."""
-        for name, total in notes.items():
-            # as a tensor: reading it here would wait for the device, many times a batch
-            self._sums[name] = self._sums[name] + total.detach()
-            self._sums[f"{name}/positions"] += positions
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """See [`~transformers.Trainer.log`].
@@ -189,12 +200,7 @@ class CoralTrainer(Trainer):
         Adds the averages since the last entry: losses, agreement, similarity of the steps.
         """
         if "loss" in logs:
-            names = [name for name in self._sums if not name.endswith("/positions")]
-            logs |= {
-                name: float(self._sums[name]) / max(self._sums[f"{name}/positions"], 1)
-                for name in names
-            }
-            self._sums.clear()
+            logs |= self.averages.take(self.accelerator.reduce)
         super().log(logs, *args, **kwargs)
 
 

@@ -1,0 +1,102 @@
+"""Where target and drafter lie when several processes train.
+
+In: a target and a drafter as the user has them, and what accelerate was told. Out: both on the
+devices of the run, and in the end a drafter that is whole again.
+"""
+
+import contextlib
+import copy
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+
+def set_ddp_defaults(args: TrainingArguments) -> None:
+    """Spare DDP the search for unused parameters: all that is trained is used in every batch."""
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False
+
+
+def shares_out_weights(trainer: Trainer) -> bool:
+    """Whether the run leaves each process a part of the drafter's weights (FSDP, ZeRO-3)."""
+    return trainer.is_fsdp_enabled or (
+        trainer.is_deepspeed_enabled and is_deepspeed_zero3_enabled()
+    )
+
+
+def trained_copy(drafter: PreTrainedModel) -> PreTrainedModel:
+    """A drafter to be taken apart, so that the user's stays whole for the next stage.
+
+    All processes begin with the weights of the first one, as under DDP.
+    """
+    copied = copy.deepcopy(drafter)
+    for weight in copied.parameters():
+        torch.distributed.broadcast(weight.data, src=0)
+    return copied
+
+
+@torch.no_grad()
+def give_back(trained: nn.Module, drafter: PreTrainedModel) -> None:
+    """Copy weights that are shared out into a whole drafter, in every process."""
+    weights = dict(trained.named_parameters())
+    whole: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        whole = deepspeed.zero.GatheredParameters([*weights.values()])
+    with whole:
+        for name, own in drafter.named_parameters():
+            found = weights[name]
+            own.copy_(found.full_tensor() if isinstance(found, DTensor) else found)
+
+
+def place_target(target: PreTrainedModel, trainer: Trainer) -> None:
+    """Put a target on the devices of a run; under FSDP2 its layers are shared out.
+
+    Its embeddings and LM head stay whole on every device: losses read the head many times a batch,
+    and each time it would have to be gathered.
+    """
+    if any(hasattr(weight, "ds_id") for weight in target.parameters()):
+        raise ValueError(
+            "The target was loaded after `TrainingArguments` of a ZeRO-3 run were made, so that"
+            " each process holds a part of its weights; load the target first. It stays whole in"
+            " every process; to share it out, use FSDP2."
+        )
+    if any(weight.is_meta for weight in target.parameters()) and not _is_offloaded(target):
+        raise ValueError(
+            "The target has weights on the meta device, so this process has not loaded it; set"
+            " `fsdp_cpu_ram_efficient_loading: false` for accelerate, or load it without"
+            " `device='meta'`."
+        )
+    if getattr(target, "hf_device_map", None) is not None:
+        return  # accelerate's hooks, or a quantiser, have placed it
+    if trainer.is_fsdp_enabled and trainer.accelerator.is_fsdp2:
+        _shard_layers(target, trainer.args.device)
+    if target.device != trainer.args.device:  # some quantised targets cannot be moved at all
+        target.to(trainer.args.device)
+
+
+def _is_offloaded(target: PreTrainedModel) -> bool:
+    return bool({"cpu", "disk"} & set(map(str, getattr(target, "hf_device_map", {}).values())))
+
+
+def _shard_layers(target: PreTrainedModel, device: torch.device) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for layer in _layers(target):
+        # torch takes each layer for a root of its own, which it would leave whole after a pass
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+
+
+def _layers(target: PreTrainedModel) -> list[nn.Module]:
+    """The blocks that transformers would not split over devices.
+
+    Of a target that an earlier stage has shared out there are none: sharing renames their class.
+    """
+    kinds = set(target._no_split_modules or ())
+    return [module for module in target.modules() if type(module).__name__ in kinds]

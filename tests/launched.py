@@ -1,0 +1,216 @@
+"""What tests start in processes of their own: small trainings with their results in a folder.
+
+accelerate launch --num_processes 2 tests/launched.py FOLDER NAME '{"max_steps": 2}'
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import DistributedType, PartialState
+from conftest import VOCAB, scatter_weights, tiny_target
+from datasets import Dataset
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
+from coral_hf.training.run_lock import sole_run
+
+SETTINGS = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+    # the batch of a device would be other negatives on two devices
+    "csra_negatives": "sequence",
+}
+
+
+# before any TrainingArguments: under ZeRO-3 what is made later is taken apart
+TARGET = tiny_target("llama", torch.float32)
+
+
+def make_rows(count: int = 24, length: int = 14) -> Dataset:
+    """Random texts, each with another number of trained tokens."""
+    ids = torch.randint(2, VOCAB, (count, length), generator=torch.Generator().manual_seed(0))
+    rows = []
+    for index, text in enumerate(ids.tolist()):
+        labels = [-100] * (2 + index % 5) + text[2 + index % 5 :]
+        rows.append({"input_ids": text, "attention_mask": [1] * length, "labels": labels})
+    return Dataset.from_list(rows)
+
+
+def make_drafter() -> CoralDrafter:
+    """A random drafter of `TARGET`."""
+    torch.manual_seed(0)
+    drafter = CoralDrafter.from_target(TARGET).float()
+    # as it is initialised, the gradients of its attention are tiny
+    scatter_weights(drafter)
+    with torch.no_grad():
+        for weight in drafter.parameters():
+            weight.mul_(0.3)
+    return drafter
+
+
+def make_trainer(folder, target=None, trainer_class=CoralTrainer, eval_dataset=None, **settings):
+    """A trainer of a fresh drafter, or of `settings["drafter"]`."""
+    target = TARGET if target is None else target
+    drafter = settings.pop("drafter", None) or make_drafter()
+    args = CoralTrainingArguments(output_dir=str(folder), **{**SETTINGS, **settings})
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate offers FSDP on accelerators alone; torch knows it on CPUs too
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return trainer_class(
+        model=drafter,
+        target_model=target,
+        args=args,
+        train_dataset=make_rows(),
+        eval_dataset=eval_dataset,
+    )
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of each optimizer step as they are applied."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        gradients = {
+            name.removeprefix("module."): weight.grad
+            for name, weight in model.named_parameters()
+            if weight.grad is not None
+        }
+        self.found.append(
+            {
+                name: gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+                for name, gradient in gradients.items()
+            }
+        )
+
+
+class NoisyTrainer(CoralTrainer):
+    """Draws a random number in each batch, as dropout would, so that resuming has to restore it."""
+
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs) * (0.5 + torch.rand(()))
+
+
+class KillAt(TrainerCallback):
+    """Ends this process as the kernel would, before the optimizer step after `step`."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def results(trainer: CoralTrainer) -> dict:
+    """What a test compares."""
+    weights = trainer._drafter.named_parameters()
+    return {
+        "logs": trainer.state.log_history,
+        "weights": {name: weight.detach().clone() for name, weight in weights},
+    }
+
+
+def two_stages(folder: Path, **settings) -> dict:
+    """The drafter's stage and the router's on it."""
+    found: dict = {}
+    drafter = make_drafter()
+    for stage in ("drafter", "router"):
+        trainer = make_trainer(
+            folder / stage, drafter=drafter, stage=stage, num_groups=4, **settings
+        )
+        gradients = Gradients()
+        trainer.add_callback(gradients)
+        trainer.train()
+        found[stage] = {**results(trainer), "gradients": gradients.found}
+    found["shards"] = sum(isinstance(weight, DTensor) for weight in TARGET.parameters())
+    return found
+
+
+class BrokenRows(CoralTrainer):
+    """A target whose features are not finite from the third step on, in process 1 alone."""
+
+    def _unroll(self, model, inputs):
+        unrolled = super()._unroll(model, inputs)
+        if self.state.global_step == 2 and self.args.process_index == 1:
+            unrolled.target[0] = float("nan")
+        return unrolled
+
+
+def stops_at_a_broken_row(folder: Path) -> dict:
+    """The error that this process ends its training with, and the folder of checkpoints."""
+    trainer = make_trainer(
+        folder / "broken", trainer_class=BrokenRows, save_strategy="steps", save_steps=1
+    )
+    try:
+        trainer.train()
+    except FloatingPointError as error:
+        return {"error": str(error), "saved": sorted(p.name for p in (folder / "broken").iterdir())}
+    return {"error": None}
+
+
+def all_at_once(folder: Path, **settings) -> dict:
+    """Every check of two processes, in one launch."""
+    found = {"plain": two_stages(folder / "plain", **settings)}
+    found["accumulated"] = two_stages(
+        folder / "accumulated",
+        **{**settings, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+    )
+    found["broken"] = stops_at_a_broken_row(folder)
+    return found
+
+
+class DiesWriting(NoisyTrainer):
+    """Ends this process as the kernel would, when half of a checkpoint is written."""
+
+    step: int
+
+    def _save_rng_state(self, output_dir):
+        if self.state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super()._save_rng_state(output_dir)
+
+
+def hold(folder: Path) -> None:
+    """Holds a folder as a training does, until the process is killed."""
+    with sole_run(folder, is_main=True):
+        print("held", flush=True)
+        time.sleep(600)
+
+
+def resumed(
+    folder: Path,
+    kill_at: int | None = None,
+    kill_writing: int | None = None,
+    resume: bool = False,
+    **settings,
+) -> dict:
+    """A run that writes checkpoints, is killed, or goes on."""
+    trainer_class = NoisyTrainer if kill_writing is None else DiesWriting
+    trainer = make_trainer(folder / "run", trainer_class=trainer_class, **settings)
+    trainer.step = kill_writing
+    if kill_at is not None:
+        trainer.add_callback(KillAt(kill_at))
+    trainer.train(resume_from_checkpoint=resume)
+    return results(trainer)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, name, settings = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    found = globals()[name](folder, **settings)
+    torch.save(found, folder / f"{name}_{os.environ.get('RANK', 0)}.pt")
