@@ -34,7 +34,7 @@ def rows(target):
     ]
 
 
-def make_trainer(target, rows, folder, drafter=None, **settings):
+def make_trainer(target, rows, folder, drafter=None, peft_config=None, **settings):
     if drafter is None:
         torch.manual_seed(0)
         drafter = CoralDrafter.from_target(target)
@@ -52,7 +52,11 @@ def make_trainer(target, rows, folder, drafter=None, **settings):
     }
     args = CoralTrainingArguments(**{**fields, **settings})
     return CoralTrainer(
-        model=drafter, target_model=target, args=args, train_dataset=Dataset.from_list(rows)
+        model=drafter,
+        target_model=target,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        peft_config=peft_config,
     )
 
 
