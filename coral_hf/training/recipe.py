@@ -1,4 +1,4 @@
-"""The whole training of a drafter: the drafter, then its router, then one folder to publish.
+"""The whole training: the drafter or an adapter of it, then its router, then one folder to publish.
 
 In: a target, its tokenizer, conversations. Out: a checkpoint that `AutoModel.from_pretrained`
 loads.
@@ -6,6 +6,7 @@ loads.
 
 from pathlib import Path
 
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -22,6 +23,7 @@ def train(
     stages: list[CoralTrainingArguments],
     drafter: CoralDrafter | None = None,
     resume: bool = False,
+    peft_config: PeftConfig | None = None,
 ) -> CoralDrafter:
     """Run training stages one after the other on one drafter.
 
@@ -33,6 +35,8 @@ def train(
             `output_dir`.
         drafter: to be trained on; a fresh one in fp32 by default.
         resume: continue each stage from its last checkpoint, where it has one.
+        peft_config: of an adapter that is trained in place of the drafter, saved in the first
+            stage's folder, and merged.
     """
     rows = prepare_dataset(dataset, tokenizer, stages[0].max_length)
     drafter = CoralDrafter.from_target(target).float() if drafter is None else drafter
@@ -43,8 +47,12 @@ def train(
             args=args,
             train_dataset=rows,
             processing_class=tokenizer,
+            peft_config=peft_config if args.stage == "drafter" else None,
         )
         trainer.train(resume_from_checkpoint=_last_checkpoint(args) if resume else None)
+        if isinstance(trainer.drafter, PeftModel):
+            trainer.save_model()
+            drafter = trainer.drafter.merge_and_unload()
     return drafter.eval()
 
 
