@@ -145,13 +145,13 @@ def test_generate_takes_an_adapted_drafter(target, saved, task_type):
     merged = adapted(saved).merge_and_unload()
     plain = target.generate(PROMPT, **GREEDY)
     rounds = []
-    for drafter in (loaded, merged, load(saved)):
+    for drafter in (loaded, merged, load(saved / "adapter"), load(saved)):
         output = target.generate(
             PROMPT, assistant_model=drafter, return_dict_in_generate=True, **GREEDY
         )
         assert torch.equal(output.sequences, plain)
         rounds.append(output.stats.round_lengths)
-    assert rounds[0] == rounds[1]
+    assert rounds[0] == rounds[1] == rounds[2]
 
 
 def test_a_merged_drafter_predicts_and_saves_what_the_adapted_one_does(saved, tmp_path):

@@ -146,6 +146,8 @@ def _check_layers(target: PreTrainedModel, decoder: nn.Module, config: CoralConf
         reason = "it scales what a layer adds (`residual_multiplier`)"
     elif getattr(text, "attention_multiplier", scale) != scale:
         reason = "it scales its attention (`attention_multiplier`)"
+    elif not (getattr(text, "no_rope_layers", None) or [1])[-1]:
+        reason = "its last layer has no rotary positions (`no_rope_layers`)"
     elif not all(tensor.is_floating_point() for tensor in layers[-1].state_dict().values()):
         reason = "its last layer is quantised"
     elif any(tensor.is_meta for tensor in layers[-1].state_dict().values()):
