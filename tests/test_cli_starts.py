@@ -62,7 +62,7 @@ def test_training_starts_from_the_targets_last_layer(folder, tmp_path):
     )
     assert result.exit_code == 0, result.output
     layer = AutoModelForCausalLM.from_pretrained(folder / "target").model.layers[-1]
-    found = weights(tmp_path)["layers.0.mlp.up_proj.weight"]
+    found = weights(tmp_path)["layers.0.mlp.up_proj.weight"]  # the one that reads no raw feature
     assert torch.equal(found, layer.mlp.up_proj.weight)
 
 

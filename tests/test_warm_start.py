@@ -10,10 +10,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from coral_hf import CoralDrafter
-from coral_hf.modeling_coral import CausalContext
 from coral_hf.target import tokenizer_hash
 from coral_hf.training.adapters import lora
-from coral_hf.training.warm_start import from_drafter, from_layer, warm_start
+from coral_hf.training.warm_start import from_drafter, from_layer, in_feature_units, warm_start
 
 HIDDEN = 32
 
@@ -40,24 +39,41 @@ def assert_same(ours: dict, theirs: dict) -> None:
 # ---- the target's last layer
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral_window"])
-def test_the_last_layer_is_copied_but_for_its_input_norm(family):
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+def test_the_last_layer_does_in_a_drafter_what_it_does_in_the_target(family):
     target = tiny_target(family, torch.float32)
-    drafter = warm_start(target, "layer")
+    layer, norm = target.model.layers[-1], target.model.norm
+    with torch.no_grad():
+        norm.weight.fill_(1.3)  # with gains that differ, the second norm is right on average only
+    generator = torch.Generator().manual_seed(0)
+    stream = torch.randn(1, 7, HIDDEN, generator=generator)
+    size = 3.0
+    stream *= size / stream.square().mean(-1, keepdim=True).sqrt()
+    positions = torch.arange(7)[None]
+    mask = torch.full((7, 7), float("-inf")).triu(1)[None, None]
+    rotary = target.model.rotary_emb(stream, positions)
+    expected = layer(stream, attention_mask=mask, position_embeddings=rotary)
+    drafter = from_layer(target)
+    gains = layer.input_layernorm.weight.detach(), norm.weight.detach()
+    theirs = {k: v for k, v in layer.state_dict().items() if k != "input_layernorm.weight"}
+    drafter.layers[0].load_state_dict(in_feature_units(theirs, *gains, size))
+    feature = stream / size * norm.weight
+    embedding = torch.zeros_like(feature)
+    found = drafter(embedding, feature, positions)  # fc hands the feature on
+    torch.testing.assert_close(found, expected / size * norm.weight, rtol=2e-3, atol=2e-3)
+
+
+def test_a_final_norm_with_a_gain_of_zero_gives_finite_weights(target):
+    gains = torch.ones(HIDDEN), torch.ones(HIDDEN).index_fill(0, torch.tensor([3]), 0.0)
     theirs = target.model.layers[-1].state_dict()
-    del theirs["input_layernorm.weight"]
-    assert_same(drafter.layers[0].state_dict(), theirs)
+    assert all(t.isfinite().all() for t in in_feature_units(theirs, *gains, 2.0).values())
 
 
-def test_a_layer_of_the_target_computes_the_same_in_a_drafter(target):
-    # the second of two layers has its input norm, as all of the target's
-    drafter = CoralDrafter.from_target(target, num_hidden_layers=2).float()
-    drafter.layers[1].load_state_dict(target.model.layers[-1].state_dict())
-    ids = torch.tensor([[1, 5, 9, 7, 3]])
-    states = target(ids, output_hidden_states=True).hidden_states
-    cos, sin = (part[:, None] for part in drafter.rotary_emb(states[1], torch.arange(5)[None]))
-    found = drafter.layers[1](states[1], cos=cos, sin=sin, context=CausalContext())
-    torch.testing.assert_close(target.model.norm(found), states[2], rtol=1e-4, atol=1e-4)
+def test_the_size_of_the_stream_is_measured(target):
+    drafter = from_layer(target)
+    layer, gain = target.model.layers[-1], target.model.norm.weight.detach()
+    ratio = layer.mlp.down_proj.weight * gain[:, None] / drafter.layers[0].mlp.down_proj.weight
+    assert ratio.std() < 1e-3 and 0.5 < ratio.mean() < 50
 
 
 @pytest.mark.parametrize("scales", [(0.0, 1.0), (0.5, 0.25)])

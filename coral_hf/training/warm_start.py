@@ -4,8 +4,8 @@ In: a target and a source: the target's own last layers, a drafter of another ta
 Out: a drafter for the target, in fp32, to be trained. A tensor that fits nowhere is an error; what
 is left out on purpose is named here.
 
-    the drafter   fc [embedding; feature] → layer without input norm → feature
-    the target    embedding → layers → the last layer → final norm → feature
+    the target    embedding → layers → input norm → the last layer → final norm → feature
+    the drafter   fc [embedding; feature] →        layer without input norm →      feature
 """
 
 from pathlib import Path
@@ -92,24 +92,60 @@ def from_drafter(
 def from_layer(
     target: PreTrainedModel, fc: tuple[float, float] | None = (0.0, 1.0)
 ) -> CoralDrafter:
-    """A drafter with the weights of the target's last layer, but for its input norm.
+    """A drafter with the weights of the target's last layer, in the units of features.
 
     Args:
         fc: a and b of fc(embedding, feature) = a · embedding + b · feature; `None` draws it.
     """
     drafter, decoder = _fresh(target, {}, LAYER), target.get_decoder()
     _check_layers(target, decoder, drafter.config)
-    last = decoder.layers[-len(drafter.layers) :]
-    for ours, theirs in zip(drafter.layers, last, strict=True):
-        tensors = theirs.state_dict()
-        if INPUT_NORM not in ours.state_dict():
-            tensors.pop(INPUT_NORM, None)
-        kind = type(theirs).__name__
-        check_tensors(tensors, ours.state_dict(), f"The target's last layer ({kind})")
-        ours.load_state_dict(tensors)
+    theirs, final_gain = decoder.layers[-1], decoder.norm.weight.detach().float()
+    tensors = {name: tensor.float() for name, tensor in theirs.state_dict().items()}
+    wanted = {**drafter.layers[0].state_dict(), INPUT_NORM: final_gain}
+    check_tensors(tensors, wanted, f"The target's last layer ({type(theirs).__name__})")
+    input_gain = tensors.pop(INPUT_NORM)
+    tensors = in_feature_units(tensors, input_gain, final_gain, _stream_size(target))
+    drafter.layers[0].load_state_dict(tensors)
     if fc is not None:
         _pass_through(drafter.fc, *fc)
     return drafter
+
+
+def in_feature_units(
+    tensors: dict[str, Tensor], input_gain: Tensor, final_gain: Tensor, size: float
+) -> dict[str, Tensor]:
+    """The weights of a layer, so that it reads and adds to features and needs no input norm.
+
+    A target's layer reads its stream x, of root mean square `size`, as g_in · x / size; a feature
+    is g_final · x / size. So what reads is multiplied by g_in / g_final, and what is added to the
+    stream by g_final / size.
+
+    Args:
+        tensors: of the layer, without its input norm.
+        input_gain, final_gain: (hidden,), weights of the input norm and of the final norm.
+        size: root mean square of the stream.
+    """
+    power = final_gain.square().mean()
+    inverse = final_gain / (final_gain.square() + 1e-4 * power)  # a gain of 0 has none
+    factors = {
+        "post_attention_layernorm.weight": power.sqrt() * inverse,
+        "self_attn.o_proj.weight": (final_gain / size)[:, None],
+        "mlp.down_proj.weight": (final_gain / size)[:, None],
+    }
+    for name in ("q_proj", "k_proj", "v_proj"):
+        factors[f"self_attn.{name}.weight"] = (input_gain * inverse)[None]
+    return {name: tensor * factors.get(name, 1.0) for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def _stream_size(target: PreTrainedModel, num_tokens: int = 64) -> float:
+    """The root mean square of what the target's last layer reads, the median over any tokens."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(text_config(target).vocab_size, (1, num_tokens), generator=generator)
+    device = target.get_decoder().device
+    output = target.get_decoder()(ids.to(device), output_hidden_states=True, use_cache=False)
+    stream = output.hidden_states[-2].float()  # (1, num_tokens, hidden)
+    return float(stream.square().mean(-1).sqrt().median())
 
 
 def _fresh(target: PreTrainedModel, shape: dict, source: object) -> CoralDrafter:
@@ -140,6 +176,8 @@ def _check_layers(target: PreTrainedModel, decoder: nn.Module, config: CoralConf
     activation = getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", None)
     if layers is None:
         reason = f"its decoder {type(decoder).__name__} has no `layers`"
+    elif not hasattr(decoder, "norm"):
+        reason = f"its decoder {type(decoder).__name__} has no `norm`"
     elif activation is None or type(ACT2FN[activation]) is not type(ACT2FN[config.hidden_act]):
         reason = f"its activation is {activation!r}, the drafter's {config.hidden_act!r}"
     elif getattr(text, "residual_multiplier", 1.0) != 1.0:
