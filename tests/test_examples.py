@@ -10,7 +10,9 @@ from conftest import tiny_target
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from coral_hf import CoralDrafter
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -53,3 +55,20 @@ def test_train_and_generate(folder, monkeypatch, capsys):
     assert "tokens per target pass" in capsys.readouterr().out
     run(monkeypatch, "chat.py", *names, "--max-new-tokens", 8, "Hello", "And then?")
     assert capsys.readouterr().out.count("tokens per target pass") == 2
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep:FutureWarning")
+def test_fine_tune_a_target_and_compare_the_starts_of_its_drafters(folder, monkeypatch, capsys):
+    data = ["--dataset", folder / "talk.jsonl", "--hold-out", 1]
+    short = ["--max_steps", 1, "--use_cpu", True, "--disable_tqdm", True]
+    names = ["--target", folder / "target", "--output_dir", folder / "tuned"]
+    run(monkeypatch, "fine_tune.py", *data, *names, *short)
+    target = AutoModelForCausalLM.from_pretrained(folder / "tuned")
+    CoralDrafter.from_target(target).save_pretrained(folder / "first")
+    names = ["--target", folder / "tuned", "--output_dir", folder / "runs", "--num-prompts", 1]
+    starts = ["random", "layer=0.5,0.5", f"lora2:{folder / 'first'}"]
+    starts = [part for start in starts for part in ("--start", start)]
+    run(monkeypatch, "compare_starts.py", *data, *names, *starts, *short)
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == 5
+    assert all(float(cell) >= 1 for line in table[2:] for cell in line.split("|")[3:6:2])

@@ -35,7 +35,7 @@ def rows(target):
     ]
 
 
-def make_trainer(target, rows, folder, drafter=None, **settings):
+def make_trainer(target, rows, folder, drafter=None, peft_config=None, **settings):
     if drafter is None:
         torch.manual_seed(0)
         drafter = CoralDrafter.from_target(target)
@@ -54,7 +54,13 @@ def make_trainer(target, rows, folder, drafter=None, **settings):
     }
     args = CoralTrainingArguments(**{**fields, **settings})
     dataset = Dataset.from_list(rows) if isinstance(rows, list) else rows
-    return CoralTrainer(model=drafter, target_model=target, args=args, train_dataset=dataset)
+    return CoralTrainer(
+        model=drafter,
+        target_model=target,
+        args=args,
+        train_dataset=dataset,
+        peft_config=peft_config,
+    )
 
 
 def logged(trainer, name):

@@ -23,6 +23,25 @@ def train(
         int, typer.Option(help="Leave out the last rows of each dataset, for measuring.")
     ] = 0,
     dtype: DtypeOption = "auto",
+    drafter: Annotated[
+        str | None, typer.Option(help="A drafter of this target, to be trained on.")
+    ] = None,
+    warm_start: Annotated[
+        str | None,
+        typer.Option(
+            help="Start from 'layer', the target's last layer, or from a folder or Hub id: a"
+            " drafter of another target of the same width, an EAGLE checkpoint."
+        ),
+    ] = None,
+    lora_r: Annotated[
+        int | None, typer.Option(help="Train a LoRA of this rank, not the drafter itself.")
+    ] = None,
+    lora_alpha: Annotated[
+        int | None, typer.Option(help="Alpha of the LoRA; twice its rank by default.")
+    ] = None,
+    lora_target: Annotated[
+        list[str] | None, typer.Option(help="Layers of the LoRA: fc, q_proj, ...; all by default.")
+    ] = None,
     router_epochs: Annotated[
         float, typer.Option(help="Epochs of the router's stage; 0 trains no router.")
     ] = 0.2,
@@ -37,16 +56,48 @@ def train(
     from ..training.stages import save
     from ..training.stages import train as train_stages
 
+    adapter = _lora(drafter, lora_r, lora_alpha, lora_target)
     # each process of a run has a GPU of its own, to which its trainer moves the target
     model, tokenizer = load_target(target, dtype, device="cpu")
+    first = _first_drafter(model, tokenizer, drafter, warm_start)
     rows = load_rows(dataset, hold_out)
-    stages = [parse_arguments(output / "drafter", context.args, stage="drafter")]
+    name = "drafter" if adapter is None else "adapter"
+    stages = [parse_arguments(output / name, context.args, stage="drafter")]
     if router_epochs > 0:
         router = {"stage": "router", "num_train_epochs": router_epochs, "max_steps": -1}
         stages.append(parse_arguments(output / "router", context.args, **router))
-    drafter = train_stages(model, tokenizer, rows, stages, resume=resume)
-    save(drafter, tokenizer, output)
+    trained = train_stages(model, tokenizer, rows, stages, first, resume, adapter)
+    save(trained, tokenizer, output)
     typer.echo(f"The drafter is in {output}.")
+
+
+def _lora(drafter: str | None, rank: int | None, alpha: int | None, targets: list[str] | None):
+    """The config of the LoRA that was asked for, if any."""
+    from ..training.adapters import lora
+
+    if rank is None and (alpha is not None or targets):
+        raise ValueError("--lora-alpha and --lora-target are of a LoRA; pass --lora-r too.")
+    if rank is None:
+        return None
+    if drafter is None:
+        raise ValueError("--lora-r adapts a trained drafter; pass it with --drafter.")
+    return lora(rank, alpha, targets)
+
+
+def _first_drafter(target, tokenizer, drafter: str | None, source: str | None):
+    """The drafter that training starts from, in fp32; `None` for a random one."""
+    import torch
+
+    from ..modeling_coral import CoralDrafter
+    from ..training.warm_start import warm_start
+
+    if drafter is not None and source is not None:
+        raise ValueError("--drafter and --warm-start are two drafters to start from; pass one.")
+    if source is not None:
+        return warm_start(target, source, tokenizer)
+    if drafter is None:
+        return None
+    return CoralDrafter.from_pretrained(drafter, dtype=torch.float32).to(target.device)
 
 
 @app.command()

@@ -74,6 +74,17 @@ def is_coral(assistant: object) -> bool:
     return getattr(config, "model_type", None) == CoralConfig.model_type
 
 
+def _without_wrapper(drafter: CoralDrafter) -> CoralDrafter:
+    """The drafter inside of a `PeftModel`, whose adapter acts within its layers."""
+    adapters = getattr(drafter, "peft_config", {}).values()
+    if any(adapter.is_prompt_learning for adapter in adapters):
+        raise ValueError(
+            "The drafter's adapter learns virtual tokens, but a drafter reads features and no"
+            " tokens of its own; use an adapter of its layers, such as LoRA."
+        )
+    return drafter.get_base_model() if hasattr(drafter, "get_base_model") else drafter
+
+
 def _assistant(plain: Callable, model: PreTrainedModel, args: tuple, kwargs: dict) -> Any:
     """The `assistant_model` of a call, given by keyword or by position."""
     if not args:
@@ -137,7 +148,7 @@ def decoder(
     """The decoding loop as a callable, for `generate(..., custom_generate=decoder(drafter))`.
 
     Args:
-        drafter: a CORAL drafter of the target.
+        drafter: a CORAL drafter of the target, or one in a `PeftModel`.
         streamer: gets every token in order.
         tokenizer: of the target, compared with the one the drafter was trained with.
         settings: `tree_depth`, `tree_top_k`, `tree_nodes`, `speculation`, `draft_head`, and when
@@ -147,6 +158,7 @@ def decoder(
     unknown = sorted(set(settings) - set(OWN_KEYWORDS))
     if unknown:
         raise ValueError(f"Unknown settings {unknown}; use {list(OWN_KEYWORDS)}.")
+    drafter = _without_wrapper(drafter)
     if tokenizer is not None:
         check_tokenizer(tokenizer, drafter.config)
     head = settings.pop("draft_head", None)

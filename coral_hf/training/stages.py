@@ -1,4 +1,4 @@
-"""The whole training of a drafter: the drafter, then its router, then one folder to publish.
+"""The whole training: the drafter or an adapter of it, then its router, then one folder to publish.
 
 In: a target, its tokenizer, conversations. Out: a checkpoint that `AutoModel.from_pretrained`
 loads.
@@ -7,6 +7,7 @@ loads.
 from pathlib import Path
 
 from accelerate import PartialState
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -23,6 +24,7 @@ def train(
     stages: list[CoralTrainingArguments],
     drafter: CoralDrafter | None = None,
     resume: bool = False,
+    peft_config: PeftConfig | None = None,
 ) -> CoralDrafter:
     """Run training stages one after the other on one drafter.
 
@@ -34,6 +36,8 @@ def train(
             `output_dir`.
         drafter: to be trained on; a fresh one in fp32 by default.
         resume: continue each stage from its last checkpoint, where it has one.
+        peft_config: of an adapter that is trained in place of the drafter, saved in the first
+            stage's folder, and merged.
     """
     drafter = CoralDrafter.from_target(target).float() if drafter is None else drafter
     rows = training_rows(dataset, tokenizer, stages[0], drafter.config.vocab_size)
@@ -44,8 +48,12 @@ def train(
             args=args,
             train_dataset=rows,
             processing_class=tokenizer,
+            peft_config=peft_config if args.stage == "drafter" else None,
         )
         trainer.train(resume_from_checkpoint=_last_checkpoint(args) if resume else None)
+        if isinstance(trainer.drafter, PeftModel):
+            trainer.save_model()
+            drafter = trainer.drafter.merge_and_unload()
     return drafter.eval()
 
 

@@ -12,11 +12,13 @@ batch goes target features (no gradient) → unroll → losses.
 """
 
 import torch
+from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..modeling_coral import CoralDrafter
 from ..target import check_tokenizer, read_target, tokenizer_hash
+from .adapters import check_target, is_adapted, with_adapter
 from .arguments import CoralTrainingArguments
 from .averages import RunningAverages
 from .checkpointing import CheckpointedTrainer
@@ -44,12 +46,13 @@ class CoralTrainer(CheckpointedTrainer):
     """Train a [`CoralDrafter`] or its router.
 
     Args:
-        model: the drafter.
+        model: the drafter, or one in a `PeftModel`, of which the adapter is trained.
         target_model: the target, frozen; its features are computed as training goes.
         args: [`CoralTrainingArguments`]; `stage="router"` trains the router of a trained drafter.
         train_dataset, eval_dataset: conversations in any form that `prepare_dataset` takes, or
             token ids.
         processing_class: the target's tokenizer.
+        peft_config: of PEFT, to train a new adapter of the drafter instead of the drafter itself.
 
     Example:
 
@@ -63,14 +66,17 @@ class CoralTrainer(CheckpointedTrainer):
 
     def __init__(
         self,
-        model: CoralDrafter,
+        model: CoralDrafter | PeftModel,
         target_model: PreTrainedModel,
         args: CoralTrainingArguments,
         processing_class=None,
+        peft_config: PeftConfig | None = None,
         **kwargs,
     ):
         self.target = read_target(target_model.eval().requires_grad_(False), model.config)
+        check_target(target_model)
         self.features = Features(target_model)
+        model = with_adapter(model, args.stage, peft_config)
         self._prepare_drafter(model, args)
         if processing_class is not None:
             self._bind_tokenizer(model, processing_class)
@@ -101,15 +107,17 @@ class CoralTrainer(CheckpointedTrainer):
                 dataset.check_target(target_model)
 
     @staticmethod
-    def _prepare_drafter(model: CoralDrafter, args: CoralTrainingArguments) -> None:
-        """Choose what is trained: all but the router, or the router alone."""
+    def _prepare_drafter(model: CoralDrafter | PeftModel, args: CoralTrainingArguments) -> None:
+        """Choose what is trained: all but the router, or the router alone, or an adapter."""
+        if is_adapted(model):
+            return
         if args.stage == "router" and model.router is None:
             model.add_router(args.num_groups, args.num_active_groups)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("router.") == (args.stage == "router"))
 
     @staticmethod
-    def _bind_tokenizer(model: CoralDrafter, tokenizer) -> None:
+    def _bind_tokenizer(model: CoralDrafter | PeftModel, tokenizer) -> None:
         check_tokenizer(tokenizer, model.config)
         model.config.tokenizer_hash = tokenizer_hash(tokenizer)
 

@@ -1,0 +1,227 @@
+"""Where the weights of a fresh drafter come from, if not from chance.
+
+In: a target and a source: the target's own last layers, a drafter of another target, or a folder.
+Out: a drafter for the target, in fp32, to be trained. A tensor that fits nowhere is an error; what
+is left out on purpose is named here.
+
+    the target    embedding → layers → input norm → the last layer → final norm → feature
+    the drafter   fc [embedding; feature] →        layer without input norm →      feature
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import ACT2FN
+
+from ..configuration_coral import CoralConfig
+from ..modeling_coral import CoralDrafter
+from ..target import read_target, text_config, tokenizer_hash
+from .adapters import is_adapted
+from .eagle import check_tensors, is_drafter, read_eagle, source_folder
+
+LAYER = "layer"
+# what makes up the drafter itself; all else in its config follows from the target
+OWN_SHAPE = (
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_parameters",
+    "attention_bias",
+    "fc_bias",
+)
+ROUTER = ("num_groups", "num_active_groups", "is_router_trained", "draft_head")
+# the first layer of a drafter reads what `fc` gives it as it is
+INPUT_NORM = "input_layernorm.weight"
+
+
+def warm_start(
+    target: PreTrainedModel,
+    source: str | Path | CoralDrafter,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> CoralDrafter:
+    """A drafter for `target` that starts from `source`, in fp32 and on the target's device.
+
+    Args:
+        source: `"layer"` for the target's own last layer; a drafter of another target of the same
+            width, or its folder or Hub id; the folder or Hub id of an EAGLE-1 or EAGLE-2
+            checkpoint.
+        tokenizer: the target's; a drafter's router is kept where it was trained with the same one.
+
+    Raises:
+        ValueError: if a tensor of the source has no place in the drafter, or the other way round.
+    """
+    if isinstance(source, CoralDrafter):
+        return from_drafter(target, source, tokenizer)
+    if str(source) == LAYER:
+        return from_layer(target)
+    folder = source_folder(source)
+    if is_drafter(folder):
+        other = CoralDrafter.from_pretrained(folder, dtype=torch.float32)
+        return from_drafter(target, other, tokenizer)
+    eagle = read_eagle(folder)
+    drafter = _fresh(target, eagle.shape, source)
+    check_tensors(eagle.tensors, drafter.state_dict(), f"The EAGLE checkpoint {source}")
+    _check_embeddings(eagle.embeddings, target, drafter.config)
+    drafter.load_state_dict(eagle.tensors)
+    return drafter
+
+
+def from_drafter(
+    target: PreTrainedModel, other: CoralDrafter, tokenizer: PreTrainedTokenizerBase | None = None
+) -> CoralDrafter:
+    """A drafter with the weights of another target's; see [`warm_start`]."""
+    if is_adapted(other):
+        raise ValueError(
+            "The drafter to start from has an adapter; merge it first: model.merge_and_unload()."
+        )
+    keeps_router = _is_same_vocabulary(target, other.config, tokenizer)
+    fields = ["hidden_size", *OWN_SHAPE, *(ROUTER if keeps_router else ())]
+    shape = {name: getattr(other.config, name) for name in fields}
+    drafter = _fresh(target, shape, other.name_or_path or "that was passed")
+    kept = drafter.state_dict().keys()
+    drafter.load_state_dict({k: v for k, v in other.state_dict().items() if k in kept})
+    return drafter
+
+
+def from_layer(
+    target: PreTrainedModel, fc: tuple[float, float] | None = (0.0, 1.0)
+) -> CoralDrafter:
+    """A drafter with the weights of the target's last layer, in the units of features.
+
+    Args:
+        fc: a and b of fc(embedding, feature) = a · embedding + b · feature; `None` draws it.
+    """
+    drafter, decoder = _fresh(target, {}, LAYER), target.get_decoder()
+    _check_layers(target, decoder, drafter.config)
+    theirs, final_gain = decoder.layers[-1], decoder.norm.weight.detach().float()
+    tensors = {name: tensor.float() for name, tensor in theirs.state_dict().items()}
+    wanted = {**drafter.layers[0].state_dict(), INPUT_NORM: final_gain}
+    check_tensors(tensors, wanted, f"The target's last layer ({type(theirs).__name__})")
+    input_gain = tensors.pop(INPUT_NORM)
+    tensors = in_feature_units(tensors, input_gain, final_gain, _stream_size(target))
+    drafter.layers[0].load_state_dict(tensors)
+    if fc is not None:
+        _pass_through(drafter.fc, *fc)
+    return drafter
+
+
+def in_feature_units(
+    tensors: dict[str, Tensor], input_gain: Tensor, final_gain: Tensor, size: float
+) -> dict[str, Tensor]:
+    """The weights of a layer, so that it reads and adds to features and needs no input norm.
+
+    A target's layer reads its stream x, of root mean square `size`, as g_in · x / size; a feature
+    is g_final · x / size. So what reads is multiplied by g_in / g_final, and what is added to the
+    stream by g_final / size.
+
+    Args:
+        tensors: of the layer, without its input norm.
+        input_gain, final_gain: (hidden,), weights of the input norm and of the final norm.
+        size: root mean square of the stream.
+    """
+    power = final_gain.square().mean()
+    inverse = final_gain / (final_gain.square() + 1e-4 * power)  # a gain of 0 has none
+    factors = {
+        "post_attention_layernorm.weight": power.sqrt() * inverse,
+        "self_attn.o_proj.weight": (final_gain / size)[:, None],
+        "mlp.down_proj.weight": (final_gain / size)[:, None],
+    }
+    for name in ("q_proj", "k_proj", "v_proj"):
+        factors[f"self_attn.{name}.weight"] = (input_gain * inverse)[None]
+    return {name: tensor * factors.get(name, 1.0) for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def _stream_size(target: PreTrainedModel, num_tokens: int = 64) -> float:
+    """The root mean square of what the target's last layer reads, the median over any tokens."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(text_config(target).vocab_size, (1, num_tokens), generator=generator)
+    device = target.get_decoder().device
+    output = target.get_decoder()(ids.to(device), output_hidden_states=True, use_cache=False)
+    stream = output.hidden_states[-2].float()  # (1, num_tokens, hidden)
+    return float(stream.square().mean(-1).sqrt().median())
+
+
+def _fresh(target: PreTrainedModel, shape: dict, source: object) -> CoralDrafter:
+    """A random drafter of a shape, for a target whose width it must have."""
+    width, expected = shape.pop("hidden_size", None), text_config(target).hidden_size
+    if width not in (None, expected):
+        raise ValueError(
+            f"`hidden_size` of the target is {expected}, but the drafter {source} has {width}; no"
+            " weight of it fits. Start from the target's own layer: warm_start(target, 'layer')."
+        )
+    return CoralDrafter.from_target(target, **shape).float()
+
+
+def _is_same_vocabulary(
+    target: PreTrainedModel, config: CoralConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> bool:
+    """Whether the groups of a router mean the same tokens for a target."""
+    if tokenizer is None or config.vocab_size != text_config(target).vocab_size:
+        return False
+    return config.tokenizer_hash == tokenizer_hash(tokenizer)
+
+
+def _check_layers(target: PreTrainedModel, decoder: nn.Module, config: CoralConfig) -> None:
+    """Refuse layers that compute something else from tensors of the same names."""
+    text, reason = text_config(target), None
+    assert config.head_dim, "the config fills it in"
+    layers, scale = getattr(decoder, "layers", None), config.head_dim**-0.5
+    activation = getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", None)
+    if layers is None:
+        reason = f"its decoder {type(decoder).__name__} has no `layers`"
+    elif not hasattr(decoder, "norm"):
+        reason = f"its decoder {type(decoder).__name__} has no `norm`"
+    elif activation is None or type(ACT2FN[activation]) is not type(ACT2FN[config.hidden_act]):
+        reason = f"its activation is {activation!r}, the drafter's {config.hidden_act!r}"
+    elif getattr(text, "residual_multiplier", 1.0) != 1.0:
+        reason = "it scales what a layer adds (`residual_multiplier`)"
+    elif getattr(text, "attention_multiplier", scale) != scale:
+        reason = "it scales its attention (`attention_multiplier`)"
+    elif not (getattr(text, "no_rope_layers", None) or [1])[-1]:
+        reason = "its last layer has no rotary positions (`no_rope_layers`)"
+    elif not all(tensor.is_floating_point() for tensor in layers[-1].state_dict().values()):
+        reason = "its last layer is quantised"
+    elif any(tensor.is_meta for tensor in layers[-1].state_dict().values()):
+        reason = "its last layer is offloaded"
+    if reason is not None:
+        raise ValueError(
+            f"The target {type(target).__name__} cannot lend its last layer: {reason}; start from"
+            " random weights, or from a drafter."
+        )
+
+
+def _pass_through(fc: nn.Linear, embedding: float, feature: float) -> None:
+    """Make `fc` (hidden, 2 hidden) add up scaled embedding and feature, channel by channel."""
+    unit = torch.eye(fc.out_features, dtype=fc.weight.dtype, device=fc.weight.device)
+    with torch.no_grad():
+        fc.weight.copy_(torch.cat([embedding * unit, feature * unit], dim=1))
+        if fc.bias is not None:
+            fc.bias.zero_()
+
+
+def _check_embeddings(found: Tensor | None, target: PreTrainedModel, config: CoralConfig) -> None:
+    """Compare an EAGLE checkpoint's copy of the embeddings (vocab, hidden) with the target's own.
+
+    Equal up to the rounding of a half-precision copy. Offloaded ones are not read.
+    """
+    own = read_target(target, config).embeddings.weight
+    if found is None or own.is_meta:
+        return
+    if found.shape != own.shape:
+        reason = f"has shape {tuple(found.shape)}, the target's embeddings {tuple(own.shape)}"
+    else:
+        gap = (found.to(own.device).float() - own.detach().float()).abs().max()
+        if gap <= 1e-2 * own.detach().float().abs().max():
+            return
+        reason = f"differs from the target's embeddings by up to {gap:.3g}"
+    raise ValueError(
+        f"`embed_tokens.weight` of the EAGLE checkpoint {reason}: it was made for another target."
+        " Use that one, or delete the tensor to start from the rest all the same."
+    )

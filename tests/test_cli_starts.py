@@ -1,0 +1,80 @@
+"""`coral-hf train` from a drafter, from other weights, and with an adapter."""
+
+# ruff: noqa: F811  fixtures are imported
+
+import pytest
+import torch
+from peft import PeftModel
+from test_cli import TINY_TRAINING, drafter, invoke  # noqa: F401
+from test_examples import folder  # noqa: F401
+from transformers import AutoModel, AutoModelForCausalLM
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep:FutureWarning")
+
+
+def train(folder, output, *options):
+    names = ["--target", folder / "target", "--dataset", folder / "talk.jsonl"]
+    return invoke("train", *names, "--output", output, *TINY_TRAINING, *options)
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return AutoModel.from_pretrained(folder).state_dict()
+
+
+def test_a_lora_is_saved_beside_the_merged_drafter(folder, drafter, tmp_path):
+    lora = ["--lora-r", 2, "--lora-target", "fc", "--lora-target", "v_proj", "--router-epochs", 0]
+    result = train(folder, tmp_path / "new", "--drafter", drafter, *lora)
+    assert result.exit_code == 0, result.output
+    before, after = weights(drafter), weights(tmp_path / "new")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"fc.weight", "layers.0.self_attn.v_proj.weight"}
+    base = AutoModel.from_pretrained(drafter)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "new/adapter")
+    assert adapted.peft_config["default"].lora_alpha == 4
+    merged = adapted.merge_and_unload().state_dict()
+    assert all(torch.allclose(merged[name], after[name], atol=1e-6) for name in after)
+    assert AutoModel.from_pretrained(tmp_path / "new").config.draft_head == "routed"
+
+
+def test_the_routers_stage_follows_on_the_merged_drafter(folder, drafter, tmp_path):
+    options = ["--drafter", drafter, "--lora-r", 2, "--router-epochs", 1]
+    result = train(folder, tmp_path / "new", *options)
+    assert result.exit_code == 0, result.output
+    before, after = weights(drafter), weights(tmp_path / "new")
+    assert all(not torch.equal(after[k], before[k]) for k in ("fc.weight", "router.fc.weight"))
+
+
+def test_training_goes_on_from_a_drafter_or_from_its_weights(folder, drafter, tmp_path):
+    still = ["--learning_rate", 0, "--router-epochs", 0]
+    for option in ("--drafter", "--warm-start"):
+        output = tmp_path / option
+        result = train(folder, output, option, drafter, *still)
+        assert result.exit_code == 0, result.output
+        assert weights(output).keys() == weights(drafter).keys()
+        assert all(
+            torch.equal(tensor, weights(drafter)[k]) for k, tensor in weights(output).items()
+        )
+
+
+def test_training_starts_from_the_targets_last_layer(folder, tmp_path):
+    result = train(
+        folder, tmp_path, "--warm-start", "layer", "--learning_rate", 0, "--router-epochs", 0
+    )
+    assert result.exit_code == 0, result.output
+    layer = AutoModelForCausalLM.from_pretrained(folder / "target").model.layers[-1]
+    found = weights(tmp_path)["layers.0.mlp.up_proj.weight"]  # the one that reads no raw feature
+    assert torch.equal(found, layer.mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--lora-r", 2], "pass it with --drafter"),
+        (["--lora-alpha", 2], "pass --lora-r too"),
+        (["--drafter", "a", "--warm-start", "layer"], "two drafters to start from"),
+        (["--warm-start", "./absent"], "no folder ./absent"),
+    ],
+)
+def test_starts_that_contradict_each_other_are_refused(folder, tmp_path, options, said):
+    result = train(folder, tmp_path, *options)
+    assert isinstance(result.exception, ValueError) and said in str(result.exception)

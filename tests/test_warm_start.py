@@ -1,0 +1,268 @@
+"""Where a fresh drafter's weights come from: a layer, another drafter, an EAGLE checkpoint."""
+
+import json
+
+import pytest
+import torch
+from conftest import VOCAB, tiny_target
+from peft import get_peft_model
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from coral_hf import CoralDrafter
+from coral_hf.target import tokenizer_hash
+from coral_hf.training.adapters import lora
+from coral_hf.training.warm_start import from_drafter, from_layer, in_feature_units, warm_start
+
+HIDDEN = 32
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target("llama", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    words = {f"w{index}": index for index in range(VOCAB)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")))
+
+
+def assert_same(ours: dict, theirs: dict) -> None:
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name].float()) for name, tensor in ours.items())
+
+
+# ---- the target's last layer
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+def test_the_last_layer_does_in_a_drafter_what_it_does_in_the_target(family):
+    target = tiny_target(family, torch.float32)
+    layer, norm = target.model.layers[-1], target.model.norm
+    with torch.no_grad():
+        norm.weight.fill_(1.3)  # with gains that differ, the second norm is right on average only
+    generator = torch.Generator().manual_seed(0)
+    stream = torch.randn(1, 7, HIDDEN, generator=generator)
+    size = 3.0
+    stream *= size / stream.square().mean(-1, keepdim=True).sqrt()
+    positions = torch.arange(7)[None]
+    mask = torch.full((7, 7), float("-inf")).triu(1)[None, None]
+    rotary = target.model.rotary_emb(stream, positions)
+    expected = layer(stream, attention_mask=mask, position_embeddings=rotary)
+    drafter = from_layer(target)
+    gains = layer.input_layernorm.weight.detach(), norm.weight.detach()
+    theirs = {k: v for k, v in layer.state_dict().items() if k != "input_layernorm.weight"}
+    drafter.layers[0].load_state_dict(in_feature_units(theirs, *gains, size))
+    feature = stream / size * norm.weight
+    embedding = torch.zeros_like(feature)
+    found = drafter(embedding, feature, positions)  # fc hands the feature on
+    torch.testing.assert_close(found, expected / size * norm.weight, rtol=2e-3, atol=2e-3)
+
+
+def test_a_final_norm_with_a_gain_of_zero_gives_finite_weights(target):
+    gains = torch.ones(HIDDEN), torch.ones(HIDDEN).index_fill(0, torch.tensor([3]), 0.0)
+    theirs = target.model.layers[-1].state_dict()
+    assert all(t.isfinite().all() for t in in_feature_units(theirs, *gains, 2.0).values())
+
+
+def test_the_size_of_the_stream_is_measured(target):
+    drafter = from_layer(target)
+    layer, gain = target.model.layers[-1], target.model.norm.weight.detach()
+    ratio = layer.mlp.down_proj.weight * gain[:, None] / drafter.layers[0].mlp.down_proj.weight
+    assert ratio.std() < 1e-3 and 0.5 < ratio.mean() < 50
+
+
+@pytest.mark.parametrize("scales", [(0.0, 1.0), (0.5, 0.25)])
+def test_fc_adds_up_the_embedding_and_the_feature(target, scales):
+    embedding, feature = torch.randn(2, 3, HIDDEN)
+    fc = from_layer(target, fc=scales).fc
+    expected = scales[0] * embedding + scales[1] * feature
+    torch.testing.assert_close(fc(torch.cat([embedding, feature], -1)), expected)
+
+
+def test_fc_may_be_drawn(target):
+    assert from_layer(target, fc=None).fc.weight.std() < 0.1
+
+
+def test_a_warm_start_is_in_fp32(target):
+    drafter = warm_start(tiny_target("llama", torch.bfloat16), "layer")
+    assert drafter.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("qwen3", r"Qwen3DecoderLayer.*unknown: self_attn.k_norm.weight, self_attn.q_norm.weight"),
+        ("phi3", r"Phi3DecoderLayer.*missing: mlp.gate_proj.weight.*unknown: mlp.gate_up_proj"),
+        ("mixtral", r"MixtralDecoderLayer.*missing: mlp.down_proj.weight"),
+        ("gemma2", r"Gemma2ForCausalLM.*its activation is 'gelu_pytorch_tanh', the drafter's"),
+        ("gpt2", r"its decoder GPT2Model has no `layers`"),
+        ("smollm3", r"its last layer has no rotary positions"),
+        ("granite", r"it scales its attention \(`attention_multiplier`\)"),
+    ],
+)
+def test_a_layer_of_another_kind_is_refused(family, said):
+    with pytest.raises(ValueError, match=said):
+        warm_start(tiny_target(family, torch.float32), "layer")
+
+
+# ---- a drafter of another target
+
+
+@pytest.fixture(scope="module")
+def other(tokenizer):
+    """A trained drafter, as far as can be seen, of a deeper target of other layers."""
+    torch.manual_seed(1)
+    source = tiny_target("llama", torch.float32, num_hidden_layers=3)
+    drafter = CoralDrafter.from_target(source, intermediate_size=40, fc_bias=True)
+    drafter.add_router(4, 2)
+    drafter.config.is_router_trained = True
+    drafter.config.draft_head = "routed"
+    drafter.config.tokenizer_hash = tokenizer_hash(tokenizer)
+    return drafter
+
+
+def test_all_of_another_drafter_fits_where_the_vocabulary_is_the_same(target, other, tokenizer):
+    drafter = warm_start(target, other, tokenizer)
+    assert_same(drafter.state_dict(), other.state_dict())
+    assert drafter.config.draft_head == "routed" and drafter.config.is_router_trained
+
+
+def test_a_router_is_left_behind_with_its_vocabulary(other, tokenizer):
+    target = tiny_target("llama", torch.float32, vocab_size=VOCAB + 8)
+    drafter = from_drafter(target, other, tokenizer)
+    assert drafter.router is None and drafter.config.vocab_size == VOCAB + 8
+    kept = {k: v for k, v in other.state_dict().items() if not k.startswith("router.")}
+    assert_same(drafter.state_dict(), kept)
+    prompt = torch.tensor([[1, 5, 9]])
+    settings = {"do_sample": False, "max_new_tokens": 6, "attention_mask": torch.ones_like(prompt)}
+    drafted = target.generate(prompt, assistant_model=drafter.eval(), **settings)
+    assert torch.equal(drafted, target.generate(prompt, **settings))
+
+
+def test_a_router_is_left_behind_without_a_tokenizer_to_compare(target, other):
+    assert from_drafter(target, other).router is None
+
+
+def test_a_drafter_starts_from_a_folder(target, other, tokenizer, tmp_path):
+    other.save_pretrained(tmp_path)
+    drafter = warm_start(target, tmp_path, tokenizer)
+    assert_same(drafter.state_dict(), other.state_dict())
+    assert drafter.config.intermediate_size == 40
+
+
+def test_a_drafter_of_another_width_is_refused(other):
+    target = tiny_target("llama", torch.float32, hidden_size=64)
+    with pytest.raises(ValueError, match="`hidden_size` of the target is 64, but the.* has 32"):
+        from_drafter(target, other)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep:FutureWarning")
+def test_a_drafter_with_an_adapter_is_merged_first(target, tmp_path):
+    CoralDrafter.from_target(target).save_pretrained(tmp_path)
+    drafter = CoralDrafter.from_pretrained(tmp_path)
+    get_peft_model(drafter, lora(2)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="has no config.json.* An adapter is merged first"):
+        warm_start(target, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="has an adapter; merge it first"):
+        warm_start(target, CoralDrafter.from_pretrained(tmp_path / "adapter"))
+
+
+def test_a_folder_that_is_none_is_refused(target, tmp_path):
+    with pytest.raises(ValueError, match="no folder .*absent"):
+        warm_start(target, tmp_path / "absent")
+    with pytest.raises(ValueError, match="has no config.json"):
+        warm_start(target, tmp_path)
+
+
+# ---- an EAGLE checkpoint
+
+
+def eagle_folder(folder, target, bias=True, weights="pytorch_model.bin", **changes):
+    """A checkpoint as EAGLE's training writes it; `changes` replace tensors, None drops one."""
+    torch.manual_seed(2)
+    sizes = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    fields = {"model_type": "llama", "hidden_size": HIDDEN, "vocab_size": VOCAB, **sizes}
+    config = {**fields, "num_hidden_layers": 1, "rope_theta": 20000.0, "bias": bias}
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = {
+        "self_attn.q_proj": (32, 32),
+        "self_attn.k_proj": (16, 32),
+        "self_attn.v_proj": (16, 32),
+        "self_attn.o_proj": (32, 32),
+        "mlp.gate_proj": (48, 32),
+        "mlp.up_proj": (48, 32),
+        "mlp.down_proj": (32, 48),
+        "post_attention_layernorm": (32,),
+    }
+    state = {f"layers.0.{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+    state |= {"fc.weight": torch.randn(32, 64), **({"fc.bias": torch.randn(32)} if bias else {})}
+    state["embed_tokens.weight"] = target.model.embed_tokens.weight.detach().half()
+    state = {k: v for k, v in {**state, **changes}.items() if v is not None}
+    (torch.save if weights.endswith(".bin") else save_file)(state, folder / weights)
+    return {k: v for k, v in state.items() if k != "embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.safetensors"])
+def test_an_eagle_checkpoint_becomes_a_drafter(target, tmp_path, bias, weights):
+    state = eagle_folder(tmp_path, target, bias, weights)
+    drafter = warm_start(target, tmp_path)
+    assert_same(drafter.state_dict(), state)
+    assert drafter.config.fc_bias == bias
+    assert drafter.config.rope_parameters["rope_theta"] == 20000.0
+    assert drafter.config.vocab_size == VOCAB
+
+
+def test_an_eagle_checkpoint_without_embeddings_becomes_a_drafter(target, tmp_path):
+    state = eagle_folder(tmp_path, target, **{"embed_tokens.weight": None})
+    assert_same(warm_start(target, tmp_path).state_dict(), state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"norm.weight": torch.ones(32)}, "unknown: norm.weight"),
+        ({"layers.0.mlp.up_proj.weight": None}, "missing: layers.0.mlp.up_proj.weight"),
+        (
+            {"layers.0.self_attn.o_proj.weight": torch.ones(32, 16)},
+            r"of another shape: layers.0.self_attn.o_proj.weight \(32, 16\), not \(32, 32\)",
+        ),
+        ({"embed_tokens.weight": torch.ones(VOCAB, 32)}, "embed_tokens.*differs.*by up to"),
+        ({"embed_tokens.weight": torch.ones(9, 32)}, r"embed_tokens.*has shape \(9, 32\)"),
+    ],
+)
+def test_an_eagle_checkpoint_that_does_not_fit_is_refused(target, tmp_path, changes, said):
+    eagle_folder(tmp_path, target, **changes)
+    with pytest.raises(ValueError, match=said):
+        warm_start(target, tmp_path)
+
+
+def test_an_eagle3_checkpoint_is_refused_by_its_tensors(target, tmp_path):
+    eagle_folder(tmp_path, target, **{"fc.weight": torch.ones(32, 96), "d2t": torch.arange(9)})
+    with pytest.raises(ValueError, match=r"unknown: d2t; of another shape: fc.weight \(32, 96\)"):
+        warm_start(target, tmp_path)
+
+
+def test_a_pickle_that_holds_more_than_tensors_is_not_run(target, tmp_path):
+    eagle_folder(tmp_path, target)
+    torch.save({"fc.weight": tmp_path}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin holds more than tensors"):
+        warm_start(target, tmp_path)
+
+
+def test_a_checkpoint_in_pieces_is_refused(target, tmp_path):
+    eagle_folder(tmp_path, target, weights="model-00001-of-00002.safetensors")
+    with pytest.raises(ValueError, match="has neither of.*read from one file"):
+        warm_start(target, tmp_path)
+
+
+def test_a_target_that_is_saved_is_no_checkpoint_of_a_drafter(target, tmp_path):
+    target.save_pretrained(tmp_path)
+    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path), type(target))
+    with pytest.raises(ValueError, match="missing: fc.weight.*unknown: lm_head.weight"):
+        warm_start(target, tmp_path)
