@@ -16,7 +16,7 @@ FILES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*
 # a part may import what stands before it; parts of one line never import each other
 ORDER = (
     ["configuration_coral"],
-    ["draft_head", "autotune"],
+    ["draft_head", "drafter_layers", "autotune"],
     ["modeling_coral"],
     ["target"],
     ["decoding", "training"],
@@ -27,7 +27,16 @@ ORDER = (
     ["cli"],
 )
 RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
-PUBLISHED = ["autotune.py", "configuration_coral.py", "draft_head.py", "modeling_coral.py"]
+PUBLISHED = [
+    f"{name}.py"
+    for name in (
+        "autotune",
+        "configuration_coral",
+        "draft_head",
+        "drafter_layers",
+        "modeling_coral",
+    )
+]
 PURE = ["decoding/tree.py", "decoding/verification.py"]
 PURE += [f"training/{name}.py" for name in ("losses", "token_loss", "csra", "attention")]
 # imported when they are needed: each costs seconds, or is not installed everywhere

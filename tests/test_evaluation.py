@@ -13,14 +13,14 @@ from transformers import EarlyStoppingCallback
 
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
 from coral_hf.target import read_target
-from coral_hf.training.answering import left_padded
-from coral_hf.training.evaluation import (
+from coral_hf.training.evaluation.acceptance import (
     acceptance_by_depth,
     acceptance_length,
     count_rounds,
     held_out_prompts,
     prompt_of,
 )
+from coral_hf.training.evaluation.rounds import left_padded
 from coral_hf.training.objectives import step_similarity
 
 TREE = {"tree_depth": 3, "tree_top_k": 4, "tree_nodes": 12}

@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from coral_hf import CoralConfig, CoralDrafter
 from coral_hf.draft_head import FullHead, LMHead, RoutedHead
-from coral_hf.modeling_coral import rotate
+from coral_hf.drafter_layers import rotate
 
 BATCH, LENGTH, HIDDEN = 2, 7, 32
 EAGLE_SHAPES = {

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from coral_hf import CoralDrafter
 from coral_hf.cli import app
-from coral_hf.training.answer_file import open_answers
-from coral_hf.training.answers import GumbelNoise, Speaker, seed_of
 from coral_hf.training.data import load_conversations, tokenize
-from coral_hf.training.regenerate import RegenerationSettings, regenerate
+from coral_hf.training.regeneration.answer_file import open_answers
+from coral_hf.training.regeneration.answers import GumbelNoise, Speaker, seed_of
+from coral_hf.training.regeneration.regenerate import RegenerationSettings, regenerate
 
 WORDS = ["hi", "so?", "when and where", "tell me more", "no", "a longer question than most"]
 END = 1  # <end>

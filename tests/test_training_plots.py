@@ -8,7 +8,13 @@ from conftest import VOCAB, tiny_target
 from datasets import Dataset
 
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
-from coral_hf.training.plots import compare_runs, curve, curves_by_step, figures, plot_run
+from coral_hf.training.evaluation.plots import (
+    compare_runs,
+    curve,
+    curves_by_step,
+    figures,
+    plot_run,
+)
 
 NAMES = {"losses", "feature_similarity", "acceptance_length", "acceptance_by_depth"}
 FIGURES = {f"{name}.png" for name in NAMES}

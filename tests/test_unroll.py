@@ -14,7 +14,7 @@ from coral_hf import CoralCandidateGenerator, CoralConfig, CoralDrafter
 from coral_hf.decoding.cache import GrowingCache
 from coral_hf.decoding.candidate_generator import CacheContext
 from coral_hf.decoding.tree import TreeShape
-from coral_hf.modeling_coral import CausalContext
+from coral_hf.drafter_layers import CausalContext
 from coral_hf.target import read_features, read_target
 from coral_hf.training.attention import mixed_attention, plain_mixed_attention
 from coral_hf.training.unroll import unroll

@@ -68,8 +68,8 @@ def regenerate(
 ) -> None:
     """Let the target answer a dataset's prompts itself; run again, it goes on where it stopped."""
     from ..training.data import load_conversations
-    from ..training.regenerate import RegenerationSettings
-    from ..training.regenerate import regenerate as answer
+    from ..training.regeneration import RegenerationSettings
+    from ..training.regeneration import regenerate as answer
 
     settings = RegenerationSettings(
         max_new_tokens=max_new_tokens,

@@ -17,8 +17,8 @@ from .. import CoralDrafter
 from ..benchmark import Prompt, encode
 from ..target import read_target
 from ..training import CoralTrainer, parse_arguments
-from ..training.answering import Answers, decoded_rounds
 from ..training.data import prepare_dataset
+from ..training.evaluation import Answers, decoded_rounds
 from .results import Result, read_results
 from .trial import Trial
 

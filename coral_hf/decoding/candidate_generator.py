@@ -61,7 +61,7 @@ class CacheContext:
         self.mask: Tensor | None = None
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See [`coral_hf.modeling_coral.Context`]."""
+        """See [`coral_hf.drafter_layers.Context`]."""
         is_prompt = self.mask is None and query.shape[2] > 1
         keys, values = self.cache.update(key, value, layer_idx)
         return F.scaled_dot_product_attention(

@@ -30,12 +30,11 @@ from .distributed import (
     shares_out_weights,
     trained_copy,
 )
-from .evaluation import Evaluation
+from .evaluation import Evaluation, PlotCallback
 from .feature_cache import CachedFeatures
 from .features import Features
 from .guards import FiniteGuard
 from .objectives import Losses, Unrolled, drafter_losses, router_losses
-from .plots import PlotCallback
 from .rows import training_rows
 from .unroll import unroll
 

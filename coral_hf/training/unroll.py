@@ -49,7 +49,7 @@ class UnrollContext:
     # what was seen changes with every step: torch.compile would compile each of them anew
     @torch.compiler.disable
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See [`coral_hf.modeling_coral.Context`]."""
+        """See [`coral_hf.drafter_layers.Context`]."""
         # gradient checkpointing runs a step twice; the first run's tensors stay
         self._seen.setdefault((layer_idx, self._step), (key, value))
         if self._step == 0:

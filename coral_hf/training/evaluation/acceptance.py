@@ -15,12 +15,12 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from ..modeling_coral import TREE_DEFAULTS, CoralDrafter
-from ..target import Target, text_config
-from .answering import Answers, decoded_rounds
-from .arguments import CoralTrainingArguments
-from .data.encoding import IGNORED
+from ...modeling_coral import TREE_DEFAULTS, CoralDrafter
+from ...target import Target, text_config
+from ..arguments import CoralTrainingArguments
+from ..data.encoding import IGNORED
 from .replay import replayed_rounds
+from .rounds import Answers, decoded_rounds
 
 
 class Evaluation:

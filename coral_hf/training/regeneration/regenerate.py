@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..target import text_config, tokenizer_hash
+from ...target import text_config, tokenizer_hash
 from .answer_file import AnswerFile, open_answers
 from .answers import Speaker, seed_of
 from .dialogue import Dialogue, Passage, open_row

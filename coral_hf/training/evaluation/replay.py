@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..draft_head import group_size
-from ..modeling_coral import CoralDrafter
-from ..target import Target
-from .data.encoding import IGNORED
+from ...draft_head import group_size
+from ...modeling_coral import CoralDrafter
+from ...target import Target
+from ..data.encoding import IGNORED
 
 CHUNK = 256  # rows of logits held at a time
 

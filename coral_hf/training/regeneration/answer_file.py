@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
-from .data.messages import shown
+from ..data.messages import shown
 
 logger = logging.get_logger(__name__)
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..data.messages import Message, Row, layout_of, to_messages
+from ..data.template import render
+from ..data.tools import read_tools
 from .answers import Answer
-from .data.messages import Message, Row, layout_of, to_messages
-from .data.template import render
-from .data.tools import read_tools
 
 
 class Dialogue:

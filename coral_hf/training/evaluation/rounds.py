@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..modeling_coral import CoralDrafter
-from ..target import Target, tree_obstacle
+from ...modeling_coral import CoralDrafter
+from ...target import Target, tree_obstacle
 
 
 class Answers(NamedTuple):

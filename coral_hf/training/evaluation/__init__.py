@@ -1,0 +1,10 @@
+"""What a drafter is worth while it is trained: decoded, replayed, and drawn.
+
+rounds (the target answers prompts) and replay (chains over a text) → acceptance; plots of a run.
+"""
+
+from .acceptance import Evaluation
+from .plots import PlotCallback, compare_runs, plot_run
+from .rounds import Answers, decoded_rounds
+
+__all__ = ["Answers", "Evaluation", "PlotCallback", "compare_runs", "decoded_rounds", "plot_run"]
