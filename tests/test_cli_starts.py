@@ -2,6 +2,8 @@
 
 # ruff: noqa: F811  fixtures are imported
 
+import json
+
 import pytest
 import torch
 from peft import PeftModel
@@ -78,3 +80,17 @@ def test_training_starts_from_the_targets_last_layer(folder, tmp_path):
 def test_starts_that_contradict_each_other_are_refused(folder, tmp_path, options, said):
     result = train(folder, tmp_path, *options)
     assert isinstance(result.exception, ValueError) and said in str(result.exception)
+
+
+def test_held_out_rows_are_evaluated_and_a_drafter_may_have_two_layers(folder, tmp_path):
+    evaluated = ["--hold-out", 1, "--eval_strategy", "steps", "--eval_steps", 1, "--layers", 2]
+    result = train(folder, tmp_path, *evaluated, "--router-epochs", 0, "--save_steps", 1)
+    assert result.exit_code == 0, result.output
+    state = json.loads((tmp_path / "drafter" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert sum("eval_acceptance_length" in entry for entry in state["log_history"]) == 2
+    assert AutoModel.from_pretrained(tmp_path).config.num_hidden_layers == 2
+
+
+def test_an_evaluation_without_held_out_rows_is_refused(folder, tmp_path):
+    result = train(folder, tmp_path, "--eval_strategy", "steps")
+    assert result.exit_code != 0 and "--hold-out" in result.output

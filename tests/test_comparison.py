@@ -24,6 +24,7 @@ def result(trial: str, seed: int, value: float, steps: int = 10) -> Result:
             ["--recipe", "coral", "--csra_weight", "0.5"],
         ),
         ("num_steps=4", "num_steps=4", ["--num_steps", "4"]),
+        ("hass drafter.fc_bias=true", "hass drafter.fc_bias=true", ["--recipe", "hass"]),
     ],
 )
 def test_a_trial_is_a_recipe_and_settings(text, name, options):
@@ -90,3 +91,18 @@ def test_the_command_compares_and_goes_on_where_it_stopped(folder):  # noqa: F81
     assert len(results.read_text().splitlines()) == 4
     assert "| coral num_steps=2 |" in (folder / "compared" / "table.md").read_text()
     assert torch.tensor(json.loads(lines[0])["acceptance"]["0.0"]["talk"]) >= 1
+
+
+def test_longer_trainings_and_deeper_drafters_make_a_picture(folder):  # noqa: F811
+    names = [
+        *("--target", folder / "target", "--dataset", folder / "talk.jsonl"),
+        *("--prompts", folder / "talk.jsonl", "--limit", 1, "--output", folder / "scaled"),
+        *("--steps", 1, "--steps", 2, "--seeds", 1, "--max-new-tokens", 4, "--temperature", 0),
+        *("--trial", "eagle", "--trial", "eagle drafter.num_hidden_layers=2", *OPTIONS),
+    ]
+    found = invoke("compare", *names)
+    assert found.exit_code == 0, found.output
+    assert (folder / "scaled" / "scaling.png").stat().st_size > 0
+    lines = [json.loads(x) for x in (folder / "scaled" / "results.jsonl").read_text().splitlines()]
+    assert [line["steps"] for line in lines] == [1, 1, 2, 2]
+    assert lines[0]["losses"] != lines[1]["losses"]

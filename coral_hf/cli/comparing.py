@@ -31,7 +31,9 @@ def compare(
     trial: Annotated[
         list[str], typer.Option(help="A recipe and settings: 'coral csra_weight=0.5'.")
     ],
-    steps: Annotated[int, typer.Option(help="Of each training; of the first rung if halving.")],
+    steps: Annotated[
+        list[int], typer.Option(help="Of each training; of the first rung if halving.")
+    ],
     seeds: Annotated[int, typer.Option(help="Trainings of each trial.")] = 3,
     keep: Annotated[
         int | None, typer.Option(help="Successive halving down to so many trials, with one seed.")
@@ -51,7 +53,14 @@ def compare(
 
     Every other option is one of CoralTrainingArguments, the same for all trials.
     """
-    from ..comparison import Comparison, ComparisonSettings, Trial, comparison_table, halve
+    from ..comparison import (
+        Comparison,
+        ComparisonSettings,
+        Trial,
+        comparison_table,
+        halve,
+        plot_scaling,
+    )
 
     model, tokenizer = load_target(target, dtype)
     settings = ComparisonSettings(
@@ -66,11 +75,15 @@ def compare(
     comparison = Comparison(model, tokenizer, rows, items, settings)
     trials = [Trial.parse(text) for text in trial]
     if keep is not None:
-        rungs = halve(comparison, trials, steps, keep)
+        rungs = halve(comparison, trials, steps[0], keep)
         table = "\n".join(f"{r.steps} steps\n\n{comparison_table(r.results)}" for r in rungs)
     else:
-        table = comparison_table(
-            [comparison.result(one, seed, steps) for seed in range(seeds) for one in trials]
-        )
+        results = [
+            [comparison.result(one, seed, number) for seed in range(seeds) for one in trials]
+            for number in steps
+        ]
+        table = "\n".join(f"{r[0].steps} steps\n\n{comparison_table(r)}" for r in results)
+        if len(steps) > 1:
+            plot_scaling([result for part in results for result in part], output / "scaling.png")
     (output / "table.md").write_text(table, encoding="utf-8")
     typer.echo(table)

@@ -67,6 +67,21 @@ def without_last(datasets: list, count: int):
     return kept[0] if len(kept) == 1 else concatenate_datasets(kept)
 
 
+def load_held_out(paths: list[str], hold_out: int):
+    """The last rows of each dataset, which `load_rows` leaves out."""
+    import typer
+    from datasets import concatenate_datasets
+
+    from ..training.data import load_conversations
+
+    if hold_out < 1:
+        raise typer.BadParameter("--eval_strategy needs rows to evaluate: give --hold-out 200.")
+    datasets = [load_conversations(path) for path in paths]
+    return concatenate_datasets(
+        [rows.select(range(len(rows) - hold_out, len(rows))) for rows in datasets]
+    )
+
+
 def load_rows(paths: list[str], hold_out: int):
     """Conversations but for the last rows of each dataset, or the rows of a feature cache."""
     import typer

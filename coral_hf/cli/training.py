@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .app import app
-from .loading import load_rows, load_target
+from .loading import load_held_out, load_rows, load_target
 from .options import DtypeOption, TargetOption
 
 
@@ -20,8 +20,12 @@ def train(
     ],
     output: Annotated[Path, typer.Option(help="Folder of the finished drafter.")],
     hold_out: Annotated[
-        int, typer.Option(help="Leave out the last rows of each dataset, for measuring.")
+        int,
+        typer.Option(
+            help="Leave out the last rows of each dataset; with --eval_strategy they are evaluated."
+        ),
     ] = 0,
+    layers: Annotated[int, typer.Option(help="Decoder layers of a fresh drafter.")] = 1,
     dtype: DtypeOption = "auto",
     drafter: Annotated[
         str | None, typer.Option(help="A drafter of this target, to be trained on.")
@@ -59,14 +63,17 @@ def train(
     adapter = _lora(drafter, lora_r, lora_alpha, lora_target)
     # each process of a run has a GPU of its own, to which its trainer moves the target
     model, tokenizer = load_target(target, dtype, device="cpu")
-    first = _first_drafter(model, tokenizer, drafter, warm_start)
+    first = _first_drafter(model, tokenizer, drafter, warm_start, layers)
     rows = load_rows(dataset, hold_out)
     name = "drafter" if adapter is None else "adapter"
     stages = [parse_arguments(output / name, context.args, stage="drafter")]
     if router_epochs > 0:
         router = {"stage": "router", "num_train_epochs": router_epochs, "max_steps": -1}
         stages.append(parse_arguments(output / "router", context.args, **router))
-    trained = train_stages(model, tokenizer, rows, stages, first, resume, adapter)
+    held_out = None
+    if stages[0].eval_strategy != "no":
+        held_out = load_held_out(dataset, hold_out)
+    trained = train_stages(model, tokenizer, rows, stages, first, resume, adapter, held_out)
     save(trained, tokenizer, output)
     typer.echo(f"The drafter is in {output}.")
 
@@ -84,8 +91,8 @@ def _lora(drafter: str | None, rank: int | None, alpha: int | None, targets: lis
     return lora(rank, alpha, targets)
 
 
-def _first_drafter(target, tokenizer, drafter: str | None, source: str | None):
-    """The drafter that training starts from, in fp32; `None` for a random one."""
+def _first_drafter(target, tokenizer, drafter: str | None, source: str | None, layers: int):
+    """The drafter that training starts from, in fp32."""
     import torch
 
     from ..modeling_coral import CoralDrafter
@@ -95,8 +102,10 @@ def _first_drafter(target, tokenizer, drafter: str | None, source: str | None):
         raise ValueError("--drafter and --warm-start are two drafters to start from; pass one.")
     if source is not None:
         return warm_start(target, source, tokenizer)
+    if layers != 1 and drafter is not None:
+        raise ValueError(f"--layers {layers} is of a fresh drafter; leave it out with --drafter.")
     if drafter is None:
-        return None
+        return CoralDrafter.from_target(target, num_hidden_layers=layers).float()
     return CoralDrafter.from_pretrained(drafter, dtype=torch.float32).to(target.device)
 
 

@@ -4,6 +4,7 @@
 """
 
 from .halving import Rung, halve
+from .plots import plot_scaling
 from .results import Result, read_results
 from .run import Comparison, ComparisonSettings
 from .table import comparison_table
@@ -17,5 +18,6 @@ __all__ = [
     "Trial",
     "comparison_table",
     "halve",
+    "plot_scaling",
     "read_results",
 ]

@@ -105,7 +105,7 @@ class Comparison:
             )
             args.include_num_input_tokens_seen = "non_padding"
             set_seed(seed)
-            drafter = CoralDrafter.from_target(self._target).float()
+            drafter = CoralDrafter.from_target(self._target, **trial.drafter_fields).float()
             trainer = CoralTrainer(
                 model=drafter, target_model=self._target, args=args, train_dataset=self._rows
             )

@@ -1,10 +1,16 @@
 """One way to train a drafter, by name."""
 
-from typing import NamedTuple
+import json
+from typing import Any, NamedTuple
+
+DRAFTER = "drafter."
 
 
 class Trial(NamedTuple):
-    """Settings of `CoralTrainingArguments` as they are typed: `coral csra_weight=0.5`."""
+    """Settings of `CoralTrainingArguments` as they are typed: `coral csra_weight=0.5`.
+
+    Those of the drafter's config have a prefix: `coral drafter.num_hidden_layers=2`.
+    """
 
     settings: tuple[str, ...]  # `name=value` each
 
@@ -28,5 +34,13 @@ class Trial(NamedTuple):
 
     @property
     def options(self) -> list[str]:
-        """As options of a command line."""
-        return [part for word in self.settings for part in f"--{word}".split("=", 1)]
+        """Those of the training, as options of a command line."""
+        own = [word for word in self.settings if not word.startswith(DRAFTER)]
+        return [part for word in own for part in f"--{word}".split("=", 1)]
+
+    @property
+    def drafter_fields(self) -> dict[str, Any]:
+        """Those of the drafter's config, their values read as JSON."""
+        own = [word for word in self.settings if word.startswith(DRAFTER)]
+        pairs = (word.removeprefix(DRAFTER).split("=", 1) for word in own)
+        return {name: json.loads(value) for name, value in pairs}

@@ -25,6 +25,7 @@ def train(
     drafter: CoralDrafter | None = None,
     resume: bool = False,
     peft_config: PeftConfig | None = None,
+    eval_dataset=None,
 ) -> CoralDrafter:
     """Run training stages one after the other on one drafter.
 
@@ -38,6 +39,7 @@ def train(
         resume: continue each stage from its last checkpoint, where it has one.
         peft_config: of an adapter that is trained in place of the drafter, saved in the first
             stage's folder, and merged.
+        eval_dataset: held-out conversations, for arguments with an `eval_strategy`.
     """
     drafter = CoralDrafter.from_target(target).float() if drafter is None else drafter
     rows = training_rows(dataset, tokenizer, stages[0], drafter.config.vocab_size)
@@ -47,6 +49,7 @@ def train(
             target_model=target,
             args=args,
             train_dataset=rows,
+            eval_dataset=eval_dataset,
             processing_class=tokenizer,
             peft_config=peft_config if args.stage == "drafter" else None,
         )
