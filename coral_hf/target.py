@@ -162,9 +162,11 @@ def reads_packed_rows(model: PreTrainedModel, device: torch.device) -> bool:
     if "position_ids" not in inspect.signature(model.get_decoder().forward).parameters:
         return False
     lengths = (5, 8)
-    ids = torch.arange(sum(lengths), device=device)[None] % text_config(model).vocab_size
+    # two rows, since some kinds of attention tell documents apart in a single row only
+    ids = torch.arange(2 * sum(lengths), device=device).view(2, -1) % text_config(model).vocab_size
     mask = torch.ones_like(ids)
-    positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+    positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+    positions = positions.expand_as(ids)
     second = slice(lengths[0], None)
     alone = read_features(model, ids[:, second], mask[:, second])
     packed = read_features(model, ids, mask, positions)[:, second]

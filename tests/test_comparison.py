@@ -106,3 +106,25 @@ def test_longer_trainings_and_deeper_drafters_make_a_picture(folder):  # noqa: F
     lines = [json.loads(x) for x in (folder / "scaled" / "results.jsonl").read_text().splitlines()]
     assert [line["steps"] for line in lines] == [1, 1, 2, 2]
     assert lines[0]["losses"] != lines[1]["losses"]
+
+
+def test_results_of_other_settings_are_not_mixed(folder):  # noqa: F811
+    names = [
+        *("--target", folder / "target", "--dataset", folder / "talk.jsonl", "--trial", "eagle"),
+        *("--prompts", folder / "talk.jsonl", "--limit", 1, "--output", folder / "once"),
+        *("--steps", 1, "--seeds", 1, "--max-new-tokens", 4, "--temperature", 0, *OPTIONS),
+    ]
+    assert invoke("compare", *names).exit_code == 0
+    with (folder / "once" / "results.jsonl").open("a") as file:
+        file.write('{"trial": "ha')  # a kill cut the line off
+    again = invoke("compare", *names)
+    assert again.exit_code == 0, again.output
+    for other, said in (
+        (["--learning_rate", "0.5"], "was written with options"),
+        (["--tree-depth", 3], "was written with tree"),
+        (["--trial", "coral csra_weight=-1"], "`csra_weight` is -1.0"),
+    ):
+        found = invoke("compare", *names, *other)
+        assert found.exit_code != 0 and said in str(found.exception)
+    found = invoke("compare", *names, "--keep", 1)
+    assert found.exit_code != 0 and "one seed" in found.output

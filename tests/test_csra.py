@@ -114,22 +114,21 @@ def test_csra_with_the_target_has_it_as_one_more_step_that_is_no_anchor():
     torch.testing.assert_close(csra_loss(predicted, 0.1, target=target), expected)
 
 
-COUNTS = (4, POSITIONS - 4)  # positions of each of two devices
-
-
-def gathered(rank: int, folder: str) -> None:
+def gathered(rank: int, folder: str, counts: tuple[int, int]) -> None:
     """The loss of one device with the negatives of both, and its gradient, into a file."""
     store = f"file://{folder}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    own = features()[0].detach().split(COUNTS, dim=1)[rank].requires_grad_()
+    own = features()[0].detach().split(counts, dim=1)[rank].requires_grad_()
     loss = csra_loss(own, 0.1, others=of_other_devices(own.flatten(0, 1)))
     loss.backward()
     torch.save((loss.detach(), own.grad), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_gathered_negatives_make_two_devices_one_batch(tmp_path):
-    torch.multiprocessing.spawn(gathered, (str(tmp_path),), nprocs=2)
+# one device may have nothing to train
+@pytest.mark.parametrize("counts", [(4, POSITIONS - 4), (POSITIONS, 0)])
+def test_gathered_negatives_make_two_devices_one_batch(tmp_path, counts):
+    torch.multiprocessing.spawn(gathered, (str(tmp_path), counts), nprocs=2)
     losses, gradients = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)), strict=True)
     predicted, _ = features()
     whole = csra_loss(predicted, 0.1)

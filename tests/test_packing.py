@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import OTHERS, VOCAB, make_target, tiny_target
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_trainer import make_trainer
@@ -12,6 +12,7 @@ from coral_hf import CoralDrafter
 from coral_hf.target import reads_packed_rows
 from coral_hf.training.data import CoralCollator, pack_dataset
 from coral_hf.training.data.packing import best_fit
+from coral_hf.training.evaluation.acceptance import first_document
 from coral_hf.training.features import Features
 from coral_hf.training.unroll import document_lengths, unroll
 
@@ -116,3 +117,46 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_their_documents(tmp_path,
         loss.backward()
         found.append((loss.detach(), trainer.model.fc.weight.grad))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_labels_of_a_documents_first_two_tokens_are_never_trained():
+    rows = [dict(row, labels=row["input_ids"]) for row in make_rows()]
+    for dataset in (Dataset.from_list(rows), pack_dataset(Dataset.from_list(rows), ROOM)):
+        batch = CoralCollator()(list(dataset))
+        assert (batch["labels"] != -100).sum() == sum(length - 2 for length in LENGTHS)
+
+
+def test_a_stream_without_names_is_packed_once(tmp_path):
+    def rows():
+        yield from make_rows()
+
+    stream = IterableDataset.from_generator(rows)
+    target = tiny_target("llama", torch.float32)
+    trainer = make_trainer(target, stream, tmp_path, packing=True, max_length=ROOM, max_steps=1)
+    found = list(trainer.train_dataset)
+    assert [len(row["input_ids"]) for row in found] == [16, 16, 8]
+    again = make_trainer(target, trainer.train_dataset, tmp_path, packing=True, max_length=ROOM)
+    assert [row["position_ids"] for row in again.train_dataset] == [
+        row["position_ids"] for row in found
+    ]
+
+
+def test_held_out_rows_are_not_packed(tmp_path):
+    settings = {
+        "packing": True,
+        "max_length": ROOM,
+        "eval_prompt_length": 4,
+        "eval_max_new_tokens": 4,
+    }
+    trainer = make_trainer(tiny_target("llama", torch.float32), make_rows(), tmp_path, **settings)
+    held_out = Dataset.from_list(make_rows())
+    assert 0 < trainer.evaluate(held_out)["eval_loss"] < 100
+    packed = [first_document(row) for row in pack_dataset(held_out, ROOM)]
+    assert [len(row["input_ids"]) for row in packed] == [12, 9, 7]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_token_rows_beyond_the_limit_are_refused(tmp_path, packing):
+    target = tiny_target("llama", torch.float32)
+    with pytest.raises(ValueError, match="`max_length` is 8, but a row of `dataset` has 12 tokens"):
+        make_trainer(target, make_rows(), tmp_path, packing=packing, max_length=8)

@@ -187,8 +187,9 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_training_goes_on_with_the_same_losses(target, rows, tmp_path):
-    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+@pytest.mark.parametrize("extra", [{}, {"feature_noise": 0.1, "packing": True, "max_length": 45}])
+def test_an_interrupted_training_goes_on_with_the_same_losses(target, rows, tmp_path, extra):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, **extra}
     whole = make_trainer(target, rows, tmp_path / "whole", **settings)
     whole.train()
     broken = make_trainer(target, rows, tmp_path / "broken", **settings)

@@ -34,9 +34,11 @@ def compare(
     steps: Annotated[
         list[int], typer.Option(help="Of each training; of the first rung if halving.")
     ],
-    seeds: Annotated[int, typer.Option(help="Trainings of each trial.")] = 3,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Trainings of each trial; 3 by default.")
+    ] = None,
     keep: Annotated[
-        int | None, typer.Option(help="Successive halving down to so many trials, with one seed.")
+        int | None, typer.Option(min=1, help="Halve the trials down to so many, with one seed.")
     ] = None,
     hold_out: Annotated[int, typer.Option(help="Leave out the last rows of each dataset.")] = 0,
     temperature: Annotated[list[float] | None, typer.Option(help="Measured at; 0 and 1.")] = None,
@@ -53,15 +55,11 @@ def compare(
 
     Every other option is one of CoralTrainingArguments, the same for all trials.
     """
-    from ..comparison import (
-        Comparison,
-        ComparisonSettings,
-        Trial,
-        comparison_table,
-        halve,
-        plot_scaling,
-    )
+    from ..comparison import Comparison, ComparisonSettings, Trial, search
+    from ..comparison import compare as compare_trials
 
+    if keep is not None and (seeds is not None or len(steps) > 1):
+        raise typer.BadParameter("`--keep` searches with one seed from one `--steps` on.")
     model, tokenizer = load_target(target, dtype)
     settings = ComparisonSettings(
         output=output,
@@ -74,16 +72,7 @@ def compare(
     items = load_prompts(prompts, limit, last, user_turn)
     comparison = Comparison(model, tokenizer, rows, items, settings)
     trials = [Trial.parse(text) for text in trial]
-    if keep is not None:
-        rungs = halve(comparison, trials, steps[0], keep)
-        table = "\n".join(f"{r.steps} steps\n\n{comparison_table(r.results)}" for r in rungs)
+    if keep is None:
+        typer.echo(compare_trials(comparison, trials, steps, seeds or 3))
     else:
-        results = [
-            [comparison.result(one, seed, number) for seed in range(seeds) for one in trials]
-            for number in steps
-        ]
-        table = "\n".join(f"{r[0].steps} steps\n\n{comparison_table(r)}" for r in results)
-        if len(steps) > 1:
-            plot_scaling([result for part in results for result in part], output / "scaling.png")
-    (output / "table.md").write_text(table, encoding="utf-8")
-    typer.echo(table)
+        typer.echo(search(comparison, trials, steps[0], keep))

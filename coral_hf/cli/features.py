@@ -67,5 +67,6 @@ def _read(
 
     model, tokenizer = load_target(target, dtype)
     conversations = without_last([load_conversations(path) for path in dataset], hold_out)
-    rows = prepare_dataset(conversations, tokenizer, max_length)
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    rows = prepare_dataset(conversations, tokenizer, max_length, vocab_size=vocab_size)
     return model, pack_dataset(rows, max_length) if packing else rows

@@ -61,25 +61,37 @@ def count_bigrams(dataset: str, hold_out: int, target, tokenizer):
 
 def without_last(datasets: list, count: int):
     """The rows of several datasets, each but for its last ones."""
+    return _joined([_split(rows, count)[0] for rows in datasets])
+
+
+def _split(rows, count: int):
+    """A dataset without its last rows, and those."""
+    import typer
+
+    if not 0 <= count < len(rows):
+        raise typer.BadParameter(f"--hold-out {count} of {len(rows)} rows leaves none to train on.")
+    cut = len(rows) - count
+    last = range(cut, len(rows)) if count else []
+    return rows.select(range(cut)), rows.select(last)
+
+
+def _joined(datasets: list):
     from datasets import concatenate_datasets
 
-    kept = [rows.select(range(len(rows) - count)) for rows in datasets]
-    return kept[0] if len(kept) == 1 else concatenate_datasets(kept)
+    return datasets[0] if len(datasets) == 1 else concatenate_datasets(datasets)
 
 
 def load_held_out(paths: list[str], hold_out: int):
     """The last rows of each dataset, which `load_rows` leaves out."""
     import typer
-    from datasets import concatenate_datasets
 
     from ..training.data import load_conversations
 
     if hold_out < 1:
-        raise typer.BadParameter("--eval_strategy needs rows to evaluate: give --hold-out 200.")
-    datasets = [load_conversations(path) for path in paths]
-    return concatenate_datasets(
-        [rows.select(range(len(rows) - hold_out, len(rows))) for rows in datasets]
-    )
+        raise typer.BadParameter(
+            "--eval_strategy needs rows to evaluate: give --hold-out 200, or --eval-dataset."
+        )
+    return _joined([_split(load_conversations(path), hold_out)[1] for path in paths])
 
 
 def load_rows(paths: list[str], hold_out: int):

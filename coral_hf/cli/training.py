@@ -25,6 +25,9 @@ def train(
             help="Leave out the last rows of each dataset; with --eval_strategy they are evaluated."
         ),
     ] = 0,
+    eval_dataset: Annotated[
+        list[str] | None, typer.Option(help="Evaluated with --eval_strategy, not trained on.")
+    ] = None,
     layers: Annotated[int, typer.Option(help="Decoder layers of a fresh drafter.")] = 1,
     dtype: DtypeOption = "auto",
     drafter: Annotated[
@@ -72,7 +75,7 @@ def train(
         stages.append(parse_arguments(output / "router", context.args, **router))
     held_out = None
     if stages[0].eval_strategy != "no":
-        held_out = load_held_out(dataset, hold_out)
+        held_out = load_rows(eval_dataset, 0) if eval_dataset else load_held_out(dataset, hold_out)
     trained = train_stages(model, tokenizer, rows, stages, first, resume, adapter, held_out)
     save(trained, tokenizer, output)
     typer.echo(f"The drafter is in {output}.")

@@ -5,6 +5,7 @@
 
 from .halving import Rung, halve
 from .plots import plot_scaling
+from .report import compare, search
 from .results import Result, read_results
 from .run import Comparison, ComparisonSettings
 from .table import comparison_table
@@ -16,8 +17,10 @@ __all__ = [
     "Result",
     "Rung",
     "Trial",
+    "compare",
     "comparison_table",
     "halve",
     "plot_scaling",
     "read_results",
+    "search",
 ]

@@ -25,6 +25,8 @@ def halve(
     Args:
         keep: trials that are left at the end.
     """
+    if keep < 1:
+        raise ValueError(f"`keep` is {keep}; keep at least 1 trial.")
     rungs, left = [], list(trials)
     while True:
         results = [comparison.result(trial, seed, steps) for trial in left]

@@ -1,8 +1,9 @@
 """What trials came to, one JSON line each, so that a broken comparison goes on where it stopped."""
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+
+from ..training.files import JsonLines
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,7 @@ class Result:
         values = [value for tasks in self.acceptance.values() for value in tasks.values()]
         return sum(values) / len(values)
 
-    def append_to(self, path: Path) -> None:
-        """Add a line to a file."""
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(self)) + "\n")
-
 
 def read_results(path: Path) -> list[Result]:
     """The lines of a file; none where there is no file."""
-    if not path.exists():
-        return []
-    return [Result(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [Result(**fields) for fields in JsonLines(path).read()]

@@ -3,13 +3,16 @@
 In: a target, its tokenizer, conversations, prompts. Out: a `Result` for each trial and seed.
 """
 
+import json
 import logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -18,12 +21,14 @@ from ..benchmark import Prompt, encode
 from ..target import read_target
 from ..training import CoralTrainer, parse_arguments
 from ..training.data import prepare_dataset
-from ..training.evaluation import Answers, decoded_rounds
+from ..training.evaluation import AnswerSettings, decoded_rounds
+from ..training.feature_cache import CachedFeatures
+from ..training.files import JsonLines, keep_settings
 from .results import Result, read_results
 from .trial import Trial
 
 logger = logging.getLogger(__name__)
-RESULTS = "results.jsonl"
+RESULTS, SETTINGS = "results.jsonl", "settings.json"
 
 
 @dataclass
@@ -61,6 +66,32 @@ class Comparison:
         has_tokens = not hasattr(dataset, "column_names")
         self._rows = dataset if has_tokens else prepare_dataset(dataset, tokenizer, max_length)
         settings.output.mkdir(parents=True, exist_ok=True)
+        keep_settings(settings.output / SETTINGS, self._identity(), settings.output)
+        JsonLines(settings.output / RESULTS).mend()
+
+    def _identity(self) -> dict[str, Any]:
+        """What results depend on beside their trial, seed and steps."""
+        settings, rows = self._settings, self._rows
+        return {
+            "target": self._target.config._name_or_path,
+            "rows": rows.index.fingerprint if isinstance(rows, CachedFeatures) else _digest(rows),
+            "prompts": sha256(json.dumps(self._prompts).encode()).hexdigest(),
+            "options": settings.options,
+            "temperatures": [*settings.temperatures],
+            "max_new_tokens": settings.max_new_tokens,
+            "tree": dict(settings.tree),
+        }
+
+    def check(self, trials: Sequence[Trial]) -> None:
+        """Raise now what a wrong setting would raise when its trial's turn comes."""
+        for trial in trials:
+            parse_arguments(self._settings.output, [*self._settings.options, *trial.options])
+            CoralDrafter.from_target(self._target, **trial.drafter_fields)
+
+    @property
+    def output(self) -> Path:
+        """The folder of the results."""
+        return self._settings.output
 
     @property
     def results(self) -> list[Result]:
@@ -85,7 +116,7 @@ class Comparison:
                 str(value): self._measure(drafter, value) for value in self._settings.temperatures
             },
         )
-        result.append_to(self._settings.output / RESULTS)
+        JsonLines(self._settings.output / RESULTS).append([asdict(result)])
         logger.info(
             f"{trial.name}, seed {seed}, {steps} steps: τ {result.mean_acceptance:.3f} after"
             f" {result.seconds:.0f} s"
@@ -121,9 +152,17 @@ class Comparison:
         settings = self._settings
         drafter.generation_config.update(**settings.tree)
         target = read_target(self._target, drafter.config)
-        answers = Answers(settings.max_new_tokens, temperature, settings.batch_size)
+        answers = AnswerSettings(settings.max_new_tokens, temperature, settings.batch_size)
         return {
             # prompts of like length waste little
             task: mean(decoded_rounds(drafter, target, sorted(prompts, key=len), answers))
             for task, prompts in self._prompts.items()
         }
+
+
+def _digest(rows) -> str:
+    """SHA-256 of the tokens of a dataset."""
+    digest = sha256()
+    for batch in rows.with_format(None).select_columns("input_ids").iter(batch_size=1000):
+        digest.update(json.dumps(batch["input_ids"]).encode())
+    return digest.hexdigest()

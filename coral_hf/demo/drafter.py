@@ -59,7 +59,6 @@ def stage_arguments(
         **(SMALL_VOCAB_GROUPS if target.config.get_text_config().vocab_size < SMALL_VOCAB else {}),
         stage=stage,
         classification_weight=1.0,
-        csra_negatives="sequence",
         max_length=settings.row_length,
         per_device_train_batch_size=settings.drafter_batch_size,
         learning_rate=LEARNING_RATE,

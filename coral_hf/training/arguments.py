@@ -61,7 +61,7 @@ class CoralTrainingArguments(TrainingArguments):
     csra_weight: float | None = _setting(None, "Weight of cross-step representation alignment.")
     csra_temperature: float = _setting(0.07, "Temperature of CSRA.")
     csra_negatives: str = _setting(
-        "batch",
+        "sequence",
         "What CSRA tells a feature from: its own 'sequence', all of the 'batch' of a device, whose"
         " cost grows with the square of its tokens, or 'gathered' from all devices.",
     )

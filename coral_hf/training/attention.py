@@ -42,7 +42,8 @@ def mixed_attention(query: Tensor, target: KeysValues, own: list[KeysValues]) ->
 def plain_mixed_attention(query: Tensor, target: KeysValues, own: list[KeysValues]) -> Tensor:
     """`mixed_attention` with one explicit mask over all keys: [target's; first own; second; …]."""
     length, steps, group = query.shape[2], len(own), query.shape[1] // target[0].shape[1]
-    t, u = torch.arange(length, device=query.device)[:, None], torch.arange(length).to(query.device)
+    u = torch.arange(length, device=query.device)
+    t = u[:, None]
     near = [u == t - (steps - k) for k in range(1, steps + 1)]
     visible = torch.cat([u <= t - steps, *near], dim=-1)  # (length, (1 + steps) * length)
     keys, values = (

@@ -52,6 +52,8 @@ def csra_loss(
             normalisers = normalisers + checkpoint(
                 _log_normaliser, chunk, against, start, temperature, use_reentrant=False
             )
+    # a device without positions of its own takes part in the gradient of the others' all the same
+    normalisers = normalisers + 0 * foreign.sum()
     # Σ_{p ∈ P(i)} z_i·z_p is z_i·(Σ over steps) less z_i·z_i
     together = keys.sum(0)
     positives = ((unit * together).sum(-1) - (unit * unit).sum(-1)) / (len(keys) - 1) / temperature

@@ -1,8 +1,9 @@
 """The rows that a trainer reads, from whatever it is given.
 
-In: conversations, rows of tokens, or a feature cache. Out: rows that the collator takes, packed if
-the arguments say so.
+In: conversations, rows of tokens, or a feature cache. Out: rows that the collator takes.
 """
+
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,31 +14,59 @@ from .feature_cache import CachedFeatures
 
 
 def training_rows(
-    dataset,
+    dataset: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     args: CoralTrainingArguments,
     vocab_size: int,
-):
+    packing: bool = False,
+) -> Any:
     """Rows of a dataset, or of each of several; without a tokenizer they hold tokens already."""
     if isinstance(dataset, dict):
         return {
-            name: training_rows(part, tokenizer, args, vocab_size) for name, part in dataset.items()
+            name: training_rows(part, tokenizer, args, vocab_size, packing)
+            for name, part in dataset.items()
         }
     if isinstance(dataset, CachedFeatures):
-        return _checked(dataset, args)
-    if "position_ids" in (dataset.column_names or ()):  # packed before
+        _check_cache(dataset, args, packing)
         return dataset
     if tokenizer is None:
         check_rows(dataset, vocab_size)
-    else:
+        _check_lengths(dataset, args.max_length)
+    elif not hasattr(dataset, "map"):
+        raise ValueError(
+            f"`dataset` is a {type(dataset).__name__}; give a `datasets.Dataset`, such as"
+            " `Dataset.from_list(rows)`."
+        )
+    elif "position_ids" not in (dataset.column_names or ()):  # else it was packed before
         dataset = prepare_dataset(dataset, tokenizer, args.max_length, vocab_size=vocab_size)
-    return pack_dataset(dataset, args.max_length) if args.packing else dataset
+    is_packed = "position_ids" in (getattr(dataset, "column_names", None) or ())
+    return pack_dataset(dataset, args.max_length) if packing and not is_packed else dataset
 
 
-def _checked(dataset: CachedFeatures, args: CoralTrainingArguments) -> CachedFeatures:
-    if args.packing and not dataset.is_packed:
+def _check_lengths(dataset: Any, max_length: int) -> None:
+    """That rows of tokens, which are taken as they are, keep to the limit; streams are not read."""
+    import datasets
+
+    if not isinstance(dataset, datasets.Dataset) or "input_ids" not in dataset.column_names:
+        return
+    batches = dataset.with_format(None).select_columns("input_ids").iter(batch_size=1000)
+    longest = max(len(ids) for batch in batches for ids in batch["input_ids"])
+    if longest > max_length:
+        raise ValueError(
+            f"`max_length` is {max_length}, but a row of `dataset` has {longest} tokens; cut the"
+            f" rows, pass max_length={longest}, or the tokenizer, with which rows are cut."
+        )
+
+
+def _check_cache(dataset: CachedFeatures, args: CoralTrainingArguments, packing: bool) -> None:
+    if packing and not dataset.is_packed:
         raise ValueError(
             f"`packing` is True, but each row of the cache in {dataset.folder} is one document;"
             " write the cache with packing, or pass packing=False."
         )
-    return dataset
+    if dataset.longest > args.max_length:
+        raise ValueError(
+            f"`max_length` is {args.max_length}, but the cache in {dataset.folder} has rows of up"
+            f" to {dataset.longest} tokens; pass max_length={dataset.longest}, or write it with"
+            f" max_length {args.max_length}."
+        )

@@ -13,7 +13,6 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling_coral import CoralDrafter
 from .arguments import CoralTrainingArguments
-from .rows import training_rows
 from .trainer import CoralTrainer
 
 
@@ -42,13 +41,12 @@ def train(
         eval_dataset: held-out conversations, for arguments with an `eval_strategy`.
     """
     drafter = CoralDrafter.from_target(target).float() if drafter is None else drafter
-    rows = training_rows(dataset, tokenizer, stages[0], drafter.config.vocab_size)
     for args in stages:
         trainer = CoralTrainer(
             model=drafter,
             target_model=target,
             args=args,
-            train_dataset=rows,
+            train_dataset=dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             peft_config=peft_config if args.stage == "drafter" else None,

@@ -79,10 +79,11 @@ class CoralTrainer(CheckpointedTrainer):
         self._prepare_drafter(model, args)
         if processing_class is not None:
             self._bind_tokenizer(model, processing_class)
-        for name in ("train_dataset", "eval_dataset"):
+        for name, packing in (("train_dataset", args.packing), ("eval_dataset", False)):
             if kwargs.get(name) is not None:
-                rows = training_rows(kwargs[name], processing_class, args, model.config.vocab_size)
-                kwargs[name] = rows
+                kwargs[name] = training_rows(
+                    kwargs[name], processing_class, args, model.config.vocab_size, packing
+                )
         kwargs.setdefault("data_collator", CoralCollator(model.config.pad_token_id or 0))
         # `Trainer` looks for labels by name in the signature of forward, which has none here
         args.label_names = ["labels"]
@@ -101,9 +102,8 @@ class CoralTrainer(CheckpointedTrainer):
         self._drafter = model
         if shares_out_weights(self):
             self.model = self.model_wrapped = trained_copy(model)
-        for dataset in (self.train_dataset, self.eval_dataset):
-            if isinstance(dataset, CachedFeatures):
-                dataset.check_target(target_model)
+        self._check_caches(self.train_dataset)
+        self._check_caches(self.eval_dataset)
 
     @staticmethod
     def _prepare_drafter(model: CoralDrafter | PeftModel, args: CoralTrainingArguments) -> None:
@@ -114,6 +114,12 @@ class CoralTrainer(CheckpointedTrainer):
             model.add_router(args.num_groups, args.num_active_groups)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("router.") == (args.stage == "router"))
+
+    def _check_caches(self, dataset) -> None:
+        """That cached features, in a dataset or in one of several, are the target's."""
+        for part in dataset.values() if isinstance(dataset, dict) else (dataset,):
+            if isinstance(part, CachedFeatures):
+                part.check_target(self.target.model)
 
     @staticmethod
     def _bind_tokenizer(model: CoralDrafter | PeftModel, tokenizer) -> None:
@@ -131,10 +137,11 @@ class CoralTrainer(CheckpointedTrainer):
             give_back(self.accelerator.unwrap_model(self.model), self._drafter)
         return output
 
-    def evaluate(self, *args, **kwargs):
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
         """See [`~transformers.Trainer.evaluate`]; adds acceptance lengths to its metrics."""
+        self._check_caches(eval_dataset)
         with self.evaluation.running():
-            return super().evaluate(*args, **kwargs)
+            return super().evaluate(eval_dataset, *args, **kwargs)
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """See [`~transformers.Trainer.evaluation_loop`]."""

@@ -48,4 +48,7 @@ class CoralCollator:
             batch["features"] = torch.stack(
                 [F.pad(row["features"], (0, 0, 0, length - len(row["input_ids"]))) for row in rows]
             )
+        # nothing predicts the first two tokens of a document
+        positions = batch.get("position_ids", torch.arange(length)[None])
+        batch["labels"].masked_fill_(positions < 2, IGNORED)
         return batch

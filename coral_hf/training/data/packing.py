@@ -24,11 +24,16 @@ def pack_dataset(dataset: Data, max_length: int) -> Data:
     Each goes into the fullest row that has room for it, the longest first (best fit decreasing),
     within windows of 1000 rows, so that a stream can be packed too.
     """
+    import datasets
+
+    ids = datasets.Sequence(datasets.Value("int32"))
     return dataset.map(
         _pack,
         batched=True,
         batch_size=WINDOW,
-        remove_columns=dataset.column_names,
+        # a stream may not know its columns
+        remove_columns=dataset.column_names or list(next(iter(dataset))),
+        features=datasets.Features(dict.fromkeys((*COLUMNS, "position_ids"), ids)),
         fn_kwargs={"max_length": max_length},
         **({"desc": "Packing"} if hasattr(dataset, "__len__") else {}),
     )

@@ -5,6 +5,13 @@ rounds (the target answers prompts) and replay (chains over a text) → acceptan
 
 from .acceptance import Evaluation
 from .plots import PlotCallback, compare_runs, plot_run
-from .rounds import Answers, decoded_rounds
+from .rounds import AnswerSettings, decoded_rounds
 
-__all__ = ["Answers", "Evaluation", "PlotCallback", "compare_runs", "decoded_rounds", "plot_run"]
+__all__ = [
+    "AnswerSettings",
+    "Evaluation",
+    "PlotCallback",
+    "compare_runs",
+    "decoded_rounds",
+    "plot_run",
+]

@@ -20,7 +20,7 @@ from ...target import Target, text_config
 from ..arguments import CoralTrainingArguments
 from ..data.encoding import IGNORED
 from .replay import replayed_rounds
-from .rounds import Answers, decoded_rounds
+from .rounds import AnswerSettings, decoded_rounds
 
 
 class Evaluation:
@@ -98,8 +98,8 @@ def tree_depth(drafter: CoralDrafter) -> int:
     return getattr(drafter.generation_config, "tree_depth", TREE_DEFAULTS["tree_depth"])
 
 
-def _answers(args: CoralTrainingArguments) -> Answers:
-    return Answers(
+def _answers(args: CoralTrainingArguments) -> AnswerSettings:
+    return AnswerSettings(
         max_new_tokens=args.eval_max_new_tokens,
         temperature=args.eval_temperature,
         batch_size=args.per_device_eval_batch_size,
@@ -127,7 +127,7 @@ def held_out_prompts(
     trained, its first `eval_prompt_length` tokens. Rows that hold no more than their prompt, or
     that leave the target no room to answer, are passed over. A stream gives its first rows.
     """
-    rows = list(_spread(dataset, args.eval_prompts))
+    rows = [first_document(row) for row in _spread(dataset, args.eval_prompts)]
     limit = getattr(text_config(target.model), "max_position_embeddings", None)
     room = float("inf") if limit is None else limit - args.eval_max_new_tokens
     found = [(prompt_of(row, args.eval_prompt_length), len(row["input_ids"])) for row in rows]
@@ -147,9 +147,17 @@ def _spread(dataset: Any, count: int) -> Iterator[Any]:
     return (dataset[index * len(dataset) // number] for index in range(number))
 
 
+def first_document(row: Any) -> dict[str, list[int]]:
+    """`input_ids` and `labels` of a row, of a packed one those of its first document."""
+    ids, labels = (torch.as_tensor(row[name]).tolist() for name in ("input_ids", "labels"))
+    positions = list(row.get("position_ids", range(len(ids))))
+    end = next((i for i in range(1, len(ids)) if positions[i] == 0), len(ids))
+    return {"input_ids": ids[:end], "labels": labels[:end]}
+
+
 def prompt_of(row: Any, text_length: int) -> list[int]:
     """The prompt of a row of `input_ids` and `labels`; `text_length` tokens of a plain text."""
-    ids, labels = (torch.as_tensor(row[name]).tolist() for name in ("input_ids", "labels"))
+    ids, labels = row["input_ids"], row["labels"]
     first = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
     # of everything the third token is the first that can be trained
     return ids[: text_length if first <= 2 else first]

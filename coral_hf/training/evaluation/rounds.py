@@ -14,7 +14,7 @@ from ...modeling_coral import CoralDrafter
 from ...target import Target, tree_obstacle
 
 
-class Answers(NamedTuple):
+class AnswerSettings(NamedTuple):
     """How prompts are answered."""
 
     max_new_tokens: int
@@ -24,7 +24,7 @@ class Answers(NamedTuple):
 
 
 def decoded_rounds(
-    drafter: CoralDrafter, target: Target, prompts: Sequence[list[int]], answers: Answers
+    drafter: CoralDrafter, target: Target, prompts: Sequence[list[int]], answers: AnswerSettings
 ) -> list[int]:
     """Tokens that each round emits when the target answers prompts with the drafter."""
     # where no tree can be told to the target, rows of a batch wait for each other

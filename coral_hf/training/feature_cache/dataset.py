@@ -1,6 +1,7 @@
 """A feature cache as a dataset of the trainer, read where it lies on disk."""
 
 from bisect import bisect_right
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ class CachedFeatures(Dataset):
         return self.index.num_rows
 
     def __getitem__(self, row: int) -> dict[str, Any]:
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"Row {row} of {len(self)}.")
+        row %= len(self)
         number = bisect_right(self._first_rows, row) - 1
         shard = self.index.shards[number]
         file = self._file(shard.file)
@@ -69,6 +73,11 @@ class CachedFeatures(Dataset):
     def __getstate__(self) -> dict[str, Any]:
         # a worker process opens the files anew
         return {**self.__dict__, "_files": {}}
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(b - a for offsets in self._offsets for a, b in pairwise(offsets))
 
     @property
     def is_packed(self) -> bool:

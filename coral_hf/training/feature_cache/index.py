@@ -2,15 +2,23 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ..files import replace_json
 from .formats import Error
 
 INDEX = "features.json"
 # what must be the same for a cache to be written on
-IDENTITY = ("target", "format", "hidden_size", "fingerprint", "num_rows", "num_tokens")
+IDENTITY = (
+    "target",
+    "format",
+    "hidden_size",
+    "fingerprint",
+    "num_rows",
+    "num_tokens",
+    "shard_bytes",
+)
 
 
 @dataclass
@@ -35,6 +43,7 @@ class FeatureIndex:
     fingerprint: str  # of all tokens and labels
     num_rows: int
     num_tokens: int
+    shard_bytes: int  # of a file, about
     shards: list[Shard] = field(default_factory=list)
     error: Error = Error()  # what storing lost
 
@@ -45,9 +54,7 @@ class FeatureIndex:
 
     def write(self, folder: Path) -> None:
         """Replace the index of a folder in one move."""
-        draft = folder / f"{INDEX}.tmp"
-        draft.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-        os.replace(draft, folder / INDEX)
+        replace_json(folder / INDEX, asdict(self))
 
     @classmethod
     def read(cls, folder: Path) -> "FeatureIndex":
@@ -102,8 +109,8 @@ def delete_features(folder: str | Path) -> int:
     """Delete a feature cache, and nothing else that lies in its folder; returns its bytes."""
     folder = Path(folder)
     index = FeatureIndex.read(folder)
-    for shard in index.shards:
-        (folder / shard.file).unlink(missing_ok=True)
+    for path in folder.glob("features-*.safetensors*"):  # with one that was not finished
+        path.unlink()
     (folder / INDEX).unlink()
     if not any(folder.iterdir()):
         folder.rmdir()

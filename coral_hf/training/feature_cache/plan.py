@@ -73,6 +73,7 @@ def plan_features(
         fingerprint=fingerprint,
         num_rows=len(lengths),
         num_tokens=sum(lengths),
+        shard_bytes=shard_bytes,
     )
     weights = sum(p.numel() * p.element_size() for p in target.parameters())
     largest = max(shard.num_tokens for shard in shards) * token_bytes

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..data import CoralCollator
 from ..features import Features
+from ..files import sole_writer
 from .formats import Error, decode, encode
 from .index import INDEX, FeatureIndex, Shard, sha256_of
 from .plan import COLUMNS, Plan, plan_features
@@ -48,12 +49,16 @@ def write_features(
     """
     folder = Path(folder)
     plan = plan_features(target, rows, folder, format, shard_bytes)
+    with sole_writer(folder):
+        return _write(plan, folder, _Computing(target, rows, batch_size))
+
+
+def _write(plan: Plan, folder: Path, computing: "_Computing") -> FeatureIndex:
     index = _begin(plan, folder)
-    computing = _Computing(target, rows, batch_size)
     with tqdm(total=plan.index.num_tokens, unit="token", desc="Features") as progress:
         for position, shard in enumerate(plan.shards):
             if position >= len(index.shards):
-                tensors, index.error = computing.shard(shard, format, index.error)
+                tensors, index.error = computing.shard(shard, index.format, index.error)
                 _save(tensors, shard, folder, f"{position} of {len(plan.shards)}")
                 index.shards.append(shard)
                 index.write(folder)
@@ -108,11 +113,11 @@ class _Computing:
 
 def _save(tensors: dict[str, Tensor], shard: Shard, folder: Path, progress: str) -> None:
     """Write a shard under another name, and give it its own when it is whole."""
-    draft = folder / f"{shard.file}.tmp"
+    aside = folder / f"{shard.file}.tmp"
     try:
-        save_file(tensors, draft)
+        save_file(tensors, aside)
     except Exception as error:  # safetensors raises its own kind for a full disk
-        draft.unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise OSError(
                 errno.ENOSPC,
@@ -121,5 +126,5 @@ def _save(tensors: dict[str, Tensor], shard: Shard, folder: Path, progress: str)
                 str(folder),
             ) from error
         raise
-    shard.num_bytes, shard.sha256 = draft.stat().st_size, sha256_of(draft)
-    os.replace(draft, folder / shard.file)
+    shard.num_bytes, shard.sha256 = aside.stat().st_size, sha256_of(aside)
+    os.replace(aside, folder / shard.file)
