@@ -10,6 +10,7 @@ adapter of rank R is trained. All other options are those of CoralTrainingArgume
 
 import argparse
 import time
+from statistics import mean
 
 import torch
 from peft import PeftModel
@@ -17,8 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
 from coral_hf.benchmark.prompts import Prompt, asked_messages, encode
+from coral_hf.target import read_target
 from coral_hf.training.adapters import lora
 from coral_hf.training.data import load_conversations, prepare_dataset, to_messages
+from coral_hf.training.evaluation import AnswerSettings, decoded_rounds
 from coral_hf.training.warm_start import from_layer, warm_start
 
 
@@ -33,21 +36,12 @@ def drafter_from(start: str, target) -> CoralDrafter:
     return warm_start(target, start.split(":")[-1])
 
 
-def acceptance_length(target, drafter, prompts: list[torch.Tensor]) -> float:
+def acceptance_length(target, drafter, prompts: list[list[int]]) -> float:
     """τ: tokens per pass of the target over all prompts, greedily."""
-    lengths = []
-    for ids in prompts:
-        output = target.generate(
-            ids.to(target.device),
-            attention_mask=torch.ones_like(ids).to(target.device),
-            assistant_model=drafter.eval(),
-            **{"tree_depth": 6, "tree_top_k": 8, "tree_nodes": 32, "speculation": "always"},
-            do_sample=False,
-            max_new_tokens=64,
-            return_dict_in_generate=True,
-        )
-        lengths += output.stats.round_lengths
-    return sum(lengths) / len(lengths)
+    drafter.generation_config.update(tree_depth=6, tree_top_k=8, tree_nodes=32)
+    answers = AnswerSettings(max_new_tokens=64, batch_size=1)
+    rounds = decoded_rounds(drafter.eval(), read_target(target, drafter.config), prompts, answers)
+    return mean(rounds)
 
 
 def last_agreement(history: list[dict], entries: int = 10) -> float:
@@ -66,7 +60,9 @@ def main(options: argparse.Namespace, args: CoralTrainingArguments) -> None:
         asked_messages(to_messages(row), options.user_turn)
         for row in held_out.select(range(options.num_prompts))
     ]
-    prompts = [encode(Prompt("held-out", "", tuple(messages)), tokenizer) for messages in asked]
+    prompts = [
+        encode(Prompt("held-out", "", tuple(messages)), tokenizer)[0].tolist() for messages in asked
+    ]
     print(
         "| start | trained | τ before | agreement | τ | core-seconds |\n|---|---|---|---|---|---|"
     )
