@@ -9,6 +9,26 @@ from .app import app
 from .loading import load_held_out, load_rows, load_target
 from .options import DtypeOption, TargetOption
 
+FirstDrafterOption = Annotated[
+    str | None, typer.Option(help="A drafter of this target, to be trained on.")
+]
+WarmStartOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Start from 'layer', the target's last layer, or from a folder or Hub id: a drafter of"
+        " another target of the same width, an EAGLE checkpoint."
+    ),
+]
+LoraRankOption = Annotated[
+    int | None, typer.Option(help="Train a LoRA of this rank, not the drafter itself.")
+]
+LoraAlphaOption = Annotated[
+    int | None, typer.Option(help="Alpha of the LoRA; twice its rank by default.")
+]
+LoraTargetOption = Annotated[
+    list[str] | None, typer.Option(help="Layers of the LoRA: fc, q_proj, ...; all by default.")
+]
+
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
@@ -30,25 +50,11 @@ def train(
     ] = None,
     layers: Annotated[int, typer.Option(help="Decoder layers of a fresh drafter.")] = 1,
     dtype: DtypeOption = "auto",
-    drafter: Annotated[
-        str | None, typer.Option(help="A drafter of this target, to be trained on.")
-    ] = None,
-    warm_start: Annotated[
-        str | None,
-        typer.Option(
-            help="Start from 'layer', the target's last layer, or from a folder or Hub id: a"
-            " drafter of another target of the same width, an EAGLE checkpoint."
-        ),
-    ] = None,
-    lora_r: Annotated[
-        int | None, typer.Option(help="Train a LoRA of this rank, not the drafter itself.")
-    ] = None,
-    lora_alpha: Annotated[
-        int | None, typer.Option(help="Alpha of the LoRA; twice its rank by default.")
-    ] = None,
-    lora_target: Annotated[
-        list[str] | None, typer.Option(help="Layers of the LoRA: fc, q_proj, ...; all by default.")
-    ] = None,
+    drafter: FirstDrafterOption = None,
+    warm_start: WarmStartOption = None,
+    lora_r: LoraRankOption = None,
+    lora_alpha: LoraAlphaOption = None,
+    lora_target: LoraTargetOption = None,
     router_epochs: Annotated[
         float, typer.Option(help="Epochs of the router's stage; 0 trains no router.")
     ] = 0.2,
