@@ -114,4 +114,5 @@ def delete_features(folder: str | Path) -> int:
     (folder / INDEX).unlink()
     if not any(folder.iterdir()):
         folder.rmdir()
+        folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
     return sum(shard.num_bytes for shard in index.shards)
