@@ -334,6 +334,9 @@ def test_csra_pulls_to_the_targets_features_when_told_so(target, rows, tmp_path)
 
 
 @pytest.mark.slow
+# what torch's compiler says of itself as it traces
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_compiled_drafter_has_the_same_losses(target, rows, tmp_path, packing):
     uneven = [
