@@ -9,7 +9,12 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-DRAFT_HEADS = ("full", "routed")
+DRAFT_HEADS = ("full", "routed", "frequency", "low_rank")
+GROUPINGS = ("contiguous", "kmeans", "frequency", "coactivation", "custom")
+ROUTINGS = ("shared", "union", "per_row")
+
+# the field without which a draft head is not there
+HEAD_SIZES = {"routed": "num_groups", "frequency": "num_hot_tokens", "low_rank": "head_rank"}
 
 
 @strict
@@ -30,11 +35,21 @@ class CoralConfig(PreTrainedConfig):
             module.
         logit_scale: what the target multiplies its LM head's output by.
         logit_softcap: the cap c of the target's c·tanh(logits / c), if it has one.
-        draft_head: `"full"` reads the whole LM head, `"routed"` the groups that the router picks.
+        draft_head: `"full"` reads the whole LM head, `"routed"` the groups that the router picks,
+            `"frequency"` the most frequent tokens, `"low_rank"` a few channels of all tokens.
         num_groups: groups of the router, `None` for a drafter without one.
         num_active_groups: groups that a routed head reads at a time.
-        is_router_trained: whether the router has been trained; only then can `draft_head` be
-            `"routed"`.
+        grouping: what the groups were made from; all but `"contiguous"` have an order of the
+            vocabulary in the checkpoint.
+        grouping_hash: of that order; a router knows its own groups only.
+        routing: whether the rows of a tree level share groups (`"shared"`), all read what any of
+            them wants (`"union"`), or read each its own (`"per_row"`).
+        max_active_groups: groups that `"union"` reads for a text at most; `None` for all wanted.
+        active_mass: read only as many groups as hold this share of the router's mass; `None`
+            always reads `num_active_groups`.
+        is_router_trained: whether the router has been trained; only then is it read.
+        num_hot_tokens: tokens of the frequency head, `None` for a drafter without one.
+        head_rank: channels of the low-rank head, `None` for a drafter without one.
         target_name_or_path, target_revision, target_model_type: the target that the drafter was
             made for.
         tokenizer_hash: of the target's tokenizer, as `coral_hf.target.tokenizer_hash` computes it.
@@ -73,7 +88,14 @@ class CoralConfig(PreTrainedConfig):
     draft_head: str = "full"
     num_groups: int | None = None
     num_active_groups: int = 2
+    grouping: str = "contiguous"
+    grouping_hash: str | None = None
+    routing: str = "shared"
+    max_active_groups: int | None = None
+    active_mass: float | None = None
     is_router_trained: bool = False
+    num_hot_tokens: int | None = None
+    head_rank: int | None = None
 
     target_name_or_path: str | None = None
     target_revision: str | None = None
@@ -96,22 +118,34 @@ class CoralConfig(PreTrainedConfig):
         self._check_draft_head()
 
     def _check_draft_head(self) -> None:
-        if self.draft_head not in DRAFT_HEADS:
-            raise ValueError(f"`draft_head` is {self.draft_head!r}; use one of {DRAFT_HEADS}.")
-        if self.num_groups is None:
-            if self.draft_head == "routed":
-                raise ValueError("`draft_head` is 'routed', but `num_groups` is None; set it.")
-            return
-        if not 1 <= self.num_groups <= self.vocab_size:
+        self._check_choice("draft_head", DRAFT_HEADS)
+        self._check_choice("grouping", GROUPINGS)
+        self._check_choice("routing", ROUTINGS)
+        needed = HEAD_SIZES.get(self.draft_head)
+        if needed is not None and getattr(self, needed) is None:
             raise ValueError(
-                f"`num_groups` is {self.num_groups}; use a value from 1 to `vocab_size` ="
-                f" {self.vocab_size}."
+                f"`draft_head` is {self.draft_head!r}, but `{needed}` is None; set it."
             )
-        if not 1 <= self.num_active_groups <= self.num_groups:
+        self._check_size("num_groups", "vocab_size")
+        self._check_size("num_hot_tokens", "vocab_size")
+        self._check_size("head_rank", "hidden_size")
+        if self.num_groups is not None:
+            self._check_size("num_active_groups", "num_groups")
+            self._check_size("max_active_groups", "num_groups")
+        if self.active_mass is not None and not 0 < self.active_mass <= 1:
             raise ValueError(
-                f"`num_active_groups` is {self.num_active_groups}; use a value from 1 to"
-                f" `num_groups` = {self.num_groups}."
+                f"`active_mass` is {self.active_mass}; use a share above 0, at most 1, or None."
             )
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ValueError(f"`{name}` is {getattr(self, name)!r}; use one of {choices}.")
+
+    def _check_size(self, name: str, limit: str) -> None:
+        """A number from 1 to another field's, or None."""
+        value, most = getattr(self, name), getattr(self, limit)
+        if value is not None and not 1 <= value <= most:
+            raise ValueError(f"`{name}` is {value}; use a value from 1 to `{limit}` = {most}.")
 
     @classmethod
     def from_target(cls, target_config: PreTrainedConfig, **overrides) -> "CoralConfig":

@@ -25,13 +25,14 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .autotune import Tuning, autotune, read_prompts
 from .configuration_coral import CoralConfig
-from .draft_head import DraftHead, FullHead, LMHead, RoutedHead, Router, execution_device
 from .drafter_layers import CausalContext, Context, CoralLayer
+from .head_choice import DraftHeads
+from .lm_head import execution_device
 
 TREE_DEFAULTS = {"tree_depth": 6, "tree_top_k": 10, "tree_nodes": 60}
 
 
-class CoralDrafter(PreTrainedModel, GenerationMixin):
+class CoralDrafter(DraftHeads, GenerationMixin):
     """A light model that predicts a target's next features, for the target's own LM head to read.
 
     Example:
@@ -58,9 +59,7 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
             CoralLayer(config, idx) for idx in range(config.num_hidden_layers)
         )
         self.rotary_emb = LlamaRotaryEmbedding(config)
-        self.router = (
-            None if config.num_groups is None else Router(config.hidden_size, config.num_groups)
-        )
+        self._make_heads(config)
         self.post_init()
         # replaced by the checkpoint's own when `from_pretrained` finds one; transformers' defaults
         # for assistants, 20 tokens and a threshold of 0.4, are meant for another method
@@ -91,8 +90,9 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
         """See [`~transformers.PreTrainedModel.from_pretrained`].
 
         Raises:
-            ValueError: if the checkpoint lacks a tensor, or has one of another shape or name;
-                transformers would fill in random numbers and only warn.
+            ValueError: if the checkpoint lacks a tensor, or has one of another shape or name, for
+                which transformers would fill in random numbers and only warn; if its groups do not
+                cover the vocabulary, or are not those of its router.
         """
         drafter, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
@@ -102,6 +102,7 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
                     f"The checkpoint does not fit its config: {kind} {keys}. Download or save it"
                     " again."
                 )
+        drafter.check_groups()
         return (drafter, info) if output_loading_info else drafter
 
     def forward(
@@ -110,24 +111,27 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
         features: Tensor,
         position_ids: Tensor | None = None,
         context: Context | None = None,
+        head: str = "routed",
     ) -> Tensor:
         """Predict the feature that follows each pair of (next token, feature).
 
         Args:
             inputs_embeds: (batch, length, hidden), the target's embedding of the token after each
-                feature. None asks the router about the features instead: what is trained has to run
-                in `forward`, which is all that wrappers for several devices see.
+                feature. None asks the draft head `head` about the features instead: what is trained
+                has to run in `forward`, which is all that wrappers for several devices see.
             features: (batch, length, hidden), of the target, or predicted by an earlier step.
             position_ids: (batch or 1, length), the positions of the features; 0, 1, … by default.
             context: what can be attended to beside the inputs; causal attention among the inputs
                 by default.
+            head: `"routed"` or `"low_rank"`, without `inputs_embeds`.
 
         Returns:
             (batch, length, hidden), the predicted next features; without `inputs_embeds` what the
-            router makes of features of any shape, (..., groups).
+            draft head makes of features of any shape: the router's log-probabilities (..., groups),
+            or features squeezed through low rank (..., hidden).
         """
         if inputs_embeds is None:
-            return self._route(features)
+            return self._ask(head, features)
         if position_ids is None:
             position_ids = torch.arange(features.shape[1], device=features.device)[None]
         dtype = self.fc.weight.dtype
@@ -137,52 +141,18 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
             hidden = layer(hidden, cos=cos, sin=sin, context=context or CausalContext())
         return hidden
 
-    def _route(self, features: Tensor) -> Tensor:
-        """(..., hidden) → (..., groups), log-probabilities of the router's."""
-        if self.router is None:
+    def _ask(self, head: str, features: Tensor) -> Tensor:
+        """What the trained part of a draft head makes of features (..., hidden)."""
+        part = {"routed": self.router, "low_rank": self.low_rank}[head]
+        if part is None:
             raise ValueError(
-                "`inputs_embeds` is None, which asks the router, but this drafter has none; pass"
-                " embeddings, or call `add_router` first."
+                f"`inputs_embeds` is None, which asks the {head} head, but this drafter has none;"
+                " pass embeddings, or add the head first (`add_router`, `add_low_rank_head`)."
             )
-        return self.router(features)
+        return part(features)
 
     def get_input_embeddings(self) -> None:
         """None: a drafter reads its target's. FSDP asks for them."""
-
-    def draft_head(self, head: LMHead, name: str | None = None) -> DraftHead:
-        """The draft head called `name` (the config's by default) on a target's LM head."""
-        name = self.config.draft_head if name is None else name
-        if name == "full":
-            return FullHead(head)
-        if name != "routed":
-            raise ValueError(f"`draft_head` is {name!r}; use 'full' or 'routed'.")
-        if self.router is None or not self.config.is_router_trained:
-            raise ValueError(
-                "`draft_head` is 'routed', but this drafter has no trained router; train one with"
-                " CoralTrainer(..., args=CoralTrainingArguments(stage='router')) or use"
-                " draft_head='full'."
-            )
-        if not head.is_readable:
-            raise ValueError(
-                "`draft_head` is 'routed', but the target's LM head is quantised or offloaded, so"
-                " that no group of it can be read alone; use draft_head='full'."
-            )
-        return RoutedHead(head, self.router, self.config.num_active_groups)
-
-    def add_router(self, num_groups: int, num_active_groups: int) -> None:
-        """Give the drafter a fresh router over `num_groups` equal slices of the vocabulary."""
-        self.config = self.config.__class__.from_dict(
-            {
-                **self.config.to_dict(),
-                "num_groups": num_groups,
-                "num_active_groups": num_active_groups,
-                "is_router_trained": False,
-                "draft_head": "full",
-            }
-        )
-        router = Router(self.config.hidden_size, num_groups)
-        router.apply(self._init_weights)
-        self.router = router.to(device=self.device, dtype=self.dtype)
 
     def autotune(
         self,

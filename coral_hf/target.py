@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
 from .configuration_coral import CoralConfig
-from .draft_head import LMHead, execution_device
+from .lm_head import LMHead, execution_device
 
 logger = logging.get_logger(__name__)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from coral_hf.draft_head import LMHead
+from coral_hf.lm_head import LMHead
 
 STEPS, POSITIONS, HIDDEN, VOCAB = 3, 11, 8, 50
 

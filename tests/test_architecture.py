@@ -16,7 +16,11 @@ FILES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*
 # a part may import what stands before it; parts of one line never import each other
 ORDER = (
     ["configuration_coral"],
-    ["draft_head", "drafter_layers", "autotune"],
+    ["lm_head", "groups", "drafter_layers", "autotune"],
+    ["router", "draft_head"],
+    ["group_logits"],
+    ["routed_head"],
+    ["head_choice"],
     ["modeling_coral"],
     ["target"],
     ["decoding", "training"],
@@ -34,7 +38,13 @@ PUBLISHED = [
         "configuration_coral",
         "draft_head",
         "drafter_layers",
+        "group_logits",
+        "groups",
+        "head_choice",
+        "lm_head",
         "modeling_coral",
+        "routed_head",
+        "router",
     )
 ]
 PURE = ["decoding/tree.py", "decoding/verification.py"]

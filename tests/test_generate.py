@@ -426,7 +426,7 @@ def test_transformers_own_chain_loop_takes_our_candidates(target, drafter):
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
         ({"cache_implementation": "offloaded"}, "cache_implementation"),
         ({"draft_head": "routed"}, "no trained router"),
-        ({"draft_head": "half"}, "'full' or 'routed'"),
+        ({"draft_head": "half"}, "use one of .'full', 'routed'"),
         ({"tree_depth": 0}, "`tree_depth` is 0"),
         ({"synced_gpus": True}, "synced_gpus"),
         ({"custom_generate": lambda *args, **kwargs: None}, "custom_generate"),

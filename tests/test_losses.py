@@ -4,7 +4,7 @@ import torch
 from loss_inputs import HIDDEN, POSITIONS, STEPS, features, make_head, randn
 from torch import Tensor
 
-from coral_hf.draft_head import group_mass
+from coral_hf.groups import Groups
 from coral_hf.training.csra import csra_loss
 from coral_hf.training.losses import regression_loss, router_loss
 from coral_hf.training.token_loss import token_loss
@@ -39,9 +39,13 @@ def test_the_routers_loss_is_the_cross_entropy_of_the_groups_mass():
 
     def mass_of(rows: Tensor) -> Tensor:
         assert len(rows) <= 4
-        return group_mass(head.logits(rows).softmax(-1), groups)
+        return Groups(head.logits(rows).softmax(-1).shape[-1], groups).mass(
+            head.logits(rows).softmax(-1)
+        )
 
-    mass = group_mass(head.logits(target).softmax(-1), groups)
+    mass = Groups(head.logits(target).softmax(-1).shape[-1], groups).mass(
+        head.logits(target).softmax(-1)
+    )
     expected = torch.stack([-(mass * log_mass[step]).sum() for step in range(STEPS)])
     loss = router_loss(log_mass, target, mass_of, chunk_size=4)
     torch.testing.assert_close(loss, expected)

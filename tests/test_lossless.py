@@ -167,6 +167,48 @@ def test_output_distribution_is_exactly_the_targets(pair, shape):
     torch.testing.assert_close(found, own, rtol=0, atol=1e-9)
 
 
+def with_heads(target, drafter, **config):
+    """A copy of the drafter with every draft head, none of which has learned anything."""
+    drafter = copy.deepcopy(drafter)
+    torch.manual_seed(0)
+    drafter.add_router(3, 1, torch.tensor([2, 0, 3, 1]))  # groups of 2, 2 and no tokens
+    drafter.add_frequency_head(torch.tensor([3, 1]))
+    drafter.add_low_rank_head(2, read_target(target, drafter.config).head)
+    for name, value in {"is_router_trained": True, "active_mass": None, **config}.items():
+        setattr(drafter.config, name, value)
+    return drafter
+
+
+# every way to read less than the whole head
+HEADS = {
+    "shared": {"draft_head": "routed"},
+    "shared until sure": {"draft_head": "routed", "num_active_groups": 2, "active_mass": 0.6},
+    "union": {"draft_head": "routed", "routing": "union", "max_active_groups": 1},
+    "per_row": {"draft_head": "routed", "routing": "per_row"},
+    "frequency": {"draft_head": "frequency"},
+    "low_rank": {"draft_head": "low_rank"},
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@torch.no_grad()
+def test_what_the_drafter_reads_does_not_change_the_distribution(pair, head):
+    target, drafter = pair[0], with_heads(*pair, **HEADS[head])
+    # trees of one and of two children: a head of two tokens has no third
+    for shape in (TreeShape(2, 1, 3), TreeShape(2, 2, 7)):
+        found = chances_of_all_texts(target, drafter, shape)
+        torch.testing.assert_close(found, own_chances(target), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("rule", ["chosen", "drawn", "traversal"])
+@torch.no_grad()
+def test_samples_drafted_by_every_head_fit_the_target(pair, head, rule):
+    target, drafter = pair[0], with_heads(*pair, **HEADS[head])
+    counts = sample_texts(target, drafter, seed=0, count=3_000, batch=500, **RULES[rule])
+    assert p_value(counts, own_chances(target)) > 1e-3
+
+
 @torch.no_grad()
 def test_the_enumeration_notices_a_missing_residual_step(pair):
     found = chances_of_all_texts(*pair, TreeShape(2, 2, 7), rule=without_residual)
@@ -267,19 +309,15 @@ def test_a_tree_that_was_drawn_from_another_distribution_does_not_fit(pair, monk
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("rule", RULES)
 @torch.no_grad()
-def test_batches_with_processors_and_a_routed_head_fit_the_target(pair, rule):
-    target, drafter = pair
-    drafter = copy.deepcopy(drafter)
-    torch.manual_seed(0)
-    drafter.add_router(num_groups=2, num_active_groups=1)
-    drafter.config.is_router_trained = True
-    settings = RULES[rule] | {"draft_head": "routed", "batch": 4}
-    counts = sample_texts(target, drafter, SEEDS[0], 20_000, processors(), **settings)
+def test_batches_with_processors_and_every_head_fit_the_target(pair, rule, head):
+    target, drafter = pair[0], with_heads(*pair, **HEADS[head])
+    counts = sample_texts(target, drafter, SEEDS[0], 20_000, processors(), batch=50, **RULES[rule])
     chances = own_chances(target, processors())
-    print(f"{rule}: p = {p_value(counts, chances):.3f}")
-    assert p_value(counts, chances) > 0.01 / len(RULES)
+    print(f"{rule}, {head}: p = {p_value(counts, chances):.3f}")
+    assert p_value(counts, chances) > 0.01 / len(RULES) / len(HEADS)
 
 
 def test_the_loop_draws_by_the_tested_rule():

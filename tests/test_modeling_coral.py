@@ -16,7 +16,6 @@ from transformers import AutoModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from coral_hf import CoralConfig, CoralDrafter
-from coral_hf.draft_head import FullHead, LMHead, RoutedHead
 from coral_hf.drafter_layers import rotate
 
 BATCH, LENGTH, HIDDEN = 2, 7, 32
@@ -377,32 +376,7 @@ def test_a_published_drafter_runs_where_the_package_is_not_installed(published):
     torch.testing.assert_close(torch.load(folder / "output.pt"), drafter(inputs, -inputs))
 
 
-# ---- the draft head that a drafter reads
-
-
-def lm_head() -> LMHead:
-    return LMHead(torch.nn.Linear(HIDDEN, VOCAB, bias=False))
-
-
-def test_a_drafter_reads_the_whole_head_by_default():
-    assert isinstance(make_drafter().draft_head(lm_head()), FullHead)
-
-
-def test_a_trained_router_can_be_read_and_left_unread():
-    drafter = make_drafter(num_groups=4, is_router_trained=True, draft_head="routed")
-    assert isinstance(drafter.draft_head(lm_head()), RoutedHead)
-    assert isinstance(drafter.draft_head(lm_head(), "full"), FullHead)
-
-
-def test_an_untrained_router_is_not_read():
-    for drafter in (make_drafter(), make_drafter(num_groups=4, draft_head="routed")):
-        with pytest.raises(ValueError, match="no trained router"):
-            drafter.draft_head(lm_head(), "routed")
-
-
-def test_an_unknown_head_raises():
-    with pytest.raises(ValueError, match="`draft_head` is 'half'; use 'full' or 'routed'"):
-        make_drafter().draft_head(lm_head(), "half")
+# ---- the router
 
 
 def test_an_added_router_is_fresh_and_travels_with_the_drafter(tmp_path):

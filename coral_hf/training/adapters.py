@@ -16,13 +16,13 @@ from ..target import adapter_obstacle
 
 logger = logging.get_logger(__name__)
 
-# all linear layers but the router's, whose stage trains it whole; a pattern of whole names, since
-# the plain name "fc" would also find `router.fc`
+# all linear layers but the draft heads', whose stages train them whole; a pattern of whole names,
+# since the plain name "fc" would also find `router.fc`
 DRAFTER_LAYERS = r"fc|layers\.\d+\..+_proj"
 
 
 def lora(rank: int, alpha: int | None = None, targets: list[str] | None = None) -> LoraConfig:
-    """A LoRA for a drafter; `alpha` is twice the rank by default, `targets` all but the router."""
+    """A LoRA for a drafter; `alpha` is twice the rank by default, `targets` all but heads."""
     if rank < 1:
         raise ValueError(f"`rank` of a LoRA is {rank}; use at least 1.")
     alpha = 2 * rank if alpha is None else alpha
@@ -40,9 +40,9 @@ def with_adapter(
     """
     if peft_config is None and not is_adapted(model):
         return model
-    if stage == "router":
+    if stage != "drafter":
         raise ValueError(
-            "`stage` is 'router', which trains the router itself and takes no adapter; merge it"
+            f"`stage` is {stage!r}, which trains a draft head itself and takes no adapter; merge it"
             " first: drafter = trainer.model.merge_and_unload()."
         )
     if peft_config is not None:
@@ -103,9 +103,9 @@ def _check_kind(config: PeftConfig) -> None:
 
 
 def _frozen_but_for_adapter(model: PeftModel) -> PeftModel:
-    """Freeze what an adapter has on the router, which this stage does not run."""
+    """Freeze what an adapter has on the draft heads, which this stage does not run."""
     for name, parameter in model.named_parameters():
-        if ".router." in name:
+        if ".router." in name or ".low_rank." in name:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(

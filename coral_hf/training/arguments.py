@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..configuration_coral import GROUPINGS
 from .recipes import RECIPES
 from .token_loss import TokenWeights
 
 CHOICES = {
-    "stage": ("drafter", "router"),
+    "stage": ("drafter", "router", "low_rank", "joint"),
+    "grouping": GROUPINGS[:-1],
     "recipe": tuple(RECIPES),
     "csra_negatives": ("sequence", "batch", "gathered"),
     "csra_positives": ("steps", "steps_and_target"),
@@ -20,8 +22,10 @@ CHOICES = {
 }
 WEIGHTS = ("regression_weight", "classification_weight", "top_k_weight", "csra_weight")
 LEAST = {
-    **dict.fromkeys((*WEIGHTS, "feature_noise", "eval_prompts", "eval_temperature"), 0),
-    **dict.fromkeys(("num_steps", "top_k", "eval_prompt_length"), 1),
+    **dict.fromkeys(
+        (*WEIGHTS, "router_weight", "feature_noise", "eval_prompts", "eval_temperature"), 0
+    ),
+    **dict.fromkeys(("num_steps", "top_k", "eval_prompt_length", "num_groups", "head_rank"), 1),
     # a round of decoding follows the token of the prompt's pass, so an answer needs two
     "eval_max_new_tokens": 2,
 }
@@ -44,7 +48,9 @@ class CoralTrainingArguments(TrainingArguments):
     """
 
     stage: str = _setting(
-        "drafter", "'drafter' trains the drafter, 'router' its router with the rest frozen."
+        "drafter",
+        "'drafter' trains the drafter; 'router' or 'low_rank' that head with the rest frozen;"
+        " 'joint' the drafter and its router.",
     )
     recipe: str = _setting(
         "coral", "'eagle', 'hass' or 'coral': the steps and weights that are not given."
@@ -79,6 +85,13 @@ class CoralTrainingArguments(TrainingArguments):
     )
     num_groups: int = _setting(16, "Groups of the vocabulary of a new router.")
     num_active_groups: int = _setting(2, "Groups that the routed head reads at a time.")
+    grouping: str = _setting(
+        "contiguous",
+        "What the groups of a new router have in common: 'contiguous' token ids, similar rows of"
+        " the LM head ('kmeans'), 'frequency', or competing for the same places ('coactivation').",
+    )
+    router_weight: float = _setting(0.1, "Weight of the router's loss in the joint stage.")
+    head_rank: int = _setting(64, "Channels of a new low-rank head.")
     max_length: int = _setting(2048, "Tokens after which a conversation is cut.")
     packing: bool = _setting(
         False, "Put several conversations into each row of `max_length`; none sees another."
@@ -104,7 +117,7 @@ class CoralTrainingArguments(TrainingArguments):
                 raise ValueError(f"`{name}` is {getattr(self, name)}; use {least} or more.")
         if self.csra_temperature <= 0:
             raise ValueError(f"`csra_temperature` is {self.csra_temperature}; use a value above 0.")
-        if self.stage == "drafter":
+        if self.stage in ("drafter", "joint"):
             self._check_losses()
 
     def _check_losses(self) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..draft_head import LMHead, group_mass
+from ..groups import Groups
+from ..lm_head import LMHead
 from .arguments import CoralTrainingArguments
 from .csra import csra_loss, of_other_devices
 from .losses import regression_loss, router_loss
@@ -29,6 +30,9 @@ class Losses(NamedTuple):
 
     terms: dict[str, Tensor]
     notes: dict[str, Tensor]
+
+    def __add__(self, other: "Losses") -> "Losses":  # type: ignore[override]
+        return Losses({**self.terms, **other.terms}, {**self.notes, **other.notes})
 
 
 def drafter_losses(unrolled: Unrolled, args: CoralTrainingArguments, head: LMHead) -> Losses:
@@ -84,16 +88,32 @@ def _csra(unrolled: Unrolled, args: CoralTrainingArguments) -> Tensor:
     )
 
 
-def router_losses(log_mass: Tensor, target: Tensor, head: LMHead) -> Losses:
+def router_losses(
+    log_mass: Tensor, target: Tensor, head: LMHead, groups: Groups, weight: float = 1.0
+) -> Losses:
     """Cross-entropy of the router's group mass against the target's, averaged over steps.
 
     Args:
         log_mass: (steps, positions, groups), the router's.
         target: (positions, hidden), the target's features.
+        groups: of the router.
+        weight: of the loss beside others.
     """
 
     def mass_of(features: Tensor) -> Tensor:
-        return group_mass(head.logits(features).float().softmax(-1), log_mass.shape[-1])
+        return groups.mass(head.logits(features).float().softmax(-1))
 
     loss = router_loss(log_mass, target, mass_of).mean()
-    return Losses({"router": loss}, {"router_loss": loss})
+    return Losses({"router": weight * loss}, {"router_loss": loss})
+
+
+def low_rank_losses(squeezed: Unrolled, head: LMHead) -> Losses:
+    """Cross-entropy of what the low-rank head says against the target, averaged over steps.
+
+    Args:
+        squeezed: with `predicted` as low rank leaves it.
+    """
+    tokens = token_loss(squeezed.predicted, squeezed.target, head.logits)
+    loss = tokens.loss.mean()
+    notes = by_step("low_rank_agreement", tokens.agreed.sum(-1))
+    return Losses({"low_rank": loss}, {"low_rank_loss": tokens.classification.mean(), **notes})

@@ -1,7 +1,7 @@
 """`CoralTrainer`: a `Trainer` whose model is a drafter and whose data are its target's features.
 
-In: a drafter, its target, conversations. Out: the trained drafter, or its trained router. Each
-batch goes target features (no gradient) → unroll → losses.
+In: a drafter, its target, conversations. Out: the trained drafter, or its trained head. Each batch
+goes target features (no gradient) → unroll → losses.
 
     position           0       1       2       3       4
     token              x0      x1      x2      x3      x4
@@ -34,7 +34,8 @@ from .evaluation import Evaluation, PlotCallback
 from .feature_cache import CachedFeatures
 from .features import Features
 from .guards import FiniteGuard
-from .objectives import Losses, Unrolled, drafter_losses, router_losses
+from .head_stages import FROZEN_DRAFTER, add_heads, announce, choose_trained
+from .objectives import Losses, Unrolled, drafter_losses, low_rank_losses, router_losses
 from .rows import training_rows
 from .unroll import unroll
 
@@ -42,12 +43,13 @@ COLUMNS = ["input_ids", "attention_mask", "labels", "position_ids", "features"]
 
 
 class CoralTrainer(CheckpointedTrainer):
-    """Train a [`CoralDrafter`] or its router.
+    """Train a [`CoralDrafter`] or its draft head.
 
     Args:
         model: the drafter, or one in a `PeftModel`, of which the adapter is trained.
         target_model: the target, frozen; its features are computed as training goes.
-        args: [`CoralTrainingArguments`]; `stage="router"` trains the router of a trained drafter.
+        args: [`CoralTrainingArguments`]; `stage="router"` trains the router of a trained drafter,
+            `stage="low_rank"` its low-rank head, `stage="joint"` drafter and router at once.
         train_dataset, eval_dataset: conversations in any form that `prepare_dataset` takes, or
             token ids.
         processing_class: the target's tokenizer.
@@ -76,7 +78,6 @@ class CoralTrainer(CheckpointedTrainer):
         check_target(target_model)
         self.features = Features(target_model)
         model = with_adapter(model, args.stage, peft_config)
-        self._prepare_drafter(model, args)
         if processing_class is not None:
             self._bind_tokenizer(model, processing_class)
         for name, packing in (("train_dataset", args.packing), ("eval_dataset", False)):
@@ -84,6 +85,9 @@ class CoralTrainer(CheckpointedTrainer):
                 kwargs[name] = training_rows(
                     kwargs[name], processing_class, args, model.config.vocab_size, packing
                 )
+        if not is_adapted(model):
+            add_heads(model, args, self.target, kwargs.get("train_dataset"))
+            choose_trained(model, args.stage)
         kwargs.setdefault("data_collator", CoralCollator(model.config.pad_token_id or 0))
         # `Trainer` looks for labels by name in the signature of forward, which has none here
         args.label_names = ["labels"]
@@ -105,16 +109,6 @@ class CoralTrainer(CheckpointedTrainer):
         self._check_caches(self.train_dataset)
         self._check_caches(self.eval_dataset)
 
-    @staticmethod
-    def _prepare_drafter(model: CoralDrafter | PeftModel, args: CoralTrainingArguments) -> None:
-        """Choose what is trained: all but the router, or the router alone, or an adapter."""
-        if is_adapted(model):
-            return
-        if args.stage == "router" and model.router is None:
-            model.add_router(args.num_groups, args.num_active_groups)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith("router.") == (args.stage == "router"))
-
     def _check_caches(self, dataset) -> None:
         """That cached features, in a dataset or in one of several, are the target's."""
         for part in dataset.values() if isinstance(dataset, dict) else (dataset,):
@@ -127,11 +121,9 @@ class CoralTrainer(CheckpointedTrainer):
         model.config.tokenizer_hash = tokenizer_hash(tokenizer)
 
     def train(self, *args, **kwargs):
-        """See [`~transformers.Trainer.train`]; a trained router becomes the drafter's head."""
-        if self.args.stage == "router":
-            for model in (self._drafter, self.model):
-                model.config.is_router_trained = True
-                model.config.draft_head = "routed"
+        """See [`~transformers.Trainer.train`]; a draft head that it trains is read from then on."""
+        for model in (self._drafter, self.model):
+            announce(model, self.args.stage)
         output = super().train(*args, **kwargs)
         if shares_out_weights(self):
             give_back(self.accelerator.unwrap_model(self.model), self._drafter)
@@ -179,7 +171,7 @@ class CoralTrainer(CheckpointedTrainer):
         positions = inputs["position_ids"][:, :-1] if "position_ids" in inputs else None
         features = self.features.of(inputs)
         embeddings = self.target.embed(input_ids[:, 1:])
-        with torch.set_grad_enabled(self.args.stage == "drafter" and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self._trains_drafter and torch.is_grad_enabled()):
             noisy = self._noisy(features[:, :-1]) if model.training else features[:, :-1]
             steps = self.evaluation.num_steps(self.drafter)
             predicted = unroll(model, embeddings, noisy, steps, positions)
@@ -197,11 +189,26 @@ class CoralTrainer(CheckpointedTrainer):
         return features + torch.empty_like(features).uniform_(-most, most) if most else features
 
     def _losses(self, model, unrolled: Unrolled) -> Losses:
-        if self.args.stage == "drafter":
-            return drafter_losses(unrolled, self.args, self.target.head)
-        # through the model, since wrappers see to the gradients of what runs in its forward
+        head, stage = self.target.head, self.args.stage
+        # heads run through the model: wrappers see to the gradients of what is in its forward
+        if stage == "low_rank":
+            squeezed = model(None, unrolled.predicted, head="low_rank")
+            return low_rank_losses(unrolled._replace(predicted=squeezed), head)
+        losses = Losses({}, {})
+        if self._trains_drafter:
+            losses = drafter_losses(unrolled, self.args, head)
+        if stage == "drafter":
+            return losses
         log_mass = model(None, unrolled.predicted)  # (steps, positions, groups)
-        return router_losses(log_mass, unrolled.target, self.target.head)
+        router = self.drafter.router
+        assert router is not None, "the stage has added one"
+        groups = router.groups_of(self.drafter.config.vocab_size)
+        weight = self.args.router_weight if stage == "joint" else 1.0
+        return losses + router_losses(log_mass, unrolled.target, head, groups, weight)
+
+    @property
+    def _trains_drafter(self) -> bool:
+        return self.args.stage not in FROZEN_DRAFTER
 
     @property
     def drafter(self) -> CoralDrafter:

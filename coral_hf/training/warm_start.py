@@ -35,7 +35,19 @@ OWN_SHAPE = (
     "attention_bias",
     "fc_bias",
 )
-ROUTER = ("num_groups", "num_active_groups", "is_router_trained", "draft_head")
+HEADS = (
+    "draft_head",
+    "num_groups",
+    "num_active_groups",
+    "grouping",
+    "grouping_hash",
+    "routing",
+    "max_active_groups",
+    "active_mass",
+    "is_router_trained",
+    "num_hot_tokens",
+    "head_rank",
+)
 # the first layer of a drafter reads what `fc` gives it as it is
 INPUT_NORM = "input_layernorm.weight"
 
@@ -51,7 +63,8 @@ def warm_start(
         source: `"layer"` for the target's own last layer; a drafter of another target of the same
             width, or its folder or Hub id; the folder or Hub id of an EAGLE-1 or EAGLE-2
             checkpoint.
-        tokenizer: the target's; a drafter's router is kept where it was trained with the same one.
+        tokenizer: the target's; a drafter's draft heads are kept where they were made for the same
+            one.
 
     Raises:
         ValueError: if a tensor of the source has no place in the drafter, or the other way round.
@@ -80,8 +93,8 @@ def from_drafter(
         raise ValueError(
             "The drafter to start from has an adapter; merge it first: model.merge_and_unload()."
         )
-    keeps_router = _is_same_vocabulary(target, other.config, tokenizer)
-    fields = ["hidden_size", *OWN_SHAPE, *(ROUTER if keeps_router else ())]
+    keeps_heads = _is_same_vocabulary(target, other.config, tokenizer)
+    fields = ["hidden_size", *OWN_SHAPE, *(HEADS if keeps_heads else ())]
     shape = {name: getattr(other.config, name) for name in fields}
     drafter = _fresh(target, shape, other.name_or_path or "that was passed")
     kept = drafter.state_dict().keys()

@@ -21,6 +21,7 @@ from ..arguments import CoralTrainingArguments
 from ..data.encoding import IGNORED
 from .replay import replayed_rounds
 from .rounds import AnswerSettings, decoded_rounds
+from .routing import RoutingCounts
 
 
 class Evaluation:
@@ -31,6 +32,7 @@ class Evaluation:
         self.args = args
         self.is_running = False
         self._replayed: list[int] = []  # tokens of each round
+        self._routing: RoutingCounts | None = None
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -42,7 +44,11 @@ class Evaluation:
                 yield
             finally:
                 self.is_running = False
-                self._replayed.clear()
+                self._clear()
+
+    def _clear(self) -> None:
+        self._replayed.clear()
+        self._routing = None
 
     def num_steps(self, drafter: CoralDrafter) -> int:
         """Steps of the unroll: in an evaluation as many as the tree has levels, or more."""
@@ -52,7 +58,7 @@ class Evaluation:
     def note(
         self, drafter: CoralDrafter, predicted: Tensor, features: Tensor, labels: Tensor
     ) -> None:
-        """Replay chain decoding over a batch, where an evaluation runs.
+        """Replay chain decoding over a batch, and ask the router, where an evaluation runs.
 
         Args:
             drafter: without wrappers.
@@ -60,9 +66,16 @@ class Evaluation:
             features: (batch, length, hidden), the target's.
             labels: (batch, length).
         """
-        if self.is_running:
-            levels = predicted[: tree_depth(drafter)]
-            self._replayed += replayed_rounds(drafter, self.target, levels, features, labels)
+        if not self.is_running:
+            return
+        levels = predicted[: tree_depth(drafter)]
+        self._replayed += replayed_rounds(drafter, self.target, levels, features, labels)
+        if drafter.config.is_router_trained:
+            self._routing = self._routing or RoutingCounts(len(levels))
+            # position t predicts feature t + 1, whose token is t + 2
+            trained = labels[:, 2:] != IGNORED
+            guessed, true = levels[:, :, :-1][:, trained], features[:, 1:-1][trained]
+            self._routing.add(drafter, self.target, guessed, true)
 
     def metrics(
         self, drafter: CoralDrafter, dataset: Iterable, accelerator: Accelerator
@@ -82,7 +95,10 @@ class Evaluation:
             return accelerator.reduce(count_rounds(rounds, depth).to(accelerator.device)).cpu()
 
         found = {"simulated_acceptance_length": acceptance_length(counted(self._replayed))}
-        self._replayed.clear()
+        if drafter.config.is_router_trained:
+            counts = self._routing or RoutingCounts(depth)
+            found |= counts.metrics(accelerator.reduce(counts.flat().to(accelerator.device)).cpu())
+        self._clear()
         if self.args.eval_prompts:
             _check_whole(accelerator)
             prompts = held_out_prompts(dataset, self.target, self.args)

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...draft_head import group_size
 from ...modeling_coral import CoralDrafter
+from ...routed_head import RoutedHead
 from ...target import Target
 from ..data.encoding import IGNORED
 
@@ -79,23 +79,14 @@ def _by_chunk(choose: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
 def first_choices(drafter: CoralDrafter, target: Target, features: Tensor) -> Tensor:
     """The best child of each node of a chain, by the drafter's own head: (rows, hidden) → (rows,).
 
-    The routed head ranks by router mass × probability within the group, of its active groups.
+    A level of a chain has one node, so each row reads what it wants itself.
     """
-    logits = target.head.logits(features).float()
-    if drafter.config.draft_head == "full":
-        return logits.argmax(-1)
-    assert drafter.router is not None, "a routed head has a router"
-    log_mass = drafter.router(features.to(drafter.dtype))  # (rows, groups)
-    groups = log_mass.shape[-1]
-    size = group_size(logits.shape[-1], groups)
-    padded = F.pad(logits, (0, size * groups - logits.shape[-1]), value=float("-inf"))
-    blocks = padded.unflatten(-1, (groups, size))
-    filled = -(-logits.shape[-1] // size)
-    active = log_mass[:, :filled].topk(min(drafter.config.num_active_groups, filled)).indices
-    index = active[..., None].expand(-1, -1, size)
-    within = blocks.gather(1, index).log_softmax(-1) + log_mass.gather(1, active)[..., None]
-    best = within.flatten(1).argmax(-1)  # of (rows, active × size)
-    return active.gather(1, (best // size)[:, None])[:, 0] * size + best % size
+    head = drafter.draft_head(target.head)
+    if isinstance(head, RoutedHead):
+        head = head.by_row()
+    features = features[None].to(drafter.dtype)  # (1, rows, hidden)
+    children = head.children(features, features.new_zeros(features.shape[:2]), top_k=1)
+    return children.tokens[0, :, 0]
 
 
 def accepted_chains(agreed: Tensor) -> Tensor:

@@ -1,0 +1,194 @@
+"""The draft heads of a drafter: which it has, which it reads, how it gets one.
+
+In: the drafter's config, weights, and a target's LM head. Out: the `DraftHead` of a call.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .configuration_coral import DRAFT_HEADS, CoralConfig
+from .draft_head import DraftHead, FrequencyHead, FullHead, LowRank, LowRankHead
+from .group_logits import has_kernel
+from .groups import check_order, order_hash
+from .lm_head import Derived, LMHead
+from .routed_head import RoutedHead
+from .router import Router, Routing
+
+logger = logging.get_logger(__name__)
+
+
+class DraftHeads(PreTrainedModel):
+    """The part of [`CoralDrafter`] that knows of draft heads."""
+
+    config: CoralConfig
+    router: Router | None
+    hot_tokens: Tensor | None  # (num_hot_tokens,), the most frequent first
+    low_rank: LowRank | None
+
+    def _make_heads(self, config: CoralConfig) -> None:
+        """Room for the heads that a checkpoint with this config holds."""
+        self.router = self.low_rank = None
+        if config.num_groups is not None:
+            has_order = config.grouping != "contiguous"
+            order = torch.arange(config.vocab_size) if has_order else None
+            self.router = Router(config.hidden_size, config.num_groups, order)
+        hot = None if config.num_hot_tokens is None else torch.arange(config.num_hot_tokens)
+        self.register_buffer("hot_tokens", hot)
+        if config.head_rank is not None:
+            self.low_rank = LowRank(config.hidden_size, config.head_rank)
+        # copies of a target's head in another order, or fewer rows or channels of it
+        self._grouped, self._hot, self._squeezed = Derived(), Derived(), Derived()
+
+    def draft_head(self, head: LMHead, name: str | None = None) -> DraftHead:
+        """The draft head called `name` (the config's by default) on a target's LM head.
+
+        Raises:
+            ValueError: if the drafter has no such head, or the target's cannot be read by rows.
+        """
+        name = self.config.draft_head if name is None else name
+        if name not in DRAFT_HEADS:
+            raise ValueError(f"`draft_head` is {name!r}; use one of {DRAFT_HEADS}.")
+        if name == "full":
+            return FullHead(head)
+        if not head.is_readable:
+            raise ValueError(
+                f"`draft_head` is {name!r}, but the target's LM head is quantised or offloaded, so"
+                " that no part of it can be read alone; use draft_head='full'."
+            )
+        makers = {"routed": self._routed, "frequency": self._frequent, "low_rank": self._low_rank}
+        return makers[name](head)
+
+    def _routed(self, head: LMHead) -> DraftHead:
+        config, router = self.config, self.router
+        if router is None or not config.is_router_trained:
+            raise ValueError(
+                "`draft_head` is 'routed', but this drafter has no trained router; train one with"
+                " CoralTrainer(..., args=CoralTrainingArguments(stage='router')) or use"
+                " draft_head='full'."
+            )
+        if self.device.type != "cpu" and not _is_finite(router):
+            logger.warning_once(
+                "The router's weights are not finite: the whole LM head is read instead."
+            )
+            return FullHead(head)
+        routing = Routing(
+            config.routing, config.num_active_groups, config.max_active_groups, config.active_mass
+        )
+        return RoutedHead(head, router, routing, self._grouped_weight(head, router))
+
+    def _grouped_weight(self, head: LMHead, router: Router) -> Tensor | None:
+        """(vocab, hidden) with each group in one piece; None where the head is read as it is."""
+        order, weight = router.order, head.weight
+        if order is None or has_kernel(weight):
+            return None
+        return self._grouped.of([weight, order], lambda: weight.detach()[order])
+
+    def _frequent(self, head: LMHead) -> DraftHead:
+        tokens, weight = self.hot_tokens, head.weight
+        if tokens is None:
+            raise ValueError(
+                "`draft_head` is 'frequency', but this drafter knows no frequent tokens; give them"
+                " with drafter.add_frequency_head(token_ids) or use draft_head='full'."
+            )
+        rows = self._hot.of([weight, tokens], lambda: weight.detach()[tokens])
+        return FrequencyHead(head, tokens, rows)
+
+    def _low_rank(self, head: LMHead) -> DraftHead:
+        low_rank, weight = self.low_rank, head.weight
+        if low_rank is None:
+            raise ValueError(
+                "`draft_head` is 'low_rank', but this drafter has no such head; train one with"
+                " CoralTrainer(..., args=CoralTrainingArguments(stage='low_rank')) or use"
+                " draft_head='full'."
+            )
+        up = low_rank.up.weight  # (hidden, rank)
+        channels = self._squeezed.of(
+            [weight, up], lambda: weight.detach() @ up.detach().to(weight.dtype)
+        )
+        return LowRankHead(head, low_rank, channels)
+
+    def check_groups(self) -> None:
+        """Refuse groups that do not cover the vocabulary, or that the router was not trained for.
+
+        Raises:
+            ValueError: naming what is missing.
+        """
+        order = None if self.router is None else self.router.order
+        if order is None:
+            return
+        check_order(order, self.config.vocab_size)
+        if self.config.grouping_hash != order_hash(order):
+            raise ValueError(
+                "The checkpoint's router has other groups than those it was trained for: the hash"
+                f" of its order is {order_hash(order)}, `grouping_hash` is"
+                f" {self.config.grouping_hash}. Download or save it again, or train the router"
+                " again (add_router, then stage='router')."
+            )
+
+    def add_router(
+        self,
+        num_groups: int,
+        num_active_groups: int,
+        order: Tensor | None = None,
+        grouping: str | None = None,
+    ) -> None:
+        """Give the drafter a fresh router over `num_groups` groups of the vocabulary.
+
+        Args:
+            num_active_groups: how many of them are read at a time.
+            order: (vocab,), token ids, of which equal slices are the groups; the order of the ids
+                themselves by default.
+            grouping: where the order comes from; `"custom"` by default.
+
+        Raises:
+            ValueError: if the order does not name each token once.
+        """
+        if order is not None:
+            check_order(order, self.config.vocab_size)
+        has_order = order is not None
+        self._change(
+            num_groups=num_groups,
+            num_active_groups=num_active_groups,
+            grouping=(grouping or "custom") if has_order else "contiguous",
+            grouping_hash=order_hash(order) if order is not None else None,
+            is_router_trained=False,
+            draft_head="full",
+        )
+        order = None if order is None else order.to(dtype=torch.long, device="cpu").clone()
+        router = Router(self.config.hidden_size, num_groups, order)
+        router.apply(self._init_weights)
+        self.router = router.to(device=self.device, dtype=self.dtype)
+
+    def add_frequency_head(self, tokens: Tensor) -> None:
+        """Let the drafter read the rows of these tokens alone.
+
+        Args:
+            tokens: (read,), ids, the most frequent first; see
+                `coral_hf.training.grouping.token_counts`.
+        """
+        vocab_size, unique = self.config.vocab_size, tokens.unique()
+        is_inside = bool(((tokens >= 0) & (tokens < vocab_size)).all())
+        if tokens.ndim != 1 or not len(tokens) or not is_inside or len(unique) < len(tokens):
+            raise ValueError(
+                f"`tokens` has shape {tuple(tokens.shape)} and {len(unique)} different values;"
+                f" expected (read,) different token ids from 0 to {vocab_size - 1}."
+            )
+        self._change(num_hot_tokens=len(tokens), draft_head="frequency")
+        self.hot_tokens = tokens.to(device=self.device, dtype=torch.long).clone()
+
+    def add_low_rank_head(self, rank: int, head: LMHead) -> None:
+        """Let the drafter read `rank` channels of the head's rows, at first the largest ones."""
+        self._change(head_rank=rank, draft_head="low_rank")
+        low_rank = LowRank(self.config.hidden_size, rank)
+        low_rank.start_from(head.weight.detach())
+        self.low_rank = low_rank.to(device=self.device, dtype=self.dtype)
+
+    def _change(self, **fields) -> None:
+        """Set fields of the config, checked together."""
+        self.config = self.config.__class__.from_dict({**self.config.to_dict(), **fields})
+
+
+def _is_finite(router: Router) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in router.parameters())

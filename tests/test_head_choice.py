@@ -1,0 +1,196 @@
+"""Which draft heads a drafter has, which it reads, and how they travel with it."""
+
+import json
+
+import pytest
+import torch
+from conftest import VOCAB, tiny_target
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from coral_hf import CoralDrafter
+from coral_hf.draft_head import FrequencyHead, FullHead, LowRankHead
+from coral_hf.groups import order_hash
+from coral_hf.routed_head import RoutedHead
+from coral_hf.target import read_target
+
+ORDER = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))
+HOT = torch.tensor([5, 3, 9, 30])
+KINDS = {
+    "full": FullHead,
+    "routed": RoutedHead,
+    "frequency": FrequencyHead,
+    "low_rank": LowRankHead,
+}
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target("llama", torch.float32)
+
+
+@pytest.fixture
+def drafter(target):
+    torch.manual_seed(0)
+    return CoralDrafter.from_target(target).eval()
+
+
+def head_of(target, drafter):
+    return read_target(target, drafter.config).head
+
+
+def with_all_heads(target, drafter, order=ORDER):
+    drafter.add_router(6, 2, order)
+    drafter.config.is_router_trained = True
+    drafter.add_frequency_head(HOT)
+    drafter.add_low_rank_head(8, head_of(target, drafter))
+    return drafter
+
+
+def level(drafter):
+    torch.manual_seed(1)
+    return torch.randn(1, 3, drafter.config.hidden_size), torch.zeros(1, 3)
+
+
+def test_one_drafter_switches_between_all_heads(target, drafter):
+    with_all_heads(target, drafter)
+    head = head_of(target, drafter)
+    for name, kind in KINDS.items():
+        assert type(drafter.draft_head(head, name)) is kind
+        drafter.config.draft_head = name
+        assert type(drafter.draft_head(head)) is kind
+
+
+def test_heads_travel_with_the_drafter(target, drafter, tmp_path):
+    with_all_heads(target, drafter).save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    head = head_of(target, drafter)
+    assert loaded.config.draft_head == "low_rank" and loaded.config.grouping == "custom"
+    for name in KINDS:
+        ours, theirs = (one.draft_head(head, name) for one in (drafter, loaded))
+        assert ours.logits(*level(drafter)).equal(theirs.logits(*level(drafter)))
+    assert loaded.router.order.equal(ORDER) and loaded.router.order.dtype == torch.int64
+    assert loaded.hot_tokens.equal(HOT)
+
+
+def test_order_and_tokens_stay_whole_numbers_in_any_dtype(target, drafter, tmp_path):
+    with_all_heads(target, drafter).save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.router.order.equal(ORDER) and loaded.hot_tokens.equal(HOT)
+    assert loaded.low_rank.up.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["routed", "frequency", "low_rank"])
+def test_a_head_that_is_not_there_says_how_to_get_it(target, drafter, name):
+    with pytest.raises(ValueError, match=f"`draft_head` is '{name}', but this drafter .*full'"):
+        drafter.draft_head(head_of(target, drafter), name)
+
+
+def test_an_untrained_router_is_not_read(target, drafter):
+    drafter.add_router(4, 2)
+    with pytest.raises(ValueError, match="no trained router"):
+        drafter.draft_head(head_of(target, drafter), "routed")
+
+
+def test_an_unknown_head_raises(target, drafter):
+    with pytest.raises(ValueError, match="`draft_head` is 'half'; use one of .'full', 'routed'"):
+        drafter.draft_head(head_of(target, drafter), "half")
+
+
+@pytest.mark.parametrize("name", ["routed", "frequency", "low_rank"])
+def test_a_quantised_head_can_only_be_read_whole(target, drafter, name):
+    with_all_heads(target, drafter)
+    head = head_of(target, drafter)
+    packed = torch.nn.Linear(*head.weight.shape[::-1], bias=False)
+    packed.weight = torch.nn.Parameter(head.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="quantised or offloaded"):
+        drafter.draft_head(head._replace(module=packed), name)
+
+
+def test_a_tied_head_is_read_like_any_other(drafter):
+    tied = tiny_target("llama", torch.float32, tie_word_embeddings=True)
+    with_all_heads(tied, drafter)
+    head = head_of(tied, drafter)
+    assert head.weight is tied.get_input_embeddings().weight
+    for name in KINDS:
+        logits = drafter.draft_head(head, name).logits(*level(drafter))
+        if name != "low_rank":
+            is_read = logits.isfinite()
+            expected = head.logits(level(drafter)[0])[is_read]
+            torch.testing.assert_close(logits[is_read], expected)
+
+
+def test_what_was_copied_follows_a_head_that_has_changed(drafter):
+    target = tiny_target("llama", torch.float32)
+    with_all_heads(target, drafter)
+    head = head_of(target, drafter)
+    for name in ("routed", "frequency"):
+        before = drafter.draft_head(head, name).logits(*level(drafter))
+        with torch.no_grad():
+            head.weight.mul_(2)
+        after = drafter.draft_head(head, name).logits(*level(drafter))
+        torch.testing.assert_close(after, 2 * before)
+
+
+def test_the_head_is_copied_once_for_many_calls(target, drafter):
+    with_all_heads(target, drafter)
+    head = head_of(target, drafter)
+    first, second = (drafter.draft_head(head, "routed")._weight for _ in range(2))
+    assert first is second
+
+
+def test_groups_of_neighbours_copy_nothing(target, drafter):
+    with_all_heads(target, drafter, order=None)
+    head = head_of(target, drafter)
+    assert drafter.draft_head(head, "routed")._weight is head.weight
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    "tokens", [HOT.new_tensor([]), HOT.new_tensor([1, 1]), HOT.new_tensor([VOCAB]), HOT[None]]
+)
+def test_frequent_tokens_are_different_ids_of_the_vocabulary(drafter, tokens):
+    with pytest.raises(ValueError, match=f"expected .read,. different token ids .* {VOCAB - 1}"):
+        drafter.add_frequency_head(tokens)
+    assert drafter.config.num_hot_tokens is None
+
+
+def test_groups_that_do_not_cover_the_vocabulary_are_refused(drafter):
+    with pytest.raises(ValueError, match="does not cover the vocabulary"):
+        drafter.add_router(6, 2, ORDER.clamp(min=1))
+    assert drafter.router is None
+
+
+def test_more_channels_than_the_head_has_are_refused(target, drafter):
+    with pytest.raises(ValueError, match="`head_rank` is 33; .* `hidden_size` = 32"):
+        drafter.add_low_rank_head(33, head_of(target, drafter))
+
+
+def test_a_router_trained_for_other_groups_is_not_loaded(target, drafter, tmp_path):
+    with_all_heads(target, drafter).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["router.order"] = tensors["router.order"].flip(0).contiguous()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"other groups .* `grouping_hash` is {order_hash(ORDER)}"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_whose_groups_miss_a_token_is_not_loaded(target, drafter, tmp_path):
+    with_all_heads(target, drafter).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["router.order"][0] = tensors["router.order"][1]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="does not cover the vocabulary"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_a_config_that_names_another_grouping_than_the_checkpoint_is_refused(
+    target, drafter, tmp_path
+):
+    with_all_heads(target, drafter, order=None).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"grouping": "kmeans"}))
+    with pytest.raises(ValueError, match=r"missing_keys \['router.order'\]"):
+        AutoModel.from_pretrained(tmp_path)

@@ -1,0 +1,168 @@
+"""The stages that train a draft head, and how well a router's groups hold what they should."""
+
+# ruff: noqa: F811  fixtures are imported
+
+import pytest
+import torch
+from test_trainer import logged, make_trainer, rows, target  # noqa: F401  fixtures too
+
+from coral_hf.target import read_features, read_target
+from coral_hf.training.unroll import unroll
+
+GROUPS = {"num_groups": 6, "num_active_groups": 2}
+
+
+@pytest.fixture(scope="module")
+def trained(target, rows, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drafter")
+    trainer = make_trainer(target, rows, folder, max_steps=30)
+    trainer.train()
+    return trainer.model
+
+
+def copy_of(drafter):
+    other = type(drafter)(drafter.config.__class__.from_dict(drafter.config.to_dict()))
+    other.load_state_dict(drafter.state_dict())
+    return other
+
+
+@pytest.fixture
+def drafter(trained):
+    return copy_of(trained)
+
+
+def test_the_low_rank_stage_trains_that_head_alone(target, rows, drafter, tmp_path):
+    before = {name: tensor.clone() for name, tensor in drafter.state_dict().items()}
+    trainer = make_trainer(
+        target, rows, tmp_path, drafter, stage="low_rank", head_rank=8, max_steps=40
+    )
+    started = drafter.low_rank.up.weight.clone()
+    trainer.train()
+    losses = logged(trainer, "low_rank_loss")
+    assert sum(losses[-6:]) < sum(losses[:6])
+    assert not drafter.low_rank.up.weight.equal(started)
+    for name, tensor in before.items():
+        assert drafter.state_dict()[name].equal(tensor), name
+    assert drafter.config.draft_head == "low_rank" and drafter.config.head_rank == 8
+
+
+def test_the_joint_stage_trains_drafter_and_router(target, rows, tmp_path):
+    trainer = make_trainer(target, rows, tmp_path, stage="joint", max_steps=30, **GROUPS)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.train()
+    for name in ("router_loss", "regression_loss", "loss"):
+        assert sum(logged(trainer, name)[-6:]) < sum(logged(trainer, name)[:6]), name
+    after = trainer.model.state_dict()
+    assert all(not after[name].equal(tensor) for name, tensor in before.items())
+    assert trainer.model.config.draft_head == "routed"
+
+
+def test_the_joint_loss_is_the_drafters_and_the_routers(target, rows, tmp_path):
+    def first_step(stage, **settings):
+        torch.manual_seed(0)
+        trainer = make_trainer(
+            target, rows, tmp_path / stage, stage=stage, max_steps=1, **GROUPS, **settings
+        )
+        trainer.train()
+        return trainer.state.log_history[0]
+
+    alone, joint = first_step("drafter"), first_step("joint", router_weight=0.5)
+    assert joint["loss"] == pytest.approx(alone["loss"] + 0.5 * joint["router_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("stage", "head"), [("router", "router."), ("low_rank", "low_rank.")])
+def test_a_stage_of_a_head_leaves_the_rest_frozen(
+    target,
+    rows,
+    drafter,
+    tmp_path,
+    stage,
+    head,
+):
+    make_trainer(target, rows, tmp_path, drafter, stage=stage, head_rank=8, **GROUPS)
+    for name, parameter in drafter.named_parameters():
+        assert parameter.requires_grad == name.startswith(head), name
+
+
+def test_a_drafter_trained_on_keeps_its_heads_as_they_are(
+    target,
+    rows,
+    drafter,
+    tmp_path,
+):
+    drafter.add_router(6, 2)
+    drafter.add_low_rank_head(8, read_target(target, drafter.config).head)
+    make_trainer(target, rows, tmp_path, drafter, stage="drafter")
+    for name, parameter in drafter.named_parameters():
+        assert parameter.requires_grad != name.startswith(("router.", "low_rank.")), name
+
+
+# ---- how well the active groups hold what they should
+
+
+@torch.no_grad()
+def held_by_hand(target, drafter, row, depth):
+    """Recall of the target's choice and of the drafter's ten, and mass, of one row at one depth."""
+    ids = torch.tensor([row["input_ids"]])
+    features = read_features(target, ids, torch.ones_like(ids))
+    bound = read_target(target, drafter.config)
+    predicted = unroll(drafter, bound.embed(ids[:, 1:]), features[:, :-1], depth)[-1]
+    groups = drafter.router.groups_of(drafter.config.vocab_size)
+    group_of, found = groups.group_of(), []
+    for position in range(predicted.shape[1] - 1):
+        if row["labels"][position + 2] == -100:
+            continue
+        own = predicted[0, position]
+        active = set(drafter.router(own).topk(2).indices.tolist())
+        probs = bound.head.logits(features[0, position + 1]).softmax(-1)
+        best = bound.head.logits(own).topk(10).indices
+        found.append(
+            [
+                float(int(group_of[probs.argmax()]) in active),
+                sum(int(group_of[token]) in active for token in best) / 10,
+                sum(float(probs[group_of == group].sum()) for group in active),
+            ]
+        )
+    return found
+
+
+@pytest.mark.parametrize("grouping", ["contiguous", "custom"])
+def test_an_evaluation_tells_what_the_active_groups_hold(
+    target,
+    rows,
+    drafter,
+    tmp_path,
+    grouping,
+):
+    order = torch.randperm(40) if grouping == "custom" else None
+    drafter.add_router(6, 2, order)
+    held_out = rows[16:]
+    trainer = make_trainer(
+        target, rows[:16], tmp_path, drafter, stage="router", max_steps=20, eval_prompts=0
+    )
+    trainer.train()
+    metrics = trainer.evaluate(type(trainer.train_dataset).from_list(held_out))
+    for depth in (1, 3):
+        found = [value for row in held_out for value in held_by_hand(target, drafter, row, depth)]
+        expected = torch.tensor(found).mean(0).tolist()
+        for name, value in zip(
+            ("router_top_1_recall", "router_top_10_recall", "router_mass"), expected, strict=True
+        ):
+            assert metrics[f"eval_{name}_depth_{depth}"] == pytest.approx(value, abs=1e-5)
+
+
+def test_a_drafter_without_a_router_is_not_asked(target, rows, drafter, tmp_path):
+    trainer = make_trainer(target, rows, tmp_path, drafter, eval_prompts=0)
+    metrics = trainer.evaluate(trainer.train_dataset)
+    assert not any("router" in name for name in metrics)
+
+
+def test_reading_all_groups_holds_everything(target, rows, drafter, tmp_path):
+    settings = {"num_groups": 6, "num_active_groups": 6}
+    trainer = make_trainer(
+        target, rows, tmp_path, drafter, stage="router", max_steps=1, eval_prompts=0, **settings
+    )
+    trainer.train()
+    metrics = trainer.evaluate(trainer.train_dataset)
+    shares = [value for name, value in metrics.items() if "router" in name]
+    assert shares and all(share == pytest.approx(1, abs=1e-5) for share in shares)
