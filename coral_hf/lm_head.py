@@ -38,9 +38,11 @@ class LMHead(NamedTuple):
 
     @property
     def is_readable(self) -> bool:
-        """Whether rows of the weight can be read in place."""
+        """Whether rows of the weight can be read in place: quantised or sharded ones cannot."""
         weight = self.weight
-        return isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
+        # those are packed integers, or subclasses of Tensor
+        is_plain = isinstance(weight, Tensor) and type(weight.detach()) is Tensor
+        return is_plain and weight.is_floating_point() and not weight.is_meta
 
     def logits(self, features: Tensor) -> Tensor:
         """(..., hidden) → (..., vocab): exactly what the target computes of these features."""

@@ -18,6 +18,7 @@ ORDER = (
     ["configuration_coral"],
     ["lm_head", "groups", "drafter_layers", "autotune"],
     ["router", "draft_head"],
+    ["group_kernel"],
     ["group_logits"],
     ["routed_head"],
     ["head_choice"],
@@ -38,6 +39,7 @@ PUBLISHED = [
         "configuration_coral",
         "draft_head",
         "drafter_layers",
+        "group_kernel",
         "group_logits",
         "groups",
         "head_choice",
@@ -111,7 +113,11 @@ def test_every_file_has_its_place_in_the_order():
 def test_code_that_is_published_needs_no_more_than_transformers(name):
     own = {f"coral_hf.{other.removesuffix('.py')}" for other in PUBLISHED}
     roots = {module.split(".")[0] for module in imports(name) - own}
-    assert roots <= {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names
+    # Triton is for CUDA alone: where it is not installed, published code loads without it
+    optional = {"triton"} if name == "group_kernel.py" else set()
+    assert (
+        roots <= {"torch", "transformers", "huggingface_hub"} | optional | sys.stdlib_module_names
+    )
 
 
 @pytest.mark.parametrize("name", PURE)

@@ -99,10 +99,13 @@ def test_an_unknown_head_raises(target, drafter):
 
 @pytest.mark.parametrize("name", ["routed", "frequency", "low_rank"])
 def test_a_quantised_head_can_only_be_read_whole(target, drafter, name):
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
     with_all_heads(target, drafter)
     head = head_of(target, drafter)
     packed = torch.nn.Linear(*head.weight.shape[::-1], bias=False)
-    packed.weight = torch.nn.Parameter(head.weight.to(torch.int8), requires_grad=False)
+    quantize_(packed, Int8WeightOnlyConfig())
+    assert type(drafter.draft_head(head._replace(module=packed), "full")) is FullHead
     with pytest.raises(ValueError, match="quantised or offloaded"):
         drafter.draft_head(head._replace(module=packed), name)
 

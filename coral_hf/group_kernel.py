@@ -1,0 +1,116 @@
+"""A Triton kernel for `group_logits`: the active groups' rows of the weight, read where they lie.
+
+In and out: as of `plain_group_logits`. One launch of a shape that no value decides, so nothing
+waits for the host and a CUDA graph can hold it.
+"""
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # inside a `try`, so that transformers loads published code without Triton
+    raise
+
+# One program's share. Features are few, so the tokens alone must keep every multiprocessor reading;
+# four stages of 64 rows are 96 KiB, which all but the oldest GPUs have.
+TOKENS = 32
+ROW_BYTES = 256  # of the weight's rows, read at a time
+MIN_ROWS, MAX_ROWS = 16, 64  # `tl.dot` takes no fewer
+NUM_STAGES = 4
+
+
+def fused_group_logits(
+    features: Tensor,
+    weight: Tensor,
+    active: Tensor,
+    size: int,
+    bias: Tensor | None = None,
+    order: Tensor | None = None,
+) -> Tensor:
+    """The logits of `plain_group_logits`, in one launch."""
+    texts, rows, hidden = features.shape
+    slots = active.shape[-1]
+    logits = features.new_empty((texts, rows, slots, size), dtype=torch.float32)
+    block_rows = min(max(triton.next_power_of_2(rows), MIN_ROWS), MAX_ROWS)
+    grid = (texts * slots, triton.cdiv(size, TOKENS), triton.cdiv(rows, block_rows))
+    if logits.numel():
+        _group_logits[grid](
+            features.contiguous(),
+            weight,
+            bias,
+            active.contiguous(),
+            order,
+            logits,
+            rows,
+            hidden,
+            weight.shape[0],
+            slots,
+            size,
+            weight.stride(0),
+            HAS_BIAS=bias is not None,
+            HAS_ORDER=order is not None,
+            ROWS=block_rows,
+            TOKENS=TOKENS,
+            CHANNELS=ROW_BYTES // weight.element_size(),
+            num_stages=NUM_STAGES,
+            enable_fp_fusion=True,  # sums differ in the last bit without; its default changes
+        )
+    return logits
+
+
+@triton.jit
+def _group_logits(
+    features,  # (texts, rows, hidden)
+    weight,  # (vocab, hidden), rows `weight_stride` apart
+    bias,  # (vocab,)
+    active,  # (texts, slots), int64
+    order,  # (vocab,), int64
+    logits,  # (texts, rows, slots, size)
+    rows,
+    hidden,
+    vocab,
+    slots,
+    size,
+    weight_stride,
+    HAS_BIAS: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """A program computes TOKENS tokens of one slot of one text, for ROWS of its rows."""
+    text = (tl.program_id(0) // slots).to(tl.int64)  # vocab × hidden may exceed 32 bits
+    slot = tl.program_id(0) % slots
+    group = tl.load(active + tl.program_id(0))
+    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)  # (ROWS,)
+    within = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)  # (TOKENS,)
+    place = group * size + within
+    is_row = row < rows
+    is_token = (within < size) & (place >= 0) & (place < vocab)  # place < 0: an unused slot
+    token = tl.load(order + place, mask=is_token, other=0) if HAS_ORDER else place
+
+    feature_start = features + (text * rows + row) * hidden
+    weight_start = weight + token * weight_stride
+    total = tl.zeros((ROWS, TOKENS), tl.float32)
+    for start in range(0, tl.where(group >= 0, hidden, 0), CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        is_channel = channel < hidden
+        x = tl.load(
+            feature_start[:, None] + channel,
+            mask=is_row[:, None] & is_channel,
+            other=0.0,
+        )  # (ROWS, CHANNELS)
+        w = tl.load(
+            weight_start[None, :] + channel[:, None],
+            mask=is_token & is_channel[:, None],
+            other=0.0,
+        )  # (CHANNELS, TOKENS)
+        total = tl.dot(x, w, total, input_precision="ieee")
+    if HAS_BIAS:
+        total += tl.load(bias + token, mask=is_token, other=0.0).to(tl.float32)
+
+    place_out = ((text * rows + row[:, None]) * slots + slot) * size + within
+    total = tl.where(is_token, total, float("-inf"))
+    tl.store(logits + place_out, total, mask=is_row[:, None] & (within < size))
