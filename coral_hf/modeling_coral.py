@@ -86,6 +86,20 @@ class CoralDrafter(DraftHeads, GenerationMixin):
         return drafter
 
     @classmethod
+    def from_eagle(cls, target: PreTrainedModel, source: str, **kwargs) -> "CoralDrafter":
+        """A drafter from an EAGLE-1, EAGLE-2 or HASS checkpoint, a folder or a Hub id.
+
+        See `coral_hf.checkpoints.from_eagle`, which takes `kwargs`.
+        """
+        try:  # this file is published with checkpoints, where the library need not be installed
+            from coral_hf.checkpoints import from_eagle
+        except ImportError as error:
+            raise ImportError(
+                "Reading an EAGLE checkpoint needs the library: pip install coral_hf."
+            ) from error
+        return from_eagle(target, source, drafter_class=cls, **kwargs)
+
+    @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         """See [`~transformers.PreTrainedModel.from_pretrained`].
 

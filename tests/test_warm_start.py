@@ -242,27 +242,8 @@ def test_an_eagle_checkpoint_that_does_not_fit_is_refused(target, tmp_path, chan
         warm_start(target, tmp_path)
 
 
-def test_an_eagle3_checkpoint_is_refused_by_its_tensors(target, tmp_path):
-    eagle_folder(tmp_path, target, **{"fc.weight": torch.ones(32, 96), "d2t": torch.arange(9)})
-    with pytest.raises(ValueError, match=r"unknown: d2t; of another shape: fc.weight \(32, 96\)"):
-        warm_start(target, tmp_path)
-
-
-def test_a_pickle_that_holds_more_than_tensors_is_not_run(target, tmp_path):
-    eagle_folder(tmp_path, target)
-    torch.save({"fc.weight": tmp_path}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="pytorch_model.bin holds more than tensors"):
-        warm_start(target, tmp_path)
-
-
-def test_a_checkpoint_in_pieces_is_refused(target, tmp_path):
-    eagle_folder(tmp_path, target, weights="model-00001-of-00002.safetensors")
-    with pytest.raises(ValueError, match="has neither of.*read from one file"):
-        warm_start(target, tmp_path)
-
-
 def test_a_target_that_is_saved_is_no_checkpoint_of_a_drafter(target, tmp_path):
     target.save_pretrained(tmp_path)
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path), type(target))
-    with pytest.raises(ValueError, match="missing: fc.weight.*unknown: lm_head.weight"):
+    with pytest.raises(ValueError, match="missing: fc.weight.*unknown: model.embed"):
         warm_start(target, tmp_path)

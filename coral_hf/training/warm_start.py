@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
+from ..checkpoints import check_tensors, from_eagle, read_config, source_folder
 from ..configuration_coral import CoralConfig
 from ..modeling_coral import CoralDrafter
-from ..target import read_target, text_config, tokenizer_hash
+from ..target import text_config, tokenizer_hash
 from .adapters import is_adapted
-from .eagle import check_tensors, is_drafter, read_eagle, source_folder
 
 LAYER = "layer"
 # what makes up the drafter itself; all else in its config follows from the target
@@ -74,15 +74,10 @@ def warm_start(
     if str(source) == LAYER:
         return from_layer(target)
     folder = source_folder(source)
-    if is_drafter(folder):
+    if read_config(folder).get("model_type") == CoralConfig.model_type:
         other = CoralDrafter.from_pretrained(folder, dtype=torch.float32)
         return from_drafter(target, other, tokenizer)
-    eagle = read_eagle(folder)
-    drafter = _fresh(target, eagle.shape, source)
-    check_tensors(eagle.tensors, drafter.state_dict(), f"The EAGLE checkpoint {source}")
-    _check_embeddings(eagle.embeddings, target, drafter.config)
-    drafter.load_state_dict(eagle.tensors)
-    return drafter
+    return from_eagle(target, folder, dtype=torch.float32).train()
 
 
 def from_drafter(
@@ -217,24 +212,3 @@ def _pass_through(fc: nn.Linear, embedding: float, feature: float) -> None:
         fc.weight.copy_(torch.cat([embedding * unit, feature * unit], dim=1))
         if fc.bias is not None:
             fc.bias.zero_()
-
-
-def _check_embeddings(found: Tensor | None, target: PreTrainedModel, config: CoralConfig) -> None:
-    """Compare an EAGLE checkpoint's copy of the embeddings (vocab, hidden) with the target's own.
-
-    Equal up to the rounding of a half-precision copy. Offloaded ones are not read.
-    """
-    own = read_target(target, config).embeddings.weight
-    if found is None or own.is_meta:
-        return
-    if found.shape != own.shape:
-        reason = f"has shape {tuple(found.shape)}, the target's embeddings {tuple(own.shape)}"
-    else:
-        gap = (found.to(own.device).float() - own.detach().float()).abs().max()
-        if gap <= 1e-2 * own.detach().float().abs().max():
-            return
-        reason = f"differs from the target's embeddings by up to {gap:.3g}"
-    raise ValueError(
-        f"`embed_tokens.weight` of the EAGLE checkpoint {reason}: it was made for another target."
-        " Use that one, or delete the tensor to start from the rest all the same."
-    )

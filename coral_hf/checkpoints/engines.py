@@ -1,0 +1,163 @@
+"""How vLLM, SGLang and EAGLE's own code want a drafter: config fields and tensor names.
+
+In: a drafter's config. Out: the config.json of an engine, the tensors that the engine builds from
+that config, and what it cannot express. From the engines' own sources: vLLM 0.33
+(`llama_eagle.py`), SGLang 0.5.23 (`llama_eagle.py`, `qwen2_eagle.py`), EAGLE 3.0 (`cnets1.py`).
+
+                   fc.bias       q/k/v bias         logit scale   softcap   rotary
+    vllm           none          qkv_bias           logit_scale   none      ROTARY
+    sglang         always        as a Qwen2 layer   none          a field   ROTARY
+    eagle          as it says    qkv_bias           none          none      default, or base 10,000
+"""
+
+from typing import Any
+
+from ..configuration_coral import CoralConfig
+
+ENGINES = ("vllm", "sglang", "eagle")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+ROTARY = ("default", "linear", "dynamic", "yarn", "llama3")
+# EAGLE's own code rotates with this base whenever its `rope_scaling` is set
+EAGLE_BASE = 10000.0
+USE_TRANSFORMERS = "serve it with transformers: target.generate(..., assistant_model=drafter)"
+
+
+def engine_config(config: CoralConfig, engine: str, has_fc_bias: bool) -> dict[str, Any]:
+    """The config.json of an engine; see [`obstacles`] for what it leaves out.
+
+    Args:
+        has_fc_bias: whether `fc` has a bias that is not 0.
+    """
+    fields = {name: getattr(config, name) for name in SIZES}
+    fields |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    fields |= {"tie_word_embeddings": False, "attention_bias": False}
+    fields |= _rotary_fields(config, engine)
+    if engine == "sglang":
+        fields |= _sglang_fields(config)
+    elif config.attention_bias:
+        fields["qkv_bias"] = True
+    if engine == "vllm" and config.logit_scale != 1.0:
+        fields["logit_scale"] = config.logit_scale
+    if engine == "eagle":
+        fields["bias"] = has_fc_bias
+    return fields
+
+
+def _sglang_fields(config: CoralConfig) -> dict[str, Any]:
+    """SGLang names its drafters' classes; a Llama's q/k/v bias would come with one in o_proj."""
+    family = "Qwen2" if config.attention_bias else "Llama"
+    fields: dict[str, Any] = {"architectures": [f"{family}ForCausalLMEagle"]}
+    if config.attention_bias:
+        fields |= {"model_type": "qwen2", "attention_bias": True, "use_sliding_window": False}
+    if config.logit_softcap is not None:
+        fields["final_logit_softcapping"] = config.logit_softcap
+    return fields
+
+
+def _rotary_fields(config: CoralConfig, engine: str) -> dict[str, Any]:
+    """Rotary parameters in the forms of transformers 5 and 4, of which engines read either."""
+    assert config.rope_parameters, "the config fills them in"
+    rope = dict(config.rope_parameters)
+    theta = rope.pop("rope_theta")
+    scaling = None if rope["rope_type"] == "default" else rope
+    if engine == "eagle":
+        if scaling is not None:
+            scaling = {"type": scaling["rope_type"], "factor": float(scaling["factor"])}
+        return {"rope_theta": theta, "rope_scaling": scaling}
+    return {
+        "rope_parameters": {**rope, "rope_theta": theta},
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+    }
+
+
+def engine_shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors, and their shapes, that an engine builds from its config.json.
+
+    Embeddings and LM head are left out: they are the target's.
+    """
+    hidden, inner = fields["hidden_size"], fields["intermediate_size"]
+    width = fields["num_attention_heads"] * fields["head_dim"]
+    kv_width = fields["num_key_value_heads"] * fields["head_dim"]
+    is_sglang = fields["architectures"][0].endswith("Eagle")
+    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (hidden, 2 * hidden)}
+    if is_sglang or fields.get("bias", False):
+        shapes["fc.bias"] = (hidden,)
+    for layer in range(fields["num_hidden_layers"]):
+        own = {
+            "self_attn.q_proj.weight": (width, hidden),
+            "self_attn.k_proj.weight": (kv_width, hidden),
+            "self_attn.v_proj.weight": (kv_width, hidden),
+            "self_attn.o_proj.weight": (hidden, width),
+            "mlp.gate_proj.weight": (inner, hidden),
+            "mlp.up_proj.weight": (inner, hidden),
+            "mlp.down_proj.weight": (hidden, inner),
+            "post_attention_layernorm.weight": (hidden,),
+        }
+        if layer > 0:
+            own["input_layernorm.weight"] = (hidden,)
+        if fields.get("qkv_bias", False) or fields["model_type"] == "qwen2":
+            own |= {"self_attn.q_proj.bias": (width,)}
+            own |= {f"self_attn.{name}_proj.bias": (kv_width,) for name in "kv"}
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in own.items()}
+    return shapes
+
+
+def obstacles(config: CoralConfig, engine: str, has_fc_bias: bool) -> list[str]:
+    """Why a drafter would be another one in an engine, each with what to do."""
+    found = []
+    if engine == "vllm" and has_fc_bias:
+        found.append(
+            "`fc.bias` is not 0, and vLLM's drafters have none: export it for SGLang, or train one"
+            " with fc_bias=False"
+        )
+    if engine != "vllm" and config.logit_scale != 1.0:
+        found.append(
+            f"the target's logits are scaled (`logit_scale` {config.logit_scale}), which the engine"
+            f" does not do for its drafter: export it for vLLM, or {USE_TRANSFORMERS}"
+        )
+    if engine != "sglang" and config.logit_softcap is not None:
+        found.append(
+            f"the target's logits are capped (`logit_softcap` {config.logit_softcap}), which the"
+            f" engine does not do for its drafter: export it for SGLang, or {USE_TRANSFORMERS}"
+        )
+    if engine != "eagle" and config.hidden_act != "silu":
+        found.append(
+            f"`hidden_act` is {config.hidden_act!r}, and the engine's drafters know 'silu' only:"
+            f" {USE_TRANSFORMERS}"
+        )
+    return found + _rotary_obstacles(config, engine)
+
+
+def _rotary_obstacles(config: CoralConfig, engine: str) -> list[str]:
+    assert config.rope_parameters, "the config fills them in"
+    rope, found = config.rope_parameters, []
+    kinds = ROTARY[:3] if engine == "eagle" else ROTARY
+    if rope["rope_type"] not in kinds or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        found.append(f"its rotary embedding {rope} is none of the engine's {kinds}")
+    elif engine == "eagle" and rope["rope_type"] != "default" and rope["rope_theta"] != EAGLE_BASE:
+        found.append(
+            f"EAGLE's code rotates with a base of {EAGLE_BASE} where positions are scaled, the"
+            f" drafter with {rope['rope_theta']}"
+        )
+    if engine == "eagle" and config.head_dim != config.hidden_size // config.num_attention_heads:
+        found.append(
+            f"`head_dim` is {config.head_dim}, and EAGLE's code takes `hidden_size` /"
+            " `num_attention_heads`"
+        )
+    return [f"{reason}: {USE_TRANSFORMERS}" for reason in found]

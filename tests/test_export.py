@@ -1,0 +1,434 @@
+"""Drafters go out: an engine's own names and fields, the same predictions, or a refusal."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_target
+from eagle_checkpoint import HIDDEN, LLAMA2, VOCAB, eagle_step, eagle_tensors
+from safetensors.torch import load_file
+from test_examples import folder  # noqa: F401  a saved target and its conversations
+from transformers import AutoConfig
+from typer.testing import CliRunner
+
+from coral_hf import CoralDrafter
+from coral_hf.checkpoints import (
+    export_drafter,
+    from_eagle,
+    most_frequent,
+    proposal_counts,
+    whole_folder,
+)
+from coral_hf.cli import app
+from coral_hf.training.warm_start import from_layer
+
+ENGINES = ("vllm", "sglang", "eagle")
+# what every engine's drafter of one layer has
+NAMES = {
+    "fc.weight",
+    "layers.0.self_attn.q_proj.weight",
+    "layers.0.self_attn.k_proj.weight",
+    "layers.0.self_attn.v_proj.weight",
+    "layers.0.self_attn.o_proj.weight",
+    "layers.0.mlp.gate_proj.weight",
+    "layers.0.mlp.up_proj.weight",
+    "layers.0.mlp.down_proj.weight",
+    "layers.0.post_attention_layernorm.weight",
+}
+BIASES = {f"layers.0.self_attn.{name}_proj.bias" for name in "qkv"}
+
+
+def make_drafter(target, **overrides) -> CoralDrafter:
+    """A drafter whose every tensor is random, so that none can be left out unseen."""
+    drafter = CoralDrafter.from_target(target, **overrides)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            noise = torch.empty_like(parameter, dtype=torch.float32)
+            parameter.copy_(noise.normal_(0, 0.2, generator=generator))
+    return drafter.eval()
+
+
+def written(where) -> tuple[dict, dict]:
+    """The config and the tensors of an export."""
+    config = json.loads((where / "config.json").read_text())
+    if (where / "pytorch_model.bin").exists():
+        assert not (where / "model.safetensors").exists()
+        return config, torch.load(where / "pytorch_model.bin", weights_only=True)
+    return config, load_file(where / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target("llama", torch.float32)
+
+
+# ---- layouts
+
+
+@pytest.mark.parametrize(
+    ("engine", "architecture", "more"),
+    [
+        ("vllm", "LlamaForCausalLM", set()),
+        ("sglang", "LlamaForCausalLMEagle", {"fc.bias"}),
+        ("eagle", "LlamaForCausalLM", set()),
+    ],
+)
+def test_an_engine_gets_its_own_names_and_fields(target, tmp_path, engine, architecture, more):
+    done = export_drafter(make_drafter(target), engine, tmp_path / "out")
+    config, tensors = written(tmp_path / "out")
+    assert tensors.keys() == NAMES | more and done.notes == []
+    assert config["architectures"] == [architecture] and config["model_type"] == "llama"
+    assert config["num_hidden_layers"] == 1 and config["vocab_size"] == VOCAB
+    assert config["num_key_value_heads"] == 2 and config["head_dim"] == 8
+    assert config["rope_theta"] == 10000.0 and config["rope_scaling"] is None
+    assert config["tie_word_embeddings"] is False and config["dtype"] == "float32"
+    # both read `bias` as biases of the attention, EAGLE's code as that of fc
+    assert config.get("bias") is (False if engine == "eagle" else None)
+    if engine == "sglang":
+        assert torch.equal(tensors["fc.bias"], torch.zeros(HIDDEN))
+
+
+@pytest.mark.parametrize(
+    ("engine", "fields"),
+    [
+        ("vllm", {"model_type": "llama", "qkv_bias": True, "attention_bias": False}),
+        ("sglang", {"architectures": ["Qwen2ForCausalLMEagle"], "model_type": "qwen2"}),
+        ("eagle", {"model_type": "llama", "qkv_bias": True}),
+    ],
+)
+def test_biases_of_the_attention_have_a_place_in_every_engine(tmp_path, engine, fields):
+    drafter = make_drafter(tiny_target("qwen2", torch.float32))
+    export_drafter(drafter, engine, tmp_path / "out")
+    config, tensors = written(tmp_path / "out")
+    assert tensors.keys() - {"fc.bias"} == NAMES | BIASES
+    assert fields.items() <= config.items()
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_transformers_reads_the_config_as_the_engines_do(tmp_path, engine):
+    scaled = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+    scaled |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    target = tiny_target("qwen2", torch.float32)
+    drafter = make_drafter(target, rope_parameters=scaled, head_dim=16)
+    export_drafter(drafter, engine, tmp_path / "out")
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.rope_parameters == scaled and config.head_dim == 16
+    assert config.dtype == torch.float32
+    raw = written(tmp_path / "out")[0]
+    assert raw["rope_theta"] == 5e5  # as transformers 4 reads it
+    assert raw["rope_scaling"] == {k: v for k, v in scaled.items() if k != "rope_theta"}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_embeddings_go_along_where_an_engine_may_need_them(target, tmp_path, engine):
+    export_drafter(make_drafter(target), engine, tmp_path / "out", target, torch.bfloat16)
+    tensors = written(tmp_path / "out")[1]
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    own = target.model.embed_tokens.weight.bfloat16()
+    found = tensors.get("embed_tokens.weight")
+    assert found is None if engine == "sglang" else torch.equal(found, own)
+
+
+# ---- the same drafter
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("llama", {}),
+        ("qwen2", {}),
+        ("gemma", {"hidden_act": "silu"}),
+        ("granite", {"logit_scale": 1.0}),
+        ("llama", {"num_hidden_layers": 2}),
+    ],
+)
+def test_the_tensors_predict_in_an_engine_what_they_did_here(tmp_path, engine, family, overrides):
+    target = tiny_target(family)
+    drafter = make_drafter(target, **overrides)
+    export_drafter(drafter, engine, tmp_path / "out", target)
+    config, tensors = written(tmp_path / "out")
+    config["qkv_bias"] = drafter.config.attention_bias
+    ids, generator = torch.arange(7), torch.Generator().manual_seed(0)
+    features = torch.randn(7, HIDDEN, dtype=torch.float64, generator=generator)
+    seen = target.model.embed_tokens(ids) * drafter.config.embedding_scale
+    expected = drafter(seen[None], features[None])[0]
+    table = target.model.embed_tokens.weight.detach()[ids]
+    found = eagle_step(config, tensors, table, features)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_drafter_is_as_good_as_before_after_a_journey(tmp_path, engine, family):
+    target = tiny_target(family, torch.float32)
+    drafter = from_layer(target)
+    export_drafter(drafter, engine, tmp_path / "out", target)
+    back = from_eagle(target, tmp_path / "out")
+    prompt = torch.tensor([[3, 9, 14]])
+    settings = {"do_sample": False, "max_new_tokens": 40, "attention_mask": prompt.ne(-1)}
+    settings |= {"return_dict_in_generate": True}
+    before, after = (
+        target.generate(prompt, assistant_model=one, **settings).stats
+        for one in (drafter.eval(), back)
+    )
+    assert before.round_lengths == after.round_lengths
+    assert 1 < before.acceptance_length
+
+
+@pytest.mark.parametrize("family", ["gemma", "granite"])
+def test_a_scale_of_the_embeddings_comes_back(tmp_path, family):
+    target = tiny_target(family)
+    drafter = make_drafter(target, logit_scale=1.0)
+    done = export_drafter(drafter, "eagle", tmp_path / "out", target)
+    assert "embedding scale" in done.notes[0]
+    back = from_eagle(target, tmp_path / "out")
+    torch.testing.assert_close(back.fc.weight, drafter.fc.weight)
+
+
+# ---- what cannot be expressed
+
+
+def test_a_bias_of_fc_that_is_0_is_left_out(target, tmp_path):
+    drafter = make_drafter(target, fc_bias=True)
+    with torch.no_grad():
+        drafter.fc.bias.zero_()
+    export_drafter(drafter, "vllm", tmp_path / "out")
+    assert "fc.bias" not in written(tmp_path / "out")[1]
+
+
+@pytest.mark.parametrize("engine", ["sglang", "eagle"])
+def test_a_bias_of_fc_goes_where_it_is_read(target, tmp_path, engine):
+    drafter = make_drafter(target, fc_bias=True)
+    export_drafter(drafter, engine, tmp_path / "out")
+    config, tensors = written(tmp_path / "out")
+    assert torch.equal(tensors["fc.bias"], drafter.fc.bias)
+    assert config.get("bias") is (True if engine == "eagle" else None)
+
+
+def test_a_logit_scale_goes_to_vllm_and_a_cap_to_sglang(target, tmp_path):
+    export_drafter(make_drafter(target, logit_scale=0.5), "vllm", tmp_path / "scale")
+    assert written(tmp_path / "scale")[0]["logit_scale"] == 0.5
+    export_drafter(make_drafter(target, logit_softcap=30.0), "sglang", tmp_path / "cap")
+    assert written(tmp_path / "cap")[0]["final_logit_softcapping"] == 30.0
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 5e5, "factor": 2.0}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4}
+LONG |= {"long_factor": [2.0] * 4, "factor": 2.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("engine", "overrides", "said"),
+    [
+        (
+            "vllm",
+            {"fc_bias": True},
+            "`fc.bias` is not 0, and vLLM's .* export it for SGLang, or tr",
+        ),
+        ("vllm", {"logit_softcap": 30.0}, "capped .`logit_softcap` 30.0.*export it for SGLang, or"),
+        ("sglang", {"logit_scale": 0.5}, "scaled .`logit_scale` 0.5.*export it for vLLM, or serve"),
+        ("eagle", {"logit_scale": 0.5, "logit_softcap": 3.0}, "are scaled.*are capped"),
+        ("vllm", {"hidden_act": "gelu"}, "`hidden_act` is 'gelu', and the.*serve it with transf"),
+        ("sglang", {"rope_parameters": LONG}, "rotary embedding .*longrope.* is none of"),
+        ("eagle", {"rope_parameters": DYNAMIC}, "rotates with a base of 10000.0.* with 500000.0"),
+        ("eagle", {"head_dim": 16}, "`head_dim` is 16, and EAGLE's code takes `hidden_size` /"),
+        ("vllm", {"target_model_type": "gemma2"}, "gemma2 target scales.*pass `target`"),
+        ("trt", {}, r"`engine` is 'trt'; use one of \('vllm', 'sglang', 'eagle'\)"),
+    ],
+)
+def test_what_an_engine_cannot_express_is_refused(target, tmp_path, engine, overrides, said):
+    with pytest.raises(ValueError, match=said):
+        export_drafter(make_drafter(target, **overrides), engine, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bias_of_the_lm_head_is_refused(tmp_path):
+    target = tiny_target("llama", torch.float32)
+    target.lm_head.bias = torch.nn.Parameter(torch.ones(VOCAB))
+    with pytest.raises(ValueError, match="LM head has a bias, which the engine leaves out"):
+        export_drafter(make_drafter(target), "vllm", tmp_path / "out", target)
+
+
+def test_a_target_of_other_sizes_is_refused(target, tmp_path):
+    other = tiny_target("llama", torch.float32, vocab_size=VOCAB + 8)
+    with pytest.raises(ValueError, match="`vocab_size` of the target is 48"):
+        export_drafter(make_drafter(target), "vllm", tmp_path / "out", other)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep:FutureWarning")
+def test_an_adapter_is_merged_first(target, tmp_path):
+    from peft import get_peft_model
+
+    from coral_hf.training.adapters import lora
+
+    drafter = make_drafter(target)
+    get_peft_model(drafter, lora(2))
+    with pytest.raises(ValueError, match="fc.weight: expected .*found None.*Merge an adapter fir"):
+        export_drafter(drafter, "vllm", tmp_path / "out")
+
+
+def test_numbers_that_the_dtype_cannot_hold_are_refused(target, tmp_path):
+    drafter = make_drafter(target)
+    with torch.no_grad():
+        drafter.fc.weight[0, 0] = 1e6
+    with pytest.raises(ValueError, match="`fc.weight` has numbers that are not finite in .*16"):
+        export_drafter(drafter, "vllm", tmp_path / "out", dtype=torch.float16)
+
+
+# ---- heads and hot tokens
+
+
+@pytest.fixture(scope="module")
+def routed(target):
+    drafter = make_drafter(target)
+    drafter.add_router(4, 2)
+    drafter.config.is_router_trained = True
+    drafter.config.draft_head = "routed"
+    return drafter
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_router_stays_behind_and_it_is_said(routed, tmp_path, engine):
+    done = export_drafter(routed, engine, tmp_path / "out")
+    assert not [name for name in written(tmp_path / "out")[1] if name.startswith("router")]
+    assert done.notes[0].startswith(f"Left behind, since {engine} has no place for them: router.")
+    assert done.notes[0].endswith("reads the target's whole LM head.")
+
+
+def test_hot_tokens_are_written_as_sglang_reads_them(routed, tmp_path):
+    done = export_drafter(routed, "sglang", tmp_path / "out", hot_tokens=[7, 3, 31])
+    # SGLang's load_token_map: torch.tensor(torch.load(path, weights_only=True), dtype=int64)
+    loaded = torch.load(tmp_path / "out" / "hot_tokens.pt", weights_only=True)
+    assert torch.tensor(loaded, dtype=torch.int64).tolist() == [7, 3, 31]
+    assert done.command.endswith(f"--speculative-token-map {tmp_path / 'out' / 'hot_tokens.pt'}")
+    assert done.notes[0].endswith("reads hot_tokens.pt.")
+
+
+def test_the_tokens_of_a_frequency_head_are_sglangs_map(target, tmp_path):
+    drafter = make_drafter(target)
+    drafter.add_frequency_head(torch.tensor([9, 2, 30]))
+    done = export_drafter(drafter, "sglang", tmp_path / "out")
+    assert torch.load(tmp_path / "out" / "hot_tokens.pt", weights_only=True) == [9, 2, 30]
+    assert done.notes == []
+    done = export_drafter(drafter, "vllm", tmp_path / "vllm")
+    assert done.notes[0].startswith("Left behind, since vllm has no place for them: hot_tokens.")
+
+
+@pytest.mark.parametrize(
+    ("engine", "tokens", "said"),
+    [
+        ("vllm", [1, 2], "`hot_tokens` are a map that SGLang alone reads"),
+        ("sglang", [1, 1], "`hot_tokens` has 2 ids, 1 of them repeated and 0 outside"),
+        ("sglang", [1, VOCAB], "1 outside of the vocabulary of 40"),
+        ("sglang", [], "has 0 ids"),
+    ],
+)
+def test_hot_tokens_that_make_no_sense_are_refused(target, tmp_path, engine, tokens, said):
+    with pytest.raises(ValueError, match=said):
+        export_drafter(make_drafter(target), engine, tmp_path / "out", hot_tokens=tokens)
+
+
+@pytest.mark.parametrize("head", ["full", "routed"])
+def test_proposals_are_counted_by_their_confidence(target, routed, head):
+    rows = [torch.tensor([[3, 9, 14, 2]]), torch.tensor([[5]]), torch.tensor([[8, 1, 30]])]
+    counts = proposal_counts(target, routed, rows, head, top_k=VOCAB if head == "full" else 20)
+    # all that a head reads is proposed: the confidences after a token sum to 1, or to the mass
+    features = [target.model(ids).last_hidden_state for ids in rows]
+    predicted = torch.cat(
+        [
+            routed(target.model.embed_tokens(ids[:, 1:]), f[:, :-1])[0]
+            for ids, f in zip(rows, features, strict=True)
+        ]
+    )  # (5, hidden)
+    probs = target.lm_head(predicted).softmax(-1).double()
+    if head == "routed":
+        mass, two = routed.router(predicted).double().exp().topk(2)
+        within = target.lm_head(predicted).double().unflatten(-1, (4, 10)).softmax(-1)
+        chosen = torch.zeros(5, 4).double().scatter(1, two, mass)
+        probs = (within * chosen[..., None]).flatten(1)
+    torch.testing.assert_close(counts, probs.sum(0), rtol=1e-4, atol=1e-5)
+
+
+def test_the_most_frequent_tokens_come_first_and_some_always(target):
+    counts = torch.tensor([0.0, 5.0, 1.0, 7.0, 0.0])
+    assert most_frequent(counts, 2) == [3, 1]
+    assert most_frequent(counts, 3, always=[4, 3]) == [4, 3, 1]
+    assert most_frequent(counts, 5) == [3, 1, 2]  # what never occurs is not hot
+    with pytest.raises(ValueError, match="`size` is 6; use more than the 0 .* at most the 5"):
+        most_frequent(counts, 6)
+
+
+# ---- folders
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    with pytest.raises(KeyError), whole_folder(tmp_path / "out") as aside:
+        (aside / "config.json").write_text("{}")
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_something_stays_as_it_is(target, tmp_path):
+    drafter = make_drafter(target)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds notes.txt; give a new or an empty folder, or"):
+        export_drafter(drafter, "vllm", tmp_path)
+    with pytest.raises(ValueError, match="holds more than the files of one checkpoint .notes.txt"):
+        export_drafter(drafter, "vllm", tmp_path, overwrite=True)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ValueError, match="`overwrite` would delete them"):
+        export_drafter(drafter, "vllm", tmp_path, overwrite=True)
+    with pytest.raises(ValueError, match="notes.txt is a file"):
+        export_drafter(drafter, "vllm", tmp_path / "notes.txt")
+
+
+def test_an_earlier_export_is_replaced_when_asked_for(target, tmp_path):
+    drafter = make_drafter(target)
+    (tmp_path / "out").mkdir()
+    export_drafter(drafter, "sglang", tmp_path / "out", hot_tokens=[1])
+    with pytest.raises(ValueError, match="holds config.json, hot_tokens.pt, model.safetensors"):
+        export_drafter(drafter, "eagle", tmp_path / "out")
+    export_drafter(drafter, "eagle", tmp_path / "out", overwrite=True)
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {
+        "config.json",
+        "pytorch_model.bin",
+    }
+
+
+# ---- the command
+
+
+def test_the_command_exports_with_hot_tokens_and_says_how_to_serve(folder, tmp_path):  # noqa: F811
+    from transformers import AutoModelForCausalLM
+
+    name = str(folder / "target")
+    CoralDrafter.from_target(AutoModelForCausalLM.from_pretrained(name)).save_pretrained(
+        tmp_path / "drafter"
+    )
+    arguments = ["export", str(tmp_path / "drafter"), "--to", "sglang", "--target", name]
+    arguments += ["--output", str(tmp_path / "out"), "--dtype", "bfloat16"]
+    hot = ["--num-hot-tokens", "5", "--dataset", str(folder / "talk.jsonl"), "--limit", "2"]
+    result = CliRunner().invoke(app, [*arguments, *hot])
+    assert result.exit_code == 0, result.output
+    assert "--speculative-token-map" in result.output.replace("\n", "")
+    assert len(torch.load(tmp_path / "out" / "hot_tokens.pt", weights_only=True)) == 5
+    assert written(tmp_path / "out")[1]["fc.weight"].dtype == torch.bfloat16
+    refused = CliRunner().invoke(app, [*arguments[:4], *arguments[6:], *hot])
+    assert refused.exit_code != 0 and "are counted with --target" in refused.output
+
+
+def test_a_checkpoint_of_eagle_survives_the_way_in_and_out(target, tmp_path):
+    from eagle_checkpoint import write_checkpoint
+
+    tensors = eagle_tensors(LLAMA2)
+    write_checkpoint(tmp_path, LLAMA2, tensors)
+    export_drafter(from_eagle(target, tmp_path), "eagle", tmp_path / "out")
+    config, found = written(tmp_path / "out")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    shared = LLAMA2.keys() - {"torch_dtype"}
+    assert {k: config[k] for k in shared} == {k: LLAMA2[k] for k in shared}
+    assert config["bias"] is True
