@@ -148,7 +148,7 @@ class DraftHeads(PreTrainedModel):
         if order is not None:
             check_order(order, self.config.vocab_size)
         has_order = order is not None
-        self._change(
+        self.configure(
             num_groups=num_groups,
             num_active_groups=num_active_groups,
             grouping=(grouping or "custom") if has_order else "contiguous",
@@ -160,6 +160,17 @@ class DraftHeads(PreTrainedModel):
         router = Router(self.config.hidden_size, num_groups, order)
         router.apply(self._init_weights)
         self.router = router.to(device=self.device, dtype=self.dtype)
+
+    def remove_router(self) -> None:
+        """Take the router away, so that a stage of training adds a fresh one."""
+        self.configure(
+            num_groups=None,
+            grouping="contiguous",
+            grouping_hash=None,
+            is_router_trained=False,
+            draft_head="full",
+        )
+        self.router = None
 
     def add_frequency_head(self, tokens: Tensor) -> None:
         """Let the drafter read the rows of these tokens alone.
@@ -175,18 +186,18 @@ class DraftHeads(PreTrainedModel):
                 f"`tokens` has shape {tuple(tokens.shape)} and {len(unique)} different values;"
                 f" expected (read,) different token ids from 0 to {vocab_size - 1}."
             )
-        self._change(num_hot_tokens=len(tokens), draft_head="frequency")
+        self.configure(num_hot_tokens=len(tokens), draft_head="frequency")
         self.hot_tokens = tokens.to(device=self.device, dtype=torch.long).clone()
 
     def add_low_rank_head(self, rank: int, head: LMHead) -> None:
         """Let the drafter read `rank` channels of the head's rows, at first the largest ones."""
-        self._change(head_rank=rank, draft_head="low_rank")
+        self.configure(head_rank=rank, draft_head="low_rank")
         low_rank = LowRank(self.config.hidden_size, rank)
         low_rank.start_from(head.weight.detach())
         self.low_rank = low_rank.to(device=self.device, dtype=self.dtype)
 
-    def _change(self, **fields) -> None:
-        """Set fields of the config, checked together."""
+    def configure(self, **fields) -> None:
+        """Set fields of the config, which are checked together."""
         self.config = self.config.__class__.from_dict({**self.config.to_dict(), **fields})
 
 

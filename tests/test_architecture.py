@@ -29,7 +29,7 @@ ORDER = (
     ["decoding", "training"],
     ["__init__"],
     ["benchmark"],
-    ["comparison"],
+    ["comparison", "head_comparison"],
     ["demo"],
     ["cli"],
 )

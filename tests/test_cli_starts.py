@@ -94,3 +94,17 @@ def test_held_out_rows_are_evaluated_and_a_drafter_may_have_two_layers(folder, t
 def test_an_evaluation_without_held_out_rows_is_refused(folder, tmp_path):
     result = train(folder, tmp_path, "--eval_strategy", "steps")
     assert result.exit_code != 0 and "--hold-out" in result.output
+
+
+def test_a_stage_of_a_head_trains_a_trained_drafter_on(folder, tmp_path):
+    alone = train(folder, tmp_path / "none", "--stage", "router")
+    assert alone.exit_code != 0 and "pass it with --drafter" in str(alone.exception)
+    first = train(folder, tmp_path / "first", "--stage", "drafter")
+    assert first.exit_code == 0, first.output
+    for stage in ("router", "low_rank"):
+        own = ["--drafter", tmp_path / "first", "--stage", stage, "--head_rank", 4]
+        result = train(folder, tmp_path / stage, *own)
+        assert result.exit_code == 0, result.output
+        assert [path.name for path in (tmp_path / stage).iterdir() if path.is_dir()] == [stage]
+    assert AutoModel.from_pretrained(tmp_path / "router").config.draft_head == "routed"
+    assert AutoModel.from_pretrained(tmp_path / "low_rank").config.draft_head == "low_rank"

@@ -1,7 +1,16 @@
 """The commands of `coral-hf`, thin: each calls one public function."""
 
 # each adds its commands
-from . import checkpoints, comparing, data, decoding, features, measuring, training  # noqa: F401
+from . import (  # noqa: F401
+    checkpoints,
+    comparing,
+    data,
+    decoding,
+    features,
+    heads,
+    measuring,
+    training,
+)
 from .app import app
 
 __all__ = ["app"]

@@ -55,12 +55,16 @@ def train(
     lora_r: LoraRankOption = None,
     lora_alpha: LoraAlphaOption = None,
     lora_target: LoraTargetOption = None,
+    stage: Annotated[
+        list[str],
+        typer.Option(help="'drafter', 'joint', 'router', 'low_rank', one after the other."),
+    ] = ["drafter", "router"],  # noqa: B006
     router_epochs: Annotated[
         float, typer.Option(help="Epochs of the router's stage; 0 trains no router.")
     ] = 0.2,
     resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint.")] = False,
 ) -> None:
-    """Train a drafter and its router.
+    """Train a drafter and its router, or the stages that are given.
 
     Every other option is one of CoralTrainingArguments, as in any Trainer script: --learning_rate
     1e-3 --num_steps 3.
@@ -74,17 +78,34 @@ def train(
     model, tokenizer = load_target(target, dtype, device="cpu")
     first = _first_drafter(model, tokenizer, drafter, warm_start, layers)
     rows = load_rows(dataset, hold_out)
-    name = "drafter" if adapter is None else "adapter"
-    stages = [parse_arguments(output / name, context.args, stage="drafter")]
-    if router_epochs > 0:
-        router = {"stage": "router", "num_train_epochs": router_epochs, "max_steps": -1}
-        stages.append(parse_arguments(output / "router", context.args, **router))
+    chosen = _stages(stage, router_epochs, drafter is not None)
+    folders = {"drafter": "drafter" if adapter is None else "adapter"}
+    stages = [
+        parse_arguments(output / folders.get(name, name), context.args, stage=name, **fields)
+        for name, fields in chosen.items()
+    ]
     held_out = None
     if stages[0].eval_strategy != "no":
         held_out = load_rows(eval_dataset, 0) if eval_dataset else load_held_out(dataset, hold_out)
     trained = train_stages(model, tokenizer, rows, stages, first, resume, adapter, held_out)
     save(trained, tokenizer, output)
     typer.echo(f"The drafter is in {output}.")
+
+
+def _stages(names: list[str], router_epochs: float, has_drafter: bool) -> dict[str, dict]:
+    """Stages and what is set for them alone, in their order."""
+    first = next((name for name in names if name not in ("drafter", "joint")), None)
+    if first == names[0] and not has_drafter:
+        raise ValueError(
+            f"--stage {first} trains a head of a trained drafter; pass it with --drafter."
+        )
+    found: dict[str, dict] = {name: {} for name in names}
+    if len(names) > 1 and "router" in found:
+        # the options count for the drafter's stage, which is longer
+        found["router"] = {"num_train_epochs": router_epochs, "max_steps": -1}
+        if router_epochs == 0:
+            del found["router"]
+    return found
 
 
 def _lora(drafter: str | None, rank: int | None, alpha: int | None, targets: list[str] | None):

@@ -1,0 +1,99 @@
+"""Draft heads of one drafter are made once and measured in turn."""
+
+import json
+
+import pytest
+from test_cli import invoke
+from test_examples import folder  # noqa: F401  a saved target and its conversations
+
+from coral_hf import CoralDrafter
+from coral_hf.head_comparison import HeadReport, HeadTrial
+from coral_hf.head_comparison.report import read_share
+
+ROUTED = "routed grouping=contiguous num_groups=8 num_active_groups=2"
+
+
+def test_a_trial_says_what_its_head_is_made_and_read_with():
+    trial = HeadTrial.parse(f"{ROUTED} routing=union max_active_groups=3 active_mass=0.9")
+    assert trial.head == "routed" and trial.key == "routed-contiguous-8"
+    assert trial.made_with == {"grouping": "contiguous", "num_groups": 8}
+    assert trial.read_with == {
+        "num_active_groups": 2,
+        "routing": "union",
+        "max_active_groups": 3,
+        "active_mass": 0.9,
+    }
+    assert HeadTrial.parse("full").key == "full"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "begin it with a head"),
+        ("hot num_hot_tokens=4", "begin it with a head"),
+        ("routed grouping=kmeans", r"lacks \['num_groups'\]"),
+        ("routed grouping=kmeans num_groups=8 rank=3", "'rank=3' in .*: write name=value with one"),
+        ("low_rank head_rank", "'head_rank' in"),
+        ("frequency num_hot_tokens=many", "invalid literal"),
+    ],
+)
+def test_what_is_no_trial_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        HeadTrial.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "share"),
+    [
+        ({"draft_head": "full"}, 1.0),
+        ({"draft_head": "frequency", "num_hot_tokens": 100}, 0.1),
+        # 2 of 8 groups of 125, the router's 20 × 20 and 8 × 20
+        ({"draft_head": "routed", "num_groups": 8, "num_active_groups": 2}, 0.278),
+        # 5 of 20 channels of each row, and `down`
+        ({"draft_head": "low_rank", "head_rank": 5}, 0.255),
+    ],
+)
+def test_the_share_counts_all_that_is_read(fields, share):
+    assert read_share({"vocab_size": 1000, "hidden_size": 20, **fields}) == pytest.approx(share)
+
+
+def test_the_command_makes_heads_once_and_measures_them(folder):  # noqa: F811
+    from transformers import AutoModelForCausalLM
+
+    target = AutoModelForCausalLM.from_pretrained(folder / "target")
+    CoralDrafter.from_target(target).save_pretrained(folder / "drafter")
+    trials = [
+        ROUTED,
+        f"{ROUTED} routing=per_row",
+        "routed grouping=contiguous num_groups=4 num_active_groups=1",
+        "frequency num_hot_tokens=20",
+        "low_rank head_rank=4",
+    ]
+    out = folder / "heads"
+    names = [
+        *("--target", folder / "target", "--drafter", folder / "drafter"),
+        *("--dataset", folder / "talk.jsonl", "--prompts", folder / "talk.jsonl"),
+        *("--limit", 2, "--output", out, "--max-new-tokens", 8),
+        *(part for trial in trials for part in ("--trial", trial)),
+        *("--max_steps", 2, "--per_device_train_batch_size", 2, "--use_cpu", True),
+        *("--max_length", 64),
+    ]
+    assert invoke("compare-heads", *names).exit_code == 0
+    made = {path.name for path in (out / "heads").iterdir()}
+    assert made == {
+        *("full", "routed-contiguous-8", "routed-contiguous-4"),
+        *("frequency-20", "low_rank-4"),
+    }
+    report = HeadReport.from_json((out / "report.json").read_text())
+    assert [*report.trials] == ["full", *trials] and [*report.runs] == ["0.0", "1.0"]
+    for name in report.trials:
+        assert all(run.equals_plain for run in report.runs["0.0"] if run.method == name)
+    table = (out / "report.md").read_text()
+    assert "| low_rank head_rank=4 |" in table and "## T = 1" in table
+    assert (out / "sweep-0.png").stat().st_size > 1000
+    before = {path: path.stat().st_mtime_ns for path in (out / "heads").rglob("*.safetensors")}
+    assert invoke("compare-heads", *names).exit_code == 0
+    after = {path: path.stat().st_mtime_ns for path in (out / "heads").rglob("*.safetensors")}
+    assert before == after
+    config = json.loads((out / "heads" / "routed-contiguous-8" / "config.json").read_text())
+    assert config["is_router_trained"] and config["num_groups"] == 8
