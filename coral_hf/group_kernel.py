@@ -36,27 +36,29 @@ def fused_group_logits(
     block_rows = min(max(triton.next_power_of_2(rows), MIN_ROWS), MAX_ROWS)
     grid = (texts * slots, triton.cdiv(size, TOKENS), triton.cdiv(rows, block_rows))
     if logits.numel():
-        _group_logits[grid](
-            features.contiguous(),
-            weight,
-            bias,
-            active.contiguous(),
-            order,
-            logits,
-            rows,
-            hidden,
-            weight.shape[0],
-            slots,
-            size,
-            weight.stride(0),
-            HAS_BIAS=bias is not None,
-            HAS_ORDER=order is not None,
-            ROWS=block_rows,
-            TOKENS=TOKENS,
-            CHANNELS=ROW_BYTES // weight.element_size(),
-            num_stages=NUM_STAGES,
-            enable_fp_fusion=True,  # sums differ in the last bit without; its default changes
-        )
+        # Triton launches on the current GPU, which need not be the tensors'
+        with torch.cuda.device_of(logits):
+            _group_logits[grid](
+                features.contiguous(),
+                weight,
+                bias,
+                active.contiguous(),
+                order,
+                logits,
+                rows,
+                hidden,
+                weight.shape[0],
+                slots,
+                size,
+                weight.stride(0),
+                HAS_BIAS=bias is not None,
+                HAS_ORDER=order is not None,
+                ROWS=block_rows,
+                TOKENS=TOKENS,
+                CHANNELS=ROW_BYTES // weight.element_size(),
+                num_stages=NUM_STAGES,
+                enable_fp_fusion=True,  # sums differ in the last bit without; its default changes
+            )
     return logits
 
 

@@ -58,7 +58,8 @@ def test_benchmark_writes_its_report(drafter, folder):  # noqa: F811
 def test_help_names_every_command():
     result = invoke("--help")
     assert all(
-        name in result.output for name in ("train", "generate", "demo", "benchmark", "sweep")
+        name in result.output
+        for name in ("train", "generate", "demo", "benchmark", "sweep", "time-heads")
     )
 
 

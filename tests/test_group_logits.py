@@ -106,6 +106,36 @@ def test_the_kernel_computes_what_the_plain_form_does(name, dtype, has_both, int
     assert_same(interpreted[name, dtype, has_both], group_logits(*case), dtype)
 
 
+@needs_triton
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_kernel_compiles_for_gpus(dtype, tmp_path, monkeypatch):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from coral_hf import group_kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    pointers = dict.fromkeys(("features", "weight", "bias"), f"*{dtype}")
+    pointers |= {"active": "*i64", "order": "*i64", "logits": "*fp32"}
+    sizes = dict.fromkeys(("rows", "hidden", "vocab", "slots", "size", "weight_stride"), "i32")
+    constants = {"HAS_BIAS": True, "HAS_ORDER": True, "ROWS": 16, "TOKENS": 32, "CHANNELS": 64}
+    signature = pointers | sizes | dict.fromkeys(constants, "constexpr")
+    places = {name: (place,) for place, name in enumerate(signature)}
+    source = ASTSource(
+        group_kernel._group_logits,
+        signature,
+        {places[name]: value for name, value in constants.items()},
+        {
+            places[name]: [["tt.divisibility", 16]]
+            for name in (*pointers, "hidden", "weight_stride")
+        },
+    )
+    options = {"num_stages": group_kernel.NUM_STAGES, "enable_fp_fusion": True}
+    ptx = compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm["ptx"]
+    assert ("mma.sync" in ptx) == (dtype == "bf16")  # fp32 is summed exactly
+    assert "cp.async" in ptx  # what is read next is under way while this is summed
+
+
 @needs_cuda
 @needs_triton
 @pytest.mark.parametrize("extras", EXTRAS)

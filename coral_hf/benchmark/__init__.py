@@ -1,10 +1,13 @@
 """The same prompts with and without a drafter.
 
 `read_prompts` → `run_benchmark` → `Report`, or by batch size and context: `run_sweep` →
-`SweepReport`.
+`SweepReport`. The LM heads alone: `time_heads` → `HeadTimingReport`.
 """
 
 from .baselines import BigramDrafter
+from .head_timing import time_heads
+from .head_timing_report import HeadTimingReport
+from .head_timing_settings import HEAD_SHAPES, HeadShape, HeadTimingSettings
 from .measure import run_benchmark
 from .padding import pad_target
 from .prompts import Prompt, encode, read_prompts
@@ -17,6 +20,10 @@ from .sweep_settings import SweepSettings
 __all__ = [
     "BenchmarkSettings",
     "BigramDrafter",
+    "HEAD_SHAPES",
+    "HeadShape",
+    "HeadTimingReport",
+    "HeadTimingSettings",
     "Prompt",
     "Report",
     "SweepReport",
@@ -26,4 +33,5 @@ __all__ = [
     "read_prompts",
     "run_benchmark",
     "run_sweep",
+    "time_heads",
 ]

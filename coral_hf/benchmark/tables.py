@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, NamedTuple
 
 from .environment import Environment
+from .head_timing_settings import HeadTimingSettings
 from .mismatch import Mismatch
 from .settings import BenchmarkSettings
 from .summary import AcceptedDepth, Row
@@ -126,7 +127,9 @@ def environment_table(environment: Environment) -> TextTable:
     return TextTable("Environment", ("what", "value"), cells)
 
 
-def settings_table(settings: BenchmarkSettings | SweepSettings) -> TextTable:
+def settings_table(
+    settings: BenchmarkSettings | SweepSettings | HeadTimingSettings,
+) -> TextTable:
     cells = [(name, str(value)) for name, value in asdict(settings).items()]
     return TextTable("Settings", ("setting", "value"), cells)
 
