@@ -171,6 +171,8 @@ def all_at_once(folder: Path, **settings) -> dict:
         **{**settings, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
     )
     found["broken"] = stops_at_a_broken_row(folder)
+    noise = make_trainer(folder / "noisy", feature_noise=0.1).noise
+    found["noise"] = noise.on(torch.zeros(4, 8))
     return found
 
 
@@ -207,6 +209,19 @@ def resumed(
         trainer.add_callback(KillAt(kill_at))
     trainer.train(resume_from_checkpoint=resume)
     return results(trainer)
+
+
+def zero(folder: Path, **settings) -> dict:
+    """Two stages under DeepSpeed, and a run that goes on from the second of four steps."""
+    found = two_stages(folder, **settings)
+    settings |= {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "feature_noise": 0.1}
+    settings["optim"] = "adamw_torch"
+    for name, start in (("whole", None), ("resumed", str(folder / "run" / "checkpoint-2"))):
+        trainer = make_trainer(folder / "run", trainer_class=NoisyTrainer, **settings)
+        trainer.train(resume_from_checkpoint=start)
+        found[name] = results(trainer)
+    found["zero_stage"] = trainer.accelerator.state.deepspeed_plugin.zero_stage
+    return found
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ FILES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*
 # a part may import what stands before it; parts of one line never import each other
 ORDER = (
     ["configuration_coral"],
-    ["lm_head", "groups", "drafter_layers", "autotune"],
+    ["lm_head", "groups", "drafter_layers", "autotune", "prompt_batch"],
     ["router", "draft_head"],
     ["group_kernel"],
     ["group_logits"],

@@ -1,5 +1,8 @@
 """Settings of a training run that contradict each other raise before anything is loaded."""
 
+import dataclasses
+import json
+
 import pytest
 
 from coral_hf import CoralTrainingArguments
@@ -74,3 +77,31 @@ def test_a_recipe_gives_the_settings_that_are_not_given(tmp_path, recipe, expect
     assert tuple(getattr(args, name) for name in names) == expected
     own = make_arguments(tmp_path, recipe=recipe, num_steps=4, classification_weight=1.0)
     assert (own.num_steps, own.classification_weight, own.csra_weight) == (4, 1.0, expected[4])
+
+
+def weights(args: CoralTrainingArguments) -> tuple:
+    names = ("num_steps", "regression_weight", "classification_weight", "top_k_weight")
+    return tuple(getattr(args, name) for name in (*names, "csra_weight"))
+
+
+def test_a_changed_recipe_replaces_what_the_one_before_gave_and_nothing_else(tmp_path):
+    coral = make_arguments(tmp_path, classification_weight=1.0)
+    assert weights(dataclasses.replace(coral, recipe="hass")) == (3, 1.0, 1.0, 1.0, 0.0)
+    assert weights(dataclasses.replace(coral, recipe="eagle")) == (1, 1.0, 1.0, 0.0, 0.0)
+    # 0.1 is what CORAL's recipe gave, but here it is given
+    own = dataclasses.replace(coral, recipe="hass", csra_weight=0.1)
+    assert weights(own) == (3, 1.0, 1.0, 1.0, 0.1)
+    assert weights(dataclasses.replace(own, recipe="coral")) == (3, 1.0, 1.0, 0.0, 0.1)
+    assert weights(dataclasses.replace(own, recipe="hass")) == weights(own)
+    back = dataclasses.replace(dataclasses.replace(coral, recipe="eagle"), recipe="coral")
+    assert weights(back) == weights(coral)
+    with pytest.raises(ValueError, match="`csra_weight` is 0.1, but with `num_steps` 1"):
+        dataclasses.replace(own, recipe="eagle")
+
+
+def test_the_values_of_a_recipe_are_logged_as_plain_numbers(tmp_path):
+    args = make_arguments(tmp_path)
+    assert [type(value) for value in weights(args)] != [int, float, float, float, float]
+    for fields in (args.to_dict(), args.to_sanitized_dict(), json.loads(args.to_json_string())):
+        assert type(fields["num_steps"]) is int and fields["num_steps"] == 3
+        assert type(fields["csra_weight"]) is float and fields["csra_weight"] == 0.1

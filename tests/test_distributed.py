@@ -1,9 +1,11 @@
 """Two processes train what one would, and stop together; both run for real, on the CPU."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import launched
@@ -31,7 +33,9 @@ def launch(config: str, script: Path, *arguments: object, more: tuple = ()) -> s
     command += ["--mixed_precision", "no", "--main_process_port", str(free_port())]
     paths = os.pathsep.join([str(Path(coral_hf.__file__).parents[1]), str(TESTS)])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    environment["ACCELERATE_USE_CPU"] = "true"
+    # accelerate knows no DeepSpeed on a CPU that it is told to use, but it does without a GPU
+    environment["ACCELERATE_USE_CPU"] = str("deepspeed" not in config).lower()
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
         [*command, str(script), *map(str, arguments)],
         env=environment,
@@ -103,6 +107,12 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both(two):
         assert [name for name in saved if name[0] != "_"] == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_each_process_draws_its_own_feature_noise(two):
+    first, second = (process["noise"] for process in two)
+    assert 0.05 < min(first.abs().max(), second.abs().max()) < 0.1
+    assert not (first == second).any()
+
+
 @pytest.mark.slow
 def test_fsdp_shares_out_drafter_and_target_and_trains_the_same(one, tmp_path):
     launch("fsdp2.yaml", TESTS / "launched.py", tmp_path, "two_stages", SETTINGS)
@@ -117,6 +127,25 @@ def test_fsdp_shares_out_drafter_and_target_and_trains_the_same(one, tmp_path):
             torch.testing.assert_close(found[stage]["weights"][name], weight, rtol=1e-4, atol=1e-6)
         for entry, expected in zip(found[stage]["logs"][:3], one[stage]["logs"][:3], strict=True):
             assert entry == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_the_same_and_goes_on_bit_for_bit(one, tmp_path, stage):
+    settings = json.dumps({**json.loads(SETTINGS), "use_cpu": False, "ddp_backend": "gloo"})
+    launch(f"deepspeed_zero{stage}.yaml", TESTS / "launched.py", tmp_path, "zero", settings)
+    first, second = (torch.load(tmp_path / f"zero_{process}.pt") for process in (0, 1))
+    assert first["zero_stage"] == stage
+    for part in ("drafter", "router"):
+        for name, weight in one[part]["weights"].items():
+            torch.testing.assert_close(first[part]["weights"][name], weight, rtol=1e-4, atol=1e-6)
+            assert torch.equal(first[part]["weights"][name], second[part]["weights"][name])
+        for entry, expected in zip(first[part]["logs"][:3], one[part]["logs"][:3], strict=True):
+            assert entry == pytest.approx(expected, rel=1e-4)
+    assert first["resumed"]["logs"][:4] == first["whole"]["logs"][:4]
+    for name, weight in first["whole"]["weights"].items():
+        assert torch.equal(first["resumed"]["weights"][name], weight)
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("*.yaml")))

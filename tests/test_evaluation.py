@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import VOCAB, tiny_target
 from datasets import Dataset
+from test_data import CHAT, tiny_tokenizer
 from transformers import EarlyStoppingCallback
 
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
@@ -20,7 +21,6 @@ from coral_hf.training.evaluation.acceptance import (
     held_out_prompts,
     prompt_of,
 )
-from coral_hf.training.evaluation.rounds import left_padded
 from coral_hf.training.objectives import step_similarity
 
 TREE = {"tree_depth": 3, "tree_top_k": 4, "tree_nodes": 12}
@@ -96,6 +96,40 @@ def decoded(target, drafter, rows, **settings):
         )
         rounds += output.stats.round_lengths
     return rounds
+
+
+def test_conversations_given_to_evaluate_count_as_those_given_before(tmp_path):
+    target = tiny_target("llama", torch.float32, vocab_size=300)
+    chats = {
+        "short": Dataset.from_list([{"messages": CHAT}] * 3),
+        "long": Dataset.from_list([{"messages": CHAT * 2}, {"messages": CHAT * 3}]),
+    }
+    trainer = CoralTrainer(
+        model=CoralDrafter.from_target(target),
+        target_model=target,
+        args=CoralTrainingArguments(
+            output_dir=str(tmp_path), eval_prompts=2, plots=False, report_to="none", use_cpu=True
+        ),
+        eval_dataset=chats,
+        processing_class=tiny_tokenizer(),
+    )
+    expected = trainer.evaluate()
+    found = trainer.evaluate(chats)
+    long = trainer.evaluate(chats["long"], metric_key_prefix="eval_long")
+    names = [name for name in expected if name.endswith(("loss", "acceptance_length"))]
+    assert len(names) == 6
+    for name in names:
+        assert found[name] == expected[name]
+        assert name not in long or long[name] == expected[name]
+    with pytest.raises(ValueError, match="`dataset` is a list; give a `datasets.Dataset`"):
+        trainer.evaluate([{"messages": CHAT}])
+
+
+def test_rows_beyond_the_limit_are_refused_by_evaluate_too(target, rows, tmp_path):
+    trainer = make_trainer(target, rows, tmp_path, max_length=20)
+    row = {name: [*values, values[-1]] for name, values in rows[0].items()}
+    with pytest.raises(ValueError, match="`max_length` is 20, but a row of `dataset` has 21"):
+        trainer.evaluate(Dataset.from_list([row]))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -292,11 +326,6 @@ def test_rows_without_a_usable_prompt_are_refused(target, rows, tmp_path):
     texts = [dict(row, labels=[-100, -100, *row["input_ids"][2:]]) for row in rows]
     with pytest.raises(ValueError, match="or `eval_prompt_length`"):
         prompts_of(target, texts, tmp_path, eval_prompts=24, eval_prompt_length=20)
-
-
-def test_prompts_are_padded_on_the_left():
-    ids, mask = left_padded([[5, 6, 7], [8]], pad=3)
-    assert ids.tolist() == [[5, 6, 7], [3, 3, 8]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
 def test_lengths_of_rounds_become_metrics():

@@ -209,7 +209,24 @@ def test_deleting_leaves_what_is_not_the_caches(target, rows, tmp_path):
         delete_features(tmp_path / "cache")
 
 
-def test_rows_are_grouped_by_their_lengths(target, rows, tmp_path):
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_rows_are_grouped_by_length_without_opening_a_shard(
+    target, rows, tmp_path, monkeypatch, strategy
+):
+    write_features(target, rows, tmp_path / "cache", shard_bytes=2000)
+    orders = []
+    for dataset in (rows, CachedFeatures(tmp_path / "cache")):
+        trainer = make_trainer(target, list(rows), tmp_path, train_sampling_strategy=strategy)
+        monkeypatch.setattr(CachedFeatures, "_file", None)  # which opens them
+        samplers = trainer._get_train_sampler(dataset), trainer._get_eval_sampler(dataset)
+        monkeypatch.undo()
+        torch.manual_seed(0)
+        orders.append([[*sampler] for sampler in samplers])
+    assert orders[0] == orders[1]
+    assert orders[0][0] != sorted(orders[0][0]) and sorted(orders[0][1]) == list(range(len(rows)))
+
+
+def test_a_training_reads_rows_that_are_grouped_by_length(target, rows, tmp_path):
     write_features(target, rows, tmp_path / "cache", shard_bytes=2000)
     cached = CachedFeatures(tmp_path / "cache")
     assert [row["input_ids"] for row in cached] == rows["input_ids"]

@@ -19,8 +19,9 @@ from coral_hf import CoralDrafter
 from coral_hf.cli import app
 from coral_hf.training.data import load_conversations, tokenize
 from coral_hf.training.regeneration.answer_file import open_answers
-from coral_hf.training.regeneration.answers import GumbelNoise, Speaker, seed_of
+from coral_hf.training.regeneration.answers import GumbelNoise, Speaker
 from coral_hf.training.regeneration.regenerate import RegenerationSettings, regenerate
+from coral_hf.training.seeds import seed_of
 
 WORDS = ["hi", "so?", "when and where", "tell me more", "no", "a longer question than most"]
 END = 1  # <end>
@@ -162,9 +163,9 @@ def test_a_batch_of_which_a_row_is_lost_is_answered_as_a_whole(target, tmp_path,
     output.write_bytes(output.read_bytes()[:-9])
     generate = target.generate
 
-    def noted(ids: Any, **kwargs: Any) -> Any:
-        sizes.append(len(ids))
-        return generate(ids, **kwargs)
+    def noted(**kwargs: Any) -> Any:
+        sizes.append(len(kwargs["input_ids"]))
+        return generate(**kwargs)
 
     monkeypatch.setattr(target, "generate", noted)
     run(target, output, batch_size=3)

@@ -27,6 +27,7 @@ SETTINGS = {
     "save_strategy": "steps",
     "save_steps": 1,
     "logging_steps": 2,
+    "feature_noise": 0.1,
 }
 
 

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from coral_hf import CoralDrafter
 from coral_hf.benchmark import Prompt, SweepReport, SweepSettings, run_sweep
-from coral_hf.benchmark.calls import Call, Caller, left_padded
+from coral_hf.benchmark.calls import Call, Caller
 from coral_hf.benchmark.sweep_summary import batch_rows, context_rows
+from coral_hf.prompt_batch import left_padded
 
 TREE = {"tree_depth": 3, "tree_top_k": 3, "tree_nodes": 8}
 SENTENCES = ["w5 w6 w7", "w9", "w3 w3 w4 w8 w9", "w11 w2", "w7 w7", "w30 w31", "w20 w4"]
@@ -126,12 +127,6 @@ def test_a_round_is_compared_with_a_plain_token():
     assert (row.draft_milliseconds, row.verify_milliseconds) == (100, 200)
     assert row.other_milliseconds == 50
     assert (row.round_milliseconds, row.break_even, row.tau) == (350, 0.7, 2.0)
-
-
-def test_prompts_are_padded_on_the_left():
-    batch = left_padded([torch.tensor([5]), torch.tensor([6, 7, 8])], 0)
-    assert batch["input_ids"].tolist() == [[0, 0, 5], [6, 7, 8]]
-    assert batch["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
 
 
 def test_both_methods_answer_alike_and_each_row_ends_at_its_own_stop(target, own_drafter):

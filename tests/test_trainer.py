@@ -301,7 +301,7 @@ def test_feature_noise_is_read_in_training_and_never_the_goal(target, rows, tmp_
     assert not torch.equal(noisy.predicted, clear.predicted)
     assert torch.equal(noisy.target, clear.target)
     features = torch.zeros(4, 50, 32)
-    noise = trainer._noisy(features)
+    noise = trainer.noise.on(features)
     assert noise.abs().max() <= 0.1 and noise.std() == pytest.approx(0.1 / 3**0.5, rel=0.1)
 
 

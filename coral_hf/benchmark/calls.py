@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteriaList
 
@@ -118,16 +117,3 @@ class Caller(NamedTuple):
         for row in sequences[:, batch["input_ids"].shape[1] :].tolist():
             ends = (index + 1 for index, token in enumerate(row) if token in self.stops)
             yield row[: next(ends, len(row))]
-
-
-def left_padded(
-    rows: Sequence[Tensor], pad_token: int, device: torch.device | None = None
-) -> dict[str, Tensor]:
-    """Ids and mask (batch, longest) of prompts, each (length,)."""
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), pad_token)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, longest - len(row) :] = row
-        mask[index, longest - len(row) :] = 1
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

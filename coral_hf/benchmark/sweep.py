@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .calls import Call, Caller, left_padded
+from ..prompt_batch import left_padded
+from .calls import Call, Caller
 from .environment import describe_environment
 from .prompts import Prompt, encode
 from .sweep_report import SweepReport

@@ -1,6 +1,6 @@
 """Commands that measure a drafter."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,39 +25,44 @@ from .options import (
     given,
 )
 
+MeasuredDrafterOption = Annotated[
+    str | None, typer.Option(help="The drafter; an untrained one by default.")
+]
+MethodsOption = Annotated[
+    list[str], typer.Option("--method", help="plain, coral, bigram, prompt_lookup, assisted.")
+]
+AssistantOption = Annotated[
+    str | None, typer.Option(help="A small model for the method 'assisted'.")
+]
+BigramOption = Annotated[str | None, typer.Option(help="Text that the method 'bigram' counts.")]
+NotCountedOption = Annotated[
+    int, typer.Option(help="Rows at the end of --bigram-dataset that are not counted.")
+]
+SpeculationOption = Annotated[
+    str, typer.Option(help="'always' drafts in every round, 'adaptive' where it pays.")
+]
+
 
 @app.command()
 def benchmark(
     target: TargetOption,
     prompts: PromptsOption,
     output: ReportOption,
-    drafter: Annotated[
-        str | None, typer.Option(help="The drafter; an untrained one by default.")
-    ] = None,
-    methods: Annotated[
-        list[str], typer.Option("--method", help="plain, coral, bigram, prompt_lookup, assisted.")
-    ] = ["plain", "coral"],  # noqa: B006
+    drafter: MeasuredDrafterOption = None,
+    methods: MethodsOption = ["plain", "coral"],  # noqa: B006
     limit: LimitOption = None,
     last: LastOption = None,
     user_turn: UserTurnOption = -1,
-    assistant: Annotated[
-        str | None, typer.Option(help="A small model for the method 'assisted'.")
-    ] = None,
-    bigram_dataset: Annotated[
-        str | None, typer.Option(help="Text that the method 'bigram' counts.")
-    ] = None,
-    hold_out: Annotated[
-        int, typer.Option(help="Rows at the end of --bigram-dataset that are not counted.")
-    ] = 0,
+    assistant: AssistantOption = None,
+    bigram_dataset: BigramOption = None,
+    hold_out: NotCountedOption = 0,
     pad_layers: PadOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     repeats: Annotated[int, typer.Option(help="Runs of each prompt and method.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     dtype: DtypeOption = "auto",
-    speculation: Annotated[
-        str, typer.Option(help="'always' drafts in every round, 'adaptive' where it pays.")
-    ] = "always",
+    speculation: SpeculationOption = "always",
     draft_head: HeadOption = None,
     tree_depth: DepthOption = None,
     tree_top_k: TopKOption = None,
@@ -89,17 +94,13 @@ def benchmark(
             drawn_tree=drawn_tree,
         ),
     )
-    report = run_benchmark(
-        model,
-        load_drafter(drafter, model),
-        tokenizer,
-        items,
-        settings,
-        assistant=None if assistant is None else load_target(assistant, dtype)[0],
-        bigram=None
-        if bigram_dataset is None
-        else count_bigrams(bigram_dataset, hold_out, model, tokenizer),
-    )
+    others: dict[str, Any] = {}
+    if assistant is not None:
+        others["assistant"] = load_target(assistant, dtype)[0]
+    if bigram_dataset is not None:
+        others["bigram"] = count_bigrams(bigram_dataset, hold_out, model, tokenizer)
+    loaded = load_drafter(drafter, model)
+    report = run_benchmark(model, loaded, tokenizer, items, settings, **others)
     report.write(output)
     Console().print(report.to_rich_table())
 

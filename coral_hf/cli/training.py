@@ -70,6 +70,7 @@ def train(
     1e-3 --num_steps 3.
     """
     from ..training import parse_arguments
+    from ..training.adapters import with_adapter
     from ..training.stages import save
     from ..training.stages import train as train_stages
 
@@ -77,6 +78,7 @@ def train(
     # each process of a run has a GPU of its own, to which its trainer moves the target
     model, tokenizer = load_target(target, dtype, device="cpu")
     first = _first_drafter(model, tokenizer, drafter, warm_start, layers)
+    first = with_adapter(first, "drafter", adapter)
     rows = load_rows(dataset, hold_out)
     chosen = _stages(stage, router_epochs, drafter is not None)
     folders = {"drafter": "drafter" if adapter is None else "adapter"}
@@ -87,7 +89,7 @@ def train(
     held_out = None
     if stages[0].eval_strategy != "no":
         held_out = load_rows(eval_dataset, 0) if eval_dataset else load_held_out(dataset, hold_out)
-    trained = train_stages(model, tokenizer, rows, stages, first, resume, adapter, held_out)
+    trained = train_stages(model, tokenizer, rows, stages, first, resume, held_out)
     save(trained, tokenizer, output)
     typer.echo(f"The drafter is in {output}.")
 

@@ -211,14 +211,10 @@ def decoder_of(
         # who gets a cache may go on with it
         goes_on = generation_config.return_dict_in_generate or is_users(given)
         records = Records(generation_config, len(input_ids), sliding_windows(model))
-        scorer = TargetScorer(
-            target,
-            takes_tree,
-            continued_cache(given, input_ids, whole_length(input_ids, model_kwargs)),
-            position_limit(model),
-            records.wants,
-            keeps_rows=goes_on,
-        )
+        length = whole_length(input_ids, model_kwargs)
+        cache = continued_cache(given, input_ids, length)
+        limit = position_limit(model)
+        scorer = TargetScorer(target, takes_tree, cache, limit, records.wants, keeps_rows=goes_on)
         loop = DecodingLoop(
             drafting(target, getattr(given, MEMORY, None)),
             scorer,

@@ -9,7 +9,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..configuration_coral import GROUPINGS
-from .recipes import RECIPES
+from .recipes import RECIPES, fill, plain
 from .token_loss import TokenWeights
 
 CHOICES = {
@@ -109,9 +109,7 @@ class CoralTrainingArguments(TrainingArguments):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; use one of {choices}.")
-        for name, value in RECIPES[self.recipe]._asdict().items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        fill(self, self.recipe)
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; use {least} or more.")
@@ -131,12 +129,22 @@ class CoralTrainingArguments(TrainingArguments):
                 f"{', '.join(f'`{name}`' for name in WEIGHTS[:3])} are all 0, so that nothing"
                 " ties the drafter to its target; give one of them a weight."
             )
+        if self.use_liger_kernel and (self.top_k_weight or not self.classification_weight):
+            raise ValueError(
+                f"`use_liger_kernel` is of the classification loss alone, but `top_k_weight` is"
+                f" {self.top_k_weight} and `classification_weight` {self.classification_weight};"
+                " leave it out, or use top_k_weight=0 and a classification_weight above 0."
+            )
 
     @property
     def token_weights(self) -> TokenWeights:
         """The weights of the losses on tokens."""
         assert self.classification_weight is not None and self.top_k_weight is not None
-        return TokenWeights(self.classification_weight, self.top_k_weight, self.top_k)
+        return TokenWeights(plain(self.classification_weight), plain(self.top_k_weight), self.top_k)
+
+    def to_dict(self) -> dict[str, Any]:
+        """See [`~transformers.TrainingArguments.to_dict`]."""
+        return {name: plain(value) for name, value in super().to_dict().items()}
 
 
 def parse_arguments(

@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from .averages import RunningAverages
 from .guards import check_weights
+from .noise import FeatureNoise
 from .run_lock import sole_run
 
 # uploads to the Hub leave out what begins with an underscore
@@ -28,6 +29,7 @@ class CheckpointedTrainer(Trainer):
     """A `Trainer` that holds its folder alone and never shows a half-written checkpoint."""
 
     averages: RunningAverages
+    noise: FeatureNoise
     _is_staging = False
 
     def train(self, *args, **kwargs):
@@ -118,28 +120,30 @@ class CheckpointedTrainer(Trainer):
         if not self._is_staging:  # it is pushed from its final place
             super()._push_from_checkpoint(checkpoint_folder)
 
-    # What was summed up since the last log entry travels with the state of the random numbers, of
-    # which each process writes its own and which `Trainer` reads once when a run goes on.
+    # The noise and what was summed up since the last log entry travel with the random numbers, of
+    # which each process writes its own state and which `Trainer` reads once when a run goes on.
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        unlogged = {
+        state = {
             "loss": self._tr_loss,
             "last_step": self._globalstep_last_logged,
             "averages": self.averages.state_dict(),
+            "noise": self.noise.state_dict(),
         }
-        torch.save(unlogged, self._unlogged(output_dir))
+        torch.save(state, self._state_file(output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        if checkpoint is None or not self._unlogged(checkpoint).is_file():
+        if checkpoint is None or not self._state_file(checkpoint).is_file():
             return
-        unlogged = torch.load(self._unlogged(checkpoint), map_location="cpu", weights_only=True)
-        self._tr_loss = unlogged["loss"].to(self.args.device)
-        self._globalstep_last_logged = unlogged["last_step"]
-        self.averages.load_state_dict(unlogged["averages"], self.args.device)
+        state = torch.load(self._state_file(checkpoint), map_location="cpu", weights_only=True)
+        self._tr_loss = state["loss"].to(self.args.device)
+        self._globalstep_last_logged = state["last_step"]
+        self.averages.load_state_dict(state["averages"], self.args.device)
+        self.noise.load_state_dict(state["noise"])
 
-    def _unlogged(self, folder: str) -> Path:
-        return Path(folder, f"unlogged_{self.args.process_index}.pth")
+    def _state_file(self, folder: str) -> Path:
+        return Path(folder, f"coral_state_{self.args.process_index}.pth")
 
 
 def _publish(staged: Path, whole: Path) -> None:

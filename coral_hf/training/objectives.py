@@ -13,6 +13,7 @@ from ..groups import Groups
 from ..lm_head import LMHead
 from .arguments import CoralTrainingArguments
 from .csra import csra_loss, of_other_devices
+from .liger_loss import LigerChunkLoss
 from .losses import regression_loss, router_loss
 from .token_loss import token_loss
 
@@ -38,7 +39,8 @@ class Losses(NamedTuple):
 def drafter_losses(unrolled: Unrolled, args: CoralTrainingArguments, head: LMHead) -> Losses:
     """L_reg, L_cls and L_topk of all steps, and L_csra, each with its weight."""
     predicted, target, _ = unrolled
-    tokens = token_loss(predicted, target, head.logits, args.token_weights)
+    kernel = LigerChunkLoss() if args.use_liger_kernel else None
+    tokens = token_loss(predicted, target, head.logits, args.token_weights, chunk_loss=kernel)
     regression = regression_loss(predicted, target)
     assert args.regression_weight is not None, "the recipe gives what is not set"
     terms = {"regression": args.regression_weight * regression.sum(), "tokens": tokens.loss.sum()}

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from .arguments import CoralTrainingArguments
 from .data import pack_dataset, prepare_dataset
 from .data.vocabulary import check_rows
-from .feature_cache import CachedFeatures
+from .feature_cache import CachedFeatures, Outline
 
 
 def training_rows(
@@ -43,6 +43,11 @@ def training_rows(
     return pack_dataset(dataset, args.max_length) if packing and not is_packed else dataset
 
 
+def outline(dataset: Any) -> Any:
+    """What samplers read of a dataset: of a feature cache the lengths of its rows alone."""
+    return Outline(dataset) if isinstance(dataset, CachedFeatures) else dataset
+
+
 def _check_lengths(dataset: Any, max_length: int) -> None:
     """That rows of tokens, which are taken as they are, keep to the limit; streams are not read."""
     import datasets
@@ -64,9 +69,10 @@ def _check_cache(dataset: CachedFeatures, args: CoralTrainingArguments, packing:
             f"`packing` is True, but each row of the cache in {dataset.folder} is one document;"
             " write the cache with packing, or pass packing=False."
         )
-    if dataset.longest > args.max_length:
+    longest = max(dataset.lengths)
+    if longest > args.max_length:
         raise ValueError(
             f"`max_length` is {args.max_length}, but the cache in {dataset.folder} has rows of up"
-            f" to {dataset.longest} tokens; pass max_length={dataset.longest}, or write it with"
+            f" to {longest} tokens; pass max_length={longest}, or write it with"
             f" max_length {args.max_length}."
         )

@@ -7,7 +7,7 @@ loads.
 from pathlib import Path
 
 from accelerate import PartialState
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -21,9 +21,8 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     dataset,
     stages: list[CoralTrainingArguments],
-    drafter: CoralDrafter | None = None,
+    drafter: CoralDrafter | PeftModel | None = None,
     resume: bool = False,
-    peft_config: PeftConfig | None = None,
     eval_dataset=None,
 ) -> CoralDrafter:
     """Run training stages one after the other on one drafter.
@@ -34,10 +33,9 @@ def train(
         dataset: conversations in any form that `prepare_dataset` takes, or `CachedFeatures`.
         stages: usually one with `stage="drafter"` and one with `stage="router"`, each with its own
             `output_dir`.
-        drafter: to be trained on; a fresh one in fp32 by default.
+        drafter: to be trained on; a fresh one in fp32 by default. Of one in a `PeftModel` (see
+            `with_adapter`) the adapter is trained, saved in the first stage's folder, and merged.
         resume: continue each stage from its last checkpoint, where it has one.
-        peft_config: of an adapter that is trained in place of the drafter, saved in the first
-            stage's folder, and merged.
         eval_dataset: held-out conversations, for arguments with an `eval_strategy`.
     """
     drafter = CoralDrafter.from_target(target).float() if drafter is None else drafter
@@ -49,7 +47,6 @@ def train(
             train_dataset=dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            peft_config=peft_config if args.stage == "drafter" else None,
         )
         trainer.train(resume_from_checkpoint=_last_checkpoint(args) if resume else None)
         if isinstance(trainer.drafter, PeftModel):

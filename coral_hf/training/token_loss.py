@@ -40,6 +40,7 @@ def token_loss(
     logits_of: LogitsOf,
     weights: TokenWeights = CLASSIFICATION,
     chunk_size: int = 128,
+    chunk_loss: "ChunkLoss | None" = None,
 ) -> TokenLoss:
     """Distil the target's distribution p of the next token into the drafter's q.
 
@@ -55,32 +56,34 @@ def token_loss(
         target: (positions, hidden).
         logits_of: the target's LM head.
         chunk_size: rows of logits held at a time.
+        chunk_loss: of a chunk's logits; in torch's own operations by default.
     """
-    return TokenLoss(*_ChunkedTokenLoss.apply(predicted, target, logits_of, weights, chunk_size))
+    chunk_loss = TorchChunkLoss() if chunk_loss is None else chunk_loss
+    return TokenLoss(
+        *_ChunkedTokenLoss.apply(predicted, target, logits_of, weights, chunk_size, chunk_loss)
+    )
 
 
 class _ChunkedTokenLoss(torch.autograd.Function):
     """`plain_token_loss` with the gradient computed chunk by chunk in the forward pass."""
 
     @staticmethod
-    def forward(ctx, predicted, target, logits_of, weights, chunk_size):
+    def forward(ctx, predicted, target, logits_of, weights, chunk_size, chunk_loss):
         steps, positions, _ = predicted.shape
         classification, top_k = predicted.new_zeros(2, steps, dtype=torch.float32)
         agreed = torch.zeros(steps, positions, dtype=torch.bool, device=predicted.device)
         gradient = torch.zeros_like(predicted)
-        # chunks share two buffers: large temporaries cost page faults at every allocation
-        target_buffer = logits_buffer = None
+        target_buffer = None
         for start in range(0, positions, chunk_size):
             rows = slice(start, start + chunk_size)
             with torch.no_grad():
                 target_buffer = _refill(target_buffer, logits_of(target[rows]))
-            goal = _Goal.of(target_buffer[: len(target[rows])], weights)
+            goal = Goal.of(target_buffer[: len(target[rows])], weights)
             for step in range(steps):
                 features = predicted[step, rows].detach().requires_grad_()
                 with torch.enable_grad():
                     raw = logits_of(features)
-                logits_buffer = _refill(logits_buffer, raw.detach())
-                found = _chunk(logits_buffer[: len(features)], goal, weights)
+                found = chunk_loss(raw.detach(), goal, weights)
                 classification[step] += found.classification
                 top_k[step] += found.top_k
                 agreed[step, rows] = found.agreed
@@ -95,10 +98,10 @@ class _ChunkedTokenLoss(torch.autograd.Function):
     def backward(ctx, loss_gradient: Tensor, *_):
         (gradient,) = ctx.saved_tensors
         slopes = gradient * loss_gradient[:, None, None].to(gradient.dtype)
-        return slopes, None, None, None, None
+        return slopes, None, None, None, None, None
 
 
-class _Goal(NamedTuple):
+class Goal(NamedTuple):
     """The target's side of a chunk."""
 
     probs: Tensor  # (rows, vocab)
@@ -107,7 +110,7 @@ class _Goal(NamedTuple):
     top_tokens: Tensor  # (rows, k)
 
     @classmethod
-    def of(cls, logits: Tensor, weights: TokenWeights) -> "_Goal":
+    def of(cls, logits: Tensor, weights: TokenWeights) -> "Goal":
         """(rows, vocab) → the goal, whose probabilities take the place of the logits."""
         first = logits.argmax(-1)
         probs = torch.softmax(logits, -1, out=logits)
@@ -115,7 +118,7 @@ class _Goal(NamedTuple):
         return cls(probs, first, *probs.topk(k, dim=-1))
 
 
-class _Chunk(NamedTuple):
+class Chunk(NamedTuple):
     """The losses of one step on a chunk, and their gradient with respect to its logits."""
 
     classification: Tensor  # ()
@@ -124,20 +127,35 @@ class _Chunk(NamedTuple):
     slope: Tensor  # (rows, vocab)
 
 
-def _chunk(logits: Tensor, goal: _Goal, weights: TokenWeights) -> _Chunk:
-    """The losses of (rows, vocab) logits, in whose place the gradient is written."""
-    highest, first = logits.max(-1, keepdim=True)
-    logits -= highest
-    classification = -torch.dot(goal.probs.view(-1), logits.view(-1))
-    top_logits = logits.gather(-1, goal.top_tokens)  # (rows, k)
-    total = logits.exp_().sum(-1, keepdim=True)
-    log_total = total.log()
-    top_k = (goal.top_probs * (log_total - top_logits)).sum()
-    mass = weights.classification + weights.top_k * goal.top_probs.sum(-1, keepdim=True)
-    # mass · softmax(z) - w_cls p - w_topk p over the top k
-    slope = logits.mul_(mass / total).sub_(goal.probs, alpha=weights.classification)
-    slope.scatter_add_(-1, goal.top_tokens, -weights.top_k * goal.top_probs)
-    return _Chunk(classification + log_total.sum(), top_k, first[:, 0] == goal.first, slope)
+# logits (rows, vocab), which it may overwrite, the goal, the weights → the losses
+ChunkLoss = Callable[[Tensor, Goal, TokenWeights], Chunk]
+
+
+class TorchChunkLoss:
+    """The losses of a chunk in torch's own operations.
+
+    Chunks share a buffer: large temporaries cost page faults at every allocation.
+    """
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+
+    def __call__(self, logits: Tensor, goal: Goal, weights: TokenWeights) -> Chunk:
+        """The losses of (rows, vocab) logits, and in the buffer their gradient."""
+        self._buffer = _refill(self._buffer, logits)
+        logits = self._buffer[: len(logits)]
+        highest, first = logits.max(-1, keepdim=True)
+        logits -= highest
+        classification = -torch.dot(goal.probs.view(-1), logits.view(-1))
+        top_logits = logits.gather(-1, goal.top_tokens)  # (rows, k)
+        total = logits.exp_().sum(-1, keepdim=True)
+        log_total = total.log()
+        top_k = (goal.top_probs * (log_total - top_logits)).sum()
+        mass = weights.classification + weights.top_k * goal.top_probs.sum(-1, keepdim=True)
+        # mass · softmax(z) - w_cls p - w_topk p over the top k
+        slope = logits.mul_(mass / total).sub_(goal.probs, alpha=weights.classification)
+        slope.scatter_add_(-1, goal.top_tokens, -weights.top_k * goal.top_probs)
+        return Chunk(classification + log_total.sum(), top_k, first[:, 0] == goal.first, slope)
 
 
 def _refill(buffer: Tensor | None, logits: Tensor) -> Tensor:

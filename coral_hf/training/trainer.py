@@ -35,8 +35,10 @@ from .feature_cache import CachedFeatures
 from .features import Features
 from .guards import FiniteGuard
 from .head_stages import FROZEN_DRAFTER, add_heads, announce, choose_trained
+from .liger_loss import check_liger
+from .noise import FeatureNoise
 from .objectives import Losses, Unrolled, drafter_losses, low_rank_losses, router_losses
-from .rows import training_rows
+from .rows import outline, training_rows
 from .unroll import unroll
 
 COLUMNS = ["input_ids", "attention_mask", "labels", "position_ids", "features"]
@@ -76,6 +78,8 @@ class CoralTrainer(CheckpointedTrainer):
     ):
         self.target = read_target(target_model.eval().requires_grad_(False), model.config)
         check_target(target_model)
+        if args.use_liger_kernel:
+            check_liger(args)
         self.features = Features(target_model)
         model = with_adapter(model, args.stage, peft_config)
         if processing_class is not None:
@@ -100,6 +104,7 @@ class CoralTrainer(CheckpointedTrainer):
         if self.args.plots:
             self.add_callback(PlotCallback(self.callback_handler))
         self.averages = RunningAverages()
+        self.noise = FeatureNoise(args.feature_noise, args.seed, args.process_index, args.device)
         self._guard = FiniteGuard(self.args.process_index, self._gather)
         self.add_callback(self._guard)
         place_target(target_model, self)
@@ -130,8 +135,16 @@ class CoralTrainer(CheckpointedTrainer):
         return output
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
-        """See [`~transformers.Trainer.evaluate`]; adds acceptance lengths to its metrics."""
+        """See [`~transformers.Trainer.evaluate`]; adds acceptance lengths to its metrics.
+
+        Args:
+            eval_dataset: conversations, as when the trainer is made, or several by name.
+        """
         self._check_caches(eval_dataset)
+        # of several, by name or as a dict, `Trainer` evaluates each on its own
+        if eval_dataset is not None and not isinstance(eval_dataset, dict | str):
+            size = self.drafter.config.vocab_size
+            eval_dataset = training_rows(eval_dataset, self.processing_class, self.args, size)
         with self.evaluation.running():
             return super().evaluate(eval_dataset, *args, **kwargs)
 
@@ -144,6 +157,13 @@ class CoralTrainer(CheckpointedTrainer):
             found = self.evaluation.metrics(self.drafter, dataloader.dataset, self.accelerator)
             output.metrics.update({f"{metric_key_prefix}_{name}": found[name] for name in found})
         return output
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return super()._get_train_sampler(outline(dataset))
+
+    def _get_eval_sampler(self, eval_dataset):
+        return super()._get_eval_sampler(outline(eval_dataset))
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = COLUMNS
@@ -172,9 +192,9 @@ class CoralTrainer(CheckpointedTrainer):
         features = self.features.of(inputs)
         embeddings = self.target.embed(input_ids[:, 1:])
         with torch.set_grad_enabled(self._trains_drafter and torch.is_grad_enabled()):
-            noisy = self._noisy(features[:, :-1]) if model.training else features[:, :-1]
+            read = self.noise.on(features[:, :-1]) if model.training else features[:, :-1]
             steps = self.evaluation.num_steps(self.drafter)
-            predicted = unroll(model, embeddings, noisy, steps, positions)
+            predicted = unroll(model, embeddings, read, steps, positions)
         self.evaluation.note(self.drafter, predicted, features, labels)
         predicted = predicted[: self.args.num_steps]
         # position t predicts feature t + 1, whose token is t + 2; the last is beyond the text
@@ -182,11 +202,6 @@ class CoralTrainer(CheckpointedTrainer):
         trained[:, :-1] = labels[:, 2:] != -100
         lengths = _lengths(trained, positions)
         return Unrolled(predicted[:, trained], features[:, 1:][trained], lengths)
-
-    def _noisy(self, features: Tensor) -> Tensor:
-        """Features as an imperfect drafter might see them (EAGLE, data augmentation)."""
-        most = self.args.feature_noise
-        return features + torch.empty_like(features).uniform_(-most, most) if most else features
 
     def _losses(self, model, unrolled: Unrolled) -> Losses:
         head, stage = self.target.head, self.args.stage

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from ...modeling_coral import CoralDrafter
+from ...prompt_batch import left_padded
 from ...target import Target, tree_obstacle
 
 
@@ -33,10 +32,9 @@ def decoded_rounds(
     torch.manual_seed(answers.seed)
     rounds: list[int] = []
     for start in range(0, len(prompts), size):
-        ids, mask = left_padded(prompts[start : start + size], pad)
+        batch = left_padded(prompts[start : start + size], pad, target.device)
         output = target.model.generate(
-            ids.to(target.device),
-            attention_mask=mask.to(target.device),
+            **batch,
             assistant_model=drafter,
             speculation="always",
             return_dict_in_generate=True,
@@ -53,11 +51,3 @@ def _sampling(temperature: float) -> dict[str, Any]:
     if temperature == 0:
         return {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-
-
-def left_padded(prompts: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """`input_ids` and `attention_mask` of prompts, (batch, length) each."""
-    longest = max(map(len, prompts))
-    ids = [F.pad(torch.tensor(ids), (longest - len(ids), 0), value=pad) for ids in prompts]
-    mask = [F.pad(torch.ones(len(ids)).long(), (longest - len(ids), 0)) for ids in prompts]
-    return torch.stack(ids), torch.stack(mask)

@@ -3,7 +3,7 @@
 plan → write (shards of safetensors and an index) → `CachedFeatures`, a dataset for the trainer.
 """
 
-from .dataset import CachedFeatures
+from .dataset import CachedFeatures, Outline
 from .index import INDEX, delete_features
 from .plan import Plan, plan_features
 from .writer import write_features
@@ -11,6 +11,7 @@ from .writer import write_features
 __all__ = [
     "INDEX",
     "CachedFeatures",
+    "Outline",
     "Plan",
     "delete_features",
     "plan_features",

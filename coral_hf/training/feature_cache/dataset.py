@@ -75,9 +75,9 @@ class CachedFeatures(Dataset):
         return {**self.__dict__, "_files": {}}
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest row."""
-        return max(b - a for offsets in self._offsets for a, b in pairwise(offsets))
+    def lengths(self) -> list[int]:
+        """(rows,): tokens of each row, for which nothing is read."""
+        return [b - a for offsets in self._offsets for a, b in pairwise(offsets)]
 
     @property
     def is_packed(self) -> bool:
@@ -105,3 +105,19 @@ class CachedFeatures(Dataset):
         if name not in self._files:
             self._files[name] = safe_open(self.folder / name, "pt")
         return self._files[name]
+
+
+class Outline(Dataset):
+    """Rows with as many `input_ids` as those of a cache: what a sampler asks of a dataset.
+
+    `Trainer` reads whole rows for their lengths, which here would be all features.
+    """
+
+    def __init__(self, cached: CachedFeatures):
+        self._lengths = cached.lengths
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __getitem__(self, row: int) -> dict[str, range]:
+        return {"input_ids": range(self._lengths[row])}

@@ -7,7 +7,6 @@ of its own, so that no answer depends on the others of its batch.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,6 +21,8 @@ from transformers import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
+
+from ...prompt_batch import left_padded
 
 # instead of what a target's own generation config may hold, which would change its distribution
 PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
@@ -55,23 +56,19 @@ class Speaker:
             prompts: (batch, length), of different lengths.
             seeds: (batch,) of the draws. With a drafter, the first is that of the batch.
         """
-        length = max(map(len, prompts))
-        # padded on the left, since text goes on at the right end
-        gaps = [length - len(prompt) for prompt in prompts]
-        padded = [[self.pad_token_id] * gap + p for gap, p in zip(gaps, prompts, strict=True)]
-        mask = [[0] * gap + [1] * (length - gap) for gap in gaps]
         device = self.target.device
+        batch = left_padded(prompts, self.pad_token_id, device)
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(seeds[0])
             output = self.target.generate(
-                torch.tensor(padded, device=device),
-                attention_mask=torch.tensor(mask, device=device),
+                **batch,
                 generation_config=self._config(),
                 logits_processor=self._processors(seeds),
                 assistant_model=self.drafter,
             )
-        return [self._read(tokens) for tokens in output[:, length:].tolist()]
+        new = output[:, batch["input_ids"].shape[1] :]
+        return [self._read(tokens) for tokens in new.tolist()]
 
     def _config(self) -> GenerationConfig:
         # alone, the target takes the largest score, to which GumbelNoise was added
@@ -119,8 +116,3 @@ class GumbelNoise(LogitsProcessor):
             row.exponential_(generator=generator)
         # the logarithm of an exponential variable is a negative Gumbel variable
         return scores - noise.log()
-
-
-def seed_of(*parts: int) -> int:
-    """A seed for what some numbers name, such as (seed, row, turn)."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")

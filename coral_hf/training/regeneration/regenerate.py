@@ -19,8 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ...target import text_config, tokenizer_hash
+from ..seeds import seed_of
 from .answer_file import AnswerFile, open_answers
-from .answers import Speaker, seed_of
+from .answers import Speaker
 from .dialogue import Dialogue, Passage, open_row
 
 logger = logging.get_logger(__name__)
