@@ -177,7 +177,7 @@ class DraftHeads(PreTrainedModel):
 
         Args:
             tokens: (read,), ids, the most frequent first; see
-                `coral_hf.training.grouping.token_counts`.
+                `coral_hf.training.grouping.most_frequent_first`.
         """
         vocab_size, unique = self.config.vocab_size, tokens.unique()
         is_inside = bool(((tokens >= 0) & (tokens < vocab_size)).all())

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, set_seed
 from .. import CoralDrafter
 from ..target import read_target
 from ..training import CoralTrainer, parse_arguments
-from ..training.grouping import token_counts
+from ..training.grouping import most_frequent_first, token_counts
 from .trial import HeadTrial
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,8 @@ class Heads:
             self._train(drafter, "low_rank", trial)
         elif trial.head == "frequency":
             target = read_target(self._target, drafter.config)
-            most = token_counts(target, self._rows).argsort(descending=True, stable=True)
-            drafter.add_frequency_head(most[: trial.made_with["num_hot_tokens"]])
+            tokens = most_frequent_first(token_counts(target, self._rows))
+            drafter.add_frequency_head(tokens[: trial.made_with["num_hot_tokens"]])
         return drafter
 
     def _train(self, drafter: CoralDrafter, stage: str, trial: HeadTrial) -> None:

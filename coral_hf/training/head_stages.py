@@ -19,14 +19,21 @@ TRAINED_HEADS = {"drafter": (), "router": HEADS[:1], "low_rank": HEADS[1:], "joi
 FROZEN_DRAFTER = ("router", "low_rank")
 
 
-def add_heads(drafter: CoralDrafter, args: CoralTrainingArguments, target: Target, rows) -> None:
+def add_heads(
+    drafter: CoralDrafter,
+    args: CoralTrainingArguments,
+    target: Target,
+    rows,
+    num_tokens: int | None = None,
+) -> None:
     """Give the drafter the head that its stage trains, where it has none.
 
     Args:
         rows: of training, from which groupings are counted.
+        num_tokens: of the tokenizer; ids from there on pad the vocabulary.
     """
     if args.stage in ("router", "joint") and drafter.router is None:
-        order = group_order(args.grouping, target, rows, args.num_groups, args.seed)
+        order = group_order(args.grouping, target, rows, args.num_groups, args.seed, num_tokens)
         drafter.add_router(args.num_groups, args.num_active_groups, order, args.grouping)
     if args.stage == "low_rank" and drafter.low_rank is None:
         drafter.add_low_rank_head(args.head_rank, target.head)

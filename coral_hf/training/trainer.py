@@ -90,7 +90,9 @@ class CoralTrainer(CheckpointedTrainer):
                     kwargs[name], processing_class, args, model.config.vocab_size, packing
                 )
         if not is_adapted(model):
-            add_heads(model, args, self.target, kwargs.get("train_dataset"))
+            size = model.config.vocab_size
+            num_tokens = size if processing_class is None else min(len(processing_class), size)
+            add_heads(model, args, self.target, kwargs.get("train_dataset"), num_tokens)
             choose_trained(model, args.stage)
         kwargs.setdefault("data_collator", CoralCollator(model.config.pad_token_id or 0))
         # `Trainer` looks for labels by name in the signature of forward, which has none here

@@ -1,0 +1,117 @@
+"""The order of the vocabulary that a grouping makes; groups are equal slices of it.
+
+In: a target and its training rows. Out: (vocab,) token ids, those that pad the vocabulary last.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
+from torch import Tensor
+
+from ...groups import Groups, check_order
+from ...target import Target, text_config
+from .coactivation import coactivation_groups
+from .frequency import MAX_TOKENS, most_frequent_first, token_counts
+from .kmeans import kmeans_groups
+from .positions import read_positions
+
+
+def group_order(
+    grouping: str,
+    target: Target,
+    rows: Any,
+    num_groups: int,
+    seed: int = 0,
+    num_tokens: int | None = None,
+    max_tokens: int = MAX_TOKENS,
+) -> Tensor | None:
+    """Order the vocabulary so that its slices are the groups of a router.
+
+    The same arguments make the same order. In a distributed run all processes call this, and get
+    the first one's.
+
+    Args:
+        grouping: "contiguous", "kmeans", "frequency" or "coactivation".
+        rows: of training, as the trainer has them: token ids and labels, or `CachedFeatures`. Only
+            the last two groupings read them.
+        num_tokens: of the tokenizer; ids from there on, which pad the vocabulary, come last.
+        max_tokens: trained positions that are read at most.
+
+    Returns:
+        (vocab,), token ids on the CPU; None for the ids' own order.
+
+    Raises:
+        ValueError: if a grouping needs rows, of training or of the LM head, that cannot be read, or
+            if there are more groups than tokens.
+    """
+    if grouping not in ORDERS:
+        raise ValueError(f"`grouping` is {grouping!r}; use one of {tuple(ORDERS)}.")
+    vocab_size = text_config(target.model).vocab_size
+    num_tokens = vocab_size if num_tokens is None else num_tokens
+    for name, value in (("num_groups", num_groups), ("num_tokens", num_tokens)):
+        if not 1 <= value <= vocab_size:
+            raise ValueError(
+                f"`{name}` is {value}; use a value from 1 to the target's `vocab_size` ="
+                f" {vocab_size}."
+            )
+    if grouping == "contiguous":
+        return None
+    size = Groups(vocab_size, num_groups).size
+    sizes = torch.full((-(-num_tokens // size),), size)
+    sizes[-1] -= int(sizes.sum()) - num_tokens
+    order = ORDERS[grouping](target, rows, sizes, seed, max_tokens)
+    order = _of_first_process(torch.cat([order, torch.arange(num_tokens, vocab_size)]))
+    check_order(order, vocab_size)
+    return order
+
+
+def _contiguous(target: Target, rows: Any, sizes: Tensor, seed: int, max_tokens: int) -> Tensor:
+    return torch.arange(int(sizes.sum()))
+
+
+def _frequency(target: Target, rows: Any, sizes: Tensor, seed: int, max_tokens: int) -> Tensor:
+    counts = token_counts(target, rows, max_tokens, seed=seed)
+    return most_frequent_first(counts[: int(sizes.sum())])
+
+
+def _kmeans(target: Target, rows: Any, sizes: Tensor, seed: int, max_tokens: int) -> Tensor:
+    weight = _head_rows(target, int(sizes.sum()))
+    return kmeans_groups(weight, sizes, seed).argsort(stable=True)
+
+
+def _coactivation(target: Target, rows: Any, sizes: Tensor, seed: int, max_tokens: int) -> Tensor:
+    weight = _head_rows(target, int(sizes.sum()))
+    said = read_positions(target, rows, max_tokens, seed).of_tokens(len(weight))
+    groups = kmeans_groups(weight, sizes, seed)
+    return coactivation_groups(said, weight, groups, sizes).argsort(stable=True)
+
+
+# (target, rows, sizes (groups,), seed, max_tokens) → (tokens,) ids
+Order = Callable[[Target, Any, Tensor, int, int], Tensor]
+ORDERS: dict[str, Order] = {
+    "contiguous": _contiguous,
+    "kmeans": _kmeans,
+    "frequency": _frequency,
+    "coactivation": _coactivation,
+}
+
+
+def _head_rows(target: Target, num_tokens: int) -> Tensor:
+    """(tokens, hidden), the LM head's rows in fp32 on the CPU."""
+    if not target.head.is_readable:
+        raise ValueError(
+            f"The rows of the target's LM head ({type(target.head.module).__name__}) cannot be"
+            " read: it is quantised or offloaded. Use grouping='frequency' or 'contiguous', or load"
+            " the target with an LM head in floating point."
+        )
+    return target.head.weight[:num_tokens].detach().float().cpu()
+
+
+def _of_first_process(order: Tensor) -> Tensor:
+    """(vocab,); devices that compute the same to the last bit are not a matter of course."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return order
+    return broadcast(order.to(PartialState().device)).cpu()

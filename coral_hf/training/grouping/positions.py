@@ -1,0 +1,120 @@
+"""What a target says at the positions that a drafter is trained on.
+
+In: a target, training rows or a feature cache. Out: its features there, or its most probable tokens
+and the expected count of every token. The work is bounded by a number of positions.
+
+    position   0    1    2    3    4
+    token      x0   x1   x2   x3   x4
+    label      -    -    x2   x3   -         (-: not trained)
+    feature         f1   f2                  of which the target says x2 and x3
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ...lm_head import execution_device
+from ...target import Target, text_config
+from ..data import CoralCollator
+from ..features import Features
+
+# in what these leave out, a real target's tokens are too improbable to be drafted
+TOP_K = 64
+# rows of target logits held at a time
+CHUNK_SIZE = 128
+
+
+class Said(NamedTuple):
+    """What a target says at some positions, on the CPU."""
+
+    tokens: Tensor  # (positions, top_k), int64, the most probable first
+    probs: Tensor  # (positions, top_k), fp32
+    counts: Tensor  # (vocab,), fp64, probabilities of all tokens summed over positions
+
+    def of_tokens(self, num_tokens: int) -> "Said":
+        """Without ids from `num_tokens` on; in their places stands token 0 of probability 0."""
+        outside = self.tokens >= num_tokens
+        tokens, probs = self.tokens.masked_fill(outside, 0), self.probs.masked_fill(outside, 0.0)
+        return Said(tokens, probs, self.counts[:num_tokens])
+
+
+@torch.no_grad()
+def read_positions(
+    target: Target, rows: Any, max_tokens: int, seed: int = 0, top_k: int = TOP_K
+) -> Said:
+    """Ask a target what it says at no more than `max_tokens` trained positions of its rows.
+
+    Raises:
+        ValueError: if there are no rows, or if none of their tokens is trained.
+    """
+    tokens, probs = [], []
+    counts = torch.zeros(text_config(target.model).vocab_size, dtype=torch.float64)
+    with tqdm(total=max_tokens, unit="token", desc="Reading the target") as progress:
+        for features in trained_features(target, rows, max_tokens, seed):
+            for chunk in features.split(CHUNK_SIZE):
+                said = target.head.logits(chunk).float().softmax(-1)  # (rows, vocab)
+                best = said.topk(min(top_k, said.shape[-1]), dim=-1)
+                tokens.append(best.indices.cpu())
+                probs.append(best.values.cpu())
+                counts += said.sum(0).cpu()
+                progress.update(len(chunk))
+        progress.total = progress.n
+    if not tokens:
+        raise ValueError(
+            "`rows` have no trained token (all `labels` from the third token on are -100); check"
+            " the chat template and the data."
+        )
+    return Said(torch.cat(tokens), torch.cat(probs), counts)
+
+
+def trained_features(
+    target: Target, rows: Any, max_tokens: int, seed: int = 0, batch_size: int = 8
+) -> Iterator[Tensor]:
+    """The target's features that say a trained token, of rows in an order drawn with `seed`.
+
+    A stream is read from its beginning instead.
+
+    Args:
+        rows: a `datasets.Dataset` of `prepare_dataset`, or another dataset of such rows;
+            `CachedFeatures` spare the target's pass.
+
+    Yields:
+        (positions, hidden), `max_tokens` positions in all, or as many as there are.
+    """
+    if rows is None or max_tokens < 1:
+        raise ValueError(
+            f"This needs training rows, and at least one token of them; `rows` is {rows!r} and"
+            f" `max_tokens` is {max_tokens}. Pass the training dataset."
+        )
+    reader, collate = Features(target.model.eval()), CoralCollator()
+    device, left = execution_device(target.head.module), max_tokens
+    for part in _batches(_shuffled(rows, seed), batch_size):
+        batch = {name: tensor.to(target.device) for name, tensor in collate(part).items()}
+        trained = batch["labels"][:, 1:] != -100  # (batch, length - 1)
+        if trained.any():
+            features = reader.of(batch)[:, :-1]  # (batch, length - 1, hidden)
+            yield features[trained.to(features.device)][:left].to(device)
+            left -= int(trained.sum())
+        if left <= 0:
+            return
+
+
+def _shuffled(rows: Any, seed: int) -> Iterable[dict]:
+    if not hasattr(rows, "__len__"):
+        return rows
+    generator = torch.Generator().manual_seed(seed)
+    return (rows[row] for row in torch.randperm(len(rows), generator=generator).tolist())
+
+
+def _batches(rows: Iterable[dict], batch_size: int) -> Iterator[list[dict]]:
+    batch: list[dict] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
