@@ -57,7 +57,7 @@ PUBLISHED = [
 PURE = ["decoding/tree.py", "decoding/verification.py"]
 PURE += [f"training/{name}.py" for name in ("losses", "token_loss", "csra", "attention")]
 # imported when they are needed: each costs seconds, or is not installed everywhere
-LAZY = {"datasets", "peft", "matplotlib", "vllm", "transformers.trainer"}
+LAZY = {"datasets", "peft", "matplotlib", "sklearn", "vllm", "transformers.trainer"}
 
 # name of transformers → the files that know it
 SEAMS = {
