@@ -11,7 +11,10 @@ DtypeOption = Annotated[
     str, typer.Option(help="'auto', 'float32', 'bfloat16', 'float16' or 'float64'.")
 ]
 HeadOption = Annotated[
-    str | None, typer.Option(help="Draft head: 'full' or 'routed'; the drafter's own by default.")
+    str | None,
+    typer.Option(
+        help="Draft head: 'full', 'routed', 'frequency', 'low_rank'; the drafter's own by default."
+    ),
 ]
 DepthOption = Annotated[int | None, typer.Option(help="Levels of the draft tree.")]
 TopKOption = Annotated[

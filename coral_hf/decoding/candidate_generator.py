@@ -75,7 +75,7 @@ class CoralCandidateGenerator(CandidateGenerator):
     Args:
         drafter: shared by calls; all state of this call is here.
         target: what the drafter reads of its target.
-        draft_head: `"full"` or `"routed"`; the drafter's own choice by default.
+        draft_head: one of `DRAFT_HEADS`; the drafter's own choice by default.
         chain_length: tokens that `get_candidates` proposes, for transformers' own chain loop.
         memory: of an earlier call; left aside where the text does not go on from it.
 
