@@ -1,0 +1,1 @@
+"""Drafters inside serving engines, each in files that import it and that nothing else imports."""
