@@ -50,24 +50,28 @@ def read_positions(
     Raises:
         ValueError: if there are no rows, or if none of their tokens is trained.
     """
-    tokens, probs = [], []
-    counts = torch.zeros(text_config(target.model).vocab_size, dtype=torch.float64)
+    vocab_size = text_config(target.model).vocab_size
+    counts = torch.zeros(vocab_size, dtype=torch.float64)
+    # in one piece: small tensors kept between large ones that come and go tear the heap apart
+    shape = (max(max_tokens, 0), min(top_k, vocab_size))
+    tokens, probs, read = torch.empty(shape, dtype=torch.int64), torch.empty(shape), 0
     with tqdm(total=max_tokens, unit="token", desc="Reading the target") as progress:
         for features in trained_features(target, rows, max_tokens, seed):
             for chunk in features.split(CHUNK_SIZE):
                 said = target.head.logits(chunk).float().softmax(-1)  # (rows, vocab)
-                best = said.topk(min(top_k, said.shape[-1]), dim=-1)
-                tokens.append(best.indices.cpu())
-                probs.append(best.values.cpu())
+                best = said.topk(shape[1], dim=-1)
+                own = slice(read, read + len(chunk))
+                tokens[own], probs[own] = best.indices, best.values
                 counts += said.sum(0).cpu()
+                read += len(chunk)
                 progress.update(len(chunk))
         progress.total = progress.n
-    if not tokens:
+    if not read:
         raise ValueError(
             "`rows` have no trained token (all `labels` from the third token on are -100); check"
             " the chat template and the data."
         )
-    return Said(torch.cat(tokens), torch.cat(probs), counts)
+    return Said(tokens[:read], probs[:read], counts)
 
 
 def trained_features(
