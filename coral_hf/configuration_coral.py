@@ -132,9 +132,24 @@ class CoralConfig(PreTrainedConfig):
         if self.num_groups is not None:
             self._check_size("num_active_groups", "num_groups")
             self._check_size("max_active_groups", "num_groups")
+            self._check_grouping()
         if self.active_mass is not None and not 0 < self.active_mass <= 1:
             raise ValueError(
                 f"`active_mass` is {self.active_mass}; use a share above 0, at most 1, or None."
+            )
+
+    def _check_grouping(self) -> None:
+        if (self.grouping == "contiguous") != (self.grouping_hash is None):
+            raise ValueError(
+                f"`grouping` is {self.grouping!r} and `grouping_hash` {self.grouping_hash}: all"
+                " groupings but 'contiguous' come with an order of the vocabulary. Leave both out"
+                " and call drafter.add_router(num_groups, num_active_groups, order), or train"
+                " with CoralTrainingArguments(stage='router', grouping=...)."
+            )
+        if self.max_active_groups is not None and self.routing != "union":
+            raise ValueError(
+                f"`max_active_groups` is {self.max_active_groups}, which is for routing='union',"
+                f" but `routing` is {self.routing!r}; leave it out."
             )
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:

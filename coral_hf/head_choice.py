@@ -19,6 +19,22 @@ from .router import Router, Routing
 logger = logging.get_logger(__name__)
 
 
+# fields of the config that say which heads there are and how they are read
+HEAD_FIELDS = (
+    "draft_head",
+    "num_groups",
+    "num_active_groups",
+    "grouping",
+    "grouping_hash",
+    "routing",
+    "max_active_groups",
+    "active_mass",
+    "is_router_trained",
+    "num_hot_tokens",
+    "head_rank",
+)
+
+
 class DraftHeads(PreTrainedModel):
     """The part of [`CoralDrafter`] that knows of draft heads."""
 
@@ -54,8 +70,8 @@ class DraftHeads(PreTrainedModel):
             return FullHead(head)
         if not head.is_readable:
             raise ValueError(
-                f"`draft_head` is {name!r}, but the target's LM head is quantised or offloaded, so"
-                " that no part of it can be read alone; use draft_head='full'."
+                f"`draft_head` is {name!r}, but the target's LM head is quantised, offloaded or"
+                " adapted, so that no part of it can be read alone; use draft_head='full'."
             )
         makers = {"routed": self._routed, "frequency": self._frequent, "low_rank": self._low_rank}
         return makers[name](head)
@@ -109,12 +125,21 @@ class DraftHeads(PreTrainedModel):
         )
         return LowRankHead(head, low_rank, channels)
 
-    def check_groups(self) -> None:
-        """Refuse groups that do not cover the vocabulary, or that the router was not trained for.
+    def adopt_heads(self, config: CoralConfig) -> None:
+        """Make room for the heads of another drafter, whose tensors are to be loaded then."""
+        self.configure(**{name: getattr(config, name) for name in HEAD_FIELDS})
+        self._make_heads(self.config)
+        self.to(device=self.device, dtype=self.dtype)
+
+    def check_heads(self) -> None:
+        """Refuse groups that do not cover the vocabulary or are not the router's, and hot tokens
+        that are none.
 
         Raises:
             ValueError: naming what is missing.
         """
+        if self.hot_tokens is not None:
+            self._check_tokens(self.hot_tokens)
         order = None if self.router is None else self.router.order
         if order is None:
             return
@@ -146,6 +171,7 @@ class DraftHeads(PreTrainedModel):
             ValueError: if the order does not name each token once.
         """
         if order is not None:
+            order = torch.as_tensor(order)
             check_order(order, self.config.vocab_size)
         has_order = order is not None
         self.configure(
@@ -153,6 +179,7 @@ class DraftHeads(PreTrainedModel):
             num_active_groups=num_active_groups,
             grouping=(grouping or "custom") if has_order else "contiguous",
             grouping_hash=order_hash(order) if order is not None else None,
+            max_active_groups=None,
             is_router_trained=False,
             draft_head="full",
         )
@@ -167,10 +194,16 @@ class DraftHeads(PreTrainedModel):
             num_groups=None,
             grouping="contiguous",
             grouping_hash=None,
+            max_active_groups=None,
             is_router_trained=False,
             draft_head="full",
         )
         self.router = None
+
+    def remove_low_rank_head(self) -> None:
+        """Take the low-rank head away, so that a stage of training adds a fresh one."""
+        self.configure(head_rank=None, draft_head="full")
+        self.low_rank = None
 
     def add_frequency_head(self, tokens: Tensor) -> None:
         """Let the drafter read the rows of these tokens alone.
@@ -179,21 +212,39 @@ class DraftHeads(PreTrainedModel):
             tokens: (read,), ids, the most frequent first; see
                 `coral_hf.training.grouping.most_frequent_first`.
         """
+        tokens = torch.as_tensor(tokens)
+        self._check_tokens(tokens)
+        self.configure(num_hot_tokens=len(tokens), draft_head="frequency")
+        self.hot_tokens = tokens.to(device=self.device, dtype=torch.long).clone()
+
+    def _check_tokens(self, tokens: Tensor) -> None:
         vocab_size, unique = self.config.vocab_size, tokens.unique()
         is_inside = bool(((tokens >= 0) & (tokens < vocab_size)).all())
         if tokens.ndim != 1 or not len(tokens) or not is_inside or len(unique) < len(tokens):
             raise ValueError(
-                f"`tokens` has shape {tuple(tokens.shape)} and {len(unique)} different values;"
+                f"Hot tokens have shape {tuple(tokens.shape)} and {len(unique)} different values;"
                 f" expected (read,) different token ids from 0 to {vocab_size - 1}."
             )
-        self.configure(num_hot_tokens=len(tokens), draft_head="frequency")
-        self.hot_tokens = tokens.to(device=self.device, dtype=torch.long).clone()
 
     def add_low_rank_head(self, rank: int, head: LMHead) -> None:
-        """Let the drafter read `rank` channels of the head's rows, at first the largest ones."""
+        """Let the drafter read `rank` channels of the head's rows, at first the largest ones.
+
+        Raises:
+            ValueError: if the head's rows cannot be read, or there are not so many channels.
+        """
+        if not head.is_readable:
+            raise ValueError(
+                "A low-rank head starts from the rows of the target's LM head, which is quantised,"
+                " offloaded or adapted; load the target with a plain LM head."
+            )
+        before = self.config
         self.configure(head_rank=rank, draft_head="low_rank")
-        low_rank = LowRank(self.config.hidden_size, rank)
-        low_rank.start_from(head.weight.detach())
+        try:
+            low_rank = LowRank(self.config.hidden_size, rank)
+            low_rank.start_from(head.weight.detach())
+        except BaseException:
+            self.config = before
+            raise
         self.low_rank = low_rank.to(device=self.device, dtype=self.dtype)
 
     def configure(self, **fields) -> None:

@@ -38,11 +38,15 @@ class LMHead(NamedTuple):
 
     @property
     def is_readable(self) -> bool:
-        """Whether rows of the weight can be read in place: quantised or sharded ones cannot."""
-        weight = self.weight
-        # those are packed integers, or subclasses of Tensor
-        is_plain = isinstance(weight, Tensor) and type(weight.detach()) is Tensor
-        return is_plain and weight.is_floating_point() and not weight.is_meta
+        """Whether rows of the weight can be read in place.
+
+        Quantised and sharded ones cannot, which are packed integers or subclasses of Tensor, nor
+        those of a module that only wraps the one which has the weight and may add to its output.
+        """
+        weight = dict(self.module.named_parameters(recurse=False)).get("weight")
+        if weight is None or type(weight.detach()) is not Tensor:
+            return False
+        return weight.is_floating_point() and not weight.is_meta
 
     def logits(self, features: Tensor) -> Tensor:
         """(..., hidden) → (..., vocab): exactly what the target computes of these features."""
@@ -61,9 +65,10 @@ class LMHead(NamedTuple):
 
     def cast(self, features: Tensor) -> Tensor:
         """Features (any) in the dtype that the head computes in; a quantised head takes any."""
-        weight = self.weight
-        is_float = isinstance(weight, Tensor) and weight.is_floating_point()
-        return features.to(weight.dtype) if is_float else features
+        weight = getattr(self.module, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            return features.to(weight.dtype)
+        return features
 
     def finish(self, logits: Tensor) -> Tensor:
         """Scale and soft-cap raw logits (..., any) as the target does; -inf stays -inf."""
@@ -78,25 +83,47 @@ class LMHead(NamedTuple):
 class Derived:
     """A tensor computed from others, computed again only when one of them has changed.
 
-    No part of a module's state: it neither travels with a checkpoint nor with a copy.
+    No part of a module's state: it neither travels with a checkpoint nor with a copy, and goes
+    when one of its sources goes. What is written into a source through its `.data` is not seen.
     """
 
     def __init__(self) -> None:
-        self._kept: tuple[list[tuple], Tensor] | None = None
+        self._kept: tuple[list[Stamp], Tensor] | None = None
 
     def of(self, sources: list[Tensor], compute: Callable[[], Tensor]) -> Tensor:
         """What `compute` makes of `sources`."""
-        kept, stamps = self._kept, [_stamp(source) for source in sources]
-        if kept is None or kept[0] != stamps:
+        kept = self._kept
+        if kept is None or not all(map(Stamp.is_of, kept[0], sources)):
+            stamps = [Stamp.take(source, self._drop) for source in sources]
             # in one assignment, since threads may share a drafter
             self._kept = kept = (stamps, compute())
         return kept[1]
+
+    def _drop(self, source: weakref.ref) -> None:
+        """Let go of what was made of a source that is gone."""
+        kept = self._kept
+        if kept is not None and any(stamp.tensor is source for stamp in kept[0]):
+            self._kept = None
 
     def __reduce__(self):
         return Derived, ()
 
 
-def _stamp(tensor: Tensor) -> tuple:
-    """What changes when a tensor is another one, or is written to."""
-    version = None if tensor.is_inference() else tensor._version
-    return weakref.ref(tensor), tensor.data_ptr(), tensor.dtype, version
+class Stamp(NamedTuple):
+    """What tells a tensor from others, and from itself before it was written to."""
+
+    tensor: weakref.ref
+    address: int
+    dtype: torch.dtype
+    version: int | None
+
+    @classmethod
+    def take(cls, tensor: Tensor, at_end: Callable[[weakref.ref], None] | None = None) -> "Stamp":
+        """The stamp of a tensor, at whose end `at_end` is called."""
+        version = None if tensor.is_inference() else tensor._version
+        return cls(weakref.ref(tensor, at_end), tensor.data_ptr(), tensor.dtype, version)
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Whether it is this tensor's, as it is now."""
+        # compared one by one: references to living tensors compare their numbers
+        return self.tensor() is tensor and self[1:] == Stamp.take(tensor)[1:]

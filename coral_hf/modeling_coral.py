@@ -76,8 +76,20 @@ class CoralDrafter(DraftHeads, GenerationMixin):
     def from_target(cls, target: PreTrainedModel, **overrides) -> "CoralDrafter":
         """A fresh drafter for `target`, in its dtype and on the device of its LM head.
 
-        `overrides` are fields of [`CoralConfig`].
+        `overrides` are fields of [`CoralConfig`], but for those of draft heads.
+
+        Raises:
+            ValueError: for a draft head, which has to be trained or counted.
         """
+        heads = [
+            name for name in ("draft_head", "num_hot_tokens", "head_rank") if name in overrides
+        ]
+        if heads:
+            raise ValueError(
+                f"{heads} would name a draft head that has learned nothing; make the drafter, then"
+                " call add_frequency_head or add_low_rank_head, or train one with CoralTrainer"
+                " (stage='router' or 'low_rank')."
+            )
         config = CoralConfig.from_target(target.config, **overrides)
         device = execution_device(target.get_output_embeddings())
         drafter = cls(config).to(device=device, dtype=target.dtype)
@@ -116,7 +128,7 @@ class CoralDrafter(DraftHeads, GenerationMixin):
                     f"The checkpoint does not fit its config: {kind} {keys}. Download or save it"
                     " again."
                 )
-        drafter.check_groups()
+        drafter.check_heads()
         return (drafter, info) if output_loading_info else drafter
 
     def forward(

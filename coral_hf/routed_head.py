@@ -44,7 +44,7 @@ class RoutedHead:
     def by_row(self) -> "RoutedHead":
         """The same head for rows that are each the only one of their level, as in a chain."""
         weight = None if self._weight is self.head.weight else self._weight
-        return RoutedHead(self.head, self.router, self.routing._replace(name="per_row"), weight)
+        return RoutedHead(self.head, self.router, self.routing.by_row(), weight)
 
     def children(self, features: Tensor, log_path: Tensor, top_k: int) -> Children:
         """See [`DraftHead`].

@@ -65,6 +65,11 @@ class Routing(NamedTuple):
         """
         return ROUTINGS[self.name](self, log_mass, log_path)
 
+    def by_row(self) -> "Routing":
+        """The same for rows that are each the only one of their level."""
+        most = self.num_active if self.max_active is None else min(self.num_active, self.max_active)
+        return Routing("per_row", most, active_mass=self.active_mass)
+
 
 def shared(routing: Routing, log_mass: Tensor, log_path: Tensor) -> Tensor:
     """The same groups for all rows of a text, ranked by Σ over rows of path × mass."""
@@ -93,8 +98,10 @@ ROUTINGS = {"shared": shared, "union": union, "per_row": per_row}
 
 
 def _total(log_mass: Tensor, log_path: Tensor) -> Tensor:
-    """The mass of each group over the rows of a text: (texts, 1, groups)."""
-    return (log_mass + log_path[..., None]).exp().sum(1, keepdim=True)
+    """The mass of each group over the rows of a text, up to a factor: (texts, 1, groups)."""
+    # the best path counts 1, however unlikely it is
+    share = log_path - log_path.amax(1, keepdim=True).clamp(min=torch.finfo(log_path.dtype).min)
+    return (log_mass + share[..., None]).exp().sum(1, keepdim=True)
 
 
 def _largest(mass: Tensor, count: int, share: float | None) -> Tensor:
@@ -106,4 +113,6 @@ def _largest(mass: Tensor, count: int, share: float | None) -> Tensor:
     if share is None:
         return groups
     before = best.cumsum(-1) - best  # what the groups before hold
-    return groups.masked_fill(before >= share * mass.sum(-1, keepdim=True), UNUSED)
+    is_enough = before >= share * mass.sum(-1, keepdim=True)
+    is_enough[..., 0] = False  # one group is always read
+    return groups.masked_fill(is_enough, UNUSED)

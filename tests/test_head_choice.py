@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import VOCAB, tiny_target
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
@@ -106,8 +107,37 @@ def test_a_quantised_head_can_only_be_read_whole(target, drafter, name):
     packed = torch.nn.Linear(*head.weight.shape[::-1], bias=False)
     quantize_(packed, Int8WeightOnlyConfig())
     assert type(drafter.draft_head(head._replace(module=packed), "full")) is FullHead
-    with pytest.raises(ValueError, match="quantised or offloaded"):
+    with pytest.raises(ValueError, match="quantised, offloaded or adapted"):
         drafter.draft_head(head._replace(module=packed), name)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep:FutureWarning")
+def test_a_head_that_an_adapter_adds_to_can_only_be_read_whole(drafter):
+    target = get_peft_model(
+        tiny_target("llama", torch.float32), LoraConfig(target_modules=["lm_head"])
+    )
+    with_all_heads(tiny_target("llama", torch.float32), drafter)
+    head = head_of(target, drafter)
+    assert type(drafter.draft_head(head, "full")) is FullHead
+    with pytest.raises(ValueError, match="quantised, offloaded or adapted"):
+        drafter.draft_head(head, "routed")
+    with pytest.raises(ValueError, match="plain LM head"):
+        drafter.add_low_rank_head(4, head)
+    assert drafter.config.head_rank == 8
+
+
+@pytest.mark.parametrize("name", ["routed", "frequency", "low_rank"])
+def test_two_targets_take_turns_with_one_drafter(drafter, name):
+    targets = [tiny_target("llama", torch.float32) for _ in range(2)]
+    with torch.no_grad():
+        targets[1].lm_head.weight.mul_(2)
+    with_all_heads(targets[0], drafter)
+    first, second, again = (
+        drafter.draft_head(head_of(target, drafter), name).logits(*level(drafter))
+        for target in (*targets, targets[0])
+    )
+    assert first.equal(again)
+    torch.testing.assert_close(second, 2 * first)
 
 
 def test_a_tied_head_is_read_like_any_other(drafter):
@@ -195,5 +225,28 @@ def test_a_config_that_names_another_grouping_than_the_checkpoint_is_refused(
     with_all_heads(target, drafter, order=None).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"grouping": "kmeans"}))
-    with pytest.raises(ValueError, match=r"missing_keys \['router.order'\]"):
+    with pytest.raises(ValueError, match="`grouping` is 'kmeans' and `grouping_hash` None"):
         AutoModel.from_pretrained(tmp_path)
+
+
+def test_hot_tokens_of_a_checkpoint_are_tokens(target, drafter, tmp_path):
+    with_all_heads(target, drafter).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["hot_tokens"][0] = VOCAB
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="Hot tokens have shape"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_groups": 4, "grouping": "kmeans"}, "come with an order of the vocabulary"),
+        ({"num_hot_tokens": 10}, "'num_hot_tokens'. would name a draft head"),
+        ({"head_rank": 8, "draft_head": "low_rank"}, "has learned nothing"),
+        ({"num_groups": 4, "max_active_groups": 2}, "which is for routing='union'"),
+    ],
+)
+def test_a_fresh_drafter_has_no_head_that_has_learned_nothing(target, fields, message):
+    with pytest.raises(ValueError, match=message):
+        CoralDrafter.from_target(target, **fields)

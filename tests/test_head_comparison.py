@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from test_cli import invoke
 from test_examples import folder  # noqa: F401  a saved target and its conversations
 
@@ -34,7 +35,7 @@ def test_a_trial_says_what_its_head_is_made_and_read_with():
         ("routed grouping=kmeans", r"lacks \['num_groups'\]"),
         ("routed grouping=kmeans num_groups=8 rank=3", "'rank=3' in .*: write name=value with one"),
         ("low_rank head_rank", "'head_rank' in"),
-        ("frequency num_hot_tokens=many", "invalid literal"),
+        ("frequency num_hot_tokens=many", "num_hot_tokens is of type int"),
     ],
 )
 def test_what_is_no_trial_is_refused(text, message):
@@ -90,10 +91,15 @@ def test_the_command_makes_heads_once_and_measures_them(folder):  # noqa: F811
         assert all(run.equals_plain for run in report.runs["0.0"] if run.method == name)
     table = (out / "report.md").read_text()
     assert "| low_rank head_rank=4 |" in table and "## T = 1" in table
-    assert (out / "sweep-0.png").stat().st_size > 1000
+    assert (out / "sweep-contiguous-shared-0.png").stat().st_size > 1000
     before = {path: path.stat().st_mtime_ns for path in (out / "heads").rglob("*.safetensors")}
     assert invoke("compare-heads", *names).exit_code == 0
     after = {path: path.stat().st_mtime_ns for path in (out / "heads").rglob("*.safetensors")}
     assert before == after
+    other = CoralDrafter.from_target(target)
+    torch.nn.init.zeros_(other.fc.weight)
+    other.save_pretrained(folder / "drafter")
+    refused = invoke("compare-heads", *names)
+    assert "was written with drafter" in str(refused.exception)
     config = json.loads((out / "heads" / "routed-contiguous-8" / "config.json").read_text())
     assert config["is_router_trained"] and config["num_groups"] == 8

@@ -5,6 +5,7 @@
 import pytest
 import torch
 from test_trainer import logged, make_trainer, rows, target  # noqa: F401  fixtures too
+from transformers import AutoModel
 
 from coral_hf.target import read_features, read_target
 from coral_hf.training.unroll import unroll
@@ -95,6 +96,54 @@ def test_a_drafter_trained_on_keeps_its_heads_as_they_are(
     make_trainer(target, rows, tmp_path, drafter, stage="drafter")
     for name, parameter in drafter.named_parameters():
         assert parameter.requires_grad != name.startswith(("router.", "low_rank.")), name
+
+
+def test_a_head_of_its_own_is_trained_on_and_that_is_said(target, rows, drafter, tmp_path, caplog):
+    drafter.add_router(5, 1)
+    make_trainer(target, rows, tmp_path, drafter, stage="router", **GROUPS)
+    assert "has a head of its own with {'grouping': 'contiguous', 'num_groups': 5" in caplog.text
+    assert drafter.config.num_groups == 5
+
+
+def test_a_seed_makes_a_router(target, rows, trained, tmp_path):
+    def router(seed):
+        torch.rand(3)
+        own = copy_of(trained)
+        make_trainer(target, rows, tmp_path, own, stage="router", seed=seed, **GROUPS)
+        return own.router.fc.weight
+
+    assert router(1).equal(router(1)) and not router(1).equal(router(2))
+
+
+def test_a_stage_that_fails_leaves_no_head_to_read(target, rows, drafter, tmp_path):
+    trainer = make_trainer(target, rows, tmp_path, drafter, stage="router", **GROUPS)
+    with pytest.raises(ValueError, match="valid checkpoint"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "none"))
+    assert not drafter.config.is_router_trained and drafter.config.draft_head == "full"
+
+
+def test_a_router_goes_on_with_its_own_groups_alone(target, rows, trained, tmp_path):
+    def trainer(seed, **settings):
+        own = copy_of(trained)
+        fields = {
+            "stage": "router",
+            "grouping": "kmeans",
+            "save_strategy": "steps",
+            "save_steps": 2,
+        }
+        return make_trainer(target, rows, tmp_path, own, seed=seed, **fields, **GROUPS, **settings)
+
+    trainer(0).train()
+    again = trainer(0, max_steps=6)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6
+    again.model.save_pretrained(tmp_path / "saved")
+    assert AutoModel.from_pretrained(tmp_path / "saved").config.grouping == "kmeans"
+    other = trainer(0, max_steps=8)
+    other.model.add_router(6, 2, torch.arange(40).flip(0), "kmeans")
+    other.model.router.requires_grad_(True)
+    with pytest.raises(ValueError, match="was trained with grouping_hash"):
+        other.train(resume_from_checkpoint=True)
 
 
 # ---- how well the active groups hold what they should

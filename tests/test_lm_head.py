@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -56,17 +57,30 @@ def test_what_is_derived_is_computed_once_for_the_same_sources():
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("change", ["another tensor", "written to", "moved"])
+@pytest.mark.parametrize("change", ["another tensor", "an equal tensor", "written to", "moved"])
 def test_what_is_derived_follows_its_sources(change):
-    weight, derived = torch.ones(3), Derived()
+    first, derived = torch.ones(3), Derived()
+    weight = first
     derived.of([weight], lambda: weight * 2)
     if change == "another tensor":
         weight = torch.full((3,), 5.0)
+    elif change == "an equal tensor":
+        weight = torch.ones(3)
+        assert derived.of([weight], lambda: weight * 10).tolist() == [10.0] * 3
+        return
     elif change == "written to":
         weight.fill_(5.0)
     else:
         weight.data = torch.full((3,), 5.0)
     assert derived.of([weight], lambda: weight * 2).tolist() == [10.0] * 3
+
+
+def test_what_is_derived_goes_with_its_source():
+    sources, derived = [torch.ones(3)], Derived()
+    kept = weakref.ref(derived.of(sources, lambda: torch.ones(2)))
+    assert kept() is not None
+    sources.clear()
+    assert kept() is None
 
 
 def test_what_is_derived_does_not_travel():

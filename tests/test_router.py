@@ -68,6 +68,20 @@ def test_a_group_is_always_read():
     assert choose("shared", 2, active_mass=1e-6) == [[[2, UNUSED]]]
 
 
+def test_the_most_unlikely_path_reads_a_group_as_any_other():
+    path = torch.full((1, 3), -500.0)
+    for active_mass in (None, 0.5):
+        routing = Routing("shared", 1, active_mass=active_mass)
+        assert routing.choose(MASS.log(), path).tolist() == [[[2]]]
+    assert Routing("shared", 1).choose(MASS.log(), path * float("inf")).min() >= 0
+
+
+def test_a_row_alone_in_its_level_reads_what_a_union_may():
+    routing = Routing("union", 3, max_active=2).by_row()
+    assert routing.choose(MASS.log(), PATH.log()).tolist() == [[[0, 1], [2, 1], [3, 2]]]
+    assert Routing("shared", 3, active_mass=0.9).by_row() == Routing("per_row", 3, None, 0.9)
+
+
 @pytest.mark.parametrize("name", ["shared", "union", "per_row"])
 def test_texts_choose_for_themselves(name):
     mass, path = torch.cat([MASS, MASS.flip(2)]), torch.cat([PATH, PATH])

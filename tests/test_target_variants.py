@@ -192,7 +192,7 @@ def test_a_routed_head_on_an_offloaded_lm_head_is_refused(folder):
     drafter = CoralDrafter.from_target(
         target, num_groups=4, is_router_trained=True, draft_head="routed"
     )
-    with pytest.raises(ValueError, match="quantised or offloaded.*draft_head='full'"):
+    with pytest.raises(ValueError, match="quantised, offloaded or adapted.*draft_head='full'"):
         continue_drafted(target, drafter, make_prompts(), 1)
 
 

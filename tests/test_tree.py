@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coral_hf.decoding.tree import Beam, DraftTree, TreeBuilder, TreeShape, root_only
+from coral_hf.decoding.tree import PADDING, Beam, DraftTree, TreeBuilder, TreeShape, root_only
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -211,6 +211,9 @@ def test_the_kept_nodes_are_the_best_of_the_pool_and_form_a_tree(shape, choices)
     tokens, parents, depths = (row[0].tolist() for row in tree[:3])
     assert tokens[1:] == [node + 1 for node in sorted(best)]
     for node in range(1, len(tokens)):
-        assert parents[node] < node
+        if pool[tokens[node] - 1][0] == float("-inf"):  # what no head has read is no node
+            assert parents[node] == PADDING
+            continue
+        assert 0 <= parents[node] < node
         assert tokens[parents[node]] == pool[tokens[node] - 1][1]
         assert depths[node] == depths[parents[node]] + 1

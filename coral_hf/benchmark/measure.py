@@ -63,11 +63,7 @@ def run_benchmark(
     settings = settings or BenchmarkSettings()
     methods = build_methods(target, Drafters(drafter, bigram, assistant), settings)
     bench = Bench(target, tokenizer, methods, settings)
-    fitting = [prompt for prompt in prompts if bench.fits(prompt)]
-    if not fitting:
-        raise ValueError(
-            f"none of the {len(prompts)} `prompts` fits the target's context; give a shorter one."
-        )
+    fitting = fitting_prompts(bench, prompts)
     bench.warm_up(fitting)
     trials = list(bench.trials(fitting))
     return Report(
@@ -142,6 +138,20 @@ class Bench(NamedTuple):
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             return timed(lambda: self.methods[name](ids), device)
+
+
+def fitting_prompts(bench: Bench, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Those that the target's context holds.
+
+    Raises:
+        ValueError: if it holds none.
+    """
+    fitting = [prompt for prompt in prompts if bench.fits(prompt)]
+    if not fitting:
+        raise ValueError(
+            f"none of the {len(prompts)} `prompts` fits the target's context; give a shorter one."
+        )
+    return fitting
 
 
 def runs_of(trial: Trial, item: int) -> Iterator[Run]:

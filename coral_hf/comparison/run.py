@@ -23,7 +23,7 @@ from ..training import CoralTrainer, parse_arguments
 from ..training.data import prepare_dataset
 from ..training.evaluation import AnswerSettings, decoded_rounds
 from ..training.feature_cache import CachedFeatures
-from ..training.files import JsonLines, keep_settings
+from ..training.files import JsonLines, digest, keep_settings
 from .results import Result, read_results
 from .trial import Trial
 
@@ -74,7 +74,7 @@ class Comparison:
         settings, rows = self._settings, self._rows
         return {
             "target": self._target.config._name_or_path,
-            "rows": rows.index.fingerprint if isinstance(rows, CachedFeatures) else _digest(rows),
+            "rows": rows.index.fingerprint if isinstance(rows, CachedFeatures) else digest(rows),
             "prompts": sha256(json.dumps(self._prompts).encode()).hexdigest(),
             "options": settings.options,
             "temperatures": [*settings.temperatures],
@@ -158,11 +158,3 @@ class Comparison:
             task: mean(decoded_rounds(drafter, target, sorted(prompts, key=len), answers))
             for task, prompts in self._prompts.items()
         }
-
-
-def _digest(rows) -> str:
-    """SHA-256 of the tokens of a dataset."""
-    digest = sha256()
-    for batch in rows.with_format(None).select_columns("input_ids").iter(batch_size=1000):
-        digest.update(json.dumps(batch["input_ids"]).encode())
-    return digest.hexdigest()

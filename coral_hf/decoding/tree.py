@@ -135,11 +135,14 @@ class TreeBuilder:
         parents = self._renumber(torch.cat(self._parents, dim=1).gather(1, chosen), chosen)
         tokens = torch.cat(self._tokens, dim=1).gather(1, chosen)
         root = torch.zeros_like(self._root)[:, None]
-        parents = torch.cat([root, parents], dim=1)
+        depths = _depths(torch.cat([root, parents], dim=1), len(self._tokens))
+        # a head that read few tokens has fewer children than were asked for
+        is_node = log_paths.gather(1, chosen) > float("-inf")
+        parents = torch.cat([root, parents.masked_fill(~is_node, PADDING)], dim=1)
         return DraftTree(
             torch.cat([self._root[:, None], tokens], dim=1),
             parents,
-            _depths(parents, len(self._tokens)),
+            depths,
             levels=len(self._tokens),
         )
 

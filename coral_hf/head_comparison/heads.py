@@ -8,13 +8,13 @@ import logging
 import tempfile
 from pathlib import Path
 
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from .. import CoralDrafter
 from ..target import read_target
 from ..training import CoralTrainer, parse_arguments
 from ..training.grouping import most_frequent_first, token_counts
-from .trial import HeadTrial
+from .trial import READ_ALONE, HeadTrial
 
 logger = logging.getLogger(__name__)
 
@@ -26,26 +26,29 @@ class Heads:
         self,
         drafter: CoralDrafter,
         target: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         rows,
         folder: Path,
         options: list[str],
-        seed: int = 0,
     ):
         """`rows` of training, `options` of the trainer as on a command line."""
         self._drafter = drafter
         self._target = target
+        self._tokenizer = tokenizer
         self._rows = rows
         self._folder = folder
         self._options = options
-        self._seed = seed
 
     def drafter_for(self, trial: HeadTrial) -> CoralDrafter:
         """The drafter with a trial's head, which it reads, in the target's dtype."""
         folder = self._folder / trial.key
-        if not (folder / "config.json").exists():
-            self._make(trial).save_pretrained(folder)
+        if not folder.exists():
+            # aside, so that a head is whole or not there
+            staged = folder.with_name(f"{folder.name}.part")
+            self._make(trial).save_pretrained(staged)
+            staged.rename(folder)
         drafter = CoralDrafter.from_pretrained(folder, dtype=self._target.dtype).eval()
-        drafter.configure(draft_head=trial.head, **trial.read_with)
+        drafter.configure(**{**READ_ALONE, "draft_head": trial.head, **trial.read_with})
         return drafter.to(self._drafter.device)
 
     def _make(self, trial: HeadTrial) -> CoralDrafter:
@@ -56,11 +59,17 @@ class Heads:
             drafter.remove_router()
             self._train(drafter, "router", trial)
         elif trial.head == "low_rank":
+            drafter.remove_low_rank_head()
             self._train(drafter, "low_rank", trial)
         elif trial.head == "frequency":
             target = read_target(self._target, drafter.config)
             tokens = most_frequent_first(token_counts(target, self._rows))
-            drafter.add_frequency_head(tokens[: trial.made_with["num_hot_tokens"]])
+            number = trial.made_with["num_hot_tokens"]
+            if number > len(tokens):
+                raise ValueError(
+                    f"`num_hot_tokens` is {number}; use a value up to the target's {len(tokens)}."
+                )
+            drafter.add_frequency_head(tokens[:number])
         return drafter
 
     def _train(self, drafter: CoralDrafter, stage: str, trial: HeadTrial) -> None:
@@ -69,13 +78,16 @@ class Heads:
                 folder,
                 self._options,
                 stage=stage,
-                seed=self._seed,
                 save_strategy="no",
                 disable_tqdm=True,
                 plots=False,
-                **trial.made_with,
+                **trial.trained_with,
             )
-            set_seed(self._seed)
+            set_seed(args.seed)
             CoralTrainer(
-                model=drafter, target_model=self._target, args=args, train_dataset=self._rows
+                model=drafter,
+                target_model=self._target,
+                args=args,
+                train_dataset=self._rows,
+                processing_class=self._tokenizer,
             ).train()

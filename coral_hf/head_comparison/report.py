@@ -4,7 +4,7 @@ In: the runs of each trial. Out: JSON, Markdown, PNG. Every number is computed f
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from ..benchmark.runs import Run
 from ..benchmark.summary import OVERALL, Row, summarise
 from ..benchmark.tables import TextTable, environment_table
 from ..groups import Groups
-from .plots import plot_sweep
+from .plots import Cells, plot_sweep
 
 FULL = "full"
 
@@ -43,6 +43,7 @@ class HeadReport:
             "of full",
             "speed-up",
             "decoding alone",
+            "exact match",
         )
         lines = [self._line(rows, name, tasks) for name in self.trials]
         return TextTable(f"T = {float(temperature):g}", header, lines)
@@ -61,6 +62,7 @@ class HeadReport:
             f"{draft / whole:.0%}",
             f"{own.speedup:.2f}×",
             "" if own.decoding_speedup is None else f"{own.decoding_speedup:.2f}×",
+            "" if own.exact_match is None else f"{own.exact_match:.1%}",
         )
 
     def to_markdown(self) -> str:
@@ -88,17 +90,23 @@ class HeadReport:
         (folder / "report.json").write_text(self.to_json() + "\n", encoding="utf-8")
         (folder / "report.md").write_text(self.to_markdown(), encoding="utf-8")
         for temperature in self.runs:
-            rows = self.rows(temperature)
-            cells = {
-                (config["num_groups"], config["num_active_groups"] / config["num_groups"]): (
+            for family, cells in self.sweeps(temperature).items():
+                if len({groups for groups, _ in cells}) > 1:
+                    plot_sweep(cells, folder / f"sweep-{family}-{float(temperature):g}.png")
+
+    def sweeps(self, temperature: str) -> Mapping[str, Cells]:
+        """Routed trials by grouping and routing, of which each makes a picture."""
+        rows = self.rows(temperature)
+        found: dict[str, dict] = {}
+        for name, config in self.trials.items():
+            if config["draft_head"] == "routed":
+                family = found.setdefault(f"{config['grouping']}-{config['routing']}", {})
+                number = config["num_groups"]
+                family[number, config["num_active_groups"] / number] = (
                     _ratio(rows, name, lambda row: row.tau_per_token),
                     _ratio(rows, name, lambda row: row.stage_milliseconds["draft"]),
                 )
-                for name, config in self.trials.items()
-                if config["draft_head"] == "routed"
-            }
-            if len({groups for groups, _ in cells}) > 1:
-                plot_sweep(cells, folder / f"sweep-{float(temperature):g}.png")
+        return found
 
 
 def read_share(config: dict[str, Any]) -> float:
@@ -113,7 +121,7 @@ def read_share(config: dict[str, Any]) -> float:
         return config["head_rank"] * (vocab + hidden) / (vocab * hidden)
     if config["draft_head"] == "routed":
         groups = Groups(vocab, config["num_groups"])
-        read = config["num_active_groups"] * groups.size
+        read = min(config["num_active_groups"] * groups.size, vocab)
         return (read + hidden + groups.num_groups) / vocab
     return 1.0
 

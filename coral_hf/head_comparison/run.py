@@ -8,14 +8,16 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import CoralDrafter
 from ..benchmark import BenchmarkSettings, Prompt
 from ..benchmark.environment import describe_environment
-from ..benchmark.measure import Bench, runs_of
+from ..benchmark.measure import Bench, fitting_prompts, runs_of
 from ..benchmark.methods import (
     Method,
     generate_in_trees,
@@ -24,11 +26,14 @@ from ..benchmark.methods import (
 )
 from ..training import parse_arguments
 from ..training.data import prepare_dataset
+from ..training.feature_cache import CachedFeatures
+from ..training.files import digest, keep_settings
 from .heads import Heads
 from .report import HeadReport
 from .trial import HeadTrial
 
 logger = logging.getLogger(__name__)
+SETTINGS = "settings.json"
 FULL = HeadTrial.parse("full")
 
 
@@ -64,9 +69,16 @@ class HeadComparison:
         max_length = parse_arguments(settings.output, settings.options).max_length
         has_tokens = not hasattr(dataset, "column_names")
         rows = dataset if has_tokens else prepare_dataset(dataset, tokenizer, max_length)
-        self._heads = Heads(
-            drafter, target, rows, settings.output / "heads", settings.options, settings.seed
-        )
+        settings.output.mkdir(parents=True, exist_ok=True)
+        made_from = {
+            "target": target.config._name_or_path,
+            "drafter": _digest_of_weights(drafter),
+            "rows": rows.index.fingerprint if isinstance(rows, CachedFeatures) else digest(rows),
+            "options": settings.options,
+        }
+        keep_settings(settings.output / SETTINGS, made_from, settings.output)
+        folder = settings.output / "heads"
+        self._heads = Heads(drafter, target, tokenizer, rows, folder, settings.options)
 
     def report(self, trials: Sequence[HeadTrial], prompts: Sequence[Prompt]) -> HeadReport:
         """Measure trials, and the whole head beside them."""
@@ -98,7 +110,16 @@ class HeadComparison:
             drafting = {"assistant_model": drafter, "speculation": "always", **shared.tree}
             methods[name] = partial(generate_in_trees, self._target, common | drafting)
         bench = Bench(self._target, self._tokenizer, methods, settings)
-        fitting = [prompt for prompt in prompts if bench.fits(prompt)]
+        fitting = fitting_prompts(bench, prompts)
         bench.warm_up(fitting)
         trials = enumerate(bench.trials(fitting))
         return [run for item, trial in trials for run in runs_of(trial, item)]
+
+
+def _digest_of_weights(drafter: CoralDrafter) -> str:
+    """SHA-256 of all that a drafter has learned."""
+    found = sha256()
+    for name, tensor in sorted(drafter.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from ..configuration_coral import DRAFT_HEADS
+from ..configuration_coral import DRAFT_HEADS, CoralConfig
 
 # what a head is made with, by its name; the other settings are of reading it
 MADE_WITH: dict[str, dict[str, type]] = {
@@ -17,6 +17,9 @@ READ_WITH = {
     "max_active_groups": int,
     "active_mass": float,
 }
+
+# how a head is read where a trial says nothing of it
+READ_ALONE = {name: getattr(CoralConfig, name) for name in READ_WITH if name != "num_active_groups"}
 
 
 class HeadTrial(NamedTuple):
@@ -43,13 +46,24 @@ class HeadTrial(NamedTuple):
             name, _, value = word.partition("=")
             if name not in types or not value:
                 raise ValueError(f"{word!r} in {text!r}: write name=value with one of {[*types]}.")
-            fields[name] = types[name](value)
+            try:
+                fields[name] = types[name](value)
+            except ValueError as error:
+                raise ValueError(
+                    f"{word!r} in {text!r}: {name} is of type {types[name].__name__}."
+                ) from error
         missing = [name for name in MADE_WITH[head] if name not in fields]
         if missing:
             raise ValueError(f"The trial {text!r} lacks {missing}; write them as name=value.")
         read_with = {name: fields[name] for name in READ_WITH if name in fields}
         made_with = {name: fields[name] for name in MADE_WITH[head]}
         return cls(" ".join([head, *words]), head, made_with, read_with)
+
+    @property
+    def trained_with(self) -> dict[str, Any]:
+        """Settings of `CoralTrainingArguments` for a head that is trained."""
+        active = self.read_with.get("num_active_groups")
+        return {**self.made_with, **({} if active is None else {"num_active_groups": active})}
 
     @property
     def key(self) -> str:

@@ -123,7 +123,7 @@ class ServedDrafter(EagleLlamaForCausalLM):
         of_layers = {n: t for n, t in tensors.items() if n.startswith(("fc.", "layers."))}
         super().load_weights(of_layers.items())
         self.heads.load_state_dict({n: t for n, t in tensors.items() if n not in of_layers})
-        self.heads.check_groups()
+        self.heads.check_heads()
 
     def _head(self) -> DraftHead:
         """The draft head on the target's, which vLLM hands over after the weights are loaded."""

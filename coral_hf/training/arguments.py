@@ -113,6 +113,11 @@ class CoralTrainingArguments(TrainingArguments):
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; use {least} or more.")
+        if not 1 <= self.num_active_groups <= self.num_groups:
+            raise ValueError(
+                f"`num_active_groups` is {self.num_active_groups}; use a value from 1 to"
+                f" `num_groups` = {self.num_groups}."
+            )
         if self.csra_temperature <= 0:
             raise ValueError(f"`csra_temperature` is {self.csra_temperature}; use a value above 0.")
         if self.stage in ("drafter", "joint"):

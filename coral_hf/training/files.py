@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,11 @@ class JsonLines:
         except OSError:
             os.truncate(self.path, before)
             raise
+
+
+def digest(rows: Any) -> str:
+    """SHA-256 of the tokens of a dataset."""
+    found = sha256()
+    for batch in rows.with_format(None).select_columns("input_ids").iter(batch_size=1000):
+        found.update(json.dumps(batch["input_ids"]).encode())
+    return found.hexdigest()

@@ -7,12 +7,21 @@ low_rank     its low-rank head              frozen
 joint        the drafter and its router     -
 """
 
-from torch import nn
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+import torch
+from torch import nn
+from transformers.utils import CONFIG_NAME, logging
+
+from ..configuration_coral import CoralConfig
 from ..modeling_coral import CoralDrafter
 from ..target import Target
 from .arguments import CoralTrainingArguments
 from .grouping import group_order
+
+logger = logging.get_logger(__name__)
 
 HEADS = ("router.", "low_rank.")
 TRAINED_HEADS = {"drafter": (), "router": HEADS[:1], "low_rank": HEADS[1:], "joint": HEADS[:1]}
@@ -26,17 +35,58 @@ def add_heads(
     rows,
     num_tokens: int | None = None,
 ) -> None:
-    """Give the drafter the head that its stage trains, where it has none.
+    """Give the drafter the head that its stage trains; one that it has is trained on, and said.
 
     Args:
         rows: of training, from which groupings are counted.
         num_tokens: of the tokenizer; ids from there on pad the vocabulary.
     """
-    if args.stage in ("router", "joint") and drafter.router is None:
-        order = group_order(args.grouping, target, rows, args.num_groups, args.seed, num_tokens)
-        drafter.add_router(args.num_groups, args.num_active_groups, order, args.grouping)
-    if args.stage == "low_rank" and drafter.low_rank is None:
-        drafter.add_low_rank_head(args.head_rank, target.head)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(args.seed)
+        if args.stage in ("router", "joint"):
+            if drafter.router is None:
+                _add_router(drafter, args, target, rows, num_tokens)
+            else:
+                _tell_of_own(drafter, args, ("grouping", "num_groups", "num_active_groups"))
+        if args.stage == "low_rank":
+            if drafter.low_rank is None:
+                drafter.add_low_rank_head(args.head_rank, target.head)
+            else:
+                _tell_of_own(drafter, args, ("head_rank",))
+
+
+def _add_router(drafter: CoralDrafter, args: CoralTrainingArguments, target, rows, num_tokens):
+    order = group_order(args.grouping, target, rows, args.num_groups, args.seed, num_tokens)
+    drafter.add_router(args.num_groups, args.num_active_groups, order, args.grouping)
+
+
+def _tell_of_own(drafter: CoralDrafter, args: CoralTrainingArguments, names: tuple[str, ...]):
+    """Say that a head is trained on whose settings are not those of the arguments."""
+    own = {name: getattr(drafter.config, name) for name in names}
+    if own != {name: getattr(args, name) for name in names}:
+        logger.warning(
+            f"The drafter has a head of its own with {own}, which is trained on; those settings of"
+            " the arguments are for a new one. Take it away first to get one:"
+            " drafter.remove_router(), drafter.remove_low_rank_head()."
+        )
+
+
+def check_same_groups(drafter: CoralDrafter, checkpoint: str) -> None:
+    """Refuse to go on from a checkpoint whose router tells other groups apart.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if not (Path(checkpoint) / CONFIG_NAME).is_file():
+        return
+    then, now = CoralConfig.from_pretrained(checkpoint), drafter.config
+    for name in ("num_groups", "grouping", "grouping_hash"):
+        if getattr(then, name) != getattr(now, name):
+            raise ValueError(
+                f"The router of {checkpoint} was trained with {name} = {getattr(then, name)}, now"
+                f" it is {getattr(now, name)}. Go on with the same `grouping`, `num_groups`, `seed`"
+                " and dataset, or pass the drafter of that checkpoint as `model`."
+            )
 
 
 def choose_trained(model: nn.Module, stage: str) -> None:
@@ -47,10 +97,25 @@ def choose_trained(model: nn.Module, stage: str) -> None:
         parameter.requires_grad_(is_trained if is_head else stage not in FROZEN_DRAFTER)
 
 
-def announce(drafter: CoralDrafter, stage: str) -> None:
-    """Note in the config that a stage has trained a head, which is read from now on."""
+@contextmanager
+def announced(drafters: Iterable[CoralDrafter], stage: str) -> Iterator[None]:
+    """Note in the config that a stage trains a head, which is read from now on.
+
+    From the beginning, since evaluations and checkpoints on the way need it; a stage that fails
+    takes it back.
+    """
+    fields: dict[str, bool | str] = {}
     if stage in ("router", "joint"):
-        drafter.config.is_router_trained = True
-        drafter.config.draft_head = "routed"
+        fields = {"is_router_trained": True, "draft_head": "routed"}
     if stage == "low_rank":
-        drafter.config.draft_head = "low_rank"
+        fields = {"draft_head": "low_rank"}
+    configs = [drafter.config for drafter in drafters]
+    before = [{name: getattr(config, name) for name in fields} for config in configs]
+    for config in configs:
+        config.update(fields)
+    try:
+        yield
+    except BaseException:
+        for config, was in zip(configs, before, strict=True):
+            config.update(was)
+        raise

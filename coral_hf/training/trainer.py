@@ -34,7 +34,13 @@ from .evaluation import Evaluation, PlotCallback
 from .feature_cache import CachedFeatures
 from .features import Features
 from .guards import FiniteGuard
-from .head_stages import FROZEN_DRAFTER, add_heads, announce, choose_trained
+from .head_stages import (
+    FROZEN_DRAFTER,
+    add_heads,
+    announced,
+    check_same_groups,
+    choose_trained,
+)
 from .liger_loss import check_liger
 from .noise import FeatureNoise
 from .objectives import Losses, Unrolled, drafter_losses, low_rank_losses, router_losses
@@ -89,11 +95,6 @@ class CoralTrainer(CheckpointedTrainer):
                 kwargs[name] = training_rows(
                     kwargs[name], processing_class, args, model.config.vocab_size, packing
                 )
-        if not is_adapted(model):
-            size = model.config.vocab_size
-            num_tokens = size if processing_class is None else min(len(processing_class), size)
-            add_heads(model, args, self.target, kwargs.get("train_dataset"), num_tokens)
-            choose_trained(model, args.stage)
         kwargs.setdefault("data_collator", CoralCollator(model.config.pad_token_id or 0))
         # `Trainer` looks for labels by name in the signature of forward, which has none here
         args.label_names = ["labels"]
@@ -110,6 +111,11 @@ class CoralTrainer(CheckpointedTrainer):
         self._guard = FiniteGuard(self.args.process_index, self._gather)
         self.add_callback(self._guard)
         place_target(target_model, self)
+        if not is_adapted(model):
+            size = model.config.vocab_size
+            num_tokens = size if processing_class is None else min(len(processing_class), size)
+            add_heads(model, args, self.target, self.train_dataset, num_tokens)
+            choose_trained(model, args.stage)
         self._drafter = model
         if shares_out_weights(self):
             self.model = self.model_wrapped = trained_copy(model)
@@ -129,12 +135,16 @@ class CoralTrainer(CheckpointedTrainer):
 
     def train(self, *args, **kwargs):
         """See [`~transformers.Trainer.train`]; a draft head that it trains is read from then on."""
-        for model in (self._drafter, self.model):
-            announce(model, self.args.stage)
-        output = super().train(*args, **kwargs)
+        with announced((self._drafter, self.model), self.args.stage):
+            output = super().train(*args, **kwargs)
         if shares_out_weights(self):
             give_back(self.accelerator.unwrap_model(self.model), self._drafter)
         return output
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.args.stage in ("router", "joint"):
+            check_same_groups(self.drafter, resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         """See [`~transformers.Trainer.evaluate`]; adds acceptance lengths to its metrics.

@@ -35,19 +35,6 @@ OWN_SHAPE = (
     "attention_bias",
     "fc_bias",
 )
-HEADS = (
-    "draft_head",
-    "num_groups",
-    "num_active_groups",
-    "grouping",
-    "grouping_hash",
-    "routing",
-    "max_active_groups",
-    "active_mass",
-    "is_router_trained",
-    "num_hot_tokens",
-    "head_rank",
-)
 # the first layer of a drafter reads what `fc` gives it as it is
 INPUT_NORM = "input_layernorm.weight"
 
@@ -89,9 +76,10 @@ def from_drafter(
             "The drafter to start from has an adapter; merge it first: model.merge_and_unload()."
         )
     keeps_heads = _is_same_vocabulary(target, other.config, tokenizer)
-    fields = ["hidden_size", *OWN_SHAPE, *(HEADS if keeps_heads else ())]
-    shape = {name: getattr(other.config, name) for name in fields}
+    shape = {name: getattr(other.config, name) for name in ("hidden_size", *OWN_SHAPE)}
     drafter = _fresh(target, shape, other.name_or_path or "that was passed")
+    if keeps_heads:
+        drafter.adopt_heads(other.config)
     kept = drafter.state_dict().keys()
     drafter.load_state_dict({k: v for k, v in other.state_dict().items() if k in kept})
     return drafter

@@ -70,7 +70,9 @@ def _held(drafter: CoralDrafter, target: Target, predicted: Tensor, probs: Tenso
     assert drafter.router is not None, "whoever counts has looked"
     config, groups = drafter.config, drafter.router.groups_of(probs.shape[-1])
     log_mass = drafter.router(predicted.to(drafter.dtype))[None, :, : groups.filled]
-    routing = Routing("per_row", config.num_active_groups, active_mass=config.active_mass)
+    routing = Routing(
+        config.routing, config.num_active_groups, config.max_active_groups, config.active_mass
+    ).by_row()
     chosen = routing.choose(log_mass, log_mass.new_zeros(log_mass.shape[:2]))[0]
     # (positions, groups + 1), the last for slots that read nothing
     is_active = torch.zeros(
