@@ -53,6 +53,7 @@ class CoralConfig(PreTrainedConfig):
         target_name_or_path, target_revision, target_model_type: the target that the drafter was
             made for.
         tokenizer_hash: of the target's tokenizer, as `coral_hf.target.tokenizer_hash` computes it.
+        training_record: a dict for each training that the drafter went through: recipe, data, cost.
 
     Example:
 
@@ -101,6 +102,7 @@ class CoralConfig(PreTrainedConfig):
     target_revision: str | None = None
     target_model_type: str | None = None
     tokenizer_hash: str | None = None
+    training_record: list | None = None
 
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

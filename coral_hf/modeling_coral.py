@@ -205,6 +205,32 @@ class CoralDrafter(DraftHeads, GenerationMixin):
         own.draft_costs = tuning.costs
         return tuning
 
+    def push_to_hub(
+        self, repo_id: str, *args, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs
+    ) -> str:
+        """See [`~transformers.PreTrainedModel.push_to_hub`]; the card says what is known.
+
+        Args:
+            tokenizer: the target's, pushed too.
+
+        Raises:
+            ValueError: if another model is at `repo_id`, or a public repository and `private` is
+                asked for.
+            HfHubHTTPError, ConnectionError: where the Hub refuses or the connection breaks, with a
+                sentence on what to do.
+        """
+        publishing = _publishing()
+        if publishing is None:
+            return super().push_to_hub(repo_id, *args, **kwargs)
+        with publishing.pushing(self, repo_id, tokenizer, kwargs):
+            return super().push_to_hub(repo_id, *args, **kwargs)
+
+    def _upload_modified_files(self, working_dir, repo_id: str, *args, **kwargs):
+        # where transformers has saved all files, its own card among them, and uploads next
+        if (publishing := _publishing()) is not None:
+            publishing.finish_folder(self, working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
     def generate(self, *args, **kwargs):
         """A drafter drafts for its target and has no text of its own."""
         raise TypeError(
@@ -212,6 +238,15 @@ class CoralDrafter(DraftHeads, GenerationMixin):
             " `target.generate(..., assistant_model=drafter)` after `pip install coral_hf` and"
             " `import coral_hf`."
         )
+
+
+def _publishing():
+    """The library's part, or None where this file is published code and the library is missing."""
+    try:
+        import coral_hf.publishing as publishing
+    except ImportError:
+        return None
+    return publishing
 
 
 __all__ = ["CoralDrafter"]

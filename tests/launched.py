@@ -137,6 +137,7 @@ def two_stages(folder: Path, **settings) -> dict:
         trainer.add_callback(gradients)
         trainer.train()
         found[stage] = {**results(trainer), "gradients": gradients.found}
+    found["record"] = drafter.config.training_record
     found["shards"] = sum(isinstance(weight, DTensor) for weight in TARGET.parameters())
     return found
 

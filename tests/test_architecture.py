@@ -17,7 +17,7 @@ FILES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*
 # a part may import what stands before it; parts of one line never import each other
 ORDER = (
     ["configuration_coral"],
-    ["lm_head", "groups", "drafter_layers", "autotune", "prompt_batch"],
+    ["lm_head", "groups", "drafter_layers", "autotune", "hardware", "prompt_batch"],
     ["router", "draft_head"],
     ["group_kernel"],
     ["group_logits"],
@@ -25,7 +25,7 @@ ORDER = (
     ["head_choice"],
     ["modeling_coral"],
     ["target"],
-    ["checkpoints"],
+    ["checkpoints", "publishing"],
     ["decoding", "training"],
     ["__init__"],
     ["benchmark"],
@@ -36,7 +36,7 @@ ORDER = (
 )
 # a method that is a door to a later part: imported when called, in a `try`, since code that is
 # published with a checkpoint does without
-DOORS = {"modeling_coral.py": {"coral_hf.checkpoints"}}
+DOORS = {"modeling_coral.py": {"coral_hf.checkpoints", "coral_hf.publishing"}}
 RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 PUBLISHED = [
     f"{name}.py"

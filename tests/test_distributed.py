@@ -76,6 +76,15 @@ def test_two_processes_have_the_gradients_of_one_with_twice_the_batch(one, two, 
                 assert gradient.abs().max() > 1e-5  # so that equality says something
 
 
+def test_the_record_of_a_training_counts_the_tokens_of_all_processes(one, two):
+    expected = [entry["trained_tokens"] for entry in one["record"]]
+    for process in two:
+        record = process["plain"]["record"]
+        assert [entry["stage"] for entry in record] == ["drafter", "router"]
+        assert [entry["trained_tokens"] for entry in record] == expected
+        assert all(entry["hardware"].startswith("2 processes") for entry in record)
+
+
 @pytest.mark.parametrize("how", ["plain", "accumulated"])
 @pytest.mark.parametrize("stage", ["drafter", "router"])
 def test_two_processes_hold_equal_weights_that_one_would_have(one, two, how, stage):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_target
+from loopback_hub import Client, running_hub
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -86,3 +87,24 @@ def test_the_cost_of_a_training_step_is_that_of_the_same_loss(capsys, monkeypatc
     rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
     assert [row[3].strip() for row in rows] == ["library", "straightforward"]
     assert rows[0][-2].strip() == rows[1][-2].strip()
+
+
+def test_publish_a_measured_drafter(folder, tmp_path):
+    target = AutoModelForCausalLM.from_pretrained(folder / "target")
+    drafter = CoralDrafter.from_target(target, target_name_or_path="org/target")
+    drafter.save_pretrained(tmp_path / "drafter")
+    names = ["--target", folder / "target", "--drafter", tmp_path / "drafter"]
+    names += ["--prompts", folder / "talk.jsonl", "--repo", "org/example", "--max-new-tokens", 6]
+    script = "import runpy, sys; sys.argv = [str(part) for part in argv]"
+    with running_hub() as hub:
+        client = Client(hub.url, tmp_path / "home")  # huggingface_hub reads its URL when imported
+        try:
+            printed = client.run(
+                f"{script}\nrunpy.run_path(argv[0], run_name='__main__')",
+                argv=[EXAMPLES / "publish.py", *names],
+            )
+        finally:
+            client.close()
+        assert "loaded by its id" in printed
+        assert "results/report.json" in hub.files("org/example")
+        assert b"Speed was measured" in hub.files("org/example")["README.md"]

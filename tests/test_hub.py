@@ -1,120 +1,295 @@
-"""`push_to_hub` and loading by id, against a Hub on this machine that keeps what it is sent."""
+"""Publishing and loading by id, against a Hub on this machine that keeps what it is sent."""
 
-import base64
-import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+import shutil
 
 import pytest
-
-OID = "0" * 40  # every commit is the first one
-
-PUBLISH_AND_LOAD = """
-import sys
 import torch
-sys.path.insert(0, sys.argv[1])
+import yaml
 from conftest import tiny_target
-from transformers import AutoConfig, AutoModel
-import coral_hf
+from loopback_hub import Client, Fault, running_hub
+from test_examples import folder  # noqa: F401  a saved target with its tokenizer
 
-target = tiny_target("llama", torch.float32)
+from coral_hf import CoralConfig, CoralDrafter
+
+MAKE = """
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+import coral_hf
+target = AutoModelForCausalLM.from_pretrained("org/target")
 drafter = coral_hf.CoralDrafter.from_target(target).eval()
-drafter.push_to_hub("org/coral-tiny", token="hf_secret")
-assert AutoConfig.from_pretrained("org/coral-tiny").model_type == "coral"
-loaded = AutoModel.from_pretrained("org/coral-tiny")
-prompt = torch.tensor([[5, 6, 7]])
-settings = dict(do_sample=False, max_new_tokens=12, attention_mask=torch.ones_like(prompt))
-drafted = target.generate(prompt, assistant_model=loaded, **settings)
-assert torch.equal(drafted, target.generate(prompt, **settings))
-for one, other in zip(drafter.parameters(), loaded.parameters(), strict=True):
-    assert torch.equal(one, other)
-print("published and loaded")
+"""
+IS_LOADED = """
+import torch
+from transformers import AutoModel
+import coral_hf
+one = coral_hf.CoralDrafter.from_pretrained(folder)
+other = AutoModel.from_pretrained(repo)
+for a, b in zip(one.state_dict().items(), other.state_dict().items(), strict=True):
+    assert a[0] == b[0] and torch.equal(a[1], b[1])
 """
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The few calls of the Hub that publishing and loading make."""
+@pytest.fixture(scope="module")
+def hub(folder):  # noqa: F811
+    with running_hub() as hub:
+        hub.put("org/target", folder / "target")
+        yield hub
 
-    files: dict[str, bytes] = {}
 
-    def log_message(self, *args):
-        pass
+@pytest.fixture(autouse=True)
+def _as_ever(request):
+    """Each test begins with a Hub that does its work."""
+    if "hub" in request.fixturenames:
+        hub = request.getfixturevalue("hub")
+        hub.faults, hub.part_size, hub.requests = [], None, []
 
-    def answer(self, body: bytes = b"", status: int = 200, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
 
-    def answer_json(self, content: dict, status: int = 200) -> None:
-        self.answer(json.dumps(content).encode(), status, Content_Type="application/json")
+@pytest.fixture(scope="module")
+def client(hub, tmp_path_factory):
+    client = Client(hub.url, tmp_path_factory.mktemp("author"))
+    yield client
+    client.close()
 
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.path == "/api/repos/create":
-            url = f"http://{self.headers['Host']}/org/coral-tiny"
-            self.answer_json({"url": url, "id": "org/coral-tiny"})
-        elif "/preupload/" in self.path:
-            names = [file["path"] for file in json.loads(body)["files"]]
-            kept = [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]
-            self.answer_json({"files": kept})
-        elif "/commit/" in self.path:
-            self.keep(body)
-            url = f"http://{self.headers['Host']}/org/coral-tiny/commit/{OID}"
-            self.answer_json({"commitUrl": url, "commitOid": OID})
-        else:
-            self.answer_json({})
 
-    def keep(self, body: bytes) -> None:
-        for line in body.splitlines():
-            entry = json.loads(line)
-            if entry["key"] == "file":
-                content = base64.b64decode(entry["value"]["content"])
-                self.files[entry["value"]["path"]] = content
-
-    def do_GET(self):
-        name = re.sub(r"^/org/coral-tiny/resolve/[^/]+/", "", self.path.split("?")[0])
-        if name not in self.files:
-            error = "RepoNotFound" if "/api/" in self.path else "EntryNotFound"
-            self.answer(status=404, X_Error_Code=error, X_Repo_Commit=OID)
-            return
-        content = self.files[name]
-        etag = f'"{hashlib.sha256(content).hexdigest()}"'
-        self.answer(content, ETag=etag, X_Repo_Commit=OID)
-
-    do_HEAD = do_GET
+@pytest.fixture(scope="module")
+def stranger(hub, tmp_path_factory):
+    """Somebody without a token."""
+    client = Client(hub.url, tmp_path_factory.mktemp("stranger"), HF_TOKEN="")
+    yield client
+    client.close()
 
 
 @pytest.fixture
-def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def drafter(folder, tmp_path):  # noqa: F811
+    """A folder with a drafter of the published target, and its tokenizer."""
+    target = tiny_target("llama", torch.float32, vocab_size=256)
+    drafter = CoralDrafter.from_target(target, target_name_or_path="org/target")
+    drafter.save_pretrained(tmp_path / "drafter")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(folder / "target" / name, tmp_path / "drafter" / name)
+    return tmp_path / "drafter"
 
 
-def test_a_published_drafter_is_loaded_by_its_id(hub, tmp_path):
-    variables = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
-    tests = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", PUBLISH_AND_LOAD, str(tests)],
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        timeout=120,
+PUBLISH = """
+from coral_hf.publishing import CardFacts, publish
+facts = CardFacts(repo, **facts)
+print(publish(folder, repo, facts=facts, **options).oid)
+"""
+
+
+def publish(client, folder, repo, facts=None, **options):  # noqa: F811
+    return client.run(PUBLISH, folder=folder, repo=repo, facts=facts or {}, options=options).strip()
+
+
+def card_of(hub, repo) -> str:
+    return hub.files(repo)["README.md"].decode()
+
+
+def metadata_of(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def snippet_of(card: str) -> str:
+    return re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+
+
+# ---- publishing
+
+
+def test_a_pushed_drafter_is_loaded_by_its_id_and_its_card_is_filled_in(hub, client, stranger):
+    client.run(
+        MAKE + "drafter.push_to_hub('org/pushed', tokenizer=AutoTokenizer.from_pretrained("
+        "'org/target'))"
     )
-    assert "published and loaded" in done.stdout, done.stderr[-2000:]
-    assert {"config.json", "generation_config.json", "model.safetensors"} <= set(Hub.files)
-    assert not any(b"hf_secret" in content for content in Hub.files.values())
+    files = hub.files("org/pushed")
+    expected = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+    assert expected | {"tokenizer.json", "tokenizer_config.json"} <= set(files)
+    card = card_of(hub, "org/pushed")
+    assert metadata_of(card) == {
+        "base_model": "org/target",
+        "base_model_relation": "adapter",
+        "library_name": "coral_hf",
+        "pipeline_tag": "text-generation",
+        "tags": ["coral", "speculative-decoding", "drafter"],
+    }
+    assert "[More Information Needed]" not in card
+    assert "Not measured" in card and "Not recorded" in card
+    stranger.run(snippet_of(card))
+
+
+def test_a_folder_is_published_whole_in_one_commit_with_large_files_in_parts(
+    hub, client, stranger, drafter
+):
+    hub.part_size = 10_000
+    (drafter / "optimizer.pt").write_bytes(b"state")
+    (drafter / "checkpoint-2").mkdir()
+    (drafter / "checkpoint-2" / "config.json").write_text("{}")
+    publish(client, drafter, "org/parts", {"license": "apache-2.0", "language": "en"})
+    assert hub.asked("^PUT /large/") > 2 and hub.asked("^POST /complete/") == 1
+    assert hub.asked("POST .*/commit/") == 1
+    assert set(hub.files("org/parts")) == {
+        *("README.md", "config.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    }
+    data = metadata_of(card_of(hub, "org/parts"))
+    assert (data["license"], data["language"]) == ("apache-2.0", "en")
+    stranger.run(IS_LOADED, folder=drafter, repo="org/parts")
+    stranger.run(snippet_of(card_of(hub, "org/parts")))
+    assert "apply_chat_template" in card_of(hub, "org/parts")
+
+
+def test_large_files_that_have_arrived_are_not_sent_twice(hub, client, drafter):
+    hub.faults = [Fault("POST .*/commit/", 500)]
+    with pytest.raises(RuntimeError, match="not sent twice"):
+        publish(client, drafter, "org/again")
+    assert "README.md" not in hub.files("org/again")
+    publish(client, drafter, "org/again")
+    assert hub.asked("^PUT /large/") == 1
+    assert "model.safetensors" in hub.files("org/again")
+
+
+def test_a_stranger_loads_shards_and_a_revision_and_works_offline(
+    hub, client, stranger, drafter, tmp_path
+):
+    first = publish(client, drafter, "org/sharded")
+    loaded = CoralDrafter.from_pretrained(drafter)
+    torch.nn.init.zeros_(loaded.fc.weight)
+    loaded.save_pretrained(drafter, max_shard_size="20KB")
+    with pytest.raises(RuntimeError, match="holds two checkpoints"):
+        publish(client, drafter, "org/sharded")
+    (drafter / "model.safetensors").unlink()
+    second = publish(client, drafter, "org/sharded")
+    publish(client, drafter, "org/sharded", revision="trial")
+    names = hub.files("org/sharded")
+    assert "model.safetensors" not in names and "model.safetensors.index.json" in names
+    assert sum(name.endswith(".safetensors") for name in names) > 1
+    load = """
+from transformers import AutoModel
+import coral_hf
+for revision in revisions:
+    model = AutoModel.from_pretrained("org/sharded", revision=revision)
+    print(float(model.fc.weight.abs().sum()))
+"""
+    sums = stranger.run(load, revisions=[first, second, None, "trial"]).split()
+    assert float(sums[0]) > 0 and [float(value) for value in sums[1:]] == [0, 0, 0]
+    hub.requests = []
+    stranger.run(load, revisions=[first, second])
+    assert hub.asked("GET .*(resolve|large)") == 0  # all is in the cache
+    home = stranger.log.parent
+    offline = Client("http://127.0.0.1:9", home / "offline", HF_HUB_OFFLINE="1",
+                     HF_HUB_CACHE=str(home / "hub"))  # fmt: skip
+    try:
+        assert offline.run(load, revisions=[first, None, "trial"]).split() == [
+            sums[0],
+            "0.0",
+            "0.0",
+        ]
+        with pytest.raises(RuntimeError, match="couldn't connect"):
+            offline.run(
+                "from transformers import AutoModel; AutoModel.from_pretrained('org/never')"
+            )
+    finally:
+        offline.close()
+
+
+def test_a_broken_download_goes_on_where_it_stopped(hub, client, stranger, tmp_path):
+    # the client writes ten megabytes at a time, and goes on from what it has written
+    sizes = {"hidden_size": 800, "intermediate_size": 800, "num_attention_heads": 8}
+    drafter = tmp_path / "drafter"
+    CoralDrafter(CoralConfig(**sizes)).save_pretrained(drafter)
+    publish(client, drafter, "org/broken")
+    hub.requests = []
+    hub.faults = [Fault("GET /large/")]  # breaks off halfway
+    stranger.run(IS_LOADED, folder=drafter, repo="org/broken")
+    assert hub.asked(r"GET /large/\w+$") == 1
+    assert hub.asked(r"GET /large/\w+ bytes=[1-9]\d*-") == 1
+
+
+def test_a_private_drafter_is_seen_by_its_owner_alone(hub, client, stranger, drafter):
+    publish(client, drafter, "org/private", private=True)
+    client.run(IS_LOADED, folder=drafter, repo="org/private")
+    with pytest.raises(RuntimeError, match="(?s)private.*hf auth login"):
+        stranger.run(IS_LOADED, folder=drafter, repo="org/private")
+    with pytest.raises(RuntimeError, match="and public, and `private` only makes new"):
+        publish(client, drafter, "org/target2") and publish(
+            client, drafter, "org/target2", private=True
+        )
+
+
+def test_code_is_published_for_those_who_trust_it(hub, client, drafter):
+    without = shutil.copytree(drafter, drafter.with_name("without"))
+    publish(client, drafter, "org/code", code=True)
+    files = hub.files("org/code")
+    assert {"modeling_coral.py", "configuration_coral.py", "draft_head.py"} <= set(files)
+    assert json.loads(files["config.json"])["auto_map"] == {
+        "AutoConfig": "configuration_coral.CoralConfig",
+        "AutoModel": "modeling_coral.CoralDrafter",
+    }
+    client.run("""
+from transformers import AutoModel
+remote = AutoModel.from_pretrained("org/code", trust_remote_code=True)
+print(type(remote).__module__)
+""")
+    publish(client, without, "org/plain")  # the next drafter goes without code
+    assert not any(name.endswith(".py") for name in hub.files("org/plain"))
+
+
+# ---- the command, and cards that people write
+
+
+def test_the_command_publishes_a_folder_with_its_report(
+    hub,
+    client,
+    stranger,
+    drafter,
+    folder,  # noqa: F811
+):
+    command = """
+from coral_hf.cli import app
+app([str(part) for part in arguments], standalone_mode=False)
+"""
+    source = drafter.parent / "source"
+    client.run("""
+from huggingface_hub import snapshot_download
+snapshot_download("org/target", local_dir=source)
+""", source=source)  # fmt: skip
+    measure = ["benchmark", "--target", source, "--drafter", drafter, "--max-new-tokens", 6]
+    measure += [
+        "--prompts",
+        folder / "talk.jsonl",
+        "--limit",
+        "1",
+        "--output",
+        drafter.parent / "r",
+    ]
+    client.run(command, arguments=measure)
+    config = json.loads((drafter / "config.json").read_text())
+    config["target_name_or_path"] = str(source)
+    (drafter / "config.json").write_text(json.dumps(config))
+    go = ["publish", drafter, "--repo", "org/command", "--base-model", "org/target"]
+    go += ["--report", drafter.parent / "r" / "report.json", "--license", "mit"]
+    printed = client.run(command, arguments=[*go, "--dataset", "org/talk", "--language", "en"])
+    assert f"Published: {hub.url}/org/command/commit/" in printed
+    card = card_of(hub, "org/command")
+    report = json.loads(hub.files("org/command")["results/report.json"])
+    [overall] = [row for row in report["rows"] if row["method"] == "coral"][-1:]
+    assert f"| overall | 1 | {overall['tau_per_token']:.2f} |" in card
+    assert metadata_of(card)["base_model"] == "org/target"
+    assert metadata_of(card)["datasets"] == ["org/talk"]
+    published = json.loads(hub.files("org/command")["config.json"])
+    assert published["target_name_or_path"] == "org/target"
+    stranger.run(snippet_of(card))
+
+
+def test_a_card_that_somebody_wrote_on_the_hub_stays(hub, client, drafter):
+    publish(client, drafter, "org/edited")
+    by_hand = "---\nlicense: mit\n---\n# By hand\n"
+    hub.repos["org/edited"].commit("main", {"README.md": by_hand.encode()})
+    (drafter / "README.md").unlink()
+    publish(client, drafter, "org/edited")
+    assert card_of(hub, "org/edited") == by_hand
+    client.run(MAKE + "drafter.push_to_hub('org/edited')")
+    assert card_of(hub, "org/edited") == by_hand
+    with pytest.raises(RuntimeError, match="organisation/name"):
+        publish(client, drafter, "no-owner")

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from ..hardware import hardware_name
 from .padding import num_padded_layers
 from .timing import process_peak_bytes
 
@@ -56,21 +56,6 @@ def describe_environment(
         process_peak_bytes=process_peak_bytes(),
         command=shlex.join(sys.argv),
     )
-
-
-def hardware_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-
-
-def cpu_name() -> str:
-    """The processor's own name on Linux, what Python knows of it elsewhere."""
-    cpuinfo = Path("/proc/cpuinfo")
-    found = (
-        re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if cpuinfo.exists()
-        else None
-    )
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ from . import (  # noqa: F401
     features,
     heads,
     measuring,
+    publishing,
     timing,
     training,
 )

@@ -77,7 +77,7 @@ def train(
     adapter = _lora(drafter, lora_r, lora_alpha, lora_target)
     # each process of a run has a GPU of its own, to which its trainer moves the target
     model, tokenizer = load_target(target, dtype, device="cpu")
-    first = _first_drafter(model, tokenizer, drafter, warm_start, layers)
+    first = _first_drafter(model, tokenizer, drafter, warm_start, layers, target)
     first = with_adapter(first, "drafter", adapter)
     rows = load_rows(dataset, hold_out)
     chosen = _stages(stage, router_epochs, drafter is not None)
@@ -86,12 +86,27 @@ def train(
         parse_arguments(output / folders.get(name, name), context.args, stage=name, **fields)
         for name, fields in chosen.items()
     ]
+    if stages[0].push_to_hub and stages[0].hub_model_id is None:
+        raise typer.BadParameter("--push_to_hub needs --hub_model_id organisation/name.")
     held_out = None
     if stages[0].eval_strategy != "no":
         held_out = load_rows(eval_dataset, 0) if eval_dataset else load_held_out(dataset, hold_out)
     trained = train_stages(model, tokenizer, rows, stages, first, resume, held_out)
     save(trained, tokenizer, output)
     typer.echo(f"The drafter is in {output}.")
+    _push(output, stages[0])
+
+
+def _push(folder: Path, args) -> None:
+    """Publish what the stages, which push as they go, have become together."""
+    from accelerate import PartialState
+
+    from ..publishing import publish
+
+    if args.push_to_hub and PartialState().is_main_process:
+        options = {"private": args.hub_private_repo, "revision": args.hub_revision}
+        done = publish(folder, args.hub_model_id, token=args.hub_token, **options)
+        typer.echo(f"Published: {done.commit_url}")
 
 
 def _stages(names: list[str], router_epochs: float, has_drafter: bool) -> dict[str, dict]:
@@ -123,11 +138,14 @@ def _lora(drafter: str | None, rank: int | None, alpha: int | None, targets: lis
     return lora(rank, alpha, targets)
 
 
-def _first_drafter(target, tokenizer, drafter: str | None, source: str | None, layers: int):
+def _first_drafter(
+    target, tokenizer, drafter: str | None, source: str | None, layers: int, name: str
+):
     """The drafter that training starts from, in fp32."""
     import torch
 
     from ..modeling_coral import CoralDrafter
+    from ..publishing import cached_commit
     from ..training.warm_start import warm_start
 
     if drafter is not None and source is not None:
@@ -137,7 +155,9 @@ def _first_drafter(target, tokenizer, drafter: str | None, source: str | None, l
     if layers != 1 and drafter is not None:
         raise ValueError(f"--layers {layers} is of a fresh drafter; leave it out with --drafter.")
     if drafter is None:
-        return CoralDrafter.from_target(target, num_hidden_layers=layers).float()
+        # newer versions of transformers keep no commit in a config
+        known = {"target_revision": commit} if (commit := cached_commit(name)) else {}
+        return CoralDrafter.from_target(target, num_hidden_layers=layers, **known).float()
     return CoralDrafter.from_pretrained(drafter, dtype=torch.float32).to(target.device)
 
 

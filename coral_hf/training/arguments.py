@@ -141,6 +141,10 @@ class CoralTrainingArguments(TrainingArguments):
                 " leave it out, or use top_k_weight=0 and a classification_weight above 0."
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # `Trainer` pickles its arguments beside every checkpoint, and uploads them
+        return {**vars(self), "hub_token": None}
+
     @property
     def token_weights(self) -> TokenWeights:
         """The weights of the losses on tokens."""

@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from .averages import RunningAverages
 from .guards import check_weights
 from .noise import FeatureNoise
+from .record import TrainingRecord
 from .run_lock import sole_run
 
 # uploads to the Hub leave out what begins with an underscore
@@ -30,6 +31,7 @@ class CheckpointedTrainer(Trainer):
 
     averages: RunningAverages
     noise: FeatureNoise
+    record: TrainingRecord
     _is_staging = False
 
     def train(self, *args, **kwargs):
@@ -129,6 +131,7 @@ class CheckpointedTrainer(Trainer):
             "last_step": self._globalstep_last_logged,
             "averages": self.averages.state_dict(),
             "noise": self.noise.state_dict(),
+            "record": self.record.state_dict(),
         }
         torch.save(state, self._state_file(output_dir))
 
@@ -141,6 +144,7 @@ class CheckpointedTrainer(Trainer):
         self._globalstep_last_logged = state["last_step"]
         self.averages.load_state_dict(state["averages"], self.args.device)
         self.noise.load_state_dict(state["noise"])
+        self.record.load_state_dict(state["record"])
 
     def _state_file(self, folder: str) -> Path:
         return Path(folder, f"coral_state_{self.args.process_index}.pth")

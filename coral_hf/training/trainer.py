@@ -21,7 +21,6 @@ from ..target import check_tokenizer, read_target, tokenizer_hash
 from .adapters import check_target, is_adapted, with_adapter
 from .arguments import CoralTrainingArguments
 from .averages import RunningAverages
-from .checkpointing import CheckpointedTrainer
 from .data import CoralCollator
 from .distributed import (
     give_back,
@@ -44,13 +43,14 @@ from .head_stages import (
 from .liger_loss import check_liger
 from .noise import FeatureNoise
 from .objectives import Losses, Unrolled, drafter_losses, low_rank_losses, router_losses
+from .publishing import PublishingTrainer
 from .rows import outline, training_rows
 from .unroll import unroll
 
 COLUMNS = ["input_ids", "attention_mask", "labels", "position_ids", "features"]
 
 
-class CoralTrainer(CheckpointedTrainer):
+class CoralTrainer(PublishingTrainer):
     """Train a [`CoralDrafter`] or its draft head.
 
     Args:
@@ -193,6 +193,7 @@ class CoralTrainer(CheckpointedTrainer):
         loss = sum(losses.terms.values()) * num_processes / num_items
         if model.training:
             self.averages.add(losses.notes, len(unrolled.target))
+            self.record.add(len(unrolled.target))
             terms = {**losses.terms, "total": loss}
             self._guard.watch(inputs["input_ids"], inputs["labels"], unrolled.target, terms)
         return (loss, {"loss": loss}) if return_outputs else loss

@@ -1,0 +1,24 @@
+"""A drafter on the Hub: its repository, and a card that says what is known of it."""
+
+from .card import CardFacts, make_card, write_card
+from .folder import name_target
+from .publish import publish
+from .pushing import finish_folder, pushing
+from .repository import advice, cached_commit, check_vacant, explained
+from .results import Results, read_results
+
+__all__ = [
+    "CardFacts",
+    "Results",
+    "advice",
+    "cached_commit",
+    "check_vacant",
+    "explained",
+    "finish_folder",
+    "make_card",
+    "name_target",
+    "publish",
+    "pushing",
+    "read_results",
+    "write_card",
+]

@@ -1,0 +1,113 @@
+"""A folder that is to be published: that it holds a drafter, and which of its files go.
+
+In: what `coral-hf train` or `save_pretrained` wrote. Out: the drafter, names of files.
+"""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..configuration_coral import CoralConfig
+from ..modeling_coral import CoralDrafter
+
+CONFIG = "config.json"
+# what an adapter left, pushed while it was trained, would be loaded on top of the drafter
+WEIGHTS = (".safetensors", ".safetensors.index.json", "adapter_config.json")
+# of a checkpoint's own level; runs, states of optimizers and logs lie in folders or are none of
+# these
+KINDS = (".json", ".safetensors", ".jinja", ".model", ".txt", ".py", ".png", ".md")
+# what a run leaves beside them
+LEFT_OUT = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
+
+
+def read_drafter(folder: str | Path) -> CoralDrafter:
+    """The drafter in a folder, every tensor checked.
+
+    Raises:
+        ValueError: if something else is there, or not all of it.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} holds no drafter: {_instead(folder)}. {EXPECTED}")
+    try:
+        model_type = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{folder / CONFIG} is damaged ({error}); save the drafter again."
+        ) from error
+    if model_type != CoralDrafter.config_class.model_type:
+        raise ValueError(f"{folder} holds a {model_type} model, not a drafter. {EXPECTED}")
+    if all((folder / name).exists() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        raise ValueError(
+            f"{folder} holds two checkpoints, {SAFE_WEIGHTS_NAME} and the shards of"
+            f" {SAFE_WEIGHTS_INDEX_NAME}; delete the older one."
+        )
+    try:
+        return CoralDrafter.from_pretrained(folder).eval()
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"The weights in {folder} cannot be read ({error}); save the drafter again."
+        ) from error
+
+
+EXPECTED = "Give the folder that `coral-hf train --output` or `drafter.save_pretrained` wrote."
+
+
+def _instead(folder: Path) -> str:
+    """What there is in place of a checkpoint."""
+    if not folder.exists():
+        return "there is no such folder"
+    if not folder.is_dir():
+        return "it is a file"
+    names = sorted(path.name for path in folder.iterdir())
+    if "adapter_config.json" in names:
+        return "it holds an adapter; merge it into its drafter (`merge_and_unload`) and save that"
+    found = ", ".join(names[:5]) or "nothing"
+    return f"there is no {CONFIG} in it, but {found}"
+
+
+def published_files(folder: str | Path) -> list[str]:
+    """Names of the files that go to the Hub: the checkpoint, tokenizer, card, code and pictures."""
+    return sorted(
+        path.name
+        for path in Path(folder).iterdir()
+        if path.is_file() and path.suffix in KINDS and path.name[0] not in "._"
+        if path.name not in LEFT_OUT
+    )
+
+
+def stale_weights(there: list[str], here: list[str]) -> list[str]:
+    """Weights on the Hub that are no longer part of the checkpoint.
+
+    A single file goes before shards when a checkpoint is loaded, so it must not outlive them.
+    """
+    return [
+        name for name in there if name.endswith(WEIGHTS) and "/" not in name and name not in here
+    ]
+
+
+def name_target(config: CoralConfig, folder: str | Path, target: str | None) -> None:
+    """Have config.json name the target by its Hub id, or not at all.
+
+    A folder of this machine loads nothing for anybody else, and tells them of it.
+    """
+    if target != config.target_name_or_path:
+        config = deepcopy(config)
+        config.target_name_or_path = target
+        config.save_pretrained(folder)
+
+
+def save_code(drafter: CoralDrafter, folder: str | Path) -> None:
+    """Put the drafter's code into its folder, for `trust_remote_code`.
+
+    It loads the drafter where this library is not installed; to draft takes the library.
+    """
+    # on this drafter alone: registering the classes would save code with every other one too
+    drafter._auto_class = "AutoModel"
+    drafter.config._auto_class = "AutoConfig"
+    custom_object_save(drafter, folder, config=drafter.config)
+    drafter.config.save_pretrained(folder)
