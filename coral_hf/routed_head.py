@@ -2,10 +2,11 @@
 
     features ── router ── mass of each group ── routing ── active groups
         └────────────── logits of these alone ◀──────────────────┘
-                          └─ within each group: softmax; × the group's mass: confidence
+                          └─ softmax over them all × their mass together: confidence
 
 CORAL, LM head router. The logits are of the target's own head, whatever the groups' mass, so that
-what is drawn from them has the probabilities that verification is told.
+what is drawn from them has the probabilities that verification is told. The router's mass says how
+much is left unread, and not which of the tokens that were read is better: that their logits know.
 """
 
 import torch
@@ -49,7 +50,7 @@ class RoutedHead:
     def children(self, features: Tensor, log_path: Tensor, top_k: int) -> Children:
         """See [`DraftHead`].
 
-        A child's confidence is its group's router mass × its probability within the group. Where
+        A child's confidence is the router mass of all that was read × its probability there. Where
         fewer tokens were read, the rest have no confidence.
         """
         log_mass = self.router(features)  # (batch, rows, groups)
@@ -57,7 +58,7 @@ class RoutedHead:
             return FullHead(self.head).children(features, log_path, top_k)
         active = self._choose(log_mass, log_path)
         log_confidence = self._confidence(self._read(features, active), log_mass, active)
-        best, places = log_confidence.flatten(2).topk(min(top_k, log_confidence[0, 0].numel()))
+        best, places = log_confidence.topk(min(top_k, log_confidence.shape[-1]))
         slots, offsets = places // self.groups.size, places % self.groups.size
         group = active.expand(-1, features.shape[1], -1).gather(2, slots)
         return Children(self.groups.tokens(group, offsets), best)
@@ -88,13 +89,12 @@ class RoutedHead:
 
     @staticmethod
     def _confidence(logits: Tensor, log_mass: Tensor, active: Tensor) -> Tensor:
-        """Log of mass × probability within the group: (batch, rows, slots, size)."""
-        rows = log_mass.shape[1]
+        """Log of mass × probability among what was read: (batch, rows, slots × size)."""
+        rows, logits = log_mass.shape[1], logits.flatten(2)
         is_unused = active == UNUSED  # (batch, 1 or rows, slots)
         groups = active.masked_fill(is_unused, 0).expand(-1, rows, -1)
-        mass = log_mass.gather(2, groups).masked_fill(is_unused, float("-inf"))
-        normaliser = logits.logsumexp(-1).masked_fill(is_unused, 0.0)
-        return logits + (mass - normaliser)[..., None]
+        mass = log_mass.gather(2, groups).masked_fill(is_unused, float("-inf")).logsumexp(-1)
+        return logits + (mass - logits.logsumexp(-1))[..., None]
 
 
 def _is_broken(log_mass: Tensor) -> bool:

@@ -243,7 +243,7 @@ def test_each_of_several_datasets_has_its_own_metrics(target, rows, tmp_path):
 def test_the_routers_stage_decodes_with_the_routed_head(target, rows, tmp_path):
     first = make_trainer(target, rows, tmp_path / "drafter", max_steps=20)
     first.train()
-    groups = {"num_groups": 10, "num_active_groups": 1}
+    groups = {"num_groups": 20, "num_active_groups": 1}
     second = make_trainer(target, rows, tmp_path / "router", first.model, stage="router", **groups)
     full = second.evaluate()
     second.train()

@@ -345,9 +345,10 @@ def test_proposals_are_counted_by_their_confidence(target, routed, head):
     probs = target.lm_head(predicted).softmax(-1).double()
     if head == "routed":
         mass, two = routed.router(predicted).double().exp().topk(2)
-        within = target.lm_head(predicted).double().unflatten(-1, (4, 10)).softmax(-1)
-        chosen = torch.zeros(5, 4).double().scatter(1, two, mass)
-        probs = (within * chosen[..., None]).flatten(1)
+        is_read = torch.zeros(5, 4, dtype=torch.bool).scatter(1, two, True)
+        logits = target.lm_head(predicted).double()
+        logits = logits.masked_fill(~is_read.repeat_interleave(10, 1), float("-inf"))
+        probs = mass.sum(1, keepdim=True) * logits.softmax(-1)
     torch.testing.assert_close(counts, probs.sum(0), rtol=1e-4, atol=1e-5)
 
 

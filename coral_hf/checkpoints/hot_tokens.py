@@ -27,7 +27,7 @@ def proposal_counts(
 ) -> Tensor:
     """How often a drafter proposes each token, each time weighed by its confidence.
 
-    With a routed head these are its router's statistics: mass of the group × probability within.
+    With a routed head these are its router's statistics: mass of what was read × probability there.
 
     Args:
         rows: token ids (1, length) of texts as the target writes them.
