@@ -8,6 +8,7 @@ from test_trainer import logged, make_trainer, rows, target  # noqa: F401  fixtu
 from transformers import AutoModel
 
 from coral_hf.target import read_features, read_target
+from coral_hf.training.head_stages import default_groups
 from coral_hf.training.unroll import unroll
 
 GROUPS = {"num_groups": 6, "num_active_groups": 2}
@@ -54,7 +55,8 @@ def test_the_joint_stage_trains_drafter_and_router(target, rows, tmp_path):
     for name in ("router_loss", "regression_loss", "loss"):
         assert sum(logged(trainer, name)[-6:]) < sum(logged(trainer, name)[:6]), name
     after = trainer.model.state_dict()
-    assert all(not after[name].equal(tensor) for name, tensor in before.items())
+    same = [name for name, tensor in before.items() if after[name].equal(tensor)]
+    assert same == ["router.order"]
     assert trainer.model.config.draft_head == "routed"
 
 
@@ -215,3 +217,16 @@ def test_reading_all_groups_holds_everything(target, rows, drafter, tmp_path):
     metrics = trainer.evaluate(trainer.train_dataset)
     shares = [value for name, value in metrics.items() if "router" in name]
     assert shares and all(share == pytest.approx(1, abs=1e-5) for share in shares)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "groups"), [(152_064, 64), (4096, 64), (4095, 63), (512, 8), (40, 8), (5, 5)]
+)
+def test_a_small_vocabulary_has_fewer_groups(vocab_size, groups):
+    assert default_groups(vocab_size) == groups
+
+
+def test_a_router_reads_an_eighth_by_default(target, rows, drafter, tmp_path):
+    make_trainer(target, rows, tmp_path, drafter, stage="router")
+    config = drafter.config
+    assert (config.num_groups, config.num_active_groups, config.grouping) == (8, 1, "kmeans")

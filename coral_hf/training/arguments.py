@@ -20,12 +20,14 @@ CHOICES = {
     "csra_positives": ("steps", "steps_and_target"),
     "csra_gradient": ("all_steps", "later_steps"),
 }
+MOST_GROUPS = 64  # of a new router, by default
 WEIGHTS = ("regression_weight", "classification_weight", "top_k_weight", "csra_weight")
 LEAST = {
     **dict.fromkeys(
         (*WEIGHTS, "router_weight", "feature_noise", "eval_prompts", "eval_temperature"), 0
     ),
-    **dict.fromkeys(("num_steps", "top_k", "eval_prompt_length", "num_groups", "head_rank"), 1),
+    **dict.fromkeys(("num_steps", "top_k", "eval_prompt_length"), 1),
+    **dict.fromkeys(("num_groups", "num_active_groups", "head_rank"), 1),
     # a round of decoding follows the token of the prompt's pass, so an answer needs two
     "eval_max_new_tokens": 2,
 }
@@ -83,10 +85,14 @@ class CoralTrainingArguments(TrainingArguments):
     feature_noise: float = _setting(
         0.0, "Uniform noise on the target's features as inputs, at most this much (EAGLE: 0.1)."
     )
-    num_groups: int = _setting(16, "Groups of the vocabulary of a new router.")
-    num_active_groups: int = _setting(2, "Groups that the routed head reads at a time.")
+    num_groups: int | None = _setting(
+        None, "Groups of the vocabulary of a new router: 64 by default, fewer of a small one."
+    )
+    num_active_groups: int | None = _setting(
+        None, "Groups that the routed head reads at a time: an eighth of them by default."
+    )
     grouping: str = _setting(
-        "contiguous",
+        "kmeans",
         "What the groups of a new router have in common: 'contiguous' token ids, similar rows of"
         " the LM head ('kmeans'), 'frequency', or competing for the same places ('coactivation').",
     )
@@ -111,12 +117,13 @@ class CoralTrainingArguments(TrainingArguments):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; use one of {choices}.")
         fill(self, self.recipe)
         for name, least in LEAST.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; use {least} or more.")
-        if not 1 <= self.num_active_groups <= self.num_groups:
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` is {value}; use {least} or more.")
+        if (self.num_active_groups or 0) > (self.num_groups or MOST_GROUPS):
             raise ValueError(
                 f"`num_active_groups` is {self.num_active_groups}; use a value from 1 to"
-                f" `num_groups` = {self.num_groups}."
+                f" `num_groups` = {self.num_groups or MOST_GROUPS}."
             )
         if self.csra_temperature <= 0:
             raise ValueError(f"`csra_temperature` is {self.csra_temperature}; use a value above 0.")

@@ -18,7 +18,7 @@ from transformers.utils import CONFIG_NAME, logging
 from ..configuration_coral import CoralConfig
 from ..modeling_coral import CoralDrafter
 from ..target import Target
-from .arguments import CoralTrainingArguments
+from .arguments import MOST_GROUPS, CoralTrainingArguments
 from .grouping import group_order
 
 logger = logging.get_logger(__name__)
@@ -56,14 +56,20 @@ def add_heads(
 
 
 def _add_router(drafter: CoralDrafter, args: CoralTrainingArguments, target, rows, num_tokens):
-    order = group_order(args.grouping, target, rows, args.num_groups, args.seed, num_tokens)
-    drafter.add_router(args.num_groups, args.num_active_groups, order, args.grouping)
+    number = args.num_groups or default_groups(drafter.config.vocab_size)
+    order = group_order(args.grouping, target, rows, number, args.seed, num_tokens)
+    drafter.add_router(number, args.num_active_groups or max(number // 8, 1), order, args.grouping)
+
+
+def default_groups(vocab_size: int) -> int:
+    """64 groups; fewer where they would hold less than 64 tokens each, but 8."""
+    return max(min(MOST_GROUPS, vocab_size // 64), min(8, vocab_size))
 
 
 def _tell_of_own(drafter: CoralDrafter, args: CoralTrainingArguments, names: tuple[str, ...]):
     """Say that a head is trained on whose settings are not those of the arguments."""
     own = {name: getattr(drafter.config, name) for name in names}
-    if own != {name: getattr(args, name) for name in names}:
+    if any(getattr(args, name) not in (None, value) for name, value in own.items()):
         logger.warning(
             f"The drafter has a head of its own with {own}, which is trained on; those settings of"
             " the arguments are for a new one. Take it away first to get one:"
