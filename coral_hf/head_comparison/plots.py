@@ -6,6 +6,8 @@ from pathlib import Path
 # (number of groups, share of them that is read) → (τ, draft time), of the whole head's
 Cells = Mapping[tuple[int, float], tuple[float, float]]
 
+LABEL = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none"}  # readable on any colour
+
 
 def plot_sweep(cells: Cells, path: Path) -> None:
     """Two heat maps side by side, saved to `path`. matplotlib is imported here."""
@@ -26,7 +28,7 @@ def plot_sweep(cells: Cells, path: Path) -> None:
         for row, line in enumerate(values):
             for column, value in enumerate(line):
                 if value == value:
-                    axes.text(column, row, f"{value:.1%}", ha="center", va="center", color="white")
+                    axes.text(column, row, f"{value:.1%}", bbox=LABEL, ha="center", va="center")
         axes.set_xticks(range(len(groups)), [str(number) for number in groups])
         axes.set_yticks(range(len(shares)), [f"1/{1 / share:g}" for share in shares])
         axes.set(title=titles[index], xlabel="groups", ylabel="share that is read")
