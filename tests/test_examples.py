@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_target
+from eagle_checkpoint import eagle_tensors, write_checkpoint
 from loopback_hub import Client, running_hub
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -87,6 +88,21 @@ def test_the_cost_of_a_training_step_is_that_of_the_same_loss(capsys, monkeypatc
     rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
     assert [row[3].strip() for row in rows] == ["library", "straightforward"]
     assert rows[0][-2].strip() == rows[1][-2].strip()
+
+
+def test_an_eagle_drafter_is_written_for_the_engines(folder, tmp_path, monkeypatch, capsys):
+    target = AutoModelForCausalLM.from_pretrained(folder / "target").config
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+    config = {name: getattr(target, name) for name in (*sizes, "num_key_value_heads")}
+    config |= {"model_type": "llama", "num_hidden_layers": 1, "bias": False}
+    (tmp_path / "eagle").mkdir()
+    write_checkpoint(tmp_path / "eagle", config, eagle_tensors(config))
+    names = ["--target", folder / "target", "--eagle", tmp_path / "eagle"]
+    run(monkeypatch, "serve.py", *names, "--output", tmp_path / "served")
+    printed = capsys.readouterr().out
+    assert "vllm: vllm serve" in printed and "sglang: python" in printed
+    for name in ("coral", "vllm", "sglang"):
+        assert (tmp_path / "served" / name / "model.safetensors").is_file()
 
 
 def test_publish_a_measured_drafter(folder, tmp_path):

@@ -1,0 +1,36 @@
+"""Take a drafter that EAGLE or HASS trained, and write it for vLLM and SGLang.
+
+python examples/serve.py --target meta-llama/Meta-Llama-3-8B-Instruct
+    --eagle yuhuili/EAGLE-LLaMA3-Instruct-8B
+    --output served
+"""
+
+import argparse
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from coral_hf import CoralDrafter
+from coral_hf.checkpoints import export_drafter
+
+
+def main(target_name: str, eagle: str, output: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(target_name)
+    target = AutoModelForCausalLM.from_pretrained(target_name)
+    drafter = CoralDrafter.from_eagle(target, eagle, tokenizer=tokenizer)
+    drafter.save_pretrained(output / "coral")
+    tokenizer.save_pretrained(output / "coral")
+    for engine in ("vllm", "sglang"):
+        done = export_drafter(drafter, engine, output / engine, target)
+        print(f"{engine}: {done.command}")
+        for note in done.notes:
+            print(f"  {note}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--eagle", required=True, help="a folder or an id of the Hub")
+    parser.add_argument("--output", type=Path, required=True)
+    given = parser.parse_args()
+    main(given.target, given.eagle, given.output)
