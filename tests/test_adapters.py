@@ -245,7 +245,7 @@ def test_a_drafter_is_trained_for_an_adapted_target(rows, tmp_path, fields, stag
     unadapted = copy.deepcopy(target).unload()
 
     def losses(model):
-        trainer = make_trainer(model, rows, tmp_path, stage=stage)
+        trainer = make_trainer(model, rows, tmp_path, stage=stage, grouping="contiguous")
         trainer.train()
         return logged(trainer, "loss")
 
@@ -253,6 +253,13 @@ def test_a_drafter_is_trained_for_an_adapted_target(rows, tmp_path, fields, stag
     assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
     assert found == pytest.approx(losses(target.merge_and_unload()), rel=1e-6)
     assert found != pytest.approx(losses(unadapted), rel=1e-5)
+
+
+def test_groups_of_like_rows_need_a_head_without_an_adapter(rows, tmp_path):
+    config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["lm_head"])
+    target = get_peft_model(tiny_target("llama", torch.float32), config).eval()
+    with pytest.raises(ValueError, match="offloaded or adapted. Use grouping='frequency'"):
+        make_trainer(target, rows, tmp_path, stage="router", grouping="kmeans")
 
 
 def test_a_target_with_virtual_tokens_trains_no_drafter(rows, tmp_path):

@@ -113,7 +113,9 @@ def test_a_head_whose_rows_cannot_be_read_makes_no_similar_groups(rows, grouping
     model = tiny_target("llama", torch.float32)
     quantize_(model, Int8WeightOnlyConfig(version=2))
     quantised = as_target(model)
-    with pytest.raises(ValueError, match="quantised or offloaded. Use grouping='frequency'"):
+    with pytest.raises(
+        ValueError, match="quantised, offloaded or adapted. Use grouping='frequency'"
+    ):
         group_order(grouping, quantised, rows, 4)
     check_order(group_order("frequency", quantised, rows, 4), VOCAB)
 

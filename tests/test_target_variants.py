@@ -189,9 +189,8 @@ def test_a_wholly_offloaded_target_keeps_its_text():
 
 def test_a_routed_head_on_an_offloaded_lm_head_is_refused(folder):
     target = offload(folder, ("lm_head",))
-    drafter = CoralDrafter.from_target(
-        target, num_groups=4, is_router_trained=True, draft_head="routed"
-    )
+    drafter = CoralDrafter.from_target(target, num_groups=4, is_router_trained=True)
+    drafter.config.draft_head = "routed"
     with pytest.raises(ValueError, match="quantised, offloaded or adapted.*draft_head='full'"):
         continue_drafted(target, drafter, make_prompts(), 1)
 

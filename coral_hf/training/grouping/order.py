@@ -104,8 +104,8 @@ def _head_rows(target: Target, num_tokens: int) -> Tensor:
     if not target.head.is_readable:
         raise ValueError(
             f"The rows of the target's LM head ({type(target.head.module).__name__}) cannot be"
-            " read: it is quantised or offloaded. Use grouping='frequency' or 'contiguous', or load"
-            " the target with an LM head in floating point."
+            " read: it is quantised, offloaded or adapted. Use grouping='frequency' or"
+            " 'contiguous', or load the target with an LM head in floating point."
         )
     return target.head.weight[:num_tokens].detach().float().cpu()
 
