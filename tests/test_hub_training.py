@@ -121,10 +121,12 @@ def test_a_training_that_may_not_push_stops_before_it_begins(hub, client, folder
 
 
 def test_what_a_training_cost_adds_up_when_it_is_resumed(hub, client, folder, tmp_path):  # noqa: F811
-    train(client, folder, tmp_path / "whole", "org/whole", hub_strategy="every_save")
-    train(client, folder, tmp_path / "parts", "org/parts2", hub_strategy="every_save", max_steps=1)
+    # pushed by name at the end: in the background the last push may find the one before it going
+    pushed = {"hub_strategy": "end", "pushes": True}
+    train(client, folder, tmp_path / "whole", "org/whole", **pushed)
+    train(client, folder, tmp_path / "parts", "org/parts2", **pushed, max_steps=1)
     first = json.loads(hub.files("org/parts2")["config.json"])["training_record"][0]
-    train(client, folder, tmp_path / "parts", "org/parts2", hub_strategy="every_save", resume=True)
+    train(client, folder, tmp_path / "parts", "org/parts2", **pushed, resume=True)
     records = [
         json.loads(hub.files(repo)["config.json"])["training_record"]
         for repo in ("org/whole", "org/parts2")
