@@ -79,14 +79,19 @@ def autotune(
     tree: Tree,
     max_seconds: float,
 ) -> Tuning:
-    """See `CoralDrafter.autotune`; `tree` is where the search starts."""
+    """See `CoralDrafter.autotune`.
+
+    Args:
+        tree: where the search starts; only the settings that it has are searched.
+    """
+    candidates = {name: CANDIDATES[name] for name in CANDIDATES if name in tree}
     bench = Bench(drafter, target, prompts, time.perf_counter() + max_seconds)
     bench.warm_up(tree)
     best = tree
-    with logging.tqdm(total=1 + sum(map(len, CANDIDATES.values())), desc="autotune") as bar:
+    with logging.tqdm(total=1 + sum(map(len, candidates.values())), desc="autotune") as bar:
         bench.measure(best)
         bar.update()
-        for name, values in CANDIDATES.items():
+        for name, values in candidates.items():
             for value in values:
                 if value != best[name] and not bench.is_over:
                     bench.measure(best | {name: value})

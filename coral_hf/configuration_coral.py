@@ -223,18 +223,21 @@ def _sizes(text: PreTrainedConfig) -> dict:
         "num_attention_heads": heads,
         "num_key_value_heads": _field(text, "num_key_value_heads") or heads,
         "head_dim": _field(text, "head_dim") or text.hidden_size // heads,
-        "max_position_embeddings": _max_positions(text),
+        "max_position_embeddings": max_positions(text) or CoralConfig.max_position_embeddings,
         "initializer_range": float(getattr(text, "initializer_range", 0.02)),
         "rms_norm_eps": float(next((epsilon for epsilon in epsilons if epsilon is not None), 1e-6)),
     }
 
 
-def _max_positions(text: PreTrainedConfig) -> int:
-    """MPT calls it `max_seq_len`; ALiBi targets have no limit of their own."""
+def max_positions(text: PreTrainedConfig) -> int | None:
+    """Tokens that a target is made for, None where it does not say (BLOOM).
+
+    MPT calls it `max_seq_len`.
+    """
     for name in ("max_position_embeddings", "max_seq_len"):
         if getattr(text, name, None) is not None:
             return getattr(text, name)
-    return CoralConfig.max_position_embeddings
+    return None
 
 
 def _intermediate_size(text: PreTrainedConfig) -> int:

@@ -196,9 +196,16 @@ class CoralDrafter(DraftHeads, GenerationMixin):
             tokenizer: the target's, for prompts that are texts.
             max_seconds: no new run begins after them.
         """
+        try:  # as in `from_eagle`
+            from coral_hf.target import tree_obstacle
+        except ImportError as error:
+            raise ImportError("Tuning needs the library: pip install coral_hf.") from error
         ids = read_prompts(prompts, tokenizer, target.device)
+        base = target.get_base_model() if hasattr(target, "get_base_model") else target
         own = self.generation_config
         tree = {name: getattr(own, name, value) for name, value in TREE_DEFAULTS.items()}
+        if tree_obstacle(base) is not None:  # a chain has a depth and nothing else
+            tree = {"tree_depth": tree["tree_depth"]}
         tuning = autotune(self, target, ids, tree, max_seconds)
         for name, value in tuning.tree.items():
             setattr(own, name, value)

@@ -10,12 +10,15 @@ import json
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import logging
 
-from .configuration_coral import CoralConfig
+from .configuration_coral import CoralConfig, max_positions
 from .lm_head import LMHead, execution_device
 
 logger = logging.get_logger(__name__)
@@ -182,7 +185,7 @@ def tree_obstacle(model: PreTrainedModel) -> str | None:
         return f"its attention {attention!r} takes no 4-D mask (of {MASKED_ATTENTION})"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "its forward takes no `position_ids`"
-    if getattr(text, "alibi", False):
+    if _has_alibi(text):
         return "its positions are ALiBi biases, which follow the order of the rows"
     foreign = sorted(set(getattr(text, "layer_types", None) or ()) - set(MASKED_LAYERS))
     if foreign:
@@ -215,6 +218,33 @@ def adapter_obstacle(model: PreTrainedModel) -> str | None:
     if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in within):
         return "its adapter (aLoRA) starts to act at a place in the text"
     return None
+
+
+def sharding_obstacle(model: PreTrainedModel) -> str | None:
+    """Why processes that share out a target's weights cannot draft, or None if they can.
+
+    Each of them would run another number of passes, and wait for the others' weights.
+    """
+    is_shared_out = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+    if not (is_shared_out or isinstance(model, FSDPModule)):
+        return None
+    count = distributed.get_world_size() if distributed.is_initialized() else 1
+    return None if count == 1 else f"its weights are shared out over {count} processes"
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Positions of a target that looks them up in a table, None for any other.
+
+    Rotary positions and ALiBi go on beyond what a target is made for, as in plain `generate`.
+    """
+    text = text_config(model)
+    has_formula = getattr(text, "rope_parameters", None) is not None or _has_alibi(text)
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    return None if has_formula or not takes_positions else max_positions(text)
+
+
+def _has_alibi(text: PreTrainedConfig) -> bool:
+    return getattr(text, "alibi", False)
 
 
 def sliding_windows(model: PreTrainedModel) -> list[int | None]:

@@ -14,7 +14,7 @@ def main(target_name: str, drafter_name: str, turns: list[str], max_new_tokens: 
     tokenizer = AutoTokenizer.from_pretrained(target_name)
     target = AutoModelForCausalLM.from_pretrained(target_name).eval()
     drafter = AutoModel.from_pretrained(drafter_name, dtype=target.dtype).eval()
-    messages, cache = [], None
+    messages, memory = [], {}
     for turn in turns:
         messages.append({"role": "user", "content": turn})
         inputs = tokenizer.apply_chat_template(
@@ -23,13 +23,14 @@ def main(target_name: str, drafter_name: str, turns: list[str], max_new_tokens: 
         output = target.generate(
             **inputs,
             assistant_model=drafter,
-            past_key_values=cache,
+            **memory,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             return_dict_in_generate=True,
         )
         # carries what target and drafter have read; the next turn goes on from it
-        cache = output.past_key_values
+        name = "cache" if "cache" in output else "past_key_values"  # before transformers 5.24
+        memory = {name: output[name]}
         start = inputs["input_ids"].shape[1]
         reply = tokenizer.decode(output.sequences[0, start:], skip_special_tokens=True)
         messages.append({"role": "assistant", "content": reply})

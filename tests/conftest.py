@@ -51,6 +51,12 @@ VOCAB = 40
 WINDOW = 8
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
+
+def printed(result) -> str:
+    """What a command printed, as one line without boxes."""
+    return " ".join(result.output.replace("│", " ").split())
+
+
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 32,

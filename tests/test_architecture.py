@@ -36,7 +36,9 @@ ORDER = (
 )
 # a method that is a door to a later part: imported when called, in a `try`, since code that is
 # published with a checkpoint does without
-DOORS = {"modeling_coral.py": {"coral_hf.checkpoints", "coral_hf.publishing"}}
+DOORS = {
+    "modeling_coral.py": {"coral_hf.checkpoints", "coral_hf.publishing", "coral_hf.target"},
+}
 RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 PUBLISHED = [
     f"{name}.py"

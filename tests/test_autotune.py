@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import scatter_weights, tiny_target
+from conftest import any_target, scatter_weights, tiny_target
 from transformers import AutoModel
 from transformers.utils import logging
 
@@ -38,6 +38,15 @@ def test_what_was_found_survives_saving_and_loading(target, drafter, tmp_path):
     assert {name: getattr(loaded, name) for name in tuning.tree} == tuning.tree
     assert loaded.draft_costs == tuning.costs
     assert set(tuning.costs) == {"base", "level", "node"} and min(tuning.costs.values()) > 0
+
+
+def test_of_a_target_that_takes_chains_the_depth_is_found(target):
+    bloom = any_target("bloom", torch.float32)
+    drafter = CoralDrafter.from_target(bloom).eval()
+    tuning = drafter.autotune(bloom, [PROMPT], max_seconds=0.5)
+    assert [*tuning.tree] == ["tree_depth"]
+    assert drafter.generation_config.tree_depth == tuning.tree["tree_depth"]
+    assert set(tuning.costs) == {"base", "level", "node"}
 
 
 def test_the_time_is_kept(target, drafter):

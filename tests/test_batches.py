@@ -12,6 +12,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from coral_hf import CoralDrafter
+from coral_hf.decoding.cache import CACHE
 
 TREE = {"tree_depth": 3, "tree_top_k": 3, "tree_nodes": 8}
 PAD = 0
@@ -337,9 +338,9 @@ def test_the_returned_cache_of_a_batch_is_a_prefill_of_all_but_the_last_tokens(t
     width = out.sequences.shape[1]
     fresh = target(
         out.sequences, attention_mask=mask[:, :width], position_ids=positions[:, :width]
-    ).past_key_values
-    assert out.past_key_values.get_seq_length() == width - 1
-    for ours, theirs in zip(out.past_key_values.layers, fresh.layers, strict=True):
+    )[CACHE]
+    assert out[CACHE].get_seq_length() == width - 1
+    for ours, theirs in zip(out[CACHE].layers, fresh.layers, strict=True):
         for row, tokens in enumerate(rows):
             first, stop = int((mask[row] == 0).sum()), start + len(tokens) - 1
             for name in ("keys", "values"):

@@ -7,6 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from coral_hf.benchmark import pad_target
 from coral_hf.benchmark.padding import num_padded_layers
+from coral_hf.decoding.cache import CACHE
 
 SIZES = {
     "hidden_size": 32,
@@ -57,8 +58,8 @@ def test_padding_changes_no_logit_and_deepens_the_cache(target):
     ids = torch.arange(3, 23)[None]
     expected, found = target(ids), pad_target(target, 7)(ids)
     assert torch.equal(expected.logits, found.logits)
-    assert (len(expected.past_key_values.layers), len(found.past_key_values.layers)) == (2, 7)
-    assert found.past_key_values.layers[6].keys.abs().sum() > 0  # it does the work of a layer
+    assert (len(expected[CACHE].layers), len(found[CACHE].layers)) == (2, 7)
+    assert found[CACHE].layers[6].keys.abs().sum() > 0  # it does the work of a layer
 
 
 def test_a_padded_target_generates_the_same_tokens(target):

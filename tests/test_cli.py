@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import printed
 from test_examples import folder  # noqa: F401  a saved target and its conversations
 from transformers import AutoModel
 from typer.testing import CliRunner
@@ -64,10 +65,10 @@ def test_help_names_every_command():
 
 
 def test_an_unknown_training_option_is_an_error(folder):  # noqa: F811
-    result = invoke(
-        "train",
-        *("--target", folder / "target", "--dataset", folder / "talk.jsonl"),
-        *("--output", folder / "wrong", "--no_such_option", "1"),
-    )
-    assert result.exit_code != 0
-    assert "no_such_option" in str(result.exception)
+    arguments = ["--target", folder / "target", "--dataset", folder / "talk.jsonl"]
+    arguments += ["--output", folder / "wrong", "--no_such_option", "1"]
+    result = invoke("train", *arguments)
+    assert result.exit_code == 1
+    assert "Error: " in printed(result) and "no_such_option" in printed(result)
+    shown = invoke("--traceback", "train", *arguments)
+    assert isinstance(shown.exception, ValueError)

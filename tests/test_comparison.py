@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import printed
 from test_cli import invoke
 from test_examples import folder  # noqa: F401  a saved target and its conversations
 
@@ -125,6 +126,6 @@ def test_results_of_other_settings_are_not_mixed(folder):  # noqa: F811
         (["--trial", "coral csra_weight=-1"], "`csra_weight` is -1.0"),
     ):
         found = invoke("compare", *names, *other)
-        assert found.exit_code != 0 and said in str(found.exception)
+        assert found.exit_code != 0 and said in printed(found)
     found = invoke("compare", *names, "--keep", 1)
     assert found.exit_code != 0 and "one seed" in found.output

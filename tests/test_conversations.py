@@ -8,6 +8,7 @@ from conftest import VOCAB, scatter_weights, tiny_target
 from transformers import DynamicCache
 
 from coral_hf import CoralDrafter
+from coral_hf.decoding.cache import CACHE
 
 TREE = {"tree_depth": 3, "tree_top_k": 3, "tree_nodes": 8}
 SETTINGS = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": None}
@@ -34,7 +35,7 @@ def reply(target, text, cache=None, **settings):
     return target.generate(
         text,
         attention_mask=torch.ones_like(text),
-        past_key_values=cache,
+        **{CACHE: cache},
         return_dict_in_generate=True,
         **SETTINGS,
         **settings,
@@ -64,23 +65,21 @@ def test_the_second_turn_reads_only_what_is_new_in_target_and_drafter(target, dr
     first = reply(target, words(7, 0), **assistant)
     text = torch.cat([first.sequences, words(5, 1)], dim=1)  # 7 + 12 + 5
     with TokensRead(target, "input_ids") as by_target, TokensRead(drafter, "x") as by_drafter:
-        second = reply(target, text, first.past_key_values, **assistant)
+        second = reply(target, text, first[CACHE], **assistant)
     # the last token of the first turn was emitted and not read
     assert by_target.lengths[0] == by_drafter.lengths[0] == 6
     assert second.sequences.equal(reply(target, text).sequences)
-    assert second.past_key_values is first.past_key_values
+    assert second[CACHE] is first[CACHE]
 
 
 def test_a_continued_text_is_drafted_as_if_it_had_been_read_at_once(target, drafter):
     assistant = {"assistant_model": drafter, **TREE}
     first = reply(target, words(7, 0), **assistant)
     text = torch.cat([first.sequences, words(5, 1)], dim=1)
-    second = reply(target, text, first.past_key_values, **assistant)
+    second = reply(target, text, first[CACHE], **assistant)
     at_once = reply(target, text, **assistant)
     assert second.stats.round_lengths == at_once.stats.round_lengths
-    for ours, theirs in zip(
-        second.past_key_values.layers, at_once.past_key_values.layers, strict=True
-    ):
+    for ours, theirs in zip(second[CACHE].layers, at_once[CACHE].layers, strict=True):
         torch.testing.assert_close(ours.keys, theirs.keys)
 
 
@@ -91,16 +90,16 @@ def test_a_plain_calls_cache_is_continued_with_a_drafter_that_starts_cold(family
     first = reply(target, words(4, 0))
     text = torch.cat([first.sequences, words(5, 1)], dim=1)
     expected = reply(target, text).sequences
-    second = reply(target, text, first.past_key_values, assistant_model=drafter, **TREE)
+    second = reply(target, text, first[CACHE], assistant_model=drafter, **TREE)
     assert second.sequences.equal(expected)
-    third = reply(target, torch.cat([expected, words(3, 2)], dim=1), second.past_key_values)
+    third = reply(target, torch.cat([expected, words(3, 2)], dim=1), second[CACHE])
     assert third.sequences.equal(reply(target, torch.cat([expected, words(3, 2)], 1)).sequences)
 
 
 def test_the_callers_own_cache_is_filled(target, drafter):
     cache = DynamicCache(config=target.config)
     out = reply(target, words(7, 0), cache, assistant_model=drafter, **TREE)
-    assert out.past_key_values is cache
+    assert out[CACHE] is cache
     assert cache.get_seq_length() == out.sequences.shape[1] - 1
 
 
@@ -109,7 +108,7 @@ def test_one_cache_can_be_copied_and_continued_twice(target, drafter):
     first = reply(target, words(7, 0), **assistant)
     for seed in (1, 2):
         text = torch.cat([first.sequences, words(5, seed)], dim=1)
-        out = reply(target, text, copy.deepcopy(first.past_key_values), **assistant)
+        out = reply(target, text, copy.deepcopy(first[CACHE]), **assistant)
         assert out.sequences.equal(reply(target, text).sequences)
 
 
@@ -120,7 +119,7 @@ def test_new_tokens_alone_go_on_with_the_mask_of_the_whole_text(target, drafter)
     out = target.generate(
         text[:, -6:],
         attention_mask=torch.ones_like(text),
-        past_key_values=first.past_key_values,
+        **{CACHE: first[CACHE]},
         **SETTINGS,
         **assistant,
     )
@@ -130,7 +129,7 @@ def test_new_tokens_alone_go_on_with_the_mask_of_the_whole_text(target, drafter)
 def test_a_text_that_is_all_in_the_cache_goes_on(target, drafter):
     assistant = {"assistant_model": drafter, **TREE}
     text = words(9, 0)
-    cache = target(text, use_cache=True).past_key_values
+    cache = target(text, use_cache=True)[CACHE]
     out = reply(target, text, cache, **assistant)
     assert out.sequences.equal(reply(target, text).sequences)
 
@@ -140,7 +139,7 @@ def test_a_batch_goes_on_from_its_cache(target, drafter):
     prompts = words(14, 3).view(2, 7)
     first = reply(target, prompts, **assistant)
     text = torch.cat([first.sequences, words(10, 4).view(2, 5)], dim=1)
-    second = reply(target, text, first.past_key_values, **assistant)
+    second = reply(target, text, first[CACHE], **assistant)
     assert second.sequences.equal(reply(target, text).sequences)
 
 
@@ -148,13 +147,13 @@ def test_the_drafter_of_another_call_starts_cold(target, drafter):
     other = CoralDrafter.from_target(target).eval()
     first = reply(target, words(7, 0), assistant_model=drafter, **TREE)
     text = torch.cat([first.sequences, words(5, 1)], dim=1)
-    out = reply(target, text, first.past_key_values, assistant_model=other, **TREE)
+    out = reply(target, text, first[CACHE], assistant_model=other, **TREE)
     assert out.sequences.equal(reply(target, text).sequences)
 
 
 def test_memory_fits_only_where_the_text_goes_on(target, drafter):
     first = reply(target, words(7, 0), assistant_model=drafter, **TREE)
-    memory = first.past_key_values.drafter_memory
+    memory = first[CACHE].drafter_memory
     end = first.sequences.shape[1] - 1
     assert memory.fits(drafter, torch.tensor([[end, end + 1]]))
     assert not memory.fits(drafter, torch.tensor([[end + 1]]))

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from conftest import OTHERS, make_target
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
@@ -12,6 +13,7 @@ from transformers import (
     GenerationMixin,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -25,6 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import coral_hf
 from coral_hf import CoralDrafter
+from coral_hf.decoding.cache import CACHE
 from coral_hf.decoding.settings import Rule, choose_shape
 
 VOCAB = 40
@@ -221,8 +224,8 @@ def test_the_returned_cache_is_that_of_all_but_the_last_token(target, drafter):
             custom_generate=decode_knowing_the_text(target, drafter, text),
             return_dict_in_generate=True,
         )
-        expected = target(drafted.sequences[:, :-1]).past_key_values
-        for ours, theirs in zip(drafted.past_key_values.layers, expected.layers, strict=True):
+        expected = target(drafted.sequences[:, :-1])[CACHE]
+        for ours, theirs in zip(drafted[CACHE].layers, expected.layers, strict=True):
             torch.testing.assert_close(ours.keys, theirs.keys)
             torch.testing.assert_close(ours.values, theirs.values)
 
@@ -231,7 +234,7 @@ def test_plain_generation_goes_on_with_the_returned_cache(target, drafter):
     plain, drafted = plain_and_drafted(target, drafter, max_new_tokens=12)
     more = target.generate(
         drafted.sequences,
-        past_key_values=drafted.past_key_values,
+        **{CACHE: drafted[CACHE]},
         do_sample=False,
         max_new_tokens=10,
     )
@@ -292,6 +295,33 @@ def test_stop_strings_end_the_text_inside_a_round(target, drafter, tokenizer):
     assert plain.sequences.shape[1] < text.shape[1]
     with pytest.raises(ValueError, match="without `tokenizer`"):
         target.generate(PROMPT, stop_strings=[stop], assistant_model=drafter)
+
+
+def test_stop_strings_of_the_targets_own_config_end_a_text_too(
+    target, drafter, tokenizer, monkeypatch
+):
+    text = target.generate(PROMPT, do_sample=False, max_new_tokens=30)
+    stops = [
+        tokenizer.decode(text[0, PROMPT.shape[1] + n : PROMPT.shape[1] + n + 2]) for n in (2, 6)
+    ]
+    monkeypatch.setattr(target.generation_config, "stop_strings", [stops[1]])
+    settings = {"max_new_tokens": 30, "tokenizer": tokenizer}
+    lengths = []
+    for own in ({}, {"stop_strings": [stops[0]]}):  # those of a call come first
+        plain, drafted = plain_and_drafted(target, drafter, **settings, **own)
+        assert torch.equal(plain.sequences, drafted.sequences)
+        lengths.append(plain.sequences.shape[1])
+    assert text.shape[1] > lengths[0] > lengths[1]
+    assert target.generation_config.stop_strings == [stops[1]]
+
+
+def test_processes_that_share_out_a_targets_weights_do_not_draft(target, drafter, monkeypatch):
+    monkeypatch.setattr(target, "_is_fsdp_managed_module", True, raising=False)
+    target.generate(PROMPT, assistant_model=drafter, max_new_tokens=2)  # of one process
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="weights are shared out over 2 processes"):
+        target.generate(PROMPT, assistant_model=drafter, max_new_tokens=2, synced_gpus=False)
 
 
 def test_a_tokenizer_the_drafter_was_not_trained_with_is_refused(target, tokenizer):
@@ -479,6 +509,21 @@ def test_the_text_may_fill_a_table_of_positions_to_the_last_token(gpt2):
             PROMPT, attention_mask=torch.ones_like(PROMPT), assistant_model=drafter, **settings
         )
         assert torch.equal(plain, drafted)
+
+
+def test_a_target_that_takes_chains_ends_within_its_table_of_positions():
+    fields = {**OTHERS["gpt_neo"].to_dict(), "max_position_embeddings": 16, "eos_token_id": None}
+    target = make_target(GPTNeoConfig(**fields))
+    drafter = CoralDrafter.from_target(target).eval()
+    scatter_weights(drafter, seed=1)
+    settings = {"max_new_tokens": 11, "do_sample": False}  # 16 positions are read
+    expected = target.generate(PROMPT, **settings)
+    assert target.generate(PROMPT, assistant_model=drafter, **settings).equal(expected)
+    # a text that ends in time may ask for more than there is room for
+    settings = {"max_new_tokens": 50, "do_sample": False, "eos_token_id": int(expected[0, -1])}
+    expected = target.generate(PROMPT, **settings)
+    assert expected.shape[1] <= 17
+    assert target.generate(PROMPT, assistant_model=drafter, **settings).equal(expected)
 
 
 def test_a_prompt_beyond_the_positions_is_refused(gpt2):

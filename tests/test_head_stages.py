@@ -100,11 +100,27 @@ def test_a_drafter_trained_on_keeps_its_heads_as_they_are(
         assert parameter.requires_grad != name.startswith(("router.", "low_rank.")), name
 
 
-def test_a_head_of_its_own_is_trained_on_and_that_is_said(target, rows, drafter, tmp_path, caplog):
+def test_settings_of_a_new_head_are_refused_where_the_drafter_has_one(
+    target, rows, drafter, tmp_path
+):
     drafter.add_router(5, 1)
-    make_trainer(target, rows, tmp_path, drafter, stage="router", **GROUPS)
-    assert "has a head of its own with {'grouping': 'contiguous', 'num_groups': 5" in caplog.text
+    for setting in ({"num_groups": 6}, {"grouping": "kmeans"}, {"num_active_groups": 2}):
+        with pytest.raises(ValueError, match=f"`{[*setting][0]}` is .* drafter has a head with"):
+            make_trainer(target, rows, tmp_path, drafter, stage="router", **setting)
+    make_trainer(target, rows, tmp_path, drafter, stage="router")
+    own = {"num_groups": 5, "num_active_groups": 1, "grouping": "contiguous"}
+    make_trainer(target, rows, tmp_path, drafter, stage="joint", **own)
     assert drafter.config.num_groups == 5
+
+
+def test_a_low_rank_head_of_any_rank_is_trained_on_without_being_told(
+    target, rows, drafter, tmp_path
+):
+    drafter.add_low_rank_head(8, read_target(target, drafter.config).head)
+    make_trainer(target, rows, tmp_path, drafter, stage="low_rank")
+    assert drafter.config.head_rank == 8
+    with pytest.raises(ValueError, match="`head_rank` is 4, but the drafter has a head with 8"):
+        make_trainer(target, rows, tmp_path, drafter, stage="low_rank", head_rank=4)
 
 
 def test_a_seed_makes_a_router(target, rows, trained, tmp_path):

@@ -9,6 +9,7 @@ from conftest import VOCAB, scatter_weights, tiny_target
 from test_generate import TheTargetItself
 
 from coral_hf import CoralDrafter
+from coral_hf.decoding.cache import CACHE
 from coral_hf.decoding.costs import PROBES, Costs, Line, MeasuredCosts, Spent, StoredCosts
 from coral_hf.decoding.generate import decoder_of
 from coral_hf.decoding.pace import PATIENCE, Adaptive, choose_pace
@@ -169,7 +170,7 @@ def test_an_untrained_drafter_is_left_alone_after_a_while(target, drafter, monke
     hook.remove()
     assert out.stats.is_stepped_back
     assert len(calls) < 20 and out.sequences.shape[1] == 66
-    assert out.past_key_values.drafter_memory is None
+    assert out[CACHE].drafter_memory is None
 
 
 def test_a_drafter_that_knows_the_text_goes_on(target, drafter, monkeypatch):
@@ -226,7 +227,7 @@ def test_a_text_goes_on_after_a_call_that_was_decoded_plainly(target, drafter):
         target,
         drafter,
         first.sequences,
-        past_key_values=first.past_key_values,
+        **{CACHE: first[CACHE]},
         max_new_tokens=20,
     )
     assert torch.equal(second.sequences, plain)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coral_hf import CoralDrafter
+from coral_hf.decoding.cache import CACHE
 
 VOCAB = 12  # small, so that a random drafter is often right
 PAD = 0
@@ -203,12 +204,12 @@ def test_the_cache_after_a_call_is_a_prefill_of_all_but_the_last_tokens(
         return_dict_in_generate=True,
         **tree,
     )
-    assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1
+    assert out[CACHE].get_seq_length() == out.sequences.shape[1] - 1
     for row, text in enumerate(texts_of(out.sequences, start, eos)):
         first, stop = start - len(rows[row]), start + len(text) - 1
         with torch.no_grad():
             fresh = target(out.sequences[row : row + 1, first:stop])
-        layers = zip(out.past_key_values.layers, fresh.past_key_values.layers, strict=True)
+        layers = zip(out[CACHE].layers, fresh[CACHE].layers, strict=True)
         for ours, theirs in layers:
             # a sliding layer of transformers keeps the end of a text only
             width = theirs.keys.shape[2]
@@ -238,7 +239,7 @@ def test_a_text_that_goes_on_from_its_cache_is_the_text_read_at_once(
     whole = {"input_ids": text, "attention_mask": torch.ones_like(text)}
     second = target.generate(
         **whole,
-        past_key_values=first.past_key_values,
+        **{CACHE: first[CACHE]},
         max_new_tokens=second_length,
         **settings_,
         **second_tree,

@@ -48,6 +48,12 @@ def test_plain_classification_is_the_soft_cross_entropy():
     )
 
 
+def test_what_is_for_the_log_carries_no_gradient():
+    found = token_loss(*features(), make_head().logits)
+    assert found.loss.requires_grad
+    assert not (found.classification.requires_grad or found.top_k.requires_grad)
+
+
 def test_classification_is_smallest_at_the_targets_own_features():
     _, target = features()
     own = target.expand(1, -1, -1).clone().requires_grad_()

@@ -203,6 +203,15 @@ def test_an_interrupted_training_goes_on_with_the_same_losses(target, rows, tmp_
         assert torch.equal(ours, theirs)
 
 
+def test_a_stream_trains_and_its_length_is_not_recorded(target, rows, tmp_path):
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    trainer = make_trainer(target, stream, tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    saved = CoralDrafter.from_pretrained(tmp_path / "checkpoint-4")
+    (stage,) = saved.config.training_record
+    assert stage["rows"] is None and stage["steps"] == 4
+
+
 def test_a_checkpoint_holds_the_drafter_and_nothing_of_the_target(target, rows, tmp_path):
     trainer = make_trainer(target, rows, tmp_path, save_strategy="steps", save_steps=4)
     trainer.train()

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from coral_hf import CoralDrafter
+from coral_hf.decoding.cache import CACHE
 
 PAD = 0
 NEW = 8
@@ -102,7 +103,7 @@ def test_a_greedy_output_is_a_decoder_only_output_with_all_that_was_asked_for(ro
 def test_an_output_unpacks_like_any_model_output(target, drafter):
     _, out = with_and_without(target, drafter, PROMPTS, return_dict_in_generate=True)
     assert out[0] is out["sequences"] is out.sequences
-    assert out.to_tuple() == (out.sequences, out.past_key_values, out.stats)
+    assert out.to_tuple() == (out.sequences, out[CACHE], out.stats)
     assert out.scores is out.logits is out.hidden_states is out.attentions is None
 
 
@@ -110,7 +111,7 @@ def test_what_is_not_asked_for_is_not_kept(target, drafter):
     _, out = with_and_without(
         target, drafter, PROMPTS, return_dict_in_generate=True, output_logits=True
     )
-    assert [*out.keys()] == ["sequences", "logits", "past_key_values", "stats"]
+    assert [*out.keys()] == ["sequences", "logits", CACHE, "stats"]
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -395,16 +396,16 @@ def test_the_cache_has_a_column_for_every_token_but_the_last(target, drafter, ne
     _, out = with_and_without(
         target, drafter, PROMPTS, max_new_tokens=new, return_dict_in_generate=True
     )
-    assert isinstance(out.past_key_values, DynamicCache)
-    assert out.past_key_values.get_seq_length() == 6 + new - 1
-    for layer in out.past_key_values.layers:
+    assert isinstance(out[CACHE], DynamicCache)
+    assert out[CACHE].get_seq_length() == 6 + new - 1
+    for layer in out[CACHE].layers:
         assert layer.keys.shape == layer.values.shape == (2, 2, 6 + new - 1, 8)
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["plain-first", "drafted-first"])
 @pytest.mark.parametrize("then", [False, True], ids=["plain-then", "drafted-then"])
 @pytest.mark.parametrize("is_whole", [True, False], ids=["whole-text", "new-tokens"])
-def test_generation_continues_from_past_key_values(target, drafter, first, then, is_whole):
+def test_generation_continues_from_a_returned_cache(target, drafter, first, then, is_whole):
     expected = target.generate(PROMPTS, **GREEDY)
     assistant = {"assistant_model": drafter, **TREE}
     half = target.generate(
@@ -415,11 +416,11 @@ def test_generation_continues_from_past_key_values(target, drafter, first, then,
         **(assistant if first else {}),
     )
     text = half.sequences
-    given = text if is_whole else text[:, half.past_key_values.get_seq_length() :]
+    given = text if is_whole else text[:, half[CACHE].get_seq_length() :]
     out = target.generate(
         given,
         attention_mask=torch.ones_like(text),
-        past_key_values=half.past_key_values,
+        **{CACHE: half[CACHE]},
         do_sample=False,
         max_new_tokens=NEW - 3,
         **(assistant if then else {}),
@@ -443,7 +444,7 @@ def test_a_cache_of_any_class_may_be_passed(family, make_cache):
     out = target.generate(
         PROMPTS,
         **GREEDY,
-        past_key_values=make_cache(target.config),
+        **{CACHE: make_cache(target.config)},
         assistant_model=make_drafter(target),
         **TREE,
     )
@@ -452,12 +453,12 @@ def test_a_cache_of_any_class_may_be_passed(family, make_cache):
 
 def test_a_returned_cache_can_be_cropped_and_reordered(target, drafter):
     _, out = with_and_without(target, drafter, PROMPTS, return_dict_in_generate=True)
-    cache, text = out.past_key_values, out.sequences
+    cache, text = out[CACHE], out.sequences
     cache.crop(-4)
     cache.reorder_cache(torch.tensor([1, 0]))
     text = text.flip(0)[:, : cache.get_seq_length() + 1]
     for assistant in ({}, {"assistant_model": drafter, **TREE}):
-        more = target.generate(text, past_key_values=copy.deepcopy(cache), **GREEDY, **assistant)
+        more = target.generate(text, **{CACHE: copy.deepcopy(cache)}, **GREEDY, **assistant)
         assert more.equal(target.generate(text, **GREEDY))
 
 
@@ -465,25 +466,25 @@ def test_a_returned_cache_can_be_cropped_and_reordered(target, drafter):
 def test_a_returned_cache_can_be_saved_and_loaded(target, drafter, rows):
     _, out = with_and_without(target, drafter, PROMPTS[:rows], return_dict_in_generate=True)
     file = io.BytesIO()
-    torch.save(out.past_key_values, file)
+    torch.save(out[CACHE], file)
     file.seek(0)
     expected = target.generate(out.sequences, **GREEDY)
     loaded = (
         torch.load(file, weights_only=False),
-        pickle.loads(pickle.dumps(out.past_key_values)),
+        pickle.loads(pickle.dumps(out[CACHE])),
     )
     for cache in loaded:
         more = target.generate(
-            out.sequences, past_key_values=cache, assistant_model=drafter, **GREEDY, **TREE
+            out.sequences, **{CACHE: cache}, assistant_model=drafter, **GREEDY, **TREE
         )
         assert more.equal(expected)
 
 
 def test_the_copy_of_a_cache_keeps_what_the_drafter_has_read(target, drafter):
     _, out = with_and_without(target, drafter, PROMPTS[:1], return_dict_in_generate=True)
-    memory = copy.deepcopy(out.past_key_values).drafter_memory
+    memory = copy.deepcopy(out[CACHE]).drafter_memory
     assert memory.fits(drafter, torch.tensor([[out.sequences.shape[1] - 1]]))
-    assert memory.cache is not out.past_key_values.drafter_memory.cache
+    assert memory.cache is not out[CACHE].drafter_memory.cache
 
 
 # threads and exceptions
@@ -526,26 +527,26 @@ def test_an_exception_inside_a_call_leaves_target_drafter_and_cache_usable(
     cache = DynamicCache(config=target.config)
     with pytest.raises(RuntimeError, match="broken off"):
         target.generate(
-            PROMPTS, **GREEDY, **assistant, past_key_values=cache, **{name: [failing(length)]}
+            PROMPTS, **GREEDY, **assistant, **{CACHE: cache}, **{name: [failing(length)]}
         )
     assert target.generate(PROMPTS, **GREEDY).equal(expected)
     assert target.generate(PROMPTS, **GREEDY, **assistant).equal(expected)
-    assert target.generate(PROMPTS, **GREEDY, **assistant, past_key_values=cache).equal(expected)
+    assert target.generate(PROMPTS, **GREEDY, **assistant, **{CACHE: cache}).equal(expected)
 
 
 def test_an_exception_in_a_continued_call_leaves_the_cache_usable(target, drafter):
     assistant = {"assistant_model": drafter, **TREE}
     first = target.generate(PROMPTS[:1], **GREEDY, **assistant, return_dict_in_generate=True)
-    cache, text = first.past_key_values, first.sequences
+    cache, text = first[CACHE], first.sequences
     with pytest.raises(RuntimeError, match="broken off"):
         target.generate(
             text,
             **GREEDY,
             **assistant,
-            past_key_values=cache,
+            **{CACHE: cache},
             stopping_criteria=[FailingCriterion(18)],
         )
-    out = target.generate(text, **GREEDY, **assistant, past_key_values=cache)
+    out = target.generate(text, **GREEDY, **assistant, **{CACHE: cache})
     assert out.equal(target.generate(text, **GREEDY))
 
 

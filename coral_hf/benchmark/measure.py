@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..configuration_coral import max_positions
+from ..target import text_config
 from .baselines import BigramDrafter
 from .environment import describe_environment
 from .methods import Drafters, Generation, Method, build_methods
@@ -89,8 +91,9 @@ class Bench(NamedTuple):
 
     def fits(self, prompt: Prompt) -> bool:
         """Whether the target's context holds the prompt and its answer."""
-        context = self.target.config.get_text_config().max_position_embeddings
-        return encode(prompt, self.tokenizer).shape[1] + self.settings.max_new_tokens <= context
+        context = max_positions(text_config(self.target))
+        tokens = encode(prompt, self.tokenizer).shape[1] + self.settings.max_new_tokens
+        return context is None or tokens <= context
 
     def warm_up(self, prompts: Sequence[Prompt]) -> None:
         """Run every method on the first prompts and forget it: allocators and kernels settle."""

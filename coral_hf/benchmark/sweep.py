@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..configuration_coral import max_positions
 from ..prompt_batch import left_padded
+from ..target import text_config
 from .calls import Call, Caller
 from .environment import describe_environment
 from .prompts import Prompt, encode
@@ -62,9 +64,11 @@ class Sweep:
         self.drafter = drafter
         self.pad_token = pad_token
         self.settings = settings
-        text = target.config.get_text_config()
+        text = text_config(target)
         self.vocab_size = text.vocab_size
-        self.room = text.max_position_embeddings - settings.max_new_tokens  # for the prompt
+        context = max_positions(text)
+        # tokens of a prompt
+        self.room = float("inf") if context is None else context - settings.max_new_tokens
 
     def batches(self, rows: Sequence[Tensor], size: int) -> Iterator[Call]:
         """Prompts, each (length,), in batches of `size`, each row up to its own end."""

@@ -59,6 +59,9 @@ def train(
         list[str],
         typer.Option(help="'drafter', 'joint', 'router', 'low_rank', one after the other."),
     ] = ["drafter", "router"],  # noqa: B006
+    fresh_head: Annotated[
+        bool, typer.Option(help="Train new heads in place of those that the drafter has.")
+    ] = False,
     router_epochs: Annotated[
         float, typer.Option(help="Epochs of the router's stage; 0 trains no router.")
     ] = 0.2,
@@ -78,6 +81,8 @@ def train(
     # each process of a run has a GPU of its own, to which its trainer moves the target
     model, tokenizer = load_target(target, dtype, device="cpu")
     first = _first_drafter(model, tokenizer, drafter, warm_start, layers, target)
+    if fresh_head:
+        _take_heads_away(first, stage, drafter is not None)
     first = with_adapter(first, "drafter", adapter)
     rows = load_rows(dataset, hold_out)
     chosen = _stages(stage, router_epochs, drafter is not None)
@@ -113,7 +118,7 @@ def _stages(names: list[str], router_epochs: float, has_drafter: bool) -> dict[s
     """Stages and what is set for them alone, in their order."""
     first = next((name for name in names if name not in ("drafter", "joint")), None)
     if first == names[0] and not has_drafter:
-        raise ValueError(
+        raise typer.BadParameter(
             f"--stage {first} trains a head of a trained drafter; pass it with --drafter."
         )
     found: dict[str, dict] = {name: {} for name in names}
@@ -125,16 +130,26 @@ def _stages(names: list[str], router_epochs: float, has_drafter: bool) -> dict[s
     return found
 
 
+def _take_heads_away(drafter, stages: list[str], is_given: bool) -> None:
+    """Of a drafter that was given, the heads that stages train: they make new ones."""
+    if not is_given:
+        raise typer.BadParameter("--fresh-head is for the heads of a drafter; pass --drafter too.")
+    if {"router", "joint"} & set(stages):
+        drafter.remove_router()
+    if "low_rank" in stages:
+        drafter.remove_low_rank_head()
+
+
 def _lora(drafter: str | None, rank: int | None, alpha: int | None, targets: list[str] | None):
     """The config of the LoRA that was asked for, if any."""
     from ..training.adapters import lora
 
     if rank is None and (alpha is not None or targets):
-        raise ValueError("--lora-alpha and --lora-target are of a LoRA; pass --lora-r too.")
+        raise typer.BadParameter("--lora-alpha and --lora-target are of a LoRA; pass --lora-r too.")
     if rank is None:
         return None
     if drafter is None:
-        raise ValueError("--lora-r adapts a trained drafter; pass it with --drafter.")
+        raise typer.BadParameter("--lora-r adapts a trained drafter; pass it with --drafter.")
     return lora(rank, alpha, targets)
 
 
@@ -149,11 +164,15 @@ def _first_drafter(
     from ..training.warm_start import warm_start
 
     if drafter is not None and source is not None:
-        raise ValueError("--drafter and --warm-start are two drafters to start from; pass one.")
+        raise typer.BadParameter(
+            "--drafter and --warm-start are two drafters to start from; pass one."
+        )
     if source is not None:
         return warm_start(target, source, tokenizer)
     if layers != 1 and drafter is not None:
-        raise ValueError(f"--layers {layers} is of a fresh drafter; leave it out with --drafter.")
+        raise typer.BadParameter(
+            f"--layers {layers} is of a fresh drafter; leave it out with --drafter."
+        )
     if drafter is None:
         # newer versions of transformers keep no commit in a config
         known = {"target_revision": commit} if (commit := cached_commit(name)) else {}

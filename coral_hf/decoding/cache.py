@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.generation import GenerateDecoderOnlyOutput
 
 FIRST_CAPACITY = 256
+# the keyword and the output of `generate` and of models: `past_key_values` before transformers 5.24
+CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 # the attribute of a returned cache that holds what the drafter has read of the same texts
 MEMORY = "drafter_memory"
 
@@ -177,7 +180,7 @@ def continued_cache(given: Cache | None, input_ids: Tensor, whole: int) -> Growi
     """The columns that a call goes on with, None where it starts afresh.
 
     Args:
-        given: the call's `past_key_values`.
+        given: the call's own.
         input_ids: (batch, length), whole texts or only what is new in them.
         whole: tokens of the whole texts.
 
@@ -192,7 +195,7 @@ def continued_cache(given: Cache | None, input_ids: Tensor, whole: int) -> Growi
         if is_whole:
             return None  # read again from the start: right, and slower once
         raise ValueError(
-            f"`past_key_values` is a {type(given).__name__} whose layers do not hold every token,"
+            f"`{CACHE}` is a {type(given).__name__} whose layers do not hold every token,"
             " and `input_ids` only what is new; pass the whole text as `input_ids`."
         )
     if is_whole:  # the last token at least is read, for its logits

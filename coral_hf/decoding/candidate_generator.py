@@ -1,7 +1,7 @@
 """The drafting side of a call: the drafter, its cache, and the trees it proposes.
 
 In: tokens that are certain and the target's features of them. Out: a `DraftTree` a round. The loop
-knows a drafter by `begin`, `propose` and `commit` (`Drafting`) and nothing else.
+knows a drafter by the protocol `Drafting` and nothing else.
 
     certain tokens       x0       x1       x2       x3
     target features      f0       f1       f2

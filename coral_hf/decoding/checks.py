@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerationMode
 from transformers.utils import logging
 
-from ..target import adapter_obstacle, cache_obstacle, text_config, tree_obstacle
+from ..target import adapter_obstacle, cache_obstacle, position_limit, sharding_obstacle
 
 logger = logging.get_logger(__name__)
 
@@ -82,7 +82,7 @@ def _check_input(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None)
 
 
 def _check_target(model: PreTrainedModel) -> None:
-    obstacle = cache_obstacle(model) or adapter_obstacle(model)
+    obstacle = cache_obstacle(model) or adapter_obstacle(model) or sharding_obstacle(model)
     if obstacle is not None:
         raise ValueError(f"The target {type(model).__name__} cannot take a drafter: {obstacle}.")
 
@@ -93,13 +93,6 @@ def _check_cache(config: GenerationConfig) -> None:
             f"`cache_implementation` is {config.cache_implementation!r}; a drafter works with the"
             " default cache."
         )
-
-
-def position_limit(model: PreTrainedModel) -> int | None:
-    """Positions of a target with a table of them; others go on, as in plain `generate`."""
-    text = text_config(model)
-    has_table = getattr(text, "rope_parameters", None) is None and tree_obstacle(model) is None
-    return text.max_position_embeddings if has_table else None
 
 
 def longest_text(model: PreTrainedModel, criteria: StoppingCriteriaList) -> int:

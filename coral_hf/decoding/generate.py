@@ -8,6 +8,7 @@ once; calls without a CORAL drafter pass untouched.
 import functools
 import inspect
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 from torch import Tensor
@@ -24,10 +25,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..configuration_coral import CoralConfig
 from ..modeling_coral import TREE_DEFAULTS, CoralDrafter
-from ..target import Target, check_tokenizer, read_target, sliding_windows
-from .cache import MEMORY, continued_cache, is_users, returned_cache
+from ..target import Target, check_tokenizer, position_limit, read_target, sliding_windows
+from .cache import CACHE, MEMORY, continued_cache, is_users, returned_cache
 from .candidate_generator import CoralCandidateGenerator, DrafterMemory
-from .checks import check_call, longest_text, position_limit
+from .checks import check_call, longest_text
 from .drafting import Drafting
 from .loop import CoralGenerateOutput, DecodingLoop
 from .pace import choose_pace
@@ -114,21 +115,25 @@ def _generate_with(
     own = {name: call.pop(name) for name in OWN_KEYWORDS if name in call}
     # `generate` hands a callable neither streamer nor tokenizer, so they are bound here
     loop = decoder(drafter, streamer=call.get("streamer"), tokenizer=call.get("tokenizer"), **own)
-    call["stopping_criteria"] = _with_stop_strings(call)
+    call["stopping_criteria"] = _with_stop_strings(call, model.generation_config)
     return plain(model, **call, custom_generate=loop)
 
 
-def _with_stop_strings(call: dict) -> StoppingCriteriaList | None:
-    """The call's criteria, with the one for `stop_strings`.
+def _with_stop_strings(call: dict, own: GenerationConfig) -> StoppingCriteriaList | None:
+    """The call's criteria, with the one for `stop_strings`, of the call or of its target's `own`.
 
     `generate` cannot build it: it passes no tokenizer on when a callable decodes.
     """
     criteria = call.get("stopping_criteria")
     strings = call.pop("stop_strings", None)
     config = call.get("generation_config")
-    if strings is None and config is not None and config.stop_strings is not None:
-        strings = config.stop_strings
-        call["generation_config"] = GenerationConfig(**{**config.to_dict(), "stop_strings": None})
+    if config is not None and config.stop_strings is not None:
+        strings = config.stop_strings if strings is None else strings
+        call["generation_config"] = copy(config)
+        call["generation_config"].stop_strings = None
+    if own.stop_strings is not None:
+        strings = own.stop_strings if strings is None else strings
+        call["stop_strings"] = None  # nothing else keeps `generate` from taking the target's own
     if strings is None:
         return criteria
     if call.get("tokenizer") is None:
@@ -193,7 +198,7 @@ def decoder_of(
         generation_config: GenerationConfig,
         **model_kwargs,
     ) -> Tensor | CoralGenerateOutput:
-        do_sample, given = generation_config.do_sample, model_kwargs.get("past_key_values")
+        do_sample, given = generation_config.do_sample, model_kwargs.get(CACHE)
         check_call(model, input_ids, generation_config, model_kwargs)
         target = read_target(model, config)
         rule = choose_rule(do_sample, defaults, settings)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .cache import CACHE
 from .costs import Spent
 from .drafting import Drafting
 from .pace import Pace
@@ -205,8 +206,8 @@ class DecodingLoop:
             return sequences
         return CoralGenerateOutput(
             sequences=sequences,
-            past_key_values=cache,
             stats=self.stats,
+            **{CACHE: cache},
             **self.records.outputs(),
         )
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..target import FEATURE, Target, sliding_windows, text_config
-from .cache import GrowingCache, visible
+from .cache import CACHE, GrowingCache, visible
 from .columns import HIDDEN, Columns, count_positions
 from .tree import DraftTree
 
@@ -80,7 +80,7 @@ class TargetScorer:
         parts = []
         for chunk in new_ids.split(chunk_size or new_ids.shape[1], dim=1):
             read += chunk.shape[1]
-            kwargs = {**model_kwargs, "past_key_values": self.cache}
+            kwargs = {**model_kwargs, CACHE: self.cache}
             for name in ("attention_mask", "position_ids"):
                 if kwargs.get(name) is not None:
                     kwargs[name] = kwargs[name][..., :read]
@@ -152,8 +152,8 @@ class TargetScorer:
         return GrowingCache.join([*self._left, (self._rows, self.cache)])
 
     def _forward(self, with_features: bool = True, **inputs) -> Scores:
-        if "past_key_values" not in inputs:
-            inputs |= {"past_key_values": self.cache, "use_cache": True}
+        if CACHE not in inputs:
+            inputs |= {CACHE: self.cache, "use_cache": True}
         wants_all = "output_hidden_states" in self._wants
         inputs["output_hidden_states"] = wants_all or (FEATURE if with_features else False)
         if "output_attentions" in self._wants:

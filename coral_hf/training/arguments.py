@@ -14,7 +14,7 @@ from .token_loss import TokenWeights
 
 CHOICES = {
     "stage": ("drafter", "router", "low_rank", "joint"),
-    "grouping": GROUPINGS[:-1],
+    "grouping": (None, *GROUPINGS[:-1]),
     "recipe": tuple(RECIPES),
     "csra_negatives": ("sequence", "batch", "gathered"),
     "csra_positives": ("steps", "steps_and_target"),
@@ -91,13 +91,14 @@ class CoralTrainingArguments(TrainingArguments):
     num_active_groups: int | None = _setting(
         None, "Groups that the routed head reads at a time: an eighth of them by default."
     )
-    grouping: str = _setting(
-        "kmeans",
+    grouping: str | None = _setting(
+        None,
         "What the groups of a new router have in common: 'contiguous' token ids, similar rows of"
-        " the LM head ('kmeans'), 'frequency', or competing for the same places ('coactivation').",
+        " the LM head ('kmeans', the default), 'frequency', or competing for the same places"
+        " ('coactivation').",
     )
     router_weight: float = _setting(0.1, "Weight of the router's loss in the joint stage.")
-    head_rank: int = _setting(64, "Channels of a new low-rank head.")
+    head_rank: int | None = _setting(None, "Channels of a new low-rank head: 64 by default.")
     max_length: int = _setting(2048, "Tokens after which a conversation is cut.")
     packing: bool = _setting(
         False, "Put several conversations into each row of `max_length`; none sees another."

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import nn
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import CONFIG_NAME
 
 from ..configuration_coral import CoralConfig
 from ..modeling_coral import CoralDrafter
@@ -21,11 +22,14 @@ from ..target import Target
 from .arguments import MOST_GROUPS, CoralTrainingArguments
 from .grouping import group_order
 
-logger = logging.get_logger(__name__)
-
 HEADS = ("router.", "low_rank.")
 TRAINED_HEADS = {"drafter": (), "router": HEADS[:1], "low_rank": HEADS[1:], "joint": HEADS[:1]}
 FROZEN_DRAFTER = ("router", "low_rank")
+OF_ROUTER = ("num_groups", "num_active_groups", "grouping")
+# what a stage gives a new head; the first is None in the config of a drafter without one
+HEAD_SETTINGS = {"drafter": (), "router": OF_ROUTER, "low_rank": ("head_rank",), "joint": OF_ROUTER}
+GROUPING = "kmeans"  # of a new router, by default
+HEAD_RANK = 64  # of a new low-rank head, by default
 
 
 def add_heads(
@@ -35,30 +39,26 @@ def add_heads(
     rows,
     num_tokens: int | None = None,
 ) -> None:
-    """Give the drafter the head that its stage trains; one that it has is trained on, and said.
+    """Give the drafter the head that its stage trains; one that it has is trained on.
 
     Args:
         rows: of training, from which groupings are counted.
         num_tokens: of the tokenizer; ids from there on pad the vocabulary.
     """
+    check_head_settings(drafter, args)
     with torch.random.fork_rng([]):
         torch.manual_seed(args.seed)
-        if args.stage in ("router", "joint"):
-            if drafter.router is None:
-                _add_router(drafter, args, target, rows, num_tokens)
-            else:
-                _tell_of_own(drafter, args, ("grouping", "num_groups", "num_active_groups"))
-        if args.stage == "low_rank":
-            if drafter.low_rank is None:
-                drafter.add_low_rank_head(args.head_rank, target.head)
-            else:
-                _tell_of_own(drafter, args, ("head_rank",))
+        if args.stage in ("router", "joint") and drafter.router is None:
+            _add_router(drafter, args, target, rows, num_tokens)
+        if args.stage == "low_rank" and drafter.low_rank is None:
+            drafter.add_low_rank_head(args.head_rank or HEAD_RANK, target.head)
 
 
 def _add_router(drafter: CoralDrafter, args: CoralTrainingArguments, target, rows, num_tokens):
     number = args.num_groups or default_groups(drafter.config.vocab_size)
-    order = group_order(args.grouping, target, rows, number, args.seed, num_tokens)
-    drafter.add_router(number, args.num_active_groups or max(number // 8, 1), order, args.grouping)
+    grouping = args.grouping or GROUPING
+    order = group_order(grouping, target, rows, number, args.seed, num_tokens)
+    drafter.add_router(number, args.num_active_groups or max(number // 8, 1), order, grouping)
 
 
 def default_groups(vocab_size: int) -> int:
@@ -66,15 +66,24 @@ def default_groups(vocab_size: int) -> int:
     return max(min(MOST_GROUPS, vocab_size // 64), min(8, vocab_size))
 
 
-def _tell_of_own(drafter: CoralDrafter, args: CoralTrainingArguments, names: tuple[str, ...]):
-    """Say that a head is trained on whose settings are not those of the arguments."""
-    own = {name: getattr(drafter.config, name) for name in names}
-    if any(getattr(args, name) not in (None, value) for name, value in own.items()):
-        logger.warning(
-            f"The drafter has a head of its own with {own}, which is trained on; those settings of"
-            " the arguments are for a new one. Take it away first to get one:"
-            " drafter.remove_router(), drafter.remove_low_rank_head()."
-        )
+def check_head_settings(drafter: CoralDrafter | PeftModel, args: CoralTrainingArguments) -> None:
+    """Refuse settings of a new head where a stage trains the drafter's own on.
+
+    Raises:
+        ValueError: naming the first that differs.
+    """
+    names = HEAD_SETTINGS[args.stage]
+    if not names or getattr(drafter.config, names[0]) is None:
+        return
+    for name in names:
+        own, given = getattr(drafter.config, name), getattr(args, name)
+        if given not in (None, own):
+            raise ValueError(
+                f"`{name}` is {given!r}, but the drafter has a head with {own!r}, which this stage"
+                " would train on. Leave it out, or take that head away to get a new one:"
+                " drafter.remove_router() or drafter.remove_low_rank_head(), on the command line"
+                " --fresh-head."
+            )
 
 
 def check_same_groups(drafter: CoralDrafter, checkpoint: str) -> None:

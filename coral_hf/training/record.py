@@ -6,7 +6,7 @@ hardware. `publishing` shows it in the model card.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,7 +93,7 @@ def _data(trainer: "CoralTrainer") -> dict[str, Any]:
     tokenizer = trainer.processing_class
     return {
         "datasets": hub_datasets(dataset),
-        "rows": len(dataset),
+        "rows": len(dataset) if isinstance(dataset, Sized) else None,  # a stream has no length
         "has_chat_template": bool(tokenizer is not None and tokenizer.chat_template),
     }
 

@@ -13,6 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling_coral import CoralDrafter
 from .arguments import CoralTrainingArguments
+from .head_stages import check_head_settings
 from .trainer import CoralTrainer
 
 
@@ -39,6 +40,8 @@ def train(
         eval_dataset: held-out conversations, for arguments with an `eval_strategy`.
     """
     drafter = CoralDrafter.from_target(target).float() if drafter is None else drafter
+    for args in stages:  # now, and not when a stage's turn comes
+        check_head_settings(drafter, args)
     for args in stages:
         trainer = CoralTrainer(
             model=drafter,

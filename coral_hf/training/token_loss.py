@@ -90,7 +90,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
                 slope = found.slope.to(raw.dtype)
                 (gradient[step, rows],) = torch.autograd.grad(raw, features, slope)
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(agreed)
+        ctx.mark_non_differentiable(classification, top_k, agreed)
         loss = weights.classification * classification + weights.top_k * top_k
         return loss, classification, top_k, agreed
 

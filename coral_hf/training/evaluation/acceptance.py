@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from ...configuration_coral import max_positions
 from ...modeling_coral import TREE_DEFAULTS, CoralDrafter
 from ...target import Target, text_config
 from ..arguments import CoralTrainingArguments
@@ -144,7 +145,7 @@ def held_out_prompts(
     that leave the target no room to answer, are passed over. A stream gives its first rows.
     """
     rows = [first_document(row) for row in _spread(dataset, args.eval_prompts)]
-    limit = getattr(text_config(target.model), "max_position_embeddings", None)
+    limit = max_positions(text_config(target.model))
     room = float("inf") if limit is None else limit - args.eval_max_new_tokens
     found = [(prompt_of(row, args.eval_prompt_length), len(row["input_ids"])) for row in rows]
     prompts = [prompt for prompt, length in found if len(prompt) < length and len(prompt) <= room]

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ...configuration_coral import max_positions
 from ...target import text_config, tokenizer_hash
 from ..seeds import seed_of
 from .answer_file import AnswerFile, open_answers
@@ -167,7 +168,7 @@ def _speaker(
     settings: RegenerationSettings,
     drafter: PreTrainedModel | None,
 ) -> Speaker:
-    limit = getattr(text_config(target), "max_position_embeddings", None)
+    limit = max_positions(text_config(target))
     if limit is not None and settings.max_new_tokens >= limit:
         raise ValueError(
             f"`max_new_tokens` is {settings.max_new_tokens}, but the target has {limit} positions;"
