@@ -9,6 +9,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .target_name import cached_commit, full_name
+
 DRAFT_HEADS = ("full", "routed", "frequency", "low_rank")
 GROUPINGS = ("contiguous", "kmeans", "frequency", "coactivation", "custom")
 ROUTINGS = ("shared", "union", "per_row")
@@ -178,8 +180,9 @@ class CoralConfig(PreTrainedConfig):
             **_scales(text),
             "rope_parameters": _rope(text),
             "attention_bias": _has_qkv_bias(text),
-            "target_name_or_path": target_config._name_or_path or None,
-            "target_revision": getattr(target_config, "_commit_hash", None),
+            "target_name_or_path": full_name(target_config._name_or_path),
+            "target_revision": getattr(target_config, "_commit_hash", None)
+            or cached_commit(target_config._name_or_path),
             "target_model_type": target_config.model_type,
             "bos_token_id": _first(text.bos_token_id),
             "eos_token_id": text.eos_token_id,

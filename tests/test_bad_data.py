@@ -21,8 +21,10 @@ from test_data import (  # noqa: F401  the cache is a fixture
 )
 
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
+from coral_hf.cli.loading import load_rows
 from coral_hf.training.data import dataset as dataset_module
 from coral_hf.training.data import load_conversations, prepare_dataset, to_messages, tokenize
+from coral_hf.training.data.vocabulary import warn_of_other_ends
 
 TOOL_TEMPLATE = (
     "{% for m in messages %}<{{ 'bot' if m.role == 'assistant' else 'user' }}>"
@@ -111,6 +113,37 @@ def test_a_row_of_100k_tokens_is_cut_with_one_warning(warnings: list[str]) -> No
 
 def test_a_column_named_as_our_notes_is_no_matter() -> None:
     assert len(prepare([{"problem": "1 + 1", "num_lost": "x", "messages": CHAT}])) == 1
+
+
+def parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, PLAIN_TEMPLATE])
+def test_parts_of_text_are_trained_as_their_text(template: str) -> None:
+    row = {"messages": [CHAT[0], {"role": "assistant", "content": parts("y", "es")}, *CHAT[2:]]}
+    assert tokenize(row, tiny_tokenizer(template), 100) == tokenize(
+        {"messages": CHAT}, tiny_tokenizer(template), 100
+    )
+    assert to_messages({"messages": [{"role": "user", "content": []}]})[0]["content"] == ""
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"type": "image_url", "image_url": {"url": "x.png"}}, "of type 'image_url', the dict"),
+        ({"type": "text", "text": None}, "of type 'text', the dict"),
+        ("hi", "of type None, the str 'hi'"),
+    ],
+)
+def test_parts_that_are_no_text_are_refused_by_row_and_turn(
+    tmp_path: Path, part: Any, message: str
+) -> None:
+    bad = [CHAT[0], {"role": "assistant", "content": [part]}]
+    lines = [LINE, json.dumps({"messages": bad}).encode()]
+    rows = load_conversations(write(tmp_path / "a.jsonl", b"\n".join(lines)))
+    with pytest.raises(ValueError, match=rf"^Row 1: .* turn 1 \(assistant\) has a part {message}"):
+        prepare_dataset(rows, tiny_tokenizer(), 100)
 
 
 # Tools
@@ -218,6 +251,59 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     assert chats.to_list() == [{"messages": CHAT}]
 
 
+# Folders, endings, several files
+
+
+def test_files_of_a_folder_are_checked_by_line(tmp_path: Path) -> None:
+    folder = tmp_path / "chats"
+    (folder / "more").mkdir(parents=True)
+    write(folder / "a.jsonl", LINE)
+    write(folder / ".notes.jsonl", b"\xe9")
+    last = folder / "more" / "b.jsonl"
+    for line, message in (
+        (LINE.replace(b"yes", b"n\xe9"), "b.jsonl, line 2, byte .*: 0xe9 is not UTF-8"),
+        (b"{oops", "b.jsonl, line 2, byte 2: this is no JSON"),
+    ):
+        write(last, LINE + b"\n" + line)
+        with pytest.raises(ValueError, match=message):
+            load_conversations(folder)
+    write(last, LINE)
+    assert load_conversations(folder).to_list() == 2 * [{"messages": CHAT}]
+
+
+@pytest.mark.parametrize("name", ["a.yaml", "a.jsonl.zst", "a"])
+def test_a_file_of_an_unknown_ending_is_told_the_known_ones(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} has the ending .* expected one of \.json, "):
+        load_conversations(write(tmp_path / name, LINE))
+
+
+@pytest.mark.parametrize("name", ["a.ndjson", "a.ndjson.gz"])
+def test_ndjson_is_jsonl(tmp_path: Path, name: str) -> None:
+    file = write(tmp_path / name, LINE + b"\n" + LINE)
+    assert load_conversations(file).to_list() == 2 * [{"messages": CHAT}]
+    with pytest.raises(ValueError, match=f"{name}, line 2, byte 2: this is no JSON"):
+        load_conversations(write(tmp_path / name, LINE + b"\n{oops"))
+
+
+def test_files_whose_turns_have_other_keys_are_read_together(tmp_path: Path) -> None:
+    named = [{**CHAT[0], "name": "Ada"}, {**CHAT[1], "tool_calls": [{"name": "clock"}]}]
+    chats = {"a": {"messages": CHAT}, "b": {"id": 3, "messages": named}, "c": {"text": "abc"}}
+    paths = [str(tmp_path / f"{name}.jsonl") for name in chats]
+    for path, row in zip(paths, chats.values(), strict=True):
+        write(Path(path), json.dumps(row).encode())
+    rows = load_rows(paths, 0)  # those of the second are free JSON in newer versions
+    assert [to_messages(row) for row in rows.select([0, 1])] == [CHAT, named]
+    assert rows[2]["text"] == "abc"
+
+
+def test_files_that_hold_other_values_under_a_key_are_named(tmp_path: Path) -> None:
+    one = write(tmp_path / "a.jsonl", LINE)
+    other = write(tmp_path / "b.jsonl", json.dumps({"messages": [{"content": 3}]}).encode())
+    message = r"b.jsonl has `messages.content` as .*int64.*, but .*a.jsonl as .*string.*; write"
+    with pytest.raises(ValueError, match=message):
+        load_rows([str(one), str(other)], 0)
+
+
 # Tokenizer and target
 
 
@@ -246,6 +332,25 @@ def test_a_tokenizer_larger_than_its_target_is_refused_before_any_row_is_read(
 def test_a_tokenizer_smaller_than_its_target_trains(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, [{"messages": CHAT}], tiny_tokenizer(), 300)
     assert len(trainer.train_dataset) == 1
+
+
+def test_a_tokenizer_with_other_marks_than_its_target_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[str] = []
+    monkeypatch.setattr("coral_hf.training.data.vocabulary.logger.warning", found.append)
+    tokenizer = tiny_tokenizer()  # <s> is 0, <end> is 1
+    target = tiny_target("llama", torch.float32, bos_token_id=0, eos_token_id=3)
+    warn_of_other_ends(tokenizer, target)
+    assert found == [
+        "The tokenizer's EOS is token 1, the target's 3: it may be another target's. Pass the"
+        " target's own tokenizer."
+    ]
+    target.generation_config.eos_token_id = [1, 2]  # as chat models have several ends
+    warn_of_other_ends(tokenizer, target)
+    warn_of_other_ends(tiny_tokenizer(eos_token=None), target)
+    warn_of_other_ends(tokenizer, tiny_target("llama", torch.float32, bos_token_id=None))
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("worst", [40, -1])

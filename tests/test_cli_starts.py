@@ -3,13 +3,17 @@
 # ruff: noqa: F811  fixtures are imported
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import printed
 from peft import PeftModel
 from test_cli import TINY_TRAINING, drafter, invoke  # noqa: F401
+from test_distributed import launch
 from test_examples import folder  # noqa: F401
+from test_resume import start
 from transformers import AutoModel, AutoModelForCausalLM
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep:FutureWarning")
@@ -122,3 +126,51 @@ def test_a_new_head_takes_the_place_of_a_drafters_own_where_it_is_asked_for(fold
     assert AutoModel.from_pretrained(tmp_path / "other").config.grouping == "kmeans"
     nothing = train(folder, tmp_path / "none", "--fresh-head")
     assert nothing.exit_code == 2 and "pass --drafter too" in printed(nothing)
+
+
+def test_two_trainings_do_not_share_an_output(folder, tmp_path):
+    process = start(tmp_path / "new", "hold")
+    try:
+        assert "held\n" in process.stdout
+        # of another stage, whose own folder is free
+        result = train(folder, tmp_path / "new", "--stage", "joint")
+        said = f"The folder {tmp_path / 'new'} is in use: process {process.pid} on"
+        assert result.exit_code == 1 and said in printed(result)
+        assert not (tmp_path / "new" / "joint").exists()
+    finally:
+        process.kill()
+        process.communicate()
+    assert train(folder, tmp_path / "new", "--stage", "joint").exit_code == 0
+
+
+def test_a_training_begins_in_a_folder_without_another_and_goes_on_with_its_own_settings(
+    folder, tmp_path
+):
+    options = ["--router-epochs", 1]
+    first = train(folder, tmp_path, *options)
+    assert first.exit_code == 0, first.output
+    before, record = weights(tmp_path), AutoModel.from_pretrained(tmp_path).config.training_record
+    again = train(folder, tmp_path, *options)
+    assert again.exit_code == 1 and "holds checkpoint-2 of an earlier run" in printed(again)
+    other = train(folder, tmp_path, *options, "--resume", "--learning_rate", 1)
+    assert other.exit_code == 1 and "`learning_rate` was 5e-05, now it is 1.0" in printed(other)
+    resumed = train(folder, tmp_path, *options, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert all(torch.equal(tensor, before[k]) for k, tensor in weights(tmp_path).items())
+    for then, now in zip(
+        record, AutoModel.from_pretrained(tmp_path).config.training_record, strict=True
+    ):
+        assert now["seconds"] >= then["seconds"]
+        assert {**now, "seconds": 0} == {**then, "seconds": 0}
+    shutil.rmtree(tmp_path / "drafter")
+    late = train(folder, tmp_path, *options)  # known before the first stage is trained
+    assert late.exit_code == 1 and f"{tmp_path / 'router'} holds checkpoint-" in printed(late)
+    assert not (tmp_path / "drafter").exists()
+
+
+@pytest.mark.slow
+def test_processes_of_one_training_share_its_output(folder, tmp_path):
+    names = ["--target", folder / "target", "--dataset", folder / "talk.jsonl"]
+    own = ["--output", tmp_path, *TINY_TRAINING]
+    launch("ddp.yaml", Path("coral_hf.cli"), "train", *names, *own, more=("--module",))
+    assert AutoModel.from_pretrained(tmp_path).config.draft_head == "routed"

@@ -1,14 +1,26 @@
 """Trainings are compared on the same data, and what was measured is not measured again."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import printed
 from test_cli import invoke
 from test_examples import folder  # noqa: F401  a saved target and its conversations
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from coral_hf.comparison import Result, Trial, comparison_table, halve
+from coral_hf.comparison import (
+    Comparison,
+    ComparisonSettings,
+    Result,
+    Trial,
+    compare,
+    comparison_table,
+    halve,
+)
+from coral_hf.training.data import load_conversations
+from coral_hf.training.files import sole_writer
 
 
 def result(trial: str, seed: int, value: float, steps: int = 10) -> Result:
@@ -109,14 +121,19 @@ def test_longer_trainings_and_deeper_drafters_make_a_picture(folder):  # noqa: F
     assert lines[0]["losses"] != lines[1]["losses"]
 
 
-def test_results_of_other_settings_are_not_mixed(folder):  # noqa: F811
-    names = [
+@pytest.fixture
+def names(folder, tmp_path):  # noqa: F811
+    """The options of a comparison of one training."""
+    return [
         *("--target", folder / "target", "--dataset", folder / "talk.jsonl", "--trial", "eagle"),
-        *("--prompts", folder / "talk.jsonl", "--limit", 1, "--output", folder / "once"),
+        *("--prompts", folder / "talk.jsonl", "--limit", 1, "--output", tmp_path / "once"),
         *("--steps", 1, "--seeds", 1, "--max-new-tokens", 4, "--temperature", 0, *OPTIONS),
     ]
+
+
+def test_results_of_other_settings_are_not_mixed(names, tmp_path):
     assert invoke("compare", *names).exit_code == 0
-    with (folder / "once" / "results.jsonl").open("a") as file:
+    with (tmp_path / "once" / "results.jsonl").open("a") as file:
         file.write('{"trial": "ha')  # a kill cut the line off
     again = invoke("compare", *names)
     assert again.exit_code == 0, again.output
@@ -124,8 +141,56 @@ def test_results_of_other_settings_are_not_mixed(folder):  # noqa: F811
         (["--learning_rate", "0.5"], "was written with options"),
         (["--tree-depth", 3], "was written with tree"),
         (["--trial", "coral csra_weight=-1"], "`csra_weight` is -1.0"),
+        (["--dtype", "bfloat16"], "was written with dtype"),
     ):
         found = invoke("compare", *names, *other)
         assert found.exit_code != 0 and said in printed(found)
     found = invoke("compare", *names, "--keep", 1)
     assert found.exit_code != 0 and "one seed" in found.output
+
+
+def test_results_of_another_target_at_the_same_path_are_not_mixed(folder, names, tmp_path):  # noqa: F811
+    shutil.copytree(folder / "target", tmp_path / "target")
+    names[1] = tmp_path / "target"
+    assert invoke("compare", *names).exit_code == 0
+    target = AutoModelForCausalLM.from_pretrained(names[1])
+    target.lm_head.weight.data[-1] += 1
+    target.save_pretrained(names[1])
+    found = invoke("compare", *names)
+    assert found.exit_code == 1 and "was written with target" in printed(found)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--trial", "coral drafter.num_layerz=2"], "`drafter.num_layerz` is no field of Coral"),
+        (["--trial", "coral drafter.fc_bias=True"], "`drafter.fc_bias` is 'True', which is no"),
+        (["--trial", "coral drafter.num_hidden_layers=1.5"], "num_hidden_layers=1.5' makes no"),
+        (["--trial", "coral csra_wait=1"], "csra_wait"),
+        (["--max_length", "-100"], "`max_length` is -100; use 3 or more"),
+        (["--steps", 0], "--steps"),
+        (["--max-new-tokens", 1], "--max-new-tokens"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_and_leaves_no_folder(names, tmp_path, wrong, said):
+    found = invoke("compare", *names, *wrong)
+    assert found.exit_code in (1, 2) and said in printed(found)
+    assert not (tmp_path / "once").exists()
+
+
+def test_a_second_comparison_in_a_folder_is_refused(names, tmp_path):
+    with sole_writer(tmp_path / "once"):
+        found = invoke("compare", *names)
+        assert found.exit_code == 1 and "Another run writes to `output`" in printed(found)
+    assert invoke("compare", *names).exit_code == 0
+
+
+def test_steps_below_one_are_refused(folder, tmp_path):  # noqa: F811
+    target = AutoModelForCausalLM.from_pretrained(folder / "target")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "target")
+    rows = load_conversations(folder / "talk.jsonl")
+    settings = ComparisonSettings(tmp_path / "none", options=OPTIONS)
+    comparison = Comparison(target, tokenizer, rows, [], settings)
+    with pytest.raises(ValueError, match="`steps` is 0; use 1 or more"):
+        compare(comparison, [Trial.parse("eagle")], [4, 0], seeds=1)
+    assert not (tmp_path / "none").exists()

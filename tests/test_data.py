@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import pytest
+from conftest import SHARED
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -21,7 +22,6 @@ from coral_hf.training.data import (
 )
 from coral_hf.training.data.loading import DOCUMENT_CHARACTERS
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 TRAIN_FILES = [file.relative_to(SHARED).as_posix() for file in sorted(SHARED.glob("train/*/*"))]
 needs_shared = pytest.mark.skipif(not TRAIN_FILES, reason=f"real conversations are not in {SHARED}")
 

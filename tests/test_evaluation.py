@@ -1,8 +1,10 @@
 """What an evaluation reports, and that the training does not notice it."""
 
 import os
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -203,6 +205,72 @@ def test_the_best_checkpoint_is_that_of_the_highest_acceptance_length(target, ro
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
     # the weights are the best ones again
     assert trainer.evaluate()["eval_acceptance_length"] == max(lengths)
+
+
+@pytest.mark.parametrize(
+    ("metric", "settings"),
+    [
+        ("acceptance_length", {}),
+        ("eval_acceptance_length", {}),
+        ("loss", {}),
+        ("code_loss", {}),
+        ("chat_acceptance_length", {"eval_prompts": 0}),
+        ("chat_acceptance_depth_2", {}),  # only where a round came so far
+        ("chat_router_mass_depth_1", {}),
+    ],
+)
+def test_a_best_metric_that_no_evaluation_gives_is_refused_before_training(
+    target, rows, tmp_path, metric, settings
+):
+    parts = {name: Dataset.from_list(rows[16:]) for name in ("chat", "talk")}
+    fields = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": metric}
+    said = f"`metric_for_best_model` is '{metric}', which .*use one of .*'talk_simulated_accept"
+    with pytest.raises(ValueError, match=said):
+        make_trainer(target, rows, tmp_path, eval_dataset=parts, **fields, **settings)
+    make_trainer(target, rows, tmp_path, eval_dataset=parts, **{**fields, "eval_strategy": "no"})
+
+
+@pytest.mark.parametrize("stage", ["drafter", "router"])
+def test_the_metrics_that_a_best_one_is_chosen_from_are_those_that_there_are(
+    target, rows, tmp_path, stage
+):
+    settings = {"eval_strategy": "steps", "eval_steps": 3, "num_groups": 6, "stage": stage}
+    parts = {"chat": Dataset.from_list(rows[16:])}
+    with pytest.raises(ValueError, match="use one of") as error:
+        make_trainer(
+            target, rows, tmp_path, eval_dataset=parts, metric_for_best_model="f1", **settings
+        )
+    named = set(re.findall(r"'(chat_\w+)'", str(error.value)))
+    assert len(named) == (4 if stage == "drafter" else 4 + 3 * TREE["tree_depth"])
+    trainer = make_trainer(target, rows, tmp_path, eval_dataset=parts, **settings)
+    trainer.train()
+    for name in named:
+        assert len(logged(trainer, f"eval_{name}")) == 2, name
+
+
+def test_the_evaluation_that_the_page_shows_chooses_the_best_checkpoint(
+    target, rows, tmp_path, monkeypatch
+):
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    example = re.search(r"```python\n(from .*?)```", page, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)  # where the example's folder goes
+    small = {"eval_prompts": 2, "eval_max_new_tokens": 8, "use_cpu": True, "report_to": "none"}
+    names = {
+        "CoralTrainer": CoralTrainer,
+        "CoralTrainingArguments": partial(CoralTrainingArguments, **small),
+        "drafter": CoralDrafter.from_target(target),
+        "target": target,
+        "tokenizer": None,
+        "conversations": Dataset.from_list(rows),
+        "chat": Dataset.from_list(rows[:4]),
+        "code": Dataset.from_list(rows[4:8]),
+    }
+    exec(example, names)
+    trainer = names["trainer"]
+    trainer.args.max_steps, trainer.args.eval_steps, trainer.args.save_steps = 2, 1, 1
+    trainer.train()
+    lengths = logged(trainer, f"eval_{trainer.args.metric_for_best_model}")
+    assert len(lengths) == 2 and trainer.state.best_metric == max(lengths)
 
 
 def test_a_training_that_no_longer_gains_stops_early(target, rows, tmp_path):

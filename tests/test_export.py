@@ -4,11 +4,18 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_target
-from eagle_checkpoint import HIDDEN, LLAMA2, VOCAB, eagle_step, eagle_tensors
+from conftest import printed, tiny_target
+from eagle_checkpoint import (
+    HIDDEN,
+    LLAMA2,
+    VOCAB,
+    eagle_step,
+    eagle_tensors,
+    write_checkpoint,
+)
 from safetensors.torch import load_file
 from test_examples import folder  # noqa: F401  a saved target and its conversations
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from coral_hf import CoralDrafter
@@ -277,6 +284,23 @@ def test_numbers_that_the_dtype_cannot_hold_are_refused(target, tmp_path):
         export_drafter(drafter, "vllm", tmp_path / "out", dtype=torch.float16)
 
 
+@pytest.mark.parametrize(
+    "dtype", ["bogus", "int8", torch.int8, torch.float8_e4m3fn, torch.complex64]
+)
+def test_a_dtype_that_holds_no_weights_is_refused(target, tmp_path, dtype):
+    with pytest.raises(ValueError, match="`dtype` is .*; use one of float16, bfloat16, float32, f"):
+        export_drafter(make_drafter(target), "vllm", tmp_path / "out", dtype=dtype)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_a_dtype_may_be_a_name(target, tmp_path, dtype):
+    export_drafter(make_drafter(target), "vllm", tmp_path / "out", dtype=dtype)
+    config, tensors = written(tmp_path / "out")
+    assert config["dtype"] == dtype
+    assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
+
+
 # ---- heads and hot tokens
 
 
@@ -323,11 +347,31 @@ def test_the_tokens_of_a_frequency_head_are_sglangs_map(target, tmp_path):
         ("sglang", [1, 1], "`hot_tokens` has 2 ids, 1 of them repeated and 0 outside"),
         ("sglang", [1, VOCAB], "1 outside of the vocabulary of 40"),
         ("sglang", [], "has 0 ids"),
+        ("sglang", [1.5, 2.5], "`hot_tokens` are ids, which are integers: .*float.*. Pass ids"),
+        ("sglang", ["1"], "`hot_tokens` are ids, which are integers: .*str"),
+        ("sglang", torch.tensor([1.0, 2.0]), "`hot_tokens` are ids, which are integers"),
+        ("sglang", torch.tensor([3, 3]), "has 2 ids, 1 of them repeated"),
     ],
 )
 def test_hot_tokens_that_make_no_sense_are_refused(target, tmp_path, engine, tokens, said):
     with pytest.raises(ValueError, match=said):
         export_drafter(make_drafter(target), engine, tmp_path / "out", hot_tokens=tokens)
+
+
+def test_hot_tokens_may_be_a_tensor(target, tmp_path):
+    hot = torch.tensor([7, 3, 31])
+    export_drafter(make_drafter(target), "sglang", tmp_path / "out", hot_tokens=hot)
+    assert torch.load(tmp_path / "out" / "hot_tokens.pt", weights_only=True) == [7, 3, 31]
+
+
+@pytest.mark.parametrize(
+    ("count", "top_k", "num_nodes"), [(1, 1, 6), (2, 2, 19), (3, 3, 32), (8, 8, 32), (40, 8, 32)]
+)
+def test_sglangs_tree_is_no_wider_than_the_map(target, tmp_path, count, top_k, num_nodes):
+    hot = range(count)
+    done = export_drafter(make_drafter(target), "sglang", tmp_path / "out", hot_tokens=hot)
+    assert f"--speculative-eagle-topk {top_k} " in done.command
+    assert f"--speculative-num-draft-tokens {num_nodes} " in done.command
 
 
 @pytest.mark.parametrize("head", ["full", "routed"])
@@ -376,35 +420,79 @@ def test_a_folder_that_holds_something_stays_as_it_is(target, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds notes.txt; give a new or an empty folder, or"):
         export_drafter(drafter, "vllm", tmp_path)
-    with pytest.raises(ValueError, match="holds more than the files of one checkpoint .notes.txt"):
-        export_drafter(drafter, "vllm", tmp_path, overwrite=True)
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "runs").mkdir()
-    with pytest.raises(ValueError, match="`overwrite` would delete them"):
-        export_drafter(drafter, "vllm", tmp_path, overwrite=True)
     with pytest.raises(ValueError, match="notes.txt is a file"):
         export_drafter(drafter, "vllm", tmp_path / "notes.txt")
+    with pytest.raises(ValueError, match=r"lies below .*notes.txt, which is a file"):
+        export_drafter(drafter, "vllm", tmp_path / "notes.txt" / "below" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "adapter_config.json", "runs/"])
+def test_no_file_is_deleted_that_an_export_does_not_write(target, tmp_path, name):
+    drafter, out = make_drafter(target), tmp_path / "out"
+    export_drafter(drafter, "vllm", out)
+    before = (out / "config.json").stat().st_mtime_ns
+    (out / name).mkdir() if name.endswith("/") else (out / name).write_text("mine")
+    with pytest.raises(
+        ValueError, match=f"holds {name.rstrip('/')}, which no earlier .* delete it"
+    ):
+        export_drafter(drafter, "vllm", out, overwrite=True)
+    assert (out / name).exists() and (out / "config.json").stat().st_mtime_ns == before
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "model.safetensors").write_text("mine")
+    with pytest.raises(ValueError, match="holds model.safetensors without a config.json"):
+        export_drafter(drafter, "vllm", tmp_path / "data", overwrite=True)
 
 
 def test_an_earlier_export_is_replaced_when_asked_for(target, tmp_path):
-    drafter = make_drafter(target)
-    (tmp_path / "out").mkdir()
-    export_drafter(drafter, "sglang", tmp_path / "out", hot_tokens=[1])
+    drafter, out = make_drafter(target), tmp_path / "out"
+    out.mkdir()
+    export_drafter(drafter, "sglang", out, hot_tokens=[1])
     with pytest.raises(ValueError, match="holds config.json, hot_tokens.pt, model.safetensors"):
-        export_drafter(drafter, "eagle", tmp_path / "out")
-    export_drafter(drafter, "eagle", tmp_path / "out", overwrite=True)
+        export_drafter(drafter, "sglang", out)
+    # that of another engine has files that this one would leave beside its own, or delete
+    with pytest.raises(
+        ValueError, match="holds hot_tokens.pt, model.safetensors, which no earlier"
+    ):
+        export_drafter(drafter, "eagle", out, overwrite=True)
+    export_drafter(drafter, "sglang", out, dtype="bfloat16", overwrite=True)
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {
         "config.json",
-        "pytorch_model.bin",
+        "model.safetensors",
     }
+    assert written(out)[0]["dtype"] == "bfloat16"
+
+
+def test_an_export_does_not_replace_what_it_reads(target, tmp_path):
+    saved, out = tmp_path / "saved", tmp_path / "target"
+    make_drafter(target).save_pretrained(saved)
+    (saved / "generation_config.json").unlink()  # as others save a drafter
+    drafter = CoralDrafter.from_pretrained(saved)
+    before = (saved / "model.safetensors").read_bytes()
+    (tmp_path / "link").symlink_to(saved)
+    for where in (saved, tmp_path / "link"):
+        with pytest.raises(ValueError, match="is the folder of what is read; give another one"):
+            export_drafter(drafter, "vllm", where, overwrite=True)
+    assert (saved / "model.safetensors").read_bytes() == before
+    target.save_pretrained(out)
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    with pytest.raises(ValueError, match="is the folder of what is read"):
+        export_drafter(drafter, "vllm", out, loaded, overwrite=True)
+
+
+def test_the_current_folder_is_written_to_and_stays_the_current_one(target, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    for engine in ("vllm", "vllm"):
+        done = export_drafter(make_drafter(target), engine, ".", overwrite=True)
+        assert {path.name for path in done.folder.iterdir()} == {"config.json", "model.safetensors"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # ---- the command
 
 
 def test_the_command_exports_with_hot_tokens_and_says_how_to_serve(folder, tmp_path):  # noqa: F811
-    from transformers import AutoModelForCausalLM
-
     name = str(folder / "target")
     CoralDrafter.from_target(AutoModelForCausalLM.from_pretrained(name)).save_pretrained(
         tmp_path / "drafter"
@@ -419,11 +507,54 @@ def test_the_command_exports_with_hot_tokens_and_says_how_to_serve(folder, tmp_p
     assert written(tmp_path / "out")[1]["fc.weight"].dtype == torch.bfloat16
     refused = CliRunner().invoke(app, [*arguments[:4], *arguments[6:], *hot])
     assert refused.exit_code != 0 and "are counted with --target" in refused.output
+    hot[1], arguments[7] = "200", str(tmp_path / "more")
+    result = CliRunner().invoke(app, [*arguments, *hot])
+    written_tokens = torch.load(tmp_path / "more" / "hot_tokens.pt", weights_only=True)
+    assert 5 < len(written_tokens) < 200
+    assert f"Only {len(written_tokens)} of 200 hot tokens: the drafter prop" in printed(result)
+    assert "Count in more of them (--dataset, --limit)" in printed(result)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--to", "trt"], 2, "--to is 'trt'; use one of vllm, sglang, eagle"),
+        (["--to", "vllm", "--dtype", "int8"], 2, "--dtype is 'int8'; use 'auto' or one of float16"),
+        (["--to", "vllm", "--limit", "3"], 2, "--dataset and --limit are read to count hot tokens"),
+        (
+            ["--to", "vllm", "--dataset", "talk.jsonl"],
+            2,
+            "are read to count hot tokens; pass --num",
+        ),
+        (["--to", "sglang", "--limit", "0"], 2, "--limit"),
+        (
+            ["--to", "vllm", "--num-hot-tokens", "5", "--dataset", "talk.jsonl"],
+            2,
+            "--num-hot-tokens are for --to sglang; leave it out for vllm",
+        ),
+        (["--to", "vllm"], 1, "holds notes.txt; give a new or an empty folder"),
+    ],
+)
+def test_the_command_refuses_options_before_it_loads_anything(tmp_path, options, code, said):
+    (tmp_path / "notes.txt").write_text("mine")
+    names = ["--target", "no-target", "--output", str(tmp_path)]
+    result = CliRunner().invoke(app, ["export", "no-drafter", *names, *options])
+    assert result.exit_code == code and said in printed(result)
+
+
+@pytest.mark.parametrize("model_type", ["llama", None])
+def test_the_command_takes_coral_drafters_alone(tmp_path, model_type):
+    config = {name: value for name, value in LLAMA2.items() if name != "model_type"}
+    config |= {} if model_type is None else {"model_type": model_type}
+    write_checkpoint(tmp_path, config, eagle_tensors(LLAMA2))
+    names = ["--target", "no-target", "--output", str(tmp_path / "out"), "--to", "vllm"]
+    result = CliRunner().invoke(app, ["export", str(tmp_path), *names])
+    assert result.exit_code == 1
+    assert f"holds a {model_type} model, not a CORAL drafter" in printed(result)
+    assert f"import it first: coral-hf import {tmp_path} --target" in printed(result)
 
 
 def test_a_checkpoint_of_eagle_survives_the_way_in_and_out(target, tmp_path):
-    from eagle_checkpoint import write_checkpoint
-
     tensors = eagle_tensors(LLAMA2)
     write_checkpoint(tmp_path, LLAMA2, tensors)
     export_drafter(from_eagle(target, tmp_path), "eagle", tmp_path / "out")

@@ -1,15 +1,21 @@
 """Features on disk: the same training, with nothing lost that is not said."""
 
+import copy
 import json
 import subprocess
+from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import VOCAB, make_target, tiny_config, tiny_target
+from conftest import VOCAB, make_target, printed, tiny_config, tiny_target
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from test_trainer import logged, make_trainer
 from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from coral_hf.cli import app
 from coral_hf.training.data import CoralCollator, pack_dataset
 from coral_hf.training.feature_cache import (
     INDEX,
@@ -20,6 +26,7 @@ from coral_hf.training.feature_cache import (
 )
 from coral_hf.training.features import Features
 from coral_hf.training.files import sole_writer
+from coral_hf.weights_digest import weights_digest
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +53,52 @@ def rows() -> Dataset:
 def fresh(target, rows, row: int) -> torch.Tensor:
     """The target's features of one row, alone."""
     return Features(target).of(CoralCollator()([rows[row]]))[0]
+
+
+def fine_tuned(target):
+    """A target whose weights, and so its features, are off by some percent."""
+    other = copy.deepcopy(target)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight *= 1.02
+    return other
+
+
+def broken_off(target, rows, folder, monkeypatch, after: int):
+    """A cache of which so many shards were written."""
+    from coral_hf.training.feature_cache import writer
+
+    save, saved = writer.save_file, []
+
+    def stopping(tensors, path):
+        if len(saved) == after:
+            raise KeyboardInterrupt
+        saved.append(path)
+        save(tensors, path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(writer, "save_file", stopping)
+        write_features(target, rows, folder, shard_bytes=2000)
+
+
+@contextmanager
+def small_disk(folder):
+    """A disk of 64 KB."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk can be mounted by root alone")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def flip(file, position: int) -> None:
+    """Change a byte."""
+    data = bytearray(file.read_bytes())
+    data[position] ^= 255
+    file.write_bytes(data)
 
 
 def test_a_row_is_what_the_target_says_of_it(target, rows, tmp_path):
@@ -112,35 +165,21 @@ def test_worker_processes_read_the_same_rows(target, rows, tmp_path):
 
 
 def test_a_broken_run_goes_on_with_the_next_shard(target, rows, tmp_path, monkeypatch):
-    whole = write_features(target, rows, tmp_path / "whole", shard_bytes=2000)
     from coral_hf.training.feature_cache import writer
 
-    save, saved = writer.save_file, []
-
-    def stop_at_the_third(tensors, path):
-        if len(saved) == 2:
-            raise KeyboardInterrupt
-        saved.append(path)
-        save(tensors, path)
-
-    monkeypatch.setattr(writer, "save_file", stop_at_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        write_features(target, rows, tmp_path / "broken", shard_bytes=2000)
+    whole = write_features(target, rows, tmp_path / "whole", shard_bytes=2000)
+    broken_off(target, rows, tmp_path / "broken", monkeypatch, after=2)
     with pytest.raises(ValueError, match="run the command that writes them again, and it goes on"):
         CachedFeatures(tmp_path / "broken")
+    save, saved = writer.save_file, []
     monkeypatch.setattr(writer, "save_file", lambda *args: (saved.append(args[1]), save(*args)))
     index = write_features(target, rows, tmp_path / "broken", shard_bytes=2000)
-    assert len(saved) == len(index.shards)
+    assert len(saved) + 2 == len(index.shards)
     assert [s.sha256 for s in index.shards] == [s.sha256 for s in whole.shards]
 
 
 def test_a_full_disk_keeps_the_shards_that_are_whole(target, rows, tmp_path, monkeypatch):
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a small disk can be mounted by root alone")
-    try:
+    with small_disk(tmp_path / "disk") as folder:
         cache = folder / "cache"
         many = Dataset.from_list(list(rows) * 10)
         with pytest.raises(ValueError, match="The features need .* more, but only .* are free"):
@@ -159,8 +198,44 @@ def test_a_full_disk_keeps_the_shards_that_are_whole(target, rows, tmp_path, mon
         (folder / "other").unlink()
         write_features(target, few, cache, shard_bytes=4000)
         assert len(CachedFeatures(cache, checksums=True)) == len(rows)
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_was_full_from_the_start_leaves_nothing_behind(
+    target, rows, tmp_path, monkeypatch
+):
+    with small_disk(tmp_path / "disk") as folder:
+        (folder / "cache").mkdir()
+        with pytest.raises(OSError, match="No space left"):
+            (folder / "other").write_bytes(b"0" * 100_000)
+        with monkeypatch.context() as patch:
+            patch.setattr("coral_hf.training.feature_cache.plan._free", lambda folder: 10**9)
+            with pytest.raises(OSError, match="disk is full. 0 of .* free some space and run"):
+                write_features(target, rows, folder / "cache")
+        assert not list((folder / "cache").iterdir())
+        (folder / "other").unlink()
+        write_features(target, rows, folder / "cache")
+        assert len(CachedFeatures(folder / "cache")) == len(rows)
+
+
+def test_an_index_that_a_kill_left_half_written_is_written_anew_or_deleted(target, rows, tmp_path):
+    for name in ("goes on", "goes away"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{INDEX}.new").write_text('{"target": ')
+    write_features(target, rows, tmp_path / "goes on")
+    assert not (tmp_path / "goes on" / f"{INDEX}.new").exists()
+    delete_features(tmp_path / "goes away")
+    assert not (tmp_path / "goes away").exists()
+
+
+def test_an_index_that_cannot_be_read_is_named_and_deleted(target, rows, tmp_path):
+    write_features(target, rows, tmp_path / "cache")
+    fields = json.loads((tmp_path / "cache" / INDEX).read_text())
+    for text in ('{"target": ', json.dumps({**fields, "shards": [{"rows": 1}]})):
+        (tmp_path / "cache" / INDEX).write_text(text)
+        with pytest.raises(ValueError, match=f"{INDEX} is damaged, or of another version .*delete"):
+            CachedFeatures(tmp_path / "cache")
+    delete_features(tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_what_does_not_fit_is_refused(target, rows, tmp_path):
@@ -181,14 +256,16 @@ def test_what_does_not_fit_is_refused(target, rows, tmp_path):
 
 def test_a_changed_byte_is_found(target, rows, tmp_path):
     index = write_features(target, rows, tmp_path, shard_bytes=2000)
-    file = tmp_path / index.shards[1].file
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    CachedFeatures(tmp_path)
+    shard = index.shards[1]
+    file = tmp_path / shard.file
+    flip(file, -1)
+    cached = CachedFeatures(tmp_path)
+    assert len(cached[0]["input_ids"]) == 5  # a file is compared with its first row
+    with pytest.raises(ValueError, match=f"{shard.file} does not have the checksum.*--delete"):
+        cached[shard.first_row]
     with pytest.raises(ValueError, match="does not have the checksum"):
         CachedFeatures(tmp_path, checksums=True)
-    file.write_bytes(data[:-1])
+    file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match="should have .* bytes and has"):
         CachedFeatures(tmp_path)
 
@@ -198,6 +275,145 @@ def test_the_features_of_another_target_are_refused(target, rows, tmp_path):
     other = make_target(tiny_config("llama"), torch.float32, seed=1)
     with pytest.raises(ValueError, match="not of the target"):
         make_trainer(other, CachedFeatures(tmp_path / "cache"), tmp_path)
+
+
+def test_a_file_is_compared_with_its_checksum_once(target, rows, tmp_path, monkeypatch):
+    index = write_features(target, rows, tmp_path, shard_bytes=2000)
+    compared = []
+    monkeypatch.setattr(
+        "coral_hf.training.feature_cache.index.sha256_of",
+        lambda path: compared.append(path.name) or hashes[path.name],
+    )
+    hashes = {shard.file: shard.sha256 for shard in index.shards}
+    cached = CachedFeatures(tmp_path)
+    assert not compared
+    for row in (*range(len(rows)), *range(len(rows))):
+        cached[row]
+    assert compared == [shard.file for shard in index.shards]
+
+
+def test_a_damaged_header_is_named_with_its_file(target, rows, tmp_path):
+    index = write_features(target, rows, tmp_path, shard_bytes=2000)
+    for position in (7, 8):  # the header's size, its first letter
+        flip(tmp_path / index.shards[1].file, position)
+        with pytest.raises(ValueError, match=f"{index.shards[1].file} cannot be read .*--delete"):
+            CachedFeatures(tmp_path)
+        flip(tmp_path / index.shards[1].file, position)
+
+
+def test_a_half_written_cache_is_not_finished_by_another_target_of_its_name(
+    target, rows, tmp_path, monkeypatch
+):
+    broken_off(target, rows, tmp_path / "cache", monkeypatch, after=2)
+    with pytest.raises(ValueError, match="whose weights were others than now; give another"):
+        write_features(fine_tuned(target), rows, tmp_path / "cache", shard_bytes=2000)
+    with pytest.raises(ValueError, match="with `dtype` 'bfloat16', but 'float32' is to be"):
+        other = copy.deepcopy(target).float()
+        write_features(other, rows, tmp_path / "cache", shard_bytes=2000)
+    write_features(target, rows, tmp_path / "cache", shard_bytes=2000)
+
+
+def test_the_features_before_a_fine_tuning_are_refused(target, rows, tmp_path):
+    write_features(target, rows, tmp_path / "cache")
+    cached = CachedFeatures(tmp_path / "cache")
+    assert cached._is_first_row_of(fine_tuned(target))  # too near for features alone to tell
+    with pytest.raises(ValueError, match="not of the target .*weights are others.*write a cache"):
+        cached.check_target(fine_tuned(target))
+    cached.check_target(copy.deepcopy(target))
+    cached.check_target(copy.deepcopy(target).float())
+
+
+def test_the_same_weights_under_another_config_are_another_target(target, rows, tmp_path):
+    write_features(target, rows, tmp_path / "cache")
+    other = tiny_target("llama", torch.float32, rms_norm_eps=1.0).bfloat16()
+    other.load_state_dict(target.state_dict())
+    with pytest.raises(ValueError, match="something else of the first row"):
+        CachedFeatures(tmp_path / "cache").check_target(other)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_quantised_target_reads_the_features_of_its_whole_self(target, rows, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    write_features(target, rows, tmp_path / "cache")
+    packed, tuned = copy.deepcopy(target), fine_tuned(target)
+    for model in (packed, tuned):
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    CachedFeatures(tmp_path / "cache").check_target(packed)
+    write_features(packed, rows, tmp_path / "packed")
+    CachedFeatures(tmp_path / "packed").check_target(packed)
+    with pytest.raises(ValueError, match="weights are others"):
+        CachedFeatures(tmp_path / "packed").check_target(tuned)
+
+
+def swap_two(weight) -> None:
+    weight[[3, 4]] = weight[[4, 3]]
+
+
+@pytest.mark.parametrize(
+    "change", [lambda weight: weight[5, 7].mul_(1.01), swap_two, lambda weight: weight.mul_(1.0001)]
+)
+def test_any_change_of_a_weight_changes_the_digest(change):
+    target = tiny_target("llama", torch.float32)
+    before = weights_digest(target)
+    assert before == weights_digest(tiny_target("llama", torch.float32))
+    with torch.no_grad():
+        change(target.model.layers[1].mlp.up_proj.weight)
+    assert weights_digest(target) != before
+
+
+def test_the_digest_of_a_large_weight_reads_all_of_it():
+    layer = torch.nn.Linear(300, 300)
+    model = tiny_target("llama", torch.float32)
+    model.lm_head = layer
+    digests = {weights_digest(model)}
+    for row, column in ((0, 0), (150, 151), (299, 299)):
+        with torch.no_grad():
+            layer.weight[row, column] += 1
+        digests.add(weights_digest(model))
+    assert len(digests) == 4
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_digest_of_an_offloaded_target_is_that_of_the_whole_one(tmp_path):
+    target = tiny_target("llama", torch.float32)
+    target.save_pretrained(tmp_path)
+    parts = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb")
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        device_map={**dict.fromkeys(parts, "cpu"), "model.layers": "disk", "lm_head": "disk"},
+        offload_folder=tmp_path / "offload",
+    )
+    assert offloaded.lm_head.weight.is_meta
+    assert weights_digest(offloaded) == weights_digest(target)
+    assert offloaded.lm_head.weight.is_meta
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_adapter_counts_by_its_weights_and_by_whether_it_acts():
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    target = tiny_target("llama", torch.float32)
+    digests = {weights_digest(target)}
+    adapted = get_peft_model(target, config)
+    digests.add(weights_digest(adapted))
+    with adapted.disable_adapter():
+        digests.add(weights_digest(adapted))
+    digests.add(weights_digest(adapted.merge_and_unload()))
+    assert len(digests) == 4
+
+
+@pytest.mark.parametrize("option", ["--batch-size", "--shard-megabytes", "--max-length"])
+def test_sizes_of_nothing_are_refused(tmp_path, option):
+    command = ["features", "--target", "x", "--dataset", "y", "--output", str(tmp_path / "z")]
+    result = CliRunner().invoke(app, [*command, option, "0"])
+    assert result.exit_code == 2 and f"Invalid value for '{option}'" in printed(result)
+
+
+def test_sizes_of_nothing_are_refused_from_python_too(target, rows, tmp_path):
+    with pytest.raises(ValueError, match="`batch_size` is 0; use at least 1"):
+        write_features(target, rows, tmp_path / "cache", batch_size=0)
+    with pytest.raises(ValueError, match="`shard_bytes` is 0; use at least 1"):
+        write_features(target, rows, tmp_path / "cache", shard_bytes=0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_deleting_leaves_what_is_not_the_caches(target, rows, tmp_path):

@@ -114,7 +114,7 @@ def test_folders_that_hold_something_else_are_refused(hub, client, drafter, fold
         root / "empty": "but nothing",
         root / "adapter": "merge it into its drafter",
         damaged: "is damaged",
-        cut: "weights in .* cannot be read",
+        cut: "weights of .* cannot be read",
         folder / "target": "holds a llama model, not a drafter",
     }
     for path, reason in refusals.items():

@@ -187,3 +187,10 @@ app([str(part) for part in arguments], standalone_mode=False)
     assert f"| its revision | `{config['target_revision']}` |" in card
     assert "### Stage `router`" in card
     stranger.run(snippet_of(card))
+
+
+def test_a_card_that_somebody_wrote_on_the_hub_outlives_a_training(hub, client, folder, tmp_path):  # noqa: F811
+    hub.put_files("org/by-hand", {"README.md": b"# By hand\n"})
+    train(client, folder, tmp_path / "run", "org/by-hand", save_steps=2)
+    assert hub.files("org/by-hand")["README.md"] == b"# By hand\n"
+    assert "model.safetensors" in hub.files("org/by-hand")

@@ -1,6 +1,8 @@
 """EAGLE and HASS drafters come in: what they predict stays, what does not fit is named."""
 
 import json
+import logging
+import pickle
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from eagle_checkpoint import (
     write_checkpoint,
     write_shards,
 )
+from loopback_hub import Client, Fault, running_hub
 from test_examples import folder  # noqa: F401  a saved target and its conversations
 from transformers import AutoModel
 from typer.testing import CliRunner
@@ -164,6 +167,96 @@ def test_an_lm_head_of_its_own_is_compared_and_dropped(target, tmp_path):
         from_eagle(target, tmp_path)
 
 
+def test_embeddings_with_one_large_number_are_compared_number_by_number(tmp_path):
+    target = tiny_target("llama", torch.float32)
+    table = target.model.embed_tokens.weight.detach()
+    table[3, 5] = 1e4
+    copy = {"embed_tokens.weight": table.half()}
+    write_checkpoint(tmp_path, LLAMA2, {**eagle_tensors(LLAMA2), **copy})
+    from_eagle(target, tmp_path)
+    other = table + 0.1
+    write_checkpoint(
+        tmp_path, LLAMA2, {**eagle_tensors(LLAMA2), "embed_tokens.weight": other.half()}
+    )
+    with pytest.raises(
+        ValueError, match=r"embed_tokens.* in 1\d{3} numbers, by up to 0.1.*another t"
+    ):
+        from_eagle(target, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_copy_in_half_precision_is_the_same_table(target, tmp_path, dtype):
+    table = target.model.embed_tokens.weight.detach().to(dtype)
+    write_checkpoint(tmp_path, LLAMA2, {**eagle_tensors(LLAMA2), "embed_tokens.weight": table})
+    from_eagle(target, tmp_path)
+
+
+def test_a_checkpoint_that_repeats_nothing_of_its_target_warns(target, tmp_path, caplog):
+    write_checkpoint(tmp_path, LLAMA2, {**eagle_tensors(LLAMA2), **copies(target)})
+    with caplog.at_level(logging.WARNING):
+        from_eagle(target, tmp_path)
+        assert caplog.text == ""
+        write_checkpoint(tmp_path, LLAMA2, eagle_tensors(LLAMA2))
+        from_eagle(target, tmp_path)
+    assert "no `embed_tokens.weight`, so only its sizes say that it belongs" in caplog.text
+
+
+# ---- fields that make no sense
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rope_scaling": {"type": "foo", "factor": 2.0}}, "`type` .* 'foo'; expected one of def"),
+        ({"rope_scaling": "linear"}, "`rope_scaling` .* 'linear'; expected an object of fields"),
+        ({"rope_scaling": {"type": "linear"}}, "`rope_scaling` .*'linear' rotary pos.*'factor'"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "`rope_scaling` .*are not finite"),
+        ({"rope_parameters": {"rope_theta": "abc"}}, "`rope_theta` .* 'abc'; expected a number"),
+        ({"hidden_act": "nonsense"}, "`hidden_act` .* 'nonsense'; expected one of gelu"),
+        ({"num_attention_heads": 0}, "`num_attention_heads` .* 0; expected a whole number above"),
+        (
+            {"num_attention_heads": 5, "num_key_value_heads": 5},
+            "`num_attention_heads` .* 5; expected a divisor of `hidden_s",
+        ),
+        ({"num_attention_heads": 32}, "`num_attention_heads` .* 32; expected heads of an even wid"),
+        ({"num_key_value_heads": 3}, "`num_key_value_heads` .* 3; expected a divisor of `num_att"),
+        ({"head_dim": 7}, "`head_dim` .* 7; expected heads of an even width"),
+        ({"rms_norm_eps": None}, "`rms_norm_eps` .* None; expected a number above 0"),
+        ({"rope_theta": "abc"}, "`rope_theta` .* 'abc'; expected a number above 0"),
+        ({"num_hidden_layers": None}, "`num_hidden_layers` .* None; expected a whole number abo"),
+        ({"bias": "true"}, "`bias` .* 'true'; expected true or false"),
+        ({"vocab_size": 40.0}, "`vocab_size` .* 40.0; expected a whole number above 0"),
+    ],
+)
+def test_a_field_that_makes_no_sense_is_named_with_its_file(target, tmp_path, fields, said):
+    write_checkpoint(tmp_path, {**LLAMA2, **fields}, eagle_tensors(LLAMA2))
+    with pytest.raises(ValueError, match=said) as refused:
+        from_eagle(target, tmp_path)
+    assert f"in {tmp_path / 'config.json'} is" in str(refused.value)
+
+
+def test_fields_that_are_null_by_custom_are_left_out(target, tmp_path):
+    names = ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "bias", "qkv_bias")
+    write_checkpoint(tmp_path, {**LLAMA2, **dict.fromkeys(names)}, eagle_tensors(LLAMA2))
+    config = from_eagle(target, tmp_path).config
+    assert config.num_key_value_heads == 4 and config.head_dim == 8 and config.fc_bias
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"type": "yarn", "factor": 4.0},
+        {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    ],
+)
+def test_what_transformers_rotates_by_is_taken(target, tmp_path, scaling):
+    write_checkpoint(tmp_path, {**LLAMA3, "rope_scaling": scaling}, eagle_tensors(LLAMA3))
+    rope = from_eagle(target, tmp_path).config.rope_parameters
+    assert rope["rope_theta"] == 500000.0 and rope["rope_type"] in scaling.values()
+
+
 # ---- shards
 
 
@@ -266,6 +359,9 @@ def test_a_pickle_that_is_no_state_dict_is_refused(target, tmp_path, content, sa
         from_eagle(target, tmp_path)
 
 
+EMPTY = ("pytorch_model.bin", 0.0)
+
+
 @pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.safetensors"])
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.9])
 def test_a_file_that_is_cut_off_is_named(target, tmp_path, weights, kept):
@@ -273,8 +369,74 @@ def test_a_file_that_is_cut_off_is_named(target, tmp_path, weights, kept):
     path = tmp_path / weights
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(ValueError, match=f"{weights} (cannot be read|holds more)"):
+    said = "is no PyTorch file: it is empty" if (weights, kept) == EMPTY else "cannot be read"
+    with pytest.raises(ValueError, match=f"{weights} {said}.*ownload it again"):
         from_eagle(target, tmp_path)
+
+
+@pytest.mark.parametrize("kept", [1, 40, 155, 0.9])
+def test_a_pickle_of_the_old_kind_that_is_cut_off_is_named(target, tmp_path, kept):
+    write_checkpoint(tmp_path, LLAMA2, {})
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(eagle_tensors(LLAMA2), path, _use_new_zipfile_serialization=False)
+    assert "fc.weight" in from_eagle(target, tmp_path).state_dict()
+    content = path.read_bytes()
+    path.write_bytes(content[: kept if kept >= 1 else int(kept * len(content))])
+    with pytest.raises(ValueError, match="pytorch_model.bin cannot be read: .*Download it again"):
+        from_eagle(target, tmp_path)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("weights", "content", "said"),
+    [
+        ("pytorch_model.bin", POINTER, "is a Git LFS pointer: .*`git lfs pull`"),
+        ("model.safetensors", POINTER, "is a Git LFS pointer: .*`git lfs pull`"),
+        ("pytorch_model.bin", b"<!doctype html><html>", "is no PyTorch file: it begins with b'<!d"),
+        ("pytorch_model.bin", b"PK", "is no PyTorch file: it begins with b'PK'; download it agai"),
+        ("model.safetensors", b"<!doctype html><html>", "cannot be read: .*Download it again"),
+    ],
+)
+def test_a_file_that_stands_for_another_is_not_blamed_for_code(
+    target, tmp_path, weights, content, said
+):
+    write_checkpoint(tmp_path, LLAMA2, {})
+    (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / weights).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{weights} {said}"):
+        from_eagle(target, tmp_path)
+
+
+def test_a_plain_pickle_runs_nothing(target, tmp_path):
+    write_checkpoint(tmp_path, LLAMA2, {})
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"fc.weight": Stranger()}, 2))
+    with pytest.raises(ValueError, match="pytorch_model.bin holds more than tensors"):
+        from_eagle(target, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (torch.ones(32, 64, dtype=torch.int8), "a strided tensor of int8; expected"),
+        (torch.ones(32, 64, dtype=torch.complex64), "a strided tensor of complex64; expected"),
+        (torch.ones(32, 64).to(torch.float8_e4m3fn), "a strided tensor of float8_e4m3fn; expected"),
+        (torch.ones(32, 64).to_sparse(), "a sparse_coo tensor of float32; expected"),
+        (torch.ones(32, 64, device="meta"), "a meta tensor of float32; expected"),
+    ],
+)
+@pytest.mark.parametrize("name", ["fc.weight", "embed_tokens.weight"])
+def test_a_tensor_that_a_cast_would_spoil_is_refused(target, tmp_path, name, tensor, said):
+    write_checkpoint(tmp_path, LLAMA2, {**eagle_tensors(LLAMA2), name: tensor})
+    with pytest.raises(ValueError, match=f"`{name}` of .* is {said} .*float16, bfloat16, float32"):
+        from_eagle(target, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["bogus", torch.int8])
+def test_a_drafter_of_another_dtype_is_refused(target, tmp_path, dtype):
+    with pytest.raises(ValueError, match="`dtype` is .*; use one of float16, bfloat16, float32, f"):
+        from_eagle(target, tmp_path, dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +474,139 @@ def test_a_coral_drafter_is_not_imported_again(target, tmp_path):
         from_eagle(target, tmp_path)
 
 
+# ---- from the Hub
+
+
+TAKE = """
+from conftest import tiny_target
+from coral_hf.checkpoints import from_eagle
+from_eagle(tiny_target("llama"), *a, **k)
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A Hub with checkpoints in both formats, in a pickle alone, of another target, in shards."""
+    safe, pickled, wide = (tmp_path_factory.mktemp(name) for name in ("safe", "pickled", "wide"))
+    write_checkpoint(safe, LLAMA2, eagle_tensors(LLAMA2), "model.safetensors")
+    for where, config in ((safe, LLAMA2), (pickled, LLAMA2), (wide, {**LLAMA2, "vocab_size": 99})):
+        write_checkpoint(where, config, eagle_tensors(LLAMA2))
+    cut = tmp_path_factory.mktemp("cut")
+    write_checkpoint(cut, LLAMA2, eagle_tensors(LLAMA2))
+    write_shards(cut, LLAMA2, shards())
+    with running_hub() as hub:
+        for where in (safe, pickled, wide, cut):
+            hub.put(f"org/{where.name.rstrip('0')}", where)
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def reader(hub, tmp_path_factory):
+    reader = Client(hub.url, tmp_path_factory.mktemp("reader"))
+    reader.run("import time; time.sleep = lambda seconds: None")  # before it tries again
+    yield reader
+    reader.close()
+
+
+@pytest.fixture
+def take(hub, reader, tmp_path):
+    """A function that imports from the Hub into a cache of its own."""
+    hub.faults, hub.requests = [], []
+
+    def take(source: str, **settings) -> str:
+        return reader.run(TAKE, a=[source], k={"cache_dir": str(tmp_path), **settings})
+
+    return take
+
+
+REFUSALS = [
+    ("HEAD", 401, "HfHubHTTPError.*no org/safe on the Hub, or it is private.*log in with `hf auth"),
+    ("HEAD", 403, "LocalEntryNotFoundError.*You may not read org/safe: ask for access on its page"),
+    ("HEAD", 404, "LocalEntryNotFoundError.*There is no org/safe on the Hub.*check the name"),
+    ("GET", 429, "HfHubHTTPError.*too many requests from you: try again after the time"),
+    ("GET", 500, "HfHubHTTPError.*The Hub failed, and.*org/safe: try again in a few minutes"),
+    ("HEAD", 500, "LocalEntryNotFoundError.*The Hub failed, and.*org/safe: try again in a few min"),
+    ("GET", None, "ConnectionError.*broke while org/safe was downloaded.*Check the network"),
+]
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize(("method", "status", "said"), REFUSALS)
+def test_a_refusal_of_the_hub_says_what_to_do(hub, take, method, status, said, file):
+    hub.faults = [Fault(f"{method} .*/{file}$", status, times=9)]
+    with pytest.raises(RuntimeError, match=f"(?s){said}"):
+        take("org/safe")
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "said"),
+    [
+        ("org/absent", {}, "RepositoryNotFoundError.*There is no org/absent on the Hub"),
+        ("org/safe", {"token": "wrong", "revision": "gone"}, "RevisionNotFound.*no such revision"),
+        ("no/such/folder", {}, "HFValidationError.*There is no folder no/such/folder either"),
+        ("org/safe", {"local_files_only": True}, "safe is not whole in the cache: download it fi"),
+    ],
+)
+def test_a_name_that_is_not_there_says_what_to_do(take, source, settings, said):
+    with pytest.raises(RuntimeError, match=f"(?s){said}"):
+        take(source, **settings)
+
+
+def test_a_repository_without_a_config_is_no_checkpoint(hub, take):
+    hub.put_files("org/bare", {"pytorch_model.bin": b""})
+    with pytest.raises(RuntimeError, match="ValueError: org/bare has no config.json; start from"):
+        take("org/bare")
+
+
+def test_only_the_format_that_is_read_is_downloaded(hub, take):
+    take("org/safe")
+    assert hub.asked("GET .*model.safetensors") == 1 and hub.asked("pytorch_model.bin") == 0
+    take("org/pickled")
+    assert hub.asked("GET .*pytorch_model.bin") == 1
+    hub.requests = []
+    take("org/cut")
+    assert hub.asked("GET .*-of-00002.safetensors") == 2 and hub.asked("pytorch_model.bin") == 0
+
+
+def test_what_is_in_the_cache_is_read_without_the_hub(hub, take):
+    for source in ("org/safe", "org/pickled", "org/cut"):
+        take(source)
+        hub.requests = []
+        take(source, local_files_only=True)
+        assert hub.requests == []
+        hub.faults = [Fault("HEAD", 503, times=99)]
+        take(source)
+        hub.faults = []
+
+
+def test_a_checkpoint_without_weights_on_the_hub_is_named(hub, take):
+    hub.put_files("org/empty", {"config.json": json.dumps(LLAMA2).encode()})
+    with pytest.raises(RuntimeError, match="has neither of .*'pytorch_model.bin'"):
+        take("org/empty")
+    index = json.dumps({"weight_map": {"fc.weight": "../other.bin"}}).encode()
+    hub.put_files("org/empty", {"pytorch_model.bin.index.json": index})
+    with pytest.raises(RuntimeError, match="names '../other.bin', which is no file of its folder"):
+        take("org/empty")
+
+
+def test_no_weights_are_downloaded_for_a_config_that_does_not_fit(hub, take):
+    with pytest.raises(RuntimeError, match="`vocab_size` of the target is 40, but .*org/wide"):
+        take("org/wide")
+    assert hub.asked("pytorch_model.bin") == 0 and hub.asked("config.json") == 2
+
+
+def test_a_private_checkpoint_is_read_with_a_token_of_a_revision(hub, reader, take, tmp_path):
+    (tmp_path / "mine").mkdir()
+    write_checkpoint(tmp_path / "mine", LLAMA2, eagle_tensors(LLAMA2))
+    first = hub.put("org/mine", tmp_path / "mine", private=True)
+    hub.put_files("org/mine", {"config.json": b"{"})
+    with pytest.raises(RuntimeError, match="no org/mine on the Hub, or it is private and you are"):
+        take("org/mine", token=False)
+    with pytest.raises(RuntimeError, match="config.json is no JSON"):
+        take("org/mine")
+    take("org/mine", revision=first)
+
+
 # ---- the command
 
 
@@ -334,3 +629,37 @@ def test_the_command_makes_a_drafter_that_loads(folder, tmp_path):  # noqa: F811
     again = CliRunner().invoke(app, arguments)
     assert "holds" in printed(again) and "overwrite" in printed(again)
     assert CliRunner().invoke(app, [*arguments, "--overwrite"]).exit_code == 0
+    (tmp_path / "drafter" / "notes.txt").write_text("mine")
+    refused = CliRunner().invoke(app, [*arguments, "--overwrite"])
+    assert refused.exit_code == 1 and "holds notes.txt, which no earlier" in printed(refused)
+    assert (tmp_path / "drafter" / "notes.txt").read_text() == "mine"
+
+
+def test_the_command_does_not_write_over_what_it_reads(folder, tmp_path):  # noqa: F811
+    write_checkpoint(tmp_path, LLAMA2, eagle_tensors(LLAMA2), "model.safetensors")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "link").symlink_to(tmp_path)
+    for output in (tmp_path, tmp_path / "link", folder / "target"):
+        arguments = ["import", str(tmp_path), "--target", str(folder / "target")]
+        result = CliRunner().invoke(app, [*arguments, "--output", str(output), "--overwrite"])
+        assert result.exit_code == 1 and "is the folder of what is read" in printed(result)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_the_command_reads_the_config_and_its_options_before_the_target(tmp_path):
+    arguments = [
+        "import",
+        str(tmp_path),
+        "--target",
+        "no-target",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    write_checkpoint(tmp_path, {**LLAMA2, "draft_vocab_size": 9}, {})
+    assert "is an EAGLE-3 drafter" in printed(CliRunner().invoke(app, arguments))
+    refused = CliRunner().invoke(app, [*arguments, "--dtype", "int8"])
+    assert refused.exit_code == 2 and "--dtype is 'int8'; use 'auto' or one of" in printed(refused)
+    arguments[1] = "org/not-cached"
+    offline = ["--cache-dir", str(tmp_path / "cache"), "--local-files-only", "--revision", "main"]
+    refused = CliRunner().invoke(app, [*arguments, *offline])
+    assert refused.exit_code == 1 and "org/not-cached is not whole in the" in printed(refused)

@@ -1,6 +1,7 @@
 """The model card says what the checkpoint and its reports hold, and nothing else."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from coral_hf.publishing import CardFacts, make_card, read_results, write_card
 from coral_hf.publishing.card import hub_id
 from coral_hf.publishing.results import check_results
 from coral_hf.training.record import hub_datasets
+from coral_hf.weights_digest import weights_digest
 
 
 @pytest.fixture(scope="module")
@@ -120,14 +122,21 @@ def test_a_report_that_cannot_be_read_is_refused(tmp_path):
             read_results(tmp_path / name)
 
 
-def test_a_report_of_another_drafter_or_target_is_refused(report_file):
+def test_a_report_of_another_drafter_or_target_is_refused(drafter, report_file):
     results = read_results(report_file)
-    size = results.environment["num_drafter_parameters"]
-    check_results(results, size, ["org/target", None])
-    with pytest.raises(ValueError, match="this one has 7; measure this one"):
-        check_results(results, 7, ["org/target"])
+    check_results(results, drafter, ["org/target", None])
     with pytest.raises(ValueError, match="measured on the target target, and .* is for llama"):
-        check_results(results, size, ["org/llama"])
+        check_results(results, drafter, ["org/llama"])
+    other = deepcopy(drafter)
+    with torch.no_grad():
+        other.fc.weight[0, 0] *= 1.01  # one number of all
+    with pytest.raises(ValueError, match="with other weights .* measure this one"):
+        check_results(results, other, ["org/target"])
+
+
+def test_a_report_in_another_dtype_than_the_checkpoints_is_of_the_same_drafter(drafter):
+    wide = deepcopy(drafter).float()
+    assert weights_digest(deepcopy(wide).bfloat16()) == weights_digest(wide)
 
 
 def test_an_earlier_card_of_ours_keeps_its_license_but_not_its_results(
@@ -174,3 +183,12 @@ def test_metadata_is_yaml_that_begins_the_file(drafter):
     text = str(make_card(drafter, CardFacts("org/x", license="mit", language=["en", "de"])))
     data = yaml.safe_load(text.split("---\n")[1])
     assert data["base_model_relation"] == "adapter" and data["language"] == ["en", "de"]
+
+
+def test_an_imported_drafter_says_where_it_comes_from(drafter):
+    drafter = deepcopy(drafter)
+    drafter.config.training_record = [{"stage": "import", "source": "org/E", "revision": "0ab"}]
+    card = make_card(drafter, CardFacts("org/x")).content
+    assert "From [`org/E`](https://huggingface.co/org/E) at `0ab`" in card
+    drafter.config.training_record[0] |= {"source": None, "revision": None}
+    assert "which one is not recorded" in make_card(drafter, CardFacts("org/x")).content

@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 from conftest import FAMILIES, VOCAB, scatter_weights, tiny_config, tiny_target
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModel
@@ -313,7 +312,7 @@ def test_a_tensor_of_another_shape_raises(saved):
     tensors = load_file(folder / "model.safetensors")
     tensors["fc.weight"] = tensors["fc.weight"][:, :-1].contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RuntimeError, match="mismatched"):
+    with pytest.raises(ValueError, match=r"mismatched_keys fc.weight \(32, 63\) for \(32, 64\)"):
         AutoModel.from_pretrained(folder)
 
 
@@ -322,7 +321,7 @@ def test_a_truncated_file_raises(saved, kept):
     _, folder = saved
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(SafetensorError, match="header"):
+    with pytest.raises(ValueError, match=f"The weights of {folder} cannot be read .*header"):
         AutoModel.from_pretrained(folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import resource
 from pathlib import Path
@@ -298,6 +299,46 @@ def test_an_output_of_other_settings_is_never_mixed(target, tmp_path, change, me
     with pytest.raises(ValueError, match=message):
         run(target, tmp_path / "out.jsonl", **change)
     assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+def test_a_target_in_another_dtype_is_never_mixed(target, tmp_path):
+    rounded = copy.deepcopy(target).bfloat16()
+    run(rounded.float(), tmp_path / "out.jsonl")
+    with pytest.raises(ValueError, match="with dtype = the str 'float32', now it is the str 'bfl"):
+        run(rounded.bfloat16(), tmp_path / "out.jsonl")
+
+
+def test_a_drafter_that_samples_is_never_mixed_with_another(target, tmp_path):
+    torch.manual_seed(0)
+    one, other = (CoralDrafter.from_target(target).eval() for _ in range(2))
+    for temperature, output in ((0.0, tmp_path / "greedy.jsonl"), (1.0, tmp_path / "drawn.jsonl")):
+        run(target, output, drafter=one, temperature=temperature)
+    run(target, tmp_path / "greedy.jsonl", drafter=other)
+    run(target, tmp_path / "greedy.jsonl")
+    for drafter in (other, None):
+        with pytest.raises(ValueError, match="with drafter = the str"):
+            run(target, tmp_path / "drawn.jsonl", drafter=drafter, temperature=1.0)
+
+
+def test_a_target_that_was_trained_in_one_place_is_never_mixed(target, tmp_path):
+    run(target, tmp_path / "out.jsonl")
+    other = copy.deepcopy(target)
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[5, 7] += 1
+    with pytest.raises(ValueError, match="with target = the str"):
+        run(other, tmp_path / "out.jsonl")
+
+
+def test_settings_that_a_full_disk_cut_off_leave_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match="File too large: .*settings.json"):
+            with open_answers(tmp_path / "out.jsonl", {"chat_template": "x" * 1000}):
+                pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.glob("*settings*"))
 
 
 def test_another_target_or_file_is_never_mixed(target, tmp_path):

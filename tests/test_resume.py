@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,17 @@ from pathlib import Path
 import launched
 import pytest
 import torch
+from conftest import tiny_target
+from datasets import Dataset, LargeList, Value
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from test_data import tiny_tokenizer
+from transformers import AutoModel, TrainerCallback
 
 import coral_hf
+from coral_hf import CoralDrafter
+from coral_hf.training.run_identity import rows_identity
+from coral_hf.training.run_lock import sole_run
+from coral_hf.training.stages import save
 
 TESTS = Path(__file__).parent
 # epochs are three optimizer steps, so checkpoints lie at their ends, within them, and between the
@@ -140,13 +148,173 @@ def test_a_disk_that_cannot_take_a_checkpoint_leaves_the_one_before(tmp_path):
     assert "checkpoint-8" in checkpoints(tmp_path)
 
 
-def test_a_checkpoint_of_an_earlier_run_is_replaced(tmp_path):
-    launched.make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
-    mark = tmp_path / "checkpoint-1" / "mark"
+EACH_STEP = {"save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """The folder of a run of two steps, with a checkpoint of each."""
+    folder = tmp_path_factory.mktemp("begun")
+    launched.make_trainer(folder, max_steps=2, **EACH_STEP).train()
+    return folder
+
+
+def test_a_new_run_is_refused_among_the_checkpoints_of_an_earlier_one(begun, tmp_path):
+    shutil.copytree(begun, tmp_path / "run")
+    trainer = launched.make_trainer(tmp_path / "run", max_steps=4, **EACH_STEP)
+    said = "holds checkpoint-1 to checkpoint-2 of an earlier run.* or delete its checkpoints"
+    with pytest.raises(ValueError, match=said):
+        trainer.train()
+    for name in ("checkpoint-1", "checkpoint-2"):
+        assert load_file(tmp_path / "run" / name / "model.safetensors")
+        shutil.rmtree(tmp_path / "run" / name)
+    trainer.train()
+    assert len(checkpoints(tmp_path / "run")) == 4
+
+
+def test_a_run_that_goes_back_writes_its_later_checkpoints_again(begun, tmp_path):
+    shutil.copytree(begun, tmp_path / "run")
+    mark = tmp_path / "run" / "checkpoint-2" / "mark"
     mark.touch()
-    launched.make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
-    assert (tmp_path / "checkpoint-1" / "trainer_state.json").exists() and not mark.exists()
-    assert not (tmp_path / "_incomplete").exists()
+    trainer = launched.make_trainer(tmp_path / "run", max_steps=2, **EACH_STEP)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert (mark.parent / "trainer_state.json").exists() and not mark.exists()
+    assert not (tmp_path / "run" / "_incomplete").exists()
+
+
+def test_a_run_does_not_go_on_among_checkpoints_of_another(begun, tmp_path):
+    other = launched.make_trainer(tmp_path / "run", max_steps=1, **EACH_STEP)
+    other.train()
+    shutil.copytree(begun / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    said = "holds checkpoint-1, which is not of the run of .*checkpoint-2"
+    with pytest.raises(ValueError, match=said):
+        other.train(resume_from_checkpoint=True)
+    said = "holds checkpoint-1, which is not of the run of .*begun.*checkpoint-2"
+    with pytest.raises(ValueError, match=said):
+        other.train(resume_from_checkpoint=str(begun / "checkpoint-2"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"learning_rate": 1e-3}, "`learning_rate` was 0.01, now it is 0.001"),
+        ({"lr_scheduler_type": "cosine"}, "`lr_scheduler_type` was linear, now it is cosine"),
+        ({"seed": 7}, "`seed` was 42, now it is 7"),
+        ({"per_device_train_batch_size": 2}, "`per_device_train_batch_size` was 4, now it is 2"),
+        ({"gradient_accumulation_steps": 2}, "`gradient_accumulation_steps` was 1, now it is 2"),
+        ({"recipe": "hass"}, "`top_k_weight` was 0.0, now it is 1.0; `csra_weight` was 0.1"),
+        ({"packing": True}, "`packing` was False, now it is True.*`rows` was 24 rows.* is 1 rows"),
+        ({"max_length": 99}, "`max_length` was 2048, now it is 99"),
+    ],
+)
+def test_a_run_with_other_settings_does_not_go_on(begun, changed, said):
+    trainer = launched.make_trainer(begun, **{"max_steps": 2, **EACH_STEP, **changed})
+    with pytest.raises(ValueError, match=f"is of a run that began otherwise: .*{said}"):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 0
+
+
+def test_a_run_with_other_rows_does_not_go_on(begun):
+    trainer = launched.make_trainer(begun, max_steps=2, **EACH_STEP)
+    trainer.train_dataset = trainer.train_dataset.select(range(23, -1, -1))
+    said = "otherwise: `rows` was 24 rows, SHA-256 [0-9a-f]{16}, now it is 24 rows, SHA-256"
+    with pytest.raises(ValueError, match=said):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_run_of_another_target_does_not_go_on(begun):
+    for target, said in (
+        (tiny_target("llama", torch.float32, seed=1), "in float32, SHA-256 .* in float32, SHA-256"),
+        (tiny_target("llama", torch.bfloat16), "in float32, SHA-256 .* in bfloat16, SHA-256"),
+    ):
+        trainer = launched.make_trainer(begun, target, max_steps=2, **EACH_STEP)
+        with pytest.raises(ValueError, match=f"otherwise: `target` was {said}"):
+            trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_run_that_is_over_takes_no_step_more(begun):  # in the middle of its first epoch
+    trainer = launched.make_trainer(begun, max_steps=2, **EACH_STEP)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
+    saved = load_file(begun / "checkpoint-2" / "model.safetensors")
+    assert all(
+        torch.equal(weight, saved[name]) for name, weight in trainer.model.state_dict().items()
+    )
+    (entry,) = trainer.model.config.training_record
+    (before,) = CoralDrafter.from_pretrained(begun / "checkpoint-2").config.training_record
+    assert entry["trained_tokens"] == before["trained_tokens"] > 0
+
+
+def test_a_run_grows_and_says_where_its_learning_rate_does_not_stay(tmp_path, caplog):
+    settings = {**SETTINGS, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3}
+    expected = launched.resumed(tmp_path / "whole", **settings)
+    launched.resumed(tmp_path, **{**settings, "max_steps": 4})
+    assert_same(launched.resumed(tmp_path, resume=True, **settings), expected)
+    assert "goes on with another length" not in caplog.text
+    share = {**settings, "warmup_steps": 0.5}  # of a longer run it is longer
+    launched.resumed(tmp_path / "share", **{**share, "max_steps": 4})
+    launched.resumed(tmp_path / "share", resume=True, **share)
+    said = "goes on with another length (`max_steps` was 4, now it is 8): from here on its"
+    assert said in caplog.text
+
+
+def test_a_checkpoint_that_does_not_tell_its_settings_goes_on_with_a_warning(
+    begun, tmp_path, caplog
+):
+    for name in checkpoints(begun):
+        shutil.copytree(begun / name, tmp_path / name)
+        (tmp_path / name / "coral_run.json").unlink()
+    trainer = launched.make_trainer(tmp_path, max_steps=3, **EACH_STEP)
+    with caplog.at_level("WARNING", "coral_hf"):
+        trainer.train(resume_from_checkpoint=True)
+    assert "does not say with which settings its run began" in caplog.text
+    assert trainer.state.global_step == 3
+
+
+def test_rows_are_told_apart_by_what_is_trained_and_not_by_how_it_is_stored():
+    rows = launched.make_rows()
+    stored = rows.cast_column("input_ids", LargeList(Value("int16")))
+    assert rows_identity(stored) == rows_identity(rows)
+    assert rows_identity(rows.select(range(24))) == rows_identity(rows)
+    unmasked = rows.map(lambda row: {"labels": row["input_ids"]})
+    joined, parted = (
+        Dataset.from_dict({"input_ids": ids, "labels": ids})
+        for ids in ([[1, 2], [1, 2]], [[1], [2, 1, 2]])
+    )
+    others = [rows_identity(other) for other in (rows, unmasked, joined, parted)]
+    assert len(set(others)) == 4
+    assert rows_identity(rows.to_iterable_dataset()) == "a stream"
+    assert rows_identity([{"input_ids": [1, 2]}]) == "1 rows"
+
+
+def test_a_disk_that_cannot_take_a_finished_drafter_leaves_the_one_before(tmp_path):
+    tokenizer, limits = tiny_tokenizer(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    first = launched.make_drafter()
+    save(first, tokenizer, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    second = CoralDrafter.from_target(launched.TARGET, num_hidden_layers=2).float()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        with pytest.raises(OSError, match="The drafter could not be written to .*MiB are free"):
+            save(second, tokenizer, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert AutoModel.from_pretrained(tmp_path).config.num_hidden_layers == 1
+    save(second, tokenizer, tmp_path)
+    assert AutoModel.from_pretrained(tmp_path).config.num_hidden_layers == 2
+    assert {path.name for path in tmp_path.iterdir()} == before.keys()
+
+
+def test_a_full_disk_leaves_the_lock_without_the_name_of_its_holder(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with sole_run(tmp_path, is_main=True):
+            with pytest.raises(ValueError, match="is in use: another run trains there"):
+                launched.make_trainer(tmp_path, max_steps=1).train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(tmp_path):

@@ -1,6 +1,7 @@
 """`CoralTrainer`: what a user of `Trainer` expects, on a tiny target and its own words."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModel, TrainerCallback
+from transformers.utils.logging import warning_once
 
 import coral_hf
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
@@ -156,13 +158,26 @@ def test_accumulated_batches_equal_one_large_batch(target, rows, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")  # renamed in 5.23
-def test_gradient_checkpointing_gives_the_same_losses(target, rows, tmp_path):
+def test_gradient_checkpointing_gives_the_same_losses_without_a_word(
+    target, rows, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    warning_once.cache_clear()
     losses = []
     for checkpointing in (False, True):
-        trainer = make_trainer(target, rows, tmp_path, gradient_checkpointing=checkpointing)
+        trainer = make_trainer(
+            target,
+            rows,
+            tmp_path,
+            gradient_checkpointing=checkpointing,
+            include_num_input_tokens_seen="all",
+        )
+        trainer.train()
         trainer.train()
         losses.append(logged(trainer, "loss"))
+        assert trainer.state.num_input_tokens_seen == 4 * 4 * 20
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert "input embeddings" not in caplog.text
 
 
 def test_bf16_trains(target, rows, tmp_path):

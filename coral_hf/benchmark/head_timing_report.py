@@ -6,8 +6,6 @@ the only record; every number is computed from them.
 
 import json
 import os
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .environment import hardware_name, versions
+from .environment import command_line, hardware_name, versions
 from .head_timing_settings import HeadShape, HeadTimingSettings
 from .tables import TextTable, settings_table
 
@@ -69,7 +67,7 @@ def describe_machine(device: torch.device) -> Machine:
         num_threads=torch.get_num_threads(),
         device=str(device),
         versions=versions(),
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=command_line(),
     )
 
 

@@ -5,6 +5,7 @@ In: a drafter, its target, texts; or counts from elsewhere. Out: token ids, the 
 """
 
 from collections.abc import Iterable, Sequence
+from operator import index
 
 import torch
 from torch import Tensor
@@ -61,23 +62,36 @@ def most_frequent(counts: Tensor, size: int, always: Sequence[int] = ()) -> list
     Args:
         counts: (vocab,), of any kind that grows with how often a token is needed.
         always: ids that are kept whatever their count, such as those that end a text.
+
+    Returns:
+        fewer than `size` where fewer tokens have a count above 0.
     """
-    if not len(always) < size <= len(counts):
-        raise ValueError(
-            f"`size` is {size}; use more than the {len(always)} tokens that are always kept, and"
-            f" at most the {len(counts)} of the vocabulary."
-        )
+    check_size(size, len(counts), always)
     order = counts.argsort(descending=True, stable=True).tolist()
     kept = set(always)
     found = [token for token in order if token not in kept and counts[token] > 0]
     return [*dict.fromkeys(always), *found][:size]
 
 
-def check_hot_tokens(tokens: Sequence[int], vocab_size: int) -> None:
-    """Raise a ValueError if ids are none, repeated, or outside of the vocabulary."""
-    outside = [token for token in tokens if not 0 <= token < vocab_size]
-    if outside or len(set(tokens)) != len(tokens) or not len(tokens):
+def check_size(size: int, vocab_size: int, always: Sequence[int] = ()) -> None:
+    """Raise a ValueError if there is no choosing so many tokens; see [`most_frequent`]."""
+    if not len(always) < size <= vocab_size:
         raise ValueError(
-            f"`hot_tokens` has {len(tokens)} ids, {len(tokens) - len(set(tokens))} of them repeated"
+            f"`size` is {size}; use more than the {len(always)} tokens that are always kept, and"
+            f" at most the {vocab_size} of the vocabulary."
+        )
+
+
+def check_hot_tokens(tokens: Sequence[int], vocab_size: int) -> list[int]:
+    """Ids as integers; a ValueError if they are none, repeated, or outside of the vocabulary."""
+    try:
+        ids = [index(token) for token in tokens]
+    except TypeError as error:
+        raise ValueError(f"`hot_tokens` are ids, which are integers: {error}. Pass ids.") from error
+    outside = [token for token in ids if not 0 <= token < vocab_size]
+    if outside or len(set(ids)) != len(ids) or not ids:
+        raise ValueError(
+            f"`hot_tokens` has {len(ids)} ids, {len(ids) - len(set(ids))} of them repeated"
             f" and {len(outside)} outside of the vocabulary of {vocab_size}; pass each id once."
         )
+    return ids

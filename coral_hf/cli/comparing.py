@@ -32,7 +32,7 @@ def compare(
         list[str], typer.Option(help="A recipe and settings: 'coral csra_weight=0.5'.")
     ],
     steps: Annotated[
-        list[int], typer.Option(help="Of each training; of the first rung if halving.")
+        list[int], typer.Option(min=1, help="Of each training; of the first rung if halving.")
     ],
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Trainings of each trial; 3 by default.")
@@ -42,7 +42,8 @@ def compare(
     ] = None,
     hold_out: Annotated[int, typer.Option(help="Leave out the last rows of each dataset.")] = 0,
     temperature: Annotated[list[float] | None, typer.Option(help="Measured at; 0 and 1.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
+    # a round of decoding follows the token of the prompt's pass
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
     limit: LimitOption = None,
     last: LastOption = None,
     user_turn: UserTurnOption = -1,

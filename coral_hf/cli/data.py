@@ -67,7 +67,6 @@ def regenerate(
     dtype: DtypeOption = "auto",
 ) -> None:
     """Let the target answer a dataset's prompts itself; run again, it goes on where it stopped."""
-    from ..training.data import load_conversations
     from ..training.regeneration import RegenerationSettings
     from ..training.regeneration import regenerate as answer
 
@@ -80,7 +79,7 @@ def regenerate(
         prompt_tokens=prompt_tokens,
         batch_size=batch_size,
     )
-    rows = without_last([load_conversations(dataset)], hold_out)
+    rows = without_last([dataset], hold_out)
     rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
     model, tokenizer = load_target(target, dtype)
     helper = None if drafter is None else load_drafter(drafter, model)

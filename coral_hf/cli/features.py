@@ -15,14 +15,16 @@ def features(
     output: Annotated[Path, typer.Option(help="Folder of the features.")],
     target: Annotated[str | None, typer.Option(help="The target: a folder or a Hub id.")] = None,
     dataset: Annotated[list[str] | None, typer.Option(help="Conversations.")] = None,
-    hold_out: Annotated[int, typer.Option(help="Leave out the last rows of each dataset.")] = 0,
-    max_length: Annotated[int, typer.Option(help="Tokens after which a row is cut.")] = 2048,
+    hold_out: Annotated[
+        int, typer.Option(min=0, help="Leave out the last rows of each dataset.")
+    ] = 0,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens after which a row is cut.")] = 2048,
     packing: Annotated[bool, typer.Option(help="Several conversations in each row.")] = False,
     format: Annotated[str, typer.Option(help="'bfloat16', or 'int8' in half the space.")] = (
         "bfloat16"
     ),
-    batch_size: Annotated[int, typer.Option(help="Rows that are read at once.")] = 8,
-    shard_megabytes: Annotated[int, typer.Option(help="Of a file, about.")] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that are read at once.")] = 8,
+    shard_megabytes: Annotated[int, typer.Option(min=1, help="Of a file, about.")] = 1000,
     dtype: DtypeOption = "auto",
     plan: Annotated[bool, typer.Option("--plan", help="Say what it takes, and stop.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Compare files and checksums.")] = False,
@@ -63,10 +65,12 @@ def _read(
     target: str, dataset: list[str], hold_out: int, max_length: int, packing: bool, dtype: str
 ):
     """The target, and the rows as the trainer would read them."""
-    from ..training.data import load_conversations, pack_dataset, prepare_dataset
+    from ..training.data import pack_dataset, prepare_dataset
+    from ..training.data.vocabulary import warn_of_other_ends
 
     model, tokenizer = load_target(target, dtype)
-    conversations = without_last([load_conversations(path) for path in dataset], hold_out)
+    warn_of_other_ends(tokenizer, model)
+    conversations = without_last(dataset, hold_out)
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     rows = prepare_dataset(conversations, tokenizer, max_length, vocab_size=vocab_size)
     return model, pack_dataset(rows, max_length) if packing else rows

@@ -52,22 +52,27 @@ def count_bigrams(dataset: str, hold_out: int, target, tokenizer):
     import torch
 
     from ..benchmark import BigramDrafter
-    from ..training.data import load_conversations, prepare_dataset
+    from ..training.data import prepare_dataset
 
-    rows = without_last([load_conversations(dataset)], hold_out)
+    rows = without_last([dataset], hold_out)
     tokens = (torch.tensor(row["input_ids"]) for row in prepare_dataset(rows, tokenizer, 2048))
     return BigramDrafter.from_texts(tokens, target.config.get_text_config().vocab_size)
 
 
-def without_last(datasets: list, count: int):
-    """The rows of several datasets, each but for its last ones."""
-    return _joined([_split(rows, count)[0] for rows in datasets])
+def without_last(paths: list[str], count: int):
+    """The conversations of several datasets, each but for its last ones."""
+    from ..training.data import join_datasets
+
+    return join_datasets([_split(path, count)[0] for path in paths], paths)
 
 
-def _split(rows, count: int):
-    """A dataset without its last rows, and those."""
+def _split(path: str, count: int):
+    """The conversations of a dataset without its last ones, and those."""
     import typer
 
+    from ..training.data import load_conversations
+
+    rows = load_conversations(path)
     if not 0 <= count < len(rows):
         raise typer.BadParameter(f"--hold-out {count} of {len(rows)} rows leaves none to train on.")
     cut = len(rows) - count
@@ -75,35 +80,28 @@ def _split(rows, count: int):
     return rows.select(range(cut)), rows.select(last)
 
 
-def _joined(datasets: list):
-    from datasets import concatenate_datasets
-
-    return datasets[0] if len(datasets) == 1 else concatenate_datasets(datasets)
-
-
 def load_held_out(paths: list[str], hold_out: int):
     """The last rows of each dataset, which `load_rows` leaves out."""
     import typer
 
-    from ..training.data import load_conversations
+    from ..training.data import join_datasets
 
     if hold_out < 1:
         raise typer.BadParameter(
             "--eval_strategy needs rows to evaluate: give --hold-out 200, or --eval-dataset."
         )
-    return _joined([_split(load_conversations(path), hold_out)[1] for path in paths])
+    return join_datasets([_split(path, hold_out)[1] for path in paths], paths)
 
 
 def load_rows(paths: list[str], hold_out: int):
     """Conversations but for the last rows of each dataset, or the rows of a feature cache."""
     import typer
 
-    from ..training.data import load_conversations
     from ..training.feature_cache import INDEX, CachedFeatures
 
     cached = [path for path in paths if (Path(path) / INDEX).is_file()]
     if not cached:
-        return without_last([load_conversations(path) for path in paths], hold_out)
+        return without_last(paths, hold_out)
     if len(paths) > 1 or hold_out:
         raise typer.BadParameter(
             f"{cached[0]} is a feature cache: it is read alone and whole. Give `--hold-out` and"

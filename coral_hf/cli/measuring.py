@@ -55,7 +55,7 @@ def benchmark(
     user_turn: UserTurnOption = -1,
     assistant: AssistantOption = None,
     bigram_dataset: BigramOption = None,
-    hold_out: NotCountedOption = 0,
+    bigram_hold_out: NotCountedOption = 0,
     pad_layers: PadOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -98,7 +98,7 @@ def benchmark(
     if assistant is not None:
         others["assistant"] = load_target(assistant, dtype)[0]
     if bigram_dataset is not None:
-        others["bigram"] = count_bigrams(bigram_dataset, hold_out, model, tokenizer)
+        others["bigram"] = count_bigrams(bigram_dataset, bigram_hold_out, model, tokenizer)
     loaded = load_drafter(drafter, model)
     report = run_benchmark(model, loaded, tokenizer, items, settings, **others)
     report.write(output)

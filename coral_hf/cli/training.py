@@ -74,13 +74,14 @@ def train(
     """
     from ..training import parse_arguments
     from ..training.adapters import with_adapter
+    from ..training.run_lock import sole_run
     from ..training.stages import save
     from ..training.stages import train as train_stages
 
     adapter = _lora(drafter, lora_r, lora_alpha, lora_target)
     # each process of a run has a GPU of its own, to which its trainer moves the target
     model, tokenizer = load_target(target, dtype, device="cpu")
-    first = _first_drafter(model, tokenizer, drafter, warm_start, layers, target)
+    first = _first_drafter(model, tokenizer, drafter, warm_start, layers)
     if fresh_head:
         _take_heads_away(first, stage, drafter is not None)
     first = with_adapter(first, "drafter", adapter)
@@ -96,10 +97,12 @@ def train(
     held_out = None
     if stages[0].eval_strategy != "no":
         held_out = load_rows(eval_dataset, 0) if eval_dataset else load_held_out(dataset, hold_out)
-    trained = train_stages(model, tokenizer, rows, stages, first, resume, held_out)
-    save(trained, tokenizer, output)
-    typer.echo(f"The drafter is in {output}.")
-    _push(output, stages[0])
+    # not before the arguments, which say how processes find each other
+    with sole_run(output, stages[0].process_index == 0):
+        trained = train_stages(model, tokenizer, rows, stages, first, resume, held_out)
+        save(trained, tokenizer, output)
+        typer.echo(f"The drafter is in {output}.")
+        _push(output, stages[0])
 
 
 def _push(folder: Path, args) -> None:
@@ -153,14 +156,11 @@ def _lora(drafter: str | None, rank: int | None, alpha: int | None, targets: lis
     return lora(rank, alpha, targets)
 
 
-def _first_drafter(
-    target, tokenizer, drafter: str | None, source: str | None, layers: int, name: str
-):
+def _first_drafter(target, tokenizer, drafter: str | None, source: str | None, layers: int):
     """The drafter that training starts from, in fp32."""
     import torch
 
     from ..modeling_coral import CoralDrafter
-    from ..publishing import cached_commit
     from ..training.warm_start import warm_start
 
     if drafter is not None and source is not None:
@@ -174,9 +174,7 @@ def _first_drafter(
             f"--layers {layers} is of a fresh drafter; leave it out with --drafter."
         )
     if drafter is None:
-        # newer versions of transformers keep no commit in a config
-        known = {"target_revision": commit} if (commit := cached_commit(name)) else {}
-        return CoralDrafter.from_target(target, num_hidden_layers=layers, **known).float()
+        return CoralDrafter.from_target(target, num_hidden_layers=layers).float()
     return CoralDrafter.from_pretrained(drafter, dtype=torch.float32).to(target.device)
 
 

@@ -16,25 +16,25 @@ def compare(
 
     They are written to `table.md`, and of several numbers of steps a picture to `scaling.png`.
     """
-    comparison.check(trials)
-    results = [
-        [comparison.result(trial, seed, number) for seed in range(seeds) for trial in trials]
-        for number in steps
-    ]
-    if len(steps) > 1:
-        plot_scaling([one for part in results for one in part], comparison.output / "scaling.png")
-    return _written(
-        comparison, [f"{part[0].steps} steps\n\n{comparison_table(part)}" for part in results]
-    )
+    with comparison.held(trials, steps):
+        results = [
+            [comparison.result(trial, seed, number) for seed in range(seeds) for trial in trials]
+            for number in steps
+        ]
+        if len(steps) > 1:
+            picture = comparison.output / "scaling.png"
+            plot_scaling([one for part in results for one in part], picture)
+        return _written(
+            comparison, [f"{part[0].steps} steps\n\n{comparison_table(part)}" for part in results]
+        )
 
 
 def search(comparison: Comparison, trials: Sequence[Trial], steps: int, keep: int) -> str:
     """Successive halving with one seed; returns the table of each rung, written to `table.md`."""
-    comparison.check(trials)
-    rungs = halve(comparison, trials, steps, keep)
-    return _written(
-        comparison, [f"{rung.steps} steps\n\n{comparison_table(rung.results)}" for rung in rungs]
-    )
+    with comparison.held(trials, [steps]):
+        rungs = halve(comparison, trials, steps, keep)
+        tables = [f"{rung.steps} steps\n\n{comparison_table(rung.results)}" for rung in rungs]
+        return _written(comparison, tables)
 
 
 def _written(comparison: Comparison, tables: Sequence[str]) -> str:

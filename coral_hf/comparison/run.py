@@ -7,13 +7,15 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from .. import CoralDrafter
@@ -22,8 +24,9 @@ from ..target import read_target
 from ..training import CoralTrainer, parse_arguments
 from ..training.data import prepare_dataset
 from ..training.evaluation import AnswerSettings, decoded_rounds
-from ..training.feature_cache import CachedFeatures
-from ..training.files import JsonLines, digest, keep_settings
+from ..training.files import JsonLines, keep_settings, sole_writer
+from ..training.run_identity import rows_identity
+from ..weights_digest import identify
 from .results import Result, read_results
 from .trial import Trial
 
@@ -44,7 +47,13 @@ class ComparisonSettings:
 
 
 class Comparison:
-    """Trains and measures trials; one that was measured before is not repeated."""
+    """Trains and measures trials; one that was measured before is not repeated.
+
+    ```python
+    with comparison.held(trials, [1000]):
+        results = [comparison.result(trial, seed=0, steps=1000) for trial in trials]
+    ```
+    """
 
     def __init__(
         self,
@@ -65,16 +74,30 @@ class Comparison:
         max_length = parse_arguments(settings.output, settings.options).max_length
         has_tokens = not hasattr(dataset, "column_names")
         self._rows = dataset if has_tokens else prepare_dataset(dataset, tokenizer, max_length)
-        settings.output.mkdir(parents=True, exist_ok=True)
-        keep_settings(settings.output / SETTINGS, self._identity(), settings.output)
-        JsonLines(settings.output / RESULTS).mend()
+
+    @contextmanager
+    def held(self, trials: Sequence[Trial], steps: Sequence[int]) -> Iterator[None]:
+        """Check all that will be trained, then keep the folder of the results to this comparison.
+
+        Raises:
+            ValueError: for settings that cannot be trained, and if another comparison holds the
+                folder or one with other settings has filled it.
+        """
+        self.check(trials, steps)
+        with sole_writer(self.output):
+            self.output.mkdir(parents=True, exist_ok=True)
+            keep_settings(self.output / SETTINGS, self._identity(), self.output)
+            JsonLines(self.output / RESULTS).mend()
+            yield
 
     def _identity(self) -> dict[str, Any]:
         """What results depend on beside their trial, seed and steps."""
-        settings, rows = self._settings, self._rows
+        settings, target = self._settings, identify(self._target)
         return {
-            "target": self._target.config._name_or_path,
-            "rows": rows.index.fingerprint if isinstance(rows, CachedFeatures) else digest(rows),
+            "target": target.digest,
+            "dtype": target.dtype,
+            "quantization": target.quantization,
+            "rows": rows_identity(self._rows),
             "prompts": sha256(json.dumps(self._prompts).encode()).hexdigest(),
             "options": settings.options,
             "temperatures": [*settings.temperatures],
@@ -82,11 +105,16 @@ class Comparison:
             "tree": dict(settings.tree),
         }
 
-    def check(self, trials: Sequence[Trial]) -> None:
+    def check(self, trials: Sequence[Trial], steps: Sequence[int]) -> None:
         """Raise now what a wrong setting would raise when its trial's turn comes."""
+        if min(steps) < 1:
+            raise ValueError(f"`steps` is {min(steps)}; use 1 or more.")
         for trial in trials:
             parse_arguments(self._settings.output, [*self._settings.options, *trial.options])
-            CoralDrafter.from_target(self._target, **trial.drafter_fields)
+            try:
+                CoralDrafter.from_target(self._target, **trial.drafter_fields)
+            except StrictDataclassError as error:
+                raise ValueError(f"The trial {trial.name!r} makes no drafter: {error}") from error
 
     @property
     def output(self) -> Path:

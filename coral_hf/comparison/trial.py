@@ -3,6 +3,8 @@
 import json
 from typing import Any, NamedTuple
 
+from ..configuration_coral import CoralConfig
+
 DRAFTER = "drafter."
 
 
@@ -40,7 +42,28 @@ class Trial(NamedTuple):
 
     @property
     def drafter_fields(self) -> dict[str, Any]:
-        """Those of the drafter's config, their values read as JSON."""
+        """Those of the drafter's config, their values read as JSON.
+
+        Raises:
+            ValueError: for a field that `CoralConfig` lacks, and for a value that is no JSON.
+        """
         own = [word for word in self.settings if word.startswith(DRAFTER)]
         pairs = (word.removeprefix(DRAFTER).split("=", 1) for word in own)
-        return {name: json.loads(value) for name, value in pairs}
+        return {name: _value(name, text) for name, text in pairs}
+
+
+def _value(name: str, text: str) -> Any:
+    """The value of a field of `CoralConfig`, from JSON."""
+    # those that it declares itself; others are of transformers and shape no drafter
+    known = CoralConfig.__annotations__
+    if name not in known:
+        raise ValueError(
+            f"`{DRAFTER}{name}` is no field of CoralConfig; use one of {', '.join(known)}."
+        )
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"`{DRAFTER}{name}` is {text!r}, which is no JSON ({error}); write a number, true,"
+            ' false, null or "text".'
+        ) from error

@@ -2,17 +2,18 @@
 
 from .card import CardFacts, make_card, write_card
 from .folder import name_target
-from .publish import publish
-from .pushing import finish_folder, pushing
-from .repository import advice, cached_commit, check_vacant, explained
+from .publish import bring_card, publish
+from .pushing import drop_stale, finish_folder, pushing
+from .repository import advice, check_vacant, explained
 from .results import Results, read_results
 
 __all__ = [
     "CardFacts",
     "Results",
     "advice",
-    "cached_commit",
+    "bring_card",
     "check_vacant",
+    "drop_stale",
     "explained",
     "finish_folder",
     "make_card",

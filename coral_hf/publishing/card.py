@@ -4,9 +4,10 @@ In: a drafter's config and tree, what its author adds, a benchmark's reports. Ou
 huggingface_hub. What is not known is said to be not recorded or not measured.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -19,10 +20,16 @@ from .sections import about_section, limits_section, target_section, training_se
 CARD = "README.md"
 LIBRARY = "coral_hf"
 TAGS = ("coral", "speculative-decoding", "drafter")
-# by which a card of ours is known; a card without it is somebody's own work
-MARK = "<!-- Written by coral_hf from what the checkpoint and its reports hold. -->"
+# by which a card of ours is known, as long as its text has the number that stands behind this;
+# any other card is somebody's own work
+MARK = "<!-- Written by coral_hf from what the checkpoint and its reports hold. Edit it: it stays. "
 # what transformers writes where nobody has written anything
 TEMPLATE = "This model card has been automatically generated"
+# metadata of ours, and results, which are those of other weights
+WRITTEN_ANEW = {
+    *("base_model", "base_model_relation", "datasets", "language", "library_name", "license"),
+    *("pipeline_tag", "tags", "model-index"),
+}
 
 
 class CardFacts(NamedTuple):
@@ -35,6 +42,8 @@ class CardFacts(NamedTuple):
     datasets: Sequence[str] = ()  # Hub ids, beside those that the training recorded
     tags: Sequence[str] = ()
     has_chat_template: bool | None = None  # of the tokenizer; as recorded by the training if None
+    has_code: bool = False  # whether the drafter's code goes along
+    metadata: Mapping[str, Any] = {}  # of an earlier card, none of those that are written here
 
 
 def make_card(
@@ -52,15 +61,20 @@ def make_card(
     speed = "\n".join(result.to_markdown() for result in results) or NOT_MEASURED
     sections = [
         about_section(facts.repo_id, target),
-        use_section(facts.repo_id, target, chats),
+        use_section(facts.repo_id, target, chats, facts.has_code),
         target_section(drafter, target),
         training_section(stages),
         f"## Speed\n\n{speed}",
         limits_section(drafter.config, stages, bool(results)),
-        MARK,
     ]
     body = "\n\n".join(section.strip() for section in sections)
-    return ModelCard(f"---\n{_metadata(facts, target, stages).to_yaml()}\n---\n\n{body}\n")
+    head = f"---\n{_metadata(facts, target, stages).to_yaml()}\n---\n\n"
+    return ModelCard(f"{head}{body}\n\n{MARK}{_number(body)} -->\n")
+
+
+def _number(body: str) -> str:
+    """What tells whether a card's text was edited since; line ends do not count."""
+    return sha256("\n".join(body.split()).encode()).hexdigest()[:16]
 
 
 NOT_MEASURED = """\
@@ -82,6 +96,7 @@ def _metadata(facts: CardFacts, target: str | None, stages: Sequence[dict]) -> M
         license=facts.license,
         pipeline_tag="text-generation",
         tags=[*dict.fromkeys([*TAGS, *facts.tags])],
+        **facts.metadata,
     )
 
 
@@ -98,7 +113,12 @@ def hub_id(name: str | None) -> str | None:
 
 def is_by_hand(text: str) -> bool:
     """Whether a card holds anything that neither we nor transformers' template wrote."""
-    return bool(text.strip()) and MARK not in text and TEMPLATE not in text
+    if not text.strip() or TEMPLATE in text:
+        return False
+    body, _, number = text.rpartition(MARK)
+    if body.startswith("---\n"):
+        body = body.partition("\n---\n")[2]
+    return number.split(" ")[0] != _number(body)
 
 
 def has_card_by_hand(folder: str | Path) -> bool:
@@ -116,6 +136,7 @@ def with_earlier(facts: CardFacts, earlier: ModelCardData) -> CardFacts:
         language=facts.language or found.get("language"),
         datasets=[*facts.datasets, *found.get("datasets", [])],
         tags=[*facts.tags, *found.get("tags", [])],
+        metadata={name: found[name] for name in found.keys() - WRITTEN_ANEW} | {**facts.metadata},
     )
 
 
@@ -131,8 +152,8 @@ def write_card(
 ) -> bool:
     """Write README.md into a folder unless somebody wrote one there; whether it was written.
 
-    License, language, datasets and tags of an earlier card of ours are kept; its results are not,
-    since they are those of other weights.
+    The metadata of an earlier card of ours are kept; its results are not, since they are those of
+    other weights.
     """
     path = Path(folder) / CARD
     if has_card_by_hand(folder):

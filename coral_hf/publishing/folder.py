@@ -7,7 +7,6 @@ import json
 from copy import deepcopy
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -47,11 +46,18 @@ def read_drafter(folder: str | Path) -> CoralDrafter:
             f" {SAFE_WEIGHTS_INDEX_NAME}; delete the older one."
         )
     try:
-        return CoralDrafter.from_pretrained(folder).eval()
-    except (OSError, SafetensorError) as error:
+        drafter = CoralDrafter.from_pretrained(folder).eval()
+    except OSError as error:
         raise ValueError(
             f"The weights in {folder} cannot be read ({error}); save the drafter again."
         ) from error
+    broken = [name for name, values in drafter.state_dict().items() if not values.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"The weights in {folder} are not all finite ({', '.join(broken[:3])}); publish an"
+            " earlier checkpoint."
+        )
+    return drafter
 
 
 EXPECTED = "Give the folder that `coral-hf train --output` or `drafter.save_pretrained` wrote."

@@ -12,18 +12,26 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
-    ModelCard,
 )
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
+from transformers import AutoTokenizer
 
 from ..modeling_coral import CoralDrafter
+from ..target import check_tokenizer, tokenizer_hash
 from .card import CARD, CardFacts, has_card_by_hand, hub_id, is_by_hand, write_card
 from .folder import name_target, published_files, read_drafter, save_code, stale_weights
-from .repository import check_vacant, explained
+from .repository import check_vacant, explained, text_on_hub
 from .results import Results, check_results, read_results
 
 logger = logging.getLogger(__name__)
+
+TOKENIZER = "tokenizer_config.json"
 
 NO_TARGET = (
     "The card of %s names no target that others can load; publish again with `base_model`"
@@ -71,29 +79,48 @@ def publish(
     _check_target(drafter, facts, results)
     with explained(repo_id):
         check_vacant(repo_id, token, private)
-        _bring_card(Path(folder), repo_id, token)
+        bring_card(Path(folder), repo_id, revision, token)
     _check_card(Path(folder), bool(results))
     target = facts.base_model or hub_id(drafter.config.target_name_or_path)
     if target is None:
         logger.warning(NO_TARGET, repo_id)
-    name_target(drafter.config, folder, target)
-    if code:
+    facts = _with_tokenizer(facts, drafter, Path(folder))
+    # code that went along before is brought up to date
+    if code or hasattr(drafter.config, "auto_map"):
         save_code(drafter, folder)
-    if facts.has_chat_template is None:
-        facts = facts._replace(has_chat_template=_has_chat_template(Path(folder)))
+        facts = facts._replace(has_code=True)
+    name_target(drafter.config, folder, target)
     write_card(folder, drafter, facts, results)
     with explained(repo_id):
         return _upload(Path(folder), repo_id, reports, private, revision, token)
 
 
-def _bring_card(folder: Path, repo_id: str, token: str | None) -> None:
-    """Fetch a card that somebody wrote on the Hub, unless there is one in the folder."""
-    try:
-        text = ModelCard.load(repo_id, token=token).content
-    except (RepositoryNotFoundError, EntryNotFoundError):
+def bring_card(folder: Path, repo_id: str, revision: str | None, token: str | None) -> None:
+    """Fetch the Hub's card: one that somebody wrote stays, and of ours the metadata are kept."""
+    text = _card_on_hub(repo_id, revision, token)
+    if text is None or has_card_by_hand(folder):
         return
-    if is_by_hand(text) and not has_card_by_hand(folder):
+    if is_by_hand(text) or not (folder / CARD).exists():
         (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def _card_on_hub(repo_id: str, revision: str | None, token: str | None) -> str | None:
+    """The card of a branch, of the main one where it is yet to be made; None where there is none.
+
+    Raises:
+        ConnectionError: if it cannot be told whether there is one.
+    """
+    try:
+        return text_on_hub(repo_id, CARD, revision, token)
+    except LocalEntryNotFoundError as error:
+        raise ConnectionError(
+            f"The card of {repo_id} cannot be read ({error.__cause__ or error}), and it may be one"
+            " that somebody wrote; publish again when the Hub answers."
+        ) from error
+    except RevisionNotFoundError:
+        return None if revision is None else _card_on_hub(repo_id, None, token)
+    except (RepositoryNotFoundError, EntryNotFoundError):
+        return None
 
 
 def _check_card(folder: Path, has_results: bool) -> None:
@@ -109,16 +136,31 @@ def _check_target(drafter: CoralDrafter, facts: CardFacts, results: Sequence[Res
         validate_repo_id(facts.base_model)
     names = [drafter.config.target_name_or_path, facts.base_model]
     for result in results:
-        check_results(result, drafter.num_parameters(), names)
+        check_results(result, drafter, names)
 
 
-def _has_chat_template(folder: Path) -> bool | None:
-    """None where there is no tokenizer to look at."""
-    tokenizer = folder / "tokenizer_config.json"
-    if not tokenizer.exists():
-        return None
-    inside = '"chat_template"' in tokenizer.read_text(encoding="utf-8")
-    return inside or (folder / "chat_template.jinja").exists()
+def _with_tokenizer(facts: CardFacts, drafter: CoralDrafter, folder: Path) -> CardFacts:
+    """What the tokenizer in the folder says, where there is one; its hash goes into config.json.
+
+    Raises:
+        ValueError: if it is not the one that the drafter was trained with, or cannot be read.
+    """
+    if not (folder / TOKENIZER).exists():
+        return facts
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"The tokenizer in {folder} cannot be read ({error}); save the target's there again, or"
+            " take it away."
+        ) from error
+    check_tokenizer(tokenizer, drafter.config)
+    if drafter.config.tokenizer_hash is None:
+        drafter.config.tokenizer_hash = tokenizer_hash(tokenizer)
+        drafter.config.save_pretrained(folder)
+    if facts.has_chat_template is not None:
+        return facts
+    return facts._replace(has_chat_template=tokenizer.chat_template is not None)
 
 
 def _upload(

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..modeling_coral import CoralDrafter
+from ..weights_digest import weights_digest
 from .sections import table
 
 METHOD = "coral"
@@ -62,7 +64,7 @@ class Results(NamedTuple):
             ("speculation", f"`{settings['speculation']}`"),
             ("settings of the call", settings["tree"] or "the drafter's own"),
             ("prompts too long for the target", self.num_skipped),
-            ("command", f"`{_command(found['command'])}`"),
+            ("command", f"`{found['command']}`"),
         ]
 
 
@@ -97,12 +99,6 @@ def _grid(header: dict, rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _command(command: str) -> str:
-    """The command line, its program without the folder that it lies in on that machine."""
-    program, *options = command.split(" ")
-    return " ".join([program.rsplit("/", 1)[-1], *options])
-
-
 def read_results(path: str | Path) -> Results:
     """Read a report.json.
 
@@ -134,17 +130,18 @@ def read_results(path: str | Path) -> Results:
     )
 
 
-def check_results(results: Results, num_parameters: int, targets: Sequence[str | None]) -> None:
+def check_results(results: Results, drafter: CoralDrafter, targets: Sequence[str | None]) -> None:
     """Raise a ValueError if a report is not of this drafter.
 
     Args:
         targets: names that the drafter's target goes by, ids and folders.
     """
     environment = results.environment
-    if environment["num_drafter_parameters"] != num_parameters:
+    found, own = environment["drafter_digest"], weights_digest(drafter)
+    if found != own:
         raise ValueError(
-            f"The report measured a drafter of {environment['num_drafter_parameters']} parameters"
-            f" ({environment['drafter']}), this one has {num_parameters}; measure this one."
+            f"The report measured a drafter with other weights ({environment['drafter']},"
+            f" {found[:8]}), this one's are {own[:8]}; measure this one."
         )
     names = {Path(target).name for target in targets if target is not None}
     if names and Path(environment["target"]).name not in names:

@@ -35,27 +35,35 @@ in one pass. `target.generate(..., assistant_model=drafter)` uses it, and the te
 target's own. The method is {PAPER}."""
 
 
-def use_section(repo_id: str, target: str | None, chats: bool) -> str:
+INSTALL = "pip install coral_hf"
+CODE = """
+
+The drafter's code is here too: `AutoModel.from_pretrained(..., trust_remote_code=True)` loads the
+drafter where coral_hf is not installed. To generate with it, install coral_hf."""
+NAMELESS = "# the id or folder of the target, which this drafter does not know\n"
+
+
+def use_section(repo_id: str, target: str | None, chats: bool, has_code: bool = False) -> str:
     """Ten lines that run."""
-    name = target or "the/target"
     return f"""\
 ## Use
 
 ```bash
-pip install coral_hf
+{INSTALL}
 ```
 
 ```python
 import coral_hf  # lets AutoModel load the drafter and generate take it
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-target = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto")
+{"" if target else NAMELESS}name = "{target or "the/target"}"
+tokenizer = AutoTokenizer.from_pretrained(name)
+target = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map="auto")
 drafter = AutoModel.from_pretrained("{repo_id}", dtype=target.dtype).to(target.device)
 {CHAT if chats else PLAIN}
 output = target.generate(**inputs, assistant_model=drafter, max_new_tokens=128)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
-```"""
+```{CODE if has_code else ""}"""
 
 
 CHAT = """\
@@ -110,16 +118,30 @@ def training_section(stages: Sequence[dict]) -> str:
             "## Training\n\nNot recorded: the checkpoint does not say how it was trained, or what"
             " that cost."
         )
-    parts = [f"### Stage `{stage['stage']}`\n\n{table(_training_rows(stage))}" for stage in stages]
-    return "\n\n".join(["## Training", *parts])
+    return "\n\n".join(["## Training", *(_stage_section(stage) for stage in stages)])
+
+
+def _stage_section(stage: dict) -> str:
+    if stage["stage"] != "import":
+        return f"### Stage `{stage['stage']}`\n\n{table(_training_rows(stage))}"
+    source = stage["source"]
+    if source is None:
+        return "### Imported\n\nFrom an EAGLE or HASS checkpoint; which one is not recorded."
+    link = f"[`{source}`](https://huggingface.co/{source})"
+    return (
+        f"### Imported\n\nFrom {link} at `{stage['revision']}`, whose page says how it was trained"
+        " and under which license."
+    )
 
 
 def _training_rows(stage: dict) -> list[tuple[str, object]]:
     tokens, seconds = stage.get("trained_tokens"), stage.get("seconds")
     acceptance = stage.get("eval_acceptance_length")
     versions = stage.get("versions", {})
+    # a stage of a head alone has no recipe
+    recipe = [("recipe", _recipe(stage))] if stage.get("stage") in ("drafter", "joint") else []
     return [
-        ("recipe", _recipe(stage)),
+        *recipe,
         ("datasets", ", ".join(f"`{name}`" for name in stage.get("datasets", [])) or None),
         ("rows", stage.get("rows")),
         ("optimizer steps", stage.get("steps")),

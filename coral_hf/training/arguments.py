@@ -28,6 +28,8 @@ LEAST = {
     ),
     **dict.fromkeys(("num_steps", "top_k", "eval_prompt_length"), 1),
     **dict.fromkeys(("num_groups", "num_active_groups", "head_rank"), 1),
+    # nothing predicts the first two tokens of a row
+    "max_length": 3,
     # a round of decoding follows the token of the prompt's pass, so an answer needs two
     "eval_max_new_tokens": 2,
 }

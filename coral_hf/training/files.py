@@ -22,10 +22,18 @@ logger = logging.get_logger(__name__)
 
 
 def replace_json(path: Path, value: Any) -> None:
-    """Write an object into a file in one move: it holds the old or the new one, never a part."""
+    """Write an object into a file in one move: it holds the old or the new one, never a part.
+
+    Raises:
+        OSError: naming the file, of which nothing new is left, if the disk is full.
+    """
     aside = path.with_name(f"{path.name}.new")
-    aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    try:
+        aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def keep_settings(sidecar: Path, settings: Mapping[str, Any], output: Path) -> None:

@@ -8,7 +8,15 @@ import logging
 from concurrent.futures import Future
 from pathlib import Path
 
-from ..publishing import CardFacts, advice, check_vacant, explained, name_target, write_card
+from ..publishing import (
+    CardFacts,
+    advice,
+    bring_card,
+    check_vacant,
+    explained,
+    name_target,
+    write_card,
+)
 from ..publishing.card import hub_id
 from .adapters import is_adapted
 from .checkpointing import CheckpointedTrainer
@@ -37,7 +45,12 @@ class PublishingTrainer(CheckpointedTrainer):
                 # newer versions of transformers pass it on from `push_to_hub`
                 private = kwargs.get("private")
                 private = self.args.hub_private_repo if private is None else private
-                check_vacant(repo_id, token or self.args.hub_token, private)
+                token = token or self.args.hub_token
+                check_vacant(repo_id, token, private)
+                folder = Path(self.args.output_dir)
+                folder.mkdir(parents=True, exist_ok=True)
+                if "/" in repo_id:
+                    bring_card(folder, repo_id, self.args.hub_revision, token)
             super().init_hf_repo(token=token, **kwargs)
 
     def create_model_card(
@@ -54,8 +67,8 @@ class PublishingTrainer(CheckpointedTrainer):
     ) -> None:
         """See [`~transformers.Trainer.create_model_card`].
 
-        A card that somebody wrote in the folder stays. `finetuned_from` is the target's id;
-        `tasks`, `dataset` and `dataset_args` say nothing of a drafter.
+        A card that somebody wrote, in the folder or on the Hub, stays. `finetuned_from` is the
+        target's id; `tasks`, `dataset` and `dataset_args` say nothing of a drafter.
         """
         if is_adapted(self.drafter):  # PEFT's card: the adapter loads with PEFT
             return super().create_model_card(

@@ -8,7 +8,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -46,18 +46,19 @@ def _refusal(lock: FileLock, folder: Path) -> str | None:
         lock.acquire()
     except Timeout:
         return (
-            f"`output_dir` {folder} is in use: {_holder(folder)}. Wait for that run, stop it, or"
-            " use another folder."
+            f"The folder {folder} is in use: {_holder(folder)}. Wait for that run, stop it, or use"
+            " another folder."
         )
     since = datetime.now().isoformat(" ", "seconds")
     holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
-    (folder / HOLDER).write_text(json.dumps(holder))
+    with suppress(OSError):  # on a full disk the lock alone has to do
+        (folder / HOLDER).write_text(json.dumps(holder))
     return None
 
 
 def _holder(folder: Path) -> str:
     try:
         found = json.loads((folder / HOLDER).read_text())
-    except (OSError, ValueError):  # it has just begun, or just ended
+    except (OSError, ValueError):  # it has just begun or ended, or could not write
         return "another run trains there"
     return f"process {found['process']} on {found['host']} trains there since {found['since']}"

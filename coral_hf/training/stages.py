@@ -4,6 +4,8 @@ In: a target, its tokenizer, conversations. Out: a checkpoint that `AutoModel.fr
 loads.
 """
 
+import os
+import shutil
 from pathlib import Path
 
 from accelerate import PartialState
@@ -13,7 +15,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling_coral import CoralDrafter
 from .arguments import CoralTrainingArguments
+from .checkpointing import INCOMPLETE, flush, reason_of, write_error
 from .head_stages import check_head_settings
+from .run_identity import check_vacant
 from .trainer import CoralTrainer
 
 
@@ -36,12 +40,15 @@ def train(
             `output_dir`.
         drafter: to be trained on; a fresh one in fp32 by default. Of one in a `PeftModel` (see
             `with_adapter`) the adapter is trained, saved in the first stage's folder, and merged.
-        resume: continue each stage from its last checkpoint, where it has one.
+        resume: continue each stage from its last checkpoint, where it has one; else a stage
+            refuses a folder with checkpoints.
         eval_dataset: held-out conversations, for arguments with an `eval_strategy`.
     """
     drafter = CoralDrafter.from_target(target).float() if drafter is None else drafter
     for args in stages:  # now, and not when a stage's turn comes
         check_head_settings(drafter, args)
+        if not resume:
+            check_vacant(Path(args.output_dir))
     for args in stages:
         trainer = CoralTrainer(
             model=drafter,
@@ -63,7 +70,37 @@ def _last_checkpoint(args: CoralTrainingArguments) -> str | None:
 
 
 def save(drafter: CoralDrafter, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write drafter, router, tokenizer and settings into one folder, ready for the Hub."""
-    if PartialState().is_main_process:
-        drafter.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    """Write drafter, router, tokenizer and settings into one folder, ready for the Hub.
+
+    A drafter that is there is replaced once all of the new one is on the disk.
+
+    Raises:
+        OSError: if it cannot be written, such as to a full disk.
+    """
+    if not PartialState().is_main_process:
+        return
+    folder = Path(folder)
+    aside = folder / INCOMPLETE
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        drafter.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        _move_up(aside)
+    except Exception as error:  # a full disk raises errors of tokenizers and safetensors too
+        remedy = "What was there is whole; make room, then save again (coral-hf train: --resume)."
+        raise write_error("The drafter", folder, reason_of(error), remedy) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _move_up(aside: Path) -> None:
+    """Move files into the folder above, once the disk has all of them."""
+    files = [path for path in aside.rglob("*") if path.is_file()]
+    for path in files:
+        flush(path)
+    for path in files:
+        place = aside.parent / path.relative_to(aside)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, place)
+    flush(aside.parent)

@@ -14,7 +14,7 @@ goes target features (no gradient) → unroll → losses.
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from ..modeling_coral import CoralDrafter
 from ..target import check_tokenizer, read_target, tokenizer_hash
@@ -22,6 +22,7 @@ from .adapters import check_target, is_adapted, with_adapter
 from .arguments import CoralTrainingArguments
 from .averages import RunningAverages
 from .data import CoralCollator
+from .data.vocabulary import warn_of_other_ends
 from .distributed import (
     give_back,
     place_target,
@@ -29,7 +30,7 @@ from .distributed import (
     shares_out_weights,
     trained_copy,
 )
-from .evaluation import Evaluation, PlotCallback
+from .evaluation import Evaluation, PlotCallback, check_best_metric
 from .feature_cache import CachedFeatures
 from .features import Features
 from .guards import FiniteGuard
@@ -47,7 +48,16 @@ from .publishing import PublishingTrainer
 from .rows import outline, training_rows
 from .unroll import unroll
 
+TOKENS = "input_ids"  # what `Trainer` counts of a batch
 COLUMNS = ["input_ids", "attention_mask", "labels", "position_ids", "features"]
+
+
+class CountTokens(TrainerCallback):
+    """Has `Trainer` count the tokens of batches, once checkpointing of activations is set up."""
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        """See [`~transformers.TrainerCallback.on_train_begin`]."""
+        model.main_input_name = TOKENS
 
 
 class CoralTrainer(PublishingTrainer):
@@ -90,6 +100,7 @@ class CoralTrainer(PublishingTrainer):
         model = with_adapter(model, args.stage, peft_config)
         if processing_class is not None:
             self._bind_tokenizer(model, processing_class)
+            warn_of_other_ends(processing_class, target_model)
         for name, packing in (("train_dataset", args.packing), ("eval_dataset", False)):
             if kwargs.get(name) is not None:
                 kwargs[name] = training_rows(
@@ -99,10 +110,12 @@ class CoralTrainer(PublishingTrainer):
         # `Trainer` looks for labels by name in the signature of forward, which has none here
         args.label_names = ["labels"]
         set_ddp_defaults(args)
-        model.main_input_name = "input_ids"  # whose tokens `Trainer` counts
+        model.main_input_name = TOKENS
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
         # losses are sums over trained tokens, divided by their number over all accumulated batches
         self.model_accepts_loss_kwargs = True
+        if self.compute_metrics is None:  # else only a run can tell what there will be
+            check_best_metric(args, self.eval_dataset, model)
         self.evaluation = Evaluation(self.target, self.args)
         if self.args.plots:
             self.add_callback(PlotCallback(self.callback_handler))
@@ -110,6 +123,7 @@ class CoralTrainer(PublishingTrainer):
         self.noise = FeatureNoise(args.feature_noise, args.seed, args.process_index, args.device)
         self._guard = FiniteGuard(self.args.process_index, self._gather)
         self.add_callback(self._guard)
+        self.add_callback(CountTokens())
         place_target(target_model, self)
         if not is_adapted(model):
             size = model.config.vocab_size
@@ -135,6 +149,8 @@ class CoralTrainer(PublishingTrainer):
 
     def train(self, *args, **kwargs):
         """See [`~transformers.Trainer.train`]; a draft head that it trains is read from then on."""
+        # with tokens as its input, transformers would look for embeddings to checkpoint from
+        self.model.main_input_name = CoralDrafter.main_input_name
         with announced((self._drafter, self.model), self.args.stage):
             output = super().train(*args, **kwargs)
         if shares_out_weights(self):

@@ -8,6 +8,7 @@ Trained is what the target writes itself: the assistant's turns or, of plain tex
 from .collator import CoralCollator
 from .dataset import prepare_dataset
 from .encoding import tokenize
+from .joining import join_datasets
 from .loading import load_conversations
 from .messages import to_messages
 from .packing import pack_dataset
@@ -15,6 +16,7 @@ from .show import render_mask, show
 
 __all__ = [
     "CoralCollator",
+    "join_datasets",
     "load_conversations",
     "pack_dataset",
     "prepare_dataset",

@@ -80,12 +80,31 @@ def _message(turn: Any, position: int) -> Message:
         message["tool_calls"] = without_nulls(message["tool_calls"])
     elif "content" not in message:
         raise ValueError(f"Turn {position} ({role}) has no content; fill it, or drop the turn.")
-    if not isinstance(message.get("content", ""), (str, list)):
-        raise ValueError(
-            f"The content of turn {position} ({role}) is {shown(message['content'])}; expected text"
-            " or a list of parts."
-        )
+    if "content" in message:
+        message["content"] = _text(message["content"], f"turn {position} ({role})")
     return {**message, "role": ROLES[role]}
+
+
+def _text(content: Any, where: str) -> str:
+    """Content as text; its parts are joined, since templates for text print a list as it stands."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(
+            f"The content of {where} is {shown(content)}; expected text or a list of parts."
+        )
+    return "".join(_text_of_part(part, where) for part in content)
+
+
+def _text_of_part(part: Any, where: str) -> str:
+    kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else (None, None)
+    if kind == "text" and isinstance(text, str):
+        return text
+    raise ValueError(
+        f"The content of {where} has a part of type {kind!r}, {shown(part)}; expected parts"
+        " `{'type': 'text', 'text': ...}` alone: a drafter is trained on text. Drop such rows with"
+        " `dataset.filter`."
+    )
 
 
 def without_nulls(value: Any) -> Any:
@@ -104,12 +123,7 @@ def count_empty_turns(row: Row) -> int:
     layout = layout_of(row)
     if layout in ("text", "input_ids"):
         return int(layout == "text" and not row["text"].strip())
-    return sum(not (turn.get("tool_calls") or _words(turn)) for turn in to_messages(row))
-
-
-def _words(message: Message) -> Any:
-    content = message["content"]
-    return content.strip() if isinstance(content, str) else content
+    return sum(not (turn.get("tool_calls") or turn["content"].strip()) for turn in to_messages(row))
 
 
 def shown(value: Any) -> str:

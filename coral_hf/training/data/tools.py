@@ -71,5 +71,4 @@ def _renamed(call: Any) -> Any:
 
 
 def _with_other_result(turn: Message) -> Message:
-    content = turn["content"]
-    return {**turn, "content": content + MARK if isinstance(content, str) else []}
+    return {**turn, "content": turn["content"] + MARK}

@@ -1,4 +1,4 @@
-"""Whether token ids are within the target's vocabulary.
+"""Whether token ids are the target's: within its vocabulary, with its marks of start and end.
 
 In: a tokenizer or rows of ids, the number of rows of the target's embeddings. Out: an error, or
 nothing. Beyond the vocabulary an embedding is out of range: on a GPU, an assertion without a name.
@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.get_logger(__name__)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
@@ -25,6 +28,30 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
             f" {vocab_size}, such as {named}. Pass the target's own tokenizer, or grow the target"
             " with `target.resize_token_embeddings(len(tokenizer))` before making its drafter."
         )
+
+
+def warn_of_other_ends(tokenizer: PreTrainedTokenizerBase, target: PreTrainedModel) -> None:
+    """Warn of a tokenizer whose texts begin or end with other tokens than its target's.
+
+    Its ids may all be within the vocabulary and still be those of another target.
+    """
+    for mark, own in (("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)):
+        known = _ids_of_target(target, f"{mark}_token_id")
+        if own is not None and known and own not in known:
+            expected = " or ".join(map(str, sorted(known)))
+            logger.warning(
+                f"The tokenizer's {mark.upper()} is token {own}, the target's {expected}: it may be"
+                " another target's. Pass the target's own tokenizer."
+            )
+
+
+def _ids_of_target(target: PreTrainedModel, name: str) -> set[int]:
+    """What the configs of a target say of a special token; chat models have several ends."""
+    found: set[int] = set()
+    for config in (target.config.get_text_config(decoder=True), target.generation_config):
+        ids = getattr(config, name, None)  # not every config has them
+        found |= set(ids) if isinstance(ids, list) else set() if ids is None else {ids}
+    return found
 
 
 def check_ids(ids: Iterable[int], vocab_size: int) -> None:

@@ -22,6 +22,7 @@ from ..arguments import CoralTrainingArguments
 from ..data.encoding import IGNORED
 from .replay import replayed_rounds
 from .rounds import AnswerSettings, decoded_rounds
+from .routing import NAMES as ROUTING
 from .routing import RoutingCounts
 
 
@@ -108,6 +109,33 @@ class Evaluation:
             found["acceptance_length"] = acceptance_length(counts)
             found |= acceptance_by_depth(counts)
         return found
+
+
+def check_best_metric(args: CoralTrainingArguments, dataset: Any, drafter: CoralDrafter) -> None:
+    """That the metric which chooses the best checkpoint is one that evaluations will give.
+
+    Args:
+        dataset: that is evaluated, or several by name.
+        drafter: as it is before the training.
+
+    Raises:
+        ValueError: naming the metrics that there will be.
+    """
+    if args.metric_for_best_model is None or args.eval_strategy == "no":
+        return
+    names = ["loss", "simulated_acceptance_length"]
+    if args.eval_prompts:  # deeper levels may see no round
+        names += ["acceptance_length", "acceptance_depth_1"]
+    if drafter.config.is_router_trained or args.stage in ("router", "joint"):
+        depths = range(1, tree_depth(drafter) + 1)
+        names += [f"{name}_depth_{depth}" for depth in depths for name in ROUTING]
+    if isinstance(dataset, dict):
+        names = [f"{part}_{name}" for part in dataset for name in names]
+    if args.metric_for_best_model.removeprefix("eval_") not in names:
+        raise ValueError(
+            f"`metric_for_best_model` is {args.metric_for_best_model!r}, which no evaluation will"
+            f" give with `eval_prompts` {args.eval_prompts} and these datasets; use one of {names}."
+        )
 
 
 def tree_depth(drafter: CoralDrafter) -> int:

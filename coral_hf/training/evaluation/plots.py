@@ -6,6 +6,7 @@ display.
 """
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from transformers.integrations import TensorBoardCallback
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
 
 Entries = Sequence[Mapping[str, Any]]  # `state.log_history`
 Curve = tuple[list[int], list[float]]  # steps of the optimizer, values
@@ -54,7 +57,7 @@ class PlotCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         for name, figure in figures(state.log_history).items():
-            save(figure, Path(args.output_dir) / f"{name}.png")
+            _save_if_possible(figure, Path(args.output_dir) / f"{name}.png")
             for callback in self._handler.callbacks:
                 # its writer is closed when training has ended
                 if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
@@ -115,6 +118,14 @@ def save(figure: "Figure", path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
+
+
+def _save_if_possible(figure: "Figure", path: Path) -> None:
+    """Write a figure, or warn: a training is worth more than its picture."""
+    try:
+        save(figure, path)
+    except OSError as error:
+        logger.warning("The picture %s could not be written (%s); training goes on.", path, error)
 
 
 def figures(log: Entries) -> dict[str, "Figure"]:

@@ -5,28 +5,31 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from ...weights_digest import identify
 from ..data import CoralCollator
 from ..features import Features
 from .formats import decode
-from .index import FeatureIndex
+from .index import FeatureIndex, damaged
 from .plan import COLUMNS
 
-# a cache of another target is off by all of its features, one of int8 by a hundredth
+# another config is off by most of its features, int8 by a hundredth and int4 by a tenth
 TOLERANCE = 0.2
 
 
 class CachedFeatures(Dataset):
     """Rows with `input_ids`, `attention_mask`, `labels` and `features` (length, hidden).
 
-    Files are mapped into memory, and a row is read when it is asked for.
+    Files are mapped into memory, and a row is read when it is asked for. With its first row a file
+    is compared with the checksum that it was written with, once in each process.
 
     Args:
         folder: written by [`write_features`].
-        checksums: compare each file with the checksum that it was written with.
+        checksums: compare all files at once.
 
     Raises:
         ValueError: if the cache is not whole.
@@ -43,11 +46,11 @@ class CachedFeatures(Dataset):
             )
         self.index.check_files(self.folder, checksums)
         self._files: dict[str, Any] = {}
+        self._checked = {shard.file for shard in self.index.shards if checksums}
         self._first_rows = [shard.first_row for shard in self.index.shards]
         self._offsets: list[list[int]] = []  # of the rows of each shard, in tokens
         for shard in self.index.shards:
-            lengths = self._file(shard.file).get_tensor("lengths")
-            self._offsets.append([0, *lengths.cumsum(0).tolist()])
+            self._offsets.append([0, *self._lengths(shard.file).cumsum(0).tolist()])
 
     def __len__(self) -> int:
         return self.index.num_rows
@@ -58,6 +61,9 @@ class CachedFeatures(Dataset):
         row %= len(self)
         number = bisect_right(self._first_rows, row) - 1
         shard = self.index.shards[number]
+        if shard.file not in self._checked:
+            shard.check_bytes(self.folder)
+            self._checked.add(shard.file)
         file = self._file(shard.file)
         place = row - shard.first_row
         part = slice(*self._offsets[number][place : place + 2])
@@ -85,21 +91,42 @@ class CachedFeatures(Dataset):
         return "position_ids" in self[0]
 
     def check_target(self, target: PreTrainedModel) -> None:
-        """That these are the features of a target, by those of the first row.
+        """That these are the features of a target, by its weights and by the first row.
+
+        The row stands for what weights do not say: another config or quantisation of the same ones.
 
         Raises:
             ValueError: if they are not.
         """
+        found = identify(target)
+        is_comparable = found.quantization == self.index.quantization
+        if is_comparable and found.digest != self.index.target_digest:
+            raise self._of_another(target, "whose weights are others, as after a fine-tuning")
+        if not self._is_first_row_of(target):
+            raise self._of_another(target, "which says something else of the first row")
+
+    def _is_first_row_of(self, target: PreTrainedModel) -> bool:
         row = self[0]
         batch = {name: part.to(target.device) for name, part in CoralCollator()([row]).items()}
         found = batch.pop("features")[0].float()
         expected = Features(target).of(batch)[0].float()
-        is_same = found.shape == expected.shape
-        if not is_same or (found - expected).norm() > TOLERANCE * expected.norm():
-            raise ValueError(
-                f"The features in {self.folder} are those of {self.index.target}, not of the"
-                f" target {target.config._name_or_path}; write a cache for this target."
-            )
+        if found.shape != expected.shape:
+            return False
+        return bool((found - expected).norm() <= TOLERANCE * expected.norm())
+
+    def _of_another(self, target: PreTrainedModel, why: str) -> ValueError:
+        return ValueError(
+            f"The features in {self.folder} are those of {self.index.target or 'a target'}, not of"
+            f" the target {target.config._name_or_path or 'given'}, {why}; write a cache for this"
+            " target."
+        )
+
+    def _lengths(self, name: str) -> Tensor:
+        """(rows,): tokens of each row of a file."""
+        try:
+            return self._file(name).get_tensor("lengths")
+        except (SafetensorError, OSError) as error:
+            raise damaged(self.folder / name, f"cannot be read ({error})") from error
 
     def _file(self, name: str) -> Any:
         if name not in self._files:

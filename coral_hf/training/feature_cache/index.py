@@ -9,9 +9,12 @@ from ..files import replace_json
 from .formats import Error
 
 INDEX = "features.json"
+UNFINISHED = f"{INDEX}.new"  # what a kill leaves of an index that was being written
 # what must be the same for a cache to be written on
 IDENTITY = (
     "target",
+    "dtype",
+    "quantization",
     "format",
     "hidden_size",
     "fingerprint",
@@ -32,12 +35,28 @@ class Shard:
     num_bytes: int = 0
     sha256: str = ""
 
+    def check_size(self, folder: Path) -> None:
+        """That its file is there, with all of its bytes."""
+        path = folder / self.file
+        size = path.stat().st_size if path.is_file() else None
+        if size != self.num_bytes:
+            raise damaged(path, f"should have {self.num_bytes} bytes and has {size}")
+
+    def check_bytes(self, folder: Path) -> None:
+        """That its file is as it was written, which reads it all."""
+        path = folder / self.file
+        if sha256_of(path) != self.sha256:
+            raise damaged(path, "does not have the checksum that it was written with")
+
 
 @dataclass
 class FeatureIndex:
     """The contents of `features.json`; `shards` are those that are written."""
 
     target: str  # name or path
+    target_digest: str  # of its weights
+    dtype: str  # that they had
+    quantization: str | None  # how they were packed
     format: str  # of `formats.BYTES`
     hidden_size: int
     fingerprint: str  # of all tokens and labels
@@ -60,13 +79,14 @@ class FeatureIndex:
     def read(cls, folder: Path) -> "FeatureIndex":
         """The index of a folder."""
         if not (folder / INDEX).is_file():
-            raise ValueError(
-                f"{folder} holds no {INDEX}, so it is no feature cache; write one with `coral-hf"
-                " features --output`."
-            )
-        fields = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        shards = [Shard(**shard) for shard in fields["shards"]]
-        return cls(**{**fields, "shards": shards, "error": Error(*fields["error"])})
+            raise _no_cache(folder)
+        try:
+            fields = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            shards = [Shard(**shard) for shard in fields["shards"]]
+            return cls(**{**fields, "shards": shards, "error": Error(*fields["error"])})
+        except (ValueError, TypeError, KeyError) as error:
+            other = f"is damaged, or of another version ({error})"
+            raise damaged(folder / INDEX, other) from error
 
     def check_same(self, other: "FeatureIndex", folder: Path) -> None:
         """That a cache which is being written goes on as it began."""
@@ -78,22 +98,26 @@ class FeatureIndex:
                     " written; give another folder, or delete this one with `coral-hf features"
                     " --delete`."
                 )
+        if self.target_digest != other.target_digest:
+            raise ValueError(
+                f"{folder} holds features of {self.target}, whose weights were others than now;"
+                " give another folder, or delete this one with `coral-hf features --delete`."
+            )
 
     def check_files(self, folder: Path, checksums: bool = False) -> None:
         """That every shard is there and whole; with `checksums` to the byte, which reads it all."""
         for shard in self.shards:
-            path = folder / shard.file
-            size = path.stat().st_size if path.is_file() else None
-            if size != shard.num_bytes:
-                raise ValueError(
-                    f"{path} should have {shard.num_bytes} bytes and has {size}; delete the cache"
-                    " with `coral-hf features --delete` and write it again."
-                )
-            if checksums and sha256_of(path) != shard.sha256:
-                raise ValueError(
-                    f"{path} does not have the checksum that it was written with; delete the cache"
-                    " with `coral-hf features --delete` and write it again."
-                )
+            shard.check_size(folder)
+            if checksums:
+                shard.check_bytes(folder)
+
+
+def damaged(path: Path, what: str) -> ValueError:
+    """The error for a file of a cache that is not as it was written."""
+    return ValueError(
+        f"{path} {what}; delete the cache with `coral-hf features --delete` and write it again"
+        " (`--check` looks at every file)."
+    )
 
 
 def sha256_of(path: Path) -> str:
@@ -106,13 +130,27 @@ def sha256_of(path: Path) -> str:
 
 
 def delete_features(folder: str | Path) -> int:
-    """Delete a feature cache, and nothing else that lies in its folder; returns its bytes."""
+    """Delete a feature cache, and nothing else that lies in its folder; returns its bytes.
+
+    What a kill or a full disk left of one is deleted too.
+    """
     folder = Path(folder)
-    index = FeatureIndex.read(folder)
-    for path in folder.glob("features-*.safetensors*"):  # with one that was not finished
+    indices = [path for path in (folder / INDEX, folder / UNFINISHED) if path.is_file()]
+    if not indices:
+        raise _no_cache(folder)
+    # the index last, so that what is broken off can be deleted again
+    files = [*folder.glob("features-*.safetensors*"), *indices]
+    size = sum(path.stat().st_size for path in files)
+    for path in files:
         path.unlink()
-    (folder / INDEX).unlink()
     if not any(folder.iterdir()):
         folder.rmdir()
         folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
-    return sum(shard.num_bytes for shard in index.shards)
+    return size
+
+
+def _no_cache(folder: Path) -> ValueError:
+    return ValueError(
+        f"{folder} holds no {INDEX}, so it is no feature cache; write one with `coral-hf features"
+        " --output`."
+    )

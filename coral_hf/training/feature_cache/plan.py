@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from ...weights_digest import identify
 from .formats import BYTES
 from .index import FeatureIndex, Shard
 
@@ -59,6 +60,8 @@ def plan_features(
     """
     if format not in BYTES:
         raise ValueError(f"`format` is {format!r}; use one of {tuple(BYTES)}.")
+    if shard_bytes < 1:
+        raise ValueError(f"`shard_bytes` is {shard_bytes}; use at least 1.")
     config = target.config.get_text_config(decoder=True)
     width, beside = BYTES[format]
     columns = [name for name in COLUMNS if name in rows.column_names]
@@ -66,8 +69,12 @@ def plan_features(
     lengths, fingerprint = _read(rows, columns)
     shards = _divide(lengths, max(shard_bytes // token_bytes, 1))
     disk = sum(lengths) * token_bytes + TOKEN_BYTES * len(lengths)
+    identity = identify(target)
     index = FeatureIndex(
         target=target.config._name_or_path,
+        target_digest=identity.digest,
+        dtype=identity.dtype,
+        quantization=identity.quantization,
         format=format,
         hidden_size=config.hidden_size,
         fingerprint=fingerprint,

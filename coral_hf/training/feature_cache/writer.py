@@ -6,6 +6,8 @@ broken off goes on with the next shard.
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from ..data import CoralCollator
 from ..features import Features
 from ..files import sole_writer
 from .formats import Error, decode, encode
-from .index import INDEX, FeatureIndex, Shard, sha256_of
+from .index import INDEX, UNFINISHED, FeatureIndex, Shard, sha256_of
 from .plan import COLUMNS, Plan, plan_features
 
 SHARD_BYTES = 1_000_000_000
@@ -44,10 +46,13 @@ def write_features(
         shard_bytes: of a file, about.
 
     Raises:
-        ValueError: if the folder holds other features, or if the disk has too little room.
+        ValueError: if the folder holds other features, such as those of the target before it was
+            fine-tuned, or if the disk has too little room.
         OSError: if the disk is full in spite of that; the shards that are whole stay.
     """
     folder = Path(folder)
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size}; use at least 1.")
     plan = plan_features(target, rows, folder, format, shard_bytes)
     with sole_writer(folder):
         return _write(plan, folder, _Computing(target, rows, batch_size))
@@ -59,9 +64,10 @@ def _write(plan: Plan, folder: Path, computing: "_Computing") -> FeatureIndex:
         for position, shard in enumerate(plan.shards):
             if position >= len(index.shards):
                 tensors, index.error = computing.shard(shard, index.format, index.error)
-                _save(tensors, shard, folder, f"{position} of {len(plan.shards)}")
-                index.shards.append(shard)
-                index.write(folder)
+                with _said_if_full(folder, len(index.shards), plan):
+                    _save(tensors, shard, folder)
+                    index.shards.append(shard)
+                    index.write(folder)
             progress.update(shard.num_tokens)
     return index
 
@@ -74,11 +80,12 @@ def _begin(plan: Plan, folder: Path) -> FeatureIndex:
         index.check_files(folder)
         plan.check_space(sum(shard.num_bytes for shard in index.shards))
         return index
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(path.name != UNFINISHED for path in folder.iterdir()):
         raise ValueError(f"{folder} holds other files; give a new folder for the features.")
     plan.check_space()
-    folder.mkdir(parents=True, exist_ok=True)
-    plan.index.write(folder)
+    with _said_if_full(folder, 0, plan):
+        folder.mkdir(parents=True, exist_ok=True)
+        plan.index.write(folder)
     return plan.index
 
 
@@ -111,20 +118,29 @@ class _Computing:
         return [part[: len(row["input_ids"])] for part, row in zip(features, rows, strict=True)]
 
 
-def _save(tensors: dict[str, Tensor], shard: Shard, folder: Path, progress: str) -> None:
+@contextmanager
+def _said_if_full(folder: Path, num_whole: int, plan: Plan) -> Iterator[None]:
+    """Say what stays, and what to do, if the disk is full."""
+    try:
+        yield
+    except Exception as error:  # safetensors raises its own kind for a full disk
+        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"The disk is full. {num_whole} of {len(plan.shards)} shards are whole and stay; free"
+            " some space and run the same command again",
+            str(folder),
+        ) from error
+
+
+def _save(tensors: dict[str, Tensor], shard: Shard, folder: Path) -> None:
     """Write a shard under another name, and give it its own when it is whole."""
     aside = folder / f"{shard.file}.tmp"
     try:
         save_file(tensors, aside)
-    except Exception as error:  # safetensors raises its own kind for a full disk
+    except Exception:
         aside.unlink(missing_ok=True)
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise OSError(
-                errno.ENOSPC,
-                f"The disk is full. {progress} shards are whole and stay; free some space and run"
-                " the same command again",
-                str(folder),
-            ) from error
         raise
     shard.num_bytes, shard.sha256 = aside.stat().st_size, sha256_of(aside)
     os.replace(aside, folder / shard.file)

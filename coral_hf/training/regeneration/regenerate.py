@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ...configuration_coral import max_positions
 from ...target import text_config, tokenizer_hash
+from ...weights_digest import identify, weights_digest
+from ..data.vocabulary import warn_of_other_ends
 from ..seeds import seed_of
 from .answer_file import AnswerFile, open_answers
 from .answers import Speaker
@@ -102,9 +103,8 @@ def regenerate(
     settings = RegenerationSettings() if settings is None else settings
     survey = _survey(dataset, settings)
     _try_first(dataset[0], tokenizer, settings)
-    facts = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
-    facts |= {"dataset": survey.digest, "target": target_digest(target)}
-    facts |= {"tokenizer": tokenizer_hash(tokenizer), "chat_template": tokenizer.chat_template}
+    warn_of_other_ends(tokenizer, target)
+    facts = _facts(target, tokenizer, survey, settings, drafter)
     speaker = _speaker(target, tokenizer, settings, drafter)
     with open_answers(Path(output), facts) as file:
         bar = tqdm(total=len(survey.sizes), initial=len(file.done), unit="row", desc="Answering")
@@ -151,15 +151,26 @@ def _try_first(row: Any, tokenizer: PreTrainedTokenizerBase, settings: Regenerat
         raise ValueError(f"Row 0: {error}") from error
 
 
-def target_digest(target: PreTrainedModel) -> str:
-    """SHA-256 of the first numbers of every weight: another training has others."""
-    digest = hashlib.sha256()
-    for name, weight in target.state_dict().items():
-        # packed weights of quantized targets, and those kept elsewhere, give no numbers
-        is_plain = type(weight) is Tensor and not weight.is_meta
-        values = weight.flatten()[:16].double().tolist() if is_plain else []
-        digest.update(f"{name} {tuple(weight.shape)} {values}".encode())
-    return digest.hexdigest()
+def _facts(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    survey: Survey,
+    settings: RegenerationSettings,
+    drafter: PreTrainedModel | None,
+) -> dict[str, Any]:
+    """What the answers depend on."""
+    own = identify(target)
+    is_drafted = drafter is not None and settings.temperature > 0  # greedy, it changes no answer
+    return {
+        **{name: value for name, value in asdict(settings).items() if name != "batch_size"},
+        "dataset": survey.digest,
+        "target": own.digest,
+        "dtype": own.dtype,
+        "quantization": own.quantization,
+        "drafter": weights_digest(drafter) if is_drafted else None,
+        "tokenizer": tokenizer_hash(tokenizer),
+        "chat_template": tokenizer.chat_template,
+    }
 
 
 def _speaker(
