@@ -89,10 +89,8 @@ class DraftHeads(PreTrainedModel):
                 "The router's weights are not finite: the whole LM head is read instead."
             )
             return FullHead(head)
-        routing = Routing(
-            config.routing, config.num_active_groups, config.max_active_groups, config.active_mass
-        )
-        return RoutedHead(head, router, routing, self._grouped_weight(head, router))
+        weight = self._grouped_weight(head, router)
+        return RoutedHead(head, router, Routing.of(config), weight)
 
     def _grouped_weight(self, head: LMHead, router: Router) -> Tensor | None:
         """(vocab, hidden) with each group in one piece; None where the head is read as it is."""

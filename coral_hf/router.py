@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .configuration_coral import CoralConfig
 from .groups import Groups
 
 UNUSED = -1  # the group of a slot that reads nothing
@@ -52,6 +53,14 @@ class Routing(NamedTuple):
     num_active: int  # groups that a text ("shared") or a row (else) reads
     max_active: int | None = None  # groups that a text reads at most, for "union"
     active_mass: float | None = None  # stop once the groups hold this share of the mass
+
+    @classmethod
+    def of(cls, config: CoralConfig) -> "Routing":
+        """That of a drafter with a router."""
+        assert config.num_active_groups is not None, "its config checks this"
+        return cls(
+            config.routing, config.num_active_groups, config.max_active_groups, config.active_mass
+        )
 
     def choose(self, log_mass: Tensor, log_path: Tensor) -> Tensor:
         """The groups that are read.

@@ -143,7 +143,7 @@ def test_any_mask_positions_and_chunks_give_the_tokens_of_the_target_alone(
     expected = target.generate(**batch, **settings_)
     obstacle = "it is to draft in chains" if is_chain else None
     tree = {**tree, "tree_top_k": 1} if is_chain else tree
-    with mock.patch("coral_hf.decoding.checks.tree_obstacle", return_value=obstacle):
+    with mock.patch("coral_hf.decoding.settings.tree_obstacle", return_value=obstacle):
         out = target.generate(
             **batch, **settings_, **tree, assistant_model=drafter, prefill_chunk_size=chunk
         )

@@ -200,7 +200,7 @@ def test_a_mask_of_any_type_is_taken(target, drafter, dtype):
 def _shape(request, monkeypatch):
     """The same target as one that takes trees, and as one that takes chains only."""
     if request.param == "chain":
-        monkeypatch.setattr("coral_hf.decoding.checks.tree_obstacle", lambda model: "a test")
+        monkeypatch.setattr("coral_hf.decoding.settings.tree_obstacle", lambda model: "a test")
         monkeypatch.setitem(TREE, "tree_top_k", 1)
 
 

@@ -18,7 +18,8 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except EXPECTED as error:
-            if ctx.params["traceback"]:
+            # whoever reads what is printed may have had enough of it, which is no error
+            if ctx.params["traceback"] or isinstance(error, BrokenPipeError):
                 raise
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(1) from error

@@ -9,6 +9,28 @@ from .app import app
 from .loading import load_held_out, load_rows, load_target
 from .options import DtypeOption, TargetOption
 
+DatasetsOption = Annotated[
+    list[str], typer.Option(help="A file, a folder, a Hub id; or cached features.")
+]
+HoldOutOption = Annotated[
+    int,
+    typer.Option(
+        help="Leave out the last rows of each dataset; with --eval_strategy they are evaluated."
+    ),
+]
+EvalDatasetOption = Annotated[
+    list[str] | None, typer.Option(help="Evaluated with --eval_strategy, not trained on.")
+]
+StageOption = Annotated[
+    list[str],
+    typer.Option(help="'drafter', 'joint', 'router', 'low_rank', one after the other."),
+]
+FreshHeadOption = Annotated[
+    bool, typer.Option(help="Train new heads in place of those that the drafter has.")
+]
+RouterEpochsOption = Annotated[
+    float, typer.Option(help="Epochs of the router's stage; 0 trains no router.")
+]
 FirstDrafterOption = Annotated[
     str | None, typer.Option(help="A drafter of this target, to be trained on.")
 ]
@@ -34,20 +56,10 @@ LoraTargetOption = Annotated[
 def train(
     context: typer.Context,
     target: TargetOption,
-    dataset: Annotated[
-        list[str],
-        typer.Option(help="A file, a folder, a Hub id; or cached features."),
-    ],
+    dataset: DatasetsOption,
     output: Annotated[Path, typer.Option(help="Folder of the finished drafter.")],
-    hold_out: Annotated[
-        int,
-        typer.Option(
-            help="Leave out the last rows of each dataset; with --eval_strategy they are evaluated."
-        ),
-    ] = 0,
-    eval_dataset: Annotated[
-        list[str] | None, typer.Option(help="Evaluated with --eval_strategy, not trained on.")
-    ] = None,
+    hold_out: HoldOutOption = 0,
+    eval_dataset: EvalDatasetOption = None,
     layers: Annotated[int, typer.Option(help="Decoder layers of a fresh drafter.")] = 1,
     dtype: DtypeOption = "auto",
     drafter: FirstDrafterOption = None,
@@ -55,16 +67,9 @@ def train(
     lora_r: LoraRankOption = None,
     lora_alpha: LoraAlphaOption = None,
     lora_target: LoraTargetOption = None,
-    stage: Annotated[
-        list[str],
-        typer.Option(help="'drafter', 'joint', 'router', 'low_rank', one after the other."),
-    ] = ["drafter", "router"],  # noqa: B006
-    fresh_head: Annotated[
-        bool, typer.Option(help="Train new heads in place of those that the drafter has.")
-    ] = False,
-    router_epochs: Annotated[
-        float, typer.Option(help="Epochs of the router's stage; 0 trains no router.")
-    ] = 0.2,
+    stage: StageOption = ["drafter", "router"],  # noqa: B006
+    fresh_head: FreshHeadOption = False,
+    router_epochs: RouterEpochsOption = 0.2,
     resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint.")] = False,
 ) -> None:
     """Train a drafter and its router, or the stages that are given.

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from .data.encoding import IGNORED
+
 SHOWN_TOKENS = 8
 
 
@@ -80,7 +82,7 @@ class FiniteGuard(TrainerCallback):
 def _finding(batch: Watched) -> str:
     """What is not finite, and in which rows."""
     # the first two labels of a row are never trained
-    lengths = (batch.labels[:, 2:] != -100).sum(1).tolist()
+    lengths = (batch.labels[:, 2:] != IGNORED).sum(1).tolist()
     spans = batch.finite_features.split(lengths)
     rows = [row for row, span in enumerate(spans) if not bool(span.all())]
     if rows:

@@ -22,6 +22,7 @@ from .adapters import check_target, is_adapted, with_adapter
 from .arguments import CoralTrainingArguments
 from .averages import RunningAverages
 from .data import CoralCollator
+from .data.encoding import IGNORED
 from .data.vocabulary import warn_of_other_ends
 from .distributed import (
     give_back,
@@ -200,7 +201,7 @@ class CoralTrainer(PublishingTrainer):
         """The loss of a batch, (): a sum over trained positions over `num_items_in_batch`."""
         num_items, num_processes = num_items_in_batch, 1
         if num_items is None:
-            num_items = (inputs["labels"] != -100).sum()
+            num_items = (inputs["labels"] != IGNORED).sum()
         elif self.args.average_tokens_across_devices:
             # the items are those of all processes, over which DDP averages once more
             num_processes = self.accelerator.num_processes
@@ -228,7 +229,7 @@ class CoralTrainer(PublishingTrainer):
         predicted = predicted[: self.args.num_steps]
         # position t predicts feature t + 1, whose token is t + 2; the last is beyond the text
         trained = torch.zeros_like(labels[:, 1:], dtype=torch.bool)
-        trained[:, :-1] = labels[:, 2:] != -100
+        trained[:, :-1] = labels[:, 2:] != IGNORED
         lengths = _lengths(trained, positions)
         return Unrolled(predicted[:, trained], features[:, 1:][trained], lengths)
 

@@ -68,11 +68,9 @@ def _held(drafter: CoralDrafter, target: Target, predicted: Tensor, probs: Tenso
         probs: (positions, vocab), the target's.
     """
     assert drafter.router is not None, "whoever counts has looked"
-    config, groups = drafter.config, drafter.router.groups_of(probs.shape[-1])
+    groups = drafter.router.groups_of(probs.shape[-1])
     log_mass = drafter.router(predicted.to(drafter.dtype))[None, :, : groups.filled]
-    routing = Routing(
-        config.routing, config.num_active_groups, config.max_active_groups, config.active_mass
-    ).by_row()
+    routing = Routing.of(drafter.config).by_row()
     chosen = routing.choose(log_mass, log_mass.new_zeros(log_mass.shape[:2]))[0]
     # (positions, groups + 1), the last for slots that read nothing
     is_active = torch.zeros(
