@@ -80,6 +80,7 @@ class Routing(NamedTuple):
         return Routing("per_row", most, active_mass=self.active_mass)
 
 
+# each: log_mass (texts, rows, groups), log_path (texts, rows) → (texts, 1 or rows, slots)
 def shared(routing: Routing, log_mass: Tensor, log_path: Tensor) -> Tensor:
     """The same groups for all rows of a text, ranked by Σ over rows of path × mass."""
     return _largest(_total(log_mass, log_path), routing.num_active, routing.active_mass)

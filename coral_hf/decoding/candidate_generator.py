@@ -214,12 +214,16 @@ class CoralCandidateGenerator(CandidateGenerator):
         return builder.build()
 
     def _children(self, features: Tensor, log_path: Tensor, shape: TreeShape) -> Children:
+        """Of each beam node: features (batch, beam, hidden), log-confidences (batch, beam)."""
         top_k = min(shape.top_k, self.drafter.config.vocab_size)
         return self.head.children(features, log_path, top_k)
 
     @staticmethod
     def _see_itself(seen: Tensor, beam: Beam, is_first: bool) -> Tensor:
-        """Which tree rows each new beam node sees: those its parent sees, and itself."""
+        """Which tree rows each new beam node sees: those its parent sees, and itself.
+
+        (batch, parents, rows) → (batch, beam, rows + beam)
+        """
         batch, width = beam.tokens.shape
         itself = torch.eye(width, dtype=torch.bool, device=seen.device).expand(batch, -1, -1)
         if is_first:  # the parents are the root, which is no tree row
@@ -237,6 +241,14 @@ class CoralCandidateGenerator(CandidateGenerator):
     def _step(
         self, tokens: Tensor, features: Tensor, positions: Tensor, mask: Tensor | None
     ) -> Tensor:
+        """One drafter step: what it predicts after each token, (batch, new, hidden).
+
+        Args:
+            tokens: (batch, new).
+            features: (batch, new, hidden), before each token.
+            positions: (batch, new) or (batch, 1).
+            mask: (batch, 1, new, columns + new), True where a token may look; None: all before it.
+        """
         device = self.drafter.fc.weight.device
         self._context.mask = mask
         embeddings = self.target.embed(tokens).to(device)

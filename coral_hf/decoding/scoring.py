@@ -183,6 +183,10 @@ class TargetScorer:
         return {name: masks[window] for name, window in names.items()}
 
     def _mask(self, tree: DraftTree, positions: Tensor, window: int | None) -> Tensor:
+        """The additive mask (batch, 1, nodes, columns + nodes) of layers with one window.
+
+        `positions`: (batch, nodes).
+        """
         device = positions.device
         committed = self.columns.looks(positions.to(self.columns.lengths.device), window)
         nodes = tree.ancestry()  # (batch, nodes, nodes)

@@ -20,7 +20,7 @@ class Features:
         self._reads_packed_rows: bool | None = None
 
     def of(self, batch: dict[str, Tensor]) -> Tensor:
-        """The features of a batch: its own, if it carries any, else the target's."""
+        """(batch, length, hidden): a batch's own features, if it carries any, else the target's."""
         if "features" in batch:
             return batch["features"]
         ids, positions = batch["input_ids"], batch.get("position_ids")
@@ -34,7 +34,10 @@ class Features:
         return self._reads_packed_rows
 
     def _by_document(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Features of packed rows from a target that would look across their documents."""
+        """Features of packed rows from a target that would look across their documents.
+
+        `ids`, `positions`: (batch, length); → (batch, length, hidden).
+        """
         lengths = [length for row in document_lengths(positions) for length in row]
         documents = ids.flatten().split(lengths)
         mask = pad_sequence([torch.ones_like(ids) for ids in documents], batch_first=True)

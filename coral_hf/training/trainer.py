@@ -216,7 +216,12 @@ class CoralTrainer(PublishingTrainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _unroll(self, model, inputs: dict[str, Tensor]) -> Unrolled:
-        """Target features → unroll → what lies at the trained positions."""
+        """Target features → unroll → what lies at the trained positions.
+
+        Args:
+            inputs: of the collator, (batch, length) each; of a cache also features
+                (batch, length, hidden).
+        """
         input_ids, labels = inputs["input_ids"], inputs["labels"]
         positions = inputs["position_ids"][:, :-1] if "position_ids" in inputs else None
         features = self.features.of(inputs)

@@ -68,6 +68,7 @@ def group_order(
     return order
 
 
+# each: sizes (groups,) → the tokens by group, (tokens,) with as many as `sizes` adds up to
 def _contiguous(target: Target, rows: Any, sizes: Tensor, seed: int, max_tokens: int) -> Tensor:
     return torch.arange(int(sizes.sum()))
 
