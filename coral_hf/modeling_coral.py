@@ -114,7 +114,9 @@ class CoralDrafter(DraftHeads, GenerationMixin):
         return from_eagle(target, source, drafter_class=cls, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, source, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs
+    ):
         """See [`~transformers.PreTrainedModel.from_pretrained`].
 
         Raises:
@@ -125,11 +127,12 @@ class CoralDrafter(DraftHeads, GenerationMixin):
         kwargs["ignore_mismatched_sizes"] = True  # they are named below
         try:
             drafter, info = super().from_pretrained(
-                source, *args, output_loading_info=True, **kwargs
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
         except SafetensorError as error:
             raise ValueError(
-                f"The weights of {source} cannot be read ({error}). Download or save them again."
+                f"The weights of {pretrained_model_name_or_path} cannot be read ({error}). Download"
+                " or save them again."
             ) from error
         for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if info[kind]:

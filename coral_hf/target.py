@@ -14,7 +14,6 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import logging
 
@@ -225,8 +224,13 @@ def sharding_obstacle(model: PreTrainedModel) -> str | None:
 
     Each of them would run another number of passes, and wait for the others' weights.
     """
-    is_shared_out = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
-    if not (is_shared_out or isinstance(model, FSDPModule)):
+    # FSDP2 may hold a target's layers alone; ZeRO-3 marks the weights that it shares out
+    is_shared_out = (
+        is_fsdp_managed_module(model)
+        or any(isinstance(module, FSDPModule) for module in model.modules())
+        or any(hasattr(weight, "ds_id") for weight in model.parameters())
+    )
+    if not is_shared_out:
         return None
     count = distributed.get_world_size() if distributed.is_initialized() else 1
     return None if count == 1 else f"its weights are shared out over {count} processes"

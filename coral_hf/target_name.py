@@ -6,6 +6,7 @@ In: the name that a target was loaded by. Out: its id or path, and its commit on
 import os
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers.utils import CONFIG_NAME
 
 
@@ -22,7 +23,10 @@ def cached_commit(name: str) -> str | None:
     """
     if not name or os.path.isdir(name):
         return None
-    path = try_to_load_from_cache(name, CONFIG_NAME)
+    try:
+        path = try_to_load_from_cache(name, CONFIG_NAME)
+    except HFValidationError:  # of a folder that is no longer there
+        return None
     if not isinstance(path, str):
         return None
     commit = os.path.dirname(path)

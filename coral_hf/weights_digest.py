@@ -57,6 +57,7 @@ def weights_digest(model: PreTrainedModel) -> str:
     another model. Of a weight that cannot be read, name and shape count alone.
     """
     digest = sha256(_acting_adapters(model).encode())
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
     kept = model.state_dict().keys()  # without tables that are computed, on each device a bit off
     for prefix, module in model.named_modules():
         with align_module_device(module):

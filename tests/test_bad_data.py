@@ -269,6 +269,8 @@ def test_files_of_a_folder_are_checked_by_line(tmp_path: Path) -> None:
             load_conversations(folder)
     write(last, LINE)
     assert load_conversations(folder).to_list() == 2 * [{"messages": CHAT}]
+    write(folder / "LICENSE.txt", b"\xa9 somebody\n")  # that no split reads
+    assert len(load_conversations(folder)) == 2
 
 
 @pytest.mark.parametrize("name", ["a.yaml", "a.jsonl.zst", "a"])

@@ -90,6 +90,13 @@ def test_a_drafter_takes_its_targets_sizes_and_rotary_wavelengths(family):
     assert config.target_model_type == tiny_config(family).model_type
 
 
+def test_a_target_whose_folder_is_gone_is_named_without_a_commit(tmp_path):
+    target = tiny_config("llama")
+    target._name_or_path = str(tmp_path / "gone")
+    config = CoralConfig.from_target(target)
+    assert (config.target_name_or_path, config.target_revision) == (str(tmp_path / "gone"), None)
+
+
 def test_the_target_names_itself_by_its_id():
     target = tiny_config("llama")
     target._name_or_path = "org/model"

@@ -9,6 +9,7 @@ from conftest import OTHERS, make_target
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     GenerationMixin,
     GPT2Config,
@@ -315,8 +316,18 @@ def test_stop_strings_of_the_targets_own_config_end_a_text_too(
     assert target.generation_config.stop_strings == [stops[1]]
 
 
-def test_processes_that_share_out_a_targets_weights_do_not_draft(target, drafter, monkeypatch):
-    monkeypatch.setattr(target, "_is_fsdp_managed_module", True, raising=False)
+@pytest.mark.parametrize("kind", ["fsdp", "fsdp2 of a layer", "zero3"])
+def test_processes_that_share_out_a_targets_weights_do_not_draft(
+    target, drafter, monkeypatch, kind
+):
+    layer = target.model.layers[0]
+    if kind == "fsdp":
+        monkeypatch.setattr(target, "_is_fsdp_managed_module", True, raising=False)
+    elif kind == "zero3":
+        monkeypatch.setattr(layer.mlp.up_proj.weight, "ds_id", 0, raising=False)
+    else:
+        sharded = type("FSDPLayer", (FSDPModule, type(layer)), {})  # as `fully_shard` does
+        monkeypatch.setattr(layer, "__class__", sharded)
     target.generate(PROMPT, assistant_model=drafter, max_new_tokens=2)  # of one process
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)

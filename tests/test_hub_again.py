@@ -96,11 +96,15 @@ def test_a_card_of_ours_keeps_its_metadata_and_one_that_was_edited_stays(
     found = metadata_of(card_of(hub, "org/kept"))
     assert (found["license"], found["language"]) == ("mit", "en")
     assert found["extra_gated_prompt"] == "Please"
-    edited = card_of(hub, "org/kept").replace("## Limits", "## Thanks\n\nTo all.\n\n## Limits")
-    hub.repos["org/kept"].commit("main", {"README.md": edited.encode()})
-    (drafter / "README.md").unlink()
-    publish(client, drafter, "org/kept")
-    assert card_of(hub, "org/kept") == edited
+    ours = card_of(hub, "org/kept")
+    for edited in (
+        ours.replace("## Limits", "## Thanks\n\nTo all.\n\n## Limits"),
+        f"{ours}Thanks.\n",
+    ):
+        hub.repos["org/kept"].commit("main", {"README.md": edited.encode()})
+        (drafter / "README.md").unlink()
+        publish(client, drafter, "org/kept")
+        assert card_of(hub, "org/kept") == edited
 
 
 def test_shards_that_are_pushed_after_a_single_file_are_what_is_loaded(
@@ -118,6 +122,22 @@ def test_shards_that_are_pushed_after_a_single_file_are_what_is_loaded(
     load = "from transformers import AutoModel; import coral_hf;"
     load += "print(float(AutoModel.from_pretrained('org/pushed-twice').fc.weight.abs().sum()))"
     assert stranger.run(load).strip() == "0.0"
+
+
+def test_a_variant_stands_beside_the_weights_and_neither_deletes_the_other(hub, client):  # noqa: F811
+    client.run(
+        MAKE
+        + "drafter.push_to_hub('org/variant');"
+        + "drafter.half().save_pretrained('v', variant='fp16', push_to_hub=True,"
+        + " repo_id='org/variant'); drafter.float().push_to_hub('org/variant')"
+    )
+    assert {"model.safetensors", "model.fp16.safetensors"} <= set(hub.files("org/variant"))
+
+
+def test_a_name_without_its_owner_is_protected_too(hub, client):  # noqa: F811
+    hub.put_files("org/mine", {"model.gguf": b"w"})
+    with pytest.raises(RuntimeError, match="org/mine holds another model's model.gguf"):
+        client.run(MAKE + "drafter.push_to_hub('mine')")
 
 
 def test_code_goes_along_with_the_targets_name_and_is_brought_up_to_date(

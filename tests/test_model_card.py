@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coral_hf import CoralDrafter
 from coral_hf.benchmark import BenchmarkSettings, Prompt, Report, run_benchmark
+from coral_hf.benchmark.environment import command_line
 from coral_hf.publishing import CardFacts, make_card, read_results, write_card
 from coral_hf.publishing.card import hub_id
 from coral_hf.publishing.results import check_results
@@ -137,6 +138,25 @@ def test_a_report_of_another_drafter_or_target_is_refused(drafter, report_file):
 def test_a_report_in_another_dtype_than_the_checkpoints_is_of_the_same_drafter(drafter):
     wide = deepcopy(drafter).float()
     assert weights_digest(deepcopy(wide).bfloat16()) == weights_digest(wide)
+
+
+def test_a_report_that_was_measured_in_float16_is_of_the_same_drafter(drafter, report_file):
+    half = changed(
+        report_file,
+        lambda found: found["environment"].update(
+            drafter_digest=weights_digest(deepcopy(drafter).half())
+        ),
+    )
+    check_results(read_results(half), drafter, ["org/target"])
+
+
+def test_paths_are_cut_down_to_their_last_part(monkeypatch, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "x.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    typed = ["/usr/bin/coral-hf", "--target=/home/me/target", "../me/x.jsonl", "data/x.jsonl"]
+    monkeypatch.setattr("sys.argv", [*typed, "org/drafter", "--limit=3", "-1"])
+    assert command_line() == "coral-hf --target=target x.jsonl x.jsonl org/drafter --limit=3 -1"
 
 
 def test_an_earlier_card_of_ours_keeps_its_license_but_not_its_results(

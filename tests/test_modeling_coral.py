@@ -307,6 +307,12 @@ def test_a_checkpoint_that_lacks_a_tensor_raises_and_names_it(saved):
         AutoModel.from_pretrained(folder)
 
 
+def test_a_checkpoint_is_named_by_transformers_own_keyword_too(saved):
+    drafter, folder = saved
+    loaded = CoralDrafter.from_pretrained(pretrained_model_name_or_path=folder)
+    assert loaded.fc.weight.equal(drafter.fc.weight)
+
+
 def test_a_tensor_of_another_shape_raises(saved):
     _, folder = saved
     tensors = load_file(folder / "model.safetensors")

@@ -63,7 +63,13 @@ def describe_environment(
 
 def command_line() -> str:
     """As it was typed, but of paths the last part: the rest is nobody else's business."""
-    return shlex.join(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)
+    return shlex.join(_without_folders(word) for word in sys.argv)
+
+
+def _without_folders(word: str) -> str:
+    option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    is_path = value.startswith(("/", ".", "~")) or ("/" in value and Path(value).exists())
+    return f"{option}{equals}{Path(value).name if is_path else value}"
 
 
 def versions() -> dict[str, str]:

@@ -39,9 +39,10 @@ class Fields(NamedTuple):
 
     def refuse(self, name: str, expected: str) -> NoReturn:
         """Raise the ValueError about a field."""
+        found = self.values.get(name)
         raise ValueError(
-            f"`{name}` in {self.file} is {self.values[name]!r}; expected {expected}. Correct it, or"
-            " download the file again."
+            f"`{name}` in {self.file} is {found!r}; expected {expected}. Correct it, or download"
+            " the file again."
         )
 
     def size(self, name: str, default: int) -> int:

@@ -4,7 +4,7 @@ from .card import CardFacts, make_card, write_card
 from .folder import name_target
 from .publish import bring_card, publish
 from .pushing import drop_stale, finish_folder, pushing
-from .repository import advice, check_vacant, explained
+from .repository import advice, check_vacant, explained, full_name
 from .results import Results, read_results
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "drop_stale",
     "explained",
     "finish_folder",
+    "full_name",
     "make_card",
     "name_target",
     "publish",

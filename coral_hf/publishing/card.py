@@ -115,10 +115,10 @@ def is_by_hand(text: str) -> bool:
     """Whether a card holds anything that neither we nor transformers' template wrote."""
     if not text.strip() or TEMPLATE in text:
         return False
-    body, _, number = text.rpartition(MARK)
+    body, _, end = text.rpartition(MARK)
     if body.startswith("---\n"):
         body = body.partition("\n---\n")[2]
-    return number.split(" ")[0] != _number(body)
+    return end.strip() != f"{_number(body)} -->"
 
 
 def has_card_by_hand(folder: str | Path) -> bool:

@@ -4,6 +4,7 @@ In: what `coral-hf train` or `save_pretrained` wrote. Out: the drafter, names of
 """
 
 import json
+import re
 from copy import deepcopy
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from ..configuration_coral import CoralConfig
 from ..modeling_coral import CoralDrafter
 
 CONFIG = "config.json"
+# the weights that are loaded by default, whole or in shards, and no variant of them (fp16)
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 # what an adapter left, pushed while it was trained, would be loaded on top of the drafter
-WEIGHTS = (".safetensors", ".safetensors.index.json", "adapter_config.json")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # of a checkpoint's own level; runs, states of optimizers and logs lie in folders or are none of
 # these
 KINDS = (".json", ".safetensors", ".jinja", ".model", ".txt", ".py", ".png", ".md")
@@ -89,11 +92,13 @@ def published_files(folder: str | Path) -> list[str]:
 def stale_weights(there: list[str], here: list[str]) -> list[str]:
     """Weights on the Hub that are no longer part of the checkpoint.
 
-    A single file goes before shards when a checkpoint is loaded, so it must not outlive them.
+    A single file goes before shards when a checkpoint is loaded, so it must not outlive them. Where
+    only a variant was written, nothing is.
     """
-    return [
-        name for name in there if name.endswith(WEIGHTS) and "/" not in name and name not in here
-    ]
+    if not any(WEIGHTS.fullmatch(name) for name in here):
+        return []
+    loaded = [name for name in there if WEIGHTS.fullmatch(name) or name in ADAPTER]
+    return [name for name in loaded if name not in here]
 
 
 def name_target(config: CoralConfig, folder: str | Path, target: str | None) -> None:

@@ -16,7 +16,7 @@ from ..modeling_coral import CoralDrafter
 from ..target import check_tokenizer, tokenizer_hash
 from .card import CARD, CardFacts, hub_id, write_card
 from .folder import name_target, stale_weights
-from .repository import check_vacant, explained
+from .repository import check_vacant, explained, full_name
 
 # whether the tokenizer of the push that is going on has a chat template
 HAS_CHAT_TEMPLATE: ContextVar[bool | None] = ContextVar("has_chat_template", default=None)
@@ -47,7 +47,8 @@ def pushing(
     before = HAS_CHAT_TEMPLATE.set(chats)
     try:
         with explained(repo_id):
-            check_vacant(repo_id, token, options.get("private"))
+            private = options.get("private")
+            check_vacant(full_name(repo_id, token, private), token, private)
             yield
             if tokenizer is not None:
                 tokenizer.push_to_hub(repo_id, token=token, revision=options.get("revision"))

@@ -31,8 +31,6 @@ def check_vacant(repo_id: str, token: str | bool | None = None, private: bool | 
     Raises:
         ValueError: if another model is there, or a public repository where a private one is meant.
     """
-    if "/" not in repo_id:
-        return  # a name of the user's own, which only the Hub can complete
     try:
         found = HfApi().model_info(repo_id, expand=ASKED, token=token)
     except RepositoryNotFoundError:
@@ -48,6 +46,13 @@ def check_vacant(repo_id: str, token: str | bool | None = None, private: bool | 
             f"{repo_id} is there already and public, and `private` only makes new repositories"
             " private; change its visibility in its settings on the Hub, or use another name."
         )
+
+
+def full_name(repo_id: str, token: str | bool | None = None, private: bool | None = None) -> str:
+    """A repository's whole name; one of the user's own is completed by the Hub, which makes it."""
+    if "/" in repo_id:
+        return repo_id
+    return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
 
 
 def _other_model(found: ModelInfo, token: str | bool | None) -> str | None:

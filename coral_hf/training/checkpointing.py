@@ -63,14 +63,12 @@ class CheckpointedTrainer(Trainer):
 
     def _begin(self, resume: str | bool | None, trial) -> Run:
         """The run that begins or goes on; every process has it, or raises."""
-        settings: dict[str, Any] = {}
-        if resume or self.args.save_strategy != "no":
-            settings = run_settings(self.args, self.train_dataset, self.target.model)
+        settings = run_settings(self.args, self.train_dataset, self.target.model)
         run_id, refusal = "", None
         if self.is_world_process_zero():
             try:
                 run_id = self._known_run(resume, settings, trial) or uuid4().hex
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 refusal = str(error)
         run_id, refusal = broadcast_object_list([run_id, refusal])
         if refusal is not None:

@@ -14,6 +14,7 @@ from ..publishing import (
     bring_card,
     check_vacant,
     explained,
+    full_name,
     name_target,
     write_card,
 )
@@ -46,11 +47,11 @@ class PublishingTrainer(CheckpointedTrainer):
                 private = kwargs.get("private")
                 private = self.args.hub_private_repo if private is None else private
                 token = token or self.args.hub_token
-                check_vacant(repo_id, token, private)
+                name = full_name(repo_id, token, private)
+                check_vacant(name, token, private)
                 folder = Path(self.args.output_dir)
                 folder.mkdir(parents=True, exist_ok=True)
-                if "/" in repo_id:
-                    bring_card(folder, repo_id, self.args.hub_revision, token)
+                bring_card(folder, name, self.args.hub_revision, token)
             super().init_hf_repo(token=token, **kwargs)
 
     def create_model_card(

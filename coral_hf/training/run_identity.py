@@ -172,7 +172,7 @@ def check_goes_on(checkpoint: Path, settings: Mapping[str, Any], folder: Path) -
 
 def _warn_of_length(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Say that a run goes on otherwise than it would have, had it had its length from the start."""
-    changed = [_change(name, then, now) for name in LENGTHS if then[name] != now[name]]
+    changed = [_change(name, then, now) for name in LENGTHS if then.get(name) != now[name]]
     is_share = 0 < now["warmup_steps"] < 1  # of the whole run
     if changed and (now["lr_scheduler_type"] not in STEADY or is_share):
         logger.warning(
@@ -182,12 +182,12 @@ def _warn_of_length(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str,
 
 
 def _change(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    return f"`{name}` was {then[name]}, now it is {now[name]}"
+    return f"`{name}` was {then.get(name)}, now it is {now[name]}"
 
 
 def _is_other(checkpoint: Path, run_id: str) -> bool:
     run = Run.read(checkpoint)
-    return run is None or run.id != run_id
+    return run is not None and run.id != run_id
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from accelerate import PartialState
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling_coral import CoralDrafter
+from ..publishing.folder import stale_weights
 from .arguments import CoralTrainingArguments
 from .checkpointing import INCOMPLETE, flush, reason_of, write_error
 from .head_stages import check_head_settings
@@ -86,8 +88,15 @@ def save(drafter: CoralDrafter, tokenizer: PreTrainedTokenizerBase, folder: str 
     try:
         drafter.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+        names = [path.name for path in aside.iterdir()]
         _move_up(aside)
-    except Exception as error:  # a full disk raises errors of tokenizers and safetensors too
+        for name in stale_weights(os.listdir(folder), names):
+            (folder / name).unlink()
+    except Exception as error:
+        # of a disk that takes no more, tokenizers and safetensors raise errors of their own
+        is_of_disk = isinstance(error, OSError | SafetensorError) or "No space left" in str(error)
+        if not is_of_disk:
+            raise
         remedy = "What was there is whole; make room, then save again (coral-hf train: --resume)."
         raise write_error("The drafter", folder, reason_of(error), remedy) from error
     finally:

@@ -72,14 +72,15 @@ def _load_folder(name: str, split: str) -> Dataset:
         return datasets.DatasetDict.load_from_disk(name)[split]
     if (folder / "state.json").is_file():
         return datasets.Dataset.load_from_disk(name)
-    return _load_checked(_files_in(folder), name, split)
+    return _load_checked(_files_of(folder, split) if folder.is_dir() else [], name, split)
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """The files of a folder that `datasets` reads; none of a Hub id."""
-    names = (file.relative_to(folder) for file in sorted(folder.rglob("*")))
-    shown = (name for name in names if not any(part.startswith((".", "__")) for part in name.parts))
-    return [folder / name for name in shown if _reader_of(name) and (folder / name).is_file()]
+def _files_of(folder: Path, split: str) -> list[Path]:
+    """The files of a folder that `datasets` reads for a split, and no others that lie there."""
+    import datasets
+
+    found = datasets.load_dataset_builder(str(folder)).config.data_files or {}
+    return [Path(file) for file in found.get(split.partition("[")[0], [])]
 
 
 def _load_checked(files: list[Path], source: str, split: str, **options: str) -> Dataset:

@@ -5,6 +5,7 @@ In: held-out rows, and what the unroll predicts for them. Out: metrics by name, 
 `generate`. Simulated: chain decoding replayed over the rows' own text, see `replay.py`.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -24,6 +25,9 @@ from .replay import replayed_rounds
 from .rounds import AnswerSettings, decoded_rounds
 from .routing import NAMES as ROUTING
 from .routing import RoutingCounts
+
+# names of metrics that evaluations give here; a trainer may add others of its own
+OURS = re.compile(r"(\w+_)?(loss|acceptance_length|[a-z0-9_]+_depth_\d+)")
 
 
 class Evaluation:
@@ -124,14 +128,15 @@ def check_best_metric(args: CoralTrainingArguments, dataset: Any, drafter: Coral
     if args.metric_for_best_model is None or args.eval_strategy == "no":
         return
     names = ["loss", "simulated_acceptance_length"]
-    if args.eval_prompts:  # deeper levels may see no round
-        names += ["acceptance_length", "acceptance_depth_1"]
+    depths = range(1, tree_depth(drafter) + 1)
+    if args.eval_prompts:
+        names += ["acceptance_length", *(f"acceptance_depth_{depth}" for depth in depths)]
     if drafter.config.is_router_trained or args.stage in ("router", "joint"):
-        depths = range(1, tree_depth(drafter) + 1)
         names += [f"{name}_depth_{depth}" for depth in depths for name in ROUTING]
     if isinstance(dataset, dict):
         names = [f"{part}_{name}" for part in dataset for name in names]
-    if args.metric_for_best_model.removeprefix("eval_") not in names:
+    wanted = args.metric_for_best_model.removeprefix("eval_")
+    if wanted not in names and OURS.fullmatch(wanted):
         raise ValueError(
             f"`metric_for_best_model` is {args.metric_for_best_model!r}, which no evaluation will"
             f" give with `eval_prompts` {args.eval_prompts} and these datasets; use one of {names}."

@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -46,7 +47,8 @@ class CachedFeatures(Dataset):
             )
         self.index.check_files(self.folder, checksums)
         self._files: dict[str, Any] = {}
-        self._checked = {shard.file for shard in self.index.shards if checksums}
+        # (shards,), seen by all processes that read rows for this one, however often they begin
+        self._is_checked = torch.full((len(self.index.shards),), checksums).share_memory_()
         self._first_rows = [shard.first_row for shard in self.index.shards]
         self._offsets: list[list[int]] = []  # of the rows of each shard, in tokens
         for shard in self.index.shards:
@@ -61,9 +63,9 @@ class CachedFeatures(Dataset):
         row %= len(self)
         number = bisect_right(self._first_rows, row) - 1
         shard = self.index.shards[number]
-        if shard.file not in self._checked:
+        if not self._is_checked[number]:
             shard.check_bytes(self.folder)
-            self._checked.add(shard.file)
+            self._is_checked[number] = True
         file = self._file(shard.file)
         place = row - shard.first_row
         part = slice(*self._offsets[number][place : place + 2])
