@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loopback_hub import Client, running_hub
 from transformers import (
     AutoModelForCausalLM,
     BitNetConfig,
@@ -261,6 +262,34 @@ def shared_file(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"no {path}: real data are elsewhere, see CORAL_HF_TEST_DATA")
     return path
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """A Hub on this machine that has a target, for all tests of publishing."""
+    from test_examples import save_target_and_talk
+
+    folder = tmp_path_factory.mktemp("hub")
+    save_target_and_talk(folder)
+    with running_hub() as hub:
+        hub.put("org/target", folder / "target")
+        yield hub
+
+
+@pytest.fixture(scope="session")
+def client(hub, tmp_path_factory):
+    """A process of somebody who may write."""
+    client = Client(hub.url, tmp_path_factory.mktemp("author"))
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def stranger(hub, tmp_path_factory):
+    """A process of somebody without a token."""
+    client = Client(hub.url, tmp_path_factory.mktemp("stranger"), HF_TOKEN="")
+    yield client
+    client.close()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_target
-from loopback_hub import Client, Fault, running_hub
+from loopback_hub import Client, Fault
 from test_examples import folder  # noqa: F401  a saved target with its tokenizer
 
 from coral_hf import CoralConfig, CoralDrafter
@@ -30,34 +30,12 @@ for a, b in zip(one.state_dict().items(), other.state_dict().items(), strict=Tru
 """
 
 
-@pytest.fixture(scope="module")
-def hub(folder):  # noqa: F811
-    with running_hub() as hub:
-        hub.put("org/target", folder / "target")
-        yield hub
-
-
 @pytest.fixture(autouse=True)
 def _as_ever(request):
     """Each test begins with a Hub that does its work."""
     if "hub" in request.fixturenames:
         hub = request.getfixturevalue("hub")
         hub.faults, hub.part_size, hub.requests = [], None, []
-
-
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    client = Client(hub.url, tmp_path_factory.mktemp("author"))
-    yield client
-    client.close()
-
-
-@pytest.fixture(scope="module")
-def stranger(hub, tmp_path_factory):
-    """Somebody without a token."""
-    client = Client(hub.url, tmp_path_factory.mktemp("stranger"), HF_TOKEN="")
-    yield client
-    client.close()
 
 
 @pytest.fixture

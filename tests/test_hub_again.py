@@ -10,13 +10,10 @@ from test_hub import (  # noqa: F401  fixtures
     MAKE,
     _as_ever,
     card_of,
-    client,
     drafter,
     folder,
-    hub,
     metadata_of,
     publish,
-    stranger,
 )
 from transformers import AutoTokenizer
 
@@ -40,17 +37,17 @@ NAMES_TARGET = {"base_model": "org/target"}
     ],
 )
 def test_weights_of_any_other_kind_are_left_alone(
-    hub,  # noqa: F811
-    client,  # noqa: F811
+    hub,
+    client,
     drafter,  # noqa: F811
     name,
     files,
     said,
 ):
-    hub.put_files(f"org/{name}", files)
-    with pytest.raises(RuntimeError, match=f"org/{name} holds another model's .*{said}"):
-        publish(client, drafter, f"org/{name}")
-    assert hub.files(f"org/{name}") == files
+    hub.put_files(f"org/foreign-{name}", files)
+    with pytest.raises(RuntimeError, match=f"org/foreign-{name} holds another model's .*{said}"):
+        publish(client, drafter, f"org/foreign-{name}")
+    assert hub.files(f"org/foreign-{name}") == files
 
 
 def test_a_tokenizer_or_an_adapter_of_a_drafter_may_be_there(hub, client, drafter):  # noqa: F811
@@ -83,8 +80,8 @@ def test_each_branch_keeps_its_own_card(hub, client, drafter):  # noqa: F811
 
 
 def test_a_card_of_ours_keeps_its_metadata_and_one_that_was_edited_stays(
-    hub,  # noqa: F811
-    client,  # noqa: F811
+    hub,
+    client,
     drafter,  # noqa: F811
 ):
     publish(client, drafter, "org/kept", {"license": "apache-2.0", "language": "en"})
@@ -108,9 +105,9 @@ def test_a_card_of_ours_keeps_its_metadata_and_one_that_was_edited_stays(
 
 
 def test_shards_that_are_pushed_after_a_single_file_are_what_is_loaded(
-    hub,  # noqa: F811
-    client,  # noqa: F811
-    stranger,  # noqa: F811
+    hub,
+    client,
+    stranger,
 ):
     client.run(MAKE + "drafter.push_to_hub('org/pushed-twice')")
     client.run(
@@ -135,14 +132,14 @@ def test_a_variant_stands_beside_the_weights_and_neither_deletes_the_other(hub, 
 
 
 def test_a_name_without_its_owner_is_protected_too(hub, client):  # noqa: F811
-    hub.put_files("org/mine", {"model.gguf": b"w"})
-    with pytest.raises(RuntimeError, match="org/mine holds another model's model.gguf"):
-        client.run(MAKE + "drafter.push_to_hub('mine')")
+    hub.put_files("org/my-own", {"model.gguf": b"w"})
+    with pytest.raises(RuntimeError, match="org/my-own holds another model's model.gguf"):
+        client.run(MAKE + "drafter.push_to_hub('my-own')")
 
 
 def test_code_goes_along_with_the_targets_name_and_is_brought_up_to_date(
-    hub,  # noqa: F811
-    client,  # noqa: F811
+    hub,
+    client,
     drafter,  # noqa: F811
 ):
     config = json.loads((drafter / "config.json").read_text())
@@ -197,8 +194,8 @@ def test_weights_that_are_not_finite_are_not_published(hub, client, drafter):  #
     [(403, "write access"), pytest.param(500, "in a few minutes", marks=pytest.mark.slow)],
 )
 def test_a_large_file_that_is_refused_says_what_to_do(
-    hub,  # noqa: F811
-    client,  # noqa: F811
+    hub,
+    client,
     drafter,  # noqa: F811
     status,
     said,

@@ -8,12 +8,9 @@ from test_hub import (  # noqa: F401  fixtures
     IS_LOADED,
     MAKE,
     _as_ever,
-    client,
     drafter,
     folder,
-    hub,
     publish,
-    stranger,
 )
 
 REFUSALS = {
@@ -68,8 +65,8 @@ def test_another_model_is_not_overwritten(hub, client, drafter):  # noqa: F811
 
 
 def test_somebody_elses_name_is_refused_and_a_dataset_of_that_name_is_left_alone(
-    hub,  # noqa: F811
-    client,  # noqa: F811
+    hub,
+    client,
     drafter,  # noqa: F811
 ):
     with pytest.raises(RuntimeError, match="a name of your own or of an organisation"):

@@ -8,12 +8,9 @@ from loopback_hub import TOKEN, Fault
 from test_hub import (  # noqa: F401  fixtures
     _as_ever,
     card_of,
-    client,
     folder,
-    hub,
     metadata_of,
     snippet_of,
-    stranger,
 )
 
 TRAIN = """
@@ -52,9 +49,9 @@ def train(client, folder, output, repo, **settings):  # noqa: F811
 
 
 def test_a_trained_drafter_is_pushed_with_a_card_that_says_what_it_cost(
-    hub,  # noqa: F811
-    client,  # noqa: F811
-    stranger,  # noqa: F811
+    hub,
+    client,
+    stranger,
     folder,  # noqa: F811
     tmp_path,
 ):
@@ -85,8 +82,8 @@ def test_a_trained_drafter_is_pushed_with_a_card_that_says_what_it_cost(
 
 
 def test_checkpoints_are_pushed_as_training_goes_and_hold_no_token(
-    hub,  # noqa: F811
-    client,  # noqa: F811
+    hub,
+    client,
     folder,  # noqa: F811
     tmp_path,
 ):
@@ -163,9 +160,9 @@ def test_an_adapter_of_a_drafter_has_pefts_card(hub, client, folder, tmp_path): 
 
 
 def test_the_training_command_publishes_drafter_and_router_together(
-    hub,  # noqa: F811
-    client,  # noqa: F811
-    stranger,  # noqa: F811
+    hub,
+    client,
+    stranger,
     folder,  # noqa: F811
     tmp_path,
 ):
