@@ -121,12 +121,13 @@ def test_shards_that_are_pushed_after_a_single_file_are_what_is_loaded(
     assert stranger.run(load).strip() == "0.0"
 
 
-def test_a_variant_stands_beside_the_weights_and_neither_deletes_the_other(hub, client):  # noqa: F811
+def test_a_variant_stands_beside_the_weights_and_neither_deletes_the_other(hub, client, tmp_path):
     client.run(
         MAKE
         + "drafter.push_to_hub('org/variant');"
-        + "drafter.half().save_pretrained('v', variant='fp16', push_to_hub=True,"
-        + " repo_id='org/variant'); drafter.float().push_to_hub('org/variant')"
+        + "drafter.half().save_pretrained(folder, variant='fp16', push_to_hub=True,"
+        + " repo_id='org/variant'); drafter.float().push_to_hub('org/variant')",
+        folder=tmp_path,
     )
     assert {"model.safetensors", "model.fp16.safetensors"} <= set(hub.files("org/variant"))
 
