@@ -4,23 +4,17 @@ In: any decoder of transformers, unmodified. Out: a `Target`, gathered when a ca
 kept in a drafter, so that `state_dict` stays clean and threads may share one drafter.
 """
 
-import hashlib
 import inspect
-import json
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.fsdp import is_fsdp_managed_module
-from transformers.utils import logging
 
-from .configuration_coral import CoralConfig, max_positions
 from .lm_head import LMHead, execution_device
-
-logger = logging.get_logger(__name__)
 
 # the feature is the last of a target's `hidden_states`, taken after the final norm; given as an
 # index, newer versions of transformers keep that one alone and older ones keep them all
@@ -51,82 +45,48 @@ class Target:
         return embeddings if self.embedding_scale == 1.0 else embeddings * self.embedding_scale
 
 
-def read_target(model: PreTrainedModel, config: CoralConfig) -> Target:
-    """Gather what a drafter with `config` reads of `model`.
+def read_target(model: PreTrainedModel) -> Target:
+    """Gather what a drafter reads of `model`.
 
     Raises:
-        ValueError: if the drafter was made for a target of other sizes, naming the field, or if
-            the target has no LM head or no single feature a token.
+        ValueError: if the target has no LM head.
     """
-    _check_sizes(text_config(model), config)
-    _check_streams(model)
-    _warn_of_other_target(model.config, config)
-    output = model.get_output_embeddings()
+    output, text = model.get_output_embeddings(), text_config(model)
     if output is None:
         raise ValueError(
             f"The target {type(model).__name__} has no LM head; load it with AutoModelForCausalLM."
         )
     return Target(
         model=model,
-        head=LMHead(output, config.logit_scale, config.logit_softcap),
+        head=LMHead(output, logit_scale(text), logit_softcap(text)),
         embeddings=model.get_input_embeddings(),
-        embedding_scale=config.embedding_scale,
+        embedding_scale=embedding_scale(text),
     )
+
+
+def embedding_scale(text: PreTrainedConfig) -> float:
+    """What a target (Granite) multiplies its embeddings by, outside of its embedding module."""
+    return float(getattr(text, "embedding_multiplier", None) or 1.0)
+
+
+def logit_scale(text: PreTrainedConfig) -> float:
+    """What a target (Granite, Cohere) multiplies its LM head's output by."""
+    divisor = getattr(text, "logits_scaling", None) or 1.0
+    factor = getattr(text, "logit_scale", None) or 1.0
+    if isinstance(factor, str):  # MPT names a rule, which transformers does not apply
+        factor = 1.0
+    return float(factor / divisor)
+
+
+def logit_softcap(text: PreTrainedConfig) -> float | None:
+    """The cap c of a target (Gemma 2) with c·tanh(logits / c), None without one."""
+    softcap = getattr(text, "final_logit_softcapping", None)
+    return None if softcap is None else float(softcap)
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
     """The config of the part of a target that decodes text."""
     return model.config.get_text_config(decoder=True)
-
-
-def _check_sizes(text: PreTrainedConfig, config: CoralConfig) -> None:
-    for name in ("hidden_size", "vocab_size"):
-        expected, found = getattr(config, name), getattr(text, name)
-        if expected != found:
-            raise ValueError(
-                f"`{name}` of the target is {found}, but the drafter was made for a target with"
-                f" {expected} ({config.target_name_or_path or 'unnamed'}). Use the drafter's own"
-                " target, or train a drafter for this one with CoralDrafter.from_target(target)."
-            )
-
-
-def _check_streams(model: PreTrainedModel) -> None:
-    streams = getattr(text_config(model), "altup_num_inputs", 1)
-    if streams > 1:
-        raise ValueError(
-            f"The target {type(model).__name__} cannot take a drafter: it carries {streams} hidden"
-            " states a token (`altup_num_inputs`), and a drafter reads one."
-        )
-
-
-def _warn_of_other_target(found: PreTrainedConfig, config: CoralConfig) -> None:
-    """A fine-tuned target has another id and still drafts well, so this is no error."""
-    if config.target_model_type not in (None, found.model_type):
-        logger.warning_once(
-            f"The drafter was made for a {config.target_model_type} target and meets a"
-            f" {found.model_type} target of the same sizes. The output stays the target's own;"
-            " expect few accepted tokens."
-        )
-    if config.target_name_or_path not in (None, found._name_or_path):
-        logger.info(
-            f"The drafter was made for {config.target_name_or_path}, not for {found._name_or_path}."
-        )
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of a tokenizer's token → id table, the part that a drafter depends on."""
-    table = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
-    return hashlib.sha256(table.encode()).hexdigest()
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: CoralConfig) -> None:
-    """Raise a ValueError if a drafter was trained with another tokenizer."""
-    if config.tokenizer_hash not in (None, tokenizer_hash(tokenizer)):
-        raise ValueError(
-            "The tokenizer that was passed maps tokens to other ids than the one that the drafter"
-            f" was trained with ({config.target_name_or_path or 'unnamed target'}). Pass the"
-            " target's own tokenizer."
-        )
 
 
 @torch.no_grad()
@@ -175,6 +135,16 @@ def reads_packed_rows(model: PreTrainedModel, device: torch.device) -> bool:
     as_one = read_features(model, ids, mask)[:, second]
     # what the first document would change, were it seen, is the measure of what is rounding
     return bool((packed - alone).abs().mean() < 0.1 * (as_one - alone).abs().mean())
+
+
+def stream_obstacle(model: PreTrainedModel) -> str | None:
+    """Why a target has no single feature a token, or None if it has."""
+    streams = getattr(text_config(model), "altup_num_inputs", 1)
+    if streams == 1:
+        return None
+    return (
+        f"it carries {streams} hidden states a token (`altup_num_inputs`), and a drafter reads one"
+    )
 
 
 def tree_obstacle(model: PreTrainedModel) -> str | None:
@@ -245,6 +215,17 @@ def position_limit(model: PreTrainedModel) -> int | None:
     has_formula = getattr(text, "rope_parameters", None) is not None or _has_alibi(text)
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     return None if has_formula or not takes_positions else max_positions(text)
+
+
+def max_positions(text: PreTrainedConfig) -> int | None:
+    """Tokens that a target is made for, None where it does not say (BLOOM).
+
+    MPT calls it `max_seq_len`.
+    """
+    for name in ("max_position_embeddings", "max_seq_len"):
+        if getattr(text, name, None) is not None:
+            return getattr(text, name)
+    return None
 
 
 def _has_alibi(text: PreTrainedConfig) -> bool:

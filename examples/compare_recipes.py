@@ -13,11 +13,11 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from coral_hf.benchmark import Prompt, read_prompts
-from coral_hf.comparison import Comparison, ComparisonSettings, Trial, compare
+from coral_hf.measure import Prompt, read_prompts
 from coral_hf.training import parse_arguments
+from coral_hf.training.comparison import Comparison, ComparisonSettings, Trial, compare
 from coral_hf.training.data import load_conversations, prepare_dataset
-from coral_hf.training.feature_cache import CachedFeatures, write_features
+from coral_hf.training.features import CachedFeatures, write_features
 
 HELD_OUT = 200
 OPTIONS = (

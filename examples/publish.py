@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import coral_hf  # noqa: F401  lets AutoModel load the drafter
-from coral_hf.benchmark import BenchmarkSettings, read_prompts, run_benchmark
-from coral_hf.publishing import CardFacts, publish
+from coral_hf.hub import CardFacts, publish
+from coral_hf.measure import BenchmarkSettings, read_prompts, run_benchmark
 
 
 def main(target_name: str, folder: Path, prompts: Path, repo_id: str, max_new_tokens: int) -> None:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from coral_hf import CoralDrafter
+import coral_hf
 from coral_hf.checkpoints import export_drafter
 
 
 def main(target_name: str, eagle: str, output: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(target_name)
     target = AutoModelForCausalLM.from_pretrained(target_name)
-    drafter = CoralDrafter.from_eagle(target, eagle, tokenizer=tokenizer)
+    drafter = coral_hf.from_eagle(target, eagle, tokenizer=tokenizer)
     drafter.save_pretrained(output / "coral")
     tokenizer.save_pretrained(output / "coral")
     for engine in ("vllm", "sglang"):

@@ -12,7 +12,7 @@ import time
 from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
 
-from coral_hf.benchmark.prompts import encode, read_prompts
+from coral_hf.measure.prompts import encode, read_prompts
 
 DRAFTS = "vllm:spec_decode_num_drafts"
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens_per_pos"

@@ -5,6 +5,7 @@ Import the helpers by name: `from conftest import FAMILIES, tiny_target`.
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,6 +49,8 @@ from transformers import (
     StableLmConfig,
     Starcoder2Config,
 )
+
+from coral_hf import register_drafting
 
 VOCAB = 40
 WINDOW = 8
@@ -305,3 +308,9 @@ def _one_thread():
 def _always_draft(monkeypatch):
     """Tiny targets are faster than any drafter, so calls would soon step back."""
     monkeypatch.setattr("coral_hf.decoding.pace.DEFAULT_SPECULATION", "always")
+
+
+def as_drafter(drafting):
+    """A drafter of a family of its own, whose calls of `generate` draft with `drafting`."""
+    register_drafting("known_drafting", lambda drafter, target, memory=None: drafter.drafting)
+    return SimpleNamespace(config=SimpleNamespace(model_type="known_drafting"), drafting=drafting)

@@ -60,7 +60,7 @@ def inputs(
 def write_interpreted(path: str) -> None:
     """Save the kernel's logits, by case, dtype and whether there are bias and order."""
     os.environ["TRITON_INTERPRET"] = "1"
-    from coral_hf import group_logits as module
+    from coral_hf.heads import group_logits as module
 
     module._is_fusible = lambda *tensors: True  # the interpreter works where no CUDA is
     logits = {

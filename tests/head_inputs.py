@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from coral_hf.heads.router import Router
 from coral_hf.lm_head import LMHead
-from coral_hf.router import Router
 
 ROWS, HIDDEN = 3, 16
 

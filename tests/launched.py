@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
-from coral_hf.training.run_lock import sole_run
+from coral_hf.training.runs.run_lock import sole_run
 
 SETTINGS = {
     "max_steps": 4,
@@ -137,7 +137,7 @@ def two_stages(folder: Path, **settings) -> dict:
         trainer.add_callback(gradients)
         trainer.train()
         found[stage] = {**results(trainer), "gradients": gradients.found}
-    found["record"] = drafter.config.training_record
+    found["record"] = drafter.training_record
     found["shards"] = sum(isinstance(weight, DTensor) for weight in TARGET.parameters())
     return found
 

@@ -9,8 +9,8 @@ import launched
 import torch
 from loss_inputs import features, make_head
 
-from coral_hf.training.liger_loss import LigerChunkLoss
-from coral_hf.training.token_loss import TokenWeights, token_loss
+from coral_hf.training.losses.liger_loss import LigerChunkLoss
+from coral_hf.training.losses.token_loss import TokenWeights, token_loss
 
 
 def losses(cases: list[dict]) -> list[dict]:

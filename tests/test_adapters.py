@@ -28,7 +28,7 @@ def saved(target, tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("drafter")
     drafter = CoralDrafter.from_target(target)
-    drafter.add_router(4, 2)
+    drafter.heads.add_router(4, 2)
     drafter.save_pretrained(folder)
     return folder
 
@@ -182,7 +182,7 @@ def test_generate_refuses_a_drafter_with_virtual_tokens(target, saved):
             "cannot put `peft_config` on the drafter.*'q_proj'",
         ),
         (
-            LoraConfig(target_modules=r"router\..+"),
+            LoraConfig(target_modules=r"heads\.router\..+"),
             "trains nothing of the drafter.*`target_modules",
         ),
         (LoraConfig(task_type="CAUSAL_LM"), "`task_type` of the adapter.*Leave `task_type` out"),

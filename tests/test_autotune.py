@@ -6,8 +6,8 @@ from conftest import any_target, scatter_weights, tiny_target
 from transformers import AutoModel
 from transformers.utils import logging
 
-from coral_hf import CoralDrafter
-from coral_hf.autotune import CANDIDATES, Trial, fit_costs
+from coral_hf import CoralDrafter, autotune
+from coral_hf.measure.autotune import CANDIDATES, Trial, fit_costs
 
 PROMPT = torch.tensor([[5, 9, 3, 17, 22, 8]])
 
@@ -32,7 +32,7 @@ def _no_bar():
 
 
 def test_what_was_found_survives_saving_and_loading(target, drafter, tmp_path):
-    tuning = drafter.autotune(target, [PROMPT], max_seconds=0.5)
+    tuning = autotune(drafter, target, [PROMPT], max_seconds=0.5)
     drafter.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path).generation_config
     assert {name: getattr(loaded, name) for name in tuning.tree} == tuning.tree
@@ -43,7 +43,7 @@ def test_what_was_found_survives_saving_and_loading(target, drafter, tmp_path):
 def test_of_a_target_that_takes_chains_the_depth_is_found(target):
     bloom = any_target("bloom", torch.float32)
     drafter = CoralDrafter.from_target(bloom).eval()
-    tuning = drafter.autotune(bloom, [PROMPT], max_seconds=0.5)
+    tuning = autotune(drafter, bloom, [PROMPT], max_seconds=0.5)
     assert [*tuning.tree] == ["tree_depth"]
     assert drafter.generation_config.tree_depth == tuning.tree["tree_depth"]
     assert set(tuning.costs) == {"base", "level", "node"}
@@ -51,14 +51,14 @@ def test_of_a_target_that_takes_chains_the_depth_is_found(target):
 
 def test_the_time_is_kept(target, drafter):
     before = {"tree_depth": 6, "tree_top_k": 10, "tree_nodes": 60}
-    assert drafter.autotune(target, [PROMPT] * 3, max_seconds=0).tree == before
+    assert autotune(drafter, target, [PROMPT] * 3, max_seconds=0).tree == before
 
 
 def test_prompts_that_cannot_be_used_are_refused(target, drafter):
     with pytest.raises(ValueError, match="`prompts` is empty"):
-        drafter.autotune(target, [])
+        autotune(drafter, target, [])
     with pytest.raises(ValueError, match="`tokenizer` is None"):
-        drafter.autotune(target, ["once upon a time"])
+        autotune(drafter, target, ["once upon a time"])
 
 
 def test_costs_are_fitted_in_plain_passes():

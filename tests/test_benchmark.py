@@ -5,11 +5,14 @@ import sys
 
 import pytest
 import torch
+from conftest import tiny_target
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import coral_hf
-from coral_hf.benchmark import (
+from coral_hf.decoding import TreeShape
+from coral_hf.drafters.bigram import BigramDrafting
+from coral_hf.measure import (
     BenchmarkSettings,
     BigramDrafter,
     Prompt,
@@ -17,13 +20,12 @@ from coral_hf.benchmark import (
     pad_target,
     run_benchmark,
 )
-from coral_hf.benchmark.baselines import BigramDrafting
-from coral_hf.benchmark.environment import describe_environment
-from coral_hf.benchmark.methods import generate_in_chains
-from coral_hf.benchmark.mismatch import Mismatch, first_difference, top2_gap
-from coral_hf.benchmark.runs import Run
-from coral_hf.benchmark.summary import accepted_depths, summarise, tau_per_item, tau_per_token
-from coral_hf.decoding import TreeShape
+from coral_hf.measure.environment import describe_environment
+from coral_hf.measure.methods import generate_in_chains
+from coral_hf.measure.mismatch import Mismatch, first_difference, top2_gap
+from coral_hf.measure.runs import Run
+from coral_hf.measure.summary import accepted_depths, summarise, tau_per_item, tau_per_token
+from coral_hf.target import read_target
 
 VOCAB = 40
 GREEDY = {"max_new_tokens": 16, "do_sample": False}
@@ -169,9 +171,12 @@ def test_bigrams_are_counted_with_distinct_successors_best_first():
 
 
 def test_a_bigram_tree_follows_the_most_probable_pairs():
-    drafting = BigramDrafting(BigramDrafter.from_texts([torch.tensor([0, 1, 0, 2, 0, 1])], 4, 2))
+    drafting = BigramDrafting(
+        BigramDrafter.from_texts([torch.tensor([0, 1, 0, 2, 0, 1])], 4, 2),
+        read_target(tiny_target("llama", vocab_size=4)),
+    )
     features, positions = torch.zeros(1, 2, 8), torch.tensor([[0, 1]])
-    drafting.begin(torch.tensor([[3, 0]]), features, positions)
+    drafting.begin(torch.tensor([[2, 3, 0]]), features, positions)
     tree = drafting.propose(TreeShape(depth=2, top_k=2, nodes=4))
     assert tree.tokens.tolist() == [[0, 1, 2, 0]]
     assert tree.parents.tolist() == [[0, 0, 0, 1]]
@@ -283,5 +288,5 @@ def test_a_benchmark_without_a_fitting_prompt_is_refused(target, tokenizer):
 
 @pytest.mark.slow
 def test_importing_the_benchmark_imports_no_plotting_library():
-    check = "import sys, coral_hf.benchmark; sys.exit('matplotlib' in sys.modules)"
+    check = "import sys, coral_hf.measure; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check]).returncode == 0

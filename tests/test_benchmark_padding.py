@@ -5,9 +5,9 @@ import torch
 import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from coral_hf.benchmark import pad_target
-from coral_hf.benchmark.padding import num_padded_layers
 from coral_hf.decoding.cache import CACHE
+from coral_hf.measure import pad_target
+from coral_hf.measure.padding import num_padded_layers
 
 SIZES = {
     "hidden_size": 32,

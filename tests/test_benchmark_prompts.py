@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from coral_hf.benchmark import Prompt, encode, read_prompts
+from coral_hf.measure import Prompt, encode, read_prompts
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"the published files are not at {DATA}")

@@ -10,7 +10,7 @@ from test_cli import invoke
 from test_examples import folder  # noqa: F401  a saved target and its conversations
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from coral_hf.comparison import (
+from coral_hf.training.comparison import (
     Comparison,
     ComparisonSettings,
     Result,
@@ -20,7 +20,7 @@ from coral_hf.comparison import (
     halve,
 )
 from coral_hf.training.data import load_conversations
-from coral_hf.training.files import sole_writer
+from coral_hf.training.runs.files import sole_writer
 
 
 def result(trial: str, seed: int, value: float, steps: int = 10) -> Result:

@@ -8,7 +8,7 @@ from loss_inputs import HIDDEN, POSITIONS, STEPS, features, randn
 from torch import Tensor
 from torch.nn import functional as F
 
-from coral_hf.training.csra import csra_loss, of_other_devices
+from coral_hf.training.losses.csra import csra_loss, of_other_devices
 
 
 def naive_csra(predicted: Tensor, temperature: float) -> float:

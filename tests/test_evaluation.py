@@ -23,7 +23,7 @@ from coral_hf.training.evaluation.acceptance import (
     held_out_prompts,
     prompt_of,
 )
-from coral_hf.training.objectives import step_similarity
+from coral_hf.training.steps.objectives import step_similarity
 
 TREE = {"tree_depth": 3, "tree_top_k": 4, "tree_nodes": 12}
 
@@ -379,7 +379,7 @@ def test_a_prompt_is_what_precedes_the_first_trained_token():
 
 
 def prompts_of(target, rows, folder, **settings):
-    read = read_target(target, CoralDrafter.from_target(target).config)
+    read = read_target(target)
     fields = {"output_dir": str(folder), "report_to": "none", "use_cpu": True}
     return held_out_prompts(rows, read, CoralTrainingArguments(**fields, **settings))
 

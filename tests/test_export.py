@@ -307,7 +307,7 @@ def test_a_dtype_may_be_a_name(target, tmp_path, dtype):
 @pytest.fixture(scope="module")
 def routed(target):
     drafter = make_drafter(target)
-    drafter.add_router(4, 2)
+    drafter.heads.add_router(4, 2)
     drafter.config.is_router_trained = True
     drafter.config.draft_head = "routed"
     return drafter
@@ -317,7 +317,9 @@ def routed(target):
 def test_a_router_stays_behind_and_it_is_said(routed, tmp_path, engine):
     done = export_drafter(routed, engine, tmp_path / "out")
     assert not [name for name in written(tmp_path / "out")[1] if name.startswith("router")]
-    assert done.notes[0].startswith(f"Left behind, since {engine} has no place for them: router.")
+    assert done.notes[0].startswith(
+        f"Left behind, since {engine} has no place for them: heads.router."
+    )
     assert done.notes[0].endswith("reads the target's whole LM head.")
 
 
@@ -332,12 +334,12 @@ def test_hot_tokens_are_written_as_sglang_reads_them(routed, tmp_path):
 
 def test_the_tokens_of_a_frequency_head_are_sglangs_map(target, tmp_path):
     drafter = make_drafter(target)
-    drafter.add_frequency_head(torch.tensor([9, 2, 30]))
+    drafter.heads.add_frequency_head(torch.tensor([9, 2, 30]))
     done = export_drafter(drafter, "sglang", tmp_path / "out")
     assert torch.load(tmp_path / "out" / "hot_tokens.pt", weights_only=True) == [9, 2, 30]
     assert done.notes == []
     done = export_drafter(drafter, "vllm", tmp_path / "vllm")
-    assert done.notes[0].startswith("Left behind, since vllm has no place for them: hot_tokens.")
+    assert done.notes[0].startswith("Left behind, since vllm has no place for them: heads.hot_tokens.")
 
 
 @pytest.mark.parametrize(
@@ -388,7 +390,7 @@ def test_proposals_are_counted_by_their_confidence(target, routed, head):
     )  # (5, hidden)
     probs = target.lm_head(predicted).softmax(-1).double()
     if head == "routed":
-        mass, two = routed.router(predicted).double().exp().topk(2)
+        mass, two = routed.heads.router(predicted).double().exp().topk(2)
         is_read = torch.zeros(5, 4, dtype=torch.bool).scatter(1, two, True)
         logits = target.lm_head(predicted).double()
         logits = logits.masked_fill(~is_read.repeat_interleave(10, 1), float("-inf"))

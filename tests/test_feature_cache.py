@@ -16,17 +16,17 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from coral_hf.cli import app
+from coral_hf.identity import weights_digest
 from coral_hf.training.data import CoralCollator, pack_dataset
-from coral_hf.training.feature_cache import (
+from coral_hf.training.features import (
     INDEX,
     CachedFeatures,
     delete_features,
     plan_features,
     write_features,
 )
-from coral_hf.training.features import Features
-from coral_hf.training.files import sole_writer
-from coral_hf.weights_digest import weights_digest
+from coral_hf.training.features.online import Features
+from coral_hf.training.runs.files import sole_writer
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def fine_tuned(target):
 
 def broken_off(target, rows, folder, monkeypatch, after: int):
     """A cache of which so many shards were written."""
-    from coral_hf.training.feature_cache import writer
+    from coral_hf.training.features import writer
 
     save, saved = writer.save_file, []
 
@@ -165,7 +165,7 @@ def test_worker_processes_read_the_same_rows(target, rows, tmp_path):
 
 
 def test_a_broken_run_goes_on_with_the_next_shard(target, rows, tmp_path, monkeypatch):
-    from coral_hf.training.feature_cache import writer
+    from coral_hf.training.features import writer
 
     whole = write_features(target, rows, tmp_path / "whole", shard_bytes=2000)
     broken_off(target, rows, tmp_path / "broken", monkeypatch, after=2)
@@ -189,7 +189,7 @@ def test_a_full_disk_keeps_the_shards_that_are_whole(target, rows, tmp_path, mon
         few = Dataset.from_list(list(rows))
         plan = plan_features(target, few, cache, "bfloat16", 4000)
         with monkeypatch.context() as patch:
-            patch.setattr("coral_hf.training.feature_cache.plan._free", lambda folder: 10**9)
+            patch.setattr("coral_hf.training.features.plan._free", lambda folder: 10**9)
             with pytest.raises(OSError, match="shards are whole and stay; free some space"):
                 write_features(target, few, cache, shard_bytes=4000)
         kept = json.loads((cache / INDEX).read_text())["shards"]
@@ -208,7 +208,7 @@ def test_a_disk_that_was_full_from_the_start_leaves_nothing_behind(
         with pytest.raises(OSError, match="No space left"):
             (folder / "other").write_bytes(b"0" * 100_000)
         with monkeypatch.context() as patch:
-            patch.setattr("coral_hf.training.feature_cache.plan._free", lambda folder: 10**9)
+            patch.setattr("coral_hf.training.features.plan._free", lambda folder: 10**9)
             with pytest.raises(OSError, match="disk is full. 0 of .* free some space and run"):
                 write_features(target, rows, folder / "cache")
         assert not list((folder / "cache").iterdir())
@@ -281,7 +281,7 @@ def test_a_file_is_compared_with_its_checksum_once(target, rows, tmp_path, monke
     index = write_features(target, rows, tmp_path, shard_bytes=2000)
     compared = []
     monkeypatch.setattr(
-        "coral_hf.training.feature_cache.index.sha256_of",
+        "coral_hf.training.features.index.sha256_of",
         lambda path: compared.append(path.name) or hashes[path.name],
     )
     hashes = {shard.file: shard.sha256 for shard in index.shards}

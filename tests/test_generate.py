@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from conftest import OTHERS, make_target
+from conftest import OTHERS, as_drafter, make_target
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
@@ -111,11 +111,13 @@ class StopAt(StoppingCriteria):
 class TheTargetItself:
     """A drafter that knows what comes next: every round accepts its whole chain."""
 
+    layers = ()
+
     def __init__(self, text):
         self.text = text
 
     def begin(self, tokens, features, positions):
-        self.known = tokens.shape[1] + 1
+        self.known = tokens.shape[1]
 
     def commit(self, tokens, features, counts):
         self.known += int(counts)
@@ -132,14 +134,6 @@ class TheTargetItself:
         return DraftTree(self.text[:, start : start + length], (ids - 1).clamp(min=0), ids)
 
 
-def decode_knowing_the_text(target, drafter, text):
-    from coral_hf.decoding.generate import decoder_of
-    from coral_hf.modeling_coral import TREE_DEFAULTS
-
-    drafting = TheTargetItself(text)
-    return decoder_of(drafter.config, lambda *_: drafting, TREE_DEFAULTS, {}, None)
-
-
 def test_tree_gives_the_targets_own_tokens(target, drafter):
     plain, drafted = plain_and_drafted(
         target, drafter, {"tree_depth": 4, "tree_top_k": 5, "tree_nodes": 20}
@@ -154,12 +148,12 @@ def test_chain_gives_the_targets_own_tokens(target, drafter):
 
 def test_every_drafted_token_is_accepted_when_the_drafter_knows_the_text(target, drafter):
     text = target.generate(PROMPT, do_sample=False, max_new_tokens=31)
-    knowing = decode_knowing_the_text(target, drafter, text)
+    knowing = as_drafter(TheTargetItself(text))
     drafted = target.generate(
         PROMPT,
         do_sample=False,
         max_new_tokens=31,
-        custom_generate=knowing,
+        assistant_model=knowing,
         return_dict_in_generate=True,
     )
     assert torch.equal(text, drafted.sequences)
@@ -175,9 +169,9 @@ def test_round_lengths_count_every_token_but_the_first(target, drafter):
 @pytest.mark.parametrize("max_new_tokens", range(1, 10))
 def test_max_new_tokens_is_exact(target, drafter, max_new_tokens):
     text = target.generate(PROMPT, do_sample=False, max_new_tokens=30)
-    knowing = decode_knowing_the_text(target, drafter, text)
+    knowing = as_drafter(TheTargetItself(text))
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens}
-    drafted = target.generate(PROMPT, custom_generate=knowing, **settings)
+    drafted = target.generate(PROMPT, assistant_model=knowing, **settings)
     assert torch.equal(drafted, text[:, : PROMPT.shape[1] + max_new_tokens])
 
 
@@ -195,20 +189,20 @@ def test_nothing_comes_after_eos(target, drafter, position):
     new = text[0, PROMPT.shape[1] :].tolist()
     settings = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": [new[position], 39]}
     plain = target.generate(PROMPT, **settings)
-    knowing = decode_knowing_the_text(target, drafter, text)
-    assert torch.equal(plain, target.generate(PROMPT, custom_generate=knowing, **settings))
+    knowing = as_drafter(TheTargetItself(text))
+    assert torch.equal(plain, target.generate(PROMPT, assistant_model=knowing, **settings))
     assert torch.equal(plain, target.generate(PROMPT, assistant_model=drafter, **settings))
 
 
 def test_a_custom_criterion_sees_every_token_in_order_and_stops_exactly(target, drafter):
     text = target.generate(PROMPT, do_sample=False, max_new_tokens=30)
-    knowing, stop = decode_knowing_the_text(target, drafter, text), StopAt(PROMPT.shape[1] + 9)
+    knowing, stop = as_drafter(TheTargetItself(text)), StopAt(PROMPT.shape[1] + 9)
     criteria = StoppingCriteriaList([stop])
     drafted = target.generate(
         PROMPT,
         do_sample=False,
         max_new_tokens=30,
-        custom_generate=knowing,
+        assistant_model=knowing,
         stopping_criteria=criteria,
     )
     assert torch.equal(drafted, text[:, : PROMPT.shape[1] + 9])
@@ -222,7 +216,7 @@ def test_the_returned_cache_is_that_of_all_but_the_last_token(target, drafter):
             PROMPT,
             do_sample=False,
             max_new_tokens=length,
-            custom_generate=decode_knowing_the_text(target, drafter, text),
+            assistant_model=as_drafter(TheTargetItself(text)),
             return_dict_in_generate=True,
         )
         expected = target(drafted.sequences[:, :-1])[CACHE]
@@ -441,21 +435,6 @@ def test_two_threads_share_one_drafter(target, drafter):
     for thread in threads:
         thread.join()
     assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
-
-
-def test_transformers_own_chain_loop_takes_our_candidates(target, drafter):
-    from coral_hf import CoralCandidateGenerator
-    from coral_hf.target import read_target
-
-    plain = target.generate(PROMPT, do_sample=False, max_new_tokens=20)
-    candidates = CoralCandidateGenerator(drafter, read_target(target, drafter.config))
-    target._get_candidate_generator = lambda **kwargs: candidates
-    other = scatter_weights(LlamaForCausalLM(target.config), seed=1)
-    try:
-        chained = target.generate(PROMPT, do_sample=False, max_new_tokens=20, assistant_model=other)
-    finally:
-        del target._get_candidate_generator
-    assert torch.equal(plain, chained)
 
 
 @pytest.mark.parametrize(

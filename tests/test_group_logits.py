@@ -12,7 +12,7 @@ from group_cases import CASES, INTERPRETED, Inputs, inputs
 from torch import Tensor
 from torch.nn import functional as F
 
-from coral_hf.group_logits import group_logits, plain_group_logits
+from coral_hf.heads.group_logits import group_logits, plain_group_logits
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -112,7 +112,7 @@ def test_the_kernel_compiles_for_gpus(dtype, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from coral_hf import group_kernel
+    from coral_hf.heads import group_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pointers = dict.fromkeys(("features", "weight", "bias"), f"*{dtype}")

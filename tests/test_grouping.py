@@ -6,10 +6,9 @@ from conftest import VOCAB, tiny_target
 from datasets import Dataset
 from head_inputs import SPLITS
 
-from coral_hf import CoralConfig
-from coral_hf.groups import Groups, check_order
+from coral_hf.heads.groups import Groups, check_order
 from coral_hf.target import Target, read_target
-from coral_hf.training.feature_cache import CachedFeatures, write_features
+from coral_hf.training.features import CachedFeatures, write_features
 from coral_hf.training.grouping import group_order, most_frequent_first, token_counts
 from coral_hf.training.grouping.balance import balanced_groups
 from coral_hf.training.grouping.coactivation import coactivation_groups, gain, read_groups
@@ -20,7 +19,7 @@ MADE = ("kmeans", "frequency", "coactivation")
 
 
 def as_target(model) -> Target:
-    return read_target(model, CoralConfig.from_target(model.config))
+    return read_target(model)
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from coral_hf import CoralDrafter
-from coral_hf.draft_head import FrequencyHead, FullHead, LowRankHead
-from coral_hf.groups import order_hash
-from coral_hf.routed_head import RoutedHead
+from coral_hf.heads.draft_head import FrequencyHead, FullHead, LowRankHead
+from coral_hf.heads.groups import order_hash
+from coral_hf.heads.routed_head import RoutedHead
 from coral_hf.target import read_target
 
 ORDER = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))
@@ -37,14 +37,14 @@ def drafter(target):
 
 
 def head_of(target, drafter):
-    return read_target(target, drafter.config).head
+    return read_target(target).head
 
 
 def with_all_heads(target, drafter, order=ORDER):
-    drafter.add_router(6, 2, order)
+    drafter.heads.add_router(6, 2, order)
     drafter.config.is_router_trained = True
-    drafter.add_frequency_head(HOT)
-    drafter.add_low_rank_head(8, head_of(target, drafter))
+    drafter.heads.add_frequency_head(HOT)
+    drafter.heads.add_low_rank_head(8, head_of(target, drafter))
     return drafter
 
 
@@ -57,9 +57,9 @@ def test_one_drafter_switches_between_all_heads(target, drafter):
     with_all_heads(target, drafter)
     head = head_of(target, drafter)
     for name, kind in KINDS.items():
-        assert type(drafter.draft_head(head, name)) is kind
+        assert type(drafter.heads.bind(head, name)) is kind
         drafter.config.draft_head = name
-        assert type(drafter.draft_head(head)) is kind
+        assert type(drafter.heads.bind(head)) is kind
 
 
 def test_heads_travel_with_the_drafter(target, drafter, tmp_path):
@@ -68,34 +68,34 @@ def test_heads_travel_with_the_drafter(target, drafter, tmp_path):
     head = head_of(target, drafter)
     assert loaded.config.draft_head == "low_rank" and loaded.config.grouping == "custom"
     for name in KINDS:
-        ours, theirs = (one.draft_head(head, name) for one in (drafter, loaded))
+        ours, theirs = (one.heads.bind(head, name) for one in (drafter, loaded))
         assert ours.logits(*level(drafter)).equal(theirs.logits(*level(drafter)))
-    assert loaded.router.order.equal(ORDER) and loaded.router.order.dtype == torch.int64
-    assert loaded.hot_tokens.equal(HOT)
+    assert loaded.heads.router.order.equal(ORDER) and loaded.heads.router.order.dtype == torch.int64
+    assert loaded.heads.hot_tokens.equal(HOT)
 
 
 def test_order_and_tokens_stay_whole_numbers_in_any_dtype(target, drafter, tmp_path):
     with_all_heads(target, drafter).save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert loaded.router.order.equal(ORDER) and loaded.hot_tokens.equal(HOT)
-    assert loaded.low_rank.up.weight.dtype == torch.bfloat16
+    assert loaded.heads.router.order.equal(ORDER) and loaded.heads.hot_tokens.equal(HOT)
+    assert loaded.heads.low_rank.up.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["routed", "frequency", "low_rank"])
 def test_a_head_that_is_not_there_says_how_to_get_it(target, drafter, name):
     with pytest.raises(ValueError, match=f"`draft_head` is '{name}', but this drafter .*full'"):
-        drafter.draft_head(head_of(target, drafter), name)
+        drafter.heads.bind(head_of(target, drafter), name)
 
 
 def test_an_untrained_router_is_not_read(target, drafter):
-    drafter.add_router(4, 2)
+    drafter.heads.add_router(4, 2)
     with pytest.raises(ValueError, match="no trained router"):
-        drafter.draft_head(head_of(target, drafter), "routed")
+        drafter.heads.bind(head_of(target, drafter), "routed")
 
 
 def test_an_unknown_head_raises(target, drafter):
     with pytest.raises(ValueError, match="`draft_head` is 'half'; use one of .'full', 'routed'"):
-        drafter.draft_head(head_of(target, drafter), "half")
+        drafter.heads.bind(head_of(target, drafter), "half")
 
 
 @pytest.mark.parametrize("name", ["routed", "frequency", "low_rank"])
@@ -106,9 +106,9 @@ def test_a_quantised_head_can_only_be_read_whole(target, drafter, name):
     head = head_of(target, drafter)
     packed = torch.nn.Linear(*head.weight.shape[::-1], bias=False)
     quantize_(packed, Int8WeightOnlyConfig())
-    assert type(drafter.draft_head(head._replace(module=packed), "full")) is FullHead
+    assert type(drafter.heads.bind(head._replace(module=packed), "full")) is FullHead
     with pytest.raises(ValueError, match="quantised, offloaded or adapted"):
-        drafter.draft_head(head._replace(module=packed), name)
+        drafter.heads.bind(head._replace(module=packed), name)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep:FutureWarning")
@@ -118,11 +118,11 @@ def test_a_head_that_an_adapter_adds_to_can_only_be_read_whole(drafter):
     )
     with_all_heads(tiny_target("llama", torch.float32), drafter)
     head = head_of(target, drafter)
-    assert type(drafter.draft_head(head, "full")) is FullHead
+    assert type(drafter.heads.bind(head, "full")) is FullHead
     with pytest.raises(ValueError, match="quantised, offloaded or adapted"):
-        drafter.draft_head(head, "routed")
+        drafter.heads.bind(head, "routed")
     with pytest.raises(ValueError, match="plain LM head"):
-        drafter.add_low_rank_head(4, head)
+        drafter.heads.add_low_rank_head(4, head)
     assert drafter.config.head_rank == 8
 
 
@@ -133,7 +133,7 @@ def test_two_targets_take_turns_with_one_drafter(drafter, name):
         targets[1].lm_head.weight.mul_(2)
     with_all_heads(targets[0], drafter)
     first, second, again = (
-        drafter.draft_head(head_of(target, drafter), name).logits(*level(drafter))
+        drafter.heads.bind(head_of(target, drafter), name).logits(*level(drafter))
         for target in (*targets, targets[0])
     )
     assert first.equal(again)
@@ -146,7 +146,7 @@ def test_a_tied_head_is_read_like_any_other(drafter):
     head = head_of(tied, drafter)
     assert head.weight is tied.get_input_embeddings().weight
     for name in KINDS:
-        logits = drafter.draft_head(head, name).logits(*level(drafter))
+        logits = drafter.heads.bind(head, name).logits(*level(drafter))
         if name != "low_rank":
             is_read = logits.isfinite()
             expected = head.logits(level(drafter)[0])[is_read]
@@ -158,24 +158,24 @@ def test_what_was_copied_follows_a_head_that_has_changed(drafter):
     with_all_heads(target, drafter)
     head = head_of(target, drafter)
     for name in ("routed", "frequency"):
-        before = drafter.draft_head(head, name).logits(*level(drafter))
+        before = drafter.heads.bind(head, name).logits(*level(drafter))
         with torch.no_grad():
             head.weight.mul_(2)
-        after = drafter.draft_head(head, name).logits(*level(drafter))
+        after = drafter.heads.bind(head, name).logits(*level(drafter))
         torch.testing.assert_close(after, 2 * before)
 
 
 def test_the_head_is_copied_once_for_many_calls(target, drafter):
     with_all_heads(target, drafter)
     head = head_of(target, drafter)
-    first, second = (drafter.draft_head(head, "routed")._weight for _ in range(2))
+    first, second = (drafter.heads.bind(head, "routed")._weight for _ in range(2))
     assert first is second
 
 
 def test_groups_of_neighbours_copy_nothing(target, drafter):
     with_all_heads(target, drafter, order=None)
     head = head_of(target, drafter)
-    assert drafter.draft_head(head, "routed")._weight is head.weight
+    assert drafter.heads.bind(head, "routed")._weight is head.weight
 
 
 # ---- bad input
@@ -186,25 +186,25 @@ def test_groups_of_neighbours_copy_nothing(target, drafter):
 )
 def test_frequent_tokens_are_different_ids_of_the_vocabulary(drafter, tokens):
     with pytest.raises(ValueError, match=f"expected .read,. different token ids .* {VOCAB - 1}"):
-        drafter.add_frequency_head(tokens)
+        drafter.heads.add_frequency_head(tokens)
     assert drafter.config.num_hot_tokens is None
 
 
 def test_groups_that_do_not_cover_the_vocabulary_are_refused(drafter):
     with pytest.raises(ValueError, match="does not cover the vocabulary"):
-        drafter.add_router(6, 2, ORDER.clamp(min=1))
-    assert drafter.router is None
+        drafter.heads.add_router(6, 2, ORDER.clamp(min=1))
+    assert drafter.heads.router is None
 
 
 def test_more_channels_than_the_head_has_are_refused(target, drafter):
     with pytest.raises(ValueError, match="`head_rank` is 33; .* `hidden_size` = 32"):
-        drafter.add_low_rank_head(33, head_of(target, drafter))
+        drafter.heads.add_low_rank_head(33, head_of(target, drafter))
 
 
 def test_a_router_trained_for_other_groups_is_not_loaded(target, drafter, tmp_path):
     with_all_heads(target, drafter).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    tensors["router.order"] = tensors["router.order"].flip(0).contiguous()
+    tensors["heads.router.order"] = tensors["heads.router.order"].flip(0).contiguous()
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"other groups .* `grouping_hash` is {order_hash(ORDER)}"):
         AutoModel.from_pretrained(tmp_path)
@@ -213,7 +213,7 @@ def test_a_router_trained_for_other_groups_is_not_loaded(target, drafter, tmp_pa
 def test_a_checkpoint_whose_groups_miss_a_token_is_not_loaded(target, drafter, tmp_path):
     with_all_heads(target, drafter).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    tensors["router.order"][0] = tensors["router.order"][1]
+    tensors["heads.router.order"][0] = tensors["heads.router.order"][1]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="does not cover the vocabulary"):
         AutoModel.from_pretrained(tmp_path)
@@ -232,7 +232,7 @@ def test_a_config_that_names_another_grouping_than_the_checkpoint_is_refused(
 def test_hot_tokens_of_a_checkpoint_are_tokens(target, drafter, tmp_path):
     with_all_heads(target, drafter).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    tensors["hot_tokens"][0] = VOCAB
+    tensors["heads.hot_tokens"][0] = VOCAB
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="Hot tokens have shape"):
         AutoModel.from_pretrained(tmp_path)

@@ -9,8 +9,8 @@ from test_cli import invoke
 from test_examples import folder  # noqa: F401  a saved target and its conversations
 
 from coral_hf import CoralDrafter
-from coral_hf.head_comparison import HeadReport, HeadTrial
-from coral_hf.head_comparison.report import read_share
+from coral_hf.measure.head_comparison import HeadReport, HeadTrial
+from coral_hf.measure.head_comparison.report import read_share
 
 ROUTED = "routed grouping=contiguous num_groups=8 num_active_groups=2"
 

@@ -9,7 +9,7 @@ from transformers import AutoModel
 
 from coral_hf.target import read_features, read_target
 from coral_hf.training.head_stages import default_groups
-from coral_hf.training.unroll import unroll
+from coral_hf.training.steps.unroll import unroll
 
 GROUPS = {"num_groups": 6, "num_active_groups": 2}
 
@@ -38,11 +38,11 @@ def test_the_low_rank_stage_trains_that_head_alone(target, rows, drafter, tmp_pa
     trainer = make_trainer(
         target, rows, tmp_path, drafter, stage="low_rank", head_rank=8, max_steps=40
     )
-    started = drafter.low_rank.up.weight.clone()
+    started = drafter.heads.low_rank.up.weight.clone()
     trainer.train()
     losses = logged(trainer, "low_rank_loss")
     assert sum(losses[-6:]) < sum(losses[:6])
-    assert not drafter.low_rank.up.weight.equal(started)
+    assert not drafter.heads.low_rank.up.weight.equal(started)
     for name, tensor in before.items():
         assert drafter.state_dict()[name].equal(tensor), name
     assert drafter.config.draft_head == "low_rank" and drafter.config.head_rank == 8
@@ -56,7 +56,7 @@ def test_the_joint_stage_trains_drafter_and_router(target, rows, tmp_path):
         assert sum(logged(trainer, name)[-6:]) < sum(logged(trainer, name)[:6]), name
     after = trainer.model.state_dict()
     same = [name for name, tensor in before.items() if after[name].equal(tensor)]
-    assert same == ["router.order"]
+    assert same == ["heads.router.order"]
     assert trainer.model.config.draft_head == "routed"
 
 
@@ -73,7 +73,9 @@ def test_the_joint_loss_is_the_drafters_and_the_routers(target, rows, tmp_path):
     assert joint["loss"] == pytest.approx(alone["loss"] + 0.5 * joint["router_loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize(("stage", "head"), [("router", "router."), ("low_rank", "low_rank.")])
+@pytest.mark.parametrize(
+    ("stage", "head"), [("router", "heads.router."), ("low_rank", "heads.low_rank.")]
+)
 def test_a_stage_of_a_head_leaves_the_rest_frozen(
     target,
     rows,
@@ -93,17 +95,19 @@ def test_a_drafter_trained_on_keeps_its_heads_as_they_are(
     drafter,
     tmp_path,
 ):
-    drafter.add_router(6, 2)
-    drafter.add_low_rank_head(8, read_target(target, drafter.config).head)
+    drafter.heads.add_router(6, 2)
+    drafter.heads.add_low_rank_head(8, read_target(target).head)
     make_trainer(target, rows, tmp_path, drafter, stage="drafter")
     for name, parameter in drafter.named_parameters():
-        assert parameter.requires_grad != name.startswith(("router.", "low_rank.")), name
+        assert parameter.requires_grad != name.startswith(("heads.router.", "heads.low_rank.")), (
+            name
+        )
 
 
 def test_settings_of_a_new_head_are_refused_where_the_drafter_has_one(
     target, rows, drafter, tmp_path
 ):
-    drafter.add_router(5, 1)
+    drafter.heads.add_router(5, 1)
     for setting in ({"num_groups": 6}, {"grouping": "kmeans"}, {"num_active_groups": 2}):
         with pytest.raises(ValueError, match=f"`{[*setting][0]}` is .* drafter has a head with"):
             make_trainer(target, rows, tmp_path, drafter, stage="router", **setting)
@@ -116,7 +120,7 @@ def test_settings_of_a_new_head_are_refused_where_the_drafter_has_one(
 def test_a_low_rank_head_of_any_rank_is_trained_on_without_being_told(
     target, rows, drafter, tmp_path
 ):
-    drafter.add_low_rank_head(8, read_target(target, drafter.config).head)
+    drafter.heads.add_low_rank_head(8, read_target(target).head)
     make_trainer(target, rows, tmp_path, drafter, stage="low_rank")
     assert drafter.config.head_rank == 8
     with pytest.raises(ValueError, match="`head_rank` is 4, but the drafter has a head with 8"):
@@ -128,7 +132,7 @@ def test_a_seed_makes_a_router(target, rows, trained, tmp_path):
         torch.rand(3)
         own = copy_of(trained)
         make_trainer(target, rows, tmp_path, own, stage="router", seed=seed, **GROUPS)
-        return own.router.fc.weight
+        return own.heads.router.fc.weight
 
     assert router(1).equal(router(1)) and not router(1).equal(router(2))
 
@@ -158,8 +162,8 @@ def test_a_router_goes_on_with_its_own_groups_alone(target, rows, trained, tmp_p
     again.model.save_pretrained(tmp_path / "saved")
     assert AutoModel.from_pretrained(tmp_path / "saved").config.grouping == "kmeans"
     other = trainer(0, max_steps=8)
-    other.model.add_router(6, 2, torch.arange(40).flip(0), "kmeans")
-    other.model.router.requires_grad_(True)
+    other.model.heads.add_router(6, 2, torch.arange(40).flip(0), "kmeans")
+    other.model.heads.router.requires_grad_(True)
     with pytest.raises(ValueError, match="was trained with grouping_hash"):
         other.train(resume_from_checkpoint=True)
 
@@ -172,15 +176,15 @@ def held_by_hand(target, drafter, row, depth):
     """Recall of the target's choice and of the drafter's ten, and mass, of one row at one depth."""
     ids = torch.tensor([row["input_ids"]])
     features = read_features(target, ids, torch.ones_like(ids))
-    bound = read_target(target, drafter.config)
+    bound = read_target(target)
     predicted = unroll(drafter, bound.embed(ids[:, 1:]), features[:, :-1], depth)[-1]
-    groups = drafter.router.groups_of(drafter.config.vocab_size)
+    groups = drafter.heads.router.groups_of(drafter.config.vocab_size)
     group_of, found = groups.group_of(), []
     for position in range(predicted.shape[1] - 1):
         if row["labels"][position + 2] == -100:
             continue
         own = predicted[0, position]
-        active = set(drafter.router(own).topk(2).indices.tolist())
+        active = set(drafter.heads.router(own).topk(2).indices.tolist())
         probs = bound.head.logits(features[0, position + 1]).softmax(-1)
         best = bound.head.logits(own).topk(10).indices
         found.append(
@@ -202,7 +206,7 @@ def test_an_evaluation_tells_what_the_active_groups_hold(
     grouping,
 ):
     order = torch.randperm(40) if grouping == "custom" else None
-    drafter.add_router(6, 2, order)
+    drafter.heads.add_router(6, 2, order)
     held_out = rows[16:]
     trainer = make_trainer(
         target, rows[:16], tmp_path, drafter, stage="router", max_steps=20, eval_prompts=0

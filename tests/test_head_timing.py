@@ -6,10 +6,10 @@ import pytest
 import torch
 from test_cli import invoke
 
-from coral_hf.benchmark import HeadShape, HeadTimingReport, HeadTimingSettings, time_heads
-from coral_hf.benchmark.head_timing import _make_candidates
-from coral_hf.benchmark.head_timing_report import HeadTimes, Spread, describe_machine
 from coral_hf.lm_head import LMHead
+from coral_hf.measure import HeadShape, HeadTimingReport, HeadTimingSettings, time_heads
+from coral_hf.measure.head_timing import _make_candidates
+from coral_hf.measure.head_timing_report import HeadTimes, Spread, describe_machine
 
 VOCAB, HIDDEN = 96, 8
 TINY = {

@@ -50,7 +50,7 @@ def drafter(folder, tmp_path):  # noqa: F811
 
 
 PUBLISH = """
-from coral_hf.publishing import CardFacts, publish
+from coral_hf.hub import CardFacts, publish
 facts = CardFacts(repo, **facts)
 print(publish(folder, repo, facts=facts, **options).oid)
 """
@@ -199,9 +199,9 @@ def test_code_is_published_for_those_who_trust_it(hub, client, drafter):
     without = shutil.copytree(drafter, drafter.with_name("without"))
     publish(client, drafter, "org/code", code=True)
     files = hub.files("org/code")
-    assert {"modeling_coral.py", "configuration_coral.py", "draft_head.py"} <= set(files)
+    assert [name for name in files if name.endswith(".py")] == ["modeling_coral.py"]
     assert json.loads(files["config.json"])["auto_map"] == {
-        "AutoConfig": "configuration_coral.CoralConfig",
+        "AutoConfig": "modeling_coral.CoralConfig",
         "AutoModel": "modeling_coral.CoralDrafter",
     }
     client.run("""

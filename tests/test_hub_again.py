@@ -18,7 +18,7 @@ from test_hub import (  # noqa: F401  fixtures
 from transformers import AutoTokenizer
 
 from coral_hf import CoralDrafter
-from coral_hf.target import tokenizer_hash
+from coral_hf.identity import tokenizer_hash
 
 OURS = {"auto_mapping": {"base_model_class": "CoralDrafter", "parent_library": "coral_hf.x"}}
 NAMES_TARGET = {"base_model": "org/target"}
@@ -152,7 +152,10 @@ def test_code_goes_along_with_the_targets_name_and_is_brought_up_to_date(
     assert "trust_remote_code=True" in card_of(hub, "org/with-code")
     (drafter / "modeling_coral.py").write_text("# of an older version")
     publish(client, drafter, "org/with-code")
-    assert b"class CoralDrafter" in hub.files("org/with-code")["modeling_coral.py"]
+    assert (
+        b"from coral_hf import CoralConfig, CoralDrafter"
+        in hub.files("org/with-code")["modeling_coral.py"]
+    )
 
 
 def test_a_push_knows_the_targets_commit_and_its_tokenizer(hub, client):  # noqa: F811

@@ -65,7 +65,7 @@ def test_a_trained_drafter_is_pushed_with_a_card_that_says_what_it_cost(
     data = metadata_of(card)
     assert (data["base_model"], data["datasets"]) == ("org/target", ["org/talk"])
     assert data["license"] == "mit" and "tiny" in data["tags"]
-    [record] = json.loads(files["config.json"])["training_record"]
+    [record] = json.loads(files["training_record.json"])
     assert (record["steps"], record["rows"], record["stage"]) == (2, 4, "drafter")
     assert record["seconds"] > 0 and record["trained_tokens"] > 0 and record["hardware"]
     for line in (
@@ -122,11 +122,10 @@ def test_what_a_training_cost_adds_up_when_it_is_resumed(hub, client, folder, tm
     pushed = {"hub_strategy": "end", "pushes": True}
     train(client, folder, tmp_path / "whole", "org/whole", **pushed)
     train(client, folder, tmp_path / "parts", "org/parts2", **pushed, max_steps=1)
-    first = json.loads(hub.files("org/parts2")["config.json"])["training_record"][0]
+    first = json.loads(hub.files("org/parts2")["training_record.json"])[0]
     train(client, folder, tmp_path / "parts", "org/parts2", **pushed, resume=True)
     records = [
-        json.loads(hub.files(repo)["config.json"])["training_record"]
-        for repo in ("org/whole", "org/parts2")
+        json.loads(hub.files(repo)["training_record.json"]) for repo in ("org/whole", "org/parts2")
     ]
     assert [len(record) for record in records] == [1, 1]
     assert records[0][0]["trained_tokens"] == records[1][0]["trained_tokens"]
@@ -178,7 +177,8 @@ app([str(part) for part in arguments], standalone_mode=False)
     client.run(command, arguments=[*go, "--hub_model_id", "org/command2"])
     config = json.loads(hub.files("org/command2")["config.json"])
     assert config["draft_head"] == "routed"
-    assert [record["stage"] for record in config["training_record"]] == ["drafter", "router"]
+    record = json.loads(hub.files("org/command2")["training_record.json"])
+    assert [entry["stage"] for entry in record] == ["drafter", "router"]
     assert config["target_revision"] == hub.repos["org/target"].branches["main"]
     card = card_of(hub, "org/command2")
     assert f"| its revision | `{config['target_revision']}` |" in card

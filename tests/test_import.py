@@ -24,10 +24,11 @@ from test_examples import folder  # noqa: F401  a saved target and its conversat
 from transformers import AutoModel
 from typer.testing import CliRunner
 
+import coral_hf
 from coral_hf import CoralDrafter
 from coral_hf.checkpoints import from_eagle, read_eagle
 from coral_hf.cli import app
-from coral_hf.target import tokenizer_hash
+from coral_hf.identity import tokenizer_hash
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_a_step_is_what_the_raw_tensors_and_the_formulas_give(tmp_path, family, 
     target = tiny_target(name)
     tensors = eagle_tensors(config)
     write_checkpoint(tmp_path, config, {**tensors, **copies(target)}, weights)
-    drafter = CoralDrafter.from_eagle(target, tmp_path)
+    drafter = coral_hf.from_eagle(target, tmp_path)
     assert type(drafter) is CoralDrafter and drafter.config.target_model_type == name
     ids = torch.randint(VOCAB, (13,), generator=torch.Generator().manual_seed(1))
     embeddings = target.model.embed_tokens.weight.detach()[ids]  # (13, hidden)
@@ -479,6 +480,7 @@ def test_a_coral_drafter_is_not_imported_again(target, tmp_path):
 
 TAKE = """
 from conftest import tiny_target
+import coral_hf
 from coral_hf.checkpoints import from_eagle
 from_eagle(tiny_target("llama"), *a, **k)
 """

@@ -14,8 +14,8 @@ from loss_inputs import features, make_head
 
 import coral_hf
 from coral_hf import CoralTrainingArguments
-from coral_hf.training import liger_loss
-from coral_hf.training.token_loss import TokenWeights, plain_token_loss
+from coral_hf.training.losses import liger_loss
+from coral_hf.training.losses.token_loss import TokenWeights, plain_token_loss
 
 TESTS = Path(__file__).parent
 CASES = [

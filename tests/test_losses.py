@@ -4,10 +4,10 @@ import torch
 from loss_inputs import HIDDEN, POSITIONS, STEPS, features, make_head, randn
 from torch import Tensor
 
-from coral_hf.groups import Groups
-from coral_hf.training.csra import csra_loss
-from coral_hf.training.losses import regression_loss, router_loss
-from coral_hf.training.token_loss import token_loss
+from coral_hf.heads.groups import Groups
+from coral_hf.training.losses.csra import csra_loss
+from coral_hf.training.losses.losses import regression_loss, router_loss
+from coral_hf.training.losses.token_loss import token_loss
 
 
 def test_regression_is_smooth_l1_averaged_over_channels_and_summed_over_positions():

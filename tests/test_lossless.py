@@ -22,7 +22,6 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria
 from coral_hf import CoralDrafter
 from coral_hf.decoding import verification
 from coral_hf.decoding import verifier as verifier_module
-from coral_hf.decoding.candidate_generator import CoralCandidateGenerator
 from coral_hf.decoding.drawn_tree import DrawnTreeBuilder
 from coral_hf.decoding.loop import DecodingLoop
 from coral_hf.decoding.pace import Always
@@ -33,6 +32,7 @@ from coral_hf.decoding.texts import Texts
 from coral_hf.decoding.tree import TreeShape
 from coral_hf.decoding.verification import token_choice
 from coral_hf.decoding.verifier import Verifier, Walk
+from coral_hf.drafters.coral.drafting import CoralDrafting
 from coral_hf.target import read_target
 
 TREE = {"tree_depth": 4, "tree_top_k": 6, "tree_nodes": 24}
@@ -110,15 +110,15 @@ def chances_of_all_texts(target, drafter, shape, rule=token_choice) -> torch.Ten
     """The chance of each text of `LENGTH` tokens, through drafter, tree, target pass and commit."""
     chances = []
     for text in itertools.product(range(VOCAB), repeat=LENGTH):
-        bound = read_target(target, drafter.config)
+        bound = read_target(target)
         end = PROMPT.shape[1] + LENGTH
         criteria = StoppingCriteriaList([MaxLengthCriteria(end)])
         # a round may look at tokens beyond the text, which no chance depends on
         config = GenerationConfig(do_sample=True)
         texts, records = Texts(PROMPT, LogitsProcessorList(), criteria), Records(config, 1)
         loop = DecodingLoop(
-            CoralCandidateGenerator(drafter, bound),
-            TargetScorer(bound, takes_tree=True),
+            CoralDrafting(drafter, bound),
+            TargetScorer(bound, takes_tree=True, layers=(-1,)),
             texts,
             records,
             config,
@@ -171,9 +171,9 @@ def with_heads(target, drafter, **config):
     """A copy of the drafter with every draft head, none of which has learned anything."""
     drafter = copy.deepcopy(drafter)
     torch.manual_seed(0)
-    drafter.add_router(3, 1, torch.tensor([2, 0, 3, 1]))  # groups of 2, 2 and no tokens
-    drafter.add_frequency_head(torch.tensor([3, 1]))
-    drafter.add_low_rank_head(2, read_target(target, drafter.config).head)
+    drafter.heads.add_router(3, 1, torch.tensor([2, 0, 3, 1]))  # groups of 2, 2 and no tokens
+    drafter.heads.add_frequency_head(torch.tensor([3, 1]))
+    drafter.heads.add_low_rank_head(2, read_target(target).head)
     for name, value in {"is_router_trained": True, "active_mass": None, **config}.items():
         setattr(drafter.config, name, value)
     return drafter

@@ -14,13 +14,13 @@ from test_examples import folder  # noqa: F401  a saved target with its tokenize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coral_hf import CoralDrafter
-from coral_hf.benchmark import BenchmarkSettings, Prompt, Report, run_benchmark
-from coral_hf.benchmark.environment import command_line
-from coral_hf.publishing import CardFacts, make_card, read_results, write_card
-from coral_hf.publishing.card import hub_id
-from coral_hf.publishing.results import check_results
-from coral_hf.training.record import hub_datasets
-from coral_hf.weights_digest import weights_digest
+from coral_hf.hub import CardFacts, make_card, read_results, write_card
+from coral_hf.hub.card import hub_id
+from coral_hf.hub.results import check_results
+from coral_hf.identity import weights_digest
+from coral_hf.measure import BenchmarkSettings, Prompt, Report, run_benchmark
+from coral_hf.measure.environment import command_line
+from coral_hf.training.runs.record import hub_datasets
 
 
 @pytest.fixture(scope="module")
@@ -176,9 +176,9 @@ def test_an_earlier_card_of_ours_keeps_its_license_but_not_its_results(
 
 def test_each_draft_head_and_stage_is_named(drafter):
     drafter = CoralDrafter.from_target(tiny_target("llama", torch.float32))
-    drafter.add_router(num_groups=5, num_active_groups=2)
+    drafter.heads.add_router(num_groups=5, num_active_groups=2)
     drafter.config.is_router_trained, drafter.config.draft_head = True, "routed"
-    drafter.config.training_record = [
+    drafter.training_record = [
         {"stage": "drafter", "recipe": "hass", "weights": {"num_steps": 3, "csra_weight": 0.0}},
         {"stage": "router", "steps": 4, "max_length": 64},
     ]
@@ -207,8 +207,8 @@ def test_metadata_is_yaml_that_begins_the_file(drafter):
 
 def test_an_imported_drafter_says_where_it_comes_from(drafter):
     drafter = deepcopy(drafter)
-    drafter.config.training_record = [{"stage": "import", "source": "org/E", "revision": "0ab"}]
+    drafter.training_record = [{"stage": "import", "source": "org/E", "revision": "0ab"}]
     card = make_card(drafter, CardFacts("org/x")).content
     assert "From [`org/E`](https://huggingface.co/org/E) at `0ab`" in card
-    drafter.config.training_record[0] |= {"source": None, "revision": None}
+    drafter.training_record[0] |= {"source": None, "revision": None}
     assert "which one is not recorded" in make_card(drafter, CardFacts("org/x")).content

@@ -5,16 +5,14 @@ import time
 
 import pytest
 import torch
-from conftest import VOCAB, scatter_weights, tiny_target
+from conftest import VOCAB, as_drafter, scatter_weights, tiny_target
 from test_generate import TheTargetItself
 
 from coral_hf import CoralDrafter
 from coral_hf.decoding.cache import CACHE
 from coral_hf.decoding.costs import PROBES, Costs, Line, MeasuredCosts, Spent, StoredCosts
-from coral_hf.decoding.generate import decoder_of
 from coral_hf.decoding.pace import PATIENCE, Adaptive, choose_pace
 from coral_hf.decoding.tree import TreeBuilder, TreeShape
-from coral_hf.modeling_coral import TREE_DEFAULTS
 
 SHAPE = TreeShape(depth=4, top_k=3, nodes=20)
 PROMPT = torch.tensor([[5, 9, 3, 17, 22, 8]])
@@ -177,13 +175,12 @@ def test_a_drafter_that_knows_the_text_goes_on(target, drafter, monkeypatch):
     text = target.generate(PROMPT, do_sample=False, max_new_tokens=60)
     drafting = TheTargetItself(text)
     monkeypatch.setattr("coral_hf.decoding.pace.MeasuredCosts", lambda _, costs: StoredCosts(costs))
-    settings = {"speculation": "adaptive"}
-    knowing = decoder_of(drafter.config, lambda *_: drafting, TREE_DEFAULTS, settings, None)
     out = target.generate(
         PROMPT,
         do_sample=False,
         max_new_tokens=60,
-        custom_generate=knowing,
+        assistant_model=as_drafter(drafting),
+        speculation="adaptive",
         return_dict_in_generate=True,
     )
     assert torch.equal(out.sequences, text)

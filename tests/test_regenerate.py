@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 from coral_hf import CoralDrafter
 from coral_hf.cli import app
+from coral_hf.identity import seed_of
 from coral_hf.training.data import load_conversations, tokenize
 from coral_hf.training.regeneration.answer_file import open_answers
 from coral_hf.training.regeneration.answers import GumbelNoise, Speaker
 from coral_hf.training.regeneration.regenerate import RegenerationSettings, regenerate
-from coral_hf.training.seeds import seed_of
 
 WORDS = ["hi", "so?", "when and where", "tell me more", "no", "a longer question than most"]
 END = 1  # <end>

@@ -14,7 +14,7 @@ from coral_hf.training.evaluation.replay import (
     replayed_rounds,
     walk,
 )
-from coral_hf.training.unroll import unroll
+from coral_hf.training.steps.unroll import unroll
 
 DEPTH = 4
 CHAIN = {"tree_depth": DEPTH, "tree_top_k": 1, "tree_nodes": DEPTH + 1, "speculation": "always"}
@@ -61,7 +61,7 @@ def drafter(target, texts, tmp_path_factory):
 @torch.no_grad()
 def unrolled(target, drafter, texts):
     """Predictions of all levels (steps, batch, length - 1, hidden), and the target's features."""
-    read = read_target(target, drafter.config)
+    read = read_target(target)
     features = read_features(target, texts, torch.ones_like(texts))
     return unroll(drafter, read.embed(texts[:, 1:]), features[:, :-1], DEPTH), features
 
@@ -82,7 +82,7 @@ def decoded_rounds(target, drafter, prompt, new):
 def test_on_the_targets_own_text_the_rounds_are_those_of_chain_decoding(target, drafter, texts):
     labels = texts.clone()
     labels[:, :4] = -100
-    read = read_target(target, drafter.config)
+    read = read_target(target)
     replayed = replayed_rounds(drafter, read, *unrolled(target, drafter, texts), labels)
     decoded = [decoded_rounds(target, drafter, text[None, :4], 20) for text in texts]
     assert replayed == sum(decoded, [])
@@ -93,7 +93,7 @@ def test_from_every_prefix_a_chain_gets_as_far_as_its_diagonal_says(target, draf
     text = texts[:1]
     predicted, features = unrolled(target, drafter, text)
     trained = torch.ones(1, text.shape[1] - 2, dtype=torch.bool)
-    read = read_target(target, drafter.config)
+    read = read_target(target)
     agreed = agreement(drafter, read, predicted[:, :, :-1], features[:, 1:-1], trained)
     accepted = accepted_chains(agreed)[0].tolist()
     # the root is token t + 1, which the prompt's pass emits; its chain is that of position t
@@ -127,7 +127,7 @@ def test_a_chain_never_runs_into_another_document(target, drafter, texts):
     row = texts[:2].reshape(1, -1)
     labels = row.clone()
     labels[:, [0, 1, 24, 25]] = -100
-    read = read_target(target, drafter.config)
+    read = read_target(target)
     rounds = replayed_rounds(drafter, read, *unrolled(target, drafter, row), labels)
     # of each text the first two tokens and the one of the prompt's pass belong to no round
     assert sum(rounds) == 2 * (24 - 3)
@@ -135,12 +135,12 @@ def test_a_chain_never_runs_into_another_document(target, drafter, texts):
 
 def test_a_routed_heads_first_choices_are_its_best_children(target, drafter):
     routed = CoralDrafter.from_target(target)
-    routed.add_router(7, 2)
-    torch.nn.init.normal_(routed.router.groups.weight)
+    routed.heads.add_router(7, 2)
+    torch.nn.init.normal_(routed.heads.router.groups.weight)
     routed.config.is_router_trained, routed.config.draft_head = True, "routed"
-    read = read_target(target, routed.config)
+    read = read_target(target)
     features = torch.randn(50, 32, dtype=torch.float64)
-    head, root = routed.draft_head(read.head), torch.zeros(1, 1)
+    head, root = routed.heads.bind(read.head), torch.zeros(1, 1)
     with torch.no_grad():
         children = [head.children(row[None, None], root, 1).tokens.item() for row in features]
         assert first_choices(routed, read, features).tolist() == children

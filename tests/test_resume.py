@@ -22,8 +22,8 @@ from transformers import AutoModel, TrainerCallback
 
 import coral_hf
 from coral_hf import CoralDrafter
-from coral_hf.training.run_identity import rows_identity
-from coral_hf.training.run_lock import sole_run
+from coral_hf.training.runs.run_identity import rows_identity
+from coral_hf.training.runs.run_lock import sole_run
 from coral_hf.training.stages import save
 
 TESTS = Path(__file__).parent
@@ -240,8 +240,8 @@ def test_a_run_that_is_over_takes_no_step_more(begun):  # in the middle of its f
     assert all(
         torch.equal(weight, saved[name]) for name, weight in trainer.model.state_dict().items()
     )
-    (entry,) = trainer.model.config.training_record
-    (before,) = CoralDrafter.from_pretrained(begun / "checkpoint-2").config.training_record
+    (entry,) = trainer.model.training_record
+    (before,) = CoralDrafter.from_pretrained(begun / "checkpoint-2").training_record
     assert entry["trained_tokens"] == before["trained_tokens"] > 0
 
 

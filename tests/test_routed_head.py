@@ -7,10 +7,10 @@ import torch
 from head_inputs import HIDDEN, SPLITS, make_head, make_level, make_order, make_router
 from torch import Tensor
 
-from coral_hf.draft_head import FullHead
+from coral_hf.heads.draft_head import FullHead
+from coral_hf.heads.routed_head import RoutedHead
+from coral_hf.heads.router import Router, Routing
 from coral_hf.lm_head import LMHead
-from coral_hf.routed_head import RoutedHead
-from coral_hf.router import Router, Routing
 
 
 def routed(head: LMHead, router: Router, num_active: int, name="shared", **limits) -> RoutedHead:

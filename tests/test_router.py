@@ -5,7 +5,7 @@ import torch
 from head_inputs import make_level, make_router
 from torch import nn
 
-from coral_hf.router import UNUSED, Routing
+from coral_hf.heads.router import UNUSED, Routing
 
 # mass of 4 groups for the 3 rows of a level, and the rows' path probabilities
 MASS = torch.tensor([[[0.6, 0.3, 0.1, 0.0], [0.1, 0.2, 0.7, 0.0], [0.0, 0.1, 0.2, 0.7]]])

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from coral_hf import CoralDrafter
-from coral_hf.benchmark import Prompt, SweepReport, SweepSettings, run_sweep
-from coral_hf.benchmark.calls import Call, Caller
-from coral_hf.benchmark.sweep_summary import batch_rows, context_rows
-from coral_hf.prompt_batch import left_padded
+from coral_hf.measure import Prompt, SweepReport, SweepSettings, run_sweep
+from coral_hf.measure.calls import Call, Caller
+from coral_hf.measure.prompt_batch import left_padded
+from coral_hf.measure.sweep_summary import batch_rows, context_rows
 
 TREE = {"tree_depth": 3, "tree_top_k": 3, "tree_nodes": 8}
 SENTENCES = ["w5 w6 w7", "w9", "w3 w3 w4 w8 w9", "w11 w2", "w7 w7", "w30 w31", "w20 w4"]

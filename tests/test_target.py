@@ -18,15 +18,15 @@ from transformers import (
 from coral_hf import CoralConfig
 from coral_hf.decoding.scoring import TargetScorer
 from coral_hf.decoding.tree import DraftTree
+from coral_hf.drafters.fit import check_target
+from coral_hf.identity import check_tokenizer, tokenizer_hash
 from coral_hf.target import (
     FEATURE,
     Target,
     cache_obstacle,
-    check_tokenizer,
     read_features,
     read_target,
     sliding_windows,
-    tokenizer_hash,
     tree_obstacle,
 )
 
@@ -35,7 +35,7 @@ PARENTS = [0, 0, 0, 0, 1, 1, 2, 3, 4, 4, 8, 10, 9, 11, 12]
 
 
 def bind(model: PreTrainedModel) -> Target:
-    return read_target(model, CoralConfig.from_target(model.config))
+    return read_target(model)
 
 
 def make_text(length: int, seed: int = 0) -> Tensor:
@@ -102,7 +102,7 @@ def test_a_target_of_another_size_raises_and_names_the_field(field, value):
     config = CoralConfig.from_target(tiny_target("llama").config, target_name_or_path="org/model")
     other = tiny_target("llama", **{field: value})
     with pytest.raises(ValueError, match=f"`{field}` of the target is {value}.*org/model"):
-        read_target(other, config)
+        check_target(config, other)
 
 
 def test_a_target_without_an_lm_head_raises():
@@ -116,15 +116,15 @@ def test_a_target_of_several_hidden_states_a_token_raises():
     config = CoralConfig.from_target(model.config)
     model.config.altup_num_inputs = 4  # as Gemma 3n's
     with pytest.raises(ValueError, match="carries 4 hidden states a token"):
-        read_target(model, config)
+        check_target(config, model)
 
 
 def test_a_target_of_another_family_warns_and_one_of_another_name_does_not(caplog):
     config = CoralConfig.from_target(tiny_target("llama").config, target_name_or_path="org/model")
     with caplog.at_level(logging.WARNING):
-        read_target(tiny_target("llama"), config)
+        check_target(config, tiny_target("llama"))
         assert not caplog.records
-        read_target(tiny_target("mistral"), config)
+        check_target(config, tiny_target("mistral"))
     assert "made for a llama target and meets a mistral target" in caplog.text
 
 
@@ -184,7 +184,7 @@ def test_a_target_scores_each_node_as_the_text_that_ends_there_or_names_an_obsta
     model, text, tree = any_target(name), make_text(2 * WINDOW + 3), make_tree()
     if tree_obstacle(model) is not None:
         return
-    scorer = TargetScorer(bind(model), takes_tree=True)
+    scorer = TargetScorer(bind(model), takes_tree=True, layers=(-1,))
     scorer.prefill(text, {"use_cache": True})
     scores = scorer.score(tree)
     for node, seen in enumerate(tree.ancestry()[0]):

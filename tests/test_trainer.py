@@ -14,8 +14,8 @@ from transformers.utils.logging import warning_once
 
 import coral_hf
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
-from coral_hf.training.csra import csra_loss
-from coral_hf.training.objectives import Unrolled
+from coral_hf.training.losses.csra import csra_loss
+from coral_hf.training.steps.objectives import Unrolled
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def test_a_stream_trains_and_its_length_is_not_recorded(target, rows, tmp_path):
     trainer = make_trainer(target, stream, tmp_path, save_strategy="steps", save_steps=2)
     trainer.train()
     saved = CoralDrafter.from_pretrained(tmp_path / "checkpoint-4")
-    (stage,) = saved.config.training_record
+    (stage,) = saved.training_record
     assert stage["rows"] is None and stage["steps"] == 4
 
 
@@ -250,7 +250,7 @@ def test_a_trained_router_becomes_the_drafters_head(target, rows, tmp_path):
     losses = logged(second, "router_loss")
     assert sum(losses[-6:]) < sum(losses[:6])
     for name, tensor in second.model.state_dict().items():
-        assert name.startswith("router.") or torch.equal(tensor, before[name])
+        assert name.startswith("heads.router.") or torch.equal(tensor, before[name])
     second.model.save_pretrained(tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["draft_head"] == "routed" and config["is_router_trained"]
@@ -296,7 +296,7 @@ def test_conversations_are_rendered_by_the_trainer(target, tmp_path):
     )
     # user hello hello end assistant | you hello you end
     assert trainer.train_dataset[0]["labels"] == [-100] * 5 + [6, 5, 6, 4]
-    assert drafter.config.tokenizer_hash == coral_hf.target.tokenizer_hash(tokenizer)
+    assert drafter.config.tokenizer_hash == coral_hf.identity.tokenizer_hash(tokenizer)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "tokenizer.json").exists()
@@ -343,7 +343,7 @@ def test_later_steps_alone_learn_from_csra_when_told_so(target, rows, tmp_path):
     unrolled = Unrolled(torch.randn(3, 5, 32, requires_grad=True), torch.randn(5, 32), [5])
     weights = {"regression_weight": 0.0, "classification_weight": 0.0, "top_k_weight": 1e-9}
     trainer = make_trainer(target, rows, tmp_path, csra_gradient="later_steps", **weights)
-    loss = trainer._losses(trainer.model, unrolled).terms["csra"]
+    loss = trainer._losses(unrolled).terms["csra"]
     (gradient,) = torch.autograd.grad(loss, unrolled.predicted)
     assert gradient[0].eq(0).all() and gradient[1:].abs().sum(-1).gt(0).all()
 
@@ -352,9 +352,7 @@ def test_csra_pulls_to_the_targets_features_when_told_so(target, rows, tmp_path)
     unrolled = Unrolled(torch.randn(3, 5, 32), torch.randn(5, 32), [5])
     trainer = make_trainer(target, rows, tmp_path, csra_positives="steps_and_target")
     expected = csra_loss(unrolled.predicted, 0.07, target=unrolled.target)
-    torch.testing.assert_close(
-        trainer._losses(trainer.model, unrolled).notes["csra_loss"], expected
-    )
+    torch.testing.assert_close(trainer._losses(unrolled).notes["csra_loss"], expected)
 
 
 @pytest.mark.slow

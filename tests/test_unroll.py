@@ -10,14 +10,15 @@ import torch
 from conftest import scatter_weights, tiny_config, tiny_target
 from torch import Tensor
 
-from coral_hf import CoralCandidateGenerator, CoralConfig, CoralDrafter
+from coral_hf import CoralConfig, CoralDrafter
 from coral_hf.decoding.cache import GrowingCache
-from coral_hf.decoding.candidate_generator import CacheContext
 from coral_hf.decoding.tree import TreeShape
-from coral_hf.drafter_layers import CausalContext
+from coral_hf.drafters.coral import CoralDrafting
+from coral_hf.drafters.coral.drafting import CacheContext
+from coral_hf.drafters.coral.layers import CausalContext
 from coral_hf.target import read_features, read_target
-from coral_hf.training.attention import mixed_attention, plain_mixed_attention
-from coral_hf.training.unroll import unroll
+from coral_hf.training.steps.attention import mixed_attention, plain_mixed_attention
+from coral_hf.training.steps.unroll import unroll
 
 BATCH, LENGTH, HIDDEN = 2, 7, 32
 
@@ -144,12 +145,12 @@ def test_the_unroll_ranks_tokens_as_the_tree_does():
     model = tiny_target("llama")
     drafter = CoralDrafter.from_target(model).eval()
     scatter_weights(drafter, seed=3)
-    target = read_target(model, drafter.config)
+    target = read_target(model)
     text = torch.tensor([[5, 9, 3, 17, 22, 8, 30]])
     features = read_features(model, text, torch.ones_like(text))
-    drafting = CoralCandidateGenerator(drafter, target)
+    drafting = CoralDrafting(drafter, target)
     positions = torch.arange(text.shape[1] - 1)[None]
-    drafting.begin(text[:, 1:], features[:, :-1], positions)
+    drafting.begin(text, features[:, :-1], positions)
     chain = drafting.propose(TreeShape(depth=4, top_k=1, nodes=5)).tokens  # (1, 1 + 4)
     assert len(set(chain[0].tolist())) > 2
 

@@ -87,11 +87,11 @@ class Pair:
     def add_heads(self) -> None:
         """A trained router over groups of tokens in any order, and the fixed heads."""
         order = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(1))
-        self.drafter.add_router(4, 1, order)
+        self.drafter.heads.add_router(4, 1, order)
         self.train(stage="router", max_steps=60)
-        self.drafter.add_frequency_head(torch.arange(0, VOCAB, 2))
-        head = read_target(self.target, self.drafter.config).head
-        self.drafter.add_low_rank_head(16, head)
+        self.drafter.heads.add_frequency_head(torch.arange(0, VOCAB, 2))
+        head = read_target(self.target).head
+        self.drafter.heads.add_low_rank_head(16, head)
 
     def save(self, head: str) -> str:
         """The folder of the drafter as one that reads a draft head of this name."""

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_environment import run_jobs, vllm_python
 
 from coral_hf import CoralDrafter, CoralTrainingArguments
-from coral_hf.benchmark import encode, read_prompts
 from coral_hf.checkpoints import export_drafter
+from coral_hf.measure import encode, read_prompts
 from coral_hf.training import stages
 from coral_hf.training.data import load_conversations
 

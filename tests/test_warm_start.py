@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from coral_hf import CoralDrafter
-from coral_hf.target import tokenizer_hash
+from coral_hf.identity import tokenizer_hash
 from coral_hf.training.adapters import lora
 from coral_hf.training.warm_start import from_drafter, from_layer, in_feature_units, warm_start
 
@@ -119,7 +119,7 @@ def other(tokenizer):
     torch.manual_seed(1)
     source = tiny_target("llama", torch.float32, num_hidden_layers=3)
     drafter = CoralDrafter.from_target(source, intermediate_size=40, fc_bias=True)
-    drafter.add_router(4, 2)
+    drafter.heads.add_router(4, 2)
     drafter.config.is_router_trained = True
     drafter.config.draft_head = "routed"
     drafter.config.tokenizer_hash = tokenizer_hash(tokenizer)
@@ -135,8 +135,8 @@ def test_all_of_another_drafter_fits_where_the_vocabulary_is_the_same(target, ot
 def test_a_router_is_left_behind_with_its_vocabulary(other, tokenizer):
     target = tiny_target("llama", torch.float32, vocab_size=VOCAB + 8)
     drafter = from_drafter(target, other, tokenizer)
-    assert drafter.router is None and drafter.config.vocab_size == VOCAB + 8
-    kept = {k: v for k, v in other.state_dict().items() if not k.startswith("router.")}
+    assert drafter.heads.router is None and drafter.config.vocab_size == VOCAB + 8
+    kept = {k: v for k, v in other.state_dict().items() if not k.startswith("heads.router.")}
     assert_same(drafter.state_dict(), kept)
     prompt = torch.tensor([[1, 5, 9]])
     settings = {"do_sample": False, "max_new_tokens": 6, "attention_mask": torch.ones_like(prompt)}
@@ -145,7 +145,7 @@ def test_a_router_is_left_behind_with_its_vocabulary(other, tokenizer):
 
 
 def test_a_router_is_left_behind_without_a_tokenizer_to_compare(target, other):
-    assert from_drafter(target, other).router is None
+    assert from_drafter(target, other).heads.router is None
 
 
 def test_a_drafter_starts_from_a_folder(target, other, tokenizer, tmp_path):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ..modeling_coral import CoralDrafter
+from ..drafters.coral.modeling import CoralDrafter
 from ..target import Target
 from .eagle import EMBEDDINGS, EagleCheckpoint
 

@@ -12,7 +12,7 @@ that config, and what it cannot express. From the engines' own sources: vLLM 0.3
 
 from typing import Any
 
-from ..configuration_coral import CoralConfig
+from ..drafters.coral.configuration import CoralConfig
 
 ENGINES = ("vllm", "sglang", "eagle")
 SIZES = (

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..configuration_coral import CoralConfig
-from ..modeling_coral import CoralDrafter
+from ..drafters.coral.configuration import CoralConfig
+from ..drafters.coral.modeling import CoralDrafter
+from ..drafters.fit import check_target
 from ..target import Target, read_target
 from .copies import scale_embeddings, table_scale
 from .dtypes import read_dtype
@@ -70,7 +71,9 @@ def export_drafter(
     sources = [drafter.name_or_path, config.target_name_or_path]
     sources += [] if target is None else [target.name_or_path]
     check_output(output, overwrite, export_files(engine), sources)
-    bound = None if target is None else read_target(target, config)
+    if target is not None:
+        check_target(config, target)
+    bound = None if target is None else read_target(target)
     hot_tokens = _hot_tokens(drafter, engine, hot_tokens)
     body, left = _body(drafter, hot_tokens)
     has_fc_bias = bool(body["fc.bias"].any()) if "fc.bias" in body else False
@@ -123,8 +126,8 @@ def _hot_tokens(
         return check_hot_tokens(given, drafter.config.vocab_size)
     if engine != "sglang" or drafter.config.draft_head != "frequency":
         return None
-    assert drafter.hot_tokens is not None, "the config says that there is such a head"
-    return drafter.hot_tokens.tolist()
+    assert drafter.heads.hot_tokens is not None, "the config says that there is such a head"
+    return drafter.heads.hot_tokens.tolist()
 
 
 def _body(
@@ -133,7 +136,7 @@ def _body(
     """The tensors of the drafter itself, and the names of its draft heads' that stay behind."""
     state = drafter.state_dict()
     if hot_tokens is not None:
-        state.pop("hot_tokens", None)
+        state.pop("heads.hot_tokens", None)
     body = {name: tensor for name, tensor in state.items() if name.startswith(BODY)}
     return body, sorted(state.keys() - body.keys())
 

@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ..configuration_coral import CoralConfig
+from ..drafters.coral.configuration import CoralConfig
 from .source import CONFIG, read_config
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..modeling_coral import CoralDrafter
+from ..drafters.coral.modeling import CoralDrafter
 from ..target import read_features, read_target
 
 HOT_TOKENS = "hot_tokens.pt"
@@ -39,8 +39,8 @@ def proposal_counts(
     Returns:
         (vocab,), in float64.
     """
-    bound = read_target(target, drafter.config)
-    draft_head = drafter.draft_head(bound.head, head)
+    bound = read_target(target)
+    draft_head = drafter.heads.bind(bound.head, head)
     counts = torch.zeros(drafter.config.vocab_size, dtype=torch.float64)
     for ids in rows:
         ids = ids.to(bound.device)

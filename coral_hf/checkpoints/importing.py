@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..modeling_coral import CoralDrafter
-from ..target import read_target, text_config, tokenizer_hash
+from ..drafters.coral.modeling import CoralDrafter
+from ..identity import tokenizer_hash
+from ..target import read_target, text_config
 from .copies import check_copies, scale_embeddings, table_scale
 from .dtypes import read_dtype
 from .eagle import check_tensors, read_eagle
@@ -45,7 +46,6 @@ def from_eagle(
     revision: str | None = None,
     dtype: str | torch.dtype | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    drafter_class: type[CoralDrafter] = CoralDrafter,
     *,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
@@ -72,15 +72,15 @@ def from_eagle(
     folder = config_folder(source, download)
     _check_sizes(target, read_shape(folder), source)
     checkpoint = read_eagle(weights_folder(source, folder, download))
-    drafter = drafter_class.from_target(target, **checkpoint.shape).to(dtype)
+    drafter = CoralDrafter.from_target(target, **checkpoint.shape).to(dtype)
     check_tensors(checkpoint.tensors, drafter.state_dict(), f"The EAGLE checkpoint {source}")
-    bound = read_target(target, drafter.config)
+    bound = read_target(target)
     check_copies(checkpoint, bound, drafter)
     own_scale = table_scale(bound)
     drafter.load_state_dict(scale_embeddings(checkpoint.tensors, 1 / own_scale))
     if tokenizer is not None:
         drafter.config.tokenizer_hash = tokenizer_hash(tokenizer)
-    drafter.config.training_record = [_origin(source, folder)]
+    drafter.training_record = [_origin(source, folder)]
     return drafter.eval()
 
 

@@ -56,8 +56,8 @@ def compare(
 
     Every other option is one of CoralTrainingArguments, the same for all trials.
     """
-    from ..comparison import Comparison, ComparisonSettings, Trial, search
-    from ..comparison import compare as compare_trials
+    from ..training.comparison import Comparison, ComparisonSettings, Trial, search
+    from ..training.comparison import compare as compare_trials
 
     if keep is not None and (seeds is not None or len(steps) > 1):
         raise typer.BadParameter("`--keep` searches with one seed from one `--steps` on.")

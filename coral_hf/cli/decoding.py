@@ -38,8 +38,8 @@ def generate(
     """Generate with a drafter, streaming the text."""
     from transformers import TextStreamer
 
-    from ..benchmark import Prompt, encode
-    from ..benchmark.prompts import user_message
+    from ..measure import Prompt, encode
+    from ..measure.prompts import user_message
 
     model, tokenizer = load_target(target, dtype)
     asked = {"messages": (user_message(prompt),)} if tokenizer.chat_template else {"text": prompt}

@@ -35,12 +35,7 @@ def features(
     A run that was broken off goes on where it stopped. Train with `coral-hf train --dataset` and
     this folder.
     """
-    from ..training.feature_cache import (
-        CachedFeatures,
-        delete_features,
-        plan_features,
-        write_features,
-    )
+    from ..training.features import CachedFeatures, delete_features, plan_features, write_features
 
     if delete:
         typer.echo(f"Deleted {delete_features(output) / 1e9:.3g} GB in {output}.")

@@ -57,7 +57,7 @@ def compare_heads(
     """
     from rich.console import Console
 
-    from ..head_comparison import HeadComparison, HeadSettings, HeadTrial
+    from ..measure.head_comparison import HeadComparison, HeadSettings, HeadTrial
 
     trials = [HeadTrial.parse(text) for text in trial]
     model, tokenizer = load_target(target, dtype, pad_layers)

@@ -15,7 +15,7 @@ def load_target(name: str, dtype: str, pad_layers: int | None = None, device: st
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
     if pad_layers is not None:
-        from ..benchmark import pad_target
+        from ..measure import pad_target
 
         model = pad_target(model, pad_layers)
     return model.eval(), AutoTokenizer.from_pretrained(name)
@@ -41,7 +41,7 @@ def load_drafter(name: str | None, target):
 
 def load_prompts(paths: list[Path], limit: int | None, last: int | None, user_turn: int) -> list:
     """The prompts of several files, see `read_prompts`."""
-    from ..benchmark import read_prompts
+    from ..measure import read_prompts
 
     files = (read_prompts(path, limit=limit, last=last, user_turn=user_turn) for path in paths)
     return [prompt for prompts in files for prompt in prompts]
@@ -51,7 +51,7 @@ def count_bigrams(dataset: str, hold_out: int, target, tokenizer):
     """A BigramDrafter of the text of conversations, but for the last rows."""
     import torch
 
-    from ..benchmark import BigramDrafter
+    from ..measure import BigramDrafter
     from ..training.data import prepare_dataset
 
     rows = without_last([dataset], hold_out)
@@ -97,7 +97,7 @@ def load_rows(paths: list[str], hold_out: int):
     """Conversations but for the last rows of each dataset, or the rows of a feature cache."""
     import typer
 
-    from ..training.feature_cache import INDEX, CachedFeatures
+    from ..training.features import INDEX, CachedFeatures
 
     cached = [path for path in paths if (Path(path) / INDEX).is_file()]
     if not cached:

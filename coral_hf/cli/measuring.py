@@ -73,7 +73,7 @@ def benchmark(
     """Measure a drafter against plain generation, runs interleaved."""
     from rich.console import Console
 
-    from ..benchmark import BenchmarkSettings, run_benchmark
+    from ..measure import BenchmarkSettings, run_benchmark
 
     model, tokenizer = load_target(target, dtype, pad_layers)
     items = load_prompts(prompts, limit, last, user_turn)
@@ -128,7 +128,7 @@ def sweep(
     """Measure a drafter by batch size and by length of the context."""
     from rich.console import Console
 
-    from ..benchmark import SweepSettings, run_sweep
+    from ..measure import SweepSettings, run_sweep
 
     tree = given(
         draft_head=draft_head,

@@ -31,8 +31,8 @@ def publish(
     revision: Annotated[str | None, typer.Option(help="A branch other than main.")] = None,
 ) -> None:
     """Write a drafter's card and upload both, with the token of `hf auth login` or HF_TOKEN."""
-    from ..publishing import CardFacts
-    from ..publishing import publish as publish_folder
+    from ..hub import CardFacts
+    from ..hub import publish as publish_folder
 
     facts = CardFacts(repo, base_model, license, language or None, dataset or [])
     done = publish_folder(

@@ -37,8 +37,8 @@ def time_heads(
     import torch
     from rich.console import Console
 
-    from ..benchmark import HeadTimingSettings
-    from ..benchmark import time_heads as run
+    from ..measure import HeadTimingSettings
+    from ..measure import time_heads as run
 
     settings = HeadTimingSettings(
         grouping=grouping,
@@ -61,7 +61,7 @@ def time_heads(
 
 def chosen_shapes(names: list[str] | None, vocab_size: int | None, hidden_size: int | None):
     """The shapes that were asked for, by name or by size; None if none was."""
-    from ..benchmark import HEAD_SHAPES, HeadShape
+    from ..measure import HEAD_SHAPES, HeadShape
 
     unknown = [name for name in names or [] if name not in HEAD_SHAPES]
     if unknown:

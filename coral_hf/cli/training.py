@@ -79,7 +79,7 @@ def train(
     """
     from ..training import parse_arguments
     from ..training.adapters import with_adapter
-    from ..training.run_lock import sole_run
+    from ..training.runs.run_lock import sole_run
     from ..training.stages import save
     from ..training.stages import train as train_stages
 
@@ -114,7 +114,7 @@ def _push(folder: Path, args) -> None:
     """Publish what the stages, which push as they go, have become together."""
     from accelerate import PartialState
 
-    from ..publishing import publish
+    from ..hub import publish
 
     if args.push_to_hub and PartialState().is_main_process:
         options = {"private": args.hub_private_repo, "revision": args.hub_revision}
@@ -143,9 +143,9 @@ def _take_heads_away(drafter, stages: list[str], is_given: bool) -> None:
     if not is_given:
         raise typer.BadParameter("--fresh-head is for the heads of a drafter; pass --drafter too.")
     if {"router", "joint"} & set(stages):
-        drafter.remove_router()
+        drafter.heads.remove_router()
     if "low_rank" in stages:
-        drafter.remove_low_rank_head()
+        drafter.heads.remove_low_rank_head()
 
 
 def _lora(drafter: str | None, rank: int | None, alpha: int | None, targets: list[str] | None):
@@ -165,7 +165,7 @@ def _first_drafter(target, tokenizer, drafter: str | None, source: str | None, l
     """The drafter that training starts from, in fp32."""
     import torch
 
-    from ..modeling_coral import CoralDrafter
+    from ..drafters.coral.modeling import CoralDrafter
     from ..training.warm_start import warm_start
 
     if drafter is not None and source is not None:

@@ -23,22 +23,24 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from ..configuration_coral import CoralConfig
-from ..modeling_coral import TREE_DEFAULTS, CoralDrafter
-from ..target import Target, check_tokenizer, position_limit, read_target, sliding_windows
+from ..identity import check_tokenizer
+from ..target import position_limit, read_target, sliding_windows
 from .cache import CACHE, MEMORY, continued_cache, is_users, returned_cache
-from .candidate_generator import CoralCandidateGenerator, DrafterMemory
 from .checks import check_call, longest_text
-from .drafting import Drafting
+from .drafting import family_of, family_options
 from .loop import CoralGenerateOutput, DecodingLoop
 from .pace import choose_pace
 from .records import Records
 from .scoring import TargetScorer, whole_length
-from .settings import DECODING_KEYWORDS, Settings, check_rule, choose_rule, choose_shape
+from .settings import (
+    DECODING_KEYWORDS,
+    TREE_DEFAULTS,
+    Settings,
+    check_rule,
+    choose_rule,
+    choose_shape,
+)
 from .texts import Texts
-
-# keywords of `generate` that are ours
-OWN_KEYWORDS = (*DECODING_KEYWORDS, "draft_head")
 
 
 def install() -> None:
@@ -50,7 +52,7 @@ def install() -> None:
     @functools.wraps(plain)
     def generate(self, *args, **kwargs):
         drafter = _assistant(plain, self, args, kwargs)
-        if not is_coral(drafter):
+        if family_of(drafter) is None:
             return plain(self, *args, **kwargs)
         return _generate_with(plain, drafter, self, args, kwargs)
 
@@ -69,13 +71,7 @@ def is_installed() -> bool:
     return getattr(GenerationMixin.generate, "is_coral_door", False)
 
 
-def is_coral(assistant: object) -> bool:
-    """Whether an assistant is a CORAL drafter, whichever classes it was loaded with."""
-    config = getattr(assistant, "config", None)
-    return getattr(config, "model_type", None) == CoralConfig.model_type
-
-
-def _without_wrapper(drafter: CoralDrafter) -> CoralDrafter:
+def _without_wrapper(drafter: PreTrainedModel) -> PreTrainedModel:
     """The drafter inside of a `PeftModel`, whose adapter acts within its layers."""
     adapters = getattr(drafter, "peft_config", {}).values()
     if any(adapter.is_prompt_learning for adapter in adapters):
@@ -95,7 +91,7 @@ def _assistant(plain: Callable, model: PreTrainedModel, args: tuple, kwargs: dic
 
 
 def _generate_with(
-    plain: Callable, drafter: CoralDrafter, model: PreTrainedModel, args: tuple, kwargs: dict
+    plain: Callable, drafter: PreTrainedModel, model: PreTrainedModel, args: tuple, kwargs: dict
 ):
     """Call plain `generate` with our loop as its decoding method."""
     call = inspect.signature(plain).bind(model, *args, **kwargs).arguments
@@ -112,7 +108,8 @@ def _generate_with(
             "`synced_gpus` is True, but a drafter's rounds differ between ranks; generate on one"
             " rank, or without `assistant_model`."
         )
-    own = {name: call.pop(name) for name in OWN_KEYWORDS if name in call}
+    ours = (*DECODING_KEYWORDS, *family_options())
+    own = {name: call.pop(name) for name in ours if name in call}
     # `generate` hands a callable neither streamer nor tokenizer, so they are bound here
     loop = decoder(drafter, streamer=call.get("streamer"), tokenizer=call.get("tokenizer"), **own)
     call["stopping_criteria"] = _with_stop_strings(call, model.generation_config)
@@ -145,7 +142,7 @@ def _with_stop_strings(call: dict, own: GenerationConfig) -> StoppingCriteriaLis
 
 
 def decoder(
-    drafter: CoralDrafter,
+    drafter: PreTrainedModel,
     streamer: BaseStreamer | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     **settings,
@@ -153,42 +150,34 @@ def decoder(
     """The decoding loop as a callable, for `generate(..., custom_generate=decoder(drafter))`.
 
     Args:
-        drafter: a CORAL drafter of the target, or one in a `PeftModel`.
+        drafter: a drafter of the target, of a family that is registered, or one in a `PeftModel`.
         streamer: gets every token in order.
         tokenizer: of the target, compared with the one the drafter was trained with.
-        settings: `tree_depth`, `tree_top_k`, `tree_nodes`, `speculation`, `draft_head`, and when
-            sampling `verification` ("token", "traversal" or "block") and `drawn_tree`; the
-            drafter's `generation_config` by default.
+        settings: `tree_depth`, `tree_top_k`, `tree_nodes`, `speculation`, and when sampling
+            `verification` ("token", "traversal" or "block") and `drawn_tree`; the drafter's
+            `generation_config` by default. Also the options of the drafter's family, such as
+            CORAL's `draft_head`.
     """
-    unknown = sorted(set(settings) - set(OWN_KEYWORDS))
-    if unknown:
-        raise ValueError(f"Unknown settings {unknown}; use {list(OWN_KEYWORDS)}.")
     drafter = _without_wrapper(drafter)
+    family = family_of(drafter)
+    if family is None:
+        raise ValueError(
+            f"`drafter` is a {type(drafter).__name__}, which is no drafter of a registered family;"
+            " pass a drafter, or call `coral_hf.register_drafting` for its `model_type` first."
+        )
+    unknown = sorted(set(settings) - {*DECODING_KEYWORDS, *family.options})
+    if unknown:
+        raise ValueError(
+            f"Unknown settings {unknown}; use {[*DECODING_KEYWORDS, *family.options]}."
+        )
     if tokenizer is not None:
         check_tokenizer(tokenizer, drafter.config)
-    head = settings.pop("draft_head", None)
-
-    def drafting(target: Target, memory: DrafterMemory | None) -> Drafting:
-        return CoralCandidateGenerator(drafter, target, head, memory=memory)
-
-    own = drafter.generation_config
-    defaults = {name: getattr(own, name, TREE_DEFAULTS.get(name)) for name in DECODING_KEYWORDS}
+    options = {name: settings.pop(name) for name in family.options if name in settings}
+    own = getattr(drafter, "generation_config", None)
+    defaults: Settings = {
+        name: getattr(own, name, TREE_DEFAULTS.get(name)) for name in DECODING_KEYWORDS
+    }
     costs = getattr(own, "draft_costs", None)
-    return decoder_of(drafter.config, drafting, defaults, settings, streamer, costs)
-
-
-def decoder_of(
-    config: CoralConfig,
-    drafting: Callable[[Target, DrafterMemory | None], Drafting],
-    defaults: Settings,
-    settings: Settings,
-    streamer: BaseStreamer | None,
-    costs: dict[str, float] | None = None,
-) -> Callable:
-    """The loop with any `Drafting`; `settings` of the call win over `defaults` of the drafter.
-
-    `costs`: what `autotune` has stored.
-    """
 
     def decode(
         model: PreTrainedModel,
@@ -200,7 +189,7 @@ def decoder_of(
     ) -> Tensor | CoralGenerateOutput:
         do_sample, given = generation_config.do_sample, model_kwargs.get(CACHE)
         check_call(model, input_ids, generation_config, model_kwargs)
-        target = read_target(model, config)
+        target = read_target(model)
         rule = choose_rule(do_sample, defaults, settings)
         shape, takes_tree = choose_shape(model, defaults, settings, rule)
         speculation = settings.get("speculation") or defaults.get("speculation")
@@ -219,9 +208,12 @@ def decoder_of(
         length = whole_length(input_ids, model_kwargs)
         cache = continued_cache(given, input_ids, length)
         limit = position_limit(model)
-        scorer = TargetScorer(target, takes_tree, cache, limit, records.wants, keeps_rows=goes_on)
+        drafting = family.start(drafter, target, memory=getattr(given, MEMORY, None), **options)
+        scorer = TargetScorer(
+            target, takes_tree, drafting.layers, cache, limit, records.wants, keeps_rows=goes_on
+        )
         loop = DecodingLoop(
-            drafting(target, getattr(given, MEMORY, None)),
+            drafting,
             scorer,
             texts,
             records,

@@ -95,7 +95,7 @@ class DecodingLoop:
         if not kept and not self.remembers:
             return
         new = scores.features.shape[1]
-        tokens = torch.cat([prompts[:, prompts.shape[1] - new + 1 :], _column(first, prompts)], 1)
+        tokens = torch.cat([prompts[:, prompts.shape[1] - new :], _column(first, prompts)], 1)
         positions = self.scorer.columns.positions[:, -new:]
         self.drafting.begin(tokens, scores.features, positions)
         self.drop(rows, kept)

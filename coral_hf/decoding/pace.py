@@ -143,7 +143,7 @@ class Adaptive:
         logger.warning_once(
             "Drafting is slower than plain decoding on this machine with this target and drafter;"
             " the rest of the text is decoded plainly, as it will be in other calls where drafting"
-            " does not pay. `drafter.autotune(target, prompts)` finds the tree that pays best;"
+            " does not pay. `autotune(drafter, target, prompts)` finds the tree that pays best;"
             ' `speculation="always"` drafts all the same.'
         )
 

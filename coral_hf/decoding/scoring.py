@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..target import FEATURE, Target, sliding_windows, text_config
+from ..target import Target, sliding_windows, text_config
 from .cache import CACHE, GrowingCache, visible
 from .columns import HIDDEN, Columns, count_positions
 from .tree import DraftTree
@@ -36,6 +36,7 @@ class TargetScorer:
         self,
         target: Target,
         takes_tree: bool,
+        layers: tuple[int, ...],
         cache: GrowingCache | None = None,
         position_limit: int | None = None,
         wants: tuple[str, ...] = (),
@@ -45,12 +46,14 @@ class TargetScorer:
 
         Args:
             takes_tree: whether the target verifies trees, or chains only.
+            layers: which hidden states the drafter reads; see [`coral_hf.decoding.Drafting`].
             position_limit: positions of a target that has a table of them.
             wants: of `"output_hidden_states"` and `"output_attentions"`.
             keeps_rows: whether somebody will ask for the columns of rows that ended early.
         """
         self._target = target
         self._takes_tree = takes_tree
+        self._layers = layers
         self._takes_positions = "position_ids" in signature(target.model.forward).parameters
         self._windows = sliding_windows(target.model)
         self._limit = position_limit
@@ -155,13 +158,15 @@ class TargetScorer:
         if CACHE not in inputs:
             inputs |= {CACHE: self.cache, "use_cache": True}
         wants_all = "output_hidden_states" in self._wants
-        inputs["output_hidden_states"] = wants_all or (FEATURE if with_features else False)
+        layers = self._layers if with_features else ()
+        # newer versions of transformers keep the named states alone, older ones keep them all
+        inputs["output_hidden_states"] = wants_all or (list(layers) if layers else False)
         if "output_attentions" in self._wants:
             inputs["output_attentions"] = True
         outputs = self._target.model(**inputs, return_dict=True)
         return Scores(
             outputs.logits,
-            outputs.hidden_states[FEATURE] if with_features else outputs.logits[..., :0],
+            _beside([outputs.hidden_states[layer] for layer in layers], inputs["input_ids"]),
             outputs.hidden_states if wants_all else (),
             outputs.attentions if "output_attentions" in self._wants else (),
         )
@@ -194,6 +199,13 @@ class TargetScorer:
             nodes = nodes & (positions[..., None] - positions[:, None] < window)
         looks = torch.cat([committed.to(device), nodes], dim=2)
         return visible(looks, self._target.model.dtype)[:, None]
+
+
+def _beside(states: list[Tensor], tokens: Tensor) -> Tensor:
+    """Hidden states (batch, nodes, hidden) of `tokens` side by side; or none, (batch, nodes, 0)."""
+    if not states:
+        return torch.empty(*tokens.shape, 0, device=tokens.device)
+    return states[0] if len(states) == 1 else torch.cat(states, dim=-1)
 
 
 def _positions(seen: Tensor, given: Tensor | None) -> Tensor:

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..modeling_coral import TREE_DEFAULTS
 from ..target import tree_obstacle
 from .texts import Texts
 from .tree import TreeShape
 
 logger = logging.get_logger(__name__)
 
+TREE_DEFAULTS = {"tree_depth": 6, "tree_top_k": 10, "tree_nodes": 60}
 RULES = ("greedy", "token", "traversal", "block")
 TREE_KEYWORDS = tuple(TREE_DEFAULTS)
 RULE_KEYWORDS = ("verification", "drawn_tree")

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..modeling_coral import CoralDrafter
+from ..drafters.coral.modeling import CoralDrafter
 from ..training import CoralTrainer, CoralTrainingArguments
 from ..training.stages import save
 from .budget import BudgetCallback, trainer_arguments

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..benchmark import BenchmarkSettings, Report, pad_target, run_benchmark
+from ..measure import BenchmarkSettings, Report, pad_target, run_benchmark
 from .settings import DemoSettings
 from .show import ACCEPTED_STYLE, accepted_text, results_table
 from .texts import held_out_prompts

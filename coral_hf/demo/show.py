@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..benchmark import Prompt, Report, encode
-from ..benchmark.environment import Environment
-from ..benchmark.summary import OVERALL
-from ..benchmark.tables import decimal, percent
+from ..measure import Prompt, Report, encode
+from ..measure.environment import Environment
+from ..measure.summary import OVERALL
+from ..measure.tables import decimal, percent
 
 ACCEPTED_STYLE = "bold green"
 PROMPT_STYLE = "dim"

@@ -9,8 +9,8 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from ..benchmark import Prompt
-from ..benchmark.prompts import asked_messages
+from ..measure import Prompt
+from ..measure.prompts import asked_messages
 from ..training.data import load_conversations, to_messages
 from .corpus import first_lines, prompt_texts, read_corpus
 from .settings import DemoSettings

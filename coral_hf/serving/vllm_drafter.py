@@ -21,11 +21,11 @@ from vllm.model_executor.models.llama_eagle import EagleLlamaForCausalLM, LlamaM
 from vllm.model_executor.models.utils import maybe_prefix
 
 from ..checkpoints import check_tensors
-from ..configuration_coral import CoralConfig
-from ..draft_head import DraftHead
-from ..head_choice import DraftHeads
+from ..drafters.coral.configuration import CoralConfig
+from ..drafters.coral.modeling import CoralDrafter
+from ..heads.collection import DraftHeads
+from ..heads.draft_head import DraftHead
 from ..lm_head import LMHead
-from ..modeling_coral import CoralDrafter
 
 # family whose embeddings transformers scales inside of the embedding module and vLLM outside
 SCALED_EMBEDDINGS = "gemma"
@@ -88,7 +88,7 @@ class ServedDrafter(EagleLlamaForCausalLM):
             prefix=maybe_prefix(prefix, "model"),
             start_layer_id=target.get_num_layers(vllm_config.parallel_config),
         )
-        self.heads = ServedHeads(config)
+        self.heads = DraftHeads(config)
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self._draft_head: DraftHead | None = None
 
@@ -122,8 +122,9 @@ class ServedDrafter(EagleLlamaForCausalLM):
         check_tensors(tensors, wanted, "The drafter's checkpoint")
         of_layers = {n: t for n, t in tensors.items() if n.startswith(("fc.", "layers."))}
         super().load_weights(of_layers.items())
-        self.heads.load_state_dict({n: t for n, t in tensors.items() if n not in of_layers})
-        self.heads.check_heads()
+        own = {n.removeprefix("heads."): t for n, t in tensors.items() if n not in of_layers}
+        self.heads.load_state_dict(own)
+        self.heads.check()
 
     def _head(self) -> DraftHead:
         """The draft head on the target's, which vLLM hands over after the weights are loaded."""
@@ -132,18 +133,8 @@ class ServedDrafter(EagleLlamaForCausalLM):
             module = self._modules.get("lm_head", self.model.embed_tokens)
             head = VocabHead(module, self.logits_processor, self.config.vocab_size)
             scales = self.config.logit_scale, self.config.logit_softcap
-            self._draft_head = self.heads.draft_head(LMHead(head, *scales))
+            self._draft_head = self.heads.heads.bind(LMHead(head, *scales))
         return self._draft_head
-
-
-class ServedHeads(DraftHeads):
-    """The draft heads of a checkpoint, without its layers."""
-
-    config_class = CoralConfig
-
-    def __init__(self, config: CoralConfig):
-        super().__init__(config)
-        self._make_heads(config)
 
 
 class VocabHead(nn.Module):

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..modeling_coral import CoralDrafter
+from ..drafters.coral.modeling import CoralDrafter
 from ..target import adapter_obstacle
 
 logger = logging.get_logger(__name__)
@@ -122,7 +122,7 @@ def _linear_names(drafter: CoralDrafter) -> list[str]:
     return ["fc", *(name.split(".")[-1] for name in layers)]
 
 
-def check_target(target: PreTrainedModel) -> None:
+def check_target_adapter(target: PreTrainedModel) -> None:
     """Raise a ValueError for a target whose own adapter cannot be followed by a drafter."""
     obstacle = adapter_obstacle(target)
     if obstacle is not None:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..configuration_coral import GROUPINGS
+from ..heads.settings import GROUPINGS
+from .losses.token_loss import TokenWeights
 from .recipes import RECIPES, fill, plain
-from .token_loss import TokenWeights
 
 CHOICES = {
     "stage": ("drafter", "router", "low_rank", "joint"),

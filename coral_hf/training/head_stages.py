@@ -16,13 +16,13 @@ from peft import PeftModel
 from torch import nn
 from transformers.utils import CONFIG_NAME
 
-from ..configuration_coral import CoralConfig
-from ..modeling_coral import CoralDrafter
+from ..drafters.coral.configuration import CoralConfig
+from ..drafters.coral.modeling import CoralDrafter
 from ..target import Target
 from .arguments import MOST_GROUPS, CoralTrainingArguments
 from .grouping import group_order
 
-HEADS = ("router.", "low_rank.")
+HEADS = ("heads.router.", "heads.low_rank.")
 TRAINED_HEADS = {"drafter": (), "router": HEADS[:1], "low_rank": HEADS[1:], "joint": HEADS[:1]}
 FROZEN_DRAFTER = ("router", "low_rank")
 OF_ROUTER = ("num_groups", "num_active_groups", "grouping")
@@ -48,17 +48,17 @@ def add_heads(
     check_head_settings(drafter, args)
     with torch.random.fork_rng([]):
         torch.manual_seed(args.seed)
-        if args.stage in ("router", "joint") and drafter.router is None:
+        if args.stage in ("router", "joint") and drafter.heads.router is None:
             _add_router(drafter, args, target, rows, num_tokens)
-        if args.stage == "low_rank" and drafter.low_rank is None:
-            drafter.add_low_rank_head(args.head_rank or HEAD_RANK, target.head)
+        if args.stage == "low_rank" and drafter.heads.low_rank is None:
+            drafter.heads.add_low_rank_head(args.head_rank or HEAD_RANK, target.head)
 
 
 def _add_router(drafter: CoralDrafter, args: CoralTrainingArguments, target, rows, num_tokens):
     number = args.num_groups or default_groups(drafter.config.vocab_size)
     grouping = args.grouping or GROUPING
     order = group_order(grouping, target, rows, number, args.seed, num_tokens)
-    drafter.add_router(number, args.num_active_groups or max(number // 8, 1), order, grouping)
+    drafter.heads.add_router(number, args.num_active_groups or max(number // 8, 1), order, grouping)
 
 
 def default_groups(vocab_size: int) -> int:
@@ -81,8 +81,8 @@ def check_head_settings(drafter: CoralDrafter | PeftModel, args: CoralTrainingAr
             raise ValueError(
                 f"`{name}` is {given!r}, but the drafter has a head with {own!r}, which this stage"
                 " would train on. Leave it out, or take that head away to get a new one:"
-                " drafter.remove_router() or drafter.remove_low_rank_head(), on the command line"
-                " --fresh-head."
+                " drafter.heads.remove_router() or drafter.heads.remove_low_rank_head(), on the"
+                " command line --fresh-head."
             )
 
 

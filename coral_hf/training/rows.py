@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from .arguments import CoralTrainingArguments
 from .data import pack_dataset, prepare_dataset
 from .data.vocabulary import check_rows
-from .feature_cache import CachedFeatures, Outline
+from .features import CachedFeatures, Outline
 
 
 def training_rows(

@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..modeling_coral import CoralDrafter
-from ..publishing.folder import stale_weights
+from ..drafters.coral.modeling import CoralDrafter
+from ..hub.folder import stale_weights
 from .arguments import CoralTrainingArguments
-from .checkpointing import INCOMPLETE, flush, reason_of, write_error
 from .head_stages import check_head_settings
-from .run_identity import check_vacant
+from .runs.checkpointing import INCOMPLETE, flush, reason_of, write_error
+from .runs.run_identity import check_vacant
 from .trainer import CoralTrainer
 
 

@@ -16,38 +16,28 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
-from ..modeling_coral import CoralDrafter
-from ..target import check_tokenizer, read_target, tokenizer_hash
-from .adapters import check_target, is_adapted, with_adapter
+from ..drafters.coral.modeling import CoralDrafter
+from ..drafters.fit import check_target
+from ..identity import check_tokenizer, tokenizer_hash
+from ..target import read_target
+from .adapters import check_target_adapter, is_adapted, with_adapter
 from .arguments import CoralTrainingArguments
-from .averages import RunningAverages
 from .data import CoralCollator
 from .data.encoding import IGNORED
 from .data.vocabulary import warn_of_other_ends
-from .distributed import (
-    give_back,
-    place_target,
-    set_ddp_defaults,
-    shares_out_weights,
-    trained_copy,
-)
+from .distributed import give_back, place_target, set_ddp_defaults, shares_out_weights, trained_copy
 from .evaluation import Evaluation, PlotCallback, check_best_metric
-from .feature_cache import CachedFeatures
-from .features import Features
-from .guards import FiniteGuard
-from .head_stages import (
-    FROZEN_DRAFTER,
-    add_heads,
-    announced,
-    check_same_groups,
-    choose_trained,
-)
-from .liger_loss import check_liger
-from .noise import FeatureNoise
-from .objectives import Losses, Unrolled, drafter_losses, low_rank_losses, router_losses
-from .publishing import PublishingTrainer
+from .features import CachedFeatures
+from .features.online import Features
+from .head_stages import FROZEN_DRAFTER, add_heads, announced, check_same_groups, choose_trained
+from .losses.liger_loss import check_liger
 from .rows import outline, training_rows
-from .unroll import unroll
+from .runs.averages import RunningAverages
+from .runs.guards import FiniteGuard
+from .runs.publishing import PublishingTrainer
+from .steps.noise import FeatureNoise
+from .steps.objectives import Losses, Unrolled, drafter_losses, low_rank_losses, router_losses
+from .steps.unroll import unroll
 
 TOKENS = "input_ids"  # what `Trainer` counts of a batch
 COLUMNS = ["input_ids", "attention_mask", "labels", "position_ids", "features"]
@@ -93,8 +83,9 @@ class CoralTrainer(PublishingTrainer):
         peft_config: PeftConfig | None = None,
         **kwargs,
     ):
-        self.target = read_target(target_model.eval().requires_grad_(False), model.config)
-        check_target(target_model)
+        check_target(model.config, target_model)
+        self.target = read_target(target_model.eval().requires_grad_(False))
+        check_target_adapter(target_model)
         if args.use_liger_kernel:
             check_liger(args)
         self.features = Features(target_model)
@@ -206,7 +197,7 @@ class CoralTrainer(PublishingTrainer):
             # the items are those of all processes, over which DDP averages once more
             num_processes = self.accelerator.num_processes
         unrolled = self._unroll(model, inputs)
-        losses = self._losses(model, unrolled)
+        losses = self._losses(unrolled)
         loss = sum(losses.terms.values()) * num_processes / num_items
         if model.training:
             self.averages.add(losses.notes, len(unrolled.target))
@@ -226,10 +217,10 @@ class CoralTrainer(PublishingTrainer):
         positions = inputs["position_ids"][:, :-1] if "position_ids" in inputs else None
         features = self.features.of(inputs)
         embeddings = self.target.embed(input_ids[:, 1:])
-        with torch.set_grad_enabled(self._trains_drafter and torch.is_grad_enabled()):
-            read = self.noise.on(features[:, :-1]) if model.training else features[:, :-1]
-            steps = self.evaluation.num_steps(self.drafter)
-            predicted = unroll(model, embeddings, read, steps, positions)
+        read = self.noise.on(features[:, :-1]) if model.training else features[:, :-1]
+        steps = self.evaluation.num_steps(self.drafter)
+        # with gradients on also where only a head learns: DDP prepares its reduction in `forward`
+        predicted = unroll(model, embeddings, read, steps, positions)
         self.evaluation.note(self.drafter, predicted, features, labels)
         predicted = predicted[: self.args.num_steps]
         # position t predicts feature t + 1, whose token is t + 2; the last is beyond the text
@@ -238,20 +229,21 @@ class CoralTrainer(PublishingTrainer):
         lengths = _lengths(trained, positions)
         return Unrolled(predicted[:, trained], features[:, 1:][trained], lengths)
 
-    def _losses(self, model, unrolled: Unrolled) -> Losses:
+    def _losses(self, unrolled: Unrolled) -> Losses:
         head, stage = self.target.head, self.args.stage
-        # heads run through the model: wrappers see to the gradients of what is in its forward
         if stage == "low_rank":
-            squeezed = model(None, unrolled.predicted, head="low_rank")
+            low_rank = self.drafter.heads.low_rank
+            assert low_rank is not None, "the stage has added one"
+            squeezed = low_rank(unrolled.predicted)
             return low_rank_losses(unrolled._replace(predicted=squeezed), head)
         losses = Losses({}, {})
         if self._trains_drafter:
             losses = drafter_losses(unrolled, self.args, head)
         if stage == "drafter":
             return losses
-        log_mass = model(None, unrolled.predicted)  # (steps, positions, groups)
-        router = self.drafter.router
+        router = self.drafter.heads.router
         assert router is not None, "the stage has added one"
+        log_mass = router(unrolled.predicted)  # (steps, positions, groups)
         groups = router.groups_of(self.drafter.config.vocab_size)
         weight = self.args.router_weight if stage == "joint" else 1.0
         return losses + router_losses(log_mass, unrolled.target, head, groups, weight)

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
 from ..checkpoints import check_tensors, from_eagle, read_config, source_folder
-from ..configuration_coral import CoralConfig
-from ..modeling_coral import CoralDrafter
-from ..target import text_config, tokenizer_hash
+from ..drafters.coral.configuration import CoralConfig
+from ..drafters.coral.modeling import CoralDrafter
+from ..identity import tokenizer_hash
+from ..target import text_config
 from .adapters import is_adapted
 
 LAYER = "layer"
@@ -79,7 +80,7 @@ def from_drafter(
     shape = {name: getattr(other.config, name) for name in ("hidden_size", *OWN_SHAPE)}
     drafter = _fresh(target, shape, other.name_or_path or "that was passed")
     if keeps_heads:
-        drafter.adopt_heads(other.config)
+        drafter.heads.adopt(other.config)
     kept = drafter.state_dict().keys()
     drafter.load_state_dict({k: v for k, v in other.state_dict().items() if k in kept})
     return drafter

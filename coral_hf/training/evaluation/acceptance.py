@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from ...configuration_coral import max_positions
-from ...modeling_coral import TREE_DEFAULTS, CoralDrafter
-from ...target import Target, text_config
+from ...decoding.settings import TREE_DEFAULTS
+from ...drafters.coral.modeling import CoralDrafter
+from ...target import Target, max_positions, text_config
 from ..arguments import CoralTrainingArguments
 from ..data.encoding import IGNORED
 from .replay import replayed_rounds

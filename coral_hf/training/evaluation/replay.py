@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...modeling_coral import CoralDrafter
-from ...routed_head import RoutedHead
+from ...drafters.coral.modeling import CoralDrafter
+from ...heads.routed_head import RoutedHead
 from ...target import Target
 from ..data.encoding import IGNORED
 
@@ -81,7 +81,7 @@ def first_choices(drafter: CoralDrafter, target: Target, features: Tensor) -> Te
 
     A level of a chain has one node, so each row reads what it wants itself.
     """
-    head = drafter.draft_head(target.head)
+    head = drafter.heads.bind(target.head)
     if isinstance(head, RoutedHead):
         head = head.by_row()
     features = features[None].to(drafter.dtype)  # (1, rows, hidden)

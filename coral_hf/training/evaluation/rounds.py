@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...modeling_coral import CoralDrafter
-from ...prompt_batch import left_padded
+from ...drafters.coral.modeling import CoralDrafter
+from ...measure.prompt_batch import left_padded
 from ...target import Target, tree_obstacle
 
 

@@ -8,8 +8,8 @@ groups that it wants itself, so this is the router alone, without what a tree's 
 import torch
 from torch import Tensor
 
-from ...modeling_coral import CoralDrafter
-from ...router import UNUSED, Routing
+from ...drafters.coral.modeling import CoralDrafter
+from ...heads.router import UNUSED, Routing
 from ...target import Target
 
 CHUNK = 128  # positions whose logits are held at a time
@@ -67,9 +67,9 @@ def _held(drafter: CoralDrafter, target: Target, predicted: Tensor, probs: Tenso
         predicted: (positions, hidden).
         probs: (positions, vocab), the target's.
     """
-    assert drafter.router is not None, "whoever counts has looked"
-    groups = drafter.router.groups_of(probs.shape[-1])
-    log_mass = drafter.router(predicted.to(drafter.dtype))[None, :, : groups.filled]
+    assert drafter.heads.router is not None, "whoever counts has looked"
+    groups = drafter.heads.router.groups_of(probs.shape[-1])
+    log_mass = drafter.heads.router(predicted.to(drafter.dtype))[None, :, : groups.filled]
     routing = Routing.of(drafter.config).by_row()
     chosen = routing.choose(log_mass, log_mass.new_zeros(log_mass.shape[:2]))[0]
     # (positions, groups + 1), the last for slots that read nothing

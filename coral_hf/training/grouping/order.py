@@ -11,7 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from ...groups import Groups, check_order
+from ...heads.groups import Groups, check_order
 from ...target import Target, text_config
 from .coactivation import coactivation_groups
 from .frequency import MAX_TOKENS, most_frequent_first, token_counts

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ...lm_head import execution_device
 from ...target import Target, text_config
 from ..data import CoralCollator
-from ..features import Features
+from ..features.online import Features
 
 # in what these leave out, a real target's tokens are too improbable to be drafted
 TOP_K = 64

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..files import JsonLines, keep_settings, sole_writer
+from ..runs.files import JsonLines, keep_settings, sole_writer
 
 
 class AnswerFile:

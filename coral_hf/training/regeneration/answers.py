@@ -22,7 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ...prompt_batch import left_padded
+from ...measure.prompt_batch import left_padded
 
 # instead of what a target's own generation config may hold, which would change its distribution
 PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}

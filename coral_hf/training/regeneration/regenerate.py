@@ -17,11 +17,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ...configuration_coral import max_positions
-from ...target import text_config, tokenizer_hash
-from ...weights_digest import identify, weights_digest
+from ...identity import identify, seed_of, tokenizer_hash, weights_digest
+from ...target import max_positions, text_config
 from ..data.vocabulary import warn_of_other_ends
-from ..seeds import seed_of
 from .answer_file import AnswerFile, open_answers
 from .answers import Speaker
 from .dialogue import Dialogue, Passage, open_row

@@ -1,0 +1,1 @@
+"""Families of drafters, a file or a folder each: config, model, and its `Drafting`."""

@@ -1,0 +1,153 @@
+"""A drafter that needs no training: a bigram table, counted on text.
+
+In: token ids of some text. Out: a BigramDrafter, whose trees have the shape of the learned
+drafter's and cost next to nothing. What it reaches, a learned drafter has to beat.
+
+    text           a b a c a b        after "a": b twice, c once
+    successors[a]  b, c               log_probs[a]  log 2/3, log 1/3
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from ..decoding.drafting import Warp, register_drafting
+from ..decoding.tree import DraftTree, TreeBuilder, TreeShape, root_only
+from ..target import Target, text_config
+
+# a token that was never seen before another one counts as this part of an occurrence
+UNSEEN_WEIGHT = 1e-3
+
+
+class BigramConfig(PreTrainedConfig):
+    """Configuration of a [`BigramDrafter`].
+
+    Args:
+        vocab_size: of the target.
+        top_k: successors that are kept of each token.
+    """
+
+    model_type = "coral_bigram"
+
+    vocab_size: int = 32000
+    top_k: int = 10
+
+
+class BigramDrafter(PreTrainedModel):
+    """The most frequent successors of each token, best first.
+
+    Example:
+
+    ```python
+    >>> drafter = BigramDrafter.from_texts(texts, vocab_size=target.config.vocab_size)
+    >>> target.generate(**inputs, assistant_model=drafter)
+    ```
+    """
+
+    config_class = BigramConfig
+    config: BigramConfig
+    base_model_prefix = "model"
+    successors: Tensor  # (vocab, top_k), distinct in each row
+    log_probs: Tensor  # (vocab, top_k)
+
+    def __init__(self, config: BigramConfig):
+        super().__init__(config)
+        shape = config.vocab_size, config.top_k
+        self.register_buffer("successors", torch.zeros(shape, dtype=torch.long))
+        self.register_buffer("log_probs", torch.zeros(shape))
+        self.post_init()
+
+    @classmethod
+    def from_texts(
+        cls, texts: Iterable[Tensor], vocab_size: int, top_k: int = 10
+    ) -> "BigramDrafter":
+        """Count the pairs of neighbours in `texts`, each (length,) of token ids.
+
+        Where fewer than `top_k` successors were seen, the most frequent tokens of all fill up.
+        """
+        texts = [text.long() for text in texts]
+        seen = torch.cat([pair_codes(text[:-1], text[1:], vocab_size) for text in texts])
+        frequent = torch.cat(texts).bincount(minlength=vocab_size).topk(top_k).indices
+        every = torch.arange(vocab_size)
+        filling = pair_codes(every[:, None], frequent, vocab_size).flatten()  # (vocab * top_k,)
+        weights = torch.cat([torch.ones(len(seen)), torch.full((len(filling),), UNSEEN_WEIGHT)])
+        drafter = cls(BigramConfig(vocab_size=vocab_size, top_k=top_k)).eval()
+        pairs = best_pairs(torch.cat([seen, filling]), weights, vocab_size, top_k)
+        drafter.successors, drafter.log_probs = pairs
+        return drafter
+
+
+class BigramDrafting:
+    """The drafting side of one call: all that it remembers is the last token."""
+
+    layers: tuple[int, ...] = ()
+    _root: Tensor  # (batch,)
+
+    def __init__(self, drafter: BigramDrafter, target: Target, memory: None = None) -> None:
+        if drafter.config.vocab_size != text_config(target.model).vocab_size:
+            raise ValueError(
+                f"The bigram table has {drafter.config.vocab_size} tokens, the target"
+                f" {text_config(target.model).vocab_size}; count it with the target's tokenizer."
+            )
+        self.table = [part.to(target.device) for part in (drafter.successors, drafter.log_probs)]
+
+    def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
+        """See [`coral_hf.decoding.drafting.Drafting`]."""
+        self._root = tokens[:, -1]
+
+    def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
+        """See [`coral_hf.decoding.drafting.Drafting`]."""
+        self._root = tokens.gather(1, counts[:, None] - 1)[:, 0]
+
+    def select(self, rows: Tensor) -> None:
+        """See [`coral_hf.decoding.drafting.Drafting`]."""
+        self._root = self._root[rows]
+
+    def memory(self) -> None:
+        """See [`coral_hf.decoding.drafting.Drafting`]."""
+
+    def propose(self, shape: TreeShape, warp: Warp | None = None) -> DraftTree:
+        """The most probable paths of the bigram chain below the last certain token."""
+        if shape.depth == 0 or shape.nodes == 1:
+            return root_only(self._root)
+        builder, tokens = TreeBuilder(self._root, shape), self._root[:, None]  # (batch, beam)
+        successors, log_probs = (part[:, : shape.top_k] for part in self.table)
+        for _ in range(shape.depth):
+            beam = builder.add_level(successors[tokens], log_probs[tokens])
+            if not builder.is_worth_more(beam):
+                break
+            tokens = beam.tokens
+        return builder.build()
+
+
+def pair_codes(first: Tensor, second: Tensor, vocab_size: int) -> Tensor:
+    """One number for each pair of tokens, of the broadcast shape of both."""
+    return first * vocab_size + second
+
+
+def best_pairs(
+    codes: Tensor, weights: Tensor, vocab_size: int, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """The heaviest successors of each token and their log-probabilities, (vocab, top_k) each.
+
+    Args:
+        codes: (pairs,), at least `top_k` different ones for each first token.
+        weights: (pairs,), summed over equal codes.
+    """
+    codes, index = codes.unique(return_inverse=True)
+    weights = torch.zeros(len(codes)).index_add_(0, index, weights)
+    heaviest = weights.argsort(descending=True, stable=True)
+    order = heaviest[(codes[heaviest] // vocab_size).argsort(stable=True)]  # by first token
+    codes, weights = codes[order], weights[order]
+    first = codes // vocab_size
+    starts = torch.searchsorted(first, torch.arange(vocab_size))
+    best = starts[:, None] + torch.arange(top_k)  # (vocab, top_k)
+    totals = torch.zeros(vocab_size).index_add_(0, first, weights)
+    return codes[best] % vocab_size, (weights[best] / totals[:, None]).log()
+
+
+AutoConfig.register(BigramConfig.model_type, BigramConfig, exist_ok=True)
+AutoModel.register(BigramConfig, BigramDrafter, exist_ok=True)
+register_drafting(BigramConfig.model_type, BigramDrafting)

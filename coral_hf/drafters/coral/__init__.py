@@ -1,0 +1,14 @@
+"""CORAL's drafter: configuration → layers → modeling → drafting; registered on import."""
+
+from transformers import AutoConfig, AutoModel
+
+from ...decoding.drafting import register_drafting
+from .configuration import CoralConfig
+from .drafting import CoralDrafting
+from .modeling import CoralDrafter
+
+AutoConfig.register(CoralConfig.model_type, CoralConfig, exist_ok=True)
+AutoModel.register(CoralConfig, CoralDrafter, exist_ok=True)
+register_drafting(CoralConfig.model_type, CoralDrafting, options=("draft_head",))
+
+__all__ = ["CoralConfig", "CoralDrafter", "CoralDrafting"]

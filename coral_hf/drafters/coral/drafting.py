@@ -1,0 +1,253 @@
+"""The drafting side of a call: the drafter, its cache, and the trees it proposes.
+
+In: tokens that are certain and the target's features of them. Out: a `DraftTree` a round. The loop
+knows a drafter by the protocol `Drafting` and nothing else.
+
+    certain tokens       x0       x1       x2       x3
+    target features      f0       f1       f2
+    begin reads          (x1,f0)  (x2,f1)  (x3,f2)        the last output, f̂3, gives level 1
+    a level reads        (node, its parent's f̂)           and gives the next level
+"""
+
+import weakref
+from copy import deepcopy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...decoding.cache import GrowingCache
+from ...decoding.columns import HIDDEN, Columns
+from ...decoding.drafting import Warp
+from ...decoding.drawn_tree import DrawnTreeBuilder, plan_levels
+from ...decoding.tree import Beam, DraftTree, TreeBuilder, TreeShape, root_only
+from ...heads.draft_head import Children
+from ...target import FEATURE, Target
+from ..fit import check_target
+from .modeling import CoralDrafter
+
+
+class DrafterMemory(NamedTuple):
+    """What a drafter has read of texts that may go on: it travels with the target's cache."""
+
+    drafter: weakref.ref
+    cache: GrowingCache
+    columns: Columns
+
+    def __reduce__(self) -> tuple:
+        """A cache is saved without it: where it is loaded, the drafter is another object."""
+        return type(None), ()
+
+    def __deepcopy__(self, memo: dict) -> "DrafterMemory":
+        return DrafterMemory(self.drafter, deepcopy(self.cache, memo), deepcopy(self.columns, memo))
+
+    def fits(self, drafter: CoralDrafter, positions: Tensor) -> bool:
+        """Whether a text at (batch, length) `positions` goes on where this one ends."""
+        ends = self.columns.next_positions
+        return (
+            self.drafter() is drafter
+            and len(ends) == len(positions)
+            and bool((ends.to(positions.device) == positions[:, 0]).all())
+        )
+
+
+class CacheContext:
+    """A drafter's own cache as the context of its steps."""
+
+    def __init__(self, cache: GrowingCache):
+        self.cache = cache
+        # (batch, 1, length, rows so far + length), True where a query may look
+        self.mask: Tensor | None = None
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See [`coral_hf.drafters.coral.layers.Context`]."""
+        is_prompt = self.mask is None and query.shape[2] > 1
+        keys, values = self.cache.update(key, value, layer_idx)
+        return F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=self.mask, is_causal=is_prompt, enable_gqa=True
+        )
+
+
+class CoralDrafting:
+    """Drafts for one call of `generate` with a [`CoralDrafter`].
+
+    Args:
+        drafter: shared by calls; all state of this call is here.
+        target: what the drafter reads of its target.
+        draft_head: one of `DRAFT_HEADS`; the drafter's own choice by default.
+        memory: of an earlier call; left aside where the text does not go on from it.
+
+    Example:
+
+    ```python
+    >>> drafting = CoralDrafting(drafter, read_target(target))
+    >>> drafting.begin(tokens, features)
+    >>> tree = drafting.propose(TreeShape(depth=6, top_k=10, nodes=60))
+    ```
+    """
+
+    layers: tuple[int, ...] = (FEATURE,)
+    _root: Tensor  # (batch,), the last certain token
+    _feature: Tensor  # (batch, 1, hidden), predicted for the root's position
+    _columns: Columns  # of the drafter's cache
+
+    def __init__(
+        self,
+        drafter: CoralDrafter,
+        target: Target,
+        memory: DrafterMemory | None = None,
+        draft_head: str | None = None,
+    ):
+        check_target(drafter.config, target.model)
+        self.drafter = drafter
+        self.target = target
+        self.head = drafter.heads.bind(target.head, draft_head)
+        self._memory = memory
+        self._start(batch=1)
+
+    def _start(self, batch: int) -> None:
+        self._context = CacheContext(GrowingCache(self.drafter.config.num_hidden_layers))
+        self._columns = Columns(batch, self.drafter.fc.weight.device)
+
+    def memory(self) -> DrafterMemory:
+        """What was read so far, for a call that goes on with the same texts."""
+        return DrafterMemory(weakref.ref(self.drafter), self._context.cache, self._columns)
+
+    def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
+        """See [`coral_hf.decoding.drafting.Drafting`]."""
+        device = self.drafter.fc.weight.device
+        # each feature is read with the token after it
+        tokens, positions = tokens[:, 1:].to(device), positions.to(device)
+        if self._memory is None or not self._memory.fits(self.drafter, positions):
+            self._start(len(tokens))
+        else:
+            self._context, self._columns = CacheContext(self._memory.cache), self._memory.columns
+            self._context.cache.truncate(self._columns.width)  # a call may have broken off
+        mask = None  # a prompt without padding is plainly causal
+        seen = positions != HIDDEN
+        if self._columns.width or not seen.all():
+            length = seen.shape[1]
+            causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+            itself = torch.eye(length, dtype=torch.bool, device=device)  # padding sees something
+            mask = self._mask(positions, causal & seen[:, None] | itself)
+        predicted = self._step(tokens, features, positions.clamp(min=0), mask)
+        self._columns.append(positions)
+        self._root, self._feature = tokens[:, -1], predicted[:, -1:]
+
+    def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
+        """See [`coral_hf.decoding.drafting.Drafting`]."""
+        # prompts may stay on the CPU, and a target's last layer may be on another device
+        device = self.drafter.fc.weight.device
+        tokens, counts = tokens.to(device), counts.to(device)
+        columns, new = self._columns, tokens.shape[1]
+        steps = torch.arange(new, device=device)
+        positions = columns.next_positions[:, None] + steps  # (batch, new)
+        causal = (steps <= steps[:, None]).expand(len(tokens), -1, -1)
+        # a lone row sees all there is
+        is_plain = new == 1 and columns.is_dense
+        mask = None if is_plain else self._mask(positions, causal)
+        predicted = self._step(tokens, features, positions, mask)
+        source, destination = columns.width + steps, columns.destinations(new)
+        columns.commit(counts)
+        self._context.cache.keep(source.expand(len(tokens), -1), destination, columns.width)
+        last = counts - 1
+        self._root = tokens.gather(1, last[:, None])[:, 0]
+        index = last[:, None, None].expand(-1, -1, predicted.shape[2])
+        self._feature = predicted.gather(1, index)
+
+    def select(self, rows: Tensor) -> None:
+        """See [`coral_hf.decoding.drafting.Drafting`]."""
+        rows = rows.to(self._root.device)
+        self._columns.select(rows)
+        self._context.cache.batch_select_indices(rows)
+        self._context.cache.truncate(self._columns.width)
+        self._root, self._feature = self._root[rows], self._feature[rows]
+
+    def _mask(self, positions: Tensor, seen: Tensor) -> Tensor:
+        """What queries see: (batch, 1, queries, columns + new), True where they may look.
+
+        Args:
+            positions: (batch, queries).
+            seen: (batch, queries, new), among the rows behind the committed columns.
+        """
+        return torch.cat([self._columns.looks(positions), seen], dim=2)[:, None]
+
+    def propose(self, shape: TreeShape, warp: Warp | None = None) -> DraftTree:
+        """See [`coral_hf.decoding.drafting.Drafting`]. EAGLE-2's dynamic tree, or a drawn one."""
+        if shape.depth == 0 or shape.nodes == 1:
+            return root_only(self._root)
+        tree = self._choose(shape) if warp is None else self._draw(shape, warp)
+        self._context.cache.truncate(self._columns.width)
+        return tree
+
+    def _draw(self, shape: TreeShape, warp: Warp) -> DraftTree:
+        """A tree of draws without replacement among siblings."""
+        builder, features = DrawnTreeBuilder(self._root), self._feature
+        seen = self._root.new_zeros(len(self._root), 1, 0, dtype=torch.bool)  # as in `_choose`
+        for depth, level in enumerate(plan_levels(shape)):
+            beam = builder.best(level.families)
+            if depth > 0:
+                seen = self._see_itself(seen, beam, is_first=depth == 1)
+                features = self._expand(beam, features, seen, depth - 1)
+            logits = self.head.logits(features, beam.log_path)  # (batch, families, vocab)
+            probs = warp(logits.flatten(0, 1)).softmax(-1).view_as(logits)
+            builder.draw(probs, level.children)
+        return builder.build()
+
+    def _choose(self, shape: TreeShape) -> DraftTree:
+        """The most confident nodes (Li et al. 2024, sections 4.1 and 4.2)."""
+        builder = TreeBuilder(self._root, shape)
+        features = self._feature
+        log_path = features.new_zeros(features.shape[:2], dtype=torch.float32)
+        beam = builder.add_level(*self._children(features, log_path, shape))
+        # (batch, beam, tree rows)
+        seen = beam.tokens.new_zeros(*beam.tokens.shape, 0, dtype=torch.bool)
+        for depth in range(1, shape.depth):
+            if not builder.is_worth_more(beam):
+                break
+            seen = self._see_itself(seen, beam, is_first=depth == 1)
+            features = self._expand(beam, features, seen, depth - 1)
+            beam = builder.add_level(*self._children(features, beam.log_path, shape))
+        return builder.build()
+
+    def _children(self, features: Tensor, log_path: Tensor, shape: TreeShape) -> Children:
+        """Of each beam node: features (batch, beam, hidden), log-confidences (batch, beam)."""
+        top_k = min(shape.top_k, self.drafter.config.vocab_size)
+        return self.head.children(features, log_path, top_k)
+
+    @staticmethod
+    def _see_itself(seen: Tensor, beam: Beam, is_first: bool) -> Tensor:
+        """Which tree rows each new beam node sees: those its parent sees, and itself.
+
+        (batch, parents, rows) → (batch, beam, rows + beam)
+        """
+        batch, width = beam.tokens.shape
+        itself = torch.eye(width, dtype=torch.bool, device=seen.device).expand(batch, -1, -1)
+        if is_first:  # the parents are the root, which is no tree row
+            return itself
+        inherited = seen.gather(1, beam.parents[..., None].expand(-1, -1, seen.shape[2]))
+        return torch.cat([inherited, itself], dim=2)
+
+    def _expand(self, beam: Beam, features: Tensor, seen: Tensor, depth: int) -> Tensor:
+        """One drafter step over the beam: (batch, beam, hidden) features that its nodes predict."""
+        parents = beam.parents[..., None].expand(-1, -1, features.shape[2])
+        positions = (self._columns.next_positions + depth)[:, None]  # (batch, 1)
+        mask = self._mask(positions.expand(seen.shape[:2]), seen)
+        return self._step(beam.tokens, features.gather(1, parents), positions, mask)
+
+    def _step(
+        self, tokens: Tensor, features: Tensor, positions: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """One drafter step: what it predicts after each token, (batch, new, hidden).
+
+        Args:
+            tokens: (batch, new).
+            features: (batch, new, hidden), before each token.
+            positions: (batch, new) or (batch, 1).
+            mask: (batch, 1, new, columns + new), True where a token may look; None: all before it.
+        """
+        device = self.drafter.fc.weight.device
+        self._context.mask = mask
+        embeddings = self.target.embed(tokens).to(device)
+        return self.drafter(embeddings, features.to(device), positions, self._context)

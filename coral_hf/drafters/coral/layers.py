@@ -1,0 +1,112 @@
+"""The layers of a drafter: Llama's, with attention over whatever a context holds.
+
+In: hidden states, rotary positions, a context (a cache in decoding, past steps in training). Out:
+hidden states of the same shape.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
+
+from .configuration import CoralConfig
+
+
+class Context(Protocol):
+    """What a drafter step attends to beside itself: a cache in decoding, past steps in training."""
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of this step's queries over the context and this step's own keys and values.
+
+        Args:
+            query: (batch, heads, length, head_dim).
+            key, value: (batch, kv_heads, length, head_dim).
+
+        Returns:
+            (batch, heads, length, head_dim).
+        """
+        ...
+
+
+class CausalContext:
+    """No context: each position sees itself and the positions before it."""
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See [`Context`]."""
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+class CoralAttention(nn.Module):
+    """Grouped-query attention with rotary positions over whatever the context holds."""
+
+    def __init__(self, config: CoralConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        assert config.head_dim and config.num_key_value_heads, "the config fills these in"
+        self.head_dim = config.head_dim
+        width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, context: Context) -> Tensor:
+        """(batch, length, hidden) → the same; `cos`, `sin`: (batch or 1, 1, length, rotary_dim)."""
+        query = rotate(self._heads(self.q_proj(hidden)), cos, sin)
+        key = rotate(self._heads(self.k_proj(hidden)), cos, sin)
+        attended = context.attend(self.layer_idx, query, key, self._heads(self.v_proj(hidden)))
+        return self.o_proj(attended.transpose(1, 2).flatten(-2))
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        """(batch, length, heads * head_dim) → (batch, heads, length, head_dim)."""
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary positions to the first rotary_dim channels.
+
+    `states`: (batch, heads, length, head_dim); `cos`, `sin`: (batch or 1, 1, length, rotary_dim).
+    """
+    rotary_dim = cos.shape[-1]
+    if rotary_dim == states.shape[-1]:
+        return states * cos + rotate_half(states) * sin
+    turned, passed = states[..., :rotary_dim], states[..., rotary_dim:]
+    return torch.cat([turned * cos + rotate_half(turned) * sin, passed], dim=-1)
+
+
+class CoralMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: CoralConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(batch, length, hidden) → the same."""
+        return self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class CoralLayer(GradientCheckpointingLayer):
+    """A Llama-style decoder layer; the first one has no input norm, as in EAGLE-1."""
+
+    def __init__(self, config: CoralConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = CoralAttention(config, layer_idx)
+        self.mlp = CoralMLP(config)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if layer_idx > 0:
+            self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, context: Context) -> Tensor:
+        """(batch, length, hidden) → the same."""
+        normed = self.input_layernorm(hidden) if self.self_attn.layer_idx > 0 else hidden
+        hidden = hidden + self.self_attn(normed, cos, sin, context)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))

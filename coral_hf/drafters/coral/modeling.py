@@ -1,0 +1,231 @@
+"""The CORAL drafter: one step, (next token, feature) → predicted next feature.
+
+EAGLE-1's shape (Li et al. 2024): `fc` on [embedding; feature], one Llama-style decoder layer
+without an input norm, no final norm; the embeddings and the LM head are the target's and are not
+held here.
+
+    position          0        1        2        3
+    token             x0       x1       x2       x3
+    target feature    f0       f1       f2       f3          f_i has read x_0 … x_i
+    drafter reads              (x1,f0)  (x2,f1)  (x3,f2)     at positions 0, 1, 2
+    and predicts               f̂1       f̂2       f̂3          whose logits are for x2, x3, x4
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import cached_file
+
+from ...atomic import write_json
+from ...decoding.settings import TREE_DEFAULTS
+from ...heads.collection import DraftHeads
+from ...lm_head import execution_device
+from ..publisher import publisher
+from .configuration import CoralConfig
+from .layers import CausalContext, Context, CoralLayer
+
+TRAINING_RECORD = "training_record.json"  # beside the weights
+
+
+class CoralDrafter(PreTrainedModel, GenerationMixin):
+    """A light model that predicts a target's next features, for the target's own LM head to read.
+
+    Example:
+
+    ```python
+    >>> drafter = CoralDrafter.from_target(target)  # fresh; train it with CoralTrainer
+    >>> drafter = AutoModel.from_pretrained("org/coral-llama3")  # or load a trained one
+    >>> target.generate(**inputs, assistant_model=drafter)
+    ```
+    """
+
+    config_class = CoralConfig
+    config: CoralConfig
+    base_model_prefix = "model"
+    main_input_name = "features"
+    supports_gradient_checkpointing = True
+    # what is called on its own needs its own hooks where weights are shared out
+    _no_split_modules = ["CoralLayer", "Router", "LowRank"]
+    _supports_sdpa = True
+
+    def __init__(self, config: CoralConfig):
+        super().__init__(config)
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
+        self.layers = nn.ModuleList(
+            CoralLayer(config, idx) for idx in range(config.num_hidden_layers)
+        )
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.heads = DraftHeads(config)
+        # a dict for each training run that the drafter went through: recipe, data, cost
+        self.training_record: list[dict[str, Any]] = []
+        self.post_init()
+        # replaced by the checkpoint's own when `from_pretrained` finds one; transformers' defaults
+        # for assistants, 20 tokens and a threshold of 0.4, are meant for another method
+        self.generation_config = GenerationConfig(
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+            num_assistant_tokens=TREE_DEFAULTS["tree_depth"],
+            assistant_confidence_threshold=0.0,
+            **TREE_DEFAULTS,
+        )
+
+    @classmethod
+    def from_target(cls, target: PreTrainedModel, **overrides) -> "CoralDrafter":
+        """A fresh drafter for `target`, in its dtype and on the device of its LM head.
+
+        `overrides` are fields of [`CoralConfig`]. A router made by its fields (`num_groups`) is
+        untrained, and not read before a stage has trained it.
+
+        Raises:
+            ValueError: for a draft head that has to be counted or trained first.
+        """
+        heads = [
+            name for name in ("draft_head", "num_hot_tokens", "head_rank") if name in overrides
+        ]
+        if heads:
+            raise ValueError(
+                f"{heads} would name a draft head that has learned nothing; make the drafter, then"
+                " call add_frequency_head or add_low_rank_head of drafter.heads, or train one with"
+                " CoralTrainer (stage='router' or 'low_rank')."
+            )
+        config = CoralConfig.from_target(target.config, **overrides)
+        device = execution_device(target.get_output_embeddings())
+        drafter = cls(config).to(device=device, dtype=target.dtype)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(drafter.generation_config, name, getattr(target.generation_config, name))
+        return drafter
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs
+    ):
+        """See [`~transformers.PreTrainedModel.from_pretrained`].
+
+        Raises:
+            ValueError: if the checkpoint cannot be read, lacks a tensor, or has one of another
+                shape or name, for which transformers would fill in random numbers and only warn;
+                if its groups do not cover the vocabulary, or are not those of its router.
+        """
+        kwargs["ignore_mismatched_sizes"] = True  # they are named below
+        try:
+            drafter, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights of {pretrained_model_name_or_path} cannot be read ({error}). Download"
+                " or save them again."
+            ) from error
+        for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+            if info[kind]:
+                keys = ", ".join(sorted(map(_with_shapes, info[kind])))
+                raise ValueError(
+                    f"The checkpoint does not fit its config: {kind} {keys}. Download or save it"
+                    " again."
+                )
+        drafter.heads.check()
+        drafter.training_record = _read_record(pretrained_model_name_or_path, kwargs)
+        return (drafter, info) if output_loading_info else drafter
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        features: Tensor,
+        position_ids: Tensor | None = None,
+        context: Context | None = None,
+    ) -> Tensor:
+        """Predict the feature that follows each pair of (next token, feature).
+
+        Args:
+            inputs_embeds: (batch, length, hidden), the target's embedding of the token after each
+                feature.
+            features: (batch, length, hidden), of the target, or predicted by an earlier step.
+            position_ids: (batch or 1, length), the positions of the features; 0, 1, … by default.
+            context: what can be attended to beside the inputs; causal attention among the inputs
+                by default.
+
+        Returns:
+            (batch, length, hidden), the predicted next features.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(features.shape[1], device=features.device)[None]
+        dtype = self.fc.weight.dtype
+        hidden = self.fc(torch.cat([inputs_embeds.to(dtype), features.to(dtype)], dim=-1))
+        cos, sin = (part[:, None] for part in self.rotary_emb(hidden, position_ids))
+        for layer in self.layers:
+            hidden = layer(hidden, cos=cos, sin=sin, context=context or CausalContext())
+        return hidden
+
+    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
+        """See [`~transformers.PreTrainedModel.save_pretrained`]; the training record goes along."""
+        if is_main_process and self.training_record and not Path(save_directory).is_file():
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            write_json(Path(save_directory) / TRAINING_RECORD, self.training_record)
+        super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
+
+    def get_input_embeddings(self) -> None:
+        """None: a drafter reads its target's. FSDP asks for them."""
+
+    def push_to_hub(
+        self, repo_id: str, *args, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs
+    ) -> str:
+        """See [`~transformers.PreTrainedModel.push_to_hub`]; the card says what is known.
+
+        Args:
+            tokenizer: the target's, pushed too.
+
+        Raises:
+            ValueError: if another model is at `repo_id`, or a public repository and `private` is
+                asked for.
+            HfHubHTTPError, ConnectionError: where the Hub refuses or the connection breaks, with a
+                sentence on what to do.
+        """
+        with publisher().pushing(self, repo_id, tokenizer, kwargs):
+            return super().push_to_hub(repo_id, *args, **kwargs)
+
+    def _upload_modified_files(self, working_dir, repo_id: str, *args, **kwargs):
+        # where transformers has saved all files, its own card among them, and uploads next
+        publisher().finish_folder(self, working_dir, repo_id)
+        done = super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+        publisher().drop_stale(working_dir, done, kwargs)
+        return done
+
+    def generate(self, *args, **kwargs):
+        """A drafter drafts for its target and has no text of its own."""
+        raise TypeError(
+            "A CORAL drafter has no LM head of its own and cannot generate alone. Call"
+            " `target.generate(..., assistant_model=drafter)`."
+        )
+
+
+def _read_record(name: str | Path, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """The training record beside the weights of a folder or Hub id; empty where there is none."""
+    places = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    found = cached_file(
+        str(name),
+        TRAINING_RECORD,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **{place: options[place] for place in places if options.get(place) is not None},
+    )
+    return [] if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+
+
+def _with_shapes(key: str | tuple) -> str:
+    """The name of a tensor; of one with a wrong shape also that and the right one."""
+    return key if isinstance(key, str) else f"{key[0]} {tuple(key[1])} for {tuple(key[2])}"
+
+
+__all__ = ["CoralDrafter"]

@@ -1,0 +1,47 @@
+"""Whether a drafter fits a target: sizes must agree, names may differ.
+
+In: a drafter's config and a target. Out: nothing, a warning, or a ValueError.
+"""
+
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from ..target import stream_obstacle, text_config
+
+logger = logging.get_logger(__name__)
+
+
+def check_target(config: PreTrainedConfig, model: PreTrainedModel) -> None:
+    """Raise a ValueError if a drafter with `config` was made for a target of other sizes, naming
+    the field, or if the target has no single feature a token.
+    """
+    text = text_config(model)
+    for name in ("hidden_size", "vocab_size"):
+        expected, found = getattr(config, name), getattr(text, name)
+        if expected != found:
+            raise ValueError(
+                f"`{name}` of the target is {found}, but the drafter was made for a target with"
+                f" {expected} ({config.target_name_or_path or 'unnamed'}). Use the drafter's own"
+                " target, or train a drafter for this one with CoralDrafter.from_target(target)."
+            )
+    obstacle = stream_obstacle(model)
+    if obstacle is not None:
+        raise ValueError(f"The target {type(model).__name__} cannot take a drafter: {obstacle}.")
+    _warn_of_other_target(model.config, config)
+
+
+def _warn_of_other_target(found: PreTrainedConfig, config: PreTrainedConfig) -> None:
+    """Name the target that a drafter was made for.
+
+    A fine-tuned target has another id and still drafts well, so this is no error.
+    """
+    if config.target_model_type not in (None, found.model_type):
+        logger.warning_once(
+            f"The drafter was made for a {config.target_model_type} target and meets a"
+            f" {found.model_type} target of the same sizes. The output stays the target's own;"
+            " expect few accepted tokens."
+        )
+    if config.target_name_or_path not in (None, found._name_or_path):
+        logger.info(
+            f"The drafter was made for {config.target_name_or_path}, not for {found._name_or_path}."
+        )

@@ -1,0 +1,1 @@
+"""Draft heads: from a drafter's features to tokens, by all of the target's LM head or a part."""

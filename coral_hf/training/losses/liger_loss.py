@@ -1,0 +1,60 @@
+"""The classification loss of a chunk of logits by a kernel of Liger, on GPUs.
+
+In: logits (rows, vocab) and the target's probabilities. Out: what `TorchChunkLoss` gives, while the
+logits are read three times and written once, in their own dtype.
+
+The kernel is the one inside of `LigerFusedLinearKLDivLoss`, without the LM head around it:
+agreement needs the logits too, and so the head runs only once. KL(p ‖ q) is the cross-entropy less
+the entropy of p, and has the same gradient.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+from transformers.utils.versions import require_version
+
+from ..arguments import CoralTrainingArguments
+from .token_loss import Chunk, Goal, TokenWeights
+
+REQUIRED = "liger-kernel>=0.8.5"
+# below it, the kernel takes probabilities for 0
+TINY = torch.finfo(torch.float32).tiny
+
+
+class LigerChunkLoss:
+    """The classification loss of chunks; there is no top-k loss."""
+
+    def __init__(self) -> None:
+        self._goal: Goal | None = None
+        self._entropy = torch.zeros(())  # of the goal's probabilities, summed over rows
+
+    def __call__(self, logits: Tensor, goal: Goal, weights: TokenWeights) -> Chunk:
+        """The loss of (rows, vocab) logits, in whose place the gradient is written."""
+        import liger_kernel.functional  # noqa: F401  names the kernels
+        from liger_kernel.backends import dispatch
+
+        if goal is not self._goal:  # the steps of a chunk share it
+            self._goal, self._entropy = goal, torch.special.entr(goal.probs).sum()
+        first = logits.argmax(-1)
+        scale = weights.classification
+        # arguments: labels, the label that is ignored, temperature, eps, scale
+        loss, slope = dispatch("kl_loss_and_grad", logits, goal.probs, None, -100, 1.0, TINY, scale)
+        none = torch.zeros_like(self._entropy)
+        return Chunk(loss.sum() / scale + self._entropy, none, first == goal.first, slope)
+
+
+def check_liger(args: CoralTrainingArguments) -> None:
+    """That a run with `use_liger_kernel` can have what it asks for.
+
+    Raises:
+        ImportError: without a Liger that has the kernel.
+        ValueError: on a device that Triton does not compile for.
+    """
+    require_version(REQUIRED, "`use_liger_kernel` needs it: pip install liger-kernel")
+    if args.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            "`use_liger_kernel` is True, but training runs on the CPU, for which Triton compiles no"
+            " kernel; leave it out, or train on a GPU. (With TRITON_INTERPRET=1 in the environment"
+            " Triton interprets kernels, very slowly.)"
+        )

@@ -1,0 +1,130 @@
+"""The multi-step unroll: the drafter run N times on its own predictions, as when it drafts.
+
+In: a target's features and the embeddings of the tokens after them. Out: the predicted features of
+every step. Context mixing of HASS (Zhang et al. 2024, harmonized context alignment) with -inf
+masks. A step's inputs are detached; the graph of all steps is kept, since CSRA couples them.
+
+    position t               0      1      2      3
+    step 1 reads             f0     f1     f2     f3           predicts f̂¹_1 … f̂¹_4
+    step 2 reads q¹          f0     f̂¹_1   f̂¹_2   f̂¹_3         its own outputs, shifted right by one
+    step 3 reads q²          f0     f̂²_1   f̂²_2   f̂²_3
+    always with embeddings   e(x1)  e(x2)  e(x3)  e(x4)
+
+    step 3 at position 3 attends to     f0  f1   target features up to t - 2
+                                        q¹_2     the first step's at t - 1
+                                        q²_3     its own input at t
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .attention import KeysValues, mixed_attention
+
+# keys and values of every step so far, by layer and step
+Seen = dict[tuple[int, int], KeysValues]
+# of queries over the target's keys and values and those of later steps, as `mixed_attention`
+Attention = Callable[[Tensor, KeysValues, list[KeysValues]], Tensor]
+# lengths of the documents of each row, adding up to the row's
+Documents = list[list[int]]
+
+
+class UnrollContext:
+    """What one step of the unroll attends to: the keys and values of the steps before it."""
+
+    def __init__(
+        self,
+        step: int,
+        seen: Seen,
+        documents: Documents | None = None,
+        attention: Attention = mixed_attention,
+    ):
+        """`step` counts from 0; `seen` is shared by the steps of an unroll."""
+        self._step = step
+        self._seen = seen
+        self._documents = documents
+        self._attention = attention
+
+    # what was seen changes with every step: torch.compile would compile each of them anew
+    @torch.compiler.disable
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See [`coral_hf.drafters.coral.layers.Context`]."""
+        # gradient checkpointing runs a step twice; the first run's tensors stay
+        self._seen.setdefault((layer_idx, self._step), (key, value))
+        if self._step == 0:
+            target, own = (key, value), []
+        else:
+            target = self._seen[layer_idx, 0]
+            own = [self._seen[layer_idx, step] for step in range(1, self._step)] + [(key, value)]
+        if self._documents is None:
+            return self._attention(query, target, own)
+        return _by_document(self._attention, self._documents, query, target, own)
+
+
+def _by_document(
+    attention: Attention,
+    documents: Documents,
+    query: Tensor,
+    target: KeysValues,
+    own: list[KeysValues],
+) -> Tensor:
+    """Attention within each document of packed rows: no document sees another."""
+    tensors = [query, *target, *(part for pair in own for part in pair)]
+    rows = []
+    for row, lengths in enumerate(documents):
+        parts = zip(*(part[row : row + 1].split(lengths, dim=2) for part in tensors), strict=True)
+        attended = [
+            attention(query, (keys, values), list(zip(rest[::2], rest[1::2], strict=True)))
+            for query, keys, values, *rest in parts
+        ]
+        rows.append(torch.cat(attended, dim=2))
+    return torch.cat(rows)
+
+
+def document_lengths(position_ids: Tensor) -> Documents:
+    """Lengths of the documents of each row: a document begins where a position is 0.
+
+    position_ids (batch, length)     0  1  2  0  1  2  3  0  1
+    lengths                          3        4           2
+    """
+    batch, length = position_ids.shape
+    starts = [[*(row == 0).nonzero()[:, 0].tolist(), length] for row in position_ids]
+    return [[b - a for a, b in zip(row, row[1:])] for row in starts]  # noqa: B905
+
+
+def unroll(
+    drafter: nn.Module,
+    embeddings: Tensor,
+    features: Tensor,
+    num_steps: int,
+    position_ids: Tensor | None = None,
+    attention: Attention = mixed_attention,
+) -> Tensor:
+    """Run the drafter `num_steps` times, each time on its own last predictions.
+
+    Args:
+        drafter: a [`CoralDrafter`], wrapped or not.
+        embeddings: (batch, length, hidden), of the token after each feature.
+        features: (batch, length, hidden), the target's.
+        num_steps: N of the papers, at least 1.
+        position_ids: (batch, length), of packed rows: they begin at 0 with each document, and
+            documents do not see each other.
+        attention: `mixed_attention`, or its plain form for comparison.
+
+    Returns:
+        (steps, batch, length, hidden): at [j, :, t] the step's prediction of feature t + 1.
+    """
+    documents = None if position_ids is None else document_lengths(position_ids)
+    if position_ids is None:
+        position_ids = torch.arange(features.shape[1], device=features.device)[None]
+    begins = (position_ids == 0)[..., None]
+    seen: Seen = {}
+    inputs, predicted = features, []
+    for step in range(num_steps):
+        context = UnrollContext(step, seen, documents, attention)
+        predicted.append(drafter(embeddings, inputs, position_ids, context))
+        # the first position has no prediction of its own and keeps the target's feature
+        shifted = predicted[-1].detach().roll(1, dims=1)
+        inputs = torch.where(begins, features.to(shifted.dtype), shifted)
+    return torch.stack(predicted)
