@@ -1,0 +1,83 @@
+"""Inputs that plain `generate` gives a model at every step, not with the prompt alone."""
+
+import pytest
+import torch
+from conftest import SIZES, scatter_weights
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+pytestmark = pytest.mark.parametrize("speculation", ["always", "never"])
+
+prompt_alone = pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="it reaches the pass over the prompt alone"
+)
+LLAMA = LlamaConfig(**SIZES, intermediate_size=48)
+SLOPE = torch.linspace(-1, 1, 40)
+
+
+class Conditioned(LlamaForCausalLM):
+    """A model with an input of its own."""
+
+    def forward(self, input_ids=None, position_ids=None, strength=0.0, **kwargs):
+        out = super().forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
+        out.logits = out.logits + strength * SLOPE.to(out.logits.dtype)
+        return out
+
+
+class Prepares(Conditioned):
+    """A model that makes its input at each step."""
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
+        kwargs |= {"attention_mask": attention_mask, "strength": 40.0}
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
+
+class Updates(Conditioned):
+    """A model that carries its input on from step to step."""
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        found = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        return {**found, "strength": -found["strength"]}
+
+
+@pytest.fixture
+def outcome(compare):
+    """Of `compare`, for a model with scattered weights and an input of its own."""
+
+    def found(model, speculation, **given):
+        scatter_weights(model)
+        ids = torch.randint(3, 40, (1, 10))
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **given}
+        return compare(model.double().eval(), given, speculation=speculation)
+
+    return found
+
+
+@prompt_alone
+def test_token_types_reach_every_round(outcome, speculation):
+    target = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4))
+    types = torch.tensor([[3] * 5 + [4] * 5])
+    assert outcome(target, speculation, token_type_ids=types) in ("equal", "refused")
+
+
+@prompt_alone
+def test_states_of_an_encoder_reach_every_round(outcome, speculation):
+    config = GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, add_cross_attention=True)
+    states = torch.randn(1, 6, 32).double()
+    found = outcome(GPT2LMHeadModel(config), speculation, encoder_hidden_states=states)
+    assert found in ("equal", "refused")
+
+
+@prompt_alone
+def test_an_input_of_the_models_own_reaches_every_round(outcome, speculation):
+    found = outcome(Conditioned(LLAMA), speculation, strength=40.0)
+    assert found in ("equal", "refused")
+
+
+@prompt_alone
+def test_a_model_that_prepares_its_inputs_gets_to_do_so_in_every_round(outcome, speculation):
+    assert outcome(Prepares(LLAMA), speculation) in ("equal", "refused")
+
+
+@prompt_alone
+def test_a_model_that_updates_its_inputs_gets_to_do_so_after_every_round(outcome, speculation):
+    assert outcome(Updates(LLAMA), speculation, strength=2.0) in ("equal", "refused")
