@@ -1,7 +1,7 @@
-"""Files and folders that are whole or absent, and the one lock: used by everything that writes.
+"""Files and folders that are whole or absent, append-only JSON lines, and a lock on an output.
 
-In: what to write, and where. Out: a file or folder that holds the old content or all of the new
-one, whatever happens: a kill, a full disk, a second process.
+In: what to write, and where. Out: a file that holds its old content or all of the new, whatever
+interrupts the writing: a kill, a full disk, a second process.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 from uuid import uuid4
 
@@ -22,15 +23,18 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+# how the names begin of what is being written, and of what is being replaced
+PARTIAL, REPLACED = ".partial-", ".replaced-"
+
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a file in one move: it holds the old or the new text, never a part.
 
     Raises:
-        OSError: naming the file, of which nothing new is left, such as when the disk is full.
+        OSError: naming `path`, which is as it was, such as when the disk is full.
     """
-    with new_file(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    with new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -40,79 +44,108 @@ def write_json(path: str | Path, value: Any) -> None:
 
 @contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
-    """A path beside `path` to be written, which takes its place when the `with` block ends well.
+    """Yield a path to write to, which takes the place of `path` if the `with` block succeeds.
+
+    Its name ends like that of `path`, for writers that choose a format by the suffix.
 
     Raises:
-        OSError: naming `path`, of which nothing new is left.
+        OSError: naming `path`, which is as it was.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}-{uuid4().hex[:8]}")
+    partial = _partial(path)
     try:
-        yield aside
-        os.replace(aside, path)
+        yield partial
+        os.replace(partial, path)
     except OSError as error:
+        if error.filename not in (None, str(partial)):
+            raise  # the block failed to read something else
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def new_folder(path: str | Path, last: str | None = None) -> Iterator[Path]:
-    """A folder beside `path` to be filled, which takes its place when the `with` block ends well.
+    """Yield a folder to fill, which takes the place of `path` if the `with` block succeeds.
+
+    A new folder appears in one move. The content of an existing one is replaced file by file,
+    since it may be the current directory or a mounted disk, and is restored if that fails.
 
     Args:
-        path: a folder that is absent, or whose content is replaced.
-        last: a file that is moved last where `path` exists, since without it the folder counts as
-            incomplete.
+        path: a folder, or nothing yet.
+        last: the file without which the folder counts as incomplete; it is replaced last, so a kill
+            in between leaves no folder that looks whole.
     """
     path = Path(path).resolve()
-    aside = path.with_name(f".{path.name}-{uuid4().hex[:8]}")
-    aside.mkdir(parents=True)
+    partial = _partial(path)
+    partial.mkdir(parents=True)
     try:
-        yield aside
-        if not path.exists():
-            aside.rename(path)
-            return
-        # files, since the folder may be the user's current one, or a mounted disk
-        replaced = aside.with_name(f"{aside.name}-replaced")
-        replaced.mkdir()
-        _move_files(path, replaced, last)
-        _move_files(aside, path, last)
-        shutil.rmtree(replaced)
+        yield partial
+        if path.exists():
+            _replace_files(path, partial, last)
+        else:
+            partial.rename(path)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _move_files(source: Path, to: Path, last: str | None) -> None:
-    for path in sorted(source.iterdir(), key=lambda path: (path.name == last, path.name)):
+def _replace_files(folder: Path, new: Path, last: str | None) -> None:
+    """Move the files of `new` into a folder in place of its own."""
+    old = _partial(folder, REPLACED)
+    old.mkdir()
+    try:
+        _move_files(folder, old, first=last)
+        try:
+            _move_files(new, folder, last=last)
+        except BaseException:
+            _move_files(folder, new, first=last)
+            raise
+    except BaseException:
+        _move_files(old, folder, last=last)
+        old.rmdir()
+        raise
+    shutil.rmtree(old)
+
+
+def _move_files(source: Path, to: Path, first: str | None = None, last: str | None = None) -> None:
+    for path in sorted(source.iterdir(), key=lambda path: (path.name != first, path.name == last)):
         shutil.move(path, to / path.name)
 
 
+def _partial(path: Path, prefix: str = PARTIAL) -> Path:
+    return path.with_name(f"{prefix}{uuid4().hex[:8]}-{path.name}")
+
+
 class SoleWriter:
-    """The system's lock on a file or folder, which vanishes with its process however that ends.
+    """A lock on a folder, or on one file of it, that vanishes with its process however that ends.
 
     Args:
-        path: what is written; its lock lies beside a file, and within a folder.
+        folder: where the output is written; it is created. The lock lies in it, under a name that
+            uploads to the Hub leave out.
+        file: the name of the output where it is one file, beside which others may be written.
     """
 
-    def __init__(self, path: str | Path):
-        self._path = Path(path)
-        # uploads to the Hub leave out what begins with an underscore
-        folder = self._path if self._path.is_dir() else self._path.parent
-        name = "" if self._path.is_dir() else f".{self._path.name}"
-        self._holder = folder / f"_writer{name}.json"
-        self._lock = FileLock(folder / f"_writer{name}.lock", timeout=0)
+    def __init__(self, folder: str | Path, file: str = ""):
+        self._folder, self._file = Path(folder), file
+        name = f"_writer.{file}" if file else "_writer"
+        self._holder = self._folder / f"{name}.json"
+        self._lock = FileLock(self._folder / f"{name}.lock", timeout=0)
 
     def refusal(self) -> str | None:
-        """Take the lock and return None, or say who holds it."""
-        self._holder.parent.mkdir(parents=True, exist_ok=True)
+        """Take the lock and return None, or return who holds it.
+
+        What an interrupted writer left half-written is deleted.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire()
         except Timeout:
             return (
-                f"{self._path} is in use: {self._who()}. Wait for it, stop it, or choose another"
-                " output."
+                f"{self._folder / self._file} is in use: {self._describe_holder()}. Wait for it,"
+                " stop it, or choose another output."
             )
+        for partial in self._folder.glob(f"{PARTIAL}*-{self._file}*"):
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         since = datetime.now().isoformat(" ", "seconds")
         holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
         with suppress(OSError):  # on a full disk the lock alone has to do
@@ -124,7 +157,7 @@ class SoleWriter:
         self._holder.unlink(missing_ok=True)
         self._lock.release()
 
-    def _who(self) -> str:
+    def _describe_holder(self) -> str:
         try:
             found = json.loads(self._holder.read_text())
         except (OSError, ValueError):  # it has just begun or ended, or could not write
@@ -133,13 +166,17 @@ class SoleWriter:
 
 
 @contextmanager
-def sole_writer(path: str | Path) -> Iterator[None]:
+def sole_writer(folder: str | Path, file: str = "") -> Iterator[None]:
     """Keep every other process away from an output while the `with` block runs.
+
+    Args:
+        folder: see [`SoleWriter`].
+        file: see [`SoleWriter`].
 
     Raises:
         ValueError: if another process writes to it, naming that process.
     """
-    writer = SoleWriter(path)
+    writer = SoleWriter(folder, file)
     refusal = writer.refusal()
     if refusal is not None:
         raise ValueError(refusal)
@@ -149,8 +186,37 @@ def sole_writer(path: str | Path) -> Iterator[None]:
         writer.release()
 
 
+def keep_settings(path: str | Path, settings: Mapping[str, Any], output: str | Path) -> None:
+    """Record what an output depends on, or compare it with what was recorded.
+
+    Args:
+        path: the JSON file of the record.
+        settings: plain values by name.
+        output: what depends on them, for the error.
+
+    Raises:
+        ValueError: if the output was written with other settings, naming the first.
+    """
+    path = Path(path)
+    now = json.loads(json.dumps(settings))
+    if not path.exists():
+        write_json(path, now)
+        return
+    then = json.loads(path.read_text(encoding="utf-8"))
+    for name in sorted({*then, *now}):
+        if then.get(name) != now.get(name):
+            raise ValueError(
+                f"`output` {output} was written with {name} = {shortened(then.get(name))}, now it"
+                f" is {shortened(now.get(name))}; use the same, or choose another `output`."
+            )
+
+
 class JsonLines:
-    """A file of objects, one a line, that is appended to."""
+    """A file of JSON objects, one a line, that is appended to.
+
+    Args:
+        path: of the file, which may not exist yet.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -167,7 +233,11 @@ class JsonLines:
             logger.warning(f"{self.path} ended within a line; its last {lost} bytes are dropped.")
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """The objects of the file."""
+        """Yield the objects of the file.
+
+        Raises:
+            ValueError: for a line that is not JSON, with its number.
+        """
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
@@ -176,12 +246,12 @@ class JsonLines:
                     yield json.loads(line)
                 except ValueError as error:
                     raise ValueError(
-                        f"{self.path}, line {number} is no JSON: {error}. Mend or delete the line;"
-                        " what it held is made again."
+                        f"{self.path}, line {number} is not JSON: {error}. Repair or delete the"
+                        " line; what it held is computed again."
                     ) from error
 
-    def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Write rows to the disk; what was there stays as it was if that fails."""
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows through to the disk; if that fails, what was there stays as it was."""
         if not rows:
             return
         before = self.path.stat().st_size if self.path.exists() else 0
@@ -192,6 +262,7 @@ class JsonLines:
                 file.write(lines.encode("utf-8", "backslashreplace"))
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError:
-            os.truncate(self.path, before)
+        except BaseException:
+            if self.path.exists():
+                os.truncate(self.path, before)
             raise

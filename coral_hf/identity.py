@@ -1,7 +1,7 @@
-"""Which target, which weights, which tokenizer, which rows: names, revisions and digests.
+"""Names, revisions and digests of targets, weights, tokenizers, datasets and files.
 
-In: a model, a tokenizer, a dataset, or plain values. Out: strings and numbers to be kept beside
-what was made of them, and compared before it is used again.
+In: a model, a tokenizer, a dataset, a file or plain values. Out: strings and numbers to keep beside
+a result, which tell later whether it still belongs to them.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from hashlib import sha256
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,54 +28,63 @@ from transformers.utils import CONFIG_NAME
 if TYPE_CHECKING:
     from datasets import Dataset
 
-COLUMNS = ("input_ids", "labels", "position_ids")
+TOKEN_COLUMNS = ("input_ids", "labels", "position_ids")  # of a dataset, what is trained on
 BLOCK = 4096  # bytes of a weight that are summed to one number
-SAMPLES = 1024  # numbers of a weight that are read as they are, which a sum would not tell apart
+SAMPLES = 1024  # numbers of a weight that are read one by one: a sum would miss that two swap
+CHUNK = 1 << 24  # bytes of a file that are read at a time
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a plain value as JSON with sorted keys; where JSON has no form, of its `str`."""
+    """SHA-256 of a plain value as JSON with sorted keys; what JSON cannot write counts by `str`."""
     return sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def seed_of(*parts: int) -> int:
-    """A seed for what some numbers name, such as (seed, row, turn): nothing else has drawn it."""
-    return int.from_bytes(sha256(repr(parts).encode()).digest()[:6], "big")
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of the bytes of a file."""
+    found = sha256()
+    with Path(path).open("rb") as file:
+        for chunk in iter(partial(file.read, CHUNK), b""):
+            found.update(chunk)
+    return found.hexdigest()
 
 
 def rows_digest(rows: Dataset) -> str:
-    """SHA-256 of the columns of a dataset that are trained on: tokens, labels, positions.
+    """SHA-256 of the token columns of a dataset, whatever integer type they are stored in.
 
-    Read as Arrow: lists would take minutes.
+    They are read as Arrow arrays: lists of Python numbers would take minutes.
     """
     import pyarrow.compute as arrow
 
-    found = sha256()
-    names = [name for name in COLUMNS if name in rows.column_names]
+    names = [name for name in TOKEN_COLUMNS if name in rows.column_names]
+    found = sha256(repr(names).encode())
     for batch in rows.with_format("arrow").select_columns(names).iter(batch_size=1000):
         for name in names:
             for part in (arrow.list_value_length(batch[name]), arrow.list_flatten(batch[name])):
-                # the same numbers may be stored in other types
                 found.update(part.fill_null(-1).to_numpy().astype("int64").tobytes())
     return found.hexdigest()
 
 
+def seed_of(*parts: int) -> int:
+    """Derive the seed of what some numbers name, such as (seed, row, turn)."""
+    return int.from_bytes(sha256(repr(parts).encode()).digest()[:6], "big")
+
+
 def full_name(name: str) -> str | None:
-    """A target's id; of a folder the whole path, which means the same from elsewhere."""
+    """A target's Hub id, or the absolute path of its folder; None without a name."""
     return os.path.abspath(name) if os.path.isdir(name) else name or None
 
 
 def cached_commit(name: str) -> str | None:
-    """The commit of a model of the Hub, as the cache knows it; None for a folder.
+    """The commit of a model of the Hub according to the local cache; None for a folder.
 
     Newer versions of transformers keep no commit in a config. Where the cache holds several
-    commits, which of them was loaded is not known.
+    commits, nothing tells which of them was loaded: None.
     """
     if not name or os.path.isdir(name):
         return None
     try:
         path = try_to_load_from_cache(name, CONFIG_NAME)
-    except HFValidationError:  # of a folder that is no longer there
+    except HFValidationError:  # the path of a folder that is gone
         return None
     if not isinstance(path, str):
         return None
@@ -82,7 +93,7 @@ def cached_commit(name: str) -> str | None:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of a tokenizer's token → id table, the part that a drafter depends on."""
+    """SHA-256 of a tokenizer's map from tokens to ids, the part that a drafter depends on."""
     table = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
     return sha256(table.encode()).hexdigest()
 
@@ -98,7 +109,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
 
 
 class TargetIdentity(NamedTuple):
-    """What tells the numbers of one target from those of another."""
+    """What the features and logits of a target depend on, beside its config."""
 
     digest: str  # of `weights_digest`
     dtype: str  # such as 'bfloat16'
@@ -106,13 +117,13 @@ class TargetIdentity(NamedTuple):
 
 
 def identify(target: PreTrainedModel) -> TargetIdentity:
-    """The identity of a target."""
+    """Compute the identity of a target; under FSDP all processes call it."""
     dtype = str(target.dtype).removeprefix("torch.")
     return TargetIdentity(weights_digest(target), dtype, _quantization(target))
 
 
 def _quantization(target: PreTrainedModel) -> str | None:
-    """The config that a target was quantised with, or the kinds of its weights."""
+    """The quantisation config of a target, or the classes of its packed weights."""
     config = target.config.to_dict().get("quantization_config")
     if config is not None:
         return json.dumps(config, sort_keys=True, default=str)
@@ -122,28 +133,28 @@ def _quantization(target: PreTrainedModel) -> str | None:
 
 @torch.no_grad()
 def weights_digest(model: PreTrainedModel) -> str:
-    """SHA-256 of sums over all weights and of some of their numbers; any training changes it.
+    """SHA-256 of sums over all weights and of samples of them; any training changes it.
 
     Weights are read as bf16 rounds them, so a checkpoint has one digest in float32 and bfloat16,
-    on every device. Those of quantised targets are read as they are packed, offloaded ones module
-    by module from where they lie, those shared out by FSDP2 in all processes together. Adapters of
-    PEFT count by their weights and by which of them act, so an adapter that was merged makes
-    another model. Of a weight that cannot be read, name and shape count alone.
+    on every device. Quantised weights are read as they are packed, offloaded ones module by module,
+    those sharded by FSDP2 in all processes together. PEFT adapters count by their weights and by
+    which of them are active, so a merged adapter makes another model. A weight without data (meta)
+    counts by name and shape alone.
     """
-    digest = sha256(_acting_adapters(model).encode())
+    found = sha256(_active_adapters(model).encode())
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    kept = model.state_dict().keys()  # without tables that are computed, on each device a bit off
+    kept = model.state_dict().keys()  # computed tables differ by rounding between devices
     for prefix, module in model.named_modules():
         with align_module_device(module):
             for name, weight in _own_weights(module, prefix):
                 if name in kept:
-                    digest.update(f"{name} {tuple(weight.shape)}".encode())
+                    found.update(f"{name} {tuple(weight.shape)}".encode())
                     for part in _plain_parts(weight):
-                        digest.update(_summary(part))
-    return digest.hexdigest()
+                        found.update(_summary(part))
+    return found.hexdigest()
 
 
-def _acting_adapters(model: PreTrainedModel) -> str:
+def _active_adapters(model: PreTrainedModel) -> str:
     if isinstance(model, PreTrainedModel) and not model._hf_peft_config_loaded:
         return ""
     from peft import get_model_status
@@ -153,14 +164,14 @@ def _acting_adapters(model: PreTrainedModel) -> str:
 
 
 def _own_weights(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of a module, without those of the modules in it."""
+    """Yield the parameters and buffers of a module, without those of its submodules."""
     return chain(
         module.named_parameters(prefix, recurse=False), module.named_buffers(prefix, recurse=False)
     )
 
 
 def _plain_parts(weight: Tensor) -> Iterator[Tensor]:
-    """The tensors that a weight is made of: packed numbers and scales, if it is quantised."""
+    """Yield the tensors that a weight consists of: packed numbers and scales if it is quantised."""
     if isinstance(weight, DTensor):
         yield weight.full_tensor()
     elif is_traceable_wrapper_subclass(weight):
@@ -171,11 +182,11 @@ def _plain_parts(weight: Tensor) -> Iterator[Tensor]:
 
 
 def _summary(weight: Tensor) -> bytes:
-    """Sums of whole numbers, in which no order of adding shows, and a sample of them."""
+    """Integer sums over blocks, which no order of adding changes, and samples, as bytes."""
     is_wide = weight.is_floating_point() and weight.element_size() > 1
     values = weight.bfloat16() if is_wide else weight
     bits = values.contiguous().flatten().view(torch.uint8)
-    if bits.storage_offset() % 8:  # a part of another tensor, not to be read eight bytes at a time
+    if bits.storage_offset() % 8:  # a view that is not aligned to eight bytes
         bits = bits.clone()
     whole = len(bits) - len(bits) % BLOCK
     words = bits[:whole].view(torch.int64)

@@ -9,14 +9,11 @@ import pytest
 import torch
 from conftest import VOCAB, make_target, printed, tiny_config, tiny_target
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from test_trainer import logged, make_trainer
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from coral_hf.cli import app
-from coral_hf.identity import weights_digest
 from coral_hf.training.data import CoralCollator, pack_dataset
 from coral_hf.training.features import (
     INDEX,
@@ -343,62 +340,6 @@ def test_a_quantised_target_reads_the_features_of_its_whole_self(target, rows, t
     CachedFeatures(tmp_path / "packed").check_target(packed)
     with pytest.raises(ValueError, match="weights are others"):
         CachedFeatures(tmp_path / "packed").check_target(tuned)
-
-
-def swap_two(weight) -> None:
-    weight[[3, 4]] = weight[[4, 3]]
-
-
-@pytest.mark.parametrize(
-    "change", [lambda weight: weight[5, 7].mul_(1.01), swap_two, lambda weight: weight.mul_(1.0001)]
-)
-def test_any_change_of_a_weight_changes_the_digest(change):
-    target = tiny_target("llama", torch.float32)
-    before = weights_digest(target)
-    assert before == weights_digest(tiny_target("llama", torch.float32))
-    with torch.no_grad():
-        change(target.model.layers[1].mlp.up_proj.weight)
-    assert weights_digest(target) != before
-
-
-def test_the_digest_of_a_large_weight_reads_all_of_it():
-    layer = torch.nn.Linear(300, 300)
-    model = tiny_target("llama", torch.float32)
-    model.lm_head = layer
-    digests = {weights_digest(model)}
-    for row, column in ((0, 0), (150, 151), (299, 299)):
-        with torch.no_grad():
-            layer.weight[row, column] += 1
-        digests.add(weights_digest(model))
-    assert len(digests) == 4
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_the_digest_of_an_offloaded_target_is_that_of_the_whole_one(tmp_path):
-    target = tiny_target("llama", torch.float32)
-    target.save_pretrained(tmp_path)
-    parts = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb")
-    offloaded = AutoModelForCausalLM.from_pretrained(
-        tmp_path,
-        device_map={**dict.fromkeys(parts, "cpu"), "model.layers": "disk", "lm_head": "disk"},
-        offload_folder=tmp_path / "offload",
-    )
-    assert offloaded.lm_head.weight.is_meta
-    assert weights_digest(offloaded) == weights_digest(target)
-    assert offloaded.lm_head.weight.is_meta
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_an_adapter_counts_by_its_weights_and_by_whether_it_acts():
-    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    target = tiny_target("llama", torch.float32)
-    digests = {weights_digest(target)}
-    adapted = get_peft_model(target, config)
-    digests.add(weights_digest(adapted))
-    with adapted.disable_adapter():
-        digests.add(weights_digest(adapted))
-    digests.add(weights_digest(adapted.merge_and_unload()))
-    assert len(digests) == 4
 
 
 @pytest.mark.parametrize("option", ["--batch-size", "--shard-megabytes", "--max-length"])
