@@ -1,6 +1,7 @@
-"""A target's LM head as a draft head reads it: whole, by rows, and what was derived from it.
+"""A target's LM head as draft heads read it, and tensors cached from its weight.
 
-In: the target's output module. Out: logits as the target computes them, of all tokens or of some.
+In: the target's output module. Out: logits exactly as the target computes them, of all tokens or
+of some rows or channels of the weight.
 """
 
 import weakref
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module computes; accelerate leaves an offloaded one's weight on no real device."""
+    """Return the device a module computes on; an offloaded weight itself is on the meta device."""
     device = module.weight.device
     hook = getattr(module, "_hf_hook", None)
     return torch.device(hook.execution_device) if device.type == "meta" and hook else device
@@ -22,26 +23,26 @@ def execution_device(module: nn.Module) -> torch.device:
 class LMHead(NamedTuple):
     """A target's LM head and what the target does to its output."""
 
-    module: nn.Module  # (..., hidden) → (..., vocab)
+    module: nn.Module  # (*batch, hidden) → (*batch, vocab)
     scale: float = 1.0
     softcap: float | None = None
 
     @property
     def weight(self) -> Tensor:
-        """(vocab, hidden)"""
+        """The module's weight, (vocab, hidden)."""
         return self.module.weight
 
     @property
     def bias(self) -> Tensor | None:
-        """(vocab,), for the heads that have one."""
+        """The module's bias, of shape (vocab,), or None."""
         return getattr(self.module, "bias", None)
 
     @property
     def is_readable(self) -> bool:
-        """Whether rows of the weight can be read in place.
+        """Whether rows of the weight (vocab, hidden) can be read in place.
 
-        Quantised and sharded ones cannot, which are packed integers or subclasses of Tensor, nor
-        those of a module that only wraps the one which has the weight and may add to its output.
+        Quantised and sharded weights cannot: they are packed integers or subclasses of Tensor. Nor
+        can a module that wraps the one with the weight, since it may add to its output.
         """
         weight = dict(self.module.named_parameters(recurse=False)).get("weight")
         if weight is None or type(weight.detach()) is not Tensor:
@@ -49,29 +50,32 @@ class LMHead(NamedTuple):
         return weight.is_floating_point() and not weight.is_meta
 
     def logits(self, features: Tensor) -> Tensor:
-        """(..., hidden) → (..., vocab): exactly what the target computes of these features."""
+        """Compute the target's logits, (*batch, vocab), of features (*batch, hidden)."""
         return self.finish(self.module(self.cast(features)))
 
-    def logits_of(self, features: Tensor, weight: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """(..., any) → (..., rows): logits from a weight that stands in for the head's own.
+    def logits_from(self, features: Tensor, weight: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Compute logits with a weight that stands in for the head's own.
 
         Args:
-            features: (..., any), as wide as the weight.
-            weight: (rows, any).
-            tokens: (rows,), the token of each row; all tokens by default.
+            features: (*batch, width), as wide as the weight.
+            weight: (rows, width).
+            tokens: the token id of each row, of shape (rows,); all tokens by default.
+
+        Returns:
+            (*batch, rows)
         """
         bias = self.bias if self.bias is None or tokens is None else self.bias[tokens]
         return self.finish(F.linear(features.to(weight.dtype), weight, bias))
 
     def cast(self, features: Tensor) -> Tensor:
-        """Features (any) in the dtype that the head computes in; a quantised head takes any."""
+        """Cast features (*batch, hidden) to the weight's dtype; a quantised head takes any."""
         weight = getattr(self.module, "weight", None)
         if isinstance(weight, Tensor) and weight.is_floating_point():
             return features.to(weight.dtype)
         return features
 
     def finish(self, logits: Tensor) -> Tensor:
-        """Scale and soft-cap raw logits (..., any) as the target does; -inf stays -inf."""
+        """Scale and soft-cap raw logits (*batch, vocab) as the target does; -inf stays -inf."""
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -80,50 +84,52 @@ class LMHead(NamedTuple):
         return logits
 
 
-class Derived:
+class CachedTensor:
     """A tensor computed from others, computed again only when one of them has changed.
 
-    No part of a module's state: it neither travels with a checkpoint nor with a copy, and goes
-    when one of its sources goes. What is written into a source through its `.data` is not seen.
+    It is not part of a module's state: it is neither saved nor copied with the module, and is freed
+    with the first of its sources that is. A write through a source's `.data` goes unnoticed.
     """
 
     def __init__(self) -> None:
-        self._kept: tuple[list[Stamp], Tensor] | None = None
+        self._cached: tuple[list[TensorVersion], Tensor] | None = None
 
-    def of(self, sources: list[Tensor], compute: Callable[[], Tensor]) -> Tensor:
-        """What `compute` makes of `sources`."""
-        kept = self._kept
-        if kept is None or not all(map(Stamp.is_of, kept[0], sources)):
-            stamps = [Stamp.take(source, self._drop) for source in sources]
+    def get(self, sources: list[Tensor], compute: Callable[[], Tensor]) -> Tensor:
+        """Return `compute()`, of any shape, from the cache where `sources` are unchanged."""
+        cached = self._cached
+        if cached is None or not all(map(TensorVersion.matches, cached[0], sources)):
+            versions = [read_version(source, self._drop) for source in sources]
             # in one assignment, since threads may share a drafter
-            self._kept = kept = (stamps, compute())
-        return kept[1]
+            self._cached = cached = (versions, compute())
+        return cached[1]
 
     def _drop(self, source: weakref.ref) -> None:
-        """Let go of what was made of a source that is gone."""
-        kept = self._kept
-        if kept is not None and any(stamp.tensor is source for stamp in kept[0]):
-            self._kept = None
+        """Free the tensor when one of its sources is freed."""
+        cached = self._cached
+        if cached is not None and any(version.tensor is source for version in cached[0]):
+            self._cached = None
 
     def __reduce__(self):
-        return Derived, ()
+        return CachedTensor, ()
 
 
-class Stamp(NamedTuple):
-    """What tells a tensor from others, and from itself before it was written to."""
+class TensorVersion(NamedTuple):
+    """What tells a tensor of any shape from others, and from itself before it was written to."""
 
     tensor: weakref.ref
     address: int
     dtype: torch.dtype
     version: int | None
 
-    @classmethod
-    def take(cls, tensor: Tensor, at_end: Callable[[weakref.ref], None] | None = None) -> "Stamp":
-        """The stamp of a tensor, at whose end `at_end` is called."""
-        version = None if tensor.is_inference() else tensor._version
-        return cls(weakref.ref(tensor, at_end), tensor.data_ptr(), tensor.dtype, version)
-
-    def is_of(self, tensor: Tensor) -> bool:
-        """Whether it is this tensor's, as it is now."""
+    def matches(self, tensor: Tensor) -> bool:
+        """Whether `tensor`, of any shape, is the tensor of this version, unchanged since."""
         # compared one by one: references to living tensors compare their numbers
-        return self.tensor() is tensor and self[1:] == Stamp.take(tensor)[1:]
+        return self.tensor() is tensor and self[1:] == read_version(tensor)[1:]
+
+
+def read_version(
+    tensor: Tensor, when_freed: Callable[[weakref.ref], None] | None = None
+) -> TensorVersion:
+    """Read the version of a tensor of any shape; `when_freed` is called when it is freed."""
+    version = None if tensor.is_inference() else tensor._version
+    return TensorVersion(weakref.ref(tensor, when_freed), tensor.data_ptr(), tensor.dtype, version)

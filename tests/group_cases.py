@@ -15,9 +15,9 @@ from torch import Tensor
 class Inputs(NamedTuple):
     """The arguments of `group_logits`."""
 
-    features: Tensor  # (texts, rows, hidden)
+    features: Tensor  # (batch, nodes, hidden)
     weight: Tensor  # (vocab, hidden)
-    active: Tensor  # (texts, 1, slots) or (texts, rows, slots)
+    active: Tensor  # (batch, 1, slots) or (batch, nodes, slots)
     size: int
     bias: Tensor | None
     order: Tensor | None
@@ -31,7 +31,7 @@ CASES = {
     "shared": (40, 12, 5, 3, [[[6, 0]]]),
     "shared_by_one_row": (40, 12, 5, 1, [[[6, 0]]]),
     "union_with_unused_slots": (40, 12, 5, 3, [[[6, 0, -1]], [[7, 6, 1]], [[-1, -1, -1]]]),
-    "per_row": (40, 12, 5, 3, [[[6, 0], [1, 6], [3, -1]], [[2, 1], [1, 2], [2, 1]]]),
+    "per_node": (40, 12, 5, 3, [[[6, 0], [1, 6], [3, -1]], [[2, 1], [1, 2], [2, 1]]]),
     "last_group_is_shorter": (43, 12, 6, 3, [[[7, 0]], [[1, 7]]]),
     "last_groups_are_empty": (9, 12, 2, 3, [[[4, 7, 0]]]),
     "one_token_a_group": (8, 12, 1, 3, [[[7, 2, 0]]]),

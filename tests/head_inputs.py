@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from coral_hf.heads.router import Router
 from coral_hf.lm_head import LMHead
 
-ROWS, HIDDEN = 3, 16
+NODES, HIDDEN = 3, 16
 
 # (vocab_size, num_groups): even, uneven, one token a group, last groups that stay empty
 SPLITS = [(48, 16), (50, 16), (50, 7), (7, 7), (7, 5), (9, 1)]
@@ -27,8 +27,8 @@ def make_router(num_groups: int, order: Tensor | None = None) -> Router:
     return Router(HIDDEN, num_groups, order).double()
 
 
-def make_level(texts: int = 1, rows: int = ROWS) -> tuple[Tensor, Tensor]:
-    """Features (texts, rows, hidden) and the log-confidence of their paths (texts, rows)."""
+def make_level(batch: int = 1, nodes: int = NODES) -> tuple[Tensor, Tensor]:
+    """Features (batch, nodes, hidden) and the log-confidence of their paths (batch, nodes)."""
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(texts, rows, HIDDEN, generator=generator, dtype=torch.float64)
-    return features, -torch.rand(texts, rows, generator=generator)
+    features = torch.randn(batch, nodes, HIDDEN, generator=generator, dtype=torch.float64)
+    return features, -torch.rand(batch, nodes, generator=generator)

@@ -59,12 +59,12 @@ def test_logits_of_the_groups_are_those_of_the_whole_head(name, dtype, extras):
 
 def test_a_group_that_all_rows_share_equals_the_same_group_asked_by_each_row():
     shared = inputs("shared", torch.float64)
-    per_row = shared._replace(active=shared.active.expand(1, 3, 2))
-    torch.testing.assert_close(group_logits(*per_row), group_logits(*shared))
+    per_node = shared._replace(active=shared.active.expand(1, 3, 2))
+    torch.testing.assert_close(group_logits(*per_node), group_logits(*shared))
 
 
 def test_a_gradient_flows_to_what_the_groups_read():
-    case = inputs("per_row", torch.float64, has_bias=True)
+    case = inputs("per_node", torch.float64, has_bias=True)
     leaves = [case.features, case.weight, case.bias]
     for tensor in leaves:
         tensor.requires_grad_()
@@ -78,9 +78,9 @@ def test_a_gradient_flows_to_what_the_groups_read():
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_active_groups_of_other_rows_are_refused():
-    case = inputs("per_row", torch.float32)
-    with pytest.raises(ValueError, match=r"`active` is \(2, 2, 2\).*2 texts of 3 rows"):
+def test_active_groups_of_another_shape_are_refused():
+    case = inputs("per_node", torch.float32)
+    with pytest.raises(ValueError, match=r"`active` is \(2, 2, 2\).*2 sequences of 3 nodes"):
         group_logits(*case._replace(active=case.active[:, :2]))
 
 
@@ -117,8 +117,8 @@ def test_the_kernel_compiles_for_gpus(dtype, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pointers = dict.fromkeys(("features", "weight", "bias"), f"*{dtype}")
     pointers |= {"active": "*i64", "order": "*i64", "logits": "*fp32"}
-    sizes = dict.fromkeys(("rows", "hidden", "vocab", "slots", "size", "weight_stride"), "i32")
-    constants = {"HAS_BIAS": True, "HAS_ORDER": True, "ROWS": 16, "TOKENS": 32, "CHANNELS": 64}
+    sizes = dict.fromkeys(("nodes", "hidden", "vocab", "slots", "size", "weight_stride"), "i32")
+    constants = {"HAS_BIAS": True, "HAS_ORDER": True, "NODES": 16, "TOKENS": 32, "CHANNELS": 64}
     signature = pointers | sizes | dict.fromkeys(constants, "constexpr")
     places = {name: (place,) for place, name in enumerate(signature)}
     source = ASTSource(

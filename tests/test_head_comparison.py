@@ -66,7 +66,7 @@ def test_the_command_makes_heads_once_and_measures_them(folder):  # noqa: F811
     CoralDrafter.from_target(target).save_pretrained(folder / "drafter")
     trials = [
         ROUTED,
-        f"{ROUTED} routing=per_row",
+        f"{ROUTED} routing=per_node",
         "routed grouping=contiguous num_groups=4 num_active_groups=1",
         "frequency num_hot_tokens=20",
         "low_rank head_rank=4",

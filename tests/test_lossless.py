@@ -184,7 +184,7 @@ HEADS = {
     "shared": {"draft_head": "routed"},
     "shared until sure": {"draft_head": "routed", "num_active_groups": 2, "active_mass": 0.6},
     "union": {"draft_head": "routed", "routing": "union", "max_active_groups": 1},
-    "per_row": {"draft_head": "routed", "routing": "per_row"},
+    "per_node": {"draft_head": "routed", "routing": "per_node"},
     "frequency": {"draft_head": "frequency"},
     "low_rank": {"draft_head": "low_rank"},
 }

@@ -7,9 +7,9 @@ import torch
 from head_inputs import HIDDEN, SPLITS, make_head, make_level, make_order, make_router
 from torch import Tensor
 
-from coral_hf.heads.draft_head import FullHead
 from coral_hf.heads.routed_head import RoutedHead
 from coral_hf.heads.router import Router, Routing
+from coral_hf.heads.simple import FullHead
 from coral_hf.lm_head import LMHead
 
 
@@ -76,8 +76,8 @@ def test_the_rows_of_a_level_share_the_groups_of_the_largest_total_mass(num_acti
 
 def test_rows_that_read_their_own_groups_are_levels_of_their_own(order_of):
     head, router = make_head(50, bias=True), make_router(7, order_of(50))
-    features, log_path = make_level(rows=5)
-    own = routed(head, router, 2, "per_row")
+    features, log_path = make_level(nodes=5)
+    own = routed(head, router, 2, "per_node")
     together, logits = own.children(features, log_path, 4), own.logits(features, log_path)
     for row in range(5):
         one = features[:, row : row + 1], log_path[:, row : row + 1]
@@ -87,17 +87,17 @@ def test_rows_that_read_their_own_groups_are_levels_of_their_own(order_of):
         torch.testing.assert_close(logits[:, row], routed(head, router, 2).logits(*one)[:, 0])
 
 
-def test_by_row_changes_the_routing_and_nothing_else(order_of):
+def test_by_node_changes_the_routing_and_nothing_else(order_of):
     head, router = make_head(50, bias=True), make_router(7, order_of(50))
-    level = make_level(rows=5)
-    expected = routed(head, router, 2, "per_row").children(*level, 4)
-    found = routed(head, router, 2).by_row().children(*level, 4)
+    level = make_level(nodes=5)
+    expected = routed(head, router, 2, "per_node").children(*level, 4)
+    found = routed(head, router, 2).by_node().children(*level, 4)
     assert found.tokens.equal(expected.tokens)
 
 
 def test_in_a_union_every_row_sees_all_groups_that_any_wants(order_of):
     head, router = make_head(50), make_router(7, order_of(50))
-    features, log_path = make_level(rows=5)
+    features, log_path = make_level(nodes=5)
     wanted = router(features).argmax(-1).unique().tolist()
     assert 1 < len(wanted) < 5
     children = routed(head, router, 1, "union").children(features, log_path, 5)
@@ -106,23 +106,23 @@ def test_in_a_union_every_row_sees_all_groups_that_any_wants(order_of):
     torch.testing.assert_close(children.log_confidence, best[..., :5].log().float())
 
 
-@pytest.mark.parametrize("routing", ["shared", "union", "per_row"])
+@pytest.mark.parametrize("routing", ["shared", "union", "per_node"])
 @pytest.mark.parametrize("active_mass", [None, 0.3])
 def test_logits_are_the_targets_in_the_active_groups_and_impossible_elsewhere(
     routing, active_mass, order_of
 ):
     head, router = make_head(50, bias=True, softcap=2.0), make_router(7, order_of(50))
-    features, log_path = make_level(texts=2)
+    features, log_path = make_level(batch=2)
     draft_head = routed(head, router, 2, routing, active_mass=active_mass)
     logits = draft_head.logits(features, log_path)
     active = draft_head.routing.choose(router(features), log_path).expand(-1, 3, -1)
     group_of = router.groups_of(50).group_of()
-    is_read = (active[..., None] == group_of).any(2)  # (texts, rows, vocab)
+    is_read = (active[..., None] == group_of).any(2)  # (batch, nodes, vocab)
     assert logits.isfinite().equal(is_read)
     torch.testing.assert_close(logits[is_read], head.logits(features)[is_read].float())
 
 
-@pytest.mark.parametrize("routing", ["shared", "union", "per_row"])
+@pytest.mark.parametrize("routing", ["shared", "union", "per_node"])
 def test_children_are_tokens_that_were_read_each_once(routing, order_of):
     head, router = make_head(50), make_router(16, order_of(50))
     features, log_path = make_level()

@@ -36,8 +36,8 @@ def test_a_sure_row_decides_which_groups_are_shared():
 
 
 def test_each_row_reads_its_own_best_groups():
-    assert choose("per_row", 1) == [[[0], [2], [3]]]
-    assert choose("per_row", 2) == [[[0, 1], [2, 1], [3, 2]]]
+    assert choose("per_node", 1) == [[[0], [2], [3]]]
+    assert choose("per_node", 2) == [[[0, 1], [2, 1], [3, 2]]]
 
 
 def test_the_union_is_what_any_row_wants_ranked_over_the_paths():
@@ -60,7 +60,7 @@ def test_as_few_groups_are_read_as_hold_the_mass():
     assert choose("shared", 3, active_mass=0.3) == [[[2, UNUSED, UNUSED]]]
     assert choose("shared", 3, active_mass=0.5) == [[[2, 0, UNUSED]]]
     assert choose("shared", 3, active_mass=0.99) == [[[2, 0, 1]]]  # the cap
-    assert choose("per_row", 2, active_mass=0.65) == [[[0, 1], [2, UNUSED], [3, UNUSED]]]
+    assert choose("per_node", 2, active_mass=0.65) == [[[0, 1], [2, UNUSED], [3, UNUSED]]]
     assert choose("union", 2, active_mass=0.65) == [[[2, 0, 1, 3]]]
 
 
@@ -77,13 +77,13 @@ def test_the_most_unlikely_path_reads_a_group_as_any_other():
 
 
 def test_a_row_alone_in_its_level_reads_what_a_union_may():
-    routing = Routing("union", 3, max_active=2).by_row()
+    routing = Routing("union", 3, max_active=2).by_node()
     assert routing.choose(MASS.log(), PATH.log()).tolist() == [[[0, 1], [2, 1], [3, 2]]]
-    assert Routing("shared", 3, active_mass=0.9).by_row() == Routing("per_row", 3, None, 0.9)
+    assert Routing("shared", 3, active_mass=0.9).by_node() == Routing("per_node", 3, None, 0.9)
 
 
-@pytest.mark.parametrize("name", ["shared", "union", "per_row"])
-def test_texts_choose_for_themselves(name):
+@pytest.mark.parametrize("name", ["shared", "union", "per_node"])
+def test_sequences_of_a_batch_choose_for_themselves(name):
     mass, path = torch.cat([MASS, MASS.flip(2)]), torch.cat([PATH, PATH])
     together = choose(name, 2, mass=mass, path=path)
     assert together[0] == choose(name, 2)[0]

@@ -1,45 +1,67 @@
-"""The draft heads of a drafter: which it has, which it reads, how it gets one.
+"""The draft heads of a drafter: which it has, which it reads, how one is added.
 
-In: the drafter's config, weights, and a target's LM head. Out: the `DraftHead` of a call.
+In: the drafter's config and weights, and a target's LM head. Out: the `DraftHead` of a call.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..lm_head import Derived, LMHead
-from .draft_head import DraftHead, FrequencyHead, FullHead, LowRank, LowRankHead
+from ..lm_head import CachedTensor, LMHead
 from .group_logits import has_kernel
 from .groups import check_order, order_hash
 from .routed_head import RoutedHead
 from .router import Router, Routing
-from .settings import DRAFT_HEADS, HEAD_FIELDS
+from .settings import DRAFT_HEADS, HEAD_FIELDS, HEAD_SIZES
+from .simple import DraftHead, FrequencyHead, FullHead, LowRank, LowRankHead
 
 logger = logging.get_logger(__name__)
+
+# fields of a drafter that has no router, and what a fresh one starts from
+NO_ROUTER = {
+    "num_groups": None,
+    "grouping": "contiguous",
+    "grouping_hash": None,
+    "max_active_groups": None,
+    "is_router_trained": False,
+    "draft_head": "full",
+}
+TRAIN = "train one with CoralTrainer(..., args=CoralTrainingArguments(stage={!r}))"
+# what a drafter lacks for a draft head, and how it gets it
+REMEDIES = {
+    "routed": f"trained router; {TRAIN.format('router')}",
+    "frequency": "frequent tokens; add them with drafter.heads.add_frequency_head(token_ids)",
+    "low_rank": f"such head; {TRAIN.format('low_rank')}",
+}
 
 
 class DraftHeads(nn.Module):
     """The draft heads of a drafter, as its submodule `heads`.
 
     Args:
-        config: the drafter's own, an object that both share: `HEAD_FIELDS` say which heads there
-            are and which one is read.
+        config: the drafter's own, shared with it: `HEAD_FIELDS` say which heads there are and
+            which one is read.
     """
 
     router: Router | None
-    hot_tokens: Tensor | None  # (num_hot_tokens,), the most frequent first
+    hot_tokens: Tensor | None  # of shape (num_hot_tokens,), the most frequent first
     low_rank: LowRank | None
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.config = config
-        # moves with the drafter, so that a new head lands where the drafter is
+        # of shape (0,): moves with the drafter, so that a new head lands where the drafter is
         self.register_buffer("_placement", torch.empty(0), persistent=False)
         self._make(config)
 
     def _make(self, config: PreTrainedConfig) -> None:
-        """Room for the heads that a checkpoint with this config holds."""
+        """Make room for the heads that a checkpoint with this config holds.
+
+        Hot tokens have shape (num_hot_tokens,), an order (vocab,).
+        """
         self.router = self.low_rank = None
         if config.num_groups is not None:
             has_order = config.grouping != "contiguous"
@@ -49,11 +71,11 @@ class DraftHeads(nn.Module):
         self.register_buffer("hot_tokens", hot)
         if config.head_rank is not None:
             self.low_rank = LowRank(config.hidden_size, config.head_rank)
-        # copies of a target's head in another order, or fewer rows or channels of it
-        self._grouped, self._hot, self._squeezed = Derived(), Derived(), Derived()
+        # copies of the target's head (vocab, hidden) in another order, or of some rows or channels
+        self._grouped_rows, self._hot_rows, self._channels = (CachedTensor() for _ in range(3))
 
     def bind(self, head: LMHead, name: str | None = None) -> DraftHead:
-        """The draft head called `name` (the config's by default) on a target's LM head.
+        """Return the draft head `name` (the config's by default) on a target's LM head.
 
         Raises:
             ValueError: if the drafter has no such head, or the target's cannot be read by rows.
@@ -63,6 +85,12 @@ class DraftHeads(nn.Module):
             raise ValueError(f"`draft_head` is {name!r}; use one of {DRAFT_HEADS}.")
         if name == "full":
             return FullHead(head)
+        is_missing = getattr(self.config, HEAD_SIZES[name]) is None
+        if is_missing or (name == "routed" and not self.config.is_router_trained):
+            raise ValueError(
+                f"`draft_head` is {name!r}, but this drafter has no {REMEDIES[name]}, or use"
+                " draft_head='full'."
+            )
         if not head.is_readable:
             raise ValueError(
                 f"`draft_head` is {name!r}, but the target's LM head is quantised, offloaded or"
@@ -72,64 +100,45 @@ class DraftHeads(nn.Module):
         return makers[name](head)
 
     def _routed(self, head: LMHead) -> DraftHead:
-        config, router = self.config, self.router
-        if router is None or not config.is_router_trained:
-            raise ValueError(
-                "`draft_head` is 'routed', but this drafter has no trained router; train one with"
-                " CoralTrainer(..., args=CoralTrainingArguments(stage='router')) or use"
-                " draft_head='full'."
-            )
+        """Return the routed head; its own rows are (vocab, hidden) with each group in one piece."""
+        router, weight = self.router, head.weight
+        assert router is not None, "`bind` checks this"
         if self._placement.device.type != "cpu" and not _is_finite(router):
             logger.warning_once(
                 "The router's weights are not finite: the whole LM head is read instead."
             )
             return FullHead(head)
-        weight = self._grouped_weight(head, router)
-        return RoutedHead(head, router, Routing.of(config), weight)
-
-    def _grouped_weight(self, head: LMHead, router: Router) -> Tensor | None:
-        """(vocab, hidden) with each group in one piece; None where the head is read as it is."""
-        order, weight = router.order, head.weight
-        if order is None or has_kernel(weight):
-            return None
-        return self._grouped.of([weight, order], lambda: weight.detach()[order])
+        order, rows = router.order, None
+        if order is not None and not has_kernel(weight):
+            rows = self._grouped_rows.get([weight, order], lambda: weight.detach()[order])
+        return RoutedHead(head, router, Routing.from_config(self.config), rows)
 
     def _frequent(self, head: LMHead) -> DraftHead:
         tokens, weight = self.hot_tokens, head.weight
-        if tokens is None:
-            raise ValueError(
-                "`draft_head` is 'frequency', but this drafter knows no frequent tokens; give them"
-                " with drafter.heads.add_frequency_head(token_ids) or use draft_head='full'."
-            )
-        rows = self._hot.of([weight, tokens], lambda: weight.detach()[tokens])
+        assert tokens is not None, "`bind` checks this"
+        rows = self._hot_rows.get(
+            [weight, tokens], lambda: weight.detach()[tokens]
+        )  # (hot, hidden)
         return FrequencyHead(head, tokens, rows)
 
     def _low_rank(self, head: LMHead) -> DraftHead:
         low_rank, weight = self.low_rank, head.weight
-        if low_rank is None:
-            raise ValueError(
-                "`draft_head` is 'low_rank', but this drafter has no such head; train one with"
-                " CoralTrainer(..., args=CoralTrainingArguments(stage='low_rank')) or use"
-                " draft_head='full'."
-            )
+        assert low_rank is not None, "`bind` checks this"
         up = low_rank.up.weight  # (hidden, rank)
-        channels = self._squeezed.of(
+        channels = self._channels.get(
             [weight, up], lambda: weight.detach() @ up.detach().to(weight.dtype)
-        )
+        )  # (vocab, rank)
         return LowRankHead(head, low_rank, channels)
 
     def adopt(self, config: PreTrainedConfig) -> None:
-        """Make room for the heads of another drafter, whose tensors are to be loaded then."""
+        """Make room for the heads of another drafter, whose tensors are loaded next."""
         self.configure(**{name: getattr(config, name) for name in HEAD_FIELDS})
         self._make(self.config)
         self.to(self._placement)
 
     def check(self) -> None:
-        """Refuse groups that do not cover the vocabulary or are not the router's, and hot tokens
-        that are none.
-
-        Raises:
-            ValueError: naming what is missing.
+        """Raise a ValueError for invalid hot tokens, or groups that are not the router's or do not
+        cover the vocabulary.
         """
         if self.hot_tokens is not None:
             self._check_tokens(self.hot_tokens)
@@ -152,58 +161,44 @@ class DraftHeads(nn.Module):
         order: Tensor | None = None,
         grouping: str | None = None,
     ) -> None:
-        """Give the drafter a fresh router over `num_groups` groups of the vocabulary.
+        """Add a fresh router over `num_groups` groups of the vocabulary.
 
         Args:
             num_active_groups: how many of them are read at a time.
-            order: (vocab,), token ids, of which equal slices are the groups; the order of the ids
-                themselves by default.
+            order: token ids of shape (vocab,), of which equal slices are the groups; the order of
+                the ids themselves by default.
             grouping: where the order comes from; `"custom"` by default.
 
         Raises:
             ValueError: if the order does not name each token once.
         """
+        fields: dict[str, Any] = {"num_groups": num_groups, "num_active_groups": num_active_groups}
         if order is not None:
             order = torch.as_tensor(order)
             check_order(order, self.config.vocab_size)
-        has_order = order is not None
-        self.configure(
-            num_groups=num_groups,
-            num_active_groups=num_active_groups,
-            grouping=(grouping or "custom") if has_order else "contiguous",
-            grouping_hash=order_hash(order) if order is not None else None,
-            max_active_groups=None,
-            is_router_trained=False,
-            draft_head="full",
-        )
-        order = None if order is None else order.to(dtype=torch.long, device="cpu").clone()
+            fields |= {"grouping": grouping or "custom", "grouping_hash": order_hash(order)}
+            order = order.to(dtype=torch.long, device="cpu").clone()
+        self.configure(**{**NO_ROUTER, **fields})
         router = Router(self.config.hidden_size, num_groups, order)
         for layer in (router.fc, router.groups):
             nn.init.normal_(layer.weight, std=self.config.initializer_range)
         self.router = router.to(self._placement)
 
     def remove_router(self) -> None:
-        """Take the router away, so that a stage of training adds a fresh one."""
-        self.configure(
-            num_groups=None,
-            grouping="contiguous",
-            grouping_hash=None,
-            max_active_groups=None,
-            is_router_trained=False,
-            draft_head="full",
-        )
+        """Remove the router, so that a training stage can add a fresh one."""
+        self.configure(**NO_ROUTER)
         self.router = None
 
     def remove_low_rank_head(self) -> None:
-        """Take the low-rank head away, so that a stage of training adds a fresh one."""
+        """Remove the low-rank head, so that a training stage can add a fresh one."""
         self.configure(head_rank=None, draft_head="full")
         self.low_rank = None
 
     def add_frequency_head(self, tokens: Tensor) -> None:
-        """Let the drafter read the rows of these tokens alone.
+        """Let the drafter read the LM head's rows of these tokens alone.
 
         Args:
-            tokens: (read,), ids, the most frequent first; see
+            tokens: ids of shape (read,), the most frequent first; see
                 `coral_hf.training.grouping.most_frequent_first`.
         """
         tokens = torch.as_tensor(tokens)
@@ -212,6 +207,7 @@ class DraftHeads(nn.Module):
         self.hot_tokens = tokens.to(device=self._placement.device, dtype=torch.long).clone()
 
     def _check_tokens(self, tokens: Tensor) -> None:
+        """Raise a ValueError unless tokens, of shape (read,), are different ids of tokens."""
         vocab_size, unique = self.config.vocab_size, tokens.unique()
         is_inside = bool(((tokens >= 0) & (tokens < vocab_size)).all())
         if tokens.ndim != 1 or not len(tokens) or not is_inside or len(unique) < len(tokens):
@@ -221,10 +217,10 @@ class DraftHeads(nn.Module):
             )
 
     def add_low_rank_head(self, rank: int, head: LMHead) -> None:
-        """Let the drafter read `rank` channels of the head's rows, at first the largest ones.
+        """Let the drafter read `rank` channels of a head (vocab, hidden), at first the largest.
 
         Raises:
-            ValueError: if the head's rows cannot be read, or there are not so many channels.
+            ValueError: if the head's rows cannot be read, or have fewer channels.
         """
         if not head.is_readable:
             raise ValueError(
@@ -242,7 +238,7 @@ class DraftHeads(nn.Module):
         self.low_rank = low_rank.to(self._placement)
 
     def configure(self, **fields) -> None:
-        """Set fields of the config, which are checked together."""
+        """Set fields of the config after checking that they fit together."""
         type(self.config).from_dict({**self.config.to_dict(), **fields})  # raises if they clash
         for name, value in fields.items():
             setattr(self.config, name, value)

@@ -1,23 +1,19 @@
-"""A Triton kernel for `group_logits`: the active groups' rows of the weight, read where they lie.
+"""Triton kernel for the logits of active groups: rows of the weight are read where they lie.
 
-In and out: as of `plain_group_logits`. One launch of a shape that no value decides, so nothing
-waits for the host and a CUDA graph can hold it.
+In and out: as for `plain_group_logits`. One launch whose shape depends on no value, so nothing
+waits for the host and a CUDA graph can capture it.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # inside a `try`, so that transformers loads published code without Triton
-    raise
 
 # One program's share. Features are few, so the tokens alone must keep every multiprocessor reading;
 # four stages of 64 rows are 96 KiB, which all but the oldest GPUs have.
 TOKENS = 32
-ROW_BYTES = 256  # of the weight's rows, read at a time
-MIN_ROWS, MAX_ROWS = 16, 64  # `tl.dot` takes no fewer
+ROW_BYTES = 256  # of a row of the weight, read at a time
+MIN_NODES, MAX_NODES = 16, 64  # `tl.dot` takes no fewer
 NUM_STAGES = 4
 
 
@@ -29,31 +25,23 @@ def fused_group_logits(
     bias: Tensor | None = None,
     order: Tensor | None = None,
 ) -> Tensor:
-    """The logits of `plain_group_logits`, in one launch."""
-    texts, rows, hidden = features.shape
+    """Compute the logits (batch, nodes, slots, size) of `plain_group_logits` in one launch."""
+    batch, nodes, hidden = features.shape
     slots = active.shape[-1]
-    logits = features.new_empty((texts, rows, slots, size), dtype=torch.float32)
-    block_rows = min(max(triton.next_power_of_2(rows), MIN_ROWS), MAX_ROWS)
-    grid = (texts * slots, triton.cdiv(size, TOKENS), triton.cdiv(rows, block_rows))
+    logits = features.new_empty((batch, nodes, slots, size), dtype=torch.float32)
+    block_nodes = min(max(triton.next_power_of_2(nodes), MIN_NODES), MAX_NODES)
+    grid = (batch * slots, triton.cdiv(size, TOKENS), triton.cdiv(nodes, block_nodes))
     if logits.numel():
         # Triton launches on the current GPU, which need not be the tensors'
         with torch.cuda.device_of(logits):
+            tensors = (features.contiguous(), weight, bias, active.contiguous(), order, logits)
+            sizes = (nodes, hidden, weight.shape[0], slots, size, weight.stride(0))
             _group_logits[grid](
-                features.contiguous(),
-                weight,
-                bias,
-                active.contiguous(),
-                order,
-                logits,
-                rows,
-                hidden,
-                weight.shape[0],
-                slots,
-                size,
-                weight.stride(0),
+                *tensors,
+                *sizes,
                 HAS_BIAS=bias is not None,
                 HAS_ORDER=order is not None,
-                ROWS=block_rows,
+                NODES=block_nodes,
                 TOKENS=TOKENS,
                 CHANNELS=ROW_BYTES // weight.element_size(),
                 num_stages=NUM_STAGES,
@@ -64,13 +52,13 @@ def fused_group_logits(
 
 @triton.jit
 def _group_logits(
-    features,  # (texts, rows, hidden)
+    features,  # (batch, nodes, hidden)
     weight,  # (vocab, hidden), rows `weight_stride` apart
     bias,  # (vocab,)
-    active,  # (texts, slots), int64
+    active,  # (batch, slots), int64
     order,  # (vocab,), int64
-    logits,  # (texts, rows, slots, size)
-    rows,
+    logits,  # (batch, nodes, slots, size)
+    nodes,
     hidden,
     vocab,
     slots,
@@ -78,32 +66,32 @@ def _group_logits(
     weight_stride,
     HAS_BIAS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
-    ROWS: tl.constexpr,
+    NODES: tl.constexpr,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """A program computes TOKENS tokens of one slot of one text, for ROWS of its rows."""
-    text = (tl.program_id(0) // slots).to(tl.int64)  # vocab × hidden may exceed 32 bits
+    """A program computes TOKENS tokens of one slot of one sequence, for NODES of its nodes."""
+    sequence = (tl.program_id(0) // slots).to(tl.int64)  # vocab × hidden may exceed 32 bits
     slot = tl.program_id(0) % slots
     group = tl.load(active + tl.program_id(0))
-    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)  # (ROWS,)
+    node = tl.program_id(2) * NODES + tl.arange(0, NODES)  # (NODES,)
     within = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)  # (TOKENS,)
     place = group * size + within
-    is_row = row < rows
+    is_node = node < nodes
     is_token = (within < size) & (place >= 0) & (place < vocab)  # place < 0: an unused slot
     token = tl.load(order + place, mask=is_token, other=0) if HAS_ORDER else place
 
-    feature_start = features + (text * rows + row) * hidden
+    feature_start = features + (sequence * nodes + node) * hidden
     weight_start = weight + token * weight_stride
-    total = tl.zeros((ROWS, TOKENS), tl.float32)
+    total = tl.zeros((NODES, TOKENS), tl.float32)
     for start in range(0, tl.where(group >= 0, hidden, 0), CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
         is_channel = channel < hidden
         x = tl.load(
             feature_start[:, None] + channel,
-            mask=is_row[:, None] & is_channel,
+            mask=is_node[:, None] & is_channel,
             other=0.0,
-        )  # (ROWS, CHANNELS)
+        )  # (NODES, CHANNELS)
         w = tl.load(
             weight_start[None, :] + channel[:, None],
             mask=is_token & is_channel[:, None],
@@ -113,6 +101,6 @@ def _group_logits(
     if HAS_BIAS:
         total += tl.load(bias + token, mask=is_token, other=0.0).to(tl.float32)
 
-    place_out = ((text * rows + row[:, None]) * slots + slot) * size + within
+    place_out = ((sequence * nodes + node[:, None]) * slots + slot) * size + within
     total = tl.where(is_token, total, float("-inf"))
-    tl.store(logits + place_out, total, mask=is_row[:, None] & (within < size))
+    tl.store(logits + place_out, total, mask=is_node[:, None] & (within < size))

@@ -1,9 +1,9 @@
 """Logits of the active groups of an LM head, without reading the rest of it.
 
-In: features, the head's weight and the groups that each text or each row reads. Out: raw logits
-(texts, rows, slots, size). A group is a run of `size` rows of the weight, or of `order`, which says
-where each row is. On CUDA one Triton kernel reads the weight in place; the plain form next to it
-says what it computes and serves everywhere else.
+In: features, the head's weight, and the groups that each sequence or each node reads. Out: raw
+logits (batch, nodes, slots, size). A group is `size` consecutive rows of the weight, or of `order`,
+which says where each row is. On CUDA one Triton kernel reads the weight in place; the plain form
+beside it says what the kernel computes and runs everywhere else.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that it sums in fp32
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # which it sums in fp32
 
 
 def group_logits(
@@ -25,34 +25,34 @@ def group_logits(
     bias: Tensor | None = None,
     order: Tensor | None = None,
 ) -> Tensor:
-    """Logits of the tokens in the active groups: feature · weight row + bias.
+    """Compute the logits of the tokens in the active groups: feature · weight row + bias.
 
     Args:
-        features: (texts, rows, hidden), in the weight's dtype.
+        features: (batch, nodes, hidden), in the weight's dtype.
         weight: (vocab, hidden).
-        active: (texts, 1, slots), groups that all rows of a text read, or (texts, rows, slots),
-            groups that each row reads; int64, negative where a slot is unused.
+        active: (batch, 1, slots), groups that all nodes of a sequence read, or
+            (batch, nodes, slots), groups that each node reads; int64, negative in unused slots.
         size: tokens of a group.
         bias: (vocab,)
         order: (vocab,), int64: place i of group g is row order[g × size + i] of the weight; without
             it row g × size + i. Off CUDA, rows that an order scatters are copied to be read.
 
     Returns:
-        (texts, rows, slots, size), in fp32; -inf where a slot is unused and where a group has no
-        such token, as the last groups may.
+        (batch, nodes, slots, size), in fp32; -inf where a slot is unused, and where the last groups
+        hold fewer tokens.
     """
-    texts, rows, _ = features.shape
-    if active.shape[:2] not in ((texts, 1), (texts, rows)):
+    batch, nodes, _ = features.shape
+    if active.shape[:2] not in ((batch, 1), (batch, nodes)):
         raise ValueError(
-            f"`active` is {tuple(active.shape)}, but the features are {texts} texts of {rows} rows;"
-            f" use ({texts}, 1, slots) or ({texts}, {rows}, slots)."
+            f"`active` is {tuple(active.shape)}, but the features are of {batch} sequences of"
+            f" {nodes} nodes; use ({batch}, 1, slots) or ({batch}, {nodes}, slots)."
         )
     if active.shape[1] != 1:
-        # a row with groups of its own is a text of one row
+        # a node with groups of its own is a sequence of one node
         features, active = features.flatten(0, 1)[:, None], active.flatten(0, 1)[:, None]
     kernel = _kernel() if _is_fusible(features, weight, bias) else None
     read = kernel or plain_group_logits
-    return read(features, weight, active, size, bias, order).view(texts, rows, -1, size)
+    return read(features, weight, active, size, bias, order).view(batch, nodes, -1, size)
 
 
 def plain_group_logits(
@@ -63,9 +63,9 @@ def plain_group_logits(
     bias: Tensor | None = None,
     order: Tensor | None = None,
 ) -> Tensor:
-    """The same, group by group, for groups that the rows of a text share; reads `active`'s values.
+    """Compute `group_logits` group by group, for groups (batch, 1, slots) that nodes share.
 
-    A group that several texts read is read once.
+    Waits for the values of `active`. A group that several sequences read is read once.
     """
     shape = (*features.shape[:2], active.shape[-1], size)
     logits = features.new_full(shape, float("-inf"), dtype=torch.float32)
@@ -74,31 +74,31 @@ def plain_group_logits(
         if start >= stop:
             continue
         part = slice(start, stop) if order is None else order[start:stop]
-        # numbers where one text reads the group, as views cost less than gathered copies
-        texts, slots = readers[0] if len(readers) == 1 else map(list, zip(*readers, strict=True))
-        block = F.linear(features[texts], weight[part], None if bias is None else bias[part])
-        logits[texts, :, slots, : stop - start] = block.float()  # (..., rows, tokens)
+        # numbers where one sequence reads the group, as views cost less than gathered copies
+        rows, slots = readers[0] if len(readers) == 1 else map(list, zip(*readers, strict=True))
+        block = F.linear(features[rows], weight[part], None if bias is None else bias[part])
+        logits[rows, :, slots, : stop - start] = block.float()  # (*readers, nodes, tokens)
     return logits
 
 
 def _readers(active: Tensor) -> dict[int, list[tuple[int, int]]]:
-    """Group → the texts that read it, each with its slot; the one wait for the device."""
+    """Map each group of `active` (batch, 1, slots) to the (row of the batch, slot) that read it."""
     readers = defaultdict(list)
-    for text, slots in enumerate(active[:, 0].tolist()):
+    for row, slots in enumerate(active[:, 0].tolist()):
         for slot, group in enumerate(slots):
             if group >= 0:
-                readers[group].append((text, slot))
+                readers[group].append((row, slot))
     return readers
 
 
 def has_kernel(weight: Tensor) -> bool:
-    """Whether rows of this weight, which takes no gradient, are read through an order in place."""
+    """Whether rows of a frozen weight (vocab, hidden) can be read in place in any order."""
     return weight.is_cuda and weight.dtype in KERNEL_DTYPES and _kernel() is not None
 
 
 @cache
 def _kernel() -> Callable[..., Tensor] | None:
-    """The Triton kernel, imported when it is first needed; None where Triton is not installed."""
+    """Import the Triton kernel when it is first needed; None where Triton is not installed."""
     try:
         from .group_kernel import fused_group_logits
     except ImportError:
@@ -107,9 +107,8 @@ def _kernel() -> Callable[..., Tensor] | None:
 
 
 def _is_fusible(features: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the kernel can do it: on CUDA, in what it sums in fp32, with no gradient to give."""
+    """Whether the kernel can read a weight (vocab, hidden): on CUDA, no gradient needed."""
     needs_gradient = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (features, weight, bias)
     )
-    is_in_rows = weight.stride(-1) == 1
-    return has_kernel(weight) and is_in_rows and not needs_gradient
+    return has_kernel(weight) and weight.stride(-1) == 1 and not needs_gradient

@@ -1,4 +1,4 @@
-"""How the vocabulary is cut into groups: equal slices of an order of its tokens.
+"""Groups of the vocabulary: equal slices of an order of its tokens.
 
     vocabulary 10, groups 4           group      0        1        2        3
     order None                        tokens     0 1 2    3 4 5    6 7 8    9
@@ -35,14 +35,14 @@ class Groups(NamedTuple):
         return math.ceil(self.vocab_size / self.size)
 
     def mass(self, probs: Tensor) -> Tensor:
-        """Sum probabilities by group: (..., vocab) → (..., groups)."""
+        """Sum probabilities by group: (*batch, vocab) → (*batch, groups)."""
         if self.order is not None:
             probs = probs[..., self.order]
         padded = F.pad(probs, (0, self.size * self.num_groups - self.vocab_size))
         return padded.unflatten(-1, (self.num_groups, self.size)).sum(-1)
 
     def group_of(self) -> Tensor:
-        """(vocab,), the group of each token id."""
+        """Return the group of each token id, of shape (vocab,)."""
         if self.order is None:
             return torch.arange(self.vocab_size) // self.size
         places = torch.empty_like(self.order)
@@ -50,36 +50,24 @@ class Groups(NamedTuple):
         return places // self.size
 
     def tokens(self, group: Tensor, offset: Tensor) -> Tensor:
-        """The tokens at offsets in groups, both (any); token 0's row for what is no token."""
+        """Return the tokens at offsets in groups, of their common shape; any where none is."""
         places = (group * self.size + offset).clamp(0, self.vocab_size - 1)
         return places if self.order is None else self.order[places]
 
 
 def check_order(order: Tensor, vocab_size: int) -> None:
-    """Refuse an order that does not name each token of the vocabulary once.
-
-    Args:
-        order: (vocab,), token ids.
-    """
-    if order.shape != (vocab_size,) or order.is_floating_point():
+    """Raise a ValueError unless an order of shape (vocab,) names each token once."""
+    is_ids = order.shape == (vocab_size,) and not order.is_floating_point()
+    ids = torch.arange(vocab_size, device=order.device)
+    if not is_ids or not bool((order.sort().values == ids).all()):
+        named = len(set(order.flatten().tolist()) & set(range(vocab_size)))
         raise ValueError(
-            f"`order` has shape {tuple(order.shape)} and dtype {order.dtype}; expected token ids"
-            f" of shape ({vocab_size},), one for each token of the vocabulary."
-        )
-    outside = order[(order < 0) | (order >= vocab_size)]
-    if len(outside):
-        raise ValueError(
-            f"`order` holds {outside[:5].tolist()}; token ids go from 0 to {vocab_size - 1}."
-        )
-    counts = torch.bincount(order, minlength=vocab_size)
-    if not (counts == 1).all():
-        missing, twice = ((counts == 0).nonzero()[:5, 0], (counts > 1).nonzero()[:5, 0])
-        raise ValueError(
-            "`order` does not cover the vocabulary: tokens"
-            f" {missing.tolist()} (and maybe others) are in no group, {twice.tolist()} in several."
+            f"`order` does not cover the vocabulary: it has shape {tuple(order.shape)} and dtype"
+            f" {order.dtype}, and names {named} of the tokens; expected each token id from 0 to"
+            f" {vocab_size - 1} once."
         )
 
 
 def order_hash(order: Tensor) -> str:
-    """SHA-256 of an order (vocab,): which partition a router was trained for."""
+    """Compute the SHA-256 of an order of shape (vocab,): the partition a router was trained for."""
     return hashlib.sha256(order.cpu().to(torch.int64).numpy().tobytes()).hexdigest()

@@ -1,14 +1,14 @@
-"""Draft-head fields of a drafter's config: their names, their choices, and what fits together."""
+"""Draft-head fields of a drafter's config: names, choices, and which of them fit together."""
 
 from transformers import PreTrainedConfig
 
 DRAFT_HEADS = ("full", "routed", "frequency", "low_rank")
 GROUPINGS = ("contiguous", "kmeans", "frequency", "coactivation", "custom")
-ROUTINGS = ("shared", "union", "per_row")
+ROUTINGS = ("shared", "union", "per_node")
 
-# the field without which a draft head is not there
+# the field that a draft head needs
 HEAD_SIZES = {"routed": "num_groups", "frequency": "num_hot_tokens", "low_rank": "head_rank"}
-# fields of the config that say which heads there are and how they are read
+# the fields that say which heads there are and how they are read
 HEAD_FIELDS = (
     "draft_head",
     "num_groups",
@@ -26,9 +26,10 @@ HEAD_FIELDS = (
 
 def check_head_fields(config: PreTrainedConfig) -> None:
     """Raise a ValueError if the draft-head fields of a drafter's config do not fit together."""
-    _check_choice(config, "draft_head", DRAFT_HEADS)
-    _check_choice(config, "grouping", GROUPINGS)
-    _check_choice(config, "routing", ROUTINGS)
+    choices = {"draft_head": DRAFT_HEADS, "grouping": GROUPINGS, "routing": ROUTINGS}
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"`{name}` is {getattr(config, name)!r}; use one of {allowed}.")
     needed = HEAD_SIZES.get(config.draft_head)
     if needed is not None and getattr(config, needed) is None:
         raise ValueError(f"`draft_head` is {config.draft_head!r}, but `{needed}` is None; set it.")
@@ -60,13 +61,8 @@ def _check_grouping(config: PreTrainedConfig) -> None:
         )
 
 
-def _check_choice(config: PreTrainedConfig, name: str, choices: tuple[str, ...]) -> None:
-    if getattr(config, name) not in choices:
-        raise ValueError(f"`{name}` is {getattr(config, name)!r}; use one of {choices}.")
-
-
 def _check_size(config: PreTrainedConfig, name: str, limit: str) -> None:
-    """A number from 1 to another field's, or None."""
+    """Raise a ValueError unless a field is None or from 1 to another field's value."""
     value, most = getattr(config, name), getattr(config, limit)
     if value is not None and not 1 <= value <= most:
         raise ValueError(f"`{name}` is {value}; use a value from 1 to `{limit}` = {most}.")

@@ -13,10 +13,10 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..heads.draft_head import DraftHead, FullHead
 from ..heads.group_logits import has_kernel
 from ..heads.routed_head import RoutedHead
 from ..heads.router import Router, Routing
+from ..heads.simple import DraftHead, FullHead
 from ..lm_head import LMHead
 from .head_timing_report import HeadTimes, HeadTimingReport, describe_machine
 from .head_timing_settings import HeadShape, HeadTimingSettings

@@ -24,7 +24,7 @@ from ..checkpoints import check_tensors
 from ..drafters.coral.configuration import CoralConfig
 from ..drafters.coral.modeling import CoralDrafter
 from ..heads.collection import DraftHeads
-from ..heads.draft_head import DraftHead
+from ..heads.simple import DraftHead
 from ..lm_head import LMHead
 
 # family whose embeddings transformers scales inside of the embedding module and vLLM outside
@@ -133,7 +133,7 @@ class ServedDrafter(EagleLlamaForCausalLM):
             module = self._modules.get("lm_head", self.model.embed_tokens)
             head = VocabHead(module, self.logits_processor, self.config.vocab_size)
             scales = self.config.logit_scale, self.config.logit_softcap
-            self._draft_head = self.heads.heads.bind(LMHead(head, *scales))
+            self._draft_head = self.heads.bind(LMHead(head, *scales))
         return self._draft_head
 
 

@@ -40,7 +40,7 @@ class CoralConfig(PreTrainedConfig):
             vocabulary in the checkpoint.
         grouping_hash: of that order; a router knows its own groups only.
         routing: whether the rows of a tree level share groups (`"shared"`), all read what any of
-            them wants (`"union"`), or read each its own (`"per_row"`).
+            them wants (`"union"`), or read each its own (`"per_node"`).
         max_active_groups: groups that `"union"` reads for a text at most; `None` for all wanted.
         active_mass: read only as many groups as hold this share of the router's mass; `None`
             always reads `num_active_groups`.

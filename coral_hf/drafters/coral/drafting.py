@@ -22,7 +22,7 @@ from ...decoding.columns import HIDDEN, Columns
 from ...decoding.drafting import Warp
 from ...decoding.drawn_tree import DrawnTreeBuilder, plan_levels
 from ...decoding.tree import Beam, DraftTree, TreeBuilder, TreeShape, root_only
-from ...heads.draft_head import Children
+from ...heads.simple import Children
 from ...target import FEATURE, Target
 from ..fit import check_target
 from .modeling import CoralDrafter

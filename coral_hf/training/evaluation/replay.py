@@ -83,7 +83,7 @@ def first_choices(drafter: CoralDrafter, target: Target, features: Tensor) -> Te
     """
     head = drafter.heads.bind(target.head)
     if isinstance(head, RoutedHead):
-        head = head.by_row()
+        head = head.by_node()
     features = features[None].to(drafter.dtype)  # (1, rows, hidden)
     children = head.children(features, features.new_zeros(features.shape[:2]), top_k=1)
     return children.tokens[0, :, 0]

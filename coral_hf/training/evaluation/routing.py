@@ -70,7 +70,7 @@ def _held(drafter: CoralDrafter, target: Target, predicted: Tensor, probs: Tenso
     assert drafter.heads.router is not None, "whoever counts has looked"
     groups = drafter.heads.router.groups_of(probs.shape[-1])
     log_mass = drafter.heads.router(predicted.to(drafter.dtype))[None, :, : groups.filled]
-    routing = Routing.of(drafter.config).by_row()
+    routing = Routing.from_config(drafter.config).by_node()
     chosen = routing.choose(log_mass, log_mass.new_zeros(log_mass.shape[:2]))[0]
     # (positions, groups + 1), the last for slots that read nothing
     is_active = torch.zeros(
