@@ -1,8 +1,12 @@
 """Publishing and loading by id, against a Hub on this machine that keeps what it is sent."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +86,7 @@ def test_a_pushed_drafter_is_loaded_by_its_id_and_its_card_is_filled_in(hub, cli
     )
     files = hub.files("org/pushed")
     expected = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+    assert hub.asked("POST .*/commit/") == 1
     assert expected | {"tokenizer.json", "tokenizer_config.json"} <= set(files)
     card = card_of(hub, "org/pushed")
     assert metadata_of(card) == {
@@ -108,7 +113,7 @@ def test_a_folder_is_published_whole_in_one_commit_with_large_files_in_parts(
     assert hub.asked("POST .*/commit/") == 1
     assert set(hub.files("org/parts")) == {
         *("README.md", "config.json", "generation_config.json", "model.safetensors"),
-        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "modeling_coral.py"),
     }
     data = metadata_of(card_of(hub, "org/parts"))
     assert (data["license"], data["language"]) == ("apache-2.0", "en")
@@ -119,7 +124,7 @@ def test_a_folder_is_published_whole_in_one_commit_with_large_files_in_parts(
 
 def test_large_files_that_have_arrived_are_not_sent_twice(hub, client, drafter):
     hub.faults = [Fault("POST .*/commit/", 500)]
-    with pytest.raises(RuntimeError, match="not sent twice"):
+    with pytest.raises(RuntimeError, match="500"):
         publish(client, drafter, "org/again")
     assert "README.md" not in hub.files("org/again")
     publish(client, drafter, "org/again")
@@ -189,28 +194,68 @@ def test_a_private_drafter_is_seen_by_its_owner_alone(hub, client, stranger, dra
     client.run(IS_LOADED, folder=drafter, repo="org/private")
     with pytest.raises(RuntimeError, match="(?s)private.*hf auth login"):
         stranger.run(IS_LOADED, folder=drafter, repo="org/private")
-    with pytest.raises(RuntimeError, match="and public, and `private` only makes new"):
+    with pytest.raises(RuntimeError, match="is public, and `private` only makes new"):
         publish(client, drafter, "org/target2") and publish(
             client, drafter, "org/target2", private=True
         )
 
 
-def test_code_is_published_for_those_who_trust_it(hub, client, drafter):
-    without = shutil.copytree(drafter, drafter.with_name("without"))
-    publish(client, drafter, "org/code", code=True)
+WITHOUT_IMPORT = """
+import sys
+
+class NoCoral:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "coral_hf":
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+if sys.argv[2] == "absent":
+    sys.meta_path.insert(0, NoCoral())
+from transformers import AutoModel
+
+drafter = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(type(drafter).__module__)
+drafter.save_pretrained(sys.argv[3])
+"""
+
+
+def load_without_import(hub, tmp_path, repo, is_installed: bool) -> subprocess.CompletedProcess:
+    """Load a published drafter in a process that does not import coral_hf; save it again."""
+    variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "",
+                 "PYTHONPATH": str(Path(__file__).parents[1])}  # fmt: skip
+    return subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            WITHOUT_IMPORT,
+            repo,
+            "installed" if is_installed else "absent",
+            tmp_path / "saved",
+        ],  # fmt: skip
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_published_drafter_loads_without_an_import_where_the_package_is_installed(
+    hub, client, drafter, tmp_path
+):
+    publish(client, drafter, "org/code")
     files = hub.files("org/code")
     assert [name for name in files if name.endswith(".py")] == ["modeling_coral.py"]
-    assert json.loads(files["config.json"])["auto_map"] == {
-        "AutoConfig": "modeling_coral.CoralConfig",
-        "AutoModel": "modeling_coral.CoralDrafter",
-    }
-    client.run("""
-from transformers import AutoModel
-remote = AutoModel.from_pretrained("org/code", trust_remote_code=True)
-print(type(remote).__module__)
-""")
-    publish(client, without, "org/plain")  # the next drafter goes without code
-    assert not any(name.endswith(".py") for name in hub.files("org/plain"))
+    assert b"from coral_hf import CoralConfig, CoralDrafter" in files["modeling_coral.py"]
+    run = load_without_import(hub, tmp_path, "org/code", is_installed=True)
+    assert run.stdout.strip() == "coral_hf.drafters.coral.modeling", run.stderr
+    saved = [path.name for path in (tmp_path / "saved").iterdir()]
+    assert "model.safetensors" in saved and not any(name.endswith(".py") for name in saved)
+
+
+def test_where_the_package_is_missing_the_error_says_what_to_install(
+    hub, client, drafter, tmp_path
+):
+    publish(client, drafter, "org/code-missing")
+    run = load_without_import(hub, tmp_path, "org/code-missing", is_installed=False)
+    assert run.returncode != 0 and "Run `pip install coral_hf`" in run.stderr
 
 
 # ---- the command, and cards that people write

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from loopback_hub import TOKEN, Client, Fault
+from loopback_hub import TOKEN, Fault
 from test_hub import (  # noqa: F401  fixtures
     IS_LOADED,
     MAKE,
@@ -13,39 +13,15 @@ from test_hub import (  # noqa: F401  fixtures
     publish,
 )
 
-REFUSALS = {
-    401: "log in with `hf auth login`",
-    403: "use a token with write access",
-    404: "check the spelling",
-    429: "publish again after the time that it names",
-    500: "publish again in a few minutes",
-}
 
-
-@pytest.mark.parametrize("status", REFUSALS)
-def test_a_refusal_says_what_to_do(hub, client, drafter, status):  # noqa: F811
-    hub.faults = [Fault("POST /api/repos/create", status)]
-    with pytest.raises(RuntimeError, match=REFUSALS[status]):
-        publish(client, drafter, f"org/refused-{status}")
-    assert f"org/refused-{status}" not in hub.repos
-
-
-def test_a_push_says_what_to_do_too(hub, client):  # noqa: F811
+def test_a_refusal_of_the_hub_is_what_the_user_reads(hub, client, drafter):  # noqa: F811
+    hub.faults = [Fault("POST /api/repos/create", 403, message="read-only token")]
+    with pytest.raises(RuntimeError, match="(?s)HfHubHTTPError.*read-only token"):
+        publish(client, drafter, "org/refused")
+    assert "org/refused" not in hub.repos
     hub.faults = [Fault("POST .*/commit/", 403, message="read-only token")]
-    with pytest.raises(RuntimeError, match="(?s)HfHubHTTPError.*read-only token.*write access"):
+    with pytest.raises(RuntimeError, match="(?s)HfHubHTTPError.*read-only token"):
         client.run(MAKE + "drafter.push_to_hub('org/refused')")
-
-
-def test_a_connection_that_breaks_says_what_to_do(hub, client, drafter):  # noqa: F811
-    hub.faults = [Fault("POST .*/commit/")]  # breaks off halfway through the answer
-    with pytest.raises(RuntimeError, match="ConnectionError: The connection to the Hub broke"):
-        publish(client, drafter, "org/cut")
-    nowhere = Client("http://127.0.0.1:9", drafter / "home")
-    try:
-        with pytest.raises(RuntimeError, match="(?s)Check the network and HF_ENDPOINT"):
-            publish(nowhere, drafter, "org/cut")
-    finally:
-        nowhere.close()
 
 
 def test_an_upload_is_tried_again_where_the_hub_fails_once(hub, client, drafter):  # noqa: F811
@@ -69,7 +45,7 @@ def test_somebody_elses_name_is_refused_and_a_dataset_of_that_name_is_left_alone
     client,
     drafter,  # noqa: F811
 ):
-    with pytest.raises(RuntimeError, match="a name of your own or of an organisation"):
+    with pytest.raises(RuntimeError, match="(?s)HfHubHTTPError.*403"):
         publish(client, drafter, "elsewhere/drafter")
     client.run("from huggingface_hub import HfApi;"
                "HfApi().create_repo('org/both', repo_type='dataset')")  # fmt: skip
@@ -106,16 +82,16 @@ def test_folders_that_hold_something_else_are_refused(hub, client, drafter, fold
     weights = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     refusals = {
-        root / "absent": "there is no such folder",
-        root / "file": "it is a file",
-        root / "empty": "but nothing",
+        root / "absent": "absent holds no drafter",
+        root / "file": "file holds no drafter",
+        root / "empty": "empty holds no drafter",
         root / "adapter": "merge it into its drafter",
-        damaged: "is damaged",
+        damaged: "not a valid JSON file",
         cut: "weights of .* cannot be read",
         folder / "target": "holds a llama model, not a drafter",
     }
     for path, reason in refusals.items():
-        with pytest.raises(RuntimeError, match=f"ValueError: .*{reason}"):
+        with pytest.raises(RuntimeError, match=f"Error: .*{reason}"):
             publish(client, path, "org/no-drafter")
     assert "org/no-drafter" not in hub.repos
 

@@ -101,10 +101,10 @@ def test_checkpoints_are_pushed_as_training_goes_and_hold_no_token(
 
 
 def test_a_push_that_fails_stops_no_training_and_is_told_of(hub, client, folder, tmp_path):  # noqa: F811
-    hub.faults = [Fault("POST .*/commit/", 403, times=2)]
+    hub.faults = [Fault("POST .*/commit/", 403, times=2, message="read-only token")]
     train(client, folder, tmp_path, "org/failing", hub_strategy="every_save", save_steps=2)
     log = client.log.read_text()
-    assert "A push to org/failing failed" in log and "use a token with write access" in log
+    assert "A push to org/failing failed" in log and "read-only token" in log
     assert (tmp_path / "checkpoint-2" / "model.safetensors").exists()
 
 
@@ -112,7 +112,7 @@ def test_a_training_that_may_not_push_stops_before_it_begins(hub, client, folder
     with pytest.raises(RuntimeError, match="holds a llama model"):
         train(client, folder, tmp_path, "org/target")
     hub.faults = [Fault("POST /api/repos/create", 401)]
-    with pytest.raises(RuntimeError, match="log in with `hf auth login`"):
+    with pytest.raises(RuntimeError, match="(?s)HfHubHTTPError.*401"):
         train(client, folder, tmp_path, "org/locked")
     assert not (tmp_path / "checkpoint-1").exists()
 

@@ -25,26 +25,6 @@ EAGLE_SHAPES = {
     "layers.0.mlp.down_proj.weight": (32, 48),
     "layers.0.post_attention_layernorm.weight": (32,),
 }
-IN_A_BARE_INTERPRETER = """
-import sys
-
-class NoCoral:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "coral_hf":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, NoCoral())
-import torch
-from transformers import AutoModel
-
-drafter = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
-inputs = torch.linspace(-1, 1, 2 * 7 * 32).view(2, 7, 32)
-torch.save(drafter(inputs, -inputs).detach(), sys.argv[2])
-try:
-    drafter.generate()
-except TypeError as error:
-    print(error)
-"""
 
 
 def make_drafter(seed: int = 0, **overrides) -> CoralDrafter:
@@ -337,6 +317,33 @@ def test_a_missing_shard_raises(tmp_path):
 def test_loading_info_is_given_when_asked_for(saved):
     loaded, info = CoralDrafter.from_pretrained(saved[1], output_loading_info=True)
     assert isinstance(loaded, CoralDrafter) and not info["missing_keys"]
+
+
+def test_a_drafter_whose_config_is_of_an_earlier_layout_is_refused(saved):
+    fields = {"training_record": [{"stage": "drafter"}]}
+    path = saved[1] / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(ValueError, match=f"an earlier version .*{next(iter(fields))}.* train it"):
+        AutoModel.from_pretrained(saved[1])
+
+
+@pytest.mark.parametrize("name", ["router.fc.weight", "hot_tokens", "low_rank.up.weight"])
+def test_a_drafter_whose_heads_are_of_an_earlier_layout_is_refused(saved, name):
+    _, folder = saved
+    tensors = load_file(folder / "model.safetensors") | {name: torch.zeros(3)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"an earlier version .*{name}.* train it again"):
+        AutoModel.from_pretrained(folder)
+
+
+def test_the_record_of_training_runs_lies_beside_the_weights_and_goes_with_its_drafter(tmp_path):
+    drafter = make_drafter()
+    drafter.training_record = [{"stage": "drafter", "seconds": 1.5}]
+    drafter.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "training_record.json").read_text()) == drafter.training_record
+    assert AutoModel.from_pretrained(tmp_path).training_record == drafter.training_record
+    make_drafter().save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path).training_record == []
 
 
 # ---- the router

@@ -25,9 +25,6 @@ def publish(
         list[str] | None, typer.Option(help="Hub id of a dataset that it was trained on.")
     ] = None,
     private: Annotated[bool, typer.Option(help="A new repository that only you see.")] = False,
-    code: Annotated[
-        bool, typer.Option(help="Upload the drafter's code too, for trust_remote_code.")
-    ] = False,
     revision: Annotated[str | None, typer.Option(help="A branch other than main.")] = None,
 ) -> None:
     """Write a drafter's card and upload both, with the token of `hf auth login` or HF_TOKEN."""
@@ -41,7 +38,6 @@ def publish(
         reports=report or [],
         facts=facts,
         private=private or None,
-        code=code,
         revision=revision,
     )
     typer.echo(f"Published: {done.commit_url}")

@@ -1,6 +1,6 @@
-"""The seam by which a drafter's `push_to_hub` gets its model card.
+"""The link from a drafter's `push_to_hub` to the code that publishes it, which imports drafters.
 
-In: whoever knows how drafters are published registers it. Out: what `push_to_hub` calls.
+In: a function that finds that code. Out: the module that `push_to_hub` calls.
 """
 
 from collections.abc import Callable
@@ -10,12 +10,12 @@ _find: Callable[[], Any] | None = None
 
 
 def register_publisher(find: Callable[[], Any]) -> None:
-    """Set who is asked: `find` returns a module with `pushing`, `finish_folder`, `drop_stale`."""
+    """Set what publishes: `find` returns a module with `push` and `upload_saved`."""
     global _find
     _find = find
 
 
 def publisher() -> Any:
-    """The publisher that was registered."""
+    """The module that was registered."""
     assert _find is not None, "`import coral_hf` registers one"
     return _find()

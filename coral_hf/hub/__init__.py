@@ -1,26 +1,21 @@
-"""A drafter on the Hub: its repository, and a card that says what is known of it."""
+"""A drafter on the Hub: its repository, its model card, its code."""
 
 from .card import CardFacts, make_card, write_card
-from .folder import name_target
-from .publish import bring_card, publish
-from .pushing import drop_stale, finish_folder, pushing
-from .repository import advice, check_vacant, explained, full_name
+from .folder import finish_config
+from .publish import bring_card, publish, push, upload_saved
+from .repository import Branch
 from .results import Results, read_results
 
 __all__ = [
+    "Branch",
     "CardFacts",
     "Results",
-    "advice",
     "bring_card",
-    "check_vacant",
-    "drop_stale",
-    "explained",
-    "finish_folder",
-    "full_name",
+    "finish_config",
     "make_card",
-    "name_target",
     "publish",
-    "pushing",
+    "push",
     "read_results",
+    "upload_saved",
     "write_card",
 ]

@@ -1,63 +1,56 @@
-"""A folder that is to be published: that it holds a drafter, and which of its files go.
+"""The folder of a drafter before it is published: its checkpoint, its config, its code.
 
-In: what `coral-hf train` or `save_pretrained` wrote. Out: the drafter, names of files.
+In: what `coral-hf train` or `save_pretrained` wrote. Out: the drafter, names of files to upload.
 """
 
-import json
 import re
 from copy import deepcopy
 from pathlib import Path
 
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..atomic import write_text
 from ..drafters.coral.configuration import CoralConfig
-from ..drafters.coral.modeling import CoralDrafter
+from ..drafters.coral.modeling import TRAINING_RECORD, CoralDrafter
 
-CONFIG = "config.json"
-CODE = "modeling_coral"
-DOOR = '''"""A CORAL drafter, https://pypi.org/project/coral_hf."""
-
+TOKENIZER = "tokenizer_config.json"
+CODE = "modeling_coral.py"
+# all that a repository holds of this package; without it transformers says what to install
+CODE_TEXT = """\
+# a drafter for speculative decoding; to load it and to generate with it: pip install coral_hf
 from coral_hf import CoralConfig, CoralDrafter  # noqa: F401
-'''
-# the weights that are loaded by default, whole or in shards, and no variant of them (fp16)
+"""
+AUTO_MAP = {"AutoConfig": "modeling_coral.CoralConfig", "AutoModel": "modeling_coral.CoralDrafter"}
+# the weights that are loaded by default, whole or in shards; not a variant of them (fp16)
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-# what an adapter left, pushed while it was trained, would be loaded on top of the drafter
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-# of a checkpoint's own level; runs, states of optimizers and logs lie in folders or are none of
-# these
-KINDS = (".json", ".safetensors", ".jinja", ".model", ".txt", ".py", ".png", ".md")
-# what a run leaves beside them
+KINDS = (".json", ".safetensors", ".jinja", ".model", ".txt", ".png", ".md")
+# what a training run leaves beside its checkpoint
 LEFT_OUT = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
 
 
 def read_drafter(folder: str | Path) -> CoralDrafter:
-    """The drafter in a folder, every tensor checked.
+    """Read the drafter in a folder and check every tensor.
 
     Raises:
-        ValueError: if something else is there, or not all of it.
+        ValueError: if something else is there, or two checkpoints, or weights that are not finite.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} holds no drafter: {_instead(folder)}. {EXPECTED}")
-    try:
-        model_type = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{folder / CONFIG} is damaged ({error}); save the drafter again."
-        ) from error
-    if model_type != CoralDrafter.config_class.model_type:
+    if not (folder / CONFIG_NAME).is_file():
+        found = "an adapter; merge it into its drafter (`merge_and_unload`) and save that"
+        is_adapter = (folder / ADAPTER_CONFIG).is_file()
+        raise ValueError(f"{folder} holds {found if is_adapter else 'no drafter'}. {EXPECTED}")
+    model_type = CoralConfig.get_config_dict(folder)[0].get("model_type")
+    if model_type != CoralConfig.model_type:
         raise ValueError(f"{folder} holds a {model_type} model, not a drafter. {EXPECTED}")
     if all((folder / name).exists() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
         raise ValueError(
             f"{folder} holds two checkpoints, {SAFE_WEIGHTS_NAME} and the shards of"
             f" {SAFE_WEIGHTS_INDEX_NAME}; delete the older one."
         )
-    try:
-        drafter = CoralDrafter.from_pretrained(folder).eval()
-    except OSError as error:
-        raise ValueError(
-            f"The weights in {folder} cannot be read ({error}); save the drafter again."
-        ) from error
+    drafter = CoralDrafter.from_pretrained(folder).eval()
     broken = [name for name, values in drafter.state_dict().items() if not values.isfinite().all()]
     if broken:
         raise ValueError(
@@ -70,60 +63,59 @@ def read_drafter(folder: str | Path) -> CoralDrafter:
 EXPECTED = "Give the folder that `coral-hf train --output` or `drafter.save_pretrained` wrote."
 
 
-def _instead(folder: Path) -> str:
-    """What there is in place of a checkpoint."""
-    if not folder.exists():
-        return "there is no such folder"
-    if not folder.is_dir():
-        return "it is a file"
-    names = sorted(path.name for path in folder.iterdir())
-    if "adapter_config.json" in names:
-        return "it holds an adapter; merge it into its drafter (`merge_and_unload`) and save that"
-    found = ", ".join(names[:5]) or "nothing"
-    return f"there is no {CONFIG} in it, but {found}"
+def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a folder, None where there is none.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    if not (Path(folder) / TOKENIZER).exists():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"The tokenizer in {folder} cannot be read ({error}); save the target's there again, or"
+            " take it away."
+        ) from error
 
 
 def published_files(folder: str | Path) -> list[str]:
-    """Names of the files that go to the Hub: the checkpoint, tokenizer, card, code and pictures."""
+    """Names of the files to upload: checkpoint, tokenizer, card, code and pictures.
+
+    Checkpoints of a training run, optimizer states and logs lie in folders or are of other kinds.
+    """
+    paths = [path for path in Path(folder).iterdir() if path.is_file()]
     return sorted(
         path.name
-        for path in Path(folder).iterdir()
-        if path.is_file() and path.suffix in KINDS and path.name[0] not in "._"
+        for path in paths
+        if path.name == CODE or path.suffix in KINDS and path.name[0] not in "._"
         if path.name not in LEFT_OUT
     )
 
 
-def stale_weights(there: list[str], here: list[str]) -> list[str]:
-    """Weights on the Hub that are no longer part of the checkpoint.
+def stale_files(there: list[str], here: list[str]) -> list[str]:
+    """Files in a repository that would be loaded together with, or in place of, a new checkpoint.
 
-    A single file goes before shards when a checkpoint is loaded, so it must not outlive them. Where
-    only a variant was written, nothing is.
+    A single file of weights is loaded before shards, an adapter on top of its drafter. Where `here`
+    has only a variant of the weights, nothing is stale.
     """
     if not any(WEIGHTS.fullmatch(name) for name in here):
         return []
-    loaded = [name for name in there if WEIGHTS.fullmatch(name) or name in ADAPTER]
+    extra = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINING_RECORD)
+    loaded = [name for name in there if WEIGHTS.fullmatch(name) or name in extra]
     return [name for name in loaded if name not in here]
 
 
-def name_target(config: CoralConfig, folder: str | Path, target: str | None) -> None:
-    """Have config.json name the target by its Hub id, or not at all.
+def finish_config(config: CoralConfig, folder: str | Path, target: str | None) -> None:
+    """Write a config.json that others can load, and the code beside it.
 
-    A folder of this machine loads nothing for anybody else, and tells them of it.
+    Args:
+        config: the drafter's.
+        target: the target's Hub id, None if it has none: a folder of this machine loads nothing for
+            others, and its path is private.
     """
-    if target != config.target_name_or_path:
-        config = deepcopy(config)
-        config.target_name_or_path = target
-        config.save_pretrained(folder)
-
-
-def save_code(drafter: CoralDrafter, folder: str | Path) -> None:
-    """Let `AutoModel.from_pretrained(..., trust_remote_code=True)` load the drafter in a folder.
-
-    The code is a door: it imports this library, which transformers asks for where it is missing.
-    """
-    (Path(folder) / f"{CODE}.py").write_text(DOOR)
-    drafter.config.auto_map = {
-        "AutoConfig": f"{CODE}.CoralConfig",
-        "AutoModel": f"{CODE}.CoralDrafter",
-    }
-    drafter.config.save_pretrained(folder)
+    published = deepcopy(config)
+    published.target_name_or_path, published.auto_map = target, dict(AUTO_MAP)
+    published.save_pretrained(folder)
+    write_text(Path(folder) / CODE, CODE_TEXT)

@@ -1,137 +1,135 @@
-"""A repository on the Hub: whether a drafter may go there, and what to do when the Hub refuses.
+"""A branch of a repository on the Hub: whether a drafter may go there, and the upload.
 
-In: a repo id, an error of huggingface_hub. Out: nothing, or an error with a sentence that helps.
+In: a repo id, a branch, a token. Out: the card that is there, a refusal, or a commit.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from json import JSONDecodeError
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
-from huggingface_hub import HfApi, ModelInfo, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelInfo,
+    hf_hub_download,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 
-# what `HfApi.model_info` is asked for
-ASKED = ["config", "private", "siblings"]
+from .folder import stale_files
+
+CARD = "README.md"
 OUR_TYPE = "coral"
-ADAPTER_CONFIG = "adapter_config.json"
-# kinds of files that hold somebody's weights
+# kinds of files that hold weights
 WEIGHTS = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt", ".onnx", ".h5", ".msgpack"}
 
 
-def check_vacant(repo_id: str, token: str | bool | None = None, private: bool | None = None):
-    """Raise a ValueError if publishing a drafter would spoil what is at `repo_id`.
+class Branch(NamedTuple):
+    """A branch of a repository on the Hub, and the token that reads and writes it."""
 
-    Args:
-        token: as in `HfApi`.
-        private: whether the repository shall be private; the Hub only asks when it makes one.
+    repo_id: str
+    revision: str | None = None  # `main` by default
+    token: str | bool | None = None  # as in `HfApi`
 
-    Raises:
-        ValueError: if another model is there, or a public repository where a private one is meant.
-    """
-    try:
-        found = HfApi().model_info(repo_id, expand=ASKED, token=token)
-    except RepositoryNotFoundError:
-        return  # or one that cannot be seen: writing to it will be refused
-    other = _other_model(found, token)
-    if other is not None:
-        raise ValueError(
-            f"{repo_id} holds {other}, whose files a drafter's would replace; publish under another"
-            " name."
-        )
-    if private and found.private is False:
-        raise ValueError(
-            f"{repo_id} is there already and public, and `private` only makes new repositories"
-            " private; change its visibility in its settings on the Hub, or use another name."
-        )
+    def check_vacant(self, private: bool | None = None) -> None:
+        """Refuse a repository in which a drafter would replace something else.
 
+        Args:
+            private: whether a private repository is meant; the Hub reads it only when it makes one.
 
-def full_name(repo_id: str, token: str | bool | None = None, private: bool | None = None) -> str:
-    """A repository's whole name; one of the user's own is completed by the Hub, which makes it."""
-    if "/" in repo_id:
-        return repo_id
-    return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+        Raises:
+            ValueError: if another model is there, or a public repository where a private one is
+                meant.
+        """
+        asked = ["config", "private", "siblings"]
+        try:
+            found = HfApi().model_info(self.repo_id, expand=asked, token=self.token)
+        except RepositoryNotFoundError:
+            return  # or one that this token cannot see, and cannot write to
+        other = self._other_model(found)
+        if other is not None:
+            raise ValueError(
+                f"{self.repo_id} holds {other}, whose files a drafter's would replace; publish"
+                " under another name."
+            )
+        if private and found.private is False:
+            raise ValueError(
+                f"{self.repo_id} exists and is public, and `private` only makes new repositories"
+                " private; change its visibility in its settings on the Hub, or use another name."
+            )
 
+    def _other_model(self, found: ModelInfo) -> str | None:
+        """What a repository holds that is neither a drafter nor an adapter of one."""
+        model_type = (found.config or {}).get("model_type")
+        names = [sibling.rfilename for sibling in found.siblings or []]
+        if model_type == OUR_TYPE or ADAPTER_CONFIG in names and self._adapts_drafter():
+            return None
+        if model_type is not None:
+            return f"a {model_type} model"
+        weights = [name for name in names if PurePosixPath(name).suffix in WEIGHTS]
+        return f"another model's {weights[0]}" if weights else None
 
-def _other_model(found: ModelInfo, token: str | bool | None) -> str | None:
-    """What a repository holds that is no drafter, nor an adapter of one; None if nothing."""
-    model_type = (found.config or {}).get("model_type")
-    names = [sibling.rfilename for sibling in found.siblings or []]
-    if model_type == OUR_TYPE or ADAPTER_CONFIG in names and _adapts_drafter(found.id, token):
-        return None
-    if model_type is not None:
-        return f"a {model_type} model"
-    weights = [name for name in names if PurePosixPath(name).suffix in WEIGHTS]
-    return f"another model's {weights[0]}" if weights else None
+    def _adapts_drafter(self) -> bool:
+        """Whether the repository's adapter is of a drafter, as PEFT writes down."""
+        adapted = json.loads(Branch(self.repo_id, None, self.token).read_text(ADAPTER_CONFIG))
+        return str((adapted.get("auto_mapping") or {}).get("parent_library")).startswith("coral_hf")
 
+    def read_text(self, name: str) -> str:
+        """A small file as it is on the Hub now, whatever the cache holds of it."""
+        with TemporaryDirectory() as fresh:
+            options = {"revision": self.revision, "token": self.token, "cache_dir": fresh}
+            return Path(hf_hub_download(self.repo_id, name, **options)).read_text(encoding="utf-8")
 
-def _adapts_drafter(repo_id: str, token: str | bool | None) -> bool:
-    """Whether a repository's adapter is of a drafter, as PEFT writes down."""
-    adapted = (
-        json.loads(text_on_hub(repo_id, ADAPTER_CONFIG, None, token)).get("auto_mapping") or {}
-    )
-    return str(adapted.get("parent_library")).startswith("coral_hf")
+    def card(self) -> str | None:
+        """The card of the branch, of `main` where the branch does not exist yet; None without one.
 
-
-def text_on_hub(repo_id: str, name: str, revision: str | None, token: str | bool | None) -> str:
-    """A small file as it is there now, whatever the cache holds of it."""
-    with TemporaryDirectory() as fresh:
-        path = hf_hub_download(repo_id, name, revision=revision, token=token, cache_dir=fresh)
-        return Path(path).read_text(encoding="utf-8")
-
-
-@contextmanager
-def explained(repo_id: str) -> Iterator[None]:
-    """Add a sentence that helps to what goes wrong between here and the Hub.
-
-    Raises:
-        HfHubHTTPError: as the Hub's client raised it, with the sentence.
-        ConnectionError: where the connection broke, or what answered is no Hub.
-    """
-    try:
-        yield
-    except (HTTPError, JSONDecodeError, RuntimeError) as error:
-        cause = _cause(error)
-        if isinstance(cause, HfHubHTTPError):
-            cause.append_to_message(f"\n{advice(repo_id, cause)}")
-        elif isinstance(cause, HTTPError | JSONDecodeError):
-            raise ConnectionError(
-                f"The connection to the Hub broke while {repo_id} was published"
-                f" ({type(cause).__name__}: {cause}). Check the network and HF_ENDPOINT, then"
-                " publish again: large files that have arrived are not sent twice."
-            ) from error
-        if cause is error:
+        Raises:
+            LocalEntryNotFoundError: if the Hub does not answer; there may be a card.
+        """
+        try:
+            return self.read_text(CARD)
+        except LocalEntryNotFoundError:
             raise
-        raise cause from error
+        except RevisionNotFoundError:
+            return None if self.revision is None else self._replace(revision=None).card()
+        except (RepositoryNotFoundError, EntryNotFoundError):
+            return None
 
+    def upload(
+        self,
+        files: Mapping[str, Path],
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        **options: Any,
+    ) -> CommitInfo:
+        """Commit files and delete those of an earlier drafter, at once: nobody loads half of one.
 
-def _cause(error: BaseException) -> BaseException:
-    """What went wrong: of a large file the client says only which one it is."""
-    return error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
-
-
-def advice(repo_id: str, error: BaseException) -> str:
-    """What to do about an error of the Hub's, in a sentence."""
-    error = _cause(error)
-    if not isinstance(error, HfHubHTTPError):
-        return "Nothing is lost here: publish again."
-    status = error.response.status_code
-    if status >= 500:
-        return (
-            f"The Hub failed, and nothing is wrong with {repo_id}: publish again in a few minutes;"
-            " large files that have arrived are not sent twice."
+        Args:
+            files: path in the repository → file here.
+            create_pr: open a pull request.
+            options: more keywords of `HfApi.create_commit`.
+        """
+        api = HfApi(token=self.token)
+        is_branch = self.revision is not None and not self.revision.startswith("refs/")
+        if is_branch and not create_pr:
+            api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+        there = api.list_repo_files(self.repo_id, revision=self.revision)
+        operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+        operations += [CommitOperationDelete(name) for name in stale_files(there, list(files))]
+        return api.create_commit(
+            self.repo_id,
+            operations,
+            commit_message=commit_message or "Upload drafter",
+            revision=self.revision,
+            create_pr=create_pr,
+            **options,
         )
-    return {
-        401: f"The Hub does not know who you are, or {repo_id} is not there: log in with `hf auth"
-        " login`, or set HF_TOKEN to a token that may write.",
-        403: f"You may not write to {repo_id}: use a token with write access (`hf auth whoami` says"
-        " whose it is), or a name of your own or of an organisation that you belong to.",
-        404: f"There is no {repo_id} on the Hub, or no such branch: check the spelling, and that"
-        " you are logged in if it is private.",
-        409: f"Something else has the name {repo_id}, or changed it at the same time: publish"
-        " again, or under another name.",
-        429: "The Hub has had too many requests from you: publish again after the time that it"
-        " names, or in five minutes.",
-    }.get(status, f"Publishing to {repo_id} was refused; the lines above say why.")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..drafters.coral.modeling import CoralDrafter
-from ..hub.folder import stale_weights
+from ..hub.folder import stale_files
 from .arguments import CoralTrainingArguments
 from .head_stages import check_head_settings
 from .runs.checkpointing import INCOMPLETE, flush, reason_of, write_error
@@ -90,7 +90,7 @@ def save(drafter: CoralDrafter, tokenizer: PreTrainedTokenizerBase, folder: str 
         tokenizer.save_pretrained(aside)
         names = [path.name for path in aside.iterdir()]
         _move_up(aside)
-        for name in stale_weights(os.listdir(folder), names):
+        for name in stale_files(os.listdir(folder), names):
             (folder / name).unlink()
     except Exception as error:
         # of a disk that takes no more, tokenizers and safetensors raise errors of their own

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -32,10 +33,12 @@ from ...decoding.settings import TREE_DEFAULTS
 from ...heads.collection import DraftHeads
 from ...lm_head import execution_device
 from ..publisher import publisher
-from .configuration import CoralConfig
+from .configuration import EARLIER_LAYOUT, CoralConfig
 from .layers import CausalContext, Context, CoralLayer
 
 TRAINING_RECORD = "training_record.json"  # beside the weights
+# names of weights that an earlier layout of this package had at the top level
+EARLIER_KEYS = ("router.", "hot_tokens", "low_rank.")
 
 
 class CoralDrafter(PreTrainedModel, GenerationMixin):
@@ -116,7 +119,8 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if the checkpoint cannot be read, lacks a tensor, or has one of another
                 shape or name, for which transformers would fill in random numbers and only warn;
-                if its groups do not cover the vocabulary, or are not those of its router.
+                if its groups do not cover the vocabulary, or are not those of its router; if an
+                earlier layout of this package wrote it.
         """
         kwargs["ignore_mismatched_sizes"] = True  # they are named below
         try:
@@ -128,6 +132,9 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
                 f"The weights of {pretrained_model_name_or_path} cannot be read ({error}). Download"
                 " or save them again."
             ) from error
+        earlier = sorted(key for key in info["unexpected_keys"] if key.startswith(EARLIER_KEYS))
+        if earlier:
+            raise ValueError(EARLIER_LAYOUT.format(", ".join(earlier)))
         for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if info[kind]:
                 keys = ", ".join(sorted(map(_with_shapes, info[kind])))
@@ -168,39 +175,42 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
             hidden = layer(hidden, cos=cos, sin=sin, context=context or CausalContext())
         return hidden
 
-    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
         """See [`~transformers.PreTrainedModel.save_pretrained`]; the training record goes along."""
-        if is_main_process and self.training_record and not Path(save_directory).is_file():
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            write_json(Path(save_directory) / TRAINING_RECORD, self.training_record)
-        super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
+        path = Path(save_directory) / TRAINING_RECORD
+        if is_main_process and self.training_record and not path.parent.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, self.training_record)
+        elif is_main_process and path.exists():
+            path.unlink()  # of the drafter that was saved here before
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
     def get_input_embeddings(self) -> None:
         """None: a drafter reads its target's. FSDP asks for them."""
 
     def push_to_hub(
-        self, repo_id: str, *args, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs
-    ) -> str:
-        """See [`~transformers.PreTrainedModel.push_to_hub`]; the card says what is known.
+        self, repo_id: str, *, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs
+    ) -> CommitInfo:
+        """Upload the drafter and its model card; the card says what is known of it.
 
         Args:
-            tokenizer: the target's, pushed too.
+            repo_id: `"organisation/name"`, made if it does not exist.
+            tokenizer: the target's, uploaded too.
+            kwargs: those of [`~transformers.PreTrainedModel.push_to_hub`].
 
         Raises:
             ValueError: if another model is at `repo_id`, or a public repository and `private` is
-                asked for.
-            HfHubHTTPError, ConnectionError: where the Hub refuses or the connection breaks, with a
-                sentence on what to do.
+                asked for; if `tokenizer` is not the one that the drafter was trained with.
         """
-        with publisher().pushing(self, repo_id, tokenizer, kwargs):
-            return super().push_to_hub(repo_id, *args, **kwargs)
+        return publisher().push(self, repo_id, tokenizer, **kwargs)
 
-    def _upload_modified_files(self, working_dir, repo_id: str, *args, **kwargs):
-        # where transformers has saved all files, its own card among them, and uploads next
-        publisher().finish_folder(self, working_dir, repo_id)
-        done = super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
-        publisher().drop_stale(working_dir, done, kwargs)
-        return done
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):
+        # `save_pretrained(push_to_hub=True)` calls it when all files are saved
+        return publisher().upload_saved(self, working_dir, repo_id, files_timestamps, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel") -> None:
+        """Do nothing: transformers would publish a copy of this file, which needs the package."""
 
     def generate(self, *args, **kwargs):
         """A drafter drafts for its target and has no text of its own."""

@@ -1,14 +1,13 @@
 """Pushing while and after training, with a card that says what is known.
 
-In: what `Trainer` pushes. Out: the same with our card, without the token, and with a sentence that
-helps where the Hub refuses.
+In: what `Trainer` pushes. Out: the same with our card, without the token.
 """
 
 import logging
 from concurrent.futures import Future
 from pathlib import Path
 
-from ...hub import (CardFacts, advice, bring_card, check_vacant, explained, full_name, name_target, write_card)
+from ...hub import Branch, CardFacts, bring_card, finish_config, write_card
 from ...hub.card import hub_id
 from ..adapters import is_adapted
 from .checkpointing import CheckpointedTrainer
@@ -31,19 +30,17 @@ class PublishingTrainer(CheckpointedTrainer):
         Raises:
             ValueError: if another model is there, or a public repository instead of a private one.
         """
-        repo_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        with explained(repo_id):
-            if self.is_world_process_zero():
-                # newer versions of transformers pass it on from `push_to_hub`
-                private = kwargs.get("private")
-                private = self.args.hub_private_repo if private is None else private
-                token = token or self.args.hub_token
-                name = full_name(repo_id, token, private)
-                check_vacant(name, token, private)
-                folder = Path(self.args.output_dir)
-                folder.mkdir(parents=True, exist_ok=True)
-                bring_card(folder, name, self.args.hub_revision, token)
-            super().init_hf_repo(token=token, **kwargs)
+        super().init_hf_repo(token=token, **kwargs)
+        if self.is_world_process_zero():
+            # newer versions of transformers pass it on from `push_to_hub`
+            private = kwargs.get("private")
+            private = self.args.hub_private_repo if private is None else private
+            token = token or self.args.hub_token
+            branch = Branch(self.hub_model_id, self.args.hub_revision, token)
+            branch.check_vacant(private)
+            folder = Path(self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            bring_card(folder, branch)
 
     def create_model_card(
         self,
@@ -84,12 +81,7 @@ class PublishingTrainer(CheckpointedTrainer):
 
     def _name_target(self, folder: str, target: str | None = None) -> None:
         config = self.drafter.config
-        name_target(config, folder, target or hub_id(config.target_name_or_path))
-
-    def push_to_hub(self, *args, **kwargs):
-        """See [`~transformers.Trainer.push_to_hub`]."""
-        with explained(getattr(self, "hub_model_id", None) or "the repository"):
-            return super().push_to_hub(*args, **kwargs)
+        finish_config(config, folder, target or hub_id(config.target_name_or_path))
 
     def train(self, *args, **kwargs):
         """See [`~transformers.Trainer.train`]; a push that failed meanwhile is told of."""
@@ -120,10 +112,7 @@ class PublishingTrainer(CheckpointedTrainer):
                 continue
             self._reported.add(job)
             if (error := job.exception()) is not None:
-                logger.warning(
-                    "A push to %s failed: %s\n%s",
-                    *(self.hub_model_id, error, advice(self.hub_model_id, error)),
-                )
+                logger.warning("A push to %s failed: %s", self.hub_model_id, error)
 
 
 def _as_list(names: str | list[str] | None) -> list[str]:
