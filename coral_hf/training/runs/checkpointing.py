@@ -24,11 +24,11 @@ from transformers.trainer_utils import (
 
 from ...target import Target
 from ..arguments import CoralTrainingArguments
+from ..steps.noise import FeatureNoise
 from .averages import RunningAverages
 from .guards import check_weights
-from ..steps.noise import FeatureNoise
 from .record import TrainingRecord
-from .run_identity import (Run, check_goes_on, check_vacant, run_settings)
+from .run_identity import Run, check_goes_on, check_vacant, run_settings
 from .run_lock import sole_run
 
 # uploads to the Hub leave out what begins with an underscore
