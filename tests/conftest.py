@@ -3,9 +3,12 @@
 Import the helpers by name: `from conftest import FAMILIES, tiny_target`.
 """
 
+import contextlib
+import io
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -51,6 +54,7 @@ from transformers import (
 )
 
 from coral_hf import register_drafting
+from coral_hf.cli import main
 
 VOCAB = 40
 WINDOW = 8
@@ -58,9 +62,30 @@ WINDOW = 8
 SHARED = Path(os.environ.get("CORAL_HF_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
-def printed(result) -> str:
-    """What a command printed, as one line without boxes."""
-    return " ".join(result.output.replace("│", " ").split())
+class Invoked(NamedTuple):
+    """What became of a command."""
+
+    exit_code: int
+    output: str  # standard output and standard error
+    exception: Exception | None
+
+
+def invoke(*words: object) -> Invoked:
+    """Run `coral-hf` with some words in this process."""
+    output, code, raised = io.StringIO(), 0, None
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            main([str(word) for word in words])
+        except SystemExit as left:
+            code = left.code
+        except Exception as error:
+            code, raised = 1, error
+    return Invoked(code or 0, output.getvalue(), raised)
+
+
+def printed(result: Invoked) -> str:
+    """What a command printed, as one line."""
+    return " ".join(result.output.split())
 
 
 SIZES = {

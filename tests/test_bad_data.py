@@ -21,7 +21,7 @@ from test_data import (  # noqa: F401  the cache is a fixture
 )
 
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
-from coral_hf.cli.loading import load_rows
+from coral_hf.cli.options import DatasetOptions
 from coral_hf.training.data import dataset as dataset_module
 from coral_hf.training.data import load_conversations, prepare_dataset, to_messages, tokenize
 from coral_hf.training.data.vocabulary import warn_of_other_ends
@@ -293,7 +293,9 @@ def test_files_whose_turns_have_other_keys_are_read_together(tmp_path: Path) -> 
     paths = [str(tmp_path / f"{name}.jsonl") for name in chats]
     for path, row in zip(paths, chats.values(), strict=True):
         write(Path(path), json.dumps(row).encode())
-    rows = load_rows(paths, 0)  # those of the second are free JSON in newer versions
+    rows = DatasetOptions(
+        dataset=paths
+    ).rows()  # those of the second are free JSON in newer versions
     assert [to_messages(row) for row in rows.select([0, 1])] == [CHAT, named]
     assert rows[2]["text"] == "abc"
 
@@ -303,7 +305,7 @@ def test_files_that_hold_other_values_under_a_key_are_named(tmp_path: Path) -> N
     other = write(tmp_path / "b.jsonl", json.dumps({"messages": [{"content": 3}]}).encode())
     message = r"b.jsonl has `messages.content` as .*int64.*, but .*a.jsonl as .*string.*; write"
     with pytest.raises(ValueError, match=message):
-        load_rows([str(one), str(other)], 0)
+        DatasetOptions(dataset=[str(one), str(other)]).rows()
 
 
 # Tokenizer and target

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import printed, tiny_target
+from conftest import invoke, printed, tiny_target
 from eagle_checkpoint import (
     HIDDEN,
     LLAMA2,
@@ -16,7 +16,6 @@ from eagle_checkpoint import (
 from safetensors.torch import load_file
 from test_examples import folder  # noqa: F401  a saved target and its conversations
 from transformers import AutoConfig, AutoModelForCausalLM
-from typer.testing import CliRunner
 
 from coral_hf import CoralDrafter
 from coral_hf.checkpoints import (
@@ -26,7 +25,6 @@ from coral_hf.checkpoints import (
     proposal_counts,
     whole_folder,
 )
-from coral_hf.cli import app
 from coral_hf.training.warm_start import from_layer
 
 ENGINES = ("vllm", "sglang", "eagle")
@@ -503,15 +501,15 @@ def test_the_command_exports_with_hot_tokens_and_says_how_to_serve(folder, tmp_p
     arguments = ["export", str(tmp_path / "drafter"), "--to", "sglang", "--target", name]
     arguments += ["--output", str(tmp_path / "out"), "--dtype", "bfloat16"]
     hot = ["--num-hot-tokens", "5", "--dataset", str(folder / "talk.jsonl"), "--limit", "2"]
-    result = CliRunner().invoke(app, [*arguments, *hot])
+    result = invoke(*arguments, *hot)
     assert result.exit_code == 0, result.output
     assert "--speculative-token-map" in result.output.replace("\n", "")
     assert len(torch.load(tmp_path / "out" / "hot_tokens.pt", weights_only=True)) == 5
     assert written(tmp_path / "out")[1]["fc.weight"].dtype == torch.bfloat16
-    refused = CliRunner().invoke(app, [*arguments[:4], *arguments[6:], *hot])
+    refused = invoke(*arguments[:4], *arguments[6:], *hot)
     assert refused.exit_code != 0 and "are counted with --target" in refused.output
     hot[1], arguments[7] = "200", str(tmp_path / "more")
-    result = CliRunner().invoke(app, [*arguments, *hot])
+    result = invoke(*arguments, *hot)
     written_tokens = torch.load(tmp_path / "more" / "hot_tokens.pt", weights_only=True)
     assert 5 < len(written_tokens) < 200
     assert f"Only {len(written_tokens)} of 200 hot tokens: the drafter prop" in printed(result)
@@ -521,19 +519,19 @@ def test_the_command_exports_with_hot_tokens_and_says_how_to_serve(folder, tmp_p
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        (["--to", "trt"], 2, "--to is 'trt'; use one of vllm, sglang, eagle"),
-        (["--to", "vllm", "--dtype", "int8"], 2, "--dtype is 'int8'; use 'auto' or one of float16"),
-        (["--to", "vllm", "--limit", "3"], 2, "--dataset and --limit are read to count hot tokens"),
+        (["--to", "trt"], 2, "argument --to: invalid choice: 'trt'"),
+        (["--to", "vllm", "--dtype", "int8"], 2, "argument --dtype: invalid choice: 'int8'"),
+        (["--to", "vllm", "--limit", "3"], 1, "--dataset and --limit are read to count hot tokens"),
         (
             ["--to", "vllm", "--dataset", "talk.jsonl"],
-            2,
+            1,
             "are read to count hot tokens; pass --num",
         ),
         (["--to", "sglang", "--limit", "0"], 2, "--limit"),
         (
             ["--to", "vllm", "--num-hot-tokens", "5", "--dataset", "talk.jsonl"],
-            2,
-            "--num-hot-tokens are for --to sglang; leave it out for vllm",
+            1,
+            "--num-hot-tokens is for --to sglang; leave it out for vllm",
         ),
         (["--to", "vllm"], 1, "holds notes.txt; give a new or an empty folder"),
     ],
@@ -541,7 +539,7 @@ def test_the_command_exports_with_hot_tokens_and_says_how_to_serve(folder, tmp_p
 def test_the_command_refuses_options_before_it_loads_anything(tmp_path, options, code, said):
     (tmp_path / "notes.txt").write_text("mine")
     names = ["--target", "no-target", "--output", str(tmp_path)]
-    result = CliRunner().invoke(app, ["export", "no-drafter", *names, *options])
+    result = invoke("export", "no-drafter", *names, *options)
     assert result.exit_code == code and said in printed(result)
 
 
@@ -551,7 +549,7 @@ def test_the_command_takes_coral_drafters_alone(tmp_path, model_type):
     config |= {} if model_type is None else {"model_type": model_type}
     write_checkpoint(tmp_path, config, eagle_tensors(LLAMA2))
     names = ["--target", "no-target", "--output", str(tmp_path / "out"), "--to", "vllm"]
-    result = CliRunner().invoke(app, ["export", str(tmp_path), *names])
+    result = invoke("export", str(tmp_path), *names)
     assert result.exit_code == 1
     assert f"holds a {model_type} model, not a CORAL drafter" in printed(result)
     assert f"import it first: coral-hf import {tmp_path} --target" in printed(result)

@@ -269,8 +269,9 @@ def test_the_command_publishes_a_folder_with_its_report(
     folder,  # noqa: F811
 ):
     command = """
-from coral_hf.cli import app
-app([str(part) for part in arguments], standalone_mode=False)
+from coral_hf.cli import run
+name, *words = map(str, arguments)
+run(name, words)
 """
     source = drafter.parent / "source"
     client.run("""

@@ -166,13 +166,14 @@ def test_the_training_command_publishes_drafter_and_router_together(
     tmp_path,
 ):
     command = """
-from coral_hf.cli import app
-app([str(part) for part in arguments], standalone_mode=False)
+from coral_hf.cli import run
+name, *words = map(str, arguments)
+run(name, words)
 """
     go = ["train", "--target", "org/target", "--dataset", folder / "talk.jsonl"]
     go += ["--output", tmp_path, "--router-epochs", 1, "--max_steps", 2, "--use_cpu", True]
     go += ["--push_to_hub", True, "--plots", False]
-    with pytest.raises(RuntimeError, match="--push_to_hub needs --hub_model_id"):
+    with pytest.raises(RuntimeError, match="--push-to-hub needs --hub-model-id"):
         client.run(command, arguments=go)
     client.run(command, arguments=[*go, "--hub_model_id", "org/command2"])
     config = json.loads(hub.files("org/command2")["config.json"])

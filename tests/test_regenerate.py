@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import scatter_weights, tiny_target
+from conftest import invoke, scatter_weights, tiny_target
 from datasets import Dataset
 from test_bad_data import TOOL_CHAT, TOOL_TEMPLATE
 from test_data import CHAT, PLAIN_TEMPLATE, TEMPLATE, fresh_cache, tiny_tokenizer  # noqa: F401
-from typer.testing import CliRunner
 
 from coral_hf import CoralDrafter
-from coral_hf.cli import app
 from coral_hf.identity import seed_of
 from coral_hf.training.data import load_conversations, tokenize
 from coral_hf.training.regeneration.answer_file import open_answers
@@ -404,6 +402,6 @@ def test_the_command_answers_a_file(target, tmp_path):
     names = ["--target", tmp_path / "target", "--dataset", tmp_path / "talk.jsonl"]
     sizes = ["--max-new-tokens", 4, "--limit", 3, "--hold-out", 1]
     command = ["regenerate", *names, *sizes, "--output", tmp_path / "out.jsonl"]
-    result = CliRunner().invoke(app, [str(part) for part in command])
+    result = invoke(*command)
     assert result.exit_code == 0, result.output
     assert "3 rows are in" in result.output and len(read(tmp_path / "out.jsonl")) == 3

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import invoke
 from rich.console import Console
 from test_data import CHAT, PLAIN_TEMPLATE, fresh_cache, tiny_tokenizer  # noqa: F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
-from coral_hf.cli import app
 from coral_hf.training.data import render_mask, show
 from coral_hf.training.data.encoding import encode
 from coral_hf.training.data.show import TRAINED, UNTRAINED, MaskCount
@@ -91,12 +90,10 @@ def test_the_command_shows_rows_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
     command = ["data", "show", "--dataset", str(tmp_path / "talk.jsonl")]
     for name in ("--target", "--tokenizer"):
-        result = CliRunner().invoke(app, [*command, name, str(tmp_path / "target"), "--row", "-1"])
+        result = invoke(*command, name, str(tmp_path / "target"), "--row", "-1")
         assert result.exit_code == 0, result.output
         assert "Row 2: 11 tokens, 4 trained" in result.output
-    result = CliRunner().invoke(
-        app, [*command, "--target", str(tmp_path / "target"), "--row", "1", "--limit", "9"]
-    )
+    result = invoke(*command, "--target", str(tmp_path / "target"), "--row", "1", "--limit", "9")
     assert "Row 1:" in result.output and "Row 2:" in result.output and "Row 0" not in result.output
 
 
@@ -104,4 +101,4 @@ def test_the_command_shows_rows_of_a_file(tmp_path: Path) -> None:
 def test_the_command_refuses_what_it_cannot_show(tmp_path: Path, options: list[str]) -> None:
     (tmp_path / "talk.jsonl").write_text(json.dumps(ROW))
     command = ["data", "show", "--dataset", str(tmp_path / "talk.jsonl"), *options]
-    assert CliRunner().invoke(app, command).exit_code == 2
+    assert invoke(*command).exit_code == 1

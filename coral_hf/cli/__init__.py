@@ -1,18 +1,90 @@
-"""The commands of `coral-hf`, thin: each calls one public function."""
+"""The program `coral-hf`: its commands, grouped by what a user wants to do.
 
-# each adds its commands
-from . import (  # noqa: F401
-    checkpoints,
-    comparing,
-    data,
-    decoding,
-    features,
-    heads,
-    measuring,
-    publishing,
-    timing,
-    training,
-)
-from .app import app
+In: the words of a command line. Out: what a command prints and writes. A command is a function of
+dataclasses, whose fields are its options; it imports torch when it runs.
+"""
 
-__all__ = ["app"]
+from __future__ import annotations
+
+import argparse
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from .data import data, features, regenerate
+from .measure import benchmark, compare, compare_heads, generate, sweep
+from .parser import Command, parse
+from .publish import export, import_drafter, publish
+from .train import demo, train
+
+GROUPS: dict[str, dict[str, Command]] = {
+    "try": {"demo": demo},
+    "train": {"train": train, "data": data, "regenerate": regenerate, "features": features},
+    "use": {"generate": generate},
+    "measure": {
+        "benchmark": benchmark,
+        "sweep": sweep,
+        "compare": compare,
+        "compare-heads": compare_heads,
+    },
+    "publish": {"publish": publish, "import": import_drafter, "export": export},
+}
+COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
+# what the library raises for input that it cannot use, with what to do about it
+EXPECTED = (ValueError, OSError, FloatingPointError)
+# they warn of themselves when transformers imports torchao
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command that is named by `words`, those of the command line by default."""
+    parser = argparse.ArgumentParser(
+        "coral-hf",
+        usage="coral-hf [--traceback] COMMAND ...",
+        description="Speculative decoding with CORAL drafters.",
+        epilog=overview(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--traceback", action="store_true", help="show where in the code an error was raised"
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    typed = parser.parse_args(words)
+    try:
+        run(typed.command, typed.words)
+    except BrokenPipeError:
+        # the reader of the output has gone; what Python still flushes when it exits goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except EXPECTED as error:
+        if typed.traceback:
+            raise
+        parser.exit(1, f"Error: {error}\n")
+
+
+def run(name: str, words: Sequence[str]) -> None:
+    """Run one command with the options that were typed."""
+    arguments = parse(name, COMMANDS[name], words)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("coral_hf").setLevel(logging.INFO)
+    for logger in NOISY_LOGGERS:
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    from .. import register
+
+    register()
+    COMMANDS[name](**arguments)
+
+
+def overview() -> str:
+    """Return the commands, a group at a time, each with the first line of its docstring."""
+    paragraphs = []
+    for group, commands in GROUPS.items():
+        lines = [
+            f"  {name:15}{(inspect.getdoc(command) or '').splitlines()[0]}"
+            for name, command in commands.items()
+        ]
+        paragraphs.append("\n".join([f"{group}:", *lines]))
+    return "\n\n".join([*paragraphs, "Options of a command: coral-hf COMMAND --help"])

@@ -1,3 +1,5 @@
-from . import app
+"""`python -m coral_hf.cli`, the same program as `coral-hf`."""
 
-app()
+from . import main
+
+main()

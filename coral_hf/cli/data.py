@@ -1,90 +1,142 @@
 """Commands that look at training data, or make it."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Literal
 
-import typer
-
-from .app import app
-from .loading import load_drafter, load_target, load_tokenizer, without_last
-from .options import DtypeOption, TargetOption
-
-data = typer.Typer(help="Look at training data.", no_args_is_help=True)
-app.add_typer(data, name="data")
+from .options import DTYPES, DatasetOptions, TargetOptions, load_drafter, load_target
+from .parser import option
 
 
-@data.command()
-def show(
-    dataset: Annotated[str, typer.Option(help="A file, a folder or a Hub id.")],
-    target: Annotated[
-        str | None, typer.Option(help="The target, whose tokenizer is used: a folder or a Hub id.")
-    ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="A tokenizer instead of a target.")] = None,
-    row: Annotated[int, typer.Option(help="The first row shown, from 0; -1 is the last.")] = 0,
-    limit: Annotated[int, typer.Option(min=1, help="Rows shown.")] = 1,
-    max_length: Annotated[
-        int | None, typer.Option(min=1, help="Cut rows as a training would.")
-    ] = None,
-) -> None:
+@dataclass(kw_only=True)
+class DataOptions:
+    """Rows of a dataset to be shown."""
+
+    action: Literal["show"] = option("What to do.", positional=True)
+    dataset: str = option("A file, a folder or a Hub id.")
+    target: str | None = option("The target, whose tokenizer is used: a folder or a Hub id.", None)
+    tokenizer: str | None = option("A tokenizer instead of a target.", None)
+    row: int = option("The first row shown, from 0; -1 is the last.", 0)
+    limit: int = option("Rows shown.", 1, least=1)
+    max_length: int | None = option("Cut rows as training would.", None, least=1)
+
+    def __post_init__(self) -> None:
+        if (self.target is None) == (self.tokenizer is None):
+            raise ValueError("Give either --target or --tokenizer.")
+
+
+def data(own: DataOptions) -> None:
     """Show which tokens of a dataset are trained, in colour or, through a pipe, with marks."""
-    from ..training.data import load_conversations
-    from ..training.data import show as show_rows
+    from transformers import AutoTokenizer
 
-    name = target or tokenizer
-    if name is None or (target and tokenizer):
-        raise typer.BadParameter("give either --target or --tokenizer")
-    rows = load_conversations(dataset)
-    start = row if row >= 0 else len(rows) + row
+    from ..training.data import load_conversations, show
+
+    rows = load_conversations(own.dataset)
+    start = own.row if own.row >= 0 else len(rows) + own.row
     if not 0 <= start < len(rows):
-        raise typer.BadParameter(f"--row is {row}, but the dataset has {len(rows)} rows, from 0")
-    chosen = range(start, min(start + limit, len(rows)))
-    show_rows(((index, rows[index]) for index in chosen), load_tokenizer(name), max_length)
+        raise ValueError(f"--row is {own.row}, but the dataset has {len(rows)} rows, from 0.")
+    chosen = range(start, min(start + own.limit, len(rows)))
+    tokenizer = AutoTokenizer.from_pretrained(own.target or own.tokenizer)
+    show(((index, rows[index]) for index in chosen), tokenizer, own.max_length)
 
 
-@app.command()
-def regenerate(
-    target: TargetOption,
-    dataset: Annotated[str, typer.Option(help="A file, a folder or a Hub id.")],
-    output: Annotated[Path, typer.Option(help="JSONL file of the answers.")],
-    hold_out: Annotated[
-        int, typer.Option(min=0, help="Leave out the last rows, for measuring.")
-    ] = 0,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Share of the probability drawn from.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    unfinished: Annotated[
-        str, typer.Option(help="What becomes of answers that are cut off: 'keep' or 'drop'.")
-    ] = "keep",
-    prompt_tokens: Annotated[
-        int, typer.Option(help="Tokens of a plain text that the target continues.")
-    ] = 16,
-    batch_size: Annotated[int, typer.Option(help="Rows answered at a time.")] = 16,
-    drafter: Annotated[
-        str | None, typer.Option(help="A drafter of the target, to be faster.")
-    ] = None,
-    dtype: DtypeOption = "auto",
-) -> None:
-    """Let the target answer a dataset's prompts itself; run again, it goes on where it stopped."""
+@dataclass(kw_only=True)
+class RegenerateOptions:
+    """What is answered, and where the answers go."""
+
+    dataset: str = option("A file, a folder or a Hub id.")
+    output: Path = option("JSONL file of the answers.")
+    hold_out: int = option("Leave out the last rows, for measuring.", 0, least=0)
+    limit: int | None = option("Only the first rows.", None, least=1)
+    drafter: str | None = option("A drafter of the target, to be faster.", None)
+    max_new_tokens: int = option("Tokens of an answer at most.", 512)
+    temperature: float = option("0 takes the likeliest token.", 0.0)
+    top_p: float = option("Share of the probability drawn from.", 1.0)
+    seed: int = option("Seed of the draws.", 0)
+    unfinished: Literal["keep", "drop"] = option("What becomes of answers cut off.", "keep")
+    prompt_tokens: int = option("Tokens of a plain text that the target continues.", 16)
+    batch_size: int = option("Rows answered at a time.", 16)
+
+
+def regenerate(target: TargetOptions, own: RegenerateOptions) -> None:
+    """Let the target answer a dataset's prompts itself; run again, it resumes where it stopped."""
     from ..training.regeneration import RegenerationSettings
     from ..training.regeneration import regenerate as answer
 
-    settings = RegenerationSettings(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        unfinished=unfinished,
-        prompt_tokens=prompt_tokens,
-        batch_size=batch_size,
+    names = [field.name for field in fields(RegenerationSettings)]
+    settings = RegenerationSettings(**{name: getattr(own, name) for name in names})
+    rows = DatasetOptions(dataset=[own.dataset], hold_out=own.hold_out).conversations()
+    rows = rows if own.limit is None else rows.select(range(min(own.limit, len(rows))))
+    model, tokenizer = target.load()
+    drafter = None if own.drafter is None else load_drafter(own.drafter, model)
+    done = answer(model, tokenizer, rows, own.output, settings, drafter)
+    print(
+        f"{done.num_rows} rows are in {own.output}; {done.num_unfinished} end with an answer that"
+        f" was cut off; {done.num_left_out} have no answer and are left out."
     )
-    rows = without_last([dataset], hold_out)
-    rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
-    model, tokenizer = load_target(target, dtype)
-    helper = None if drafter is None else load_drafter(drafter, model)
-    done = answer(model, tokenizer, rows, output, settings, helper)
-    typer.echo(
-        f"{done.num_rows} rows are in {output}; {done.num_unfinished} end with an answer that was"
-        f" cut off; {done.num_left_out} have no answer and are left out."
-    )
+
+
+@dataclass(kw_only=True)
+class FeaturesOptions:
+    """Which features are stored, and how."""
+
+    output: Path = option("Folder of the features.")
+    target: str | None = option("The target: a folder or a Hub id.", None)
+    dataset: list[str] | None = option("Conversations.", None)
+    hold_out: int = option("Leave out the last rows of each dataset.", 0, least=0)
+    max_length: int = option("Tokens after which a row is cut.", 2048, least=1)
+    packing: bool = option("Put several conversations in each row.", False)
+    format: Literal["bfloat16", "int8"] = option("'int8' takes half the space.", "bfloat16")
+    batch_size: int = option("Rows that are read at once.", 8, least=1)
+    shard_megabytes: int = option("Size of a file, about.", 1000, least=1)
+    dtype: DTYPES = option("Precision of the target's weights.", "auto")
+    plan: bool = option("Print what it takes, and stop.", False)
+    check: bool = option("Compare files and checksums, and stop.", False)
+    delete: bool = option("Delete the features, and stop.", False)
+
+    def __post_init__(self) -> None:
+        is_written = not self.delete and not self.check
+        if is_written and (self.target is None or not self.dataset):
+            raise ValueError("Writing features needs --target and --dataset.")
+
+
+def features(own: FeaturesOptions) -> None:
+    """Store the target's features on disk, so that training runs need not compute them.
+
+    An interrupted run resumes where it stopped. Train with `coral-hf train --dataset` and this
+    folder.
+    """
+    from ..training.features import CachedFeatures, delete_features, plan_features, write_features
+
+    output = own.output
+    if own.delete:
+        print(f"Deleted {delete_features(output) / 1e9:.3g} GB in {output}.")
+    elif own.check:
+        index = CachedFeatures(output, checksums=True).index
+        print(f"{output} is whole: {index.num_rows} rows of {index.target}.")
+    else:
+        model, rows = _target_and_rows(own)
+        shard_bytes = own.shard_megabytes * 10**6
+        print(plan_features(model, rows, output, own.format, shard_bytes))
+        if not own.plan:
+            index = write_features(model, rows, output, own.format, own.batch_size, shard_bytes)
+            print(
+                f"The features are in {output}. Storing them lost {index.error.relative:.2%} (root"
+                f" mean square), at most {index.error.largest:.3g}."
+            )
+
+
+def _target_and_rows(own: FeaturesOptions):
+    """Return the target, and the rows as the trainer would read them."""
+    from ..training.data import pack_dataset, prepare_dataset
+    from ..training.data.vocabulary import warn_of_other_ends
+
+    assert own.target is not None and own.dataset is not None
+    conversations = DatasetOptions(dataset=own.dataset, hold_out=own.hold_out).conversations()
+    model, tokenizer = load_target(own.target, own.dtype)
+    warn_of_other_ends(tokenizer, model)
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    rows = prepare_dataset(conversations, tokenizer, own.max_length, vocab_size=vocab_size)
+    return model, pack_dataset(rows, own.max_length) if own.packing else rows

@@ -1,46 +1,162 @@
-"""Options that several commands have."""
+"""Options that several commands share, and what they load.
 
+In: names of folders, files and Hub repositories. Out: models, prompts, datasets. What takes seconds
+to import is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Any, Literal
 
-import typer
+from .parser import option
 
-TargetOption = Annotated[str, typer.Option(help="The target: a folder or a Hub id.")]
-DrafterOption = Annotated[str, typer.Option(help="The drafter: a folder or a Hub id.")]
-DtypeOption = Annotated[
-    str, typer.Option(help="'auto', 'float32', 'bfloat16', 'float16' or 'float64'.")
-]
-HeadOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Draft head: 'full', 'routed', 'frequency', 'low_rank'; the drafter's own by default."
-    ),
-]
-DepthOption = Annotated[int | None, typer.Option(help="Levels of the draft tree.")]
-TopKOption = Annotated[
-    int | None, typer.Option(help="Children of an expanded node; 1 drafts chains.")
-]
-RuleOption = Annotated[
-    str | None, typer.Option(help="When sampling: 'token', 'traversal' or 'block'.")
-]
-DrawnOption = Annotated[
-    bool | None, typer.Option(help="When sampling: draw the tree's tokens or choose them.")
-]
-NodesOption = Annotated[
-    int | None, typer.Option(help="Rows of the target's pass, the root included.")
-]
-PromptsOption = Annotated[
-    list[Path], typer.Option(help="MT-bench, HumanEval, GSM8K, Spec-Bench, messages or text.")
-]
-ReportOption = Annotated[Path, typer.Option(help="Folder of report.json, report.md and the plots.")]
-LimitOption = Annotated[int | None, typer.Option(help="Prompts of each file at most.")]
-LastOption = Annotated[int | None, typer.Option(help="Only the last rows of each file.")]
-UserTurnOption = Annotated[
-    int, typer.Option(help="Which user turn of a dialogue is answered; -1 is the last.")
-]
-PadOption = Annotated[int | None, typer.Option(help="Measure on a target padded to this depth.")]
+DRAFTER = "The drafter: a folder or a Hub id."
+DTYPES = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 
-def given(**settings) -> dict:
-    """The settings that were given."""
-    return {name: value for name, value in settings.items() if value is not None}
+@dataclass(kw_only=True)
+class TargetOptions:
+    """The target."""
+
+    target: str = option("The target: a folder or a Hub id.")
+    dtype: DTYPES = option("Precision of its weights.", "auto")
+
+    def load(self, device: str | None = None):
+        """Return the target, on the GPU where there is one, and its tokenizer."""
+        return load_target(self.target, self.dtype, device)
+
+
+@dataclass(kw_only=True)
+class PaddedTargetOptions(TargetOptions):
+    """The target, which may be measured as if it were deeper."""
+
+    pad_layers: int | None = option("Measure on a target padded to so many layers.", None)
+
+    def load(self, device: str | None = None):
+        """Return the target, padded if that was asked for, and its tokenizer."""
+        from ..measure.padding import pad_target
+
+        model, tokenizer = super().load(device)
+        return (pad_target(model, self.pad_layers) if self.pad_layers else model), tokenizer
+
+
+@dataclass(kw_only=True)
+class TreeOptions:
+    """The draft tree; the drafter's own settings where an option is left out."""
+
+    tree_depth: int | None = option("Levels of the draft tree.", None)
+    tree_top_k: int | None = option("Children of an expanded node; 1 drafts chains.", None)
+    tree_nodes: int | None = option("Nodes that the target verifies, root included.", None)
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that were given, as keywords of `generate`."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(kw_only=True)
+class HeadOptions(TreeOptions):
+    """The draft tree and the head that it is read from."""
+
+    draft_head: Literal["full", "routed", "frequency", "low_rank"] | None = option(
+        "Draft head; the drafter's own by default.", None
+    )
+
+
+@dataclass(kw_only=True)
+class SpeculationOptions(HeadOptions):
+    """How tokens are drafted and verified."""
+
+    verification: Literal["token", "traversal", "block"] | None = option(
+        "Rule of acceptance when sampling.", None
+    )
+    drawn_tree: bool | None = option(
+        "When sampling, draw the tree's tokens instead of choosing the likeliest.", None
+    )
+
+
+@dataclass(kw_only=True)
+class DatasetOptions:
+    """Conversations, of which the last ones may be held out."""
+
+    dataset: list[str] = option("Conversations: a file, a folder or a Hub id; or cached features.")
+    hold_out: int = option("Leave out the last rows of each dataset.", 0, least=0)
+
+    def rows(self):
+        """Return the conversations without the last ones of each dataset, or cached features."""
+        from ..training.features import INDEX, CachedFeatures
+
+        cached = [path for path in self.dataset if (Path(path) / INDEX).is_file()]
+        if not cached:
+            return self.conversations()
+        if len(self.dataset) > 1 or self.hold_out:
+            raise ValueError(
+                f"{cached[0]} is a feature cache: it is read alone and whole. Give `--hold-out` and"
+                " all datasets to `coral-hf features`."
+            )
+        return CachedFeatures(cached[0])
+
+    def conversations(self):
+        """Return the conversations without the last ones of each dataset."""
+        return self._joined(lambda rows: range(len(rows) - self.hold_out))
+
+    def held_out(self):
+        """Return the last conversations of each dataset."""
+        return self._joined(lambda rows: range(len(rows) - self.hold_out, len(rows)))
+
+    def _joined(self, chosen):
+        from ..training.data import join_datasets, load_conversations
+
+        parts = []
+        for path in self.dataset:
+            rows = load_conversations(path)
+            if self.hold_out >= len(rows):
+                raise ValueError(
+                    f"--hold-out {self.hold_out} of the {len(rows)} rows of {path} leaves none to"
+                    " train on."
+                )
+            parts.append(rows.select(chosen(rows)))
+        return join_datasets(parts, self.dataset)
+
+
+@dataclass(kw_only=True)
+class PromptOptions:
+    """Files of prompts."""
+
+    prompts: list[Path] = option("MT-bench, HumanEval, GSM8K, Spec-Bench, messages or text.")
+    limit: int | None = option("Prompts of each file at most.", None)
+    last: int | None = option("Only the last rows of each file.", None)
+    user_turn: int = option("Which user turn of a dialogue is answered; -1 is the last.", -1)
+
+    def read(self) -> list:
+        """Return the prompts of all files."""
+        from ..measure.prompts import read_prompts
+
+        limits: dict[str, Any] = {
+            "limit": self.limit,
+            "last": self.last,
+            "user_turn": self.user_turn,
+        }
+        return [prompt for path in self.prompts for prompt in read_prompts(path, **limits)]
+
+
+def load_target(name: str, dtype: str, device: str | None = None):
+    """Return a target, on the GPU where there is one, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
+    return model.eval(), AutoTokenizer.from_pretrained(name)
+
+
+def load_drafter(name: str | None, target):
+    """Return a drafter in its target's dtype, on its device; an untrained one without a name."""
+    from transformers import AutoModel
+
+    from .. import CoralDrafter
+
+    if name is None:
+        return CoralDrafter.from_target(target).eval()
+    return AutoModel.from_pretrained(name, dtype=target.dtype).to(target.device).eval()

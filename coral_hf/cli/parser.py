@@ -1,0 +1,127 @@
+"""Command-line options made from dataclasses: a field is an option, its metadata the help text.
+
+In: a function whose parameters are annotated with dataclasses, and the words a user typed. Out: the
+function's arguments. Imports neither torch nor transformers, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, field, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+Command = Callable[..., None]
+EXTRA = "training_options"  # the parameter of a command that takes options of `Trainer` too
+
+
+def option(help: str, default: Any = MISSING, **metadata: Any) -> Any:
+    """Return a dataclass field that is an option.
+
+    Args:
+        default: a value; an option without one is required.
+        metadata: `positional=True` for an argument without dashes, `least=1` for a lower bound,
+            `flag="method"` for a name other than the field's.
+    """
+    metadata["help"] = help
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def parse(name: str, command: Command, words: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments of a command, by the names of its parameters.
+
+    Words that are no option of ours go to the parameter `training_options` where the command has
+    it, and are an error elsewhere.
+    """
+    parser = make_parser(name, command)
+    # `--max-length` is our spelling; `--max_length`, that of transformers' scripts, is read as well
+    words = [re.sub("^--[a-z_]+", lambda found: found[0].replace("_", "-"), word) for word in words]
+    known, extra = parser.parse_known_args(words)
+    arguments: dict[str, Any] = {}
+    if EXTRA in get_type_hints(command):
+        arguments[EXTRA] = extra
+    elif extra:
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    for parameter, kind in settings_of(command).items():
+        names = {one.name for one in fields(kind)} & vars(known).keys()
+        arguments[parameter] = kind(**{key: getattr(known, key) for key in names})
+    return arguments
+
+
+def make_parser(name: str, command: Command) -> argparse.ArgumentParser:
+    """Return a parser of the fields of all dataclasses that a command takes."""
+    parser = argparse.ArgumentParser(
+        f"coral-hf {name}",
+        usage=f"coral-hf {name} [options]",
+        description=inspect.getdoc(command),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for kind in settings_of(command).values():
+        types = get_type_hints(kind)
+        for one in fields(kind):
+            # a field without a help text is set from Python alone
+            if "help" in one.metadata:
+                add_option(parser, one, types[one.name])
+    return parser
+
+
+def settings_of(command: Command) -> dict[str, Any]:
+    """Return the dataclasses of a command's parameters, by the parameters' names."""
+    return {name: kind for name, kind in get_type_hints(command).items() if is_dataclass(kind)}
+
+
+def add_option(parser: argparse.ArgumentParser, one: Field[Any], kind: Any) -> None:
+    """Add the option of one dataclass field; what is not typed is left to the field's default."""
+    settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text(one)}
+    if get_origin(kind) in (Union, UnionType):
+        kind = next(part for part in get_args(kind) if part is not NoneType)
+    if get_origin(kind) is list:
+        settings["action"], kind = "append", get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        settings["choices"] = get_args(kind)
+    elif kind is bool:
+        settings["action"] = argparse.BooleanOptionalAction
+    else:
+        settings["type"] = reader(kind, one.metadata.get("least"))
+    if one.metadata.get("positional"):
+        parser.add_argument(one.name, **settings)
+        return
+    if kind is not bool and "choices" not in settings:
+        settings["metavar"] = kind.__name__.upper()
+    flag = one.metadata.get("flag", one.name).replace("_", "-")
+    parser.add_argument(f"--{flag}", dest=one.name, required=is_required(one), **settings)
+
+
+def is_required(one: Field[Any]) -> bool:
+    """Tell whether a field has no default."""
+    return one.default is MISSING and one.default_factory is MISSING
+
+
+def help_text(one: Field[Any]) -> str:
+    """Return the help of a field, with its default unless that says nothing."""
+    default = one.default if one.default_factory is MISSING else one.default_factory()
+    if isinstance(default, list):
+        default = " ".join(map(str, default))
+    says_nothing = default in (MISSING, None, "") or isinstance(default, bool)
+    shown = "" if says_nothing else f" Default: {default}."
+    repeated = " May be repeated." if str(one.type).startswith("list[") else ""
+    return (one.metadata["help"] + repeated + shown).replace("%", "%%")
+
+
+def reader(kind: type, least: int | None) -> Callable[[str], Any]:
+    """Return what reads a word as a value of at least `least`."""
+
+    def read(word: str) -> Any:
+        value = kind(word)
+        if least is not None and value < least:
+            raise argparse.ArgumentTypeError(f"{value} is too small; use {least} or more")
+        return value
+
+    read.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return read

@@ -1,0 +1,159 @@
+"""Commands that publish a drafter, and exchange drafters with other programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .options import DRAFTER, DTYPES, TargetOptions, load_target
+from .parser import option
+
+MAX_LENGTH = 2048  # tokens of a conversation in which proposals are counted
+OVERWRITE = "Replace an earlier checkpoint in the output folder."
+
+
+@dataclass(kw_only=True)
+class PublishOptions:
+    """The repository, and what its card says."""
+
+    folder: Path = option("A drafter: what `coral-hf train` wrote.", positional=True)
+    repo: str = option("Where it goes: organisation/name.")
+    report: list[Path] = option("A report.json of `coral-hf benchmark`, for the card.", [])
+    base_model: str | None = option("The target's Hub id, where it was a local folder.", None)
+    license: str | None = option("Such as apache-2.0.", None)
+    language: list[str] | None = option("Such as en.", None)
+    dataset: list[str] = option("Hub id of a dataset that it was trained on.", [])
+    private: bool = option("Make a new repository that only you see.", False)
+    revision: str | None = option("A branch other than main.", None)
+
+
+def publish(own: PublishOptions) -> None:
+    """Write a drafter's card and upload both, with the token of `hf auth login` or HF_TOKEN."""
+    from ..hub import CardFacts
+    from ..hub import publish as publish_folder
+
+    facts = CardFacts(own.repo, own.base_model, own.license, own.language, own.dataset)
+    done = publish_folder(
+        own.folder,
+        own.repo,
+        reports=own.report,
+        facts=facts,
+        private=own.private or None,
+        revision=own.revision,
+    )
+    print(f"Published: {done.commit_url}")
+
+
+@dataclass(kw_only=True)
+class ImportOptions:
+    """The checkpoint, and the folder that it goes to."""
+
+    source: str = option(
+        "An EAGLE-1, EAGLE-2 or HASS checkpoint: a folder or a Hub id.", positional=True
+    )
+    output: Path = option("Folder of the drafter.")
+    revision: str | None = option("Revision of the checkpoint's Hub id.", None)
+    cache_dir: Path | None = option("Where a Hub id is downloaded to; its cache by default.", None)
+    local_files_only: bool = option("Read a Hub id from the cache alone.", False)
+    overwrite: bool = option(OVERWRITE, False)
+
+
+def import_drafter(target: TargetOptions, own: ImportOptions) -> None:
+    """Turn an EAGLE-1, EAGLE-2 or HASS checkpoint into a drafter."""
+    from ..checkpoints import (
+        DRAFTER_FILES,
+        Download,
+        check_output,
+        config_folder,
+        from_eagle,
+        read_shape,
+        whole_folder,
+    )
+
+    read = (own.source, target.target)
+    check_output(own.output, own.overwrite, DRAFTER_FILES, read)
+    download = Download(own.revision, own.cache_dir, local_files_only=own.local_files_only)
+    read_shape(config_folder(own.source, download))  # before the target, which takes longer
+    model, tokenizer = target.load()
+    with whole_folder(own.output, own.overwrite, DRAFTER_FILES, read) as folder:
+        drafter = from_eagle(model, own.source, tokenizer=tokenizer, **vars(download))
+        drafter.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    print(f"The drafter is in {own.output}.")
+
+
+@dataclass(kw_only=True)
+class ExportOptions:
+    """The drafter, and how it is written."""
+
+    drafter: str = option(DRAFTER, positional=True)
+    to: Literal["vllm", "sglang", "eagle"] = option("The program that reads it.")
+    output: Path = option("A new or an empty folder.")
+    target: str | None = option("The target, whose embeddings are then copied or compared.", None)
+    dtype: DTYPES = option("Precision that is written; the drafter's own by default.", "auto")
+    num_hot_tokens: int | None = option(
+        "SGLang only: tokens that its drafter may propose, counted in --dataset.", None
+    )
+    dataset: list[str] | None = option("Conversations in which proposals are counted.", None)
+    limit: int | None = option(
+        "Conversations that are read of each dataset; 200 by default.", None, least=1
+    )
+    overwrite: bool = option(OVERWRITE, False)
+
+    def __post_init__(self) -> None:
+        if self.num_hot_tokens is None and (self.dataset or self.limit is not None):
+            raise ValueError(
+                "--dataset and --limit are read to count hot tokens; pass --num-hot-tokens too."
+            )
+        if self.num_hot_tokens is not None and self.to != "sglang":
+            raise ValueError(f"--num-hot-tokens is for --to sglang; leave it out for {self.to}.")
+        if self.num_hot_tokens is not None and (self.target is None or not self.dataset):
+            raise ValueError("--num-hot-tokens are counted with --target and --dataset.")
+
+
+def export(own: ExportOptions) -> None:
+    """Write a drafter as vLLM, SGLang or EAGLE's own code reads it."""
+    from .. import CoralDrafter
+    from ..checkpoints import DTYPES, check_drafter, check_output, export_drafter, export_files
+
+    check_output(own.output, own.overwrite, export_files(own.to), (own.drafter, own.target))
+    check_drafter(own.drafter)
+    model, tokenizer = (None, None) if own.target is None else load_target(own.target, "auto")
+    drafter = CoralDrafter.from_pretrained(own.drafter, dtype="auto")
+    dtype = drafter.dtype if own.dtype == "auto" else DTYPES[own.dtype]
+    if model is not None:
+        drafter = drafter.to(model.device)
+    hot_tokens = None
+    if own.num_hot_tokens is not None:
+        hot_tokens = _hot_tokens(own, drafter, model, tokenizer)
+    done = export_drafter(drafter, own.to, own.output, model, dtype, hot_tokens, own.overwrite)
+    for note in done.notes:
+        print(note)
+    print(f"The drafter is in {done.folder}. Serve it with\n  {done.command}")
+
+
+def _hot_tokens(own: ExportOptions, drafter, target, tokenizer) -> list[int]:
+    """Return the tokens that a drafter proposes most in conversations, and its end tokens."""
+    import torch
+
+    from ..checkpoints import check_size, most_frequent, proposal_counts
+    from ..training.data import load_conversations, prepare_dataset
+
+    assert own.num_hot_tokens is not None
+    ends = drafter.config.eos_token_id
+    always = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    check_size(own.num_hot_tokens, drafter.config.vocab_size, always)
+    tokens = []
+    for path in own.dataset or []:
+        rows = load_conversations(path)
+        rows = rows.select(range(min(own.limit or 200, len(rows))))
+        prepared = prepare_dataset(rows, tokenizer, MAX_LENGTH)
+        tokens += [torch.tensor([row["input_ids"]]) for row in prepared]
+    found = most_frequent(proposal_counts(target, drafter, tokens), own.num_hot_tokens, always)
+    if len(found) < own.num_hot_tokens:
+        print(
+            f"Only {len(found)} of {own.num_hot_tokens} hot tokens: the drafter proposes no others"
+            " in these conversations. Count in more of them (--dataset, --limit)."
+        )
+    return found

@@ -1,0 +1,161 @@
+"""Commands that train a drafter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .options import DatasetOptions, TargetOptions
+from .parser import option
+
+STAGES = Literal["drafter", "joint", "router", "low_rank"]
+STAGES_OF_HEADS = ("router", "low_rank")
+
+
+@dataclass(kw_only=True)
+class DemoOptions:
+    """What the demo works on."""
+
+    output: Path = option("Folder of the drafter and the plot.", Path("coral-demo"))
+    target: str | None = option("A target of your own; a small one is trained by default.", None)
+    dataset: str | None = option("Conversations of your own.", None)
+    fresh: bool = option("Train again instead of reading the cache.", False)
+
+
+def demo(own: DemoOptions) -> None:
+    """Train a drafter on a small target, load it back, and measure it. Needs no network."""
+    from ..demo import DemoSettings, run_demo
+
+    run_demo(DemoSettings(**vars(own)))
+
+
+@dataclass(kw_only=True)
+class TrainOptions:
+    """What is trained, from where, and in which stages."""
+
+    output: Path = option("Folder of the finished drafter.")
+    eval_dataset: list[str] | None = option(
+        "Conversations evaluated with --eval-strategy, in place of the held-out rows.", None
+    )
+    layers: int = option("Decoder layers of a fresh drafter.", 1, least=1)
+    drafter: str | None = option("A drafter of this target, to be trained on.", None)
+    warm_start: str | None = option(
+        "Start from 'layer', the target's last layer, or from a folder or Hub id: a drafter of"
+        " another target of the same width, an EAGLE checkpoint.",
+        None,
+    )
+    lora_r: int | None = option("Train a LoRA of this rank, not the drafter itself.", None)
+    lora_alpha: int | None = option("Alpha of the LoRA; twice its rank by default.", None)
+    lora_target: list[str] | None = option(
+        "Layers of the LoRA: fc, q_proj, ...; all by default.", None
+    )
+    stage: list[STAGES] = option("What is trained, one after the other.", ["drafter", "router"])
+    fresh_head: bool = option("Train new heads in place of those that the drafter has.", False)
+    router_epochs: float = option("Epochs of the router's stage; 0 trains no router.", 0.2)
+    resume: bool = option("Continue from the last checkpoint.", False)
+
+    def __post_init__(self) -> None:
+        has_drafter = self.drafter is not None
+        if self.stage[0] in STAGES_OF_HEADS and not has_drafter:
+            raise ValueError(
+                f"--stage {self.stage[0]} trains a head of a trained drafter; pass it with"
+                " --drafter."
+            )
+        if self.fresh_head and not has_drafter:
+            raise ValueError("--fresh-head is for the heads of a drafter; pass --drafter too.")
+        if self.lora_r is None and (self.lora_alpha is not None or self.lora_target):
+            raise ValueError("--lora-alpha and --lora-target are of a LoRA; pass --lora-r too.")
+        if self.lora_r is not None and not has_drafter:
+            raise ValueError("--lora-r adapts a trained drafter; pass it with --drafter.")
+        if has_drafter and self.warm_start is not None:
+            raise ValueError("--drafter and --warm-start are two drafters to start from; pass one.")
+        if has_drafter and self.layers != 1:
+            raise ValueError(
+                f"--layers {self.layers} is of a fresh drafter; leave it out with --drafter."
+            )
+
+    def arguments(self, typed: list[str]) -> list:
+        """Return the arguments of each stage: the options of transformers that were typed."""
+        from ..training import parse_arguments
+
+        found = []
+        for name in self.stage:
+            fields: dict[str, object] = {"stage": name}
+            if name == "router" and len(self.stage) > 1:
+                # the options are for the drafter's stage, which is longer
+                fields |= {"num_train_epochs": self.router_epochs, "max_steps": -1}
+            if fields.get("num_train_epochs") != 0:
+                is_adapter = name == "drafter" and self.lora_r is not None
+                folder = self.output / ("adapter" if is_adapter else name)
+                found.append(parse_arguments(folder, typed, **fields))
+        return found
+
+    def held_out(self, data: DatasetOptions):
+        """Return the conversations that are evaluated."""
+        if self.eval_dataset:
+            return DatasetOptions(dataset=self.eval_dataset).rows()
+        if not data.hold_out:
+            raise ValueError(
+                "--eval-strategy needs rows to evaluate: give --hold-out 200, or --eval-dataset."
+            )
+        return data.held_out()
+
+    def first_drafter(self, target, tokenizer):
+        """Return the drafter that training starts from, in fp32, with its adapter if it has one."""
+        import torch
+
+        from ..drafters.coral import CoralDrafter
+        from ..training.adapters import lora, with_adapter
+        from ..training.warm_start import warm_start
+
+        if self.warm_start is not None:
+            return warm_start(target, self.warm_start, tokenizer)
+        if self.drafter is None:
+            return CoralDrafter.from_target(target, num_hidden_layers=self.layers).float()
+        drafter = CoralDrafter.from_pretrained(self.drafter, dtype=torch.float32)
+        if self.fresh_head and {"router", "joint"} & set(self.stage):
+            drafter.heads.remove_router()
+        if self.fresh_head and "low_rank" in self.stage:
+            drafter.heads.remove_low_rank_head()
+        adapter = self.lora_r and lora(self.lora_r, self.lora_alpha, self.lora_target)
+        return with_adapter(drafter.to(target.device), "drafter", adapter)
+
+
+def train(
+    target: TargetOptions, data: DatasetOptions, own: TrainOptions, training_options: list[str]
+) -> None:
+    """Train a drafter and its router, or the stages that are given.
+
+    Every other option is one of CoralTrainingArguments, as in any Trainer script:
+    --learning-rate 1e-3 --num-steps 3.
+    """
+    from ..training.runs.run_lock import sole_run
+    from ..training.stages import save
+    from ..training.stages import train as train_stages
+
+    stages = own.arguments(training_options)
+    if stages[0].push_to_hub and stages[0].hub_model_id is None:
+        raise ValueError("--push-to-hub needs --hub-model-id organisation/name.")
+    rows = data.rows()
+    held_out = own.held_out(data) if stages[0].eval_strategy != "no" else None
+    # each process of a run has a GPU of its own, to which its trainer moves the target
+    model, tokenizer = target.load(device="cpu")
+    with sole_run(own.output, stages[0].process_index == 0):
+        drafter = own.first_drafter(model, tokenizer)
+        trained = train_stages(model, tokenizer, rows, stages, drafter, own.resume, held_out)
+        save(trained, tokenizer, own.output)
+        print(f"The drafter is in {own.output}.")
+        _push(own.output, stages[0])
+
+
+def _push(folder: Path, args) -> None:
+    """Publish what the stages, which push as they go, have become together."""
+    from accelerate import PartialState
+
+    from ..hub import publish
+
+    if args.push_to_hub and PartialState().is_main_process:
+        options = {"private": args.hub_private_repo, "revision": args.hub_revision}
+        done = publish(folder, args.hub_model_id, token=args.hub_token, **options)
+        print(f"Published: {done.commit_url}")
