@@ -1,6 +1,6 @@
-"""Rows of different lengths as one batch.
+"""Batches from rows of different lengths.
 
-In: rows of `prepare_dataset`. Out: three tensors, each (batch, length), padded on the right.
+In: rows of `prepare_dataset`. Out: tensors (batch, length), padded on the right.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ class CoralCollator:
     pad_to_multiple_of: int | None = None  # so that fewer lengths occur
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Pad rows to `input_ids`, `attention_mask`, `labels` and what else they have, by name.
+
+        Returns:
+            (batch, length) each, `features` (batch, length, hidden).
+        """
         fills = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
         if not fills.keys() <= rows[0].keys():
             raise ValueError(f"Rows have {[*rows[0]]}, not {[*fills]}; use `prepare_dataset`.")
@@ -40,7 +45,7 @@ class CoralCollator:
             for name, fill in fills.items()
         }
         if "position_ids" in rows[0]:
-            # what pads a row counts from 0 again: it is a document of its own
+            # padding counts from 0 again: it is a document of its own
             batch["position_ids"] = torch.tensor(
                 [[*row["position_ids"], *range(length - len(row["input_ids"]))] for row in rows]
             )
@@ -49,6 +54,6 @@ class CoralCollator:
                 [F.pad(row["features"], (0, 0, 0, length - len(row["input_ids"]))) for row in rows]
             )
         # nothing predicts the first two tokens of a document
-        positions = batch.get("position_ids", torch.arange(length)[None])
+        positions = batch.get("position_ids", torch.arange(length)[None])  # (batch or 1, length)
         batch["labels"].masked_fill_(positions < 2, IGNORED)
         return batch

@@ -1,4 +1,4 @@
-"""One row as token ids and labels; a label is -100 where nothing is trained.
+"""Token ids and labels of one row; a label is -100 where nothing is trained.
 
 In: a row and the target's tokenizer. Out: `input_ids`, `attention_mask`, `labels`, each (length,).
 """
@@ -6,13 +6,13 @@ In: a row and the target's tokenizer. Out: `input_ids`, `attention_mask`, `label
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from .messages import Message, Row, layout_of, shown, to_messages
-from .template import has_generation_block, render
-from .tools import check_tools_are_rendered, read_tools
+from .template import check_tools_are_rendered, has_generation_block, read_tools, render
 
 Encoded = dict[str, list[int]]  # `input_ids` and `labels`, each (length,)
 
@@ -32,7 +32,7 @@ def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> E
 
 
 def cut(encoded: Encoded, max_length: int) -> Encoded:
-    """The first `max_length` tokens of what `encode` returns, with their mask."""
+    """Cut what `encode` returns to its first `max_length` tokens, and add their mask."""
     ids = encoded["input_ids"][:max_length]
     return {
         "input_ids": ids,
@@ -42,14 +42,9 @@ def cut(encoded: Encoded, max_length: int) -> Encoded:
 
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """All tokens and labels of a row, each (length,)."""
-    layout = layout_of(row)
-    if layout == "input_ids":
-        encoded = _encode_ids(row)
-    elif layout == "text":
-        encoded = _encode_text(row, tokenizer)
-    else:
-        encoded = _encode_conversation(row, tokenizer)
+    """Turn a row into all of its `input_ids` and `labels`, each (length,)."""
+    readers = {"input_ids": _encode_ids, "text": _encode_text}
+    encoded = readers.get(layout_of(row), _encode_conversation)(row, tokenizer)
     # A drafter reads a token and the feature before it; nothing predicts the first two tokens.
     # position        0      1        2        3
     # token           x0     x1       x2       x3
@@ -61,7 +56,7 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     return {"input_ids": ids, "labels": labels}
 
 
-def _encode_ids(row: Row) -> Encoded:
+def _encode_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     ids = row["input_ids"]
     labels = ids if row.get("labels") is None else row["labels"]
     mask = [1] * len(ids) if row.get("attention_mask") is None else row["attention_mask"]
@@ -89,7 +84,7 @@ def _encode_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
 
 
 def _is_cut_off(row: Row) -> bool:
-    """Whether what the target wrote last has no end, as `regenerate` notes."""
+    """Whether the last answer has no end, as `regenerate` records."""
     return row.get("is_complete") is False
 
 
@@ -102,11 +97,17 @@ def _encode_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encode
             " one the target is used with, or give `text` rows."
         )
 
-    def rendered(turns: list[Message], **options: Any) -> Any:
-        return render(turns, tokenizer, tools, **options)
-
+    rendered = partial(render, tokenizer=tokenizer, tools=tools)
     check_tools_are_rendered(messages, rendered)
-    ids, mask = _ids_and_mask(messages, tokenizer, rendered, has_generation_block(tokenizer, tools))
+    if has_generation_block(tokenizer, tools):
+        silent = {"verbose": False}  # of the length: the cut to `max_length` comes later
+        full = rendered(messages, return_assistant_tokens_mask=True, tokenizer_kwargs=silent)
+        ids, mask = full["input_ids"], full["assistant_masks"]
+    else:
+        text = rendered(messages, tokenize=False)
+        full = _with_offsets(text, tokenizer)
+        ids = full["input_ids"]
+        mask = _mask_by_prefixes(messages, text, full["offset_mapping"], rendered)
     if all(mask) or not any(mask):
         raise ValueError(
             f"{'Every' if any(mask) else 'No'} token of {[turn['role'] for turn in messages]} is"
@@ -118,30 +119,15 @@ def _encode_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encode
     return {"input_ids": ids[:length], "labels": labels[:length]}
 
 
-def _ids_and_mask(
-    messages: list[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    rendered: Callable[..., Any],
-    has_blocks: bool,
-) -> tuple[list[int], list[Any]]:
-    """Tokens of a conversation and whether they are trained, each (length,)."""
-    if has_blocks:
-        silent = {"verbose": False}  # of the length: the cut to `max_length` comes later
-        full = rendered(messages, return_assistant_tokens_mask=True, tokenizer_kwargs=silent)
-        return full["input_ids"], full["assistant_masks"]
-    text = rendered(messages, tokenize=False)
-    full = _with_offsets(text, tokenizer)
-    return full["input_ids"], _mask_by_prefixes(messages, text, full["offset_mapping"], rendered)
-
-
 def _with_offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """`input_ids` (length,) of a rendered conversation, and their `offset_mapping` (length, 2)."""
     return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
 
 
 def _open_length(
     messages: list[Message], tokenizer: PreTrainedTokenizerBase, rendered: Callable[..., Any]
 ) -> int:
-    """Tokens up to the end of the last turn's words, without the marks that a template adds."""
+    """Count the tokens up to the end of the last answer, without the template's end of turn."""
     text = rendered(messages, tokenize=False)
     end = len(rendered(messages, tokenize=False, continue_final_message=True))
     offsets = _with_offsets(text, tokenizer)["offset_mapping"]
@@ -151,7 +137,14 @@ def _open_length(
 def _mask_by_prefixes(
     messages: list[Message], text: str, offsets: list[tuple[int, int]], rendered: Callable[..., Any]
 ) -> list[bool]:
-    """Train what an assistant's turn adds to its prompt, with the token that spans the seam."""
+    """Mask what an assistant's turn adds to its prompt, with a token that spans both.
+
+    Args:
+        offsets: (length, 2), where each token begins and ends in `text`.
+
+    Returns:
+        (length,), whether each token is trained.
+    """
     spans = []
     for position, message in enumerate(messages):
         # no prompt can be rendered for a turn that opens the conversation: it is not trained

@@ -1,19 +1,22 @@
-"""Conversations and plain text, read from files, folders or the hub.
+"""Conversations and plain text, read from files, folders or the Hub.
 
-In: a path or a hub id. Out: a `datasets.Dataset` with the columns that were found.
+In: paths or Hub ids. Out: one `datasets.Dataset` with the columns that were found.
 """
 
 from __future__ import annotations
 
 import glob
+import gzip
+import json
 import re
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import check_json, check_text, read_lines
-
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pyarrow import Schema
 
 DOCUMENT_CHARACTERS = 2000  # about 500 tokens of English
 READERS = {
@@ -25,87 +28,106 @@ READERS = {
 
 
 def load_conversations(path: str | Path, split: str = "train") -> Dataset:
-    """Load conversations or plain text from a file, a folder or the hub.
+    """Load conversations or plain text from a file, a folder or the Hub.
 
     Args:
         path: a JSON, JSONL, text, parquet or CSV file, also with `.gz`; a folder of `save_to_disk`,
-            or of such files; or what `datasets.load_dataset` takes, such as a hub id. Of a text
+            or of such files; or what `datasets.load_dataset` takes, such as a Hub id. Of a text
             file the documents become `text` rows: where no `<|endoftext|>` separates them,
             paragraphs are joined in order to documents of about 2000 characters.
         split: the split; a file has `train`. Text files and saved folders take no slices of it.
 
     Raises:
-        ValueError: for a file that is empty, cut off, not UTF-8 or not JSON, naming the line, and
-            for one of an unknown ending.
+        ValueError: for a file that is empty, truncated, not UTF-8 or not JSON, naming the line, and
+            for an unknown file type.
     """
     import datasets
 
     file, name = Path(path), str(path)
-    reader = _reader_of(file)
-    if reader is None or file.is_dir():
-        return _load_folder(name, split)
-    files = [Path(found) for found in glob.glob(name)]
-    if reader != "text":
-        return _load_checked(files, reader, split, data_files=name)
-    if split != "train":
-        raise ValueError(f"`split` is {split!r}, but a text file has 'train' only; use that.")
-    _check_texts(files)
-    return datasets.Dataset.from_dict({"text": _documents(file)})
-
-
-def _reader_of(file: Path) -> str | None:
-    """How `datasets` calls what reads a file, None for an unknown ending."""
-    return READERS.get(Path(file.name.removesuffix(".gz")).suffix)
-
-
-def _load_folder(name: str, split: str) -> Dataset:
-    """A folder, or a dataset of the Hub."""
-    import datasets
-
-    folder = Path(name)
-    if folder.is_file():
+    if (file / "dataset_dict.json").is_file():
+        return datasets.DatasetDict.load_from_disk(name)[split]
+    if (file / "state.json").is_file():
+        return datasets.Dataset.load_from_disk(name)
+    reader = None if file.is_dir() else _reader_of(file)
+    if reader is None and file.is_file():
         raise ValueError(
-            f"{folder} has the ending {folder.suffix!r}; expected one of {', '.join(READERS)}, also"
+            f"{file} has the ending {file.suffix!r}; expected one of {', '.join(READERS)}, also"
             " with .gz. Convert or rename it."
         )
-    if (folder / "dataset_dict.json").is_file():
-        return datasets.DatasetDict.load_from_disk(name)[split]
-    if (folder / "state.json").is_file():
-        return datasets.Dataset.load_from_disk(name)
-    return _load_checked(_files_of(folder, split) if folder.is_dir() else [], name, split)
-
-
-def _files_of(folder: Path, split: str) -> list[Path]:
-    """The files of a folder that `datasets` reads for a split, and no others that lie there."""
-    import datasets
-
-    found = datasets.load_dataset_builder(str(folder)).config.data_files or {}
-    return [Path(file) for file in found.get(split.partition("[")[0], [])]
-
-
-def _load_checked(files: list[Path], source: str, split: str, **options: str) -> Dataset:
-    """What `datasets` makes of some files; what is wrong with one of them by its line."""
-    import datasets
-
-    _check_texts(files)
+    if reader == "text":
+        return datasets.Dataset.from_dict({"text": _documents(file, split)})
+    files = _local_files(file, split)
+    for local in files:  # Arrow takes bytes that are not UTF-8
+        check_lines(local)
     try:
-        return datasets.load_dataset(source, split=split, **options)
+        if reader is None:
+            return datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(reader, split=split, data_files=name)
     except datasets.exceptions.DatasetGenerationError as error:
-        for file in files:
-            if _reader_of(file) == "json":
-                check_json(file)
-        name = options.get("data_files", source)
+        for local in files:
+            check_lines(local, parse=True)
         raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
 
 
-def _check_texts(files: list[Path]) -> None:
-    for file in files:
-        if _reader_of(file) != "parquet":
-            check_text(file)
+def _reader_of(file: Path) -> str | None:
+    """The reader of `datasets` for a file; None for an unknown ending."""
+    return READERS.get(Path(file.name.removesuffix(".gz")).suffix)
 
 
-def _documents(file: Path) -> list[str]:
-    text = b"".join(read_lines(file)).decode("utf-8-sig")
+def _local_files(path: Path, split: str) -> list[Path]:
+    """The files that `datasets` reads for a split, none for a dataset of the Hub."""
+    import datasets
+
+    if path.is_dir():
+        found = datasets.load_dataset_builder(str(path)).config.data_files or {}
+        return [Path(file) for file in found.get(split.partition("[")[0], [])]
+    return [Path(file) for file in glob.glob(str(path))]
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    """The lines of a file, decompressed if its name ends with `.gz`."""
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
+            yield from lines
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{file} is not a whole gzip file: {error}. Copy it again.") from error
+
+
+def check_lines(file: Path, parse: bool = False) -> None:
+    """Raise a ValueError for a file that is empty, or that has a line that is not UTF-8.
+
+    Args:
+        parse: also for what is not JSON: a JSON file holds one array, or an object a line.
+    """
+    if _reader_of(file) == "parquet":
+        return
+    parse = parse and _reader_of(file) == "json"
+    start = b""
+    for number, line in enumerate(_lines(file), start=1):
+        start = start or line.strip(b"\xef\xbb\xbf \t\r\n")[:1]
+        try:
+            text = line.decode("utf-8-sig")
+            if parse and start != b"[" and text.strip():
+                row = json.loads(text)
+                if not isinstance(row, dict):
+                    raise ValueError(f"a row is an object, not a {type(row).__name__}")
+        except ValueError as error:  # also of decoding and JSON
+            raise ValueError(f"{file}, line {number}: {error}. Repair or drop the line.") from error
+    if not start:
+        raise ValueError(f"{file} is empty; give a file with at least one row.")
+    if parse and start == b"[":
+        try:
+            json.loads(b"".join(_lines(file)))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}: {error}. Repair it.") from error
+
+
+def _documents(file: Path, split: str) -> list[str]:
+    """The documents of a text file."""
+    if split != "train":
+        raise ValueError(f"`split` is {split!r}, but a text file has 'train' only; use that.")
+    check_lines(file)
+    text = b"".join(_lines(file)).decode("utf-8-sig")
     if "<|endoftext|>" in text:
         return [part.strip() for part in text.split("<|endoftext|>") if part.strip()]
     documents = [""]
@@ -114,3 +136,50 @@ def _documents(file: Path) -> list[str]:
             documents.append("")
         documents[-1] = f"{documents[-1]}\n\n{paragraph}".strip()
     return documents
+
+
+def join_datasets(parts: Sequence[Dataset], names: Sequence[str]) -> Dataset:
+    """Concatenate datasets whose rows may have different keys, at any depth.
+
+    A key that a row lacks is null in it, which reading the row leaves out.
+
+    Args:
+        names: of their files, for errors.
+
+    Raises:
+        ValueError: if they hold different kinds of values under the same key.
+    """
+    import datasets
+    import pyarrow
+
+    if len(parts) == 1:
+        return parts[0]
+    try:
+        schema = _unify([part.features.arrow_schema.remove_metadata() for part in parts])
+    except pyarrow.ArrowTypeError as error:
+        raise ValueError(
+            f"{', '.join(names)} hold different kinds of values: {error}. Write them in one way, or"
+            " drop what is not needed."
+        ) from error
+    merged = datasets.Features.from_arrow_schema(schema)
+    features = [datasets.Features({name: merged[name] for name in part.features}) for part in parts]
+    return datasets.concatenate_datasets(
+        [part.cast(own) for part, own in zip(parts, features, strict=True)]
+    )
+
+
+def _unify(schemas: Sequence[Schema]) -> Schema:
+    """The columns and keys of all schemas."""
+    import pyarrow
+
+    try:
+        return pyarrow.unify_schemas(schemas, promote_options="permissive")
+    except pyarrow.ArrowTypeError:
+        # objects whose keys differ within a file are read as JSON, which holds any objects; not
+        # text, of which what looks like JSON would come back as what it says
+        free = {f.name: f for schema in schemas for f in schema if "arrow.json" in str(f.type)}
+        freed = [
+            pyarrow.schema(f if pyarrow.types.is_string(f.type) else free.get(f.name, f) for f in s)
+            for s in schemas
+        ]
+        return pyarrow.unify_schemas(freed, promote_options="permissive")

@@ -1,4 +1,4 @@
-"""Conversations of any layout as messages with `role` and `content`.
+"""Chat messages, with `role` and `content`, from conversations of any layout.
 
 In: a row of a dataset. Out: a list of messages, as chat templates read them.
 """
@@ -21,22 +21,14 @@ ROLES = {
 
 
 def to_messages(row: Row) -> list[Message]:
-    """Write a conversation of any accepted layout as messages with `role` and `content`.
+    """Convert a conversation of any accepted layout to messages with `role` and `content`.
 
     A `system` column goes in front; the answer of a preference row is its `chosen` turn.
     """
     layout = layout_of(row)
     if layout in ("text", "input_ids"):
         raise ValueError(f"A row of `{layout}` is no conversation; pass it to `tokenize` as it is.")
-    turns = _alpaca_turns(row) if layout == "instruction" else _turns(row[layout], layout)
-    if isinstance(row.get("chosen"), Mapping):
-        turns.append(row["chosen"])
-    if row.get("system"):
-        turns.insert(0, {"role": "system", "content": row["system"]})
-    return [_message(turn, position) for position, turn in enumerate(turns)]
-
-
-def _turns(turns: Any, layout: str) -> list[Any]:
+    turns = _alpaca_turns(row) if layout == "instruction" else row[layout]
     if not isinstance(turns, Sequence) or isinstance(turns, str):
         raise ValueError(
             f"`{layout}` is {shown(turns)}, not a list of turns; JSON that is kept as text is read"
@@ -44,11 +36,16 @@ def _turns(turns: Any, layout: str) -> list[Any]:
         )
     if not turns:
         raise ValueError(f"`{layout}` has no turns; drop such rows with `dataset.filter`.")
-    return list(turns)
+    turns = list(turns)
+    if isinstance(row.get("chosen"), Mapping):
+        turns.append(row["chosen"])
+    if row.get("system"):
+        turns.insert(0, {"role": "system", "content": row["system"]})
+    return [_message(turn, position) for position, turn in enumerate(turns)]
 
 
 def layout_of(row: Row) -> str:
-    """Name the column that decides how a row is read; what is nearest to the trainer goes first."""
+    """Name the column that a row is read by; what is nearest to the trainer's input goes first."""
     columns = [column for column, value in row.items() if value is not None]
     has_answer = "output" in columns or "response" in columns
     for column in ("input_ids", "messages", "conversations", "instruction", "text"):
@@ -86,32 +83,29 @@ def _message(turn: Any, position: int) -> Message:
 
 
 def _text(content: Any, where: str) -> str:
-    """Content as text; its parts are joined, since templates for text print a list as it stands."""
+    """Join the parts of a content, since templates for text would print a list."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise ValueError(
             f"The content of {where} is {shown(content)}; expected text or a list of parts."
         )
-    return "".join(_text_of_part(part, where) for part in content)
-
-
-def _text_of_part(part: Any, where: str) -> str:
-    kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else (None, None)
-    if kind == "text" and isinstance(text, str):
-        return text
-    raise ValueError(
-        f"The content of {where} has a part of type {kind!r}, {shown(part)}; expected parts"
-        " `{'type': 'text', 'text': ...}` alone: a drafter is trained on text. Drop such rows with"
-        " `dataset.filter`."
-    )
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(
+                f"The content of {where} has a part of type {kind!r}, {shown(part)}; expected parts"
+                " `{'type': 'text', 'text': ...}`: a drafter is trained on text. Drop such rows"
+                " with `dataset.filter`."
+            )
+    return "".join(part["text"] for part in content)
 
 
 def without_nulls(value: Any) -> Any:
     """Leave out keys without a value, at any depth.
 
-    Rows of a table share their keys, so a call with the argument `city` and one with `date` come
-    back with both, one of them null, which no one wrote.
+    Rows of a table share their keys: of a call with the argument `city` and one with `date`, each
+    comes back with both, one of them null.
     """
     if isinstance(value, Mapping):
         return {key: without_nulls(part) for key, part in value.items() if part is not None}
@@ -119,7 +113,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def count_empty_turns(row: Row) -> int:
-    """Turns without a word and without a tool call; 1 for an empty text."""
+    """Count the turns without a word and without a tool call; an empty text is one."""
     layout = layout_of(row)
     if layout in ("text", "input_ids"):
         return int(layout == "text" and not row["text"].strip())
@@ -127,6 +121,6 @@ def count_empty_turns(row: Row) -> int:
 
 
 def shown(value: Any) -> str:
-    """A value and its type, for an error."""
+    """Show a value and its type in an error."""
     text = repr(value)
     return f"the {type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -1,4 +1,4 @@
-"""Several documents in one row, so that no computation goes into padding.
+"""Packing: several documents in one row, so that no computation goes into padding.
 
 In: rows of `prepare_dataset`. Out: fewer rows, of nearly `max_length` tokens each, with
 `position_ids` that begin at 0 with each document.
@@ -19,7 +19,7 @@ WINDOW = 1000  # rows that are packed together: the best fits are among a few hu
 
 
 def pack_dataset(dataset: Data, max_length: int) -> Data:
-    """Put documents together to rows of at most `max_length` tokens, none of them cut.
+    """Pack documents into rows of at most `max_length` tokens, none of them cut.
 
     Each goes into the fullest row that has room for it, the longest first (best fit decreasing),
     within windows of 1000 rows, so that a stream can be packed too.
@@ -50,7 +50,15 @@ def _pack(window: dict[str, list], max_length: int) -> dict[str, list]:
 
 
 def best_fit(lengths: list[int], room: int) -> list[list[int]]:
-    """Distribute documents over rows with `room` for so many tokens: indices of each row."""
+    """Distribute documents over rows of at most `room` tokens.
+
+    Args:
+        lengths: (documents,), tokens of each.
+        room: at least the longest.
+
+    Returns:
+        The indices of the documents of each row.
+    """
     rows: list[list[int]] = []
     spaces: list[tuple[int, int]] = []  # (what is left, row), ascending
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

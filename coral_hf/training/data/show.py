@@ -1,4 +1,4 @@
-"""The loss mask of rows, to look at before a training: which tokens are trained.
+"""A viewer of the loss mask: which tokens of a row are trained.
 
 In: rows of any layout, a tokenizer. Out: text on a terminal, in colour or, through a pipe, with
 marks that say the same.
@@ -6,25 +6,40 @@ marks that say the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from .encoding import encode
+from .encoding import IGNORED, encode
 from .messages import Row
-from .pieces import Piece, read_pieces
 
 # two shades of each kind, in turn, so that neighbouring tokens can be told apart
 TRAINED = ("black on green3", "black on pale_green1")
 UNTRAINED = ("white on grey15", "white on grey27")
 OPENING, CLOSING, BOUNDARY = "⟦", "⟧", "│"
+PART_OF_CHARACTER, NO_TEXT = "…", "∅"
+
+
+class Piece(NamedTuple):
+    """One token as a reader sees it."""
+
+    text: str  # what it adds to the text; control characters are written out
+    is_trained: bool
+    is_special: bool
+
+
+LEGEND = [
+    Piece("trained", True, False),
+    Piece(" not trained ", False, False),
+    Piece("<special>", False, True),
+]
 
 
 class MaskCount(NamedTuple):
-    """How much of a row, or of several, is trained."""
+    """How many tokens of one or several rows there are, and how many of them are trained."""
 
     num_tokens: int = 0
     num_trained: int = 0
@@ -48,10 +63,10 @@ def show(
         rows: rows with their numbers, such as `enumerate(dataset)`.
         tokenizer: the target's.
         max_length: tokens after which rows are cut; whole rows by default.
-        console: where to; standard output by default. Without colours, marks stand for them.
+        console: standard output by default. Without colours, marks stand for them.
 
     Returns:
-        The count of all rows.
+        The counts of all rows.
 
     Example:
 
@@ -61,15 +76,15 @@ def show(
     """
     console = Console(highlight=False) if console is None else console
     has_marks = console.no_color or console.color_system is None
-    console.print(_legend(has_marks), soft_wrap=True)
+    legend = _render(LEGEND, has_marks).append("  ↵ a line break  … a part of the next character")
+    console.print(legend, soft_wrap=True)
     counts = []
     for number, row in rows:
         try:
             pieces, num_lost = _pieces(row, tokenizer, max_length)
         except ValueError as error:
-            console.print(
-                Text(f"\nRow {number} cannot be read: {error}", style="red"), soft_wrap=True
-            )
+            message = f"\nRow {number} cannot be read: {error}"
+            console.print(Text(message, style="red"), soft_wrap=True)
             continue
         counts.append(MaskCount(len(pieces), sum(piece.is_trained for piece in pieces)))
         lost = f"; {num_lost} more are cut" if num_lost else ""
@@ -87,7 +102,7 @@ def render_mask(
     max_length: int | None = None,
     has_marks: bool = False,
 ) -> Text:
-    """The tokens of a row as a text of rich, coloured by whether they are trained.
+    """Render the tokens of a row as a `rich` text, coloured by whether they are trained.
 
     Args:
         row: of any layout.
@@ -107,7 +122,43 @@ def _pieces(
     """The tokens of a row up to `max_length`, and how many more it has."""
     whole = encode(row, tokenizer)
     ids, labels = whole["input_ids"][:max_length], whole["labels"][:max_length]
-    return read_pieces(ids, labels, tokenizer), len(whole["input_ids"]) - len(ids)
+    added = tokenizer.added_tokens_decoder.items()
+    special = {i for i, token in added if token.special} | {*tokenizer.all_special_ids}
+    pieces = [
+        Piece(_visible(text), label != IGNORED, i in special)
+        for i, label, text in zip(ids, labels, _token_texts(ids, tokenizer), strict=True)
+    ]
+    return pieces, len(whole["input_ids"]) - len(ids)
+
+
+def _token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What each token adds; a character of several tokens is added by the last of them."""
+
+    def decode(tokens: list[int]) -> str:
+        return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+
+    # many decoders drop the space that opens a text, so none of our tokens stands at its start
+    anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    opening, pending, texts = decode(anchor), list[int](), list[str]()
+    for i in ids:
+        pending.append(i)
+        text = decode([*anchor, *pending]).removeprefix(opening)
+        # no character has more than four bytes
+        is_part = text.endswith("\ufffd") and len(pending) < 4
+        texts.append(PART_OF_CHARACTER if is_part else text)
+        pending = pending if is_part else []
+    return texts
+
+
+def _visible(text: str) -> str:
+    """Write out control characters: they would be invisible, or move the cursor."""
+    shown = (
+        letter
+        if letter.isprintable() or letter == "\n"
+        else letter.encode("unicode_escape").decode()
+        for letter in text.replace("\n", "↵\n")
+    )
+    return "".join(shown) or NO_TEXT
 
 
 def _render(pieces: list[Piece], has_marks: bool) -> Text:
@@ -118,30 +169,7 @@ def _render(pieces: list[Piece], has_marks: bool) -> Text:
             if index and not (was_trained and not piece.is_trained):
                 text.append(BOUNDARY)
             text.append(turned.get((was_trained, piece.is_trained), ""))
-        text.append(piece.text, style=_style(piece, index))
+        shade = (TRAINED if piece.is_trained else UNTRAINED)[index % 2]
+        text.append(piece.text, style=f"bold underline {shade}" if piece.is_special else shade)
         was_trained = piece.is_trained
     return text.append(CLOSING) if has_marks and was_trained else text
-
-
-def _style(piece: Piece, index: int) -> str:
-    shade = (TRAINED if piece.is_trained else UNTRAINED)[index % 2]
-    return f"bold underline {shade}" if piece.is_special else shade
-
-
-def _legend(has_marks: bool) -> Text:
-    if has_marks:
-        return Text(
-            f"{OPENING}trained{CLOSING} not trained; {BOUNDARY} between tokens, ↵ a line break,"
-            " … a part of the next character"
-        )
-    examples = (
-        Piece("trained", True, False),
-        Piece("not trained", False, False),
-        Piece("<special>", False, True),
-    )
-    text = Text()
-    for piece in examples:
-        text.append(piece.text, style=_style(piece, 0)).append(" ")
-    for index, word in enumerate(("one", " shade", " a", " token")):
-        text.append(word, style=TRAINED[index % 2])
-    return text.append("  ↵ a line break  … a part of the next character")

@@ -15,8 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..data.messages import Message, Row, layout_of, to_messages
-from ..data.template import render
-from ..data.tools import read_tools
+from ..data.template import read_tools, render
 from .answers import Answer
 
 
