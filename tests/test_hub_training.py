@@ -79,6 +79,11 @@ def test_a_trained_drafter_is_pushed_with_a_card_that_says_what_it_cost(
         assert line in card
     assert re.search(r"tokenizer .* \| `[0-9a-f]{64}` \|", card)
     stranger.run(snippet_of(card))
+    loaded = stranger.run(
+        "import coral_hf, json; from transformers import AutoModel;"
+        "print(json.dumps(AutoModel.from_pretrained('org/trained').training_record))"
+    )
+    assert json.loads(loaded) == [record]
 
 
 def test_checkpoints_are_pushed_as_training_goes_and_hold_no_token(

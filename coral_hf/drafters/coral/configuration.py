@@ -13,14 +13,6 @@ from ...heads.settings import check_head_fields
 from ...identity import cached_commit, full_name
 from ...target import embedding_scale, logit_scale, logit_softcap, max_positions
 
-# what an earlier layout of this package kept in a config: facts of the target, and the record of
-# the training runs
-EARLIER_FIELDS = ("embedding_scale", "logit_scale", "logit_softcap", "training_record")
-EARLIER_LAYOUT = (
-    "This drafter was saved by an earlier version of coral_hf, whose layout ({}) this one does not"
-    " read; train it again, or use it with the version that saved it."
-)
-
 
 @strict
 class CoralConfig(PreTrainedConfig):
@@ -119,15 +111,12 @@ class CoralConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
-        earlier = [name for name in EARLIER_FIELDS if name in kwargs]
-        if earlier:
-            raise ValueError(EARLIER_LAYOUT.format(", ".join(earlier)))
         super().__post_init__(**kwargs)
         check_head_fields(self)
 
     @classmethod
-    def register_for_auto_class(cls, auto_class="AutoConfig") -> None:
-        """Do nothing: transformers would publish a copy of this file, which needs the package."""
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing: transformers would publish a copy of this file, without its package."""
 
     @classmethod
     def from_target(cls, target_config: PreTrainedConfig, **overrides) -> "CoralConfig":

@@ -17,10 +17,10 @@ from .configuration import CoralConfig
 
 
 class Context(Protocol):
-    """What a drafter step attends to beside itself: a cache in decoding, past steps in training."""
+    """What a drafter step attends to besides itself: a cache, or past steps in training."""
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of this step's queries over the context and this step's own keys and values.
+        """Attend with this step's queries to the context and to this step's own keys and values.
 
         Args:
             query: (batch, heads, length, head_dim).
@@ -48,6 +48,7 @@ class CoralAttention(nn.Module):
         self.layer_idx = layer_idx
         assert config.head_dim and config.num_key_value_heads, "the config fills these in"
         self.head_dim = config.head_dim
+        # q: (batch, length, heads * head_dim); k, v: (batch, length, kv_heads * head_dim)
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
@@ -80,10 +81,11 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class CoralMLP(nn.Module):
-    """SwiGLU."""
+    """A SwiGLU feed-forward block."""
 
     def __init__(self, config: CoralConfig):
         super().__init__()
+        # (batch, length, hidden) → (batch, length, intermediate) → (batch, length, hidden)
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)

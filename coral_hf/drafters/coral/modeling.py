@@ -33,11 +33,12 @@ from ...decoding.settings import TREE_DEFAULTS
 from ...heads.collection import DraftHeads
 from ...lm_head import execution_device
 from ..publisher import publisher
-from .configuration import EARLIER_LAYOUT, CoralConfig
+from .configuration import CoralConfig
 from .layers import CausalContext, Context, CoralLayer
 
 TRAINING_RECORD = "training_record.json"  # beside the weights
-# names of weights that an earlier layout of this package had at the top level
+# what an earlier layout of this package kept in a config, and weights it had at the top level
+EARLIER_FIELDS = {"training_record"}
 EARLIER_KEYS = ("router.", "hot_tokens", "low_rank.")
 
 
@@ -58,23 +59,24 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     main_input_name = "features"
     supports_gradient_checkpointing = True
-    # what is called on its own needs its own hooks where weights are shared out
+    # modules that are called on their own need FSDP hooks of their own
     _no_split_modules = ["CoralLayer", "Router", "LowRank"]
     _supports_sdpa = True
 
     def __init__(self, config: CoralConfig):
         super().__init__(config)
+        # (batch, length, 2 * hidden) → (batch, length, hidden)
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
         self.layers = nn.ModuleList(
             CoralLayer(config, idx) for idx in range(config.num_hidden_layers)
         )
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.heads = DraftHeads(config)
-        # a dict for each training run that the drafter went through: recipe, data, cost
+        # one dict for each training run of the drafter: recipe, data, cost
         self.training_record: list[dict[str, Any]] = []
         self.post_init()
-        # replaced by the checkpoint's own when `from_pretrained` finds one; transformers' defaults
-        # for assistants, 20 tokens and a threshold of 0.4, are meant for another method
+        # `from_pretrained` replaces it by the checkpoint's own; transformers' defaults for
+        # assistants, 20 tokens and a threshold of 0.4, are meant for another method
         self.generation_config = GenerationConfig(
             bos_token_id=config.bos_token_id,
             eos_token_id=config.eos_token_id,
@@ -86,10 +88,10 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_target(cls, target: PreTrainedModel, **overrides) -> "CoralDrafter":
-        """A fresh drafter for `target`, in its dtype and on the device of its LM head.
+        """Make an untrained drafter for `target`, in its dtype and on the device of its LM head.
 
-        `overrides` are fields of [`CoralConfig`]. A router made by its fields (`num_groups`) is
-        untrained, and not read before a stage has trained it.
+        `overrides` are fields of [`CoralConfig`]. A router made by them (`num_groups`) is read only
+        after a stage has trained it.
 
         Raises:
             ValueError: for a draft head that has to be counted or trained first.
@@ -132,9 +134,14 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
                 f"The weights of {pretrained_model_name_or_path} cannot be read ({error}). Download"
                 " or save them again."
             ) from error
-        earlier = sorted(key for key in info["unexpected_keys"] if key.startswith(EARLIER_KEYS))
+        earlier = {key for key in info["unexpected_keys"] if key.startswith(EARLIER_KEYS)}
+        earlier |= EARLIER_FIELDS & vars(drafter.config).keys()
         if earlier:
-            raise ValueError(EARLIER_LAYOUT.format(", ".join(earlier)))
+            raise ValueError(
+                "This drafter was saved by an earlier version of coral_hf, whose layout"
+                f" ({', '.join(sorted(earlier))}) this one does not read; train it again, or use it"
+                " with the version that saved it."
+            )
         for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if info[kind]:
                 keys = ", ".join(sorted(map(_with_shapes, info[kind])))
@@ -186,7 +193,7 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
     def get_input_embeddings(self) -> None:
-        """None: a drafter reads its target's. FSDP asks for them."""
+        """Return None: a drafter reads its target's embeddings. FSDP asks for them."""
 
     def push_to_hub(
         self, repo_id: str, *, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs
@@ -209,11 +216,11 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
         return publisher().upload_saved(self, working_dir, repo_id, files_timestamps, **kwargs)
 
     @classmethod
-    def register_for_auto_class(cls, auto_class="AutoModel") -> None:
-        """Do nothing: transformers would publish a copy of this file, which needs the package."""
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Do nothing: transformers would publish a copy of this file, without its package."""
 
     def generate(self, *args, **kwargs):
-        """A drafter drafts for its target and has no text of its own."""
+        """Raise a TypeError: a drafter has no LM head and only proposes tokens to its target."""
         raise TypeError(
             "A CORAL drafter has no LM head of its own and cannot generate alone. Call"
             " `target.generate(..., assistant_model=drafter)`."
@@ -221,7 +228,7 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
 
 
 def _read_record(name: str | Path, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """The training record beside the weights of a folder or Hub id; empty where there is none."""
+    """Read the training record beside the weights of a folder or Hub id; without one, `[]`."""
     places = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
     found = cached_file(
         str(name),
@@ -234,7 +241,7 @@ def _read_record(name: str | Path, options: dict[str, Any]) -> list[dict[str, An
 
 
 def _with_shapes(key: str | tuple) -> str:
-    """The name of a tensor; of one with a wrong shape also that and the right one."""
+    """Name a tensor, and for one of a wrong shape both shapes."""
     return key if isinstance(key, str) else f"{key[0]} {tuple(key[1])} for {tuple(key[2])}"
 
 
