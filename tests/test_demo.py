@@ -8,26 +8,23 @@ import torch
 from rich.console import Console
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from coral_hf.demo import Budget, DemoSettings, OwnTarget, run_demo
-from coral_hf.demo.budget import BudgetCallback
-from coral_hf.demo.cache import Cache
-from coral_hf.demo.corpus import HELD_OUT, prompt_texts, read_corpus
-from coral_hf.demo.precision import bf16_pays
+from coral_hf.demo import Budget, DemoSettings
+from coral_hf.demo.corpus import HELD_OUT, first_lines, held_out_prompts, pack, read_corpus
+from coral_hf.demo.models import BudgetCallback, bf16_pays, cached, train_tokenizer
+from coral_hf.demo.run import run_demo
 from coral_hf.demo.show import accepted_tokens, decode_pieces
-from coral_hf.demo.target import train_tokenizer
-from coral_hf.demo.texts import held_out_prompts, pack
 
 STEPS = Budget(max_steps=3, max_seconds=60)
 TINY = {
-    "own_target": OwnTarget(
-        vocab_size=400,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=1,
-        num_heads=2,
-        num_files=3,
-        budget=STEPS,
-    ),
+    "own_target": {
+        "vocab_size": 400,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    },
+    "num_files": 3,
+    "target_budget": STEPS,
     "drafter_budget": STEPS,
     "router_budget": STEPS,
     "row_length": 64,
@@ -107,16 +104,17 @@ def test_an_interrupted_training_is_not_taken_for_a_finished_one(tmp_path):
         (folder / "half").write_text("")
         raise KeyboardInterrupt
 
-    cache = Cache(tmp_path)
+    settings = DemoSettings(cache_dir=tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        cache.get("model", {"seed": 0}, interrupted)
-    made = cache.get("model", {"seed": 0}, lambda folder: (folder / "whole").touch())
+        cached(settings, "model", {"seed": 0}, interrupted)
+    made = cached(settings, "model", {"seed": 0}, lambda folder: (folder / "whole").touch())
     assert made.is_new and [file.name for file in made.folder.iterdir()] == ["whole"]
     assert list(tmp_path.iterdir()) == [made.folder]
 
 
 def test_another_key_is_another_folder(tmp_path):
-    folders = {Cache(tmp_path).get("model", {"seed": i}, lambda _: None).folder for i in range(2)}
+    settings = DemoSettings(cache_dir=tmp_path)
+    folders = {cached(settings, "model", {"seed": i}, lambda _: None).folder for i in range(2)}
     assert len(folders) == 2
 
 
@@ -162,9 +160,9 @@ def test_a_dataset_without_rows_to_train_on_is_refused(tmp_path):
 
 def test_prompts_come_from_files_that_are_not_trained_on():
     corpus = read_corpus()
-    prompts = prompt_texts(corpus, 12)
-    assert len(prompts) == 12 and len({name for name, _ in prompts}) == len(HELD_OUT)
-    assert not any(text in document for _, text in prompts for document in corpus.documents)
+    assert len({name for name, _ in corpus.passages[: len(HELD_OUT)]}) == len(HELD_OUT)
+    prompts = [first_lines(text) for _, text in corpus.passages[:12]]
+    assert not any(text in document for text in prompts for document in corpus.documents)
 
 
 def test_a_library_without_source_is_refused(tmp_path):
@@ -195,11 +193,6 @@ def test_the_learning_rate_falls_by_the_nearer_limit():
     assert callback.spent(5) == pytest.approx(0.5)
     callback.start -= 900
     assert callback.spent(5) == pytest.approx(0.9, abs=0.01)
-
-
-def test_a_budget_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="`max_steps` is 0"):
-        Budget(max_steps=0, max_seconds=1)
 
 
 def test_precision_is_measured_on_the_device():

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..demo import DemoSettings
 from .options import DatasetOptions, TargetOptions
 from .parser import option
 
@@ -13,21 +14,11 @@ STAGES = Literal["drafter", "joint", "router", "low_rank"]
 STAGES_OF_HEADS = ("router", "low_rank")
 
 
-@dataclass(kw_only=True)
-class DemoOptions:
-    """What the demo works on."""
-
-    output: Path = option("Folder of the drafter and the plot.", Path("coral-demo"))
-    target: str | None = option("A target of your own; a small one is trained by default.", None)
-    dataset: str | None = option("Conversations of your own.", None)
-    fresh: bool = option("Train again instead of reading the cache.", False)
-
-
-def demo(own: DemoOptions) -> None:
+def demo(settings: DemoSettings) -> None:
     """Train a drafter on a small target, load it back, and measure it. Needs no network."""
-    from ..demo import DemoSettings, run_demo
+    from ..demo.run import run_demo
 
-    run_demo(DemoSettings(**vars(own)))
+    run_demo(settings)
 
 
 @dataclass(kw_only=True)

@@ -1,6 +1,64 @@
-"""The demo: all that CORAL does, on a small target that it trains itself, without a network."""
+"""Settings of the demo, which trains and measures a target, a drafter and its router.
 
-from .run import DemoResult, run_demo
-from .settings import Budget, DemoSettings, OwnTarget
+[`~coral_hf.demo.run.run_demo`] takes them. No network is needed: the text is the source of Python's
+standard library. This file imports no torch, since `coral-hf demo --help` reads it.
+"""
 
-__all__ = ["Budget", "DemoResult", "DemoSettings", "OwnTarget", "run_demo"]
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Budget(NamedTuple):
+    """How long a training run may take: the limit that is reached first ends it."""
+
+    max_steps: int
+    max_seconds: float
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demo trains, and on what it measures.
+
+    Args:
+        own_target: sizes of the target that the demo trains itself, as `LlamaConfig` names them.
+        num_files: files of the standard library that are trained on; None for all.
+        row_length: tokens of a training row.
+        pad_layers: depth of the padded target; a deeper one is measured as it is.
+        cache_dir: where trained models are kept; a folder in Hugging Face's own cache if None.
+    """
+
+    output: Path = field(
+        default=Path("coral-demo"),
+        metadata={"help": "Folder of the drafter, the reports and the plots."},
+    )
+    target: str | None = field(
+        default=None,
+        metadata={"help": "A target of your own; a small one is trained by default."},
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "Conversations or text of your own."}
+    )
+    fresh: bool = field(default=False, metadata={"help": "Train again what the cache holds."})
+    # suits two CPU cores
+    own_target: dict[str, int] = field(
+        default_factory=lambda: {
+            "vocab_size": 2048,
+            "hidden_size": 128,
+            "intermediate_size": 352,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
+    )
+    num_files: int | None = None
+    target_budget: Budget = Budget(max_steps=10_000, max_seconds=150)
+    drafter_budget: Budget = Budget(max_steps=3000, max_seconds=95)
+    router_budget: Budget = Budget(max_steps=1000, max_seconds=12)
+    row_length: int = 256
+    target_batch_size: int = 4  # rows; large logits are slow to allocate on a CPU
+    drafter_batch_size: int = 2  # more steps in the same time
+    pad_layers: int = 32
+    num_prompts: int = 5
+    max_new_tokens: int = 64
+    cache_dir: Path | None = None
+    seed: int = 0

@@ -14,10 +14,10 @@ from rich.text import Text
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..measure import BenchmarkSettings, Report, pad_target, run_benchmark
-from .settings import DemoSettings
+from . import DemoSettings
+from .corpus import held_out_prompts
+from .models import own_drafter, own_target
 from .show import ACCEPTED_STYLE, accepted_text, results_table
-from .texts import held_out_prompts
-from .trained import own_drafter, own_target
 
 NUM_SHOWN_TEXTS = 2
 
@@ -46,7 +46,7 @@ def run_demo(settings: DemoSettings | None = None, console: Console | None = Non
     tokenizer = AutoTokenizer.from_pretrained(source)
     targets = with_padded(target, settings.pad_layers)
 
-    trained = own_drafter(source, target, tokenizer, settings, console.rule)
+    trained = own_drafter(settings, source, target, tokenizer, console.rule)
     folder = settings.output / "drafter"
     shutil.copytree(trained.folder, folder, dirs_exist_ok=True)
     drafter = AutoModel.from_pretrained(folder, dtype=target.dtype).to(device)

@@ -1,0 +1,259 @@
+"""The demo's models: trained within a budget of time, and cached.
+
+In: DemoSettings. Out: folders that `from_pretrained` loads, named by all that they depend on. The
+target is a small Llama with a byte-level tokenizer, the drafter is trained with its router.
+"""
+
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from timeit import repeat
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub.constants import HF_HOME
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from ..atomic import new_folder
+from ..drafters.coral import CoralDrafter
+from ..identity import digest
+from ..training import CoralTrainer, CoralTrainingArguments
+from ..training.stages import save
+from . import Budget, DemoSettings
+from .corpus import pack, read_corpus, training_rows
+
+LEARNING_RATE = 4e-3
+WARMUP_STEPS = 20
+SPECIAL_TOKENS = PAD, BOS, EOS = "<pad>", "<s>", "</s>"  # the first ids, in this order
+MAX_POSITIONS = 1024
+# three times the usual: so narrow a model starts to learn much sooner
+INITIALIZER_RANGE = 0.06
+SMALL_VOCAB = 8192
+# likely tokens lie in many groups of a small vocabulary: half of it is read, not an eighth
+SMALL_VOCAB_GROUPS: dict[str, Any] = {"num_groups": 8, "num_active_groups": 4}
+# a small machine verifies fewer nodes
+TREE = {"tree_depth": 6, "tree_top_k": 8, "tree_nodes": 32}
+
+
+Announce = Callable[[str], None]
+
+
+class Cached(NamedTuple):
+    """A folder of the cache."""
+
+    folder: Path
+    is_new: bool  # trained by this call
+
+
+def cached(
+    settings: DemoSettings, name: str, depends_on: Any, train: Callable[[Path], None]
+) -> Cached:
+    """Return the folder `name` of what it depends on, filled by `train` unless it is there."""
+    root = settings.cache_dir or Path(HF_HOME) / "coral_hf"
+    folder = root / f"{name}-{digest(depends_on)[:12]}"
+    is_new = settings.fresh or not folder.is_dir()
+    if is_new:
+        with new_folder(folder) as unfinished:
+            train(unfinished)
+    return Cached(folder, is_new)
+
+
+def own_target(settings: DemoSettings, device: torch.device, announce: Announce) -> Cached:
+    """Return the demo's own target; `announce` is called before it is trained."""
+
+    def train(folder: Path) -> None:
+        announce("Training a small target on the standard library's source")
+        train_target(settings, device, folder)
+
+    return cached(settings, "stdlib-target", common_key(settings), train)
+
+
+def own_drafter(
+    settings: DemoSettings,
+    source: str,
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    announce: Announce,
+) -> Cached:
+    """Return the drafter of the target that was loaded from `source`; `announce` as above."""
+
+    def train(folder: Path) -> None:
+        announce("Training the drafter, then its router")
+        train_drafter(settings, target, tokenizer, folder)
+
+    names = ("drafter_budget", "router_budget", "drafter_batch_size", "num_prompts")
+    key = {
+        **common_key(settings),
+        **{name: getattr(settings, name) for name in names},
+        "source": newest(source),
+        "dataset": settings.dataset and newest(settings.dataset),
+    }
+    return cached(settings, "drafter", key, train)
+
+
+def common_key(settings: DemoSettings) -> dict[str, Any]:
+    """Return what every training run of the demo depends on."""
+    names = ("own_target", "num_files", "target_budget", "target_batch_size", "row_length", "seed")
+    # of the Python whose source is read
+    return {"python": platform.python_version(), **{n: getattr(settings, n) for n in names}}
+
+
+def newest(source: str) -> list[str | int]:
+    """Return a path and when it was last written to; a Hub id as it is."""
+    path = Path(source)
+    files = [path, *path.rglob("*")] if path.exists() else []
+    if not files:
+        return [source]
+    return [str(path.resolve()), max(file.stat().st_mtime_ns for file in files)]
+
+
+def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train byte-level BPE, as GPT-2's, so that no character is unknown."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(documents, trainer, length=len(documents))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS
+    )
+
+
+def train_target(settings: DemoSettings, device: torch.device, folder: Path) -> None:
+    """Train tokenizer and Llama, and save both in `folder`."""
+    documents = read_corpus(settings.num_files).documents
+    tokenizer = train_tokenizer(documents, settings.own_target["vocab_size"])
+    rows = pack(documents, tokenizer, settings.row_length)
+    torch.manual_seed(settings.seed)
+    special = {f"{name}_token_id": index for index, name in enumerate(("pad", "bos", "eos"))}
+    config = LlamaConfig(
+        **{**settings.own_target, "vocab_size": len(tokenizer)},
+        **special,
+        max_position_embeddings=MAX_POSITIONS,
+        initializer_range=INITIALIZER_RANGE,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            **common_arguments(settings, settings.target_budget, folder, device),
+            per_device_train_batch_size=settings.target_batch_size,
+            weight_decay=0.1,
+            adam_beta2=0.95,
+        ),
+        train_dataset=rows.map(lambda row: {"labels": row["input_ids"]}, desc="Labelling"),
+        data_collator=default_data_collator,
+        callbacks=[BudgetCallback(settings.target_budget)],
+    )
+    trainer.train()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def train_drafter(
+    settings: DemoSettings,
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
+    """Train the drafter, then its router, each in its own time, and save both in `folder`."""
+    rows = training_rows(settings, tokenizer)
+    # fp32, whatever the target's dtype: small updates vanish in lower ones
+    drafter = CoralDrafter.from_target(target).float()
+    drafter.generation_config.update(**TREE)
+    is_small = target.config.get_text_config().vocab_size < SMALL_VOCAB
+    for stage in ("drafter", "router"):
+        budget: Budget = getattr(settings, f"{stage}_budget")
+        trainer = CoralTrainer(
+            model=drafter,
+            target_model=target,
+            args=CoralTrainingArguments(
+                **common_arguments(settings, budget, folder, target.device),
+                **(SMALL_VOCAB_GROUPS if is_small else {}),
+                stage=stage,
+                classification_weight=1.0,
+                max_length=settings.row_length,
+                per_device_train_batch_size=settings.drafter_batch_size,
+            ),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            callbacks=[BudgetCallback(budget)],
+        )
+        trainer.train()
+    save(drafter, tokenizer, folder)
+
+
+def common_arguments(
+    settings: DemoSettings, budget: Budget, folder: Path, device: torch.device
+) -> dict[str, Any]:
+    """Return the arguments of `Trainer` that all training runs of the demo share."""
+    return {
+        "output_dir": str(folder),
+        "max_steps": budget.max_steps,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",  # `BudgetCallback` is the schedule
+        "bf16": bf16_pays(device),
+        "use_cpu": device.type == "cpu",
+        "logging_steps": max(1, budget.max_steps // 10),
+        "save_strategy": "no",
+        "report_to": "none",
+        "dataloader_pin_memory": device.type == "cuda",
+        "seed": settings.seed,
+    }
+
+
+def bf16_pays(device: torch.device) -> bool:
+    """Measure whether a product in bf16 is clearly faster than in fp32: some CPUs emulate it."""
+    if device.type not in ("cpu", "cuda"):
+        return False
+    seconds = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        matrix = torch.ones(512, 512, dtype=dtype, device=device)
+        # reading a number waits for the device; the fastest, since others may use the machine
+        product = "(matrix @ matrix)[0, 0].item()"
+        seconds[dtype] = min(repeat(product, number=1, repeat=20, globals={"matrix": matrix}))
+    return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
+
+
+class BudgetCallback(TrainerCallback):
+    """Ends a training run on time, its learning rate at zero, however fast the machine is."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self.start = time.monotonic()
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Start the clock: what lies before is not training."""
+        self.start = time.monotonic()
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
+        """Warm up linearly over steps, decay linearly over the budget."""
+        warmup = min(1.0, (state.global_step + 1) / WARMUP_STEPS)
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * warmup * max(0.0, 1 - self.spent(state.global_step))
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Stop when the time is over; the steps are the trainer's own limit."""
+        control.should_training_stop |= self.spent(state.global_step) >= 1
+
+    def spent(self, num_steps: int) -> float:
+        """Return the share of the budget that is used up."""
+        seconds = time.monotonic() - self.start
+        return max(num_steps / self.budget.max_steps, seconds / self.budget.max_seconds)
