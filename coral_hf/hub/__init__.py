@@ -1,10 +1,10 @@
 """A drafter on the Hub: its repository, its model card, its code."""
 
+from .benchmark_results import Results, read_results
 from .card import CardFacts, make_card, write_card
-from .folder import finish_config
+from .drafter_folder import finish_config
 from .publish import bring_card, publish, push, upload_saved
 from .repository import Branch
-from .results import Results, read_results
 
 __all__ = [
     "Branch",

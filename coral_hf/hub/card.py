@@ -15,8 +15,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..decoding.settings import TREE_DEFAULTS
 from ..drafters.coral.modeling import CoralDrafter
+from .benchmark_results import Results
 from .repository import CARD
-from .results import Results
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 LIBRARY = "coral_hf"

@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..drafters.coral.modeling import TRAINING_RECORD, CoralDrafter
 from ..identity import check_tokenizer, tokenizer_hash
+from .benchmark_results import Results, check_results, read_results
 from .card import CardFacts, has_card_by_hand, hub_id, is_by_hand, write_card
-from .folder import finish_config, published_files, read_drafter, read_tokenizer
+from .drafter_folder import finish_config, published_files, read_drafter, read_tokenizer
 from .repository import CARD, Branch
-from .results import Results, check_results, read_results
 
 logger = logging.getLogger(__name__)
 

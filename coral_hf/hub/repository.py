@@ -23,9 +23,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
+from transformers.utils import ADAPTER_CONFIG_NAME
 
-from .folder import stale_files
+from .drafter_folder import stale_files
 
 CARD = "README.md"
 OUR_TYPE = "coral"
@@ -71,7 +71,7 @@ class Branch(NamedTuple):
         """What a repository holds that is neither a drafter nor an adapter of one."""
         model_type = (found.config or {}).get("model_type")
         names = [sibling.rfilename for sibling in found.siblings or []]
-        if model_type == OUR_TYPE or ADAPTER_CONFIG in names and self._adapts_drafter():
+        if model_type == OUR_TYPE or ADAPTER_CONFIG_NAME in names and self._adapts_drafter():
             return None
         if model_type is not None:
             return f"a {model_type} model"
@@ -80,7 +80,7 @@ class Branch(NamedTuple):
 
     def _adapts_drafter(self) -> bool:
         """Whether the repository's adapter is of a drafter, as PEFT writes down."""
-        adapted = json.loads(Branch(self.repo_id, None, self.token).read_text(ADAPTER_CONFIG))
+        adapted = json.loads(Branch(self.repo_id, None, self.token).read_text(ADAPTER_CONFIG_NAME))
         return str((adapted.get("auto_mapping") or {}).get("parent_library")).startswith("coral_hf")
 
     def read_text(self, name: str) -> str:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..drafters.coral.modeling import CoralDrafter
-from ..hub.folder import stale_files
+from ..hub.drafter_folder import stale_files
 from .arguments import CoralTrainingArguments
 from .head_stages import check_head_settings
 from .runs.checkpointing import INCOMPLETE, flush, reason_of, write_error

@@ -7,10 +7,14 @@ import re
 from copy import deepcopy
 from pathlib import Path
 
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
-from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+)
 
 from ..atomic import write_text
 from ..drafters.coral.configuration import CoralConfig
@@ -40,7 +44,7 @@ def read_drafter(folder: str | Path) -> CoralDrafter:
     folder = Path(folder)
     if not (folder / CONFIG_NAME).is_file():
         found = "an adapter; merge it into its drafter (`merge_and_unload`) and save that"
-        is_adapter = (folder / ADAPTER_CONFIG).is_file()
+        is_adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
         raise ValueError(f"{folder} holds {found if is_adapter else 'no drafter'}. {EXPECTED}")
     model_type = CoralConfig.get_config_dict(folder)[0].get("model_type")
     if model_type != CoralConfig.model_type:
@@ -102,7 +106,7 @@ def stale_files(there: list[str], here: list[str]) -> list[str]:
     """
     if not any(WEIGHTS.fullmatch(name) for name in here):
         return []
-    extra = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINING_RECORD)
+    extra = (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, TRAINING_RECORD)
     loaded = [name for name in there if WEIGHTS.fullmatch(name) or name in extra]
     return [name for name in loaded if name not in here]
 
