@@ -112,7 +112,8 @@ class PublishingTrainer(CheckpointedTrainer):
                 continue
             self._reported.add(job)
             if (error := job.exception()) is not None:
-                logger.warning("A push to %s failed: %s", self.hub_model_id, error)
+                # with its cause: of a large file the error itself only names the file
+                logger.warning("A push to %s failed", self.hub_model_id, exc_info=error)
 
 
 def _as_list(names: str | list[str] | None) -> list[str]:
