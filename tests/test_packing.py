@@ -13,7 +13,7 @@ from coral_hf.target import reads_packed_rows
 from coral_hf.training.data import CoralCollator, pack_dataset
 from coral_hf.training.data.packing import best_fit
 from coral_hf.training.evaluation.acceptance import first_document
-from coral_hf.training.features.online import Features
+from coral_hf.training.features.online import TargetFeatures
 from coral_hf.training.steps.unroll import document_lengths, unroll
 
 LENGTHS = [7, 3, 12, 5, 4, 9]
@@ -75,9 +75,9 @@ def test_targets_of_transformers_keep_packed_documents_apart(family):
 @pytest.mark.parametrize("family", ["bloom", "falcon_alibi", "gpt_neo", "lfm2", "recurrent_gemma"])
 def test_a_target_that_looks_across_documents_reads_them_one_by_one(family):
     target = make_target(OTHERS[family], torch.float32)
-    features = Features(target)
+    features = TargetFeatures(target)
     batch = CoralCollator()(list(pack_dataset(Dataset.from_list(make_rows()), ROOM)))
-    found = features.of(batch).flatten(0, 1)
+    found = features.read(batch).flatten(0, 1)
     lengths = [length for row in document_lengths(batch["position_ids"]) for length in row]
     texts = batch["input_ids"].flatten().split(lengths)
     for ids, document in zip(texts, found.split(lengths), strict=True):

@@ -123,8 +123,8 @@ def features(own: FeaturesOptions) -> None:
         if not own.plan:
             index = write_features(model, rows, output, own.format, own.batch_size, shard_bytes)
             print(
-                f"The features are in {output}. Storing them lost {index.error.relative:.2%} (root"
-                f" mean square), at most {index.error.largest:.3g}."
+                f"The features are in {output}. Storing them lost {index.lost:.2%} (root mean"
+                " square)."
             )
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from .arguments import CoralTrainingArguments
 from .data import pack_dataset, prepare_dataset
 from .data.vocabulary import check_rows
-from .features import CachedFeatures, Outline
+from .features import CachedFeatures, RowLengths
 
 
 def training_rows(
@@ -45,7 +45,7 @@ def training_rows(
 
 def outline(dataset: Any) -> Any:
     """What samplers read of a dataset: of a feature cache the lengths of its rows alone."""
-    return Outline(dataset) if isinstance(dataset, CachedFeatures) else dataset
+    return RowLengths(dataset) if isinstance(dataset, CachedFeatures) else dataset
 
 
 def _check_lengths(dataset: Any, max_length: int) -> None:

@@ -28,7 +28,7 @@ from .data.vocabulary import warn_of_other_ends
 from .distributed import give_back, place_target, set_ddp_defaults, shares_out_weights, trained_copy
 from .evaluation import Evaluation, PlotCallback, check_best_metric
 from .features import CachedFeatures
-from .features.online import Features
+from .features.online import TargetFeatures
 from .head_stages import FROZEN_DRAFTER, add_heads, announced, check_same_groups, choose_trained
 from .losses.liger_loss import check_liger
 from .rows import outline, training_rows
@@ -88,7 +88,7 @@ class CoralTrainer(PublishingTrainer):
         check_target_adapter(target_model)
         if args.use_liger_kernel:
             check_liger(args)
-        self.features = Features(target_model)
+        self.features = TargetFeatures(target_model)
         model = with_adapter(model, args.stage, peft_config)
         if processing_class is not None:
             self._bind_tokenizer(model, processing_class)
@@ -215,7 +215,7 @@ class CoralTrainer(PublishingTrainer):
         """
         input_ids, labels = inputs["input_ids"], inputs["labels"]
         positions = inputs["position_ids"][:, :-1] if "position_ids" in inputs else None
-        features = self.features.of(inputs)
+        features = self.features.read(inputs)
         embeddings = self.target.embed(input_ids[:, 1:])
         read = self.noise.on(features[:, :-1]) if model.training else features[:, :-1]
         steps = self.evaluation.num_steps(self.drafter)

@@ -1,18 +1,17 @@
-"""The target's features on disk, for trainings that read the same texts again and again.
+"""A cache of the target's features on disk, for training runs that read the same rows again.
 
-plan → write (shards of safetensors and an index) → `CachedFeatures`, a dataset for the trainer.
+`plan_features` → `write_features` (safetensors and an index) → `CachedFeatures`, a dataset of the
+trainer.
 """
 
-from .dataset import CachedFeatures, Outline
+from .dataset import CachedFeatures, RowLengths
 from .index import INDEX, delete_features
-from .plan import Plan, plan_features
-from .writer import write_features
+from .writer import plan_features, write_features
 
 __all__ = [
     "INDEX",
     "CachedFeatures",
-    "Outline",
-    "Plan",
+    "RowLengths",
     "delete_features",
     "plan_features",
     "write_features",

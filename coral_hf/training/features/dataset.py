@@ -1,22 +1,24 @@
-"""A feature cache as a dataset of the trainer, read where it lies on disk."""
+"""A feature cache as a dataset of the trainer, read from where it lies on disk.
+
+In: a folder of `write_features`. Out: rows of tokens, labels and features.
+"""
+
+from __future__ import annotations
 
 from bisect import bisect_right
-from itertools import pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors import safe_open
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from ...identity import identify
+from ...identity import TOKEN_COLUMNS, identify
 from ..data import CoralCollator
-from .formats import decode
-from .index import FeatureIndex, damaged
-from .online import Features
-from .plan import COLUMNS
+from .index import FeatureIndex, decode
+from .online import TargetFeatures
 
 # another config is off by most of its features, int8 by a hundredth and int4 by a tenth
 TOLERANCE = 0.2
@@ -25,34 +27,36 @@ TOLERANCE = 0.2
 class CachedFeatures(Dataset):
     """Rows with `input_ids`, `attention_mask`, `labels` and `features` (length, hidden).
 
-    Files are mapped into memory, and a row is read when it is asked for. With its first row a file
-    is compared with the checksum that it was written with, once in each process.
+    Files are mapped into memory, and a row is read when it is asked for. The first time, its file
+    is compared with the checksum that it was written with. `lengths` are the tokens of each row.
 
     Args:
         folder: written by [`write_features`].
         checksums: compare all files at once.
 
     Raises:
-        ValueError: if the cache is not whole.
+        ValueError: if the cache is incomplete or damaged.
     """
 
     def __init__(self, folder: str | Path, checksums: bool = False):
         self.folder = Path(folder)
         self.index = FeatureIndex.read(self.folder)
-        if not self.index.is_complete:
-            written = sum(shard.num_rows for shard in self.index.shards)
+        shards, self.lengths = self.index.shards, self.index.lengths
+        if len(self.lengths) < self.index.num_rows:
             raise ValueError(
-                f"{folder} has features of {written} of {self.index.num_rows} rows; run the"
-                " command that writes them again, and it goes on."
+                f"{folder} has features of {len(self.lengths)} of {self.index.num_rows} rows; run"
+                " the command that writes them again, and it resumes."
             )
-        self.index.check_files(self.folder, checksums)
+        for shard in shards:
+            shard.check_size(self.folder)
+            if checksums:
+                shard.check_bytes(self.folder)
         self._files: dict[str, Any] = {}
-        # (shards,), seen by all processes that read rows for this one, however often they begin
-        self._is_checked = torch.full((len(self.index.shards),), checksums).share_memory_()
-        self._first_rows = [shard.first_row for shard in self.index.shards]
-        self._offsets: list[list[int]] = []  # of the rows of each shard, in tokens
-        for shard in self.index.shards:
-            self._offsets.append([0, *self._lengths(shard.file).cumsum(0).tolist()])
+        # (shards,), shared with the worker processes that read rows for this one
+        self._is_checked = torch.full((len(shards),), checksums).share_memory_()
+        self._first_rows = [0, *accumulate(len(shard.lengths) for shard in shards)][:-1]
+        # for each shard (rows + 1,), where its rows begin and end in tokens
+        self._offsets = [[0, *accumulate(shard.lengths)] for shard in shards]
 
     def __len__(self) -> int:
         return self.index.num_rows
@@ -62,30 +66,20 @@ class CachedFeatures(Dataset):
             raise IndexError(f"Row {row} of {len(self)}.")
         row %= len(self)
         number = bisect_right(self._first_rows, row) - 1
-        shard = self.index.shards[number]
-        if not self._is_checked[number]:
-            shard.check_bytes(self.folder)
-            self._is_checked[number] = True
-        file = self._file(shard.file)
-        place = row - shard.first_row
+        file = self._file(number)
+        place = row - self._first_rows[number]
         part = slice(*self._offsets[number][place : place + 2])
-        names = set(file.keys())
-        tokens = {name: file.get_slice(name)[part].tolist() for name in COLUMNS if name in names}
-        scales = file.get_slice("scales")[part] if "scales" in names else None
+        found = {name: file.get_slice(name)[part] for name in file.keys()}  # noqa: SIM118
+        tokens = {name: found[name].tolist() for name in TOKEN_COLUMNS if name in found}
         return {
             **tokens,
             "attention_mask": [1] * len(tokens["input_ids"]),
-            "features": decode(file.get_slice("features")[part], scales),
+            "features": decode(found["features"], found.get("scales")),
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        # a worker process opens the files anew
+        # a worker process opens the files itself
         return {**self.__dict__, "_files": {}}
-
-    @property
-    def lengths(self) -> list[int]:
-        """(rows,): tokens of each row, for which nothing is read."""
-        return [b - a for offsets in self._offsets for a, b in pairwise(offsets)]
 
     @property
     def is_packed(self) -> bool:
@@ -93,53 +87,51 @@ class CachedFeatures(Dataset):
         return "position_ids" in self[0]
 
     def check_target(self, target: PreTrainedModel) -> None:
-        """That these are the features of a target, by its weights and by the first row.
+        """Check that these are the features of a target, by its weights and by the first row.
 
-        The row stands for what weights do not say: another config or quantisation of the same ones.
+        The row stands for what weights do not say: another config, or quantisation of the same
+        weights.
 
         Raises:
             ValueError: if they are not.
         """
-        found = identify(target)
-        is_comparable = found.quantization == self.index.quantization
-        if is_comparable and found.digest != self.index.target_digest:
-            raise self._of_another(target, "whose weights are others, as after a fine-tuning")
-        if not self._is_first_row_of(target):
-            raise self._of_another(target, "which says something else of the first row")
-
-    def _is_first_row_of(self, target: PreTrainedModel) -> bool:
-        row = self[0]
-        batch = {name: part.to(target.device) for name, part in CoralCollator()([row]).items()}
-        found = batch.pop("features")[0].float()
-        expected = Features(target).of(batch)[0].float()
-        if found.shape != expected.shape:
-            return False
-        return bool((found - expected).norm() <= TOLERANCE * expected.norm())
-
-    def _of_another(self, target: PreTrainedModel, why: str) -> ValueError:
-        return ValueError(
+        digest, _, quantization = identify(target)
+        is_comparable = quantization == self.index.quantization
+        if is_comparable and digest != self.index.digest:
+            why = "whose weights are others, as after a fine-tuning"
+        elif not self._is_first_row_of(target):
+            why = "whose features of the first row are others"
+        else:
+            return
+        raise ValueError(
             f"The features in {self.folder} are those of {self.index.target or 'a target'}, not of"
             f" the target {target.config._name_or_path or 'given'}, {why}; write a cache for this"
             " target."
         )
 
-    def _lengths(self, name: str) -> Tensor:
-        """(rows,): tokens of each row of a file."""
-        try:
-            return self._file(name).get_tensor("lengths")
-        except (SafetensorError, OSError) as error:
-            raise damaged(self.folder / name, f"cannot be read ({error})") from error
+    def _is_first_row_of(self, target: PreTrainedModel) -> bool:
+        """Whether a target has nearly the stored features of the first row."""
+        batch = {name: part.to(target.device) for name, part in CoralCollator()([self[0]]).items()}
+        found = batch.pop("features").float()  # (1, length, hidden)
+        expected = TargetFeatures(target).read(batch).float()
+        is_alike = found.shape == expected.shape
+        return is_alike and bool((found - expected).norm() <= TOLERANCE * expected.norm())
 
-    def _file(self, name: str) -> Any:
-        if name not in self._files:
-            self._files[name] = safe_open(self.folder / name, "pt")
-        return self._files[name]
+    def _file(self, number: int) -> Any:
+        """The opened file of a shard."""
+        shard = self.index.shards[number]
+        if not self._is_checked[number]:
+            shard.check_bytes(self.folder)
+            self._is_checked[number] = True
+        if shard.file not in self._files:
+            self._files[shard.file] = safe_open(self.folder / shard.file, "pt")
+        return self._files[shard.file]
 
 
-class Outline(Dataset):
-    """Rows with as many `input_ids` as those of a cache: what a sampler asks of a dataset.
+class RowLengths(Dataset):
+    """Rows with as many `input_ids` as those of a cache, which is all that a sampler asks for.
 
-    `Trainer` reads whole rows for their lengths, which here would be all features.
+    `Trainer` reads whole rows for their lengths, which of a cache would be all features.
     """
 
     def __init__(self, cached: CachedFeatures):

@@ -1,151 +1,151 @@
-"""The index of a feature cache: what it holds, of which target, in which files."""
+"""The index of a feature cache: which target and rows it is of, its files and their checksums.
 
-import hashlib
+    features.json             what the features depend on, written first
+    features.jsonl            a shard a line, appended when its file is whole
+    features-00000.safetensors, ...
+
+In: a folder. Out: its FeatureIndex, or a ValueError that says what is wrong with it.
+"""
+
+from __future__ import annotations
+
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from ..runs.files import replace_json
-from .formats import Error
+import torch
+from torch import Tensor
 
-INDEX = "features.json"
-UNFINISHED = f"{INDEX}.new"  # what a kill leaves of an index that was being written
-# what must be the same for a cache to be written on
-IDENTITY = (
-    "target",
-    "dtype",
-    "quantization",
-    "format",
-    "hidden_size",
-    "fingerprint",
-    "num_rows",
-    "num_tokens",
-    "shard_bytes",
-)
+from ...atomic import PARTIAL, JsonLines
+from ...identity import file_digest
+
+INDEX, SHARDS = "features.json", "features.jsonl"
+# of a number, and of a token beside its numbers
+FORMAT_BYTES = {"bfloat16": (2, 0), "int8": (1, 4)}
 
 
-@dataclass
-class Shard:
-    """One file of whole rows."""
+class Shard(NamedTuple):
+    """A file of whole rows."""
 
     file: str
-    first_row: int
-    num_rows: int
-    num_tokens: int
-    num_bytes: int = 0
-    sha256: str = ""
+    lengths: list[int]  # (rows,) tokens of each
+    num_bytes: int
+    sha256: str
+    squares: float  # sum of the squared features
+    lost: float  # sum of the squares of what storing changed
 
     def check_size(self, folder: Path) -> None:
-        """That its file is there, with all of its bytes."""
+        """Raise a ValueError if the file lacks bytes."""
         path = folder / self.file
         size = path.stat().st_size if path.is_file() else None
         if size != self.num_bytes:
             raise damaged(path, f"should have {self.num_bytes} bytes and has {size}")
 
     def check_bytes(self, folder: Path) -> None:
-        """That its file is as it was written, which reads it all."""
-        path = folder / self.file
-        if sha256_of(path) != self.sha256:
-            raise damaged(path, "does not have the checksum that it was written with")
+        """Raise a ValueError if the file is not as it was written; this reads it all."""
+        if file_digest(folder / self.file) != self.sha256:
+            raise damaged(folder / self.file, "does not have the checksum that it was written with")
 
 
-@dataclass
+@dataclass(frozen=True)
 class FeatureIndex:
-    """The contents of `features.json`; `shards` are those that are written."""
+    """What a cache holds; `shards` are those that are written."""
 
     target: str  # name or path
-    target_digest: str  # of its weights
+    digest: str  # of its weights
     dtype: str  # that they had
     quantization: str | None  # how they were packed
-    format: str  # of `formats.BYTES`
-    hidden_size: int
+    format: str  # of `FORMAT_BYTES`
     fingerprint: str  # of all tokens and labels
     num_rows: int
-    num_tokens: int
     shard_bytes: int  # of a file, about
-    shards: list[Shard] = field(default_factory=list)
-    error: Error = Error()  # what storing lost
+    shards: list[Shard]
 
     @property
-    def is_complete(self) -> bool:
-        """Whether every row is there."""
-        return sum(shard.num_rows for shard in self.shards) == self.num_rows
+    def lengths(self) -> list[int]:
+        """(rows,): tokens of each row that is written."""
+        return [length for shard in self.shards for length in shard.lengths]
 
-    def write(self, folder: Path) -> None:
-        """Replace the index of a folder in one move."""
-        replace_json(folder / INDEX, asdict(self))
+    @property
+    def lost(self) -> float:
+        """Root mean square of what storing changed, as a share of that of the features."""
+        total = sum(shard.squares for shard in self.shards)
+        return (sum(shard.lost for shard in self.shards) / total) ** 0.5 if total else 0.0
 
     @classmethod
-    def read(cls, folder: Path) -> "FeatureIndex":
-        """The index of a folder."""
+    def read(cls, folder: Path) -> FeatureIndex:
+        """Read the index of a folder.
+
+        Raises:
+            ValueError: if it has none, or one that cannot be read.
+        """
         if not (folder / INDEX).is_file():
             raise _no_cache(folder)
         try:
-            fields = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            shards = [Shard(**shard) for shard in fields["shards"]]
-            return cls(**{**fields, "shards": shards, "error": Error(*fields["error"])})
-        except (ValueError, TypeError, KeyError) as error:
-            other = f"is damaged, or of another version ({error})"
-            raise damaged(folder / INDEX, other) from error
+            shards = [Shard(**shard) for shard in JsonLines(folder / SHARDS).read()]
+            return cls(**json.loads((folder / INDEX).read_text(encoding="utf-8")), shards=shards)
+        except (ValueError, TypeError) as error:
+            raise damaged(folder / INDEX, f"cannot be read ({error})") from error
 
-    def check_same(self, other: "FeatureIndex", folder: Path) -> None:
-        """That a cache which is being written goes on as it began."""
-        for name in IDENTITY:
-            found, expected = getattr(self, name), getattr(other, name)
-            if found != expected:
-                raise ValueError(
-                    f"{folder} holds features with `{name}` {found!r}, but {expected!r} is to be"
-                    " written; give another folder, or delete this one with `coral-hf features"
-                    " --delete`."
-                )
-        if self.target_digest != other.target_digest:
-            raise ValueError(
-                f"{folder} holds features of {self.target}, whose weights were others than now;"
-                " give another folder, or delete this one with `coral-hf features --delete`."
-            )
 
-    def check_files(self, folder: Path, checksums: bool = False) -> None:
-        """That every shard is there and whole; with `checksums` to the byte, which reads it all."""
-        for shard in self.shards:
-            shard.check_size(folder)
-            if checksums:
-                shard.check_bytes(folder)
+def encode(features: Tensor, format: str) -> dict[str, Tensor]:
+    """Convert features to what is stored: bf16, or int8 with a scale for each token.
+
+    Args:
+        features: (tokens, hidden).
+        format: of `FORMAT_BYTES`.
+
+    Returns:
+        `features` (tokens, hidden), and of int8 `scales` (tokens, 1).
+    """
+    if format == "bfloat16":
+        return {"features": features.to(torch.bfloat16).contiguous()}
+    scales = features.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127  # (tokens, 1)
+    return {"features": (features.float() / scales).round().to(torch.int8), "scales": scales}
+
+
+def decode(features: Tensor, scales: Tensor | None = None) -> Tensor:
+    """Convert what `encode` returned to features again.
+
+    Args:
+        features: (tokens, hidden).
+        scales: (tokens, 1).
+
+    Returns:
+        (tokens, hidden).
+    """
+    return features if scales is None else features * scales
 
 
 def damaged(path: Path, what: str) -> ValueError:
-    """The error for a file of a cache that is not as it was written."""
+    """Make the error for a file of a cache that is not as it was written."""
     return ValueError(
         f"{path} {what}; delete the cache with `coral-hf features --delete` and write it again"
         " (`--check` looks at every file)."
     )
 
 
-def sha256_of(path: Path) -> str:
-    """The checksum of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        for part in iter(lambda: file.read(1 << 24), b""):
-            digest.update(part)
-        return digest.hexdigest()
-
-
 def delete_features(folder: str | Path) -> int:
-    """Delete a feature cache, and nothing else that lies in its folder; returns its bytes.
+    """Delete a feature cache, whole or interrupted, and nothing else that lies in its folder.
 
-    What a kill or a full disk left of one is deleted too.
+    Returns:
+        The bytes that are free now.
+
+    Raises:
+        ValueError: if the folder holds no feature cache.
     """
     folder = Path(folder)
-    indices = [path for path in (folder / INDEX, folder / UNFINISHED) if path.is_file()]
-    if not indices:
+    if not (folder / INDEX).is_file():
         raise _no_cache(folder)
-    # the index last, so that what is broken off can be deleted again
-    files = [*folder.glob("features-*.safetensors*"), *indices]
+    # the index last, so that an interrupted deletion can be run again
+    kinds = ("features-*.safetensors", f"{PARTIAL}*-features*", "_writer.*", SHARDS, INDEX)
+    files = [path for kind in kinds for path in folder.glob(kind)]
     size = sum(path.stat().st_size for path in files)
     for path in files:
         path.unlink()
     if not any(folder.iterdir()):
         folder.rmdir()
-        folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
     return size
 
 

@@ -1,13 +1,15 @@
-"""Writing a feature cache: shard by shard, each whole or not there.
+"""Writing of a feature cache, shard by shard, each whole or absent.
 
-In: a target, rows of `prepare_dataset`. Out: a folder of safetensors with an index. A run that was
-broken off goes on with the next shard.
+In: a target, rows of `prepare_dataset`. Out: a plan of what it takes, or a folder of safetensors
+with an index. An interrupted run resumes with the next shard.
 """
 
-import errno
-import os
+from __future__ import annotations
+
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,100 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ...atomic import JsonLines, keep_settings, new_file, sole_writer
+from ...identity import TOKEN_COLUMNS, file_digest, identify, rows_digest
 from ..data import CoralCollator
-from ..runs.files import sole_writer
-from .formats import Error, decode, encode
-from .index import INDEX, UNFINISHED, FeatureIndex, Shard, sha256_of
-from .online import Features
-from .plan import COLUMNS, Plan, plan_features
+from .index import FORMAT_BYTES, INDEX, SHARDS, FeatureIndex, Shard, decode, encode
+from .online import TargetFeatures
 
 SHARD_BYTES = 1_000_000_000
+ID_BYTES = 4  # of a token id, a label or a position
+
+
+@dataclass(frozen=True)
+class FeaturePlan:
+    """The files to be written, and what they and the run take."""
+
+    settings: dict[str, Any]  # of the FeatureIndex, without shards
+    shards: list[list[int]]  # (shards, rows) tokens of each row
+    token_bytes: int  # of a token on disk
+    free_bytes: int  # where the cache is written
+    weight_bytes: int  # of the target
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the cache."""
+        return sum(map(sum, self.shards)) * self.token_bytes
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the run: the target's weights, and the largest shard twice."""
+        return self.weight_bytes + 2 * max(map(sum, self.shards)) * self.token_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.settings['num_rows']} rows, {sum(map(sum, self.shards))} tokens,"
+            f" {self.settings['format']}: {_gigabytes(self.disk_bytes)} on disk in"
+            f" {len(self.shards)} shards ({_gigabytes(self.free_bytes)} free); about"
+            f" {_gigabytes(self.memory_bytes)} of memory beside the activations"
+        )
+
+
+def plan_features(
+    target: PreTrainedModel,
+    rows: Any,
+    folder: str | Path,
+    format: str = "bfloat16",
+    shard_bytes: int = SHARD_BYTES,
+) -> FeaturePlan:
+    """Count what [`write_features`], with the same arguments, will write; nothing is computed."""
+    if format not in FORMAT_BYTES:
+        raise ValueError(f"`format` is {format!r}; use one of {tuple(FORMAT_BYTES)}.")
+    if shard_bytes < 1:
+        raise ValueError(f"`shard_bytes` is {shard_bytes}; use at least 1.")
+    number_bytes, scale_bytes = FORMAT_BYTES[format]
+    hidden_size = target.config.get_text_config(decoder=True).hidden_size
+    num_columns = len({*TOKEN_COLUMNS} & {*rows.column_names})
+    lengths = _row_lengths(rows)
+    settings = {
+        "target": target.config._name_or_path,
+        **identify(target)._asdict(),
+        "format": format,
+        "fingerprint": rows_digest(rows),
+        "num_rows": len(lengths),
+        "shard_bytes": shard_bytes,
+    }
+    token_bytes = hidden_size * number_bytes + scale_bytes + ID_BYTES * num_columns
+    existing = next(path for path in Path(folder, "x").absolute().parents if path.exists())
+    return FeaturePlan(
+        settings,
+        _split_evenly(lengths, max(shard_bytes // token_bytes, 1)),
+        token_bytes,
+        shutil.disk_usage(existing).free,
+        sum(weight.numel() * weight.element_size() for weight in target.parameters()),
+    )
+
+
+def _row_lengths(rows: Any) -> list[int]:
+    """(rows,): tokens of each row."""
+    import pyarrow.compute as arrow
+
+    batches = rows.with_format("arrow").select_columns("input_ids").iter(batch_size=1000)
+    counts = (arrow.list_value_length(batch["input_ids"]).to_pylist() for batch in batches)
+    return [*chain.from_iterable(counts)]
+
+
+def _split_evenly(lengths: list[int], tokens: int) -> list[list[int]]:
+    """Split rows in order, a new part where the last one has so many tokens."""
+    parts: list[list[int]] = []
+    left = 0
+    for length in lengths:
+        if left <= 0:
+            parts.append([])
+            left = tokens
+        parts[-1].append(length)
+        left -= length
+    return parts
 
 
 def write_features(
@@ -38,8 +126,9 @@ def write_features(
     """Compute the target's features of a dataset and store them.
 
     Args:
+        target: the target, on its device.
         rows: a `datasets.Dataset` of `prepare_dataset`, packed or not.
-        folder: new, or with the same cache half written.
+        folder: new, or with the same cache partly written.
         format: 'bfloat16', exact for a bf16 target; 'int8' takes half of the space, and the index
             says what it lost.
         batch_size: rows that go through the target at once.
@@ -48,99 +137,73 @@ def write_features(
     Raises:
         ValueError: if the folder holds other features, such as those of the target before it was
             fine-tuned, or if the disk has too little room.
-        OSError: if the disk is full in spite of that; the shards that are whole stay.
     """
     folder = Path(folder)
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; use at least 1.")
     plan = plan_features(target, rows, folder, format, shard_bytes)
-    with sole_writer(folder):
-        return _write(plan, folder, _Computing(target, rows, batch_size))
-
-
-def _write(plan: Plan, folder: Path, computing: "_Computing") -> FeatureIndex:
-    index = _begin(plan, folder)
-    with tqdm(total=plan.index.num_tokens, unit="token", desc="Features") as progress:
-        for position, shard in enumerate(plan.shards):
-            if position >= len(index.shards):
-                tensors, index.error = computing.shard(shard, index.format, index.error)
-                with _said_if_full(folder, len(index.shards), plan):
-                    _save(tensors, shard, folder)
-                    index.shards.append(shard)
-                    index.write(folder)
-            progress.update(shard.num_tokens)
-    return index
-
-
-def _begin(plan: Plan, folder: Path) -> FeatureIndex:
-    """The index of what is there already, or a new one."""
-    if (folder / INDEX).exists():
-        index = FeatureIndex.read(folder)
-        index.check_same(plan.index, folder)
-        index.check_files(folder)
-        plan.check_space(sum(shard.num_bytes for shard in index.shards))
-        return index
-    if folder.exists() and any(path.name != UNFINISHED for path in folder.iterdir()):
+    if not (folder / INDEX).exists() and any(folder.glob("[!_.]*")):
         raise ValueError(f"{folder} holds other files; give a new folder for the features.")
-    plan.check_space()
-    with _said_if_full(folder, 0, plan):
-        folder.mkdir(parents=True, exist_ok=True)
-        plan.index.write(folder)
-    return plan.index
+    with sole_writer(folder):
+        keep_settings(folder / INDEX, plan.settings, folder)
+        JsonLines(folder / SHARDS).mend()
+        done = FeatureIndex.read(folder)
+        _check_disk(plan, done, folder)
+        first, start = len(done.lengths), len(done.shards)
+        total = sum(map(sum, plan.shards))
+        with tqdm(total=total, initial=sum(done.lengths), unit="token", desc="Features") as bar:
+            for number, lengths in enumerate(plan.shards[start:], start):
+                part = rows.select(range(first, first + len(lengths)))
+                path = folder / f"features-{number:05}.safetensors"
+                shard = _write_shard(target, part, path, format, batch_size)
+                JsonLines(folder / SHARDS).append([shard._asdict()])
+                first += len(lengths)
+                bar.update(sum(lengths))
+        return FeatureIndex.read(folder)
 
 
-class _Computing:
-    """The tensors of shards, from a target."""
-
-    def __init__(self, target: PreTrainedModel, rows: Any, batch_size: int):
-        self._features = Features(target.eval())
-        self._device = target.device
-        self._rows = rows
-        self._batch_size = batch_size
-
-    def shard(self, shard: Shard, format: str, error: Error) -> tuple[dict[str, Tensor], Error]:
-        """What is stored for the rows of a shard, and the error with that of these rows."""
-        parts: list[dict[str, Tensor]] = []
-        stop = shard.first_row + shard.num_rows
-        for start in range(shard.first_row, stop, self._batch_size):
-            rows = [self._rows[row] for row in range(start, min(start + self._batch_size, stop))]
-            for row, features in zip(rows, self._batch(rows), strict=True):
-                stored = encode(features, format)
-                error = error.and_of(features, decode(stored["features"], stored.get("scales")))
-                tokens = {name: torch.tensor(row[name]).int() for name in COLUMNS if name in row}
-                parts.append({**tokens, **stored, "lengths": torch.tensor([len(features)]).int()})
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, error
-
-    def _batch(self, rows: list[dict]) -> list[Tensor]:
-        """The features of each row, (length, hidden)."""
-        batch = {name: part.to(self._device) for name, part in CoralCollator()(rows).items()}
-        features = self._features.of(batch).cpu()
-        return [part[: len(row["input_ids"])] for part, row in zip(features, rows, strict=True)]
+def _check_disk(plan: FeaturePlan, done: FeatureIndex, folder: Path) -> None:
+    """Check that what is written is there, and that the rest has room."""
+    for shard in done.shards:
+        shard.check_size(folder)
+    needed = plan.disk_bytes - sum(shard.num_bytes for shard in done.shards)
+    if needed > plan.free_bytes:
+        raise ValueError(
+            f"The features need {_gigabytes(needed)} more, but only {_gigabytes(plan.free_bytes)}"
+            " are free; free some, use format='int8', or fewer rows."
+        )
 
 
-@contextmanager
-def _said_if_full(folder: Path, num_whole: int, plan: Plan) -> Iterator[None]:
-    """Say what stays, and what to do, if the disk is full."""
-    try:
-        yield
-    except Exception as error:  # safetensors raises its own kind for a full disk
-        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
-            raise
-        raise OSError(
-            errno.ENOSPC,
-            f"The disk is full. {num_whole} of {len(plan.shards)} shards are whole and stay; free"
-            " some space and run the same command again",
-            str(folder),
-        ) from error
+def _write_shard(
+    target: PreTrainedModel, rows: Any, path: Path, format: str, batch_size: int
+) -> Shard:
+    """Compute and store the features of some rows."""
+    parts: list[dict[str, Tensor]] = []
+    squares = lost = 0.0
+    for row, features in _features_of(target, rows, batch_size):
+        stored = encode(features, format)
+        squares += float(features.double().square().sum())
+        lost += float((features.double() - decode(**stored).double()).square().sum())
+        tokens = {name: torch.tensor(row[name]).int() for name in TOKEN_COLUMNS if name in row}
+        parts.append({**tokens, **stored})
+    with new_file(path) as partial:
+        save_file({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, partial)
+        size, sha256 = partial.stat().st_size, file_digest(partial)
+    lengths = [len(part["input_ids"]) for part in parts]
+    return Shard(path.name, lengths, size, sha256, squares, lost)
 
 
-def _save(tensors: dict[str, Tensor], shard: Shard, folder: Path) -> None:
-    """Write a shard under another name, and give it its own when it is whole."""
-    aside = folder / f"{shard.file}.tmp"
-    try:
-        save_file(tensors, aside)
-    except Exception:
-        aside.unlink(missing_ok=True)
-        raise
-    shard.num_bytes, shard.sha256 = aside.stat().st_size, sha256_of(aside)
-    os.replace(aside, folder / shard.file)
+def _features_of(
+    target: PreTrainedModel, rows: Any, batch_size: int
+) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """Yield each row and its features, (length, hidden), on the CPU."""
+    reader, collate = TargetFeatures(target.eval()), CoralCollator()
+    for start in range(0, len(rows), batch_size):
+        batch = [rows[row] for row in range(start, min(start + batch_size, len(rows)))]
+        inputs = {name: part.to(target.device) for name, part in collate(batch).items()}
+        for row, features in zip(batch, reader.read(inputs).cpu(), strict=True):
+            yield row, features[: len(row["input_ids"])]
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3g} GB"

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ...lm_head import execution_device
 from ...target import Target, text_config
 from ..data import CoralCollator
-from ..features.online import Features
+from ..features.online import TargetFeatures
 
 # in what these leave out, a real target's tokens are too improbable to be drafted
 TOP_K = 64
@@ -93,13 +93,13 @@ def trained_features(
             f"This needs training rows, and at least one token of them; `rows` is {rows!r} and"
             f" `max_tokens` is {max_tokens}. Pass the training dataset."
         )
-    reader, collate = Features(target.model.eval()), CoralCollator()
+    reader, collate = TargetFeatures(target.model.eval()), CoralCollator()
     device, left = execution_device(target.head.module), max_tokens
     for part in _batches(_shuffled(rows, seed), batch_size):
         batch = {name: tensor.to(target.device) for name, tensor in collate(part).items()}
         trained = batch["labels"][:, 1:] != -100  # (batch, length - 1)
         if trained.any():
-            features = reader.of(batch)[:, :-1]  # (batch, length - 1, hidden)
+            features = reader.read(batch)[:, :-1]  # (batch, length - 1, hidden)
             yield features[trained.to(features.device)][:left].to(device)
             left -= int(trained.sum())
         if left <= 0:
