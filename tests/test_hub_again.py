@@ -161,6 +161,21 @@ def test_a_push_knows_the_targets_commit_and_its_tokenizer(hub, client):  # noqa
     assert json.loads(hub.files("org/known")["config.json"])["tokenizer_hash"] in card
 
 
+def test_a_push_with_another_tokenizer_leaves_nothing_on_the_hub(hub, client):  # noqa: F811
+    with pytest.raises(RuntimeError, match="Pass the target's own tokenizer"):
+        client.run(
+            MAKE + "drafter.config.tokenizer_hash = 'another';"
+            "tokenizer = AutoTokenizer.from_pretrained('org/target');"
+            "drafter.push_to_hub('org/mistaken', tokenizer=tokenizer)"
+        )
+    assert "org/mistaken" not in hub.repos
+
+
+def test_a_push_takes_the_keywords_of_transformers_own(hub, client):  # noqa: F811
+    client.run(MAKE + "drafter.push_to_hub('org/tagged', tags='tiny', commit_message='First')")
+    assert metadata_of(card_of(hub, "org/tagged"))["tags"][-1] == "tiny"
+
+
 def test_the_tokenizer_of_a_folder_is_the_drafters_own(hub, client, drafter, folder):  # noqa: F811
     publish(client, drafter, "org/hashed")
     own = tokenizer_hash(AutoTokenizer.from_pretrained(folder / "target"))

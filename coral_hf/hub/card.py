@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from ..decoding.settings import TREE_DEFAULTS
 from ..drafters.coral.modeling import CoralDrafter
 from .benchmark_results import Results
+from .drafter_folder import hub_id
 from .repository import CARD
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -101,17 +100,6 @@ def _metadata(
         "model-index": None,  # results of other weights
     }
     return ModelCardData(**{**earlier, **known})
-
-
-def hub_id(name: str | None) -> str | None:
-    """A target's name if it can be an id on the Hub; None for a folder of this machine."""
-    if name is None or Path(name).exists():
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
 
 
 def is_by_hand(text: str) -> bool:

@@ -7,6 +7,8 @@ import re
 from copy import deepcopy
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
@@ -111,15 +113,33 @@ def stale_files(there: list[str], here: list[str]) -> list[str]:
     return [name for name in loaded if name not in here]
 
 
-def finish_config(config: CoralConfig, folder: str | Path, target: str | None) -> None:
+def finish_config(
+    config: CoralConfig, folder: str | Path, base_model: str | None = None
+) -> str | None:
     """Write a config.json that others can load, and the code beside it.
 
     Args:
         config: the drafter's.
-        target: the target's Hub id, None if it has none: a folder of this machine loads nothing for
-            others, and its path is private.
+        base_model: the target's Hub id; the config's own by default.
+
+    Returns:
+        The target's id that config.json has, None where there is none: a folder of this machine
+        loads nothing for others, and its path is private.
     """
+    target = base_model or hub_id(config.target_name_or_path)
     published = deepcopy(config)
     published.target_name_or_path, published.auto_map = target, dict(AUTO_MAP)
     published.save_pretrained(folder)
     write_text(Path(folder) / CODE, CODE_TEXT)
+    return target
+
+
+def hub_id(name: str | None) -> str | None:
+    """A target's name if it can be an id on the Hub; None for a folder of this machine."""
+    if name is None or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..drafters.coral.modeling import TRAINING_RECORD, CoralDrafter
 from ..identity import check_tokenizer, tokenizer_hash
 from .benchmark_results import Results, check_results, read_results
-from .card import CardFacts, has_card_by_hand, hub_id, is_by_hand, write_card
+from .card import CardFacts, has_card_by_hand, is_by_hand, write_card
 from .drafter_folder import finish_config, published_files, read_drafter, read_tokenizer
 from .repository import CARD, Branch
 
@@ -52,13 +52,14 @@ def publish(
     if "/" not in repo_id:
         raise ValueError(f"`repo_id` is {repo_id!r}; give it as organisation/name.")
     branch, folder = Branch(repo_id, revision, token), Path(folder)
+    drafter = read_drafter(folder)
     facts = (facts or CardFacts(repo_id))._replace(repo_id=repo_id)
-    drafter, tokenizer = read_drafter(folder), read_tokenizer(folder)
+    facts = _with_tokenizer(facts, drafter, read_tokenizer(folder))
     results = [read_results(report) for report in reports]
     for result in results:
         check_results(result, drafter, [drafter.config.target_name_or_path, facts.base_model])
     branch.check_vacant(private)
-    prepare(folder, drafter, tokenizer, branch, facts, results)
+    _prepare(folder, drafter, branch, facts, results)
     HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True)
     files = {name: folder / name for name in published_files(folder)}
     return branch.upload(files | _report_names(reports))
@@ -69,7 +70,7 @@ def push(
     repo_id: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
     private: bool | None = None,
-    tags: Sequence[str] = (),
+    tags: str | Sequence[str] | None = None,
     max_shard_size: int | str = "50GB",
     **commit,
 ) -> CommitInfo:
@@ -78,19 +79,22 @@ def push(
     Args:
         commit: `revision`, `token`, and what `HfApi.create_commit` takes.
     """
+    tags = [tags] if isinstance(tags, str) else tags or []
+    facts = CardFacts(repo_id, tags=[*(drafter.model_tags or []), *tags])
+    facts = _with_tokenizer(facts, drafter, tokenizer)
     token = commit.pop("token", None)
     # a name without its owner is completed by the Hub
     repo_id = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
     branch = Branch(repo_id, commit.pop("revision", None), token)
     branch.check_vacant(private)
-    tags = [*(drafter.model_tags or []), *tags]
     with TemporaryDirectory() as name:
         folder = Path(name)
         drafter.save_pretrained(folder, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        prepare(folder, drafter, tokenizer, branch, CardFacts(repo_id, tags=tags))
-        return branch.upload({path.name: path for path in folder.iterdir()}, **commit)
+        _prepare(folder, drafter, branch, facts._replace(repo_id=repo_id))
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        return branch.upload({str(path.relative_to(folder)): path for path in paths}, **commit)
 
 
 def upload_saved(
@@ -109,7 +113,7 @@ def upload_saved(
     """
     folder, branch = Path(folder), Branch(repo_id, None, token)
     branch.check_vacant()
-    prepare(folder, drafter, None, branch, CardFacts(repo_id))
+    _prepare(folder, drafter, branch, CardFacts(repo_id))
     written = [
         path
         for path in folder.iterdir()
@@ -118,40 +122,45 @@ def upload_saved(
     return branch.upload({path.name: path for path in written if path.is_file()}, **commit)
 
 
-def prepare(
+def _with_tokenizer(
+    facts: CardFacts, drafter: CoralDrafter, tokenizer: PreTrainedTokenizerBase | None
+) -> CardFacts:
+    """Read off the tokenizer that is published along; its hash goes into the drafter's config.
+
+    Raises:
+        ValueError: if it is not the one that the drafter was trained with.
+    """
+    if tokenizer is None:
+        return facts
+    check_tokenizer(tokenizer, drafter.config)
+    drafter.config.tokenizer_hash = tokenizer_hash(tokenizer)
+    return facts._replace(has_chat_template=tokenizer.chat_template is not None)
+
+
+def _prepare(
     folder: Path,
     drafter: CoralDrafter,
-    tokenizer: PreTrainedTokenizerBase | None,
     branch: Branch,
     facts: CardFacts,
     results: Sequence[Results] = (),
 ) -> None:
     """Make the folder of a drafter what its repository will be: card, config and code.
 
-    Args:
-        tokenizer: the target's, where it is published along.
-
     Raises:
-        ValueError: if `tokenizer` is not the drafter's, or `results` have no place in the card.
+        ValueError: if `results` have no place in a card that was written by hand.
     """
-    if tokenizer is not None:
-        check_tokenizer(tokenizer, drafter.config)
-        drafter.config.tokenizer_hash = tokenizer_hash(tokenizer)
-        facts = facts._replace(has_chat_template=tokenizer.chat_template is not None)
     bring_card(folder, branch)
     if results and has_card_by_hand(folder):
         raise ValueError(
             f"{folder / CARD} was written by hand, so the report has no place in it; move it away,"
             " on the Hub too, and publish again, or publish without a report."
         )
-    target = facts.base_model or hub_id(drafter.config.target_name_or_path)
-    if target is None:
+    if finish_config(drafter.config, folder, facts.base_model) is None:
         logger.warning(
             "The card of %s names no target that others can load; publish again with `base_model`"
             " (`--base-model`), its id on the Hub.",
             branch.repo_id,
         )
-    finish_config(drafter.config, folder, target)
     write_card(folder, drafter, facts, results)
 
 

@@ -8,7 +8,6 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from ...hub import Branch, CardFacts, bring_card, finish_config, write_card
-from ...hub.card import hub_id
 from ..adapters import is_adapted
 from .checkpointing import CheckpointedTrainer
 from .record import TrainingRecord
@@ -77,11 +76,7 @@ class PublishingTrainer(CheckpointedTrainer):
         folder = self.args.output_dir
         if not write_card(folder, self.drafter, facts):
             logger.warning("%s/README.md was written by hand and stays as it is.", folder)
-        self._name_target(folder, finetuned_from)
-
-    def _name_target(self, folder: str, target: str | None = None) -> None:
-        config = self.drafter.config
-        finish_config(config, folder, target or hub_id(config.target_name_or_path))
+        finish_config(self.drafter.config, folder, finetuned_from)
 
     def train(self, *args, **kwargs):
         """See [`~transformers.Trainer.train`]; a push that failed meanwhile is told of."""
@@ -101,7 +96,7 @@ class PublishingTrainer(CheckpointedTrainer):
             self.create_model_card()
             if self.is_world_process_zero() and not is_adapted(self.drafter):
                 # from where `Trainer` copies it, and uploads it
-                self._name_target(checkpoint_folder)
+                finish_config(self.drafter.config, checkpoint_folder)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _report_pushes(self) -> None:
