@@ -1,12 +1,13 @@
-"""Answers of a target to a batch of prompts.
+"""Answers of a target to a batch of prompts, reproducible row by row.
 
-In: prompts as token ids, how to choose tokens. Out: an Answer each. With a temperature a token is
-drawn as the largest of log-probability plus Gumbel noise, the noise of each answer from a generator
-of its own, so that no answer depends on the others of its batch.
+In: prompts as token ids, settings, a seed for each answer. Out: an Answer each. With a temperature,
+a token is drawn as the largest of log-probability plus Gumbel noise; the noise of each answer comes
+from a generator of its own, so no answer depends on the others of its batch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,89 +19,138 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
 
 from ...measure.prompt_batch import left_padded
+from ...target import max_positions, text_config
 
-# instead of what a target's own generation config may hold, which would change its distribution
+# override the target's own generation config, which would change its distribution
 PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-PLAIN_DRAWS = {"top_k": 0, "min_p": 0.0, "typical_p": 1.0}
-
-
-class Answer(NamedTuple):
-    """What a target said."""
-
-    tokens: list[int]  # (new,) without the mark of the end
-    is_complete: bool  # the target ended it itself
+PLAIN_SAMPLING = {"top_k": 0, "min_p": 0.0, "typical_p": 1.0}
 
 
 @dataclass(frozen=True)
-class Speaker:
-    """A target and how it chooses tokens."""
+class RegenerationSettings:
+    """How a target answers.
 
-    target: PreTrainedModel
-    ends: list[int]  # tokens that end an answer
-    pad_token_id: int
-    max_new_tokens: int
-    temperature: float  # 0 is greedy
-    top_p: float
-    room: int | None  # tokens of a prompt that leave the target positions for an answer
-    drafter: PreTrainedModel | None = None
+    Raises:
+        ValueError: for a value out of range.
+    """
 
-    def answer(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Answer]:
-        """Answers to some prompts.
+    max_new_tokens: int = 512  # of an answer
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0
+    seed: int = 0
+    unfinished: str = "keep"  # or "drop": what becomes of answers that `max_new_tokens` cuts off
+    prompt_tokens: int = 16  # of a plain text
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "prompt_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; use at least 1.")
+        if self.temperature < 0:
+            raise ValueError(f"`temperature` is {self.temperature}; use 0 or more.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` is {self.top_p}; use a value above 0, up to 1.")
+        if self.unfinished not in ("keep", "drop"):
+            raise ValueError(f"`unfinished` is {self.unfinished!r}; use 'keep' or 'drop'.")
+
+
+class Answer(NamedTuple):
+    """The tokens that a target generated after a prompt."""
+
+    tokens: list[int]  # (new,) without the end token
+    is_complete: bool  # whether the target ended it itself
+
+
+class AnswerGenerator:
+    """A target that answers batches of prompts.
+
+    Args:
+        target: the target, on its device.
+        tokenizer: the target's.
+        settings: how it answers.
+        drafter: a drafter of the target, to be faster.
+
+    Raises:
+        ValueError: if answers of `max_new_tokens` leave prompts no room in the target's positions.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: RegenerationSettings,
+        drafter: PreTrainedModel | None = None,
+    ):
+        limit = max_positions(text_config(target)) or math.inf
+        self.max_prompt_length = limit - settings.max_new_tokens
+        if self.max_prompt_length < 1:
+            raise ValueError(
+                f"`max_new_tokens` is {settings.max_new_tokens}, but the target has {limit}"
+                " positions; leave some to the prompts."
+            )
+        ends = target.generation_config.eos_token_id
+        ends = tokenizer.eos_token_id if ends is None else ends
+        self._ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        pad = tokenizer.pad_token_id
+        self._pad = pad if pad is not None else (self._ends or [0])[0]
+        self._target, self._drafter, self._settings = target.eval(), drafter, settings
+
+    def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Answer]:
+        """Answer some prompts.
 
         Args:
             prompts: (batch, length), of different lengths.
-            seeds: (batch,) of the draws. With a drafter, the first is that of the batch.
+            seeds: (batch,) of the draws. With a drafter, the first is that of the whole batch.
         """
-        device = self.target.device
-        batch = left_padded(prompts, self.pad_token_id, device)
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        device = self._target.device
+        batch = left_padded(prompts, self._pad, device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seeds[0])
-            output = self.target.generate(
+            output = self._target.generate(
                 **batch,
                 generation_config=self._config(),
                 logits_processor=self._processors(seeds),
-                assistant_model=self.drafter,
+                assistant_model=self._drafter,
             )
-        new = output[:, batch["input_ids"].shape[1] :]
-        return [self._read(tokens) for tokens in new.tolist()]
+        new = output[:, batch["input_ids"].shape[1] :]  # (batch, new)
+        return [self._trim(tokens) for tokens in new.tolist()]
 
     def _config(self) -> GenerationConfig:
+        settings = self._settings
+        drawn = {**PLAIN_SAMPLING, "temperature": settings.temperature, "top_p": settings.top_p}
         # alone, the target takes the largest score, to which GumbelNoise was added
-        drawn = {**PLAIN_DRAWS, "temperature": self.temperature, "top_p": self.top_p}
-        is_drawn = self.drafter is not None and self.temperature > 0
+        is_drawn = self._drafter is not None and settings.temperature > 0
         return GenerationConfig(
             **PLAIN,
             **(drawn if is_drawn else {"temperature": 1.0, "top_p": 1.0}),
             do_sample=is_drawn,
-            max_new_tokens=self.max_new_tokens,
-            eos_token_id=self.ends or None,
-            pad_token_id=self.pad_token_id,
+            max_new_tokens=settings.max_new_tokens,
+            eos_token_id=self._ends or None,
+            pad_token_id=self._pad,
         )
 
     def _processors(self, seeds: Sequence[int]) -> LogitsProcessorList:
-        if self.drafter is not None or self.temperature == 0:
-            return LogitsProcessorList()
-        return LogitsProcessorList(
-            [
-                TemperatureLogitsWarper(self.temperature),
-                TopPLogitsWarper(self.top_p),
-                GumbelNoise(seeds, self.target.device),
-            ]
-        )
+        settings, found = self._settings, LogitsProcessorList()
+        if self._drafter is None and settings.temperature > 0:
+            found.append(TemperatureLogitsWarper(settings.temperature))
+            found.append(TopPLogitsWarper(settings.top_p))
+            found.append(GumbelNoise(seeds, self._target.device))
+        return found
 
-    def _read(self, tokens: list[int]) -> Answer:
-        end = next((i for i, token in enumerate(tokens) if token in self.ends), None)
+    def _trim(self, tokens: list[int]) -> Answer:
+        """Cut generated tokens, (new,), before the first end token."""
+        end = next((i for i, token in enumerate(tokens) if token in self._ends), None)
         return Answer(tokens[:end], end is not None)
 
 
 class GumbelNoise(LogitsProcessor):
-    """Noise for which the largest score is a draw from softmax(scores): the Gumbel-max trick.
+    """Noise after which the largest score is a draw from softmax(scores): the Gumbel-max trick.
 
     Args:
         seeds: (batch,), one a row.
@@ -111,6 +161,7 @@ class GumbelNoise(LogitsProcessor):
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Add noise to scores, (batch, vocab)."""
         noise = torch.empty_like(scores)  # (batch, vocab)
         for row, generator in zip(noise, self.generators, strict=True):
             row.exponential_(generator=generator)

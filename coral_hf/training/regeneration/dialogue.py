@@ -1,10 +1,12 @@
-"""A row whose answers the target writes anew, one after the other.
+"""A row of a dataset whose answers are generated one after the other.
 
-In: a row of any layout. Out: the prompt of the next answer, and in the end the row in the target's
-own words.
+In: a row of any layout. Out: the prompt of the next answer, and in the end the row with its new
+answers.
 
-    user  assistant  user  assistant (calls a tool)  tool    assistant  user
-          anew             stays, as its result does stays   anew       + a new answer at the end
+    user  assistant  user  assistant (calls a tool)  tool     assistant  user
+          generated        stays, as its result does stays    generated  + a generated answer
+
+A plain text is a dialogue of one question, its first tokens, and one answer, which continues it.
 """
 
 from __future__ import annotations
@@ -16,26 +18,47 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.messages import Message, Row, layout_of, to_messages
 from ..data.template import read_tools, render
-from .answers import Answer
+from .answers import Answer, RegenerationSettings
 
 
 class Dialogue:
-    """A conversation: what was said so far, and what is to come."""
+    """The messages of a row so far, and those to come.
 
-    def __init__(self, row: Row):
+    Args:
+        number: of the row in its dataset.
+        row: of any layout but `input_ids`.
+        settings: how many tokens of a plain text are kept.
+
+    Raises:
+        ValueError: for a row that cannot be read, or that holds tokens.
+    """
+
+    def __init__(self, number: int, row: Row, settings: RegenerationSettings):
+        layout = layout_of(row)
+        if layout == "input_ids":
+            raise ValueError("A row of `input_ids` has no turns; give `messages` or `text`.")
+        self.number, self.id = number, row.get("id")
+        self.prompt_tokens = settings.prompt_tokens if layout == "text" else None
         self.messages: list[Message] = []
-        self.rest = to_messages(row)
-        self.tools = read_tools(row)
+        self.rest, self.tools = [{"role": "user", "content": row.get("text")}], None
+        if layout != "text":
+            self.rest, self.tools = to_messages(row), read_tools(row)
+        self.num_turns = len(self.rest)
+        self.content = json.dumps([self.rest, self.tools, layout == "text"])
+        self.start: list[int] = []  # (kept,) tokens of a plain text before its answer
         self.num_answers = 0
         self.num_kept = 0  # messages up to the last answer
         self.is_complete = True
         self.stopped: str | None = None  # why it ends before its last turn
 
     def advance(self) -> bool:
-        """Take turns over up to the next one that the target writes; False if there is none."""
+        """Move on to the next turn that the target writes; False if there is none."""
         while self.rest and self.stopped is None:
             turn = self.rest.pop(0)
-            if self.messages and _is_answer(turn, self.rest):
+            # a call stays, since its result would not fit another
+            has_result = bool(self.rest) and self.rest[0]["role"] == "tool"
+            is_call = bool(turn.get("tool_calls")) or has_result
+            if self.messages and turn["role"] == "assistant" and not is_call:
                 return True
             self.messages.append(turn)
         # a conversation that ends with a question gets its answer
@@ -43,92 +66,39 @@ class Dialogue:
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """The tokens before the next answer, (length,)."""
-        text = render(
-            self.messages, tokenizer, self.tools, add_generation_prompt=True, tokenize=False
-        )
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        silent = {"add_special_tokens": False, "verbose": False}
+        if self.prompt_tokens is None:
+            options = {"add_generation_prompt": True, "tokenize": False}
+            text = render(self.messages, tokenizer, self.tools, **options)
+            return tokenizer(text, **silent)["input_ids"]
+        ids = tokenizer(self.messages[0]["content"], **silent)["input_ids"]
+        opening = [bos] if (bos := tokenizer.bos_token_id) is not None else []
+        self.start = ids[len(opening) if ids[:1] == opening else 0 :][: self.prompt_tokens]
+        return [*opening, *self.start]
 
     def take(self, answer: Answer, tokenizer: PreTrainedTokenizerBase) -> None:
         """Add an answer; nothing follows one that was cut off."""
-        text = read_text(answer, tokenizer)
-        if not (answer.is_complete or text.strip()):
-            self.stop("an answer that was cut off before its first word")
-            return
+        text = tokenizer.decode([*self.start, *answer.tokens], clean_up_tokenization_spaces=False)
+        if not answer.is_complete:
+            self.stopped = "an answer that was cut off"
+            text = text.rstrip("\ufffd")  # the cut may go through a character of several tokens
+            if not text.strip():
+                self.stopped += " before its first word"
+                return
         self.messages.append({"role": "assistant", "content": text})
         self.num_answers += 1
         self.num_kept = len(self.messages)
-        if not answer.is_complete:
-            self.stop("an answer that was cut off")
-            self.is_complete = False
-
-    def stop(self, reason: str) -> None:
-        """End it after its last answer."""
-        self.stopped = reason
-
-    def result(self) -> dict[str, Any]:
-        """The row that is written."""
-        kept = self.messages if self.stopped is None else self.messages[: self.num_kept]
-        tools = {"tools": json.dumps(self.tools, ensure_ascii=False)} if self.tools else {}
-        return {"messages": kept, **tools, "is_complete": self.is_complete}
-
-
-class Passage:
-    """A text, of which the target continues the start."""
-
-    def __init__(self, row: Row, prompt_tokens: int):
-        self.text, self.prompt_tokens = row["text"], prompt_tokens
-        self.num_answers = 0
-        self.is_complete = True
-        self.stopped: str | None = None
-
-    def advance(self) -> bool:
-        """Whether the target is still to write."""
-        return self.stopped is None and self.num_answers == 0
-
-    def prompt(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """The first tokens of the text, after BOS where there is one, (length,)."""
-        ids = tokenizer(self.text, add_special_tokens=False, verbose=False)["input_ids"]
-        bos = tokenizer.bos_token_id
-        start = [] if bos is None or ids[:1] == [bos] else [bos]
-        return [*start, *ids[: self.prompt_tokens]]
-
-    def take(self, answer: Answer, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Put the answer behind the start."""
-        prompt = self.prompt(tokenizer)
-        start = int(prompt[:1] == [tokenizer.bos_token_id])
-        self.text = read_text(answer._replace(tokens=prompt[start:] + answer.tokens), tokenizer)
-        self.num_answers = 1
         self.is_complete = answer.is_complete
 
-    def stop(self, reason: str) -> None:
-        """End it without an answer."""
-        self.stopped = reason
-
     def result(self) -> dict[str, Any]:
-        """The row that is written."""
-        return {"text": self.text, "is_complete": self.is_complete}
-
-
-def open_row(row: Row, prompt_tokens: int) -> Dialogue | Passage:
-    """A row as what the target answers.
-
-    Raises:
-        ValueError: for a row that cannot be read, or that holds tokens.
-    """
-    layout = layout_of(row)
-    if layout == "input_ids":
-        raise ValueError("A row of `input_ids` has no turns; give `messages` or `text`.")
-    return Passage(row, prompt_tokens) if layout == "text" else Dialogue(row)
-
-
-def _is_answer(turn: Message, rest: list[Message]) -> bool:
-    """Whether the target writes a turn; a call stays, since its result would not fit another."""
-    has_result = bool(rest) and rest[0]["role"] == "tool"
-    return turn["role"] == "assistant" and not turn.get("tool_calls") and not has_result
-
-
-def read_text(answer: Answer, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The words of an answer, special tokens as they stand."""
-    text = tokenizer.decode(answer.tokens, clean_up_tokenization_spaces=False)
-    # a cut may go through a character of several tokens
-    return text if answer.is_complete else text.rstrip("\ufffd")
+        """The row to be written, with its number; without an answer, the `reason`."""
+        row = {"row": self.number}
+        if not self.num_answers:
+            return {**row, "reason": self.stopped or "no turn to answer"}
+        if self.id is not None:
+            row["id"] = self.id
+        if self.prompt_tokens is not None:
+            return {**row, "text": self.messages[-1]["content"], "is_complete": self.is_complete}
+        kept = self.messages if self.stopped is None else self.messages[: self.num_kept]
+        tools = {"tools": json.dumps(self.tools, ensure_ascii=False)} if self.tools else {}
+        return {**row, "messages": kept, **tools, "is_complete": self.is_complete}

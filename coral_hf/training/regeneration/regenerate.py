@@ -1,15 +1,18 @@
-"""Training data in the target's own words: it answers the prompts of a dataset itself.
+"""Regeneration of a dataset: the target answers its prompts itself.
 
 In: a target, rows of any layout. Out: a JSONL file of `messages` or `text` rows, which
 `coral-hf train` reads.
+
+    out.jsonl                   a row a line, each with its number in the dataset
+    out.jsonl.settings.json     what the answers depend on; a resumed run must have the same
+    out.jsonl.left_out.jsonl    rows without an answer, with the reason
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,59 +20,23 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ...atomic import JsonLines, keep_settings, sole_writer
 from ...identity import identify, seed_of, tokenizer_hash, weights_digest
-from ...target import max_positions, text_config
 from ..data.vocabulary import warn_of_other_ends
-from .answer_file import AnswerFile, open_answers
-from .answers import Speaker
-from .dialogue import Dialogue, Passage, open_row
+from .answers import AnswerGenerator, RegenerationSettings
+from .dialogue import Dialogue
 
 logger = logging.get_logger(__name__)
 
-BATCHES_OF_A_WINDOW = 64  # rows are sorted within it, so that those of a batch are alike
-
-
-@dataclass(frozen=True)
-class RegenerationSettings:
-    """How a target answers.
-
-    Raises:
-        ValueError: for a value out of range.
-    """
-
-    max_new_tokens: int = 512  # of an answer
-    temperature: float = 0.0  # 0 takes the likeliest token
-    top_p: float = 1.0
-    seed: int = 0
-    unfinished: str = "keep"  # or "drop": what becomes of answers that `max_new_tokens` cuts off
-    prompt_tokens: int = 16  # of a plain text
-    batch_size: int = 16
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "prompt_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; use at least 1.")
-        if self.temperature < 0:
-            raise ValueError(f"`temperature` is {self.temperature}; use 0 or more.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p` is {self.top_p}; use a value above 0, up to 1.")
-        if self.unfinished not in ("keep", "drop"):
-            raise ValueError(f"`unfinished` is {self.unfinished!r}; use 'keep' or 'drop'.")
+WINDOW = 64  # batches whose rows are sorted together, so that those of a batch are alike
 
 
 class Regenerated(NamedTuple):
-    """What a file of answers holds, of all runs together."""
+    """What a file of answers holds, after all runs that wrote it."""
 
     num_rows: int
     num_unfinished: int  # of them, rows whose last answer was cut off
     num_left_out: int  # rows of the dataset that have no answer
-
-
-class Survey(NamedTuple):
-    """What is known of a dataset before the first answer."""
-
-    sizes: list[tuple[int, int]]  # (rows,) turns and characters of each row
-    digest: str  # SHA-256 of all that the answers depend on
 
 
 def regenerate(
@@ -80,11 +47,11 @@ def regenerate(
     settings: RegenerationSettings | None = None,
     drafter: PreTrainedModel | None = None,
 ) -> Regenerated:
-    """Let a target answer the prompts of a dataset; go on where an earlier run was broken off.
+    """Let a target answer the prompts of a dataset; an interrupted run resumes.
 
-    Every assistant's turn is answered anew, in turn, and the answer becomes part of the prompt of
-    the next. Turns of all others stay, and so do calls of tools. Of a `text` row the target
-    continues the first `prompt_tokens`.
+    Every assistant's turn is answered in turn, and the answer becomes part of the prompt of the
+    next. All other turns stay, and so do tool calls. Of a `text` row the target continues the first
+    `prompt_tokens`.
 
     Args:
         target: the target, on its device.
@@ -99,114 +66,89 @@ def regenerate(
             `output` that was written with other settings, of another dataset or by another target.
     """
     settings = RegenerationSettings() if settings is None else settings
-    survey = _survey(dataset, settings)
-    _try_first(dataset[0], tokenizer, settings)
+    output = Path(output)
+    sizes, digest = _survey(dataset, tokenizer, settings)
     warn_of_other_ends(tokenizer, target)
-    facts = _facts(target, tokenizer, survey, settings, drafter)
-    speaker = _speaker(target, tokenizer, settings, drafter)
-    with open_answers(Path(output), facts) as file:
-        bar = tqdm(total=len(survey.sizes), initial=len(file.done), unit="row", desc="Answering")
-        with bar:
-            for rows in _batches(survey.sizes, file.done, settings.batch_size):
-                talks = {row: open_row(dataset[row], settings.prompt_tokens) for row in rows}
-                _answer(talks, speaker, tokenizer, settings)
-                new = {row: talk for row, talk in talks.items() if row not in file.done}
-                _write(file, new, dataset)
+    generator = AnswerGenerator(target, tokenizer, settings, drafter)
+    answers, left_out = JsonLines(output), JsonLines(f"{output}.left_out.jsonl")
+    with sole_writer(output.parent, output.name):
+        _keep_settings(output, target, tokenizer, digest, settings, drafter)
+        for file in (answers, left_out):
+            file.mend()
+        done = {row["row"] for file in (answers, left_out) for row in file.read()}
+        with tqdm(total=len(sizes), initial=len(done), unit="row", desc="Answering") as bar:
+            for numbers in _batches(sizes, done, settings.batch_size):
+                rows = [Dialogue(number, dataset[number], settings) for number in numbers]
+                _answer(rows, generator, tokenizer, settings)
+                new = [row.result() for row in rows if row.number not in done]
+                answers.append([row for row in new if "reason" not in row])
+                left_out.append([row for row in new if "reason" in row])
                 bar.update(len(new))
-        return _summary(file)
+        return _summary(answers, left_out)
 
 
-def _survey(dataset: Any, settings: RegenerationSettings) -> Survey:
-    sizes, problems, digest = [], [], hashlib.sha256()
-    for number, row in enumerate(dataset):
+def _survey(
+    dataset: Any, tokenizer: PreTrainedTokenizerBase, settings: RegenerationSettings
+) -> tuple[list[tuple[int, int]], str]:
+    """Read all rows before the first answer: turns and characters of each, and their digest."""
+    sizes, problems, digest = [], [], sha256()
+    for number, given in enumerate(dataset):
         try:
-            talk = open_row(row, settings.prompt_tokens)
+            row = Dialogue(number, given, settings)
+            if not number and row.advance():
+                row.prompt(tokenizer)  # fail at once where every row would
         except ValueError as error:
-            problems.append((number, error))
+            problems.append(f"Row {number}: {error}")
             continue
-        content = [talk.text] if isinstance(talk, Passage) else [talk.rest, talk.tools]
-        words = json.dumps(content)
-        digest.update(words.encode())
-        sizes.append((1 if isinstance(talk, Passage) else len(talk.rest), len(words)))
+        digest.update(row.content.encode())
+        sizes.append((row.num_turns, len(row.content)))
     if problems:
-        first, problem = problems[0]
         raise ValueError(
-            f"Row {first}: {problem} Of {number + 1} rows, {len(problems)} cannot be read; mend"
-            " them or drop them with `dataset.filter` (docs/data.md)."
+            f"{problems[0]} Of {len(dataset)} rows, {len(problems)} cannot be read; repair them or"
+            " drop them with `dataset.filter` (docs/data.md)."
         )
     if not sizes:
         raise ValueError("`dataset` has no rows; check its path, its split and its filters.")
-    return Survey(sizes, digest.hexdigest())
+    return sizes, digest.hexdigest()
 
 
-def _try_first(row: Any, tokenizer: PreTrainedTokenizerBase, settings: RegenerationSettings):
-    """Say at once what is wrong with all rows, such as a chat template that is not there."""
-    talk = open_row(row, settings.prompt_tokens)
-    try:
-        if talk.advance():
-            talk.prompt(tokenizer)
-    except ValueError as error:
-        raise ValueError(f"Row 0: {error}") from error
-
-
-def _facts(
+def _keep_settings(
+    output: Path,
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    survey: Survey,
+    dataset_digest: str,
     settings: RegenerationSettings,
     drafter: PreTrainedModel | None,
-) -> dict[str, Any]:
-    """What the answers depend on."""
-    own = identify(target)
+) -> None:
+    """Record what the answers depend on, or refuse a file that depends on something else."""
+    sidecar = Path(f"{output}.settings.json")
+    if output.exists() and not sidecar.exists():
+        raise ValueError(
+            f"`output` {output} exists and was not written by `regenerate`; choose another."
+        )
+    digest, dtype, quantization = identify(target)
     is_drafted = drafter is not None and settings.temperature > 0  # greedy, it changes no answer
-    return {
+    depends_on = {
         **{name: value for name, value in asdict(settings).items() if name != "batch_size"},
-        "dataset": survey.digest,
-        "target": own.digest,
-        "dtype": own.dtype,
-        "quantization": own.quantization,
+        "dataset": dataset_digest,
+        "target": digest,
+        "dtype": dtype,
+        "quantization": quantization,
         "drafter": weights_digest(drafter) if is_drafted else None,
         "tokenizer": tokenizer_hash(tokenizer),
         "chat_template": tokenizer.chat_template,
     }
-
-
-def _speaker(
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: RegenerationSettings,
-    drafter: PreTrainedModel | None,
-) -> Speaker:
-    limit = max_positions(text_config(target))
-    if limit is not None and settings.max_new_tokens >= limit:
-        raise ValueError(
-            f"`max_new_tokens` is {settings.max_new_tokens}, but the target has {limit} positions;"
-            " leave some to the prompts."
-        )
-    found = target.generation_config.eos_token_id
-    found = tokenizer.eos_token_id if found is None else found
-    ends = [] if found is None else [found] if isinstance(found, int) else list(found)
-    pad = tokenizer.pad_token_id
-    return Speaker(
-        target=target.eval(),
-        room=None if limit is None else limit - settings.max_new_tokens,
-        ends=ends,
-        pad_token_id=pad if pad is not None else (ends or [0])[0],
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        drafter=drafter,
-    )
+    keep_settings(sidecar, depends_on, output)
 
 
 def _batches(
     sizes: Sequence[tuple[int, int]], done: set[int], batch_size: int
 ) -> Iterator[list[int]]:
-    """Numbers of rows in batches of like rows, those batches that are not done.
+    """Yield the numbers of rows in batches of similar rows, those batches that are not done.
 
     A batch of which some rows are done is answered as a whole: rounding depends on the batch.
     """
-    window = batch_size * BATCHES_OF_A_WINDOW
+    window = batch_size * WINDOW
     for start in range(0, len(sizes), window):
         rows = range(start, min(start + window, len(sizes)))
         alike = sorted(rows, key=lambda row: sizes[row])
@@ -215,65 +157,48 @@ def _batches(
 
 
 def _answer(
-    talks: dict[int, Dialogue | Passage],
-    speaker: Speaker,
+    rows: Sequence[Dialogue],
+    generator: AnswerGenerator,
     tokenizer: PreTrainedTokenizerBase,
     settings: RegenerationSettings,
 ) -> None:
-    """Answer all turns of the rows of a batch."""
+    """Answer all turns of a batch of rows."""
     while True:
-        prompts = _prompts(talks, speaker, tokenizer)
+        prompts = [(row, _next_prompt(row, generator, tokenizer)) for row in rows]
+        prompts = [(row, prompt) for row, prompt in prompts if prompt]
         if not prompts:
             return
-        seeds = [seed_of(settings.seed, row, talks[row].num_answers) for row in prompts]
-        answers = speaker.answer([*prompts.values()], seeds)
-        for row, answer in zip(prompts, answers, strict=True):
+        seeds = [seed_of(settings.seed, row.number, row.num_answers) for row, _ in prompts]
+        answers = generator.generate([prompt for _, prompt in prompts], seeds)
+        for (row, _), answer in zip(prompts, answers, strict=True):
             if settings.unfinished == "drop" and not answer.is_complete:
-                talks[row].stop("an answer that was cut off")
+                row.stopped = "an answer that was cut off"
             else:
-                talks[row].take(answer, tokenizer)
+                row.take(answer, tokenizer)
 
 
-def _prompts(
-    talks: dict[int, Dialogue | Passage], speaker: Speaker, tokenizer: PreTrainedTokenizerBase
-) -> dict[int, list[int]]:
-    """The next prompt, (length,), of each row that has one; other rows end here."""
-    prompts = {}
-    for row, talk in talks.items():
-        if not talk.advance():
-            continue
-        try:
-            prompt = talk.prompt(tokenizer)
-        except ValueError as error:
-            talk.stop(str(error))
-            continue
-        if speaker.room is not None and len(prompt) > speaker.room:
-            most = f"at most {speaker.room} leave room for an answer"
-            talk.stop(f"a prompt of {len(prompt)} tokens; {most}")
-        elif prompt:
-            prompts[row] = prompt
-        else:
-            talk.stop("an empty prompt")
-    return prompts
+def _next_prompt(
+    row: Dialogue, generator: AnswerGenerator, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """The next prompt of a row, (length,); empty where the row ends."""
+    try:
+        prompt = row.prompt(tokenizer) if row.advance() else []
+    except ValueError as error:
+        row.stopped = str(error)
+        return []
+    most = generator.max_prompt_length
+    if len(prompt) > most:
+        row.stopped = f"a prompt of {len(prompt)} tokens; at most {most} leave room for an answer"
+        return []
+    return prompt
 
 
-def _write(file: AnswerFile, talks: dict[int, Dialogue | Passage], dataset: Any) -> None:
-    rows, left_out = [], []
-    for number, talk in talks.items():
-        if talk.num_answers == 0:
-            left_out.append({"row": number, "reason": talk.stopped or "no turn to answer"})
-            continue
-        name = dataset[number].get("id")
-        rows.append({"row": number, **({} if name is None else {"id": name}), **talk.result()})
-    file.append(rows, left_out)
-
-
-def _summary(file: AnswerFile) -> Regenerated:
-    complete = [row["is_complete"] for row in file.answers.read()]
-    reasons = [row["reason"] for row in file.left_out.read()]
+def _summary(answers: JsonLines, left_out: JsonLines) -> Regenerated:
+    complete = [row["is_complete"] for row in answers.read()]
+    reasons = [row["reason"] for row in left_out.read()]
     if reasons:
         logger.warning(
             f"{len(reasons)} rows have no answer and are left out, such as for {reasons[0]};"
-            f" {file.left_out.path} names them."
+            f" {left_out.path} names them."
         )
     return Regenerated(len(complete), complete.count(False), len(reasons))
