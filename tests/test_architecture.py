@@ -46,7 +46,7 @@ SEAMS = {
     "get_output_embeddings": ["drafters/coral/modeling.py", "target.py"],
     "_attn_implementation": ["target.py"],
     "DynamicCache": ["target.py"],
-    "DynamicLayer": ["decoding/cache.py", "target.py"],
+    "DynamicLayer": ["decoding/continuation.py", "decoding/ragged_cache.py", "target.py"],
 }
 
 

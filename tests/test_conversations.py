@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from conftest import VOCAB, scatter_weights, tiny_target
+from conftest import VOCAB, WINDOW, scatter_weights, tiny_target
 from transformers import DynamicCache
 
 from coral_hf import CoralDrafter
-from coral_hf.decoding.cache import CACHE
+from coral_hf.decoding.continuation import CACHE
 
 TREE = {"tree_depth": 3, "tree_top_k": 3, "tree_nodes": 8}
 SETTINGS = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": None}
@@ -94,6 +94,42 @@ def test_a_plain_calls_cache_is_continued_with_a_drafter_that_starts_cold(family
     assert second.sequences.equal(expected)
     third = reply(target, torch.cat([expected, words(3, 2)], dim=1), second[CACHE])
     assert third.sequences.equal(reply(target, torch.cat([expected, words(3, 2)], 1)).sequences)
+
+
+@pytest.mark.parametrize("family", ["mistral_window", "gemma2", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("turns", ["drafted plain drafted", "plain drafted drafted plain"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_text_far_longer_than_the_window_goes_on_turn_after_turn(family, turns, rows):
+    target, cache = tiny_target(family, torch.float64), None
+    drafter = CoralDrafter.from_target(target).eval()
+    text = words(5 * rows, 0).view(rows, 5)
+    for turn in turns.split():
+        assistant = {"assistant_model": drafter, **TREE} if turn == "drafted" else {}
+        out = reply(target, text, cache, **assistant)
+        assert out.sequences.equal(reply(target, text).sequences)
+        text, cache = torch.cat([out.sequences, words(3 * rows, 1).view(rows, 3)], 1), out[CACHE]
+    assert text.shape[1] > 4 * WINDOW
+    assert min(layer.keys.shape[2] for layer in cache.layers) < 4 * WINDOW
+
+
+def test_a_cache_that_dropped_what_a_text_attends_to_is_read_again_or_refused():
+    target = tiny_target("gemma3", torch.float64)
+    drafter = CoralDrafter.from_target(target).eval()
+    first = reply(target, words(40, 0), assistant_model=drafter, **TREE)
+    text = first.sequences[:, :30]  # the window before its last token is gone
+    second = reply(target, text, first[CACHE], assistant_model=drafter, **TREE)
+    assert second.sequences.equal(reply(target, text).sequences)
+    first = reply(target, words(40, 0))
+    sliding = first[CACHE].layers[0]
+    sliding.keys, sliding.values = sliding.keys[:, :, 1:], sliding.values[:, :, 1:]
+    with pytest.raises(ValueError, match="pass the whole text"):
+        target.generate(
+            words(2, 1),
+            attention_mask=torch.ones(1, first.sequences.shape[1] + 1),
+            **{CACHE: first[CACHE]},
+            assistant_model=drafter,
+            **SETTINGS,
+        )
 
 
 def test_the_callers_own_cache_is_filled(target, drafter):

@@ -26,8 +26,8 @@ from coral_hf.decoding.drawn_tree import DrawnTreeBuilder
 from coral_hf.decoding.loop import DecodingLoop
 from coral_hf.decoding.pace import Always
 from coral_hf.decoding.records import Records
-from coral_hf.decoding.scoring import TargetScorer
 from coral_hf.decoding.settings import Rule
+from coral_hf.decoding.target_runner import TargetRunner
 from coral_hf.decoding.texts import Texts
 from coral_hf.decoding.tree import TreeShape
 from coral_hf.decoding.verification import token_choice
@@ -118,7 +118,7 @@ def chances_of_all_texts(target, drafter, shape, rule=token_choice) -> torch.Ten
         texts, records = Texts(PROMPT, LogitsProcessorList(), criteria), Records(config, 1)
         loop = DecodingLoop(
             CoralDrafting(drafter, bound),
-            TargetScorer(bound, takes_tree=True, layers=(-1,)),
+            TargetRunner(bound, takes_tree=True, layers=(-1,)),
             texts,
             records,
             config,

@@ -9,7 +9,7 @@ from conftest import VOCAB, as_drafter, scatter_weights, tiny_target
 from test_generate import TheTargetItself
 
 from coral_hf import CoralDrafter
-from coral_hf.decoding.cache import CACHE
+from coral_hf.decoding.continuation import CACHE
 from coral_hf.decoding.costs import PROBES, Costs, Line, MeasuredCosts, Spent, StoredCosts
 from coral_hf.decoding.pace import PATIENCE, Adaptive, choose_pace
 from coral_hf.decoding.tree import TreeBuilder, TreeShape

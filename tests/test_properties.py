@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coral_hf import CoralDrafter
-from coral_hf.decoding.cache import CACHE
+from coral_hf.decoding.continuation import CACHE
 
 VOCAB = 12  # small, so that a random drafter is often right
 PAD = 0
@@ -211,10 +211,10 @@ def test_the_cache_after_a_call_is_a_prefill_of_all_but_the_last_tokens(
             fresh = target(out.sequences[row : row + 1, first:stop])
         layers = zip(out[CACHE].layers, fresh[CACHE].layers, strict=True)
         for ours, theirs in layers:
-            # a sliding layer of transformers keeps the end of a text only
+            # a sliding layer keeps the end of a text only
             width = theirs.keys.shape[2]
             for name in ("keys", "values"):
-                found = getattr(ours, name)[row, :, stop - width : stop]
+                found = getattr(ours, name)[row, :, stop - width - ours.start : stop - ours.start]
                 torch.testing.assert_close(found, getattr(theirs, name)[0])
 
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from coral_hf import CoralConfig
-from coral_hf.decoding.scoring import TargetScorer
+from coral_hf.decoding.target_runner import TargetRunner
 from coral_hf.decoding.tree import DraftTree
 from coral_hf.drafters.fit import check_target
 from coral_hf.identity import check_tokenizer, tokenizer_hash
@@ -184,9 +184,9 @@ def test_a_target_scores_each_node_as_the_text_that_ends_there_or_names_an_obsta
     model, text, tree = any_target(name), make_text(2 * WINDOW + 3), make_tree()
     if tree_obstacle(model) is not None:
         return
-    scorer = TargetScorer(bind(model), takes_tree=True, layers=(-1,))
-    scorer.prefill(text, {"use_cache": True})
-    scores = scorer.score(tree)
+    runner = TargetRunner(bind(model), takes_tree=True, layers=(-1,))
+    runner.prefill(text, {"use_cache": True})
+    scores = runner.score(tree)
     for node, seen in enumerate(tree.ancestry()[0]):
         alone = model(torch.cat([text, tree.tokens[:, seen]], dim=1)).logits[:, -1]
         # the eager softmax of some families is in fp32

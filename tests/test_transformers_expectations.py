@@ -26,7 +26,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from coral_hf import CoralDrafter
-from coral_hf.decoding.cache import CACHE
+from coral_hf.decoding.continuation import CACHE
 
 PAD = 0
 NEW = 8

@@ -11,7 +11,7 @@ from conftest import scatter_weights, tiny_config, tiny_target
 from torch import Tensor
 
 from coral_hf import CoralConfig, CoralDrafter
-from coral_hf.decoding.cache import GrowingCache
+from coral_hf.decoding.ragged_cache import RaggedCache
 from coral_hf.decoding.tree import TreeShape
 from coral_hf.drafters.coral import CoralDrafting
 from coral_hf.drafters.coral.drafting import CacheContext
@@ -108,7 +108,7 @@ def draft(drafter: CoralDrafter, embeddings: Tensor, features: Tensor, own: int)
     reads the prediction of the step before it, at the position after it. (1, hidden)
     """
     length = features.shape[1]
-    context = CacheContext(GrowingCache(len(drafter.layers)))
+    context = CacheContext(RaggedCache([None] * len(drafter.layers)))
     true = length - own
     positions = torch.arange(length)[None]
     predicted = drafter(embeddings[:, :true], features[:, :true], positions[:, :true], context)

@@ -55,12 +55,12 @@ class Drafting(Protocol):
         Args:
             tokens: (batch, new), padded on the right.
             features: (batch, new, len(layers) · hidden).
-            counts: (batch,), how many are no padding.
+            counts: (batch,), on the CPU, how many are no padding.
         """
         ...
 
     def select(self, rows: Tensor) -> None:
-        """Go on with some rows of the batch only, (rows,)."""
+        """Go on with some rows of the batch only, (rows,), on the CPU."""
         ...
 
     def memory(self) -> object | None:

@@ -24,14 +24,13 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from ..identity import check_tokenizer
-from ..target import position_limit, read_target, sliding_windows
-from .cache import CACHE, MEMORY, continued_cache, is_users, returned_cache
+from ..target import read_target, sliding_windows
 from .checks import check_call, longest_text
+from .continuation import CACHE, MEMORY, continued_cache, is_users, returned_cache
 from .drafting import family_of, family_options
 from .loop import CoralGenerateOutput, DecodingLoop
 from .pace import choose_pace
 from .records import Records
-from .scoring import TargetScorer, whole_length
 from .settings import (
     DECODING_KEYWORDS,
     TREE_DEFAULTS,
@@ -40,6 +39,7 @@ from .settings import (
     choose_rule,
     choose_shape,
 )
+from .target_runner import TargetRunner, whole_length
 from .texts import Texts
 
 
@@ -204,17 +204,16 @@ def decoder(
         check_rule(rule, texts)
         # who gets a cache may go on with it
         goes_on = generation_config.return_dict_in_generate or is_users(given)
-        records = Records(generation_config, len(input_ids), sliding_windows(model))
-        length = whole_length(input_ids, model_kwargs)
-        cache = continued_cache(given, input_ids, length)
-        limit = position_limit(model)
+        windows, whole = sliding_windows(model), whole_length(input_ids, model_kwargs)
+        records = Records(generation_config, len(input_ids), windows)
+        cache = continued_cache(given, windows, input_ids.shape[1], whole)
         drafting = family.start(drafter, target, memory=getattr(given, MEMORY, None), **options)
-        scorer = TargetScorer(
-            target, takes_tree, drafting.layers, cache, limit, records.wants, keeps_rows=goes_on
+        runner = TargetRunner(
+            target, takes_tree, drafting.layers, cache, records.wants, keeps_rows=goes_on
         )
         loop = DecodingLoop(
             drafting,
-            scorer,
+            runner,
             texts,
             records,
             generation_config,
@@ -224,7 +223,7 @@ def decoder(
             remembers=goes_on,
         )
         loop.run(model_kwargs)
-        cache = returned_cache(given, scorer.whole_cache())
+        cache = returned_cache(given, runner.whole_cache())
         setattr(cache, MEMORY, loop.memory())
         return loop.output(cache)
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .cache import CACHE
+from .continuation import CACHE
 from .costs import Spent
 from .drafting import Drafting
 from .pace import Pace
 from .records import Records
-from .scoring import Scores, TargetScorer
 from .settings import Rule
 from .stats import DecodingStats
+from .target_runner import TargetOutput, TargetRunner
 from .texts import Texts
 from .tree import DraftTree, TreeShape, root_only
 from .verification import Verdict
@@ -43,7 +43,7 @@ class DecodingLoop:
     def __init__(
         self,
         drafting: Drafting,
-        scorer: TargetScorer,
+        target: TargetRunner,
         texts: Texts,
         records: Records,
         config: GenerationConfig,
@@ -61,7 +61,7 @@ class DecodingLoop:
             remembers: whether the drafter reads the last tokens too, for a text that goes on.
         """
         self.drafting = drafting
-        self.scorer = scorer
+        self.target = target
         self.texts = texts
         self.records = records
         self.verifier = Verifier(texts, records, rule.name)
@@ -85,7 +85,12 @@ class DecodingLoop:
     def prefill(self, model_kwargs: dict) -> None:
         """Read the prompts, emit each row's first token, and start the drafter."""
         prompts = self.texts.ids
-        scores = self.scorer.prefill(prompts, model_kwargs, self.config.prefill_chunk_size)
+        scores = self.target.prefill(
+            prompts,
+            model_kwargs,
+            self.config.prefill_chunk_size,
+            with_features=not self.pace.is_plain,
+        )
         self.records.add_prompt(scores)
         rows = self.texts.active
         first = self.verifier.verify(root_only(prompts[:, -1]), scores)
@@ -96,7 +101,7 @@ class DecodingLoop:
             return
         new = scores.features.shape[1]
         tokens = torch.cat([prompts[:, prompts.shape[1] - new :], _column(first, prompts)], 1)
-        positions = self.scorer.columns.positions[:, -new:]
+        positions = self.target.cache.positions[:, -new:]
         self.drafting.begin(tokens, scores.features, positions)
         self.drop(rows, kept)
 
@@ -107,11 +112,12 @@ class DecodingLoop:
             trees = self.propose(rows)
         clock.append(self.stats.round_seconds)
         with self.stats.timed("verify"):
-            scores = self.scorer.score(trees, with_features=reads)
+            scores = self.target.score(trees, with_features=reads)
             verdicts = self.verifier.verify(trees, scores)
         with self.stats.timed("other"):
             self.note(rows, trees, verdicts, scores)
-            self.scorer.commit(*_padded(verdicts))
+            nodes, counts = _padded(verdicts)
+            self.target.cache.commit(counts.tolist(), nodes)
             kept = self.kept(rows)
             self.drop(rows, kept)
         clock.append(self.stats.round_seconds)
@@ -142,16 +148,18 @@ class DecodingLoop:
         return shape._replace(depth=max(depth, 0))
 
     def note(
-        self, rows: list[int], trees: DraftTree, verdicts: list[Verdict], scores: Scores
+        self, rows: list[int], trees: DraftTree, verdicts: list[Verdict], scores: TargetOutput
     ) -> None:
         """Remember what the round gave."""
-        columns = self.scorer.columns.lengths.tolist() if self.records.wants else [0] * len(rows)
+        cache = self.target.cache
         self.stats.num_rounds += 1
         self.stats.num_levels += trees.levels
         self.stats.num_nodes += trees.tokens.shape[1]
         for index, (row, verdict) in enumerate(zip(rows, verdicts, strict=True)):
             self.stats.round_lengths.append(len(verdict.tokens))
-            self.records.add_nodes(row, index, verdict.path, scores, columns[index])
+            self.records.add_nodes(
+                row, index, verdict.path, scores, (cache.lengths[index], cache.width)
+            )
 
     def kept(self, rows: list[int]) -> list[int]:
         """Which of the pass's rows go on, by their index in it."""
@@ -160,16 +168,15 @@ class DecodingLoop:
     def drop(self, rows: list[int], kept: list[int]) -> None:
         """Go on without the rows that have ended: they cost nothing any more."""
         if kept and len(kept) < len(rows):
-            index = torch.tensor(kept, device=self.scorer.columns.lengths.device)
-            self.scorer.select(index)
+            self.target.select(kept)
             if not self.pace.is_plain:
-                self.drafting.select(index)
+                self.drafting.select(torch.tensor(kept))
             self.remembers = False  # the drafter forgets the rows that have ended
 
     def stop_drafting(self) -> None:
         """Leave the drafter alone for the rest of the call."""
         self.remembers = False  # it does not read the text to its end
-        self.scorer.cache.be_plain()
+        self.target.cache.use_plain_append()
 
     def read(self, kept: list[int], verdicts: list[Verdict], features: Tensor) -> None:
         """Let the drafter read the new tokens of the rows that go on."""
@@ -185,7 +192,8 @@ class DecodingLoop:
         feature         f_root   f_a      f_b
         new token       a        b        next        each is paired with the feature before it
         """
-        nodes, counts = _padded(verdicts, features.device)
+        nodes, counts = _padded(verdicts)
+        nodes = nodes.to(features.device)
         tokens = torch.zeros_like(nodes)
         for row, verdict in enumerate(verdicts):
             tokens[row, : len(verdict.tokens)] = torch.tensor(verdict.tokens)
@@ -217,8 +225,8 @@ def _column(verdicts: list[Verdict], like: Tensor) -> Tensor:
     return torch.tensor([verdict.tokens for verdict in verdicts], device=like.device)
 
 
-def _padded(verdicts: list[Verdict], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def _padded(verdicts: list[Verdict]) -> tuple[Tensor, Tensor]:
     """The nodes of the paths, (batch, longest), padded with the root, and how many they are."""
     counts = [len(verdict.path) for verdict in verdicts]
     paths = [[*verdict.path, *[0] * (max(counts) - len(verdict.path))] for verdict in verdicts]
-    return torch.tensor(paths, device=device), torch.tensor(counts, device=device)
+    return torch.tensor(paths), torch.tensor(counts)

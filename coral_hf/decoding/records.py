@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .scoring import Scores
+from .target_runner import TargetOutput
 
 ByLayer = tuple[Tensor, ...]
 
@@ -36,9 +36,9 @@ class Records:
         self._logits: list[list[Tensor]] = [[] for _ in range(batch)]
         self._hidden: list[list[ByLayer]] = [[] for _ in range(batch)]  # (1, hidden) by layer
         self._attentions: list[list[ByLayer]] = [[] for _ in range(batch)]  # (heads, 1, columns)
-        self._prompt = Scores(*(torch.empty(0),) * 2)
+        self._prompt = TargetOutput(*(torch.empty(0),) * 2)
 
-    def add_prompt(self, scores: Scores) -> None:
+    def add_prompt(self, scores: TargetOutput) -> None:
         """The pass over the prompts, which counts as the first token's."""
         self._prompt = scores
 
@@ -49,13 +49,15 @@ class Records:
         if self.keeps_scores:
             self._scores[row].append(processed)
 
-    def add_nodes(self, row: int, index: int, path: list[int], scores: Scores, seen: int) -> None:
+    def add_nodes(
+        self, row: int, index: int, path: list[int], scores: TargetOutput, sizes: tuple[int, int]
+    ) -> None:
         """The states of the nodes before a row's new tokens.
 
         Args:
             index: of the row in the pass.
             path: node by node from the root.
-            seen: columns of the row; the tree begins behind those of the longest row.
+            sizes: slots of the row, and of the longest row, behind which the tree begins.
         """
         for depth, node in enumerate(path, start=1):
             if scores.hidden_states:
@@ -63,7 +65,7 @@ class Records:
             if scores.attentions:
                 layers = zip(scores.attentions, self._windows, strict=True)
                 self._attentions[row].append(
-                    tuple(_attended(one[index], path[:depth], seen, w) for one, w in layers)
+                    tuple(_attended(one[index], path[:depth], *sizes, w) for one, w in layers)
                 )
 
     def scores(self) -> tuple[Tensor, ...] | None:
@@ -87,15 +89,22 @@ class Records:
         return (prompt, *zip(*layers, strict=True))
 
 
-def _attended(weights: Tensor, path: list[int], seen: int, window: int | None) -> Tensor:
-    """What the last node of a path looks at, in the order of its text.
+def _attended(
+    weights: Tensor, path: list[int], length: int, width: int, window: int | None
+) -> Tensor:
+    """What the last node of a path attends to, in the order of its sequence.
 
-    (heads, nodes, columns + nodes) → (heads, 1, columns of the text)
+    (heads, nodes, slots held + nodes) → (heads, 1, slots of the sequence)
+
+    Args:
+        length: committed slots of the row.
+        width: those of the longest row.
     """
-    start = weights.shape[-1] - weights.shape[-2]
-    columns = [*range(seen), *(start + node for node in path)]
-    # plain `generate` has no more than the window's columns in the cache
-    return weights[:, path[-1] : path[-1] + 1, columns[-window:] if window else columns]
+    held = weights.shape[-1] - weights.shape[-2]
+    dropped = width - held  # slots that left a sliding window
+    slots = [*range(length - dropped), *(held + node for node in path)]
+    # plain `generate` has no more than the window's slots in the cache
+    return weights[:, path[-1] : path[-1] + 1, slots[-window:] if window else slots]
 
 
 def _by_token(rows: list[list[Tensor]]) -> tuple[Tensor, ...]:

@@ -1,9 +1,10 @@
 """Who decides: the target's scores of a tree become tokens, row by row.
 
-In: a tree and its `Scores`. Out: a `Verdict` a row, and the tokens appended to the `Texts`. A rule
-either walks down the tree token by token, and then scores are processed where the walk arrives,
-once, in order (`Walk`); or it looks at the whole tree before its first token is certain, and then
-scores are processed at every node (`Planned`). Either way a row's tokens become certain one by one.
+In: a tree and its `TargetOutput`. Out: a `Verdict` a row, and tokens appended to the `Texts`. A
+rule either walks down the tree token by token, and then scores are processed where the walk
+arrives, once, in order (`Walk`); or it looks at the whole tree before its first token is certain,
+and then scores are processed at every node (`Planned`). Either way a row's tokens become certain
+one by one.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .records import Records
-from .scoring import Scores
+from .target_runner import TargetOutput
 from .texts import Texts
 from .tree import DraftTree
 from .verification import Outcome, Verdict, block, greedy_walk, token_choice, traversal
@@ -50,11 +51,11 @@ class Verifier:
         self._records = records
         self._rule = rule
 
-    def verify(self, tree: DraftTree, scores: Scores) -> list[Verdict]:
+    def verify(self, tree: DraftTree, scores: TargetOutput) -> list[Verdict]:
         """Verify one tree for each row of `Texts.active`."""
         return self._emit(self._source(tree, scores), len(tree.tokens))
 
-    def _source(self, tree: DraftTree, scores: Scores) -> Source:
+    def _source(self, tree: DraftTree, scores: TargetOutput) -> Source:
         if self._rule in WHOLE_TREE:
             return Planned.by_rule(tree, scores, self._rule, self._texts, self._records)
         keeps_something = self._records.keeps_scores or self._records.keeps_logits
@@ -86,7 +87,9 @@ class Verifier:
 class Walk:
     """Decides token by token: the target's own next token is, or is not, a child of the node."""
 
-    def __init__(self, tree: DraftTree, scores: Scores, rule: str, texts: Texts, records: Records):
+    def __init__(
+        self, tree: DraftTree, scores: TargetOutput, rule: str, texts: Texts, records: Records
+    ):
         self.nodes = [0] * len(tree.tokens)
         self._tree = tree
         self._scores = scores
@@ -138,7 +141,7 @@ class Plan(NamedTuple):
 class Planned:
     """Hands out what was decided for a whole tree."""
 
-    def __init__(self, plans: Sequence[Plan], scores: Scores, texts: Texts, records: Records):
+    def __init__(self, plans: Sequence[Plan], scores: TargetOutput, texts: Texts, records: Records):
         self._plans = plans
         self._scores = scores
         self._active = texts.active
@@ -147,7 +150,9 @@ class Planned:
         self.nodes = [0] * len(plans)
 
     @classmethod
-    def greedy(cls, tree: DraftTree, scores: Scores, texts: Texts, records: Records) -> "Planned":
+    def greedy(
+        cls, tree: DraftTree, scores: TargetOutput, texts: Texts, records: Records
+    ) -> "Planned":
         """Each row along the target's own choices."""
         # in fp32 as plain `generate` compares them: float64 can tie there, and bf16 is slow
         best = scores.logits.float().argmax(-1).tolist()
@@ -158,7 +163,7 @@ class Planned:
 
     @classmethod
     def by_rule(
-        cls, tree: DraftTree, scores: Scores, rule: str, texts: Texts, records: Records
+        cls, tree: DraftTree, scores: TargetOutput, rule: str, texts: Texts, records: Records
     ) -> "Planned":
         """Each row by a rule of `WHOLE_TREE`."""
         rows = enumerate(zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True))

@@ -99,7 +99,7 @@ class BigramDrafting:
 
     def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
         """See [`coral_hf.decoding.drafting.Drafting`]."""
-        self._root = tokens.gather(1, counts[:, None] - 1)[:, 0]
+        self._root = tokens.gather(1, counts[:, None].to(tokens.device) - 1)[:, 0]
 
     def select(self, rows: Tensor) -> None:
         """See [`coral_hf.decoding.drafting.Drafting`]."""

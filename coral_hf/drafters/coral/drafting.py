@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...decoding.cache import GrowingCache
-from ...decoding.columns import HIDDEN, Columns
 from ...decoding.drafting import Warp
 from ...decoding.drawn_tree import DrawnTreeBuilder, plan_levels
+from ...decoding.ragged_cache import HIDDEN, RaggedCache
 from ...decoding.tree import Beam, DraftTree, TreeBuilder, TreeShape, root_only
 from ...heads.simple import Children
 from ...target import FEATURE, Target
@@ -32,19 +31,18 @@ class DrafterMemory(NamedTuple):
     """What a drafter has read of texts that may go on: it travels with the target's cache."""
 
     drafter: weakref.ref
-    cache: GrowingCache
-    columns: Columns
+    cache: RaggedCache
 
     def __reduce__(self) -> tuple:
         """A cache is saved without it: where it is loaded, the drafter is another object."""
         return type(None), ()
 
     def __deepcopy__(self, memo: dict) -> "DrafterMemory":
-        return DrafterMemory(self.drafter, deepcopy(self.cache, memo), deepcopy(self.columns, memo))
+        return DrafterMemory(self.drafter, deepcopy(self.cache, memo))
 
     def fits(self, drafter: CoralDrafter, positions: Tensor) -> bool:
         """Whether a text at (batch, length) `positions` goes on where this one ends."""
-        ends = self.columns.next_positions
+        ends = self.cache.next_positions
         return (
             self.drafter() is drafter
             and len(ends) == len(positions)
@@ -55,9 +53,9 @@ class DrafterMemory(NamedTuple):
 class CacheContext:
     """A drafter's own cache as the context of its steps."""
 
-    def __init__(self, cache: GrowingCache):
+    def __init__(self, cache: RaggedCache):
         self.cache = cache
-        # (batch, 1, length, rows so far + length), True where a query may look
+        # (batch, 1, length, slots + length), True where a query attends; None: plainly causal
         self.mask: Tensor | None = None
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -90,7 +88,6 @@ class CoralDrafting:
     layers: tuple[int, ...] = (FEATURE,)
     _root: Tensor  # (batch,), the last certain token
     _feature: Tensor  # (batch, 1, hidden), predicted for the root's position
-    _columns: Columns  # of the drafter's cache
 
     def __init__(
         self,
@@ -104,81 +101,65 @@ class CoralDrafting:
         self.target = target
         self.head = drafter.heads.bind(target.head, draft_head)
         self._memory = memory
-        self._start(batch=1)
 
-    def _start(self, batch: int) -> None:
-        self._context = CacheContext(GrowingCache(self.drafter.config.num_hidden_layers))
-        self._columns = Columns(batch, self.drafter.fc.weight.device)
+    def _use(self, cache: RaggedCache) -> None:
+        self._cache, self._context = cache, CacheContext(cache)
 
     def memory(self) -> DrafterMemory:
-        """What was read so far, for a call that goes on with the same texts."""
-        return DrafterMemory(weakref.ref(self.drafter), self._context.cache, self._columns)
+        """What was read so far, for a call that goes on with the same sequences."""
+        return DrafterMemory(weakref.ref(self.drafter), self._cache)
 
     def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
         """See [`coral_hf.decoding.drafting.Drafting`]."""
         device = self.drafter.fc.weight.device
         # each feature is read with the token after it
         tokens, positions = tokens[:, 1:].to(device), positions.to(device)
-        if self._memory is None or not self._memory.fits(self.drafter, positions):
-            self._start(len(tokens))
+        if self._memory is not None and self._memory.fits(self.drafter, positions):
+            self._use(self._memory.cache)
+            self._cache.truncate()  # a call may have broken off
         else:
-            self._context, self._columns = CacheContext(self._memory.cache), self._memory.columns
-            self._context.cache.truncate(self._columns.width)  # a call may have broken off
+            self._use(RaggedCache([None] * self.drafter.config.num_hidden_layers))
+            self._cache.begin(len(tokens), device)
         mask = None  # a prompt without padding is plainly causal
         seen = positions != HIDDEN
-        if self._columns.width or not seen.all():
+        if self._cache.width or not seen.all():
             length = seen.shape[1]
             causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
             itself = torch.eye(length, dtype=torch.bool, device=device)  # padding sees something
-            mask = self._mask(positions, causal & seen[:, None] | itself)
+            mask = self._cache.mask(positions, causal & seen[:, None] | itself)
         predicted = self._step(tokens, features, positions.clamp(min=0), mask)
-        self._columns.append(positions)
+        self._cache.append(positions)
         self._root, self._feature = tokens[:, -1], predicted[:, -1:]
 
     def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
         """See [`coral_hf.decoding.drafting.Drafting`]."""
         # prompts may stay on the CPU, and a target's last layer may be on another device
         device = self.drafter.fc.weight.device
-        tokens, counts = tokens.to(device), counts.to(device)
-        columns, new = self._columns, tokens.shape[1]
+        tokens, new = tokens.to(device), tokens.shape[1]
         steps = torch.arange(new, device=device)
-        positions = columns.next_positions[:, None] + steps  # (batch, new)
+        positions = self._cache.position_ids(steps[None])  # (batch, new)
         causal = (steps <= steps[:, None]).expand(len(tokens), -1, -1)
-        # a lone row sees all there is
-        is_plain = new == 1 and columns.is_dense
-        mask = None if is_plain else self._mask(positions, causal)
+        # a lone node attends to all there is
+        is_plain = new == 1 and self._cache.is_dense
+        mask = None if is_plain else self._cache.mask(positions, causal)
         predicted = self._step(tokens, features, positions, mask)
-        source, destination = columns.width + steps, columns.destinations(new)
-        columns.commit(counts)
-        self._context.cache.keep(source.expand(len(tokens), -1), destination, columns.width)
-        last = counts - 1
+        self._cache.commit(counts.tolist())
+        last = counts.to(device) - 1
         self._root = tokens.gather(1, last[:, None])[:, 0]
         index = last[:, None, None].expand(-1, -1, predicted.shape[2])
         self._feature = predicted.gather(1, index)
 
     def select(self, rows: Tensor) -> None:
         """See [`coral_hf.decoding.drafting.Drafting`]."""
-        rows = rows.to(self._root.device)
-        self._columns.select(rows)
-        self._context.cache.batch_select_indices(rows)
-        self._context.cache.truncate(self._columns.width)
+        self._cache.select(rows.tolist())
         self._root, self._feature = self._root[rows], self._feature[rows]
-
-    def _mask(self, positions: Tensor, seen: Tensor) -> Tensor:
-        """What queries see: (batch, 1, queries, columns + new), True where they may look.
-
-        Args:
-            positions: (batch, queries).
-            seen: (batch, queries, new), among the rows behind the committed columns.
-        """
-        return torch.cat([self._columns.looks(positions), seen], dim=2)[:, None]
 
     def propose(self, shape: TreeShape, warp: Warp | None = None) -> DraftTree:
         """See [`coral_hf.decoding.drafting.Drafting`]. EAGLE-2's dynamic tree, or a drawn one."""
         if shape.depth == 0 or shape.nodes == 1:
             return root_only(self._root)
         tree = self._choose(shape) if warp is None else self._draw(shape, warp)
-        self._context.cache.truncate(self._columns.width)
+        self._cache.truncate()  # what the levels wrote
         return tree
 
     def _draw(self, shape: TreeShape, warp: Warp) -> DraftTree:
@@ -232,8 +213,9 @@ class CoralDrafting:
     def _expand(self, beam: Beam, features: Tensor, seen: Tensor, depth: int) -> Tensor:
         """One drafter step over the beam: (batch, beam, hidden) features that its nodes predict."""
         parents = beam.parents[..., None].expand(-1, -1, features.shape[2])
-        positions = (self._columns.next_positions + depth)[:, None]  # (batch, 1)
-        mask = self._mask(positions.expand(seen.shape[:2]), seen)
+        depths = torch.full((1, 1), depth, device=seen.device)
+        positions = self._cache.position_ids(depths)  # (batch, 1)
+        mask = self._cache.mask(positions.expand(seen.shape[:2]), seen)
         return self._step(beam.tokens, features.gather(1, parents), positions, mask)
 
     def _step(
@@ -245,9 +227,9 @@ class CoralDrafting:
             tokens: (batch, new).
             features: (batch, new, hidden), before each token.
             positions: (batch, new) or (batch, 1).
-            mask: (batch, 1, new, columns + new), True where a token may look; None: all before it.
+            mask: (batch, new, slots + new), True where a token attends; None: to all before it.
         """
         device = self.drafter.fc.weight.device
-        self._context.mask = mask
+        self._context.mask = None if mask is None else mask[:, None]
         embeddings = self.target.embed(tokens).to(device)
         return self.drafter(embeddings, features.to(device), positions, self._context)

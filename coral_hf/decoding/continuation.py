@@ -1,0 +1,82 @@
+"""Going on with a text: the cache that a call takes over, and the one that it hands back.
+
+In: the caller's cache, if any. Out: a `RaggedCache` with what can be used of it, and after the call
+a cache that a later call, with or without a drafter, goes on from.
+"""
+
+from collections.abc import Sequence
+
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from .ragged_cache import RaggedCache, RaggedLayer
+
+# the keyword and the output of `generate` and of models: `past_key_values` before transformers 5.24
+CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
+# the attribute of a returned cache that holds what the drafter has read of the same sequences
+MEMORY = "drafter_memory"
+
+
+def is_users(cache: Cache | None) -> bool:
+    """Whether the caller has passed a cache, and so may go on with it after the call."""
+    return cache is not None and (
+        getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0
+    )
+
+
+def continued_cache(
+    given: Cache | None, windows: Sequence[int | None], length: int, whole: int
+) -> RaggedCache:
+    """What a call goes on with: an empty cache where it starts at the first token.
+
+    Args:
+        given: the call's own.
+        windows: attention window of each layer of the target, None for full attention.
+        length: tokens of `input_ids`, which are whole sequences or only what is new in them.
+        whole: tokens of the whole sequences.
+
+    Raises:
+        ValueError: if the cache has dropped slots and the sequences do not come whole.
+    """
+    fresh = RaggedCache(windows)
+    if given is None or given.get_seq_length() == 0:
+        return fresh
+    is_whole = length == whole
+    # the last token at least is read, for its logits
+    kept = min(given.get_seq_length(), length - 1 if is_whole else whole)
+    layers = [_adopt(*pair) for pair in zip(given.layers, windows, strict=False)]
+    if all(layer is not None and layer.holds(kept) for layer in layers):
+        fresh.layers[: len(layers)] = layers
+        for layer in fresh.layers:
+            layer.cut(kept)
+        return fresh
+    if is_whole:
+        return fresh  # read again from the first token: right, and slower once
+    raise ValueError(
+        f"`{CACHE}` is a {type(given).__name__} whose layers do not hold every token that"
+        " is attended to, and `input_ids` only what is new; pass the whole text as `input_ids`."
+    )
+
+
+def _adopt(layer: DynamicLayer, window: int | None) -> RaggedLayer | None:
+    """A layer of ours with another one's slots; None if that one has them in another form."""
+    if isinstance(layer, RaggedLayer) and layer.window == window:
+        layer.is_plain = layer.record_past = False
+        return layer
+    adopted = RaggedLayer(window)
+    if layer.is_initialized and layer.get_seq_length():
+        held = layer.keys.shape[-2]
+        if not isinstance(layer, DynamicLayer) or held > layer.get_seq_length():
+            return None
+        adopted.start, adopted.record_past = layer.get_seq_length() - held, True
+        adopted.update(layer.keys, layer.values)
+    return adopted
+
+
+def returned_cache(given: Cache | None, cache: RaggedCache) -> Cache:
+    """The caller's own cache, filled, where it is one that grows; else ours."""
+    cache.set_recording(False)
+    if given is None or not all(isinstance(layer, DynamicLayer) for layer in given.layers):
+        return cache
+    given.layers = cache.layers
+    return given

@@ -1,0 +1,367 @@
+"""A key-value cache whose rows have lengths of their own, and that drops rejected tokens in place.
+
+In: keys and values that a model computes, and which of them are kept. Out: views of buffers, masks
+and positions for the next pass. Rows of a batch accept different numbers of tokens, so each has its
+own number of committed slots; what a row does not use is masked. A tree is always written behind
+the longest row, and a commit moves its accepted nodes to the end of their row.
+
+    slot       0   1   2   3   4   5  |  6   7   8  (tree)
+    row 0      -   0   1   2   3   4  |  root at position 5          - is padding
+    row 1      0   1   2   3   .   .  |  root at position 4          . was not accepted
+
+A layer with a sliding window of w holds slots from `start` on: the w - 1 before the shortest row's
+end, the slots by which rows differ, and the tree. What it dropped no later query may attend to.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.cache_utils import Cache, DynamicLayer
+
+HIDDEN = -1  # the position of a slot that no query attends to
+GROWTH = (
+    128  # slots by which a buffer grows, so that a long text has little room that it never uses
+)
+SLACK = 16  # slots that leave a sliding window before they are dropped, since dropping copies
+
+
+class RaggedLayer(DynamicLayer):
+    """One layer's keys and values at the front of a larger buffer.
+
+    Both are (batch, kv_heads, slots, head_dim). Where transformers' layers copy what they hold at
+    every pass, this one writes each slot once.
+
+    Args:
+        window: attention window of the layer, None for full attention.
+    """
+
+    def __init__(self, window: int | None = None):
+        super().__init__()
+        self.window = window
+        self.is_sliding = window is not None
+        self.start = 0  # the first slot that is held
+        self.record_past = False  # whether a sliding layer waits for `release`, as a tree needs
+        self.is_plain = False  # whether to append as transformers does
+        self._buffers: list[Tensor] = []  # keys, values: (batch, kv_heads, capacity, head_dim)
+
+    @property
+    def held(self) -> int:
+        """Slots from `start` to the end."""
+        return 0 if not self.is_initialized or not self.keys.numel() else self.keys.shape[-2]
+
+    def get_seq_length(self) -> int:
+        """Slots so far, those that were dropped included."""
+        return self.start + self.held
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Slots that a pass over `query_length` tokens attends to, and the first of them."""
+        return self.held + query_length, self.start
+
+    def activate_past_recording(self) -> None:
+        """Keep all slots from now on, as transformers' assisted decoding asks."""
+        self.record_past = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Append (batch, kv_heads, new, head_dim) and return all that is held."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        is_forgetting = self.is_sliding and not self.record_past
+        if self.is_plain or is_forgetting:
+            self._buffers = []
+            states = super().update(key_states, value_states)
+            if self.window is not None and is_forgetting:
+                self.release(self.get_seq_length() - self.window + 1)
+            return states
+        held, new = self.held, key_states.shape[-2]
+        if not self._has_room(held + new):
+            self._grow(key_states, value_states, held + new)
+        # every layer of every pass comes here, and `narrow` is cheaper than slices
+        keys, values = self._buffers
+        keys.narrow(-2, held, new).copy_(key_states)
+        values.narrow(-2, held, new).copy_(value_states)
+        self.keys, self.values = keys.narrow(-2, 0, held + new), values.narrow(-2, 0, held + new)
+        return self.keys, self.values
+
+    def move(self, source: Tensor, destination: Tensor) -> None:
+        """Copy slots `source` to slots `destination`, (batch, kept) each."""
+        for states in (self.keys, self.values):
+            # (batch, kv_heads, kept, head_dim); gathered before written: the two overlap
+            shape = (*states.shape[:2], -1, states.shape[-1])
+            index, target = (
+                (part.to(states.device) - self.start)[:, None, :, None].expand(shape)
+                for part in (source, destination)
+            )
+            states.scatter_(2, target, states.gather(2, index))
+
+    def cut(self, length: int) -> None:
+        """Keep the first `length` slots."""
+        if self.is_initialized and length < self.get_seq_length():
+            self.keys = self.keys.narrow(-2, 0, length - self.start)
+            self.values = self.values.narrow(-2, 0, length - self.start)
+
+    def release(self, first: int) -> None:
+        """Drop the slots before `first`."""
+        dropped = min(first - self.start, self.held)
+        if dropped <= 0:
+            return
+        kept = self.held - dropped
+        parts = [states.narrow(-2, dropped, kept) for states in (self.keys, self.values)]
+        # a view of a long prompt would keep all of it in memory
+        self.keys, self.values = (part.clone() if dropped > kept else part for part in parts)
+        self.start += dropped
+        self._buffers = []
+
+    def holds(self, length: int) -> bool:
+        """Whether a text of `length` slots can go on with what is held."""
+        return self.start <= (0 if self.window is None else max(length - self.window + 1, 0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last slots; transformers passes their number negated."""
+        if not self.is_initialized:  # older versions of transformers do not ask
+            return
+        if self.start and not self.holds(self.get_seq_length() - abs(tokens_to_remove)):
+            raise RuntimeError(
+                f"`crop` is to remove {abs(tokens_to_remove)} tokens, but a layer with a window of"
+                f" {self.window} has dropped what the text would attend to."
+            )
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.start = 0
+        super().reset()
+
+    def _has_room(self, held: int) -> bool:
+        if not self._buffers or held > self._buffers[0].shape[-2]:
+            return False
+        # inference mode's tensors cannot be written to outside of it
+        is_writable = not self._buffers[0].is_inference() or torch.is_inference_mode_enabled()
+        # a batch operation of transformers replaces `keys`, which then is no view of the buffer
+        return is_writable and self.keys.data_ptr() == self._buffers[0].data_ptr()
+
+    def _grow(self, key_states: Tensor, value_states: Tensor, needed: int) -> None:
+        """Move what is held to buffers of a little more than `needed` slots."""
+        held, capacity = self.held, needed + (SLACK if self.is_sliding else GROWTH)
+        buffers = []
+        for old, new in ((self.keys, key_states), (self.values, value_states)):
+            buffer = new.new_zeros(*new.shape[:2], capacity, new.shape[-1])
+            if held:
+                buffer[:, :, :held] = old
+            buffers.append(buffer)
+        self._buffers = buffers
+
+
+class RaggedCache(Cache):
+    """What a model has read, and which slots belong to which row; for targets and drafters alike.
+
+    A pass writes its tokens behind slot `width`; then `append` or `commit` says what they were. All
+    counts are known on the host, so no method waits for a device. This is the growing form, whose
+    slots are views of growing buffers. A form of fixed capacity can have the same methods, with
+    masks over its capacity and counts on the device: callers ask for nothing else.
+
+    Args:
+        windows: attention window of each layer, None for full attention.
+    """
+
+    positions: Tensor  # (batch, width), `HIDDEN` where no query attends to
+    next_positions: Tensor  # (batch,)
+    ends: Tensor  # (batch,), committed slots of each row
+    lengths: list[int]  # the same on the host
+
+    def __init__(self, windows: Sequence[int | None]):
+        super().__init__(layers=[RaggedLayer(window) for window in windows])
+        self.begin(0)
+
+    def begin(self, batch: int, device: torch.device | None = None) -> None:
+        """Forget which slots belong to whom, before `append` says it for all of them."""
+        self.positions = torch.empty(batch, 0, dtype=torch.long, device=device)
+        self.next_positions = torch.zeros(batch, dtype=torch.long, device=device)
+        self.ends = torch.zeros_like(self.next_positions)
+        self.lengths, self._is_padded = [0] * batch, [False] * batch
+
+    @property
+    def width(self) -> int:
+        """Slots of the longest row: where the next pass writes."""
+        return self.positions.shape[1]
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all rows are equally long."""
+        return min(self.lengths) == self.width
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every row attends to every slot."""
+        return self.is_even and not any(self._is_padded)
+
+    def append(self, positions: Tensor) -> None:
+        """Commit the tokens of a causal pass, or of several, over equally long rows.
+
+        `positions`: (batch, new), `HIDDEN` where padded.
+        """
+        padded = (positions == HIDDEN).any(1).tolist()
+        self._is_padded = [a or b for a, b in zip(self._is_padded, padded, strict=True)]
+        self.positions = torch.cat([self.positions, positions], dim=1)
+        self.lengths = [length + positions.shape[1] for length in self.lengths]
+        self.ends = self.ends + positions.shape[1]
+        self.next_positions = torch.maximum(self.next_positions, positions.amax(1) + 1)
+
+    def commit(self, counts: Sequence[int], nodes: Tensor | None = None) -> None:
+        """Keep tokens of the last pass and drop the others.
+
+        Args:
+            counts: how many of each row.
+            nodes: (batch, longest), which ones, in ascending order and padded with any; None: the
+                first ones.
+        """
+        width, kept = self.width, max(counts)
+        device = self.positions.device
+        steps = torch.arange(kept, device=device)
+        slots = self.ends[:, None] + steps  # (batch, kept)
+        if nodes is None and not self.is_even:
+            nodes = steps.expand(len(counts), -1)
+        if nodes is not None:
+            self._move(width + nodes.to(device), slots)
+        new = torch.tensor(counts, device=device)
+        is_kept = steps < new[:, None]
+        own = (self.next_positions[:, None] + steps).masked_fill(~is_kept, HIDDEN)
+        positions = F.pad(self.positions, (0, kept), value=HIDDEN).scatter(1, slots, own)
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        self.ends, self.next_positions = self.ends + new, self.next_positions + new
+        self.truncate(max(self.lengths), positions)
+        self._release()
+
+    def _move(self, source: Tensor, destination: Tensor) -> None:
+        """Copy slots in every layer, (batch, kept) each."""
+        # a CPU is free to look whether they lie where they belong
+        if source.device.type == "cpu" and source.equal(destination):
+            return
+        for layer in self.layers:
+            if layer.is_initialized:  # layers that share another layer's keys stay empty
+                layer.move(source, destination)
+
+    def _release(self) -> None:
+        """Drop what has left the sliding windows of all rows."""
+        for layer in self.layers:
+            if layer.window is not None:
+                first = min(self.lengths) - layer.window + 1
+                if first - layer.start >= (1 if layer.is_plain else SLACK):
+                    layer.release(first)
+
+    def truncate(self, width: int | None = None, positions: Tensor | None = None) -> None:
+        """Keep the first `width` slots; by default those that are committed.
+
+        `positions`: (batch, at least width), the new ones if they change.
+        """
+        width = self.width if width is None else width
+        for layer in self.layers:
+            layer.cut(width)
+        self.positions = (self.positions if positions is None else positions)[:, :width]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only some rows of the batch."""
+        index = torch.tensor(rows)  # of the CPU, which indexes tensors of any device
+        self.lengths = [self.lengths[row] for row in rows]
+        self._is_padded = [self._is_padded[row] for row in rows]
+        self.positions, self.next_positions = self.positions[index], self.next_positions[index]
+        self.ends = self.ends[index]
+        self.batch_select_indices(index)
+        self.truncate(max(self.lengths))
+
+    def position_ids(self, depths: Tensor) -> Tensor:
+        """Positions of tokens behind the committed ones: (batch or 1, new) → (batch, new)."""
+        return self.next_positions.to(depths.device)[:, None] + depths
+
+    def mask(self, queries: Tensor, own: Tensor, window: int | None = None) -> Tensor:
+        """Which slots the tokens of a pass attend to: (batch, new, slots held + new), bool.
+
+        Args:
+            queries: (batch, new), positions of the tokens.
+            own: (batch, new, new), which tokens of the pass attend to which.
+            window: of the layers that the mask is for. It is counted in slots, as transformers
+                does: where a prompt skips positions, they differ.
+        """
+        start, device = self._start(window), queries.device
+        committed = (self.positions[:, start:] != HIDDEN).to(device)[:, None]
+        if window is None:
+            committed = committed.expand(-1, queries.shape[1], -1)
+        else:
+            slots = torch.arange(start, self.width, device=device)
+            # (batch, new), the slots that the tokens would have at the end of their row
+            own_slots = queries + (self.ends - self.next_positions).to(device)[:, None]
+            committed = committed & (own_slots[..., None] - slots < window)
+            own = own & (queries[..., None] - queries[:, None] < window)
+        return torch.cat([committed, own], dim=2)
+
+    def sees_all(self) -> bool:
+        """Whether a lone token behind each row attends to all that is held."""
+        windows = [layer.window for layer in self.layers]
+        return self.is_dense and all(
+            window is None or self.width - self._start(window) < window for window in windows
+        )
+
+    def _start(self, window: int | None) -> int:
+        """The first slot that layers with a window hold."""
+        return max((la.start for la in self.layers if la.window == window), default=0)
+
+    def set_recording(self, is_on: bool) -> None:
+        """Whether sliding layers keep what a pass pushes out of their window until `commit`."""
+        for layer in self.layers:
+            layer.record_past = is_on
+
+    def use_plain_append(self) -> None:
+        """Append as transformers does: for a lone token of a short text it costs less."""
+        for layer in self.layers:
+            layer.is_plain, layer._buffers = True, []
+
+    def part(self, row: int) -> "RaggedCache":
+        """The committed slots of one row of the batch, in a cache of its own."""
+        part = RaggedCache([layer.window for layer in self.layers])
+        part.set_recording(True)
+        for layer, own in zip(part.layers, self.layers, strict=True):
+            if own.is_initialized:
+                layer.start = own.start
+                layer.update(own.keys[row : row + 1], own.values[row : row + 1])
+                layer.cut(self.lengths[row])
+        return part
+
+    @classmethod
+    def join(cls, parts: "list[tuple[list[int], RaggedCache]]") -> "RaggedCache":
+        """One cache of several, each of some rows of the batch; zeros fill what a row lacks."""
+        order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
+        whole = cls([layer.window for layer in parts[0][1].layers])
+        whole.set_recording(True)
+        for index, layer in enumerate(whole.layers):
+            layers = [part.layers[index] for _, part in parts]
+            if layers[0].is_initialized:
+                layer.start = min(one.start for one in layers)
+                stop = max(one.get_seq_length() for one in layers)
+                sides = [(one.start - layer.start, stop - one.get_seq_length()) for one in layers]
+                states = zip(*((one.keys, one.values) for one in layers), strict=True)
+                layer.update(*(_stack(part, sides)[order] for part in states))
+        return whole
+
+
+def _stack(parts: Sequence[Tensor], sides: Sequence[tuple[int, int]]) -> Tensor:
+    """Stack (rows, kv_heads, slots, head_dim) along the batch, with slots added on both sides."""
+    padded = [F.pad(part, (0, 0, *both)) for part, both in zip(parts, sides, strict=True)]
+    return torch.cat(padded)
+
+
+def count_positions(seen: Tensor) -> Tensor:
+    """Positions of a padded prompt, (batch, length), `HIDDEN` where it is not `seen`."""
+    return (seen.long().cumsum(1) - 1).masked_fill(~seen, HIDDEN)
+
+
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The additive float form of a bool mask (…), True where a query attends.
+
+    Float, not bool: eager attention adds the mask to the scores.
+    """
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+        ~mask, torch.finfo(dtype).min
+    )
