@@ -25,10 +25,10 @@ from huggingface_hub.errors import (
 )
 from transformers.utils import ADAPTER_CONFIG_NAME
 
+from ..drafters.coral.configuration import CoralConfig
 from .drafter_folder import stale_files
 
 CARD = "README.md"
-OUR_TYPE = "coral"
 # kinds of files that hold weights
 WEIGHTS = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt", ".onnx", ".h5", ".msgpack"}
 
@@ -71,7 +71,9 @@ class Branch(NamedTuple):
         """What a repository holds that is neither a drafter nor an adapter of one."""
         model_type = (found.config or {}).get("model_type")
         names = [sibling.rfilename for sibling in found.siblings or []]
-        if model_type == OUR_TYPE or ADAPTER_CONFIG_NAME in names and self._adapts_drafter():
+        if model_type == CoralConfig.model_type:
+            return None
+        if ADAPTER_CONFIG_NAME in names and self._adapts_drafter():
             return None
         if model_type is not None:
             return f"a {model_type} model"
