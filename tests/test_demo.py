@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from coral_hf.demo import Budget, DemoSettings
 from coral_hf.demo.corpus import HELD_OUT, first_lines, held_out_prompts, pack, read_corpus
@@ -61,7 +61,7 @@ def first_run(settings):
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> PreTrainedTokenizerBase:
     return train_tokenizer(read_corpus(3).documents, 400)
 
 

@@ -55,8 +55,6 @@ class DemoSettings:
     drafter_budget: Budget = Budget(max_steps=3000, max_seconds=95)
     router_budget: Budget = Budget(max_steps=1000, max_seconds=12)
     row_length: int = 256
-    target_batch_size: int = 4  # rows; large logits are slow to allocate on a CPU
-    drafter_batch_size: int = 2  # more steps in the same time
     pad_layers: int = 32
     num_prompts: int = 5
     max_new_tokens: int = 64

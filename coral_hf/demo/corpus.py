@@ -27,6 +27,7 @@ HELD_OUT = (
     *("shelve.py", "statistics.py", "textwrap.py", "zipfile.py"),
 )
 PROMPT_CHARACTERS = 300  # about 100 tokens
+DRAFTER_BATCH_SIZE = 2  # rows of a step: more steps in the same time
 
 
 class Corpus(NamedTuple):
@@ -100,7 +101,7 @@ def training_rows(settings: DemoSettings, tokenizer: PreTrainedTokenizerBase) ->
         rows = pack(read_corpus(settings.num_files).documents, tokenizer, settings.row_length)
     else:
         rows = split_dataset(settings)["train"]
-    most = settings.drafter_budget.max_steps * settings.drafter_batch_size
+    most = settings.drafter_budget.max_steps * DRAFTER_BATCH_SIZE
     return rows.shuffle(seed=settings.seed).select(range(min(most, len(rows))))
 
 

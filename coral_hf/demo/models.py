@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.constants import HF_HOME
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    GPT2Tokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -32,11 +31,11 @@ from ..identity import digest
 from ..training import CoralTrainer, CoralTrainingArguments
 from ..training.stages import save
 from . import Budget, DemoSettings
-from .corpus import pack, read_corpus, training_rows
+from .corpus import DRAFTER_BATCH_SIZE, pack, read_corpus, training_rows
 
 LEARNING_RATE = 4e-3
+TARGET_BATCH_SIZE = 4  # rows; large logits are slow to allocate on a CPU
 WARMUP_STEPS = 20
-SPECIAL_TOKENS = PAD, BOS, EOS = "<pad>", "<s>", "</s>"  # the first ids, in this order
 MAX_POSITIONS = 1024
 # three times the usual: so narrow a model starts to learn much sooner
 INITIALIZER_RANGE = 0.06
@@ -46,6 +45,9 @@ SMALL_VOCAB_GROUPS: dict[str, Any] = {"num_groups": 8, "num_active_groups": 4}
 # a small machine verifies fewer nodes
 TREE = {"tree_depth": 6, "tree_top_k": 8, "tree_nodes": 32}
 
+
+# settings that all training runs depend on
+TRAINED = ("own_target", "num_files", "target_budget", "row_length", "seed")
 
 Announce = Callable[[str], None]
 
@@ -62,12 +64,23 @@ def cached(
 ) -> Cached:
     """Return the folder `name` of what it depends on, filled by `train` unless it is there."""
     root = settings.cache_dir or Path(HF_HOME) / "coral_hf"
-    folder = root / f"{name}-{digest(depends_on)[:12]}"
+    # the Python whose source is read is the one that runs
+    key = [platform.python_version(), *(getattr(settings, name) for name in TRAINED), depends_on]
+    folder = root / f"{name}-{digest(key)[:12]}"
     is_new = settings.fresh or not folder.is_dir()
     if is_new:
         with new_folder(folder) as unfinished:
             train(unfinished)
     return Cached(folder, is_new)
+
+
+def last_change(source: str | None) -> list[str | int | None]:
+    """Return a path and when it was last written to; a Hub id as it is."""
+    path = Path(source or "")
+    if source is None or not path.exists():
+        return [source]
+    files = [path, *path.rglob("*")]
+    return [str(path.resolve()), max(file.stat().st_mtime_ns for file in files)]
 
 
 def own_target(settings: DemoSettings, device: torch.device, announce: Announce) -> Cached:
@@ -77,7 +90,7 @@ def own_target(settings: DemoSettings, device: torch.device, announce: Announce)
         announce("Training a small target on the standard library's source")
         train_target(settings, device, folder)
 
-    return cached(settings, "stdlib-target", common_key(settings), train)
+    return cached(settings, "stdlib-target", None, train)
 
 
 def own_drafter(
@@ -93,46 +106,16 @@ def own_drafter(
         announce("Training the drafter, then its router")
         train_drafter(settings, target, tokenizer, folder)
 
-    names = ("drafter_budget", "router_budget", "drafter_batch_size", "num_prompts")
-    key = {
-        **common_key(settings),
-        **{name: getattr(settings, name) for name in names},
-        "source": newest(source),
-        "dataset": settings.dataset and newest(settings.dataset),
-    }
-    return cached(settings, "drafter", key, train)
+    # as many rows of a dataset are held out as there are prompts
+    own = [settings.drafter_budget, settings.router_budget, settings.num_prompts]
+    depends_on = [own, last_change(source), last_change(settings.dataset)]
+    return cached(settings, "drafter", depends_on, train)
 
 
-def common_key(settings: DemoSettings) -> dict[str, Any]:
-    """Return what every training run of the demo depends on."""
-    names = ("own_target", "num_files", "target_budget", "target_batch_size", "row_length", "seed")
-    # of the Python whose source is read
-    return {"python": platform.python_version(), **{n: getattr(settings, n) for n in names}}
-
-
-def newest(source: str) -> list[str | int]:
-    """Return a path and when it was last written to; a Hub id as it is."""
-    path = Path(source)
-    files = [path, *path.rglob("*")] if path.exists() else []
-    if not files:
-        return [source]
-    return [str(path.resolve()), max(file.stat().st_mtime_ns for file in files)]
-
-
-def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE, as GPT-2's, so that no character is unknown."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator(documents, trainer, length=len(documents))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS
-    )
+def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """Train byte-level BPE, in which no character is unknown."""
+    empty = GPT2Tokenizer(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token=None)
+    return empty.train_new_from_iterator(documents, vocab_size, length=len(documents))
 
 
 def train_target(settings: DemoSettings, device: torch.device, folder: Path) -> None:
@@ -141,20 +124,21 @@ def train_target(settings: DemoSettings, device: torch.device, folder: Path) -> 
     tokenizer = train_tokenizer(documents, settings.own_target["vocab_size"])
     rows = pack(documents, tokenizer, settings.row_length)
     torch.manual_seed(settings.seed)
-    special = {f"{name}_token_id": index for index, name in enumerate(("pad", "bos", "eos"))}
     config = LlamaConfig(
         **{**settings.own_target, "vocab_size": len(tokenizer)},
-        **special,
         max_position_embeddings=MAX_POSITIONS,
         initializer_range=INITIALIZER_RANGE,
         tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
             **common_arguments(settings, settings.target_budget, folder, device),
-            per_device_train_batch_size=settings.target_batch_size,
+            per_device_train_batch_size=TARGET_BATCH_SIZE,
             weight_decay=0.1,
             adam_beta2=0.95,
         ),
@@ -179,6 +163,7 @@ def train_drafter(
     drafter = CoralDrafter.from_target(target).float()
     drafter.generation_config.update(**TREE)
     is_small = target.config.get_text_config().vocab_size < SMALL_VOCAB
+    groups = SMALL_VOCAB_GROUPS if is_small else {}
     for stage in ("drafter", "router"):
         budget: Budget = getattr(settings, f"{stage}_budget")
         trainer = CoralTrainer(
@@ -186,11 +171,11 @@ def train_drafter(
             target_model=target,
             args=CoralTrainingArguments(
                 **common_arguments(settings, budget, folder, target.device),
-                **(SMALL_VOCAB_GROUPS if is_small else {}),
+                **groups,
                 stage=stage,
                 classification_weight=1.0,
                 max_length=settings.row_length,
-                per_device_train_batch_size=settings.drafter_batch_size,
+                per_device_train_batch_size=DRAFTER_BATCH_SIZE,
             ),
             train_dataset=rows,
             processing_class=tokenizer,
