@@ -6,6 +6,7 @@ In: a drafter's config and a target. Out: nothing, a warning, or a ValueError.
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ..identity import full_name
 from ..target import stream_obstacle, text_config
 
 logger = logging.get_logger(__name__)
@@ -41,7 +42,7 @@ def _warn_of_other_target(found: PreTrainedConfig, config: PreTrainedConfig) -> 
             f" {found.model_type} target of the same sizes. The output stays the target's own;"
             " expect few accepted tokens."
         )
-    if config.target_name_or_path not in (None, found._name_or_path):
-        logger.info(
-            f"The drafter was made for {config.target_name_or_path}, not for {found._name_or_path}."
-        )
+    # a folder may be given by its whole path or from where one stands
+    names = (None, found._name_or_path, full_name(found._name_or_path))
+    if config.target_name_or_path not in names:
+        logger.info(f"The drafter was made for {config.target_name_or_path}, not for {names[1]}.")
