@@ -80,7 +80,7 @@ def test_training_starts_from_the_targets_last_layer(folder, tmp_path):
     [
         (["--lora-r", 2], "pass it with --drafter"),
         (["--lora-alpha", 2], "pass --lora-r too"),
-        (["--drafter", "a", "--warm-start", "layer"], "two drafters to start from"),
+        (["--drafter", "a", "--warm-start", "layer"], "leave them out with --drafter"),
         (["--warm-start", "./absent"], "no folder ./absent"),
     ],
 )
@@ -127,7 +127,7 @@ def test_a_new_head_takes_the_place_of_a_drafters_own_where_it_is_asked_for(fold
     assert fresh.exit_code == 0, fresh.output
     assert AutoModel.from_pretrained(tmp_path / "other").config.grouping == "kmeans"
     nothing = train(folder, tmp_path / "none", "--fresh-head")
-    assert nothing.exit_code == 1 and "pass --drafter too" in printed(nothing)
+    assert nothing.exit_code == 1 and "pass it with --drafter" in printed(nothing)
 
 
 def test_two_trainings_do_not_share_an_output(folder, tmp_path):

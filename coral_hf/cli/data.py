@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from .options import DTYPES, DatasetOptions, TargetOptions, load_drafter, load_target
-from .parser import option
+from .options import DatasetOptions, TargetOptions, load_drafter
+from .parser import option, refuse
 
 
 @dataclass(kw_only=True)
@@ -23,8 +23,8 @@ class DataOptions:
     max_length: int | None = option("Cut rows as training would.", None, least=1)
 
     def __post_init__(self) -> None:
-        if (self.target is None) == (self.tokenizer is None):
-            raise ValueError("Give either --target or --tokenizer.")
+        is_one = (self.target is None) != (self.tokenizer is None)
+        refuse(not is_one, "Give either --target or --tokenizer.")
 
 
 def data(own: DataOptions) -> None:
@@ -35,20 +35,18 @@ def data(own: DataOptions) -> None:
 
     rows = load_conversations(own.dataset)
     start = own.row if own.row >= 0 else len(rows) + own.row
-    if not 0 <= start < len(rows):
-        raise ValueError(f"--row is {own.row}, but the dataset has {len(rows)} rows, from 0.")
+    is_absent = not 0 <= start < len(rows)
+    refuse(is_absent, f"--row is {own.row}, but the dataset has {len(rows)} rows, from 0.")
     chosen = range(start, min(start + own.limit, len(rows)))
     tokenizer = AutoTokenizer.from_pretrained(own.target or own.tokenizer)
     show(((index, rows[index]) for index in chosen), tokenizer, own.max_length)
 
 
 @dataclass(kw_only=True)
-class RegenerateOptions:
+class RegenerateOptions(TargetOptions, DatasetOptions):
     """What is answered, and where the answers go."""
 
-    dataset: str = option("A file, a folder or a Hub id.")
     output: Path = option("JSONL file of the answers.")
-    hold_out: int = option("Leave out the last rows, for measuring.", 0, least=0)
     limit: int | None = option("Only the first rows.", None, least=1)
     drafter: str | None = option("A drafter of the target, to be faster.", None)
     max_new_tokens: int = option("Tokens of an answer at most.", 512)
@@ -60,16 +58,16 @@ class RegenerateOptions:
     batch_size: int = option("Rows answered at a time.", 16)
 
 
-def regenerate(target: TargetOptions, own: RegenerateOptions) -> None:
+def regenerate(own: RegenerateOptions) -> None:
     """Let the target answer a dataset's prompts itself; run again, it resumes where it stopped."""
     from ..training.regeneration import RegenerationSettings
     from ..training.regeneration import regenerate as answer
 
     names = [field.name for field in fields(RegenerationSettings)]
     settings = RegenerationSettings(**{name: getattr(own, name) for name in names})
-    rows = DatasetOptions(dataset=[own.dataset], hold_out=own.hold_out).conversations()
+    rows = own.conversations()
     rows = rows if own.limit is None else rows.select(range(min(own.limit, len(rows))))
-    model, tokenizer = target.load()
+    model, tokenizer = own.load()
     drafter = None if own.drafter is None else load_drafter(own.drafter, model)
     done = answer(model, tokenizer, rows, own.output, settings, drafter)
     print(
@@ -79,27 +77,28 @@ def regenerate(target: TargetOptions, own: RegenerateOptions) -> None:
 
 
 @dataclass(kw_only=True)
-class FeaturesOptions:
+class FeaturesOptions(TargetOptions, DatasetOptions):
     """Which features are stored, and how."""
 
     output: Path = option("Folder of the features.")
-    target: str | None = option("The target: a folder or a Hub id.", None)
-    dataset: list[str] | None = option("Conversations.", None)
-    hold_out: int = option("Leave out the last rows of each dataset.", 0, least=0)
+    # not read by --check and --delete
+    target: str = option("The target: a folder or a Hub id.", "")
+    dataset: list[str] = option("Conversations: a file, a folder or a Hub id.", [])
     max_length: int = option("Tokens after which a row is cut.", 2048, least=1)
     packing: bool = option("Put several conversations in each row.", False)
     format: Literal["bfloat16", "int8"] = option("'int8' takes half the space.", "bfloat16")
     batch_size: int = option("Rows that are read at once.", 8, least=1)
     shard_megabytes: int = option("Size of a file, about.", 1000, least=1)
-    dtype: DTYPES = option("Precision of the target's weights.", "auto")
     plan: bool = option("Print what it takes, and stop.", False)
     check: bool = option("Compare files and checksums, and stop.", False)
     delete: bool = option("Delete the features, and stop.", False)
 
     def __post_init__(self) -> None:
         is_written = not self.delete and not self.check
-        if is_written and (self.target is None or not self.dataset):
-            raise ValueError("Writing features needs --target and --dataset.")
+        refuse(
+            is_written and not (self.target and self.dataset),
+            "Writing features needs --target and --dataset.",
+        )
 
 
 def features(own: FeaturesOptions) -> None:
@@ -108,35 +107,26 @@ def features(own: FeaturesOptions) -> None:
     An interrupted run resumes where it stopped. Train with `coral-hf train --dataset` and this
     folder.
     """
-    from ..training.features import CachedFeatures, delete_features, plan_features, write_features
-
-    output = own.output
-    if own.delete:
-        print(f"Deleted {delete_features(output) / 1e9:.3g} GB in {output}.")
-    elif own.check:
-        index = CachedFeatures(output, checksums=True).index
-        print(f"{output} is whole: {index.num_rows} rows of {index.target}.")
-    else:
-        model, rows = _target_and_rows(own)
-        shard_bytes = own.shard_megabytes * 10**6
-        print(plan_features(model, rows, output, own.format, shard_bytes))
-        if not own.plan:
-            index = write_features(model, rows, output, own.format, own.batch_size, shard_bytes)
-            print(
-                f"The features are in {output}. Storing them lost {index.lost:.2%} (root mean"
-                " square)."
-            )
-
-
-def _target_and_rows(own: FeaturesOptions):
-    """Return the target, and the rows as the trainer would read them."""
     from ..training.data import pack_dataset, prepare_dataset
     from ..training.data.vocabulary import warn_of_other_ends
+    from ..training.features import CachedFeatures, delete_features, plan_features, write_features
 
-    assert own.target is not None and own.dataset is not None
-    conversations = DatasetOptions(dataset=own.dataset, hold_out=own.hold_out).conversations()
-    model, tokenizer = load_target(own.target, own.dtype)
+    output, shard_bytes = own.output, own.shard_megabytes * 10**6
+    if own.delete:
+        print(f"Deleted {delete_features(output) / 1e9:.3g} GB in {output}.")
+        return
+    if own.check:
+        index = CachedFeatures(output, checksums=True).index
+        print(f"{output} is whole: {index.num_rows} rows of {index.target}.")
+        return
+    conversations = own.conversations()
+    model, tokenizer = own.load()
+    # the rows as the trainer would read them
     warn_of_other_ends(tokenizer, model)
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     rows = prepare_dataset(conversations, tokenizer, own.max_length, vocab_size=vocab_size)
-    return model, pack_dataset(rows, own.max_length) if own.packing else rows
+    rows = pack_dataset(rows, own.max_length) if own.packing else rows
+    print(plan_features(model, rows, output, own.format, shard_bytes))
+    if not own.plan:
+        index = write_features(model, rows, output, own.format, own.batch_size, shard_bytes)
+        print(f"The features are in {output}. Storing them lost {index.lost:.2%} (RMS).")

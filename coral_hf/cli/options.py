@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .parser import option
+from .parser import option, refuse
 
 DRAFTER = "The drafter: a folder or a Hub id."
 DTYPES = Literal["auto", "float32", "bfloat16", "float16", "float64"]
@@ -90,11 +90,11 @@ class DatasetOptions:
         cached = [path for path in self.dataset if (Path(path) / INDEX).is_file()]
         if not cached:
             return self.conversations()
-        if len(self.dataset) > 1 or self.hold_out:
-            raise ValueError(
-                f"{cached[0]} is a feature cache: it is read alone and whole. Give `--hold-out` and"
-                " all datasets to `coral-hf features`."
-            )
+        refuse(
+            len(self.dataset) > 1 or self.hold_out > 0,
+            f"{cached[0]} is a feature cache: it is read alone and whole. Give `--hold-out` and"
+            " all datasets to `coral-hf features`.",
+        )
         return CachedFeatures(cached[0])
 
     def conversations(self):
@@ -111,11 +111,11 @@ class DatasetOptions:
         parts = []
         for path in self.dataset:
             rows = load_conversations(path)
-            if self.hold_out >= len(rows):
-                raise ValueError(
-                    f"--hold-out {self.hold_out} of the {len(rows)} rows of {path} leaves none to"
-                    " train on."
-                )
+            refuse(
+                self.hold_out >= len(rows),
+                f"--hold-out {self.hold_out} of the {len(rows)} rows of {path} leaves none to"
+                " train on.",
+            )
             parts.append(rows.select(chosen(rows)))
         return join_datasets(parts, self.dataset)
 

@@ -32,6 +32,12 @@ def option(help: str, default: Any = MISSING, **metadata: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def refuse(is_wrong: bool, message: str) -> None:
+    """Raise a ValueError for options that do not go together."""
+    if is_wrong:
+        raise ValueError(message)
+
+
 def parse(name: str, command: Command, words: Sequence[str]) -> dict[str, Any]:
     """Return the arguments of a command, by the names of its parameters.
 

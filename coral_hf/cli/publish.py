@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from .options import DRAFTER, DTYPES, TargetOptions, load_target
-from .parser import option
+from .parser import option, refuse
 
 MAX_LENGTH = 2048  # tokens of a conversation in which proposals are counted
 OVERWRITE = "Replace an earlier checkpoint in the output folder."
@@ -95,21 +95,26 @@ class ExportOptions:
     num_hot_tokens: int | None = option(
         "SGLang only: tokens that its drafter may propose, counted in --dataset.", None
     )
-    dataset: list[str] | None = option("Conversations in which proposals are counted.", None)
+    dataset: list[str] = option("Conversations in which proposals are counted.", [])
     limit: int | None = option(
         "Conversations that are read of each dataset; 200 by default.", None, least=1
     )
     overwrite: bool = option(OVERWRITE, False)
 
     def __post_init__(self) -> None:
-        if self.num_hot_tokens is None and (self.dataset or self.limit is not None):
-            raise ValueError(
-                "--dataset and --limit are read to count hot tokens; pass --num-hot-tokens too."
-            )
-        if self.num_hot_tokens is not None and self.to != "sglang":
-            raise ValueError(f"--num-hot-tokens is for --to sglang; leave it out for {self.to}.")
-        if self.num_hot_tokens is not None and (self.target is None or not self.dataset):
-            raise ValueError("--num-hot-tokens are counted with --target and --dataset.")
+        is_counted = self.num_hot_tokens is not None
+        refuse(
+            not is_counted and (self.dataset != [] or self.limit is not None),
+            "--dataset and --limit are read to count hot tokens; pass --num-hot-tokens too.",
+        )
+        refuse(
+            is_counted and self.to != "sglang",
+            f"--num-hot-tokens is for --to sglang; leave it out for {self.to}.",
+        )
+        refuse(
+            is_counted and not (self.target and self.dataset),
+            "--num-hot-tokens are counted with --target and --dataset.",
+        )
 
 
 def export(own: ExportOptions) -> None:
@@ -145,7 +150,7 @@ def _hot_tokens(own: ExportOptions, drafter, target, tokenizer) -> list[int]:
     always = ends if isinstance(ends, list) else [] if ends is None else [ends]
     check_size(own.num_hot_tokens, drafter.config.vocab_size, always)
     tokens = []
-    for path in own.dataset or []:
+    for path in own.dataset:
         rows = load_conversations(path)
         rows = rows.select(range(min(own.limit or 200, len(rows))))
         prepared = prepare_dataset(rows, tokenizer, MAX_LENGTH)

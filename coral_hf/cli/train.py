@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..demo import DemoSettings
 from .options import DatasetOptions, TargetOptions
-from .parser import option
+from .parser import option, refuse
 
 STAGES = Literal["drafter", "joint", "router", "low_rank"]
 STAGES_OF_HEADS = ("router", "low_rank")
@@ -26,9 +26,7 @@ class TrainOptions:
     """What is trained, from where, and in which stages."""
 
     output: Path = option("Folder of the finished drafter.")
-    eval_dataset: list[str] | None = option(
-        "Conversations evaluated with --eval-strategy, in place of the held-out rows.", None
-    )
+    eval_dataset: list[str] = option("Evaluated with --eval-strategy, not the held-out rows.", [])
     layers: int = option("Decoder layers of a fresh drafter.", 1, least=1)
     drafter: str | None = option("A drafter of this target, to be trained on.", None)
     warm_start: str | None = option(
@@ -38,33 +36,30 @@ class TrainOptions:
     )
     lora_r: int | None = option("Train a LoRA of this rank, not the drafter itself.", None)
     lora_alpha: int | None = option("Alpha of the LoRA; twice its rank by default.", None)
-    lora_target: list[str] | None = option(
-        "Layers of the LoRA: fc, q_proj, ...; all by default.", None
-    )
-    stage: list[STAGES] = option("What is trained, one after the other.", ["drafter", "router"])
+    lora_target: list[str] = option("Layers of the LoRA: fc, q_proj, ...; all by default.", [])
+    stage: list[STAGES] = option("Trained one after the other.", ["drafter", "router"])
     fresh_head: bool = option("Train new heads in place of those that the drafter has.", False)
     router_epochs: float = option("Epochs of the router's stage; 0 trains no router.", 0.2)
     resume: bool = option("Continue from the last checkpoint.", False)
 
     def __post_init__(self) -> None:
-        has_drafter = self.drafter is not None
-        if self.stage[0] in STAGES_OF_HEADS and not has_drafter:
-            raise ValueError(
-                f"--stage {self.stage[0]} trains a head of a trained drafter; pass it with"
-                " --drafter."
-            )
-        if self.fresh_head and not has_drafter:
-            raise ValueError("--fresh-head is for the heads of a drafter; pass --drafter too.")
-        if self.lora_r is None and (self.lora_alpha is not None or self.lora_target):
-            raise ValueError("--lora-alpha and --lora-target are of a LoRA; pass --lora-r too.")
-        if self.lora_r is not None and not has_drafter:
-            raise ValueError("--lora-r adapts a trained drafter; pass it with --drafter.")
-        if has_drafter and self.warm_start is not None:
-            raise ValueError("--drafter and --warm-start are two drafters to start from; pass one.")
-        if has_drafter and self.layers != 1:
-            raise ValueError(
-                f"--layers {self.layers} is of a fresh drafter; leave it out with --drafter."
-            )
+        first, has_drafter = self.stage[0], self.drafter is not None
+        refuse(
+            first in STAGES_OF_HEADS and not has_drafter,
+            f"--stage {first} trains a head of a trained drafter; pass it with --drafter.",
+        )
+        refuse(
+            self.lora_r is None and (self.lora_alpha is not None or self.lora_target != []),
+            "--lora-alpha and --lora-target are of a LoRA; pass --lora-r too.",
+        )
+        refuse(
+            not has_drafter and (self.lora_r is not None or self.fresh_head),
+            "--lora-r and --fresh-head change a trained drafter; pass it with --drafter.",
+        )
+        refuse(
+            has_drafter and (self.warm_start is not None or self.layers != 1),
+            "--warm-start and --layers make a fresh drafter; leave them out with --drafter.",
+        )
 
     def arguments(self, typed: list[str]) -> list:
         """Return the arguments of each stage: the options of transformers that were typed."""
@@ -86,10 +81,10 @@ class TrainOptions:
         """Return the conversations that are evaluated."""
         if self.eval_dataset:
             return DatasetOptions(dataset=self.eval_dataset).rows()
-        if not data.hold_out:
-            raise ValueError(
-                "--eval-strategy needs rows to evaluate: give --hold-out 200, or --eval-dataset."
-            )
+        refuse(
+            not data.hold_out,
+            "--eval-strategy needs rows to evaluate: give --hold-out 200, or --eval-dataset.",
+        )
         return data.held_out()
 
     def first_drafter(self, target, tokenizer):
@@ -109,7 +104,7 @@ class TrainOptions:
             drafter.heads.remove_router()
         if self.fresh_head and "low_rank" in self.stage:
             drafter.heads.remove_low_rank_head()
-        adapter = self.lora_r and lora(self.lora_r, self.lora_alpha, self.lora_target)
+        adapter = self.lora_r and lora(self.lora_r, self.lora_alpha, self.lora_target or None)
         return with_adapter(drafter.to(target.device), "drafter", adapter)
 
 
@@ -126,8 +121,8 @@ def train(
     from ..training.stages import train as train_stages
 
     stages = own.arguments(training_options)
-    if stages[0].push_to_hub and stages[0].hub_model_id is None:
-        raise ValueError("--push-to-hub needs --hub-model-id organisation/name.")
+    is_nameless = stages[0].push_to_hub and stages[0].hub_model_id is None
+    refuse(is_nameless, "--push-to-hub needs --hub-model-id organisation/name.")
     rows = data.rows()
     held_out = own.held_out(data) if stages[0].eval_strategy != "no" else None
     # each process of a run has a GPU of its own, to which its trainer moves the target
