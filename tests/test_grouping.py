@@ -10,10 +10,9 @@ from coral_hf.heads.groups import Groups, check_order
 from coral_hf.target import Target, read_target
 from coral_hf.training.features import CachedFeatures, write_features
 from coral_hf.training.grouping import group_order, most_frequent_first, token_counts
-from coral_hf.training.grouping.balance import balanced_groups
 from coral_hf.training.grouping.coactivation import coactivation_groups, gain, read_groups
-from coral_hf.training.grouping.kmeans import kmeans_groups
-from coral_hf.training.grouping.positions import Said, read_positions
+from coral_hf.training.grouping.kmeans import balanced_groups, kmeans_groups
+from coral_hf.training.grouping.positions import TargetTopK, read_top_k
 
 MADE = ("kmeans", "frequency", "coactivation")
 
@@ -95,7 +94,7 @@ def test_a_grouping_that_counts_needs_rows(target, rows, grouping):
         ({"num_groups": 0}, "`num_groups` is 0; use a value from 1 to .* 40"),
         ({"num_groups": 41}, "`num_groups` is 41"),
         ({"num_tokens": 41}, "`num_tokens` is 41"),
-        ({"grouping": "random"}, "'random'; use one of .*'kmeans'"),
+        ({"grouping": "random"}, "'random'; use 'contiguous' or one of .*'kmeans'"),
     ],
 )
 def test_what_cannot_be_grouped_is_refused(target, fields, message):
@@ -162,8 +161,8 @@ def test_kmeans_puts_equal_rows_together():
 
 # ---- coactivation
 
-# two positions compete for tokens 0 and 3, two for 1 and 4; 2 and 5 are never said
-SAID = Said(
+# two positions compete for tokens 0 and 3, two for 1 and 4; 2 and 5 are nowhere likely
+TOP = TargetTopK(
     tokens=torch.tensor([[0, 3], [3, 0], [1, 4], [4, 1]]),
     probs=torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.9, 0.1]]),
     counts=torch.tensor([1.5, 0.3, 0.0, 0.5, 1.7, 0.0]).double(),
@@ -173,21 +172,21 @@ SIZES = torch.tensor([3, 3])
 
 def test_coactivation_puts_tokens_together_that_compete():
     rows = torch.zeros(6, 4)
-    groups = coactivation_groups(SAID, rows, torch.tensor([0, 0, 0, 1, 1, 1]), SIZES)
+    groups = coactivation_groups(TOP, rows, torch.tensor([0, 0, 0, 1, 1, 1]), SIZES)
     assert groups[0] == groups[3] != groups[1] == groups[4]
 
 
-def test_tokens_that_are_never_said_stay_with_similar_ones():
+def test_tokens_that_are_nowhere_likely_stay_with_similar_ones():
     rows = torch.zeros(6, 4)
     rows[[2, 1, 4], 0] = 1.0
     rows[[5, 0, 3], 0] = -1.0
-    groups = coactivation_groups(SAID, rows, torch.tensor([0, 0, 0, 1, 1, 1]), SIZES)
+    groups = coactivation_groups(TOP, rows, torch.tensor([0, 0, 0, 1, 1, 1]), SIZES)
     assert groups[2] == groups[1] == groups[4] != groups[5]
 
 
 def test_the_gain_of_a_token_is_its_mass_where_a_group_is_read():
-    assert read_groups(SAID, torch.tensor([0, 0, 0, 1, 1, 1]), 2).tolist() == [[0], [0], [1], [1]]
-    found = gain(SAID, torch.tensor([[0], [1], [0], [0]]), torch.Size([6, 2])) * len(SAID.probs) / 6
+    assert read_groups(TOP, torch.tensor([0, 0, 0, 1, 1, 1]), 2).tolist() == [[0], [0], [1], [1]]
+    found = gain(TOP, torch.tensor([[0], [1], [0], [0]]), torch.Size([6, 2])) * len(TOP.probs) / 6
     expected = torch.tensor([[0.9, 0.6], [0.3, 0], [0, 0], [0.1, 0.4], [1.7, 0], [0, 0]])
     torch.testing.assert_close(found, expected)
 
@@ -225,9 +224,9 @@ def test_padding_of_the_vocabulary_is_never_counted(target, rows):
 @pytest.mark.parametrize("max_tokens", [1, 10, 1000])
 def test_no_more_positions_are_read_than_were_asked_for(target, rows, max_tokens):
     trained = sum(len(row["input_ids"]) - 3 for row in rows)
-    said = read_positions(target, rows, max_tokens, top_k=5)
-    assert said.tokens.shape == said.probs.shape == (min(max_tokens, trained), 5)
-    torch.testing.assert_close(float(said.counts.sum()), float(len(said.tokens)))
+    top = read_top_k(target, rows, max_tokens, top_k=5)
+    assert top.tokens.shape == top.probs.shape == (min(max_tokens, trained), 5)
+    torch.testing.assert_close(float(top.counts.sum()), float(len(top.tokens)))
 
 
 def test_a_stream_is_counted_as_its_rows_are(target, rows):

@@ -1,12 +1,12 @@
-"""How the vocabulary is cut into groups, and which tokens a target writes most.
+"""Groupings of the vocabulary for a router, and expected counts of tokens.
 
     contiguous    slices of the token ids
-    kmeans        tokens whose rows of the LM head are alike
-    frequency     slices of the tokens by how often the target writes them
-    coactivation  tokens that the target has in mind at the same places
+    kmeans        tokens with similar rows of the LM head
+    frequency     slices of the tokens sorted by how often the target generates them
+    coactivation  tokens that are likely at the same positions
 
-All but the first are an order of the vocabulary, of which groups are equal slices. A good one lets
-few groups hold what the target may say next, whatever the text is.
+All but the first are an order of the vocabulary, of which groups are equal slices. In a good one,
+few groups hold the likely next tokens at any position.
 """
 
 from .frequency import most_frequent_first, token_counts

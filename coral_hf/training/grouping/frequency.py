@@ -1,6 +1,6 @@
-"""How often a target writes each token.
+"""Expected counts of the tokens that a target generates.
 
-In: a target, training rows. Out: expected counts, and the tokens in their order.
+In: a target, training rows. Out: the counts, and the tokens sorted by them.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...target import Target
-from .positions import read_positions
+from .positions import read_top_k
 
 # on a target of 32k tokens 10k positions made groups as good as 100k did
 MAX_TOKENS = 50_000
@@ -22,16 +22,17 @@ def token_counts(
     num_tokens: int | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Expected counts of all tokens: the target's probabilities, summed over trained positions.
+    """Sum the target's probabilities of each token over trained positions.
 
-    A position counts for all that the target might say there, not for the one token of the text, so
-    fewer positions suffice, tokens that are in no row have an order too, and the rows need not have
-    been written by the target.
+    A position counts for all likely tokens, not for the one in the row, so fewer positions suffice,
+    tokens that are in no row are ranked too, and the rows need not be written by the target.
 
     Args:
+        target: the target.
         rows: as the trainer has them: token ids and labels, or `CachedFeatures`.
         max_tokens: trained positions that are read at most.
         num_tokens: of the tokenizer; ids from there on, which pad the vocabulary, count nothing.
+        seed: of the order in which rows are read.
 
     Returns:
         (vocab,), fp64, on the CPU.
@@ -39,15 +40,21 @@ def token_counts(
     Raises:
         ValueError: if there are no rows, or if none of their tokens is trained.
     """
-    counts = read_positions(target, rows, max_tokens, seed, top_k=1).counts
+    counts = read_top_k(target, rows, max_tokens, seed, top_k=1).counts
     counts[num_tokens or len(counts) :] = 0
     return counts
 
 
 def most_frequent_first(counts: Tensor) -> Tensor:
-    """The tokens by their counts, (vocab,) → (vocab,) ids; equal counts in the order of the ids.
+    """Sort the tokens by their counts; equal counts keep the order of the ids.
 
     The first of them make a frequency head, slices of them a grouping.
+
+    Args:
+        counts: (vocab,), of `token_counts`.
+
+    Returns:
+        (vocab,), token ids.
     """
     if counts.dim() != 1 or not torch.isfinite(counts).all():
         raise ValueError(

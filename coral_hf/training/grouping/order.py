@@ -1,4 +1,4 @@
-"""The order of the vocabulary that a grouping makes; groups are equal slices of it.
+"""Orders of the vocabulary, of which groups are equal slices.
 
 In: a target and its training rows. Out: (vocab,) token ids, those that pad the vocabulary last.
 """
@@ -16,7 +16,7 @@ from ...target import Target, text_config
 from .coactivation import coactivation_groups
 from .frequency import MAX_TOKENS, most_frequent_first, token_counts
 from .kmeans import kmeans_groups
-from .positions import read_positions
+from .positions import read_top_k
 
 
 def group_order(
@@ -35,8 +35,11 @@ def group_order(
 
     Args:
         grouping: "contiguous", "kmeans", "frequency" or "coactivation".
-        rows: of training, as the trainer has them: token ids and labels, or `CachedFeatures`. Only
-            the last two groupings read them.
+        target: the target.
+        rows: the training rows, as the trainer has them: token ids and labels, or `CachedFeatures`.
+            Only the last two groupings read them.
+        num_groups: of the router.
+        seed: of the order in which rows are read and of k-means.
         num_tokens: of the tokenizer; ids from there on, which pad the vocabulary, come last.
         max_tokens: trained positions that are read at most.
 
@@ -47,8 +50,8 @@ def group_order(
         ValueError: if a grouping needs rows, of training or of the LM head, that cannot be read, or
             if there are more groups than tokens.
     """
-    if grouping not in ORDERS:
-        raise ValueError(f"`grouping` is {grouping!r}; use one of {tuple(ORDERS)}.")
+    if grouping not in ("contiguous", *ORDERS):
+        raise ValueError(f"`grouping` is {grouping!r}; use 'contiguous' or one of {[*ORDERS]}.")
     vocab_size = text_config(target.model).vocab_size
     num_tokens = vocab_size if num_tokens is None else num_tokens
     for name, value in (("num_groups", num_groups), ("num_tokens", num_tokens)):
@@ -63,37 +66,34 @@ def group_order(
     sizes = torch.full((-(-num_tokens // size),), size)
     sizes[-1] -= int(sizes.sum()) - num_tokens
     order = ORDERS[grouping](target, rows, sizes, seed, max_tokens)
-    order = _of_first_process(torch.cat([order, torch.arange(num_tokens, vocab_size)]))
+    order = _broadcast(torch.cat([order, torch.arange(num_tokens, vocab_size)]))
     check_order(order, vocab_size)
     return order
 
 
-# each: sizes (groups,) → the tokens by group, (tokens,) with as many as `sizes` adds up to
-def _contiguous(target: Target, rows: Any, sizes: Tensor, seed: int, max_tokens: int) -> Tensor:
-    return torch.arange(int(sizes.sum()))
-
-
 def _frequency(target: Target, rows: Any, sizes: Tensor, seed: int, max_tokens: int) -> Tensor:
+    """The tokens group by group, (tokens,), for `sizes` (groups,)."""
     counts = token_counts(target, rows, max_tokens, seed=seed)
     return most_frequent_first(counts[: int(sizes.sum())])
 
 
 def _kmeans(target: Target, rows: Any, sizes: Tensor, seed: int, max_tokens: int) -> Tensor:
+    """The tokens group by group, (tokens,), for `sizes` (groups,)."""
     weight = _head_rows(target, int(sizes.sum()))
     return kmeans_groups(weight, sizes, seed).argsort(stable=True)
 
 
 def _coactivation(target: Target, rows: Any, sizes: Tensor, seed: int, max_tokens: int) -> Tensor:
+    """The tokens group by group, (tokens,), for `sizes` (groups,)."""
     weight = _head_rows(target, int(sizes.sum()))
-    said = read_positions(target, rows, max_tokens, seed).of_tokens(len(weight))
+    top = read_top_k(target, rows, max_tokens, seed).below(len(weight))
     groups = kmeans_groups(weight, sizes, seed)
-    return coactivation_groups(said, weight, groups, sizes).argsort(stable=True)
+    return coactivation_groups(top, weight, groups, sizes).argsort(stable=True)
 
 
 # (target, rows, sizes (groups,), seed, max_tokens) → (tokens,) ids
 Order = Callable[[Target, Any, Tensor, int, int], Tensor]
 ORDERS: dict[str, Order] = {
-    "contiguous": _contiguous,
     "kmeans": _kmeans,
     "frequency": _frequency,
     "coactivation": _coactivation,
@@ -101,7 +101,7 @@ ORDERS: dict[str, Order] = {
 
 
 def _head_rows(target: Target, num_tokens: int) -> Tensor:
-    """(tokens, hidden), the LM head's rows in fp32 on the CPU."""
+    """The first rows of the LM head in fp32 on the CPU, (tokens, hidden)."""
     if not target.head.is_readable:
         raise ValueError(
             f"The rows of the target's LM head ({type(target.head.module).__name__}) cannot be"
@@ -111,8 +111,8 @@ def _head_rows(target: Target, num_tokens: int) -> Tensor:
     return target.head.weight[:num_tokens].detach().float().cpu()
 
 
-def _of_first_process(order: Tensor) -> Tensor:
-    """(vocab,); devices that compute the same to the last bit are not a matter of course."""
+def _broadcast(order: Tensor) -> Tensor:
+    """Send the first process's order, (vocab,), to all: devices may differ in the last bit."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return order
     return broadcast(order.to(PartialState().device)).cpu()

@@ -1,4 +1,4 @@
-"""What a target says at the positions that a drafter is trained on.
+"""The target's features and most probable tokens at the positions that a drafter is trained on.
 
 In: a target, training rows or a feature cache. Out: its features there, or its most probable tokens
 and the expected count of every token. The work is bounded by a number of positions.
@@ -6,10 +6,11 @@ and the expected count of every token. The work is bounded by a number of positi
     position   0    1    2    3    4
     token      x0   x1   x2   x3   x4
     label      -    -    x2   x3   -         (-: not trained)
-    feature         f1   f2                  of which the target says x2 and x3
+    feature         f1   f2                  from which the target predicts x2 and x3
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 from ...lm_head import execution_device
 from ...target import Target, text_config
 from ..data import CoralCollator
+from ..data.encoding import IGNORED
 from ..features.online import TargetFeatures
 
 # in what these leave out, a real target's tokens are too improbable to be drafted
@@ -27,42 +29,42 @@ TOP_K = 64
 CHUNK_SIZE = 128
 
 
-class Said(NamedTuple):
-    """What a target says at some positions, on the CPU."""
+class TargetTopK(NamedTuple):
+    """A target's most probable tokens at some positions, on the CPU."""
 
     tokens: Tensor  # (positions, top_k), int64, the most probable first
     probs: Tensor  # (positions, top_k), fp32
     counts: Tensor  # (vocab,), fp64, probabilities of all tokens summed over positions
 
-    def of_tokens(self, num_tokens: int) -> "Said":
-        """Without ids from `num_tokens` on; in their places stands token 0 of probability 0."""
-        outside = self.tokens >= num_tokens
+    def below(self, num_tokens: int) -> "TargetTopK":
+        """Drop ids from `num_tokens` on; token 0 with probability 0 takes their places."""
+        outside = self.tokens >= num_tokens  # (positions, top_k)
         tokens, probs = self.tokens.masked_fill(outside, 0), self.probs.masked_fill(outside, 0.0)
-        return Said(tokens, probs, self.counts[:num_tokens])
+        return TargetTopK(tokens, probs, self.counts[:num_tokens])
 
 
 @torch.no_grad()
-def read_positions(
+def read_top_k(
     target: Target, rows: Any, max_tokens: int, seed: int = 0, top_k: int = TOP_K
-) -> Said:
-    """Ask a target what it says at no more than `max_tokens` trained positions of its rows.
+) -> TargetTopK:
+    """Read a target's most probable tokens at up to `max_tokens` trained positions of its rows.
 
     Raises:
         ValueError: if there are no rows, or if none of their tokens is trained.
     """
     vocab_size = text_config(target.model).vocab_size
     counts = torch.zeros(vocab_size, dtype=torch.float64)
-    # in one piece: small tensors kept between large ones that come and go tear the heap apart
+    # allocated once: small tensors kept between large ones that come and go fragment the heap
     shape = (max(max_tokens, 0), min(top_k, vocab_size))
     tokens, probs, read = torch.empty(shape, dtype=torch.int64), torch.empty(shape), 0
     with tqdm(total=max_tokens, unit="token", desc="Reading the target") as progress:
         for features in trained_features(target, rows, max_tokens, seed):
             for chunk in features.split(CHUNK_SIZE):
-                said = target.head.logits(chunk).float().softmax(-1)  # (rows, vocab)
-                best = said.topk(shape[1], dim=-1)
+                all_probs = target.head.logits(chunk).float().softmax(-1)  # (chunk, vocab)
+                best = all_probs.topk(shape[1], dim=-1)
                 own = slice(read, read + len(chunk))
                 tokens[own], probs[own] = best.indices, best.values
-                counts += said.sum(0).cpu()
+                counts += all_probs.sum(0).cpu()
                 read += len(chunk)
                 progress.update(len(chunk))
         progress.total = progress.n
@@ -71,19 +73,23 @@ def read_positions(
             "`rows` have no trained token (all `labels` from the third token on are -100); check"
             " the chat template and the data."
         )
-    return Said(tokens[:read], probs[:read], counts)
+    return TargetTopK(tokens[:read], probs[:read], counts)
 
 
 def trained_features(
     target: Target, rows: Any, max_tokens: int, seed: int = 0, batch_size: int = 8
 ) -> Iterator[Tensor]:
-    """The target's features that say a trained token, of rows in an order drawn with `seed`.
+    """Yield the target's features that predict a trained token, of rows in a shuffled order.
 
     A stream is read from its beginning instead.
 
     Args:
+        target: the target.
         rows: a `datasets.Dataset` of `prepare_dataset`, or another dataset of such rows;
-            `CachedFeatures` spare the target's pass.
+            `CachedFeatures` spare the target's forward pass.
+        max_tokens: positions that are read at most.
+        seed: of the order.
+        batch_size: rows that are read at once.
 
     Yields:
         (positions, hidden), `max_tokens` positions in all, or as many as there are.
@@ -95,15 +101,14 @@ def trained_features(
         )
     reader, collate = TargetFeatures(target.model.eval()), CoralCollator()
     device, left = execution_device(target.head.module), max_tokens
-    for part in _batches(_shuffled(rows, seed), batch_size):
+    shuffled = iter(_shuffled(rows, seed))
+    while left > 0 and (part := [*islice(shuffled, batch_size)]):
         batch = {name: tensor.to(target.device) for name, tensor in collate(part).items()}
-        trained = batch["labels"][:, 1:] != -100  # (batch, length - 1)
+        trained = batch["labels"][:, 1:] != IGNORED  # (batch, length - 1)
         if trained.any():
             features = reader.read(batch)[:, :-1]  # (batch, length - 1, hidden)
             yield features[trained.to(features.device)][:left].to(device)
             left -= int(trained.sum())
-        if left <= 0:
-            return
 
 
 def _shuffled(rows: Any, seed: int) -> Iterable[dict]:
@@ -111,14 +116,3 @@ def _shuffled(rows: Any, seed: int) -> Iterable[dict]:
         return rows
     generator = torch.Generator().manual_seed(seed)
     return (rows[row] for row in torch.randperm(len(rows), generator=generator).tolist())
-
-
-def _batches(rows: Iterable[dict], batch_size: int) -> Iterator[list[dict]]:
-    batch: list[dict] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == batch_size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
