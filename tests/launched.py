@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
-from coral_hf.training.runs.run_lock import sole_run
+from coral_hf.training.runs.checkpoints import sole_run
 
 SETTINGS = {
     "max_steps": 4,
@@ -116,9 +116,9 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def results(trainer: CoralTrainer) -> dict:
-    """What a test compares."""
-    weights = trainer._drafter.named_parameters()
+def results(trainer: CoralTrainer, drafter: CoralDrafter | None = None) -> dict:
+    """What a test compares; `drafter` is the user's own where the trainer shards a copy of it."""
+    weights = (drafter or trainer.drafter).named_parameters()
     return {
         "logs": trainer.state.log_history,
         "weights": {name: weight.detach().clone() for name, weight in weights},
@@ -136,7 +136,7 @@ def two_stages(folder: Path, **settings) -> dict:
         gradients = Gradients()
         trainer.add_callback(gradients)
         trainer.train()
-        found[stage] = {**results(trainer), "gradients": gradients.found}
+        found[stage] = {**results(trainer, drafter), "gradients": gradients.found}
     found["record"] = drafter.training_record
     found["shards"] = sum(isinstance(weight, DTensor) for weight in TARGET.parameters())
     return found
@@ -145,11 +145,12 @@ def two_stages(folder: Path, **settings) -> dict:
 class BrokenRows(CoralTrainer):
     """A target whose features are not finite from the third step on, in process 1 alone."""
 
-    def _unroll(self, model, inputs):
-        unrolled = super()._unroll(model, inputs)
+    def compute_loss(self, model, inputs, *args, **kwargs):
         if self.state.global_step == 2 and self.args.process_index == 1:
-            unrolled.target[0] = float("nan")
-        return unrolled
+            features = self.step.features.read(inputs).clone()
+            features[0, 8] = float("nan")
+            inputs = {**inputs, "features": features}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 def stops_at_a_broken_row(folder: Path) -> dict:
@@ -172,7 +173,7 @@ def all_at_once(folder: Path, **settings) -> dict:
         **{**settings, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
     )
     found["broken"] = stops_at_a_broken_row(folder)
-    noise = make_trainer(folder / "noisy", feature_noise=0.1).noise
+    noise = make_trainer(folder / "noisy", feature_noise=0.1).step.noise
     found["noise"] = noise.on(torch.zeros(4, 8))
     return found
 
@@ -180,10 +181,10 @@ def all_at_once(folder: Path, **settings) -> dict:
 class DiesWriting(NoisyTrainer):
     """Ends this process as the kernel would, when half of a checkpoint is written."""
 
-    step: int
+    kill_step: int
 
     def _save_rng_state(self, output_dir):
-        if self.state.global_step == self.step:
+        if self.state.global_step == self.kill_step:
             os.kill(os.getpid(), signal.SIGKILL)
         super()._save_rng_state(output_dir)
 
@@ -205,7 +206,7 @@ def resumed(
     """A run that writes checkpoints, is killed, or goes on."""
     trainer_class = NoisyTrainer if kill_writing is None else DiesWriting
     trainer = make_trainer(folder / "run", trainer_class=trainer_class, **settings)
-    trainer.step = kill_writing
+    trainer.kill_step = kill_writing
     if kill_at is not None:
         trainer.add_callback(KillAt(kill_at))
     trainer.train(resume_from_checkpoint=resume)

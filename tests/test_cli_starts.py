@@ -136,7 +136,7 @@ def test_two_trainings_do_not_share_an_output(folder, tmp_path):
         assert "held\n" in process.stdout
         # of another stage, whose own folder is free
         result = train(folder, tmp_path / "new", "--stage", "joint")
-        said = f"The folder {tmp_path / 'new'} is in use: process {process.pid} on"
+        said = f"{tmp_path / 'new'} is in use: process {process.pid} on"
         assert result.exit_code == 1 and said in printed(result)
         assert not (tmp_path / "new" / "joint").exists()
     finally:

@@ -6,7 +6,7 @@ import torch
 from conftest import tiny_target
 from transformers import TrainerCallback
 
-from coral_hf import CoralTrainer
+from coral_hf.training.steps.coral import CoralStep
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 
@@ -35,14 +35,14 @@ def test_features_that_are_not_finite_name_their_row(tmp_path, value):
     assert saved == [f"checkpoint-{n}" for n in range(1, step + 1)]
 
 
-class BrokenLoss(CoralTrainer):
+class BrokenStep(CoralStep):
     """One of the losses overflows in the second batch of the third step."""
 
     batches = 0
 
-    def _losses(self, unrolled):
+    def losses(self, drafter, trained):
         self.batches += 1
-        losses = super()._losses(unrolled)
+        losses = super().losses(drafter, trained)
         if self.batches == 6:
             losses.terms["tokens"] *= float("inf")
         return losses
@@ -57,7 +57,8 @@ class Weights(TrainerCallback):
 
 def test_a_loss_that_is_not_finite_is_named_with_its_batch(tmp_path):
     accumulated = {"gradient_accumulation_steps": 2, **SAVING}
-    trainer = launched.make_trainer(tmp_path, trainer_class=BrokenLoss, **accumulated)
+    trainer = launched.make_trainer(tmp_path, **accumulated)
+    trainer.step = BrokenStep(trainer.target, trainer.args)
     weights = Weights()
     trainer.add_callback(weights)
     expected = r"loss \(tokens, total\) of rows 0 \[.* number 2 of optimizer step 3"

@@ -20,7 +20,7 @@ from coral_hf.hub.drafter_folder import hub_id
 from coral_hf.identity import weights_digest
 from coral_hf.measure import BenchmarkSettings, Prompt, Report, run_benchmark
 from coral_hf.measure.environment import command_line
-from coral_hf.training.runs.record import hub_datasets
+from coral_hf.training.runs.run_record import hub_datasets
 
 
 @pytest.fixture(scope="module")

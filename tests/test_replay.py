@@ -14,6 +14,7 @@ from coral_hf.training.evaluation.replay import (
     replayed_rounds,
     walk,
 )
+from coral_hf.training.steps import Unrolled
 from coral_hf.training.steps.unroll import unroll
 
 DEPTH = 4
@@ -83,7 +84,9 @@ def test_on_the_targets_own_text_the_rounds_are_those_of_chain_decoding(target, 
     labels = texts.clone()
     labels[:, :4] = -100
     read = read_target(target)
-    replayed = replayed_rounds(drafter, read, *unrolled(target, drafter, texts), labels)
+    replayed = replayed_rounds(
+        drafter, read, Unrolled(*unrolled(target, drafter, texts), labels, None)
+    )
     decoded = [decoded_rounds(target, drafter, text[None, :4], 20) for text in texts]
     assert replayed == sum(decoded, [])
     assert len(set(replayed)) >= 4  # some rounds accept nothing, some a whole chain
@@ -128,7 +131,7 @@ def test_a_chain_never_runs_into_another_document(target, drafter, texts):
     labels = row.clone()
     labels[:, [0, 1, 24, 25]] = -100
     read = read_target(target)
-    rounds = replayed_rounds(drafter, read, *unrolled(target, drafter, row), labels)
+    rounds = replayed_rounds(drafter, read, Unrolled(*unrolled(target, drafter, row), labels, None))
     # of each text the first two tokens and the one of the prompt's pass belong to no round
     assert sum(rounds) == 2 * (24 - 3)
 

@@ -22,9 +22,9 @@ from transformers import AutoModel, TrainerCallback
 
 import coral_hf
 from coral_hf import CoralDrafter
-from coral_hf.training.runs.run_identity import rows_identity
-from coral_hf.training.runs.run_lock import sole_run
-from coral_hf.training.stages import save
+from coral_hf.training.pipeline import save
+from coral_hf.training.runs.checkpoints import sole_run
+from coral_hf.training.runs.run_record import rows_identity
 
 TESTS = Path(__file__).parent
 # epochs are three optimizer steps, so checkpoints lie at their ends, within them, and between the
@@ -250,11 +250,11 @@ def test_a_run_grows_and_says_where_its_learning_rate_does_not_stay(tmp_path, ca
     expected = launched.resumed(tmp_path / "whole", **settings)
     launched.resumed(tmp_path, **{**settings, "max_steps": 4})
     assert_same(launched.resumed(tmp_path, resume=True, **settings), expected)
-    assert "goes on with another length" not in caplog.text
+    assert "resumes with another length" not in caplog.text
     share = {**settings, "warmup_steps": 0.5}  # of a longer run it is longer
     launched.resumed(tmp_path / "share", **{**share, "max_steps": 4})
     launched.resumed(tmp_path / "share", resume=True, **share)
-    said = "goes on with another length (`max_steps` was 4, now it is 8): from here on its"
+    said = "resumes with another length (`max_steps` was 4, now it is 8): from here on its"
     assert said in caplog.text
 
 
@@ -311,7 +311,7 @@ def test_a_full_disk_leaves_the_lock_without_the_name_of_its_holder(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
     try:
         with sole_run(tmp_path, is_main=True):
-            with pytest.raises(ValueError, match="is in use: another run trains there"):
+            with pytest.raises(ValueError, match="is in use: another run writes to it"):
                 launched.make_trainer(tmp_path, max_steps=1).train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -15,7 +15,7 @@ from transformers.utils.logging import warning_once
 import coral_hf
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
 from coral_hf.training.losses.csra import csra_loss
-from coral_hf.training.steps.objectives import Unrolled
+from coral_hf.training.steps import Trained
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_the_loss_is_the_weighted_sum_over_trained_tokens(target, rows, tmp_path
     ids, drafter = batch["input_ids"], trainer.model
     features = target.model(ids).last_hidden_state
     embeddings = target.model.embed_tokens(ids[:, 1:])
-    unrolled = trainer._unroll(drafter, batch)
+    unrolled = trainer.step.unroll(drafter, batch, 2).trained()
     kept = batch["labels"][:, 2:] != -100
     first = drafter(embeddings, features[:, :-1])[:, :-1][kept]
     torch.testing.assert_close(unrolled.predicted[0], first)
@@ -319,13 +319,13 @@ def test_feature_noise_is_read_in_training_and_never_the_goal(target, rows, tmp_
     trainer = make_trainer(target, rows, tmp_path, feature_noise=0.1)
     batch = {name: torch.tensor([row[name] for row in rows[:2]]) for name in rows[0]}
     trainer.model.train()
-    noisy = trainer._unroll(trainer.model, batch)
+    noisy = trainer.step.unroll(trainer.model, batch, 3).trained()
     trainer.model.eval()
-    clear = trainer._unroll(trainer.model, batch)
+    clear = trainer.step.unroll(trainer.model, batch, 3).trained()
     assert not torch.equal(noisy.predicted, clear.predicted)
     assert torch.equal(noisy.target, clear.target)
     features = torch.zeros(4, 50, 32)
-    noise = trainer.noise.on(features)
+    noise = trainer.step.noise.on(features)
     assert noise.abs().max() <= 0.1 and noise.std() == pytest.approx(0.1 / 3**0.5, rel=0.1)
 
 
@@ -340,19 +340,20 @@ def test_every_recipe_trains(target, rows, tmp_path, recipe):
 
 
 def test_later_steps_alone_learn_from_csra_when_told_so(target, rows, tmp_path):
-    unrolled = Unrolled(torch.randn(3, 5, 32, requires_grad=True), torch.randn(5, 32), [5])
+    trained = Trained(torch.randn(3, 5, 32, requires_grad=True), torch.randn(5, 32), [5])
     weights = {"regression_weight": 0.0, "classification_weight": 0.0, "top_k_weight": 1e-9}
     trainer = make_trainer(target, rows, tmp_path, csra_gradient="later_steps", **weights)
-    loss = trainer._losses(unrolled).terms["csra"]
-    (gradient,) = torch.autograd.grad(loss, unrolled.predicted)
+    loss = trainer.step.losses(trainer.drafter, trained).terms["csra"]
+    (gradient,) = torch.autograd.grad(loss, trained.predicted)
     assert gradient[0].eq(0).all() and gradient[1:].abs().sum(-1).gt(0).all()
 
 
 def test_csra_pulls_to_the_targets_features_when_told_so(target, rows, tmp_path):
-    unrolled = Unrolled(torch.randn(3, 5, 32), torch.randn(5, 32), [5])
+    trained = Trained(torch.randn(3, 5, 32), torch.randn(5, 32), [5])
     trainer = make_trainer(target, rows, tmp_path, csra_positives="steps_and_target")
-    expected = csra_loss(unrolled.predicted, 0.07, target=unrolled.target)
-    torch.testing.assert_close(trainer._losses(unrolled).notes["csra_loss"], expected)
+    expected = csra_loss(trained.predicted, 0.07, target=trained.target)
+    losses = trainer.step.losses(trainer.drafter, trained)
+    torch.testing.assert_close(losses.notes["csra_loss"], expected)
 
 
 @pytest.mark.slow

@@ -116,9 +116,11 @@ def train(
     Every other option is one of CoralTrainingArguments, as in any Trainer script:
     --learning-rate 1e-3 --num-steps 3.
     """
-    from ..training.runs.run_lock import sole_run
-    from ..training.stages import save
-    from ..training.stages import train as train_stages
+    from transformers import set_seed
+
+    from ..training.pipeline import save
+    from ..training.pipeline import train as train_stages
+    from ..training.runs.checkpoints import sole_run
 
     stages = own.arguments(training_options)
     is_nameless = stages[0].push_to_hub and stages[0].hub_model_id is None
@@ -128,6 +130,7 @@ def train(
     # each process of a run has a GPU of its own, to which its trainer moves the target
     model, tokenizer = target.load(device="cpu")
     with sole_run(own.output, stages[0].process_index == 0):
+        set_seed(stages[0].seed)  # before weights of a drafter or an adapter are drawn
         drafter = own.first_drafter(model, tokenizer)
         trained = train_stages(model, tokenizer, rows, stages, drafter, own.resume, held_out)
         save(trained, tokenizer, own.output)

@@ -29,7 +29,7 @@ from ..atomic import new_folder
 from ..drafters.coral import CoralDrafter
 from ..identity import digest
 from ..training import CoralTrainer, CoralTrainingArguments
-from ..training.stages import save
+from ..training.pipeline import save
 from . import Budget, DemoSettings
 from .corpus import DRAFTER_BATCH_SIZE, pack, read_corpus, training_rows
 

@@ -1,17 +1,38 @@
-"""The settings of a CORAL training run, beside those of every `Trainer`."""
+"""Settings of a training run, beside those of every `Trainer`.
+
+In: what a user sets, in Python or as options of a command. Out: `CoralTrainingArguments`; steps
+and weights that are not set come from a recipe, those of a published method.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..heads.settings import GROUPINGS
-from .losses.token_loss import TokenWeights
-from .recipes import RECIPES, fill, plain
 
+
+class Recipe(NamedTuple):
+    """Steps of the unroll and weights of the losses."""
+
+    num_steps: int
+    regression_weight: float = 1.0
+    classification_weight: float = 0.1
+    top_k_weight: float = 0.0
+    csra_weight: float = 0.0
+
+
+RECIPES = {
+    # one step on the target's features (EAGLE, section 4; EAGLE-2 trains alike)
+    "eagle": Recipe(num_steps=1),
+    # N steps on its own predictions, and the target's most probable tokens once more (HASS)
+    "hass": Recipe(num_steps=3, top_k_weight=1.0),
+    # N steps, whose predictions are pulled together (CORAL)
+    "coral": Recipe(num_steps=3, csra_weight=0.1),
+}
 CHOICES = {
     "stage": ("drafter", "router", "low_rank", "joint"),
     "grouping": (None, *GROUPINGS[:-1]),
@@ -21,11 +42,9 @@ CHOICES = {
     "csra_gradient": ("all_steps", "later_steps"),
 }
 MOST_GROUPS = 64  # of a new router, by default
-WEIGHTS = ("regression_weight", "classification_weight", "top_k_weight", "csra_weight")
 LEAST = {
-    **dict.fromkeys(
-        (*WEIGHTS, "router_weight", "feature_noise", "eval_prompts", "eval_temperature"), 0
-    ),
+    **dict.fromkeys(Recipe._fields, 0),
+    **dict.fromkeys(("router_weight", "feature_noise", "eval_prompts", "eval_temperature"), 0),
     **dict.fromkeys(("num_steps", "top_k", "eval_prompt_length"), 1),
     **dict.fromkeys(("num_groups", "num_active_groups", "head_rank"), 1),
     # nothing predicts the first two tokens of a row
@@ -45,7 +64,8 @@ class CoralTrainingArguments(TrainingArguments):
 
     L = Σ_steps (w_reg L_reg + w_cls L_cls + w_topk L_topk) + w_csra L_csra
 
-    The number of steps and the weights are those of `recipe` where they are not given.
+    The number of steps and the weights are those of `recipe` where they are not set: `resolved`
+    has them all.
 
     Raises:
         ValueError: for settings that contradict each other, such as CSRA with a single step.
@@ -57,7 +77,7 @@ class CoralTrainingArguments(TrainingArguments):
         " 'joint' the drafter and its router.",
     )
     recipe: str = _setting(
-        "coral", "'eagle', 'hass' or 'coral': the steps and weights that are not given."
+        "coral", "'eagle', 'hass' or 'coral': the steps and weights that are not set."
     )
     num_steps: int | None = _setting(None, "Steps of the unroll (N of CORAL and HASS).")
     regression_weight: float | None = _setting(None, "Weight of the smooth L1 loss on features.")
@@ -112,13 +132,17 @@ class CoralTrainingArguments(TrainingArguments):
     eval_prompt_length: int = _setting(16, "Tokens of a plain text that are its prompt.")
     eval_temperature: float = _setting(0.0, "Temperature of these answers; 0 is greedy.")
     plots: bool = _setting(True, "Draw what was logged into `output_dir`, as PNG files.")
+    # all that a step trains is used in every batch
+    ddp_find_unused_parameters: bool | None = _setting(False, "DDP looks for unused parameters.")
+    # `forward` of a drafter names neither the columns of a batch nor its labels
+    remove_unused_columns: bool = _setting(False, "Leave it: the collator picks the columns.")
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"])
 
     def __post_init__(self):
         super().__post_init__()
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; use one of {choices}.")
-        fill(self, self.recipe)
         for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -133,43 +157,46 @@ class CoralTrainingArguments(TrainingArguments):
         if self.stage in ("drafter", "joint"):
             self._check_losses()
 
+    @property
+    def resolved(self) -> Recipe:
+        """Steps and weights of the run: what was set, and for the rest what the recipe gives."""
+        found = {name: getattr(self, name) for name in Recipe._fields}
+        given = {name: value for name, value in found.items() if value is not None}
+        return RECIPES[self.recipe]._replace(**given)
+
     def _check_losses(self) -> None:
-        if self.num_steps == 1 and self.csra_weight:
+        recipe = self.resolved
+        if recipe.num_steps == 1 and recipe.csra_weight:
             raise ValueError(
-                f"`csra_weight` is {self.csra_weight}, but with `num_steps` 1 there are no steps to"
-                " align; use num_steps of at least 2, or csra_weight=0."
+                f"`csra_weight` is {recipe.csra_weight}, but with `num_steps` 1 there are no steps"
+                " to align; use num_steps of at least 2, or csra_weight=0."
             )
-        if not any(getattr(self, name) for name in WEIGHTS[:3]):
+        if not (recipe.regression_weight or recipe.classification_weight or recipe.top_k_weight):
             raise ValueError(
-                f"{', '.join(f'`{name}`' for name in WEIGHTS[:3])} are all 0, so that nothing"
-                " ties the drafter to its target; give one of them a weight."
+                "`regression_weight`, `classification_weight` and `top_k_weight` are all 0, so that"
+                " nothing ties the drafter to its target; give one of them a weight."
             )
-        if self.use_liger_kernel and (self.top_k_weight or not self.classification_weight):
+        if self.use_liger_kernel and (recipe.top_k_weight or not recipe.classification_weight):
             raise ValueError(
                 f"`use_liger_kernel` is of the classification loss alone, but `top_k_weight` is"
-                f" {self.top_k_weight} and `classification_weight` {self.classification_weight};"
-                " leave it out, or use top_k_weight=0 and a classification_weight above 0."
+                f" {recipe.top_k_weight} and `classification_weight`"
+                f" {recipe.classification_weight}; leave it out, or use top_k_weight=0 and a"
+                " classification_weight above 0."
             )
 
     def __getstate__(self) -> dict[str, Any]:
         # `Trainer` pickles its arguments beside every checkpoint, and uploads them
         return {**vars(self), "hub_token": None}
 
-    @property
-    def token_weights(self) -> TokenWeights:
-        """The weights of the losses on tokens."""
-        assert self.classification_weight is not None and self.top_k_weight is not None
-        return TokenWeights(plain(self.classification_weight), plain(self.top_k_weight), self.top_k)
-
     def to_dict(self) -> dict[str, Any]:
-        """See [`~transformers.TrainingArguments.to_dict`]."""
-        return {name: plain(value) for name, value in super().to_dict().items()}
+        """See [`~transformers.TrainingArguments.to_dict`]; with the values of the recipe."""
+        return {**super().to_dict(), **self.resolved._asdict()}
 
 
 def parse_arguments(
     output_dir: str | Path, options: Sequence[str], **fields: Any
 ) -> CoralTrainingArguments:
-    """Arguments of options as they are typed (`--num_steps 3`); `fields` win over them."""
+    """Parse options as they are typed (`--num_steps 3`); `fields` win over them."""
     defaults = {"output_dir": output_dir, "report_to": "none"}
     defaults["dataloader_pin_memory"] = torch.cuda.is_available()  # else torch warns of it
     typed = [*_options(defaults), *options, *_options(fields)]

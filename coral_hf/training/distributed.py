@@ -1,60 +1,63 @@
-"""Where target and drafter lie when several processes train.
+"""Placement of target and drafter when several processes train.
 
-In: a target and a drafter as the user has them, and what accelerate was told. Out: both on the
-devices of the run, and in the end a drafter that is whole again.
+In: a target and a drafter as the user has them, and accelerate's settings. Out: both on the devices
+of the run; after a sharded run, the user's drafter with the trained weights.
 """
 
 import contextlib
 import copy
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 
-def set_ddp_defaults(args: TrainingArguments) -> None:
-    """Spare DDP the search for unused parameters: all that is trained is used in every batch."""
-    if args.ddp_find_unused_parameters is None:
-        args.ddp_find_unused_parameters = False
-
-
-def shares_out_weights(trainer: Trainer) -> bool:
-    """Whether the run leaves each process a part of the drafter's weights (FSDP, ZeRO-3)."""
+def shards_weights(trainer: Trainer) -> bool:
+    """Whether each process of the run holds only a part of the drafter's weights (FSDP, ZeRO-3)."""
     return trainer.is_fsdp_enabled or (
         trainer.is_deepspeed_enabled and is_deepspeed_zero3_enabled()
     )
 
 
-def trained_copy(drafter: PreTrainedModel) -> PreTrainedModel:
-    """A drafter to be taken apart, so that the user's stays whole for the next stage.
+def sharded_copy(drafter: PreTrainedModel) -> PreTrainedModel:
+    """A copy to be sharded, so that the user's drafter stays whole for the next stage.
 
-    All processes begin with the weights of the first one, as under DDP.
+    Both share their config and training record. All processes begin with the weights of the first
+    one, as under DDP.
     """
-    copied = copy.deepcopy(drafter)
+    shared = (drafter.config, drafter.generation_config, drafter.training_record)
+    copied = copy.deepcopy(drafter, {id(part): part for part in shared})
     for weight in copied.parameters():
         torch.distributed.broadcast(weight.data, src=0)
     return copied
 
 
-@torch.no_grad()
-def give_back(trained: nn.Module, drafter: PreTrainedModel) -> None:
-    """Copy weights that are shared out into a whole drafter, in every process."""
-    weights = dict(trained.named_parameters())
-    whole: contextlib.AbstractContextManager = contextlib.nullcontext()
-    if is_deepspeed_zero3_enabled():
-        import deepspeed
+class GiveBack(TrainerCallback):
+    """Copies sharded weights into the user's whole drafter, in every process, after training."""
 
-        whole = deepspeed.zero.GatheredParameters([*weights.values()])
-    with whole:
-        for name, own in drafter.named_parameters():
-            found = weights[name]
-            own.copy_(found.full_tensor() if isinstance(found, DTensor) else found)
+    def __init__(self, drafter: PreTrainedModel):
+        self._drafter = drafter
+
+    @torch.no_grad()
+    def on_train_end(self, args, state, control, model, **kwargs) -> None:
+        """See [`~transformers.TrainerCallback.on_train_end`]."""
+        weights = dict(extract_model_from_parallel(model).named_parameters())
+        whole: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if is_deepspeed_zero3_enabled():
+            import deepspeed
+
+            whole = deepspeed.zero.GatheredParameters([*weights.values()])
+        with whole:
+            for name, own in self._drafter.named_parameters():
+                found = weights[name]
+                own.copy_(found.full_tensor() if isinstance(found, DTensor) else found)
 
 
 def place_target(target: PreTrainedModel, trainer: Trainer) -> None:
-    """Put a target on the devices of a run; under FSDP2 its layers are shared out.
+    """Put a target on the devices of a run; under FSDP2 its layers are sharded.
 
     Its embeddings and LM head stay whole on every device: losses read the head many times a batch,
     and each time it would have to be gathered.
@@ -63,7 +66,7 @@ def place_target(target: PreTrainedModel, trainer: Trainer) -> None:
         raise ValueError(
             "The target was loaded after `TrainingArguments` of a ZeRO-3 run were made, so that"
             " each process holds a part of its weights; load the target first. It stays whole in"
-            " every process; to share it out, use FSDP2."
+            " every process; to shard it, use FSDP2."
         )
     if any(weight.is_meta for weight in target.parameters()) and not _is_offloaded(target):
         raise ValueError(
@@ -96,7 +99,7 @@ def _shard_layers(target: PreTrainedModel, device: torch.device) -> None:
 def _layers(target: PreTrainedModel) -> list[nn.Module]:
     """The blocks that transformers would not split over devices.
 
-    Of a target that an earlier stage has shared out there are none: sharing renames their class.
+    Of a target that an earlier stage has sharded there are none: sharding renames their class.
     """
     kinds = set(target._no_split_modules or ())
     return [module for module in target.modules() if type(module).__name__ in kinds]

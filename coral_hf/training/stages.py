@@ -1,115 +1,111 @@
-"""The whole training: the drafter or an adapter of it, then its router, then one folder to publish.
+"""Training stages: what each trains, and the draft head that a drafter gets for it.
 
-In: a target, its tokenizer, conversations. Out: a checkpoint that `AutoModel.from_pretrained`
-loads.
+stage        trains                         with the rest
+drafter      the drafter                    -
+router       its router                     frozen
+low_rank     its low-rank head              frozen
+joint        the drafter and its router     -
 """
 
-import os
-import shutil
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from accelerate import PartialState
 from peft import PeftModel
-from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
+from torch import nn
 
+from ..drafters.coral.configuration import CoralConfig
 from ..drafters.coral.modeling import CoralDrafter
-from ..hub.drafter_folder import stale_files
-from .arguments import CoralTrainingArguments
-from .head_stages import check_head_settings
-from .runs.checkpointing import INCOMPLETE, flush, reason_of, write_error
-from .runs.run_identity import check_vacant
-from .trainer import CoralTrainer
+from ..target import Target
+from .arguments import MOST_GROUPS, CoralTrainingArguments
+from .grouping import group_order
+
+HEADS = ("heads.router.", "heads.low_rank.")
+TRAINED_HEADS = {"drafter": (), "router": HEADS[:1], "low_rank": HEADS[1:], "joint": HEADS[:1]}
+ROUTER_SETTINGS = ("num_groups", "num_active_groups", "grouping")
+# what a stage gives a new head; the first is None in the config of a drafter without one
+HEAD_SETTINGS = {
+    "drafter": (),
+    "router": ROUTER_SETTINGS,
+    "low_rank": ("head_rank",),
+    "joint": ROUTER_SETTINGS,
+}
+GROUPING = "kmeans"  # of a new router, by default
+HEAD_RANK = 64  # of a new low-rank head, by default
 
 
-def train(
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset,
-    stages: list[CoralTrainingArguments],
-    drafter: CoralDrafter | PeftModel | None = None,
-    resume: bool = False,
-    eval_dataset=None,
-) -> CoralDrafter:
-    """Run training stages one after the other on one drafter.
+def add_heads(
+    drafter: CoralDrafter,
+    args: CoralTrainingArguments,
+    target: Target,
+    rows,
+    num_tokens: int | None = None,
+) -> None:
+    """Give the drafter the head that its stage trains; one that it has is trained further.
 
     Args:
-        target: frozen.
-        tokenizer: the target's.
-        dataset: conversations in any form that `prepare_dataset` takes, or `CachedFeatures`.
-        stages: usually one with `stage="drafter"` and one with `stage="router"`, each with its own
-            `output_dir`.
-        drafter: to be trained on; a fresh one in fp32 by default. Of one in a `PeftModel` (see
-            `with_adapter`) the adapter is trained, saved in the first stage's folder, and merged.
-        resume: continue each stage from its last checkpoint, where it has one; else a stage
-            refuses a folder with checkpoints.
-        eval_dataset: held-out conversations, for arguments with an `eval_strategy`.
+        rows: the training rows, from which groupings are counted.
+        num_tokens: of the tokenizer; ids from there on pad the vocabulary.
     """
-    drafter = CoralDrafter.from_target(target).float() if drafter is None else drafter
-    for args in stages:  # now, and not when a stage's turn comes
-        check_head_settings(drafter, args)
-        if not resume:
-            check_vacant(Path(args.output_dir))
-    for args in stages:
-        trainer = CoralTrainer(
-            model=drafter,
-            target_model=target,
-            args=args,
-            train_dataset=dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-        )
-        trainer.train(resume_from_checkpoint=_last_checkpoint(args) if resume else None)
-        if isinstance(trainer.drafter, PeftModel):
-            trainer.save_model()
-            drafter = trainer.drafter.merge_and_unload()
-    return drafter.eval()
+    check_head_settings(drafter, args)
+    if args.stage in ("router", "joint") and drafter.heads.router is None:
+        number = args.num_groups or default_groups(drafter.config.vocab_size)
+        grouping = args.grouping or GROUPING
+        order = group_order(grouping, target, rows, number, args.seed, num_tokens)
+        active = args.num_active_groups or max(number // 8, 1)
+        drafter.heads.add_router(number, active, order, grouping)
+    if args.stage == "low_rank" and drafter.heads.low_rank is None:
+        drafter.heads.add_low_rank_head(args.head_rank or HEAD_RANK, target.head)
 
 
-def _last_checkpoint(args: CoralTrainingArguments) -> str | None:
-    return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+def default_groups(vocab_size: int) -> int:
+    """The groups of a new router: 64, or fewer but 8 where they would hold less than 64 tokens."""
+    return max(min(MOST_GROUPS, vocab_size // 64), min(8, vocab_size))
 
 
-def save(drafter: CoralDrafter, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write drafter, router, tokenizer and settings into one folder, ready for the Hub.
-
-    A drafter that is there is replaced once all of the new one is on the disk.
+def check_head_settings(drafter: CoralDrafter | PeftModel, args: CoralTrainingArguments) -> None:
+    """Refuse settings of a new head where a stage trains the drafter's own head.
 
     Raises:
-        OSError: if it cannot be written, such as to a full disk.
+        ValueError: naming the first that differs.
     """
-    if not PartialState().is_main_process:
+    names = HEAD_SETTINGS[args.stage]
+    if not names or getattr(drafter.config, names[0]) is None:
         return
-    folder = Path(folder)
-    aside = folder / INCOMPLETE
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    for name in names:
+        own, given = getattr(drafter.config, name), getattr(args, name)
+        if given not in (None, own):
+            raise ValueError(
+                f"`{name}` is {given!r}, but the drafter has a head with {own!r}, which this stage"
+                " would train further. Leave it out, or remove that head to get a new one:"
+                " drafter.heads.remove_router() or drafter.heads.remove_low_rank_head(), on the"
+                " command line --fresh-head."
+            )
+
+
+def freeze_others(model: nn.Module, stage: str) -> None:
+    """Freeze everything that the stage does not train."""
+    for name, parameter in model.named_parameters():
+        is_head = name.startswith(HEADS)
+        is_trained = name.startswith(TRAINED_HEADS[stage])
+        parameter.requires_grad_(is_trained if is_head else stage in ("drafter", "joint"))
+
+
+@contextmanager
+def announced(config: CoralConfig, stage: str) -> Iterator[None]:
+    """Note in a drafter's config that a stage trains a head, which is read from now on.
+
+    From the beginning, since evaluations and checkpoints during training need it; a stage that
+    fails takes it back.
+    """
+    fields: dict[str, bool | str] = {}
+    if stage in ("router", "joint"):
+        fields = {"is_router_trained": True, "draft_head": "routed"}
+    if stage == "low_rank":
+        fields = {"draft_head": "low_rank"}
+    before = {name: getattr(config, name) for name in fields}
+    config.update(fields)
     try:
-        drafter.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        names = [path.name for path in aside.iterdir()]
-        _move_up(aside)
-        for name in stale_files(os.listdir(folder), names):
-            (folder / name).unlink()
-    except Exception as error:
-        # of a disk that takes no more, tokenizers and safetensors raise errors of their own
-        is_of_disk = isinstance(error, OSError | SafetensorError) or "No space left" in str(error)
-        if not is_of_disk:
-            raise
-        remedy = "What was there is whole; make room, then save again (coral-hf train: --resume)."
-        raise write_error("The drafter", folder, reason_of(error), remedy) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _move_up(aside: Path) -> None:
-    """Move files into the folder above, once the disk has all of them."""
-    files = [path for path in aside.rglob("*") if path.is_file()]
-    for path in files:
-        flush(path)
-    for path in files:
-        place = aside.parent / path.relative_to(aside)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, place)
-    flush(aside.parent)
+        yield
+    except BaseException:
+        config.update(before)
+        raise

@@ -1,20 +1,21 @@
 """`CoralTrainer`: a `Trainer` whose model is a drafter and whose data are its target's features.
 
 In: a drafter, its target, conversations. Out: the trained drafter, or its trained head. Each batch
-goes target features (no gradient) → unroll → losses.
+goes target features (no gradient) → unroll → losses, by the step of the drafter's family (`steps`).
 
-    position           0       1       2       3       4
-    token              x0      x1      x2      x3      x4
-    label              -100    -100    x2      x3      x4         -100 where not trained
-    feature            f0      f1      f2      f3      f4
-    the drafter reads  (x1,f0) (x2,f1) (x3,f2) (x4,f3)
-    and predicts       f1      f2      f3      f4                 whose tokens are x2, x3, x4, (x5)
+Of `Trainer`'s private names these are used, since nothing public does the same:
+
+    _get_output_dir, _save_checkpoint      a checkpoint is written aside and appears in one move
+    _push_from_checkpoint                  uploads in the background read it from its final place
+    _tr_loss, _globalstep_last_logged      a run resumed between two log entries logs the same
+    _get_train_sampler, _get_eval_sampler  grouping by length would read all cached features
 """
+
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, set_seed
 
 from ..drafters.coral.modeling import CoralDrafter
 from ..drafters.fit import check_target
@@ -25,38 +26,24 @@ from .arguments import CoralTrainingArguments
 from .data import CoralCollator
 from .data.encoding import IGNORED
 from .data.vocabulary import warn_of_other_ends
-from .distributed import give_back, place_target, set_ddp_defaults, shares_out_weights, trained_copy
+from .distributed import GiveBack, place_target, sharded_copy, shards_weights
 from .evaluation import Evaluation, PlotCallback, check_best_metric
-from .features import CachedFeatures
-from .features.online import TargetFeatures
-from .head_stages import FROZEN_DRAFTER, add_heads, announced, check_same_groups, choose_trained
 from .losses.liger_loss import check_liger
-from .rows import outline, training_rows
-from .runs.averages import RunningAverages
-from .runs.guards import FiniteGuard
-from .runs.publishing import PublishingTrainer
-from .steps.noise import FeatureNoise
-from .steps.objectives import Losses, Unrolled, drafter_losses, low_rank_losses, router_losses
-from .steps.unroll import unroll
-
-TOKENS = "input_ids"  # what `Trainer` counts of a batch
-COLUMNS = ["input_ids", "attention_mask", "labels", "position_ids", "features"]
+from .runs.checkpoints import AtomicCheckpoints
+from .runs.monitoring import FiniteGuard, RunCost, RunningAverages
+from .runs.publishing import DrafterPushes
+from .runs.run_record import run_settings, run_summary
+from .stages import add_heads, announced, freeze_others
+from .steps import training_step
+from .train_dataset import lengths_only, training_rows
 
 
-class CountTokens(TrainerCallback):
-    """Has `Trainer` count the tokens of batches, once checkpointing of activations is set up."""
-
-    def on_train_begin(self, args, state, control, model, **kwargs):
-        """See [`~transformers.TrainerCallback.on_train_begin`]."""
-        model.main_input_name = TOKENS
-
-
-class CoralTrainer(PublishingTrainer):
+class CoralTrainer(AtomicCheckpoints, DrafterPushes):
     """Train a [`CoralDrafter`] or its draft head.
 
     Args:
         model: the drafter, or one in a `PeftModel`, of which the adapter is trained.
-        target_model: the target, frozen; its features are computed as training goes.
+        target_model: the target, frozen; its features are computed during training.
         args: [`CoralTrainingArguments`]; `stage="router"` trains the router of a trained drafter,
             `stage="low_rank"` its low-rank head, `stage="joint"` drafter and router at once.
         train_dataset, eval_dataset: conversations in any form that `prepare_dataset` takes, or
@@ -74,6 +61,8 @@ class CoralTrainer(PublishingTrainer):
     ```
     """
 
+    args: CoralTrainingArguments
+
     def __init__(
         self,
         model: CoralDrafter | PeftModel,
@@ -84,109 +73,81 @@ class CoralTrainer(PublishingTrainer):
         **kwargs,
     ):
         check_target(model.config, target_model)
-        self.target = read_target(target_model.eval().requires_grad_(False))
         check_target_adapter(target_model)
         if args.use_liger_kernel:
             check_liger(args)
-        self.features = TargetFeatures(target_model)
-        model = with_adapter(model, args.stage, peft_config)
         if processing_class is not None:
-            self._bind_tokenizer(model, processing_class)
+            check_tokenizer(processing_class, model.config)
+            model.config.tokenizer_hash = tokenizer_hash(processing_class)
             warn_of_other_ends(processing_class, target_model)
-        for name, packing in (("train_dataset", args.packing), ("eval_dataset", False)):
-            if kwargs.get(name) is not None:
-                kwargs[name] = training_rows(
-                    kwargs[name], processing_class, args, model.config.vocab_size, packing
-                )
+        self.target = read_target(target_model.eval().requires_grad_(False))
+        self.step = training_step(model.config.model_type, self.target, args)
+        self.averages, self.cost = RunningAverages(), RunCost()
+        self._entry: dict[str, Any] = {}  # of this run in the drafter's training record
+        self._evaluation: Evaluation | None = None  # the one that is running
+        set_seed(args.seed)  # `Trainer` does so too, after an adapter was drawn
+        model = with_adapter(model, args.stage, peft_config)
         kwargs.setdefault("data_collator", CoralCollator(model.config.pad_token_id or 0))
-        # `Trainer` looks for labels by name in the signature of forward, which has none here
-        args.label_names = ["labels"]
-        set_ddp_defaults(args)
-        model.main_input_name = TOKENS
         super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
         # losses are sums over trained tokens, divided by their number over all accumulated batches
         self.model_accepts_loss_kwargs = True
-        if self.compute_metrics is None:  # else only a run can tell what there will be
-            check_best_metric(args, self.eval_dataset, model)
-        self.evaluation = Evaluation(self.target, self.args)
-        if self.args.plots:
-            self.add_callback(PlotCallback(self.callback_handler))
-        self.averages = RunningAverages()
-        self.noise = FeatureNoise(args.feature_noise, args.seed, args.process_index, args.device)
-        self._guard = FiniteGuard(self.args.process_index, self._gather)
-        self.add_callback(self._guard)
-        self.add_callback(CountTokens())
         place_target(target_model, self)
+        self.train_dataset = self._rows(kwargs.get("train_dataset"), args.packing)
+        self.eval_dataset = self._rows(kwargs.get("eval_dataset"))
         if not is_adapted(model):
             size = model.config.vocab_size
             num_tokens = size if processing_class is None else min(len(processing_class), size)
             add_heads(model, args, self.target, self.train_dataset, num_tokens)
-            choose_trained(model, args.stage)
-        self._drafter = model
-        if shares_out_weights(self):
-            self.model = self.model_wrapped = trained_copy(model)
-        self._check_caches(self.train_dataset)
-        self._check_caches(self.eval_dataset)
+            freeze_others(model, args.stage)
+        if self.compute_metrics is None:  # else only a run can tell what there will be
+            check_best_metric(args, self.eval_dataset, model)
+        self._guard = FiniteGuard(args.process_index, self.gather_flags)
+        self.add_callback(self._guard)
+        if args.plots:
+            self.add_callback(PlotCallback(self.callback_handler))
+        if shards_weights(self):
+            self.model = self.model_wrapped = sharded_copy(model)
+            self.add_callback(GiveBack(model))
 
-    def _check_caches(self, dataset) -> None:
-        """That cached features, in a dataset or in one of several, are the target's."""
-        for part in dataset.values() if isinstance(dataset, dict) else (dataset,):
-            if isinstance(part, CachedFeatures):
-                part.check_target(self.target.model)
+    def _rows(self, dataset, packing: bool = False):
+        """The rows of a dataset, or of each of several by name, checked against the target."""
+        if isinstance(dataset, dict):
+            return {name: self._rows(part, packing) for name, part in dataset.items()}
+        if dataset is None:
+            return None
+        return training_rows(dataset, self.processing_class, self.args, self.target, packing)
 
-    @staticmethod
-    def _bind_tokenizer(model: CoralDrafter | PeftModel, tokenizer) -> None:
-        check_tokenizer(tokenizer, model.config)
-        model.config.tokenizer_hash = tokenizer_hash(tokenizer)
+    @property
+    def drafter(self) -> CoralDrafter:
+        """The drafter that is trained, without wrappers."""
+        return self.accelerator.unwrap_model(self.model)
 
     def train(self, *args, **kwargs):
         """See [`~transformers.Trainer.train`]; a draft head that it trains is read from then on."""
-        # with tokens as its input, transformers would look for embeddings to checkpoint from
-        self.model.main_input_name = CoralDrafter.main_input_name
-        with announced((self._drafter, self.model), self.args.stage):
+        self.cost.start()
+        with announced(self.drafter.config, self.args.stage):
             output = super().train(*args, **kwargs)
-        if shares_out_weights(self):
-            give_back(self.accelerator.unwrap_model(self.model), self._drafter)
+        self.before_checkpoint()
         return output
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self.args.stage in ("router", "joint"):
-            check_same_groups(self.drafter, resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def run_settings(self) -> dict[str, Any]:
+        """See [`AtomicCheckpoints.run_settings`]."""
+        target, config = self.target.model, self.drafter.config
+        return run_settings(self.args, self.train_dataset, target, config)
 
-    def evaluate(self, eval_dataset=None, *args, **kwargs):
-        """See [`~transformers.Trainer.evaluate`]; adds acceptance lengths to its metrics.
+    def stateful(self) -> dict[str, Any]:
+        """See [`AtomicCheckpoints.stateful`]."""
+        return {"averages": self.averages, "noise": self.step.noise, "cost": self.cost}
 
-        Args:
-            eval_dataset: conversations, as when the trainer is made, or several by name.
-        """
-        self._check_caches(eval_dataset)
-        # of several, by name or as a dict, `Trainer` evaluates each on its own
-        if eval_dataset is not None and not isinstance(eval_dataset, dict | str):
-            size = self.drafter.config.vocab_size
-            eval_dataset = training_rows(eval_dataset, self.processing_class, self.args, size)
-        with self.evaluation.running():
-            return super().evaluate(eval_dataset, *args, **kwargs)
-
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
-        """See [`~transformers.Trainer.evaluation_loop`]."""
-        output = super().evaluation_loop(
-            dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
-        )
-        if self.evaluation.is_running:
-            found = self.evaluation.metrics(self.drafter, dataloader.dataset, self.accelerator)
-            output.metrics.update({f"{metric_key_prefix}_{name}": found[name] for name in found})
-        return output
-
-    def _get_train_sampler(self, train_dataset=None):
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        return super()._get_train_sampler(outline(dataset))
-
-    def _get_eval_sampler(self, eval_dataset):
-        return super()._get_eval_sampler(outline(eval_dataset))
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = COLUMNS
+    def before_checkpoint(self) -> None:
+        """Write what the run did so far into the drafter's training record."""
+        tokens = torch.tensor(self.cost.tokens, device=self.args.device)
+        tokens = int(self.accelerator.reduce(tokens))
+        what = (self.args, self.state, self.train_dataset, self.processing_class)
+        self._entry.update(run_summary(*what, tokens, self.cost.seconds))
+        record = self.drafter.training_record
+        if not any(entry is self._entry for entry in record):
+            record.append(self._entry)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a batch, (): a sum over trained positions over `num_items_in_batch`."""
@@ -196,66 +157,54 @@ class CoralTrainer(PublishingTrainer):
         elif self.args.average_tokens_across_devices:
             # the items are those of all processes, over which DDP averages once more
             num_processes = self.accelerator.num_processes
-        unrolled = self._unroll(model, inputs)
-        losses = self._losses(unrolled)
+        trained = self.step.unroll(model, inputs, self.args.resolved.num_steps).trained()
+        losses = self.step.losses(self.drafter, trained)
         loss = sum(losses.terms.values()) * num_processes / num_items
         if model.training:
-            self.averages.add(losses.notes, len(unrolled.target))
-            self.record.add(len(unrolled.target))
-            terms = {**losses.terms, "total": loss}
-            self._guard.watch(inputs["input_ids"], inputs["labels"], unrolled.target, terms)
+            self.averages.add(losses.notes, len(trained.target))
+            self.cost.tokens += len(trained.target)
+            self._guard.watch(inputs, trained.target, {**losses.terms, "total": loss})
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _unroll(self, model, inputs: dict[str, Tensor]) -> Unrolled:
-        """Target features → unroll → what lies at the trained positions.
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """See [`~transformers.Trainer.prediction_step`]; an evaluation counts accepted tokens."""
+        num_steps = self.args.resolved.num_steps
+        depth = 0 if self._evaluation is None else self._evaluation.depth
+        with torch.no_grad(), self.compute_loss_context_manager():
+            unrolled = self.step.unroll(model, inputs, max(num_steps, depth))
+            if self._evaluation is not None:
+                self._evaluation.add(unrolled)
+            trained = unrolled._replace(predicted=unrolled.predicted[:num_steps]).trained()
+            losses = self.step.losses(self.drafter, trained)
+            loss = sum(losses.terms.values()) / (inputs["labels"] != IGNORED).sum()
+        return (loss, None, None) if prediction_loss_only else (loss, (), inputs["labels"])
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        """See [`~transformers.Trainer.evaluate`]; adds acceptance lengths to its metrics.
 
         Args:
-            inputs: of the collator, (batch, length) each; of a cache also features
-                (batch, length, hidden).
+            eval_dataset: conversations, as when the trainer is made, or several by name.
         """
-        input_ids, labels = inputs["input_ids"], inputs["labels"]
-        positions = inputs["position_ids"][:, :-1] if "position_ids" in inputs else None
-        features = self.features.read(inputs)
-        embeddings = self.target.embed(input_ids[:, 1:])
-        read = self.noise.on(features[:, :-1]) if model.training else features[:, :-1]
-        steps = self.evaluation.num_steps(self.drafter)
-        # with gradients on also where only a head learns: DDP prepares its reduction in `forward`
-        predicted = unroll(model, embeddings, read, steps, positions)
-        self.evaluation.note(self.drafter, predicted, features, labels)
-        predicted = predicted[: self.args.num_steps]
-        # position t predicts feature t + 1, whose token is t + 2; the last is beyond the text
-        trained = torch.zeros_like(labels[:, 1:], dtype=torch.bool)
-        trained[:, :-1] = labels[:, 2:] != IGNORED
-        lengths = _lengths(trained, positions)
-        return Unrolled(predicted[:, trained], features[:, 1:][trained], lengths)
+        # of several, by name or as a dict, `Trainer` evaluates each on its own
+        if not isinstance(eval_dataset, dict | str):
+            eval_dataset = self._rows(eval_dataset)
+        device = self.args.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            self._evaluation = Evaluation(self.drafter, self.target, self.args)
+            try:
+                return super().evaluate(eval_dataset, *args, **kwargs)
+            finally:
+                self._evaluation = None
 
-    def _losses(self, unrolled: Unrolled) -> Losses:
-        head, stage = self.target.head, self.args.stage
-        if stage == "low_rank":
-            low_rank = self.drafter.heads.low_rank
-            assert low_rank is not None, "the stage has added one"
-            squeezed = low_rank(unrolled.predicted)
-            return low_rank_losses(unrolled._replace(predicted=squeezed), head)
-        losses = Losses({}, {})
-        if self._trains_drafter:
-            losses = drafter_losses(unrolled, self.args, head)
-        if stage == "drafter":
-            return losses
-        router = self.drafter.heads.router
-        assert router is not None, "the stage has added one"
-        log_mass = router(unrolled.predicted)  # (steps, positions, groups)
-        groups = router.groups_of(self.drafter.config.vocab_size)
-        weight = self.args.router_weight if stage == "joint" else 1.0
-        return losses + router_losses(log_mass, unrolled.target, head, groups, weight)
-
-    @property
-    def _trains_drafter(self) -> bool:
-        return self.args.stage not in FROZEN_DRAFTER
-
-    @property
-    def drafter(self) -> CoralDrafter:
-        """The drafter without wrappers."""
-        return self.accelerator.unwrap_model(self.model)
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+        """See [`~transformers.Trainer.evaluation_loop`]."""
+        output = super().evaluation_loop(
+            dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
+        )
+        if self._evaluation is not None:
+            found = self._evaluation.metrics(dataloader.dataset, self.accelerator)
+            output.metrics.update({f"{metric_key_prefix}_{name}": found[name] for name in found})
+        return output
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """See [`~transformers.Trainer.log`].
@@ -266,10 +215,9 @@ class CoralTrainer(PublishingTrainer):
             logs |= self.averages.take(self.accelerator.reduce)
         super().log(logs, *args, **kwargs)
 
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return super()._get_train_sampler(lengths_only(dataset))
 
-def _lengths(trained: Tensor, positions: Tensor | None) -> list[int]:
-    """Trained positions of each document: (batch, length) → a number for each."""
-    if positions is None:
-        return trained.sum(1).tolist()
-    document = (positions == 0).flatten().cumsum(0) - 1  # (batch * length,)
-    return torch.bincount(document[trained.flatten()]).tolist()
+    def _get_eval_sampler(self, eval_dataset):
+        return super()._get_eval_sampler(lengths_only(eval_dataset))

@@ -57,7 +57,7 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
     config_class = CoralConfig
     config: CoralConfig
     base_model_prefix = "model"
-    main_input_name = "features"
+    main_input_name = "input_ids"  # of a batch of training, whose tokens `Trainer` counts
     supports_gradient_checkpointing = True
     # modules that are called on their own need FSDP hooks of their own
     _no_split_modules = ["CoralLayer", "Router", "LowRank"]
@@ -194,6 +194,9 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> None:
         """Return None: a drafter reads its target's embeddings. FSDP asks for them."""
+
+    def enable_input_require_grads(self) -> None:
+        """Does nothing: features need no gradient of their own for activation checkpointing."""
 
     def push_to_hub(
         self, repo_id: str, *, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs

@@ -26,7 +26,7 @@ from .. import CoralTrainer, parse_arguments
 from ..data import prepare_dataset
 from ..evaluation import AnswerSettings, decoded_rounds
 from ..runs.files import JsonLines, keep_settings, sole_writer
-from ..runs.run_identity import rows_identity
+from ..runs.run_record import rows_identity
 from .results import Result, read_results
 from .trial import Trial
 

@@ -1,4 +1,4 @@
-"""What a drafter is worth while it is trained: tokens per target pass, decoded and replayed.
+"""Acceptance length of a drafter in training: tokens per target pass, decoded and replayed.
 
 In: held-out rows, and what the unroll predicts for them. Out: metrics by name, defined in
 `docs/evaluation.md`. Decoded: the target answers prompts with the drafter, by the tree decoding of
@@ -7,7 +7,6 @@ In: held-out rows, and what the unroll predicts for them. Out: metrics by name, 
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -21,6 +20,7 @@ from ...drafters.coral.modeling import CoralDrafter
 from ...target import Target, max_positions, text_config
 from ..arguments import CoralTrainingArguments
 from ..data.encoding import IGNORED
+from ..steps import Unrolled
 from .replay import replayed_rounds
 from .rounds import AnswerSettings, decoded_rounds
 from .routing import NAMES as ROUTING
@@ -31,96 +31,79 @@ OURS = re.compile(r"(\w+_)?(loss|acceptance_length|[a-z0-9_]+_depth_\d+)")
 
 
 class Evaluation:
-    """The acceptance metrics of a trainer's evaluations."""
+    """The acceptance metrics of one evaluation.
 
-    def __init__(self, target: Target, args: CoralTrainingArguments):
-        self.target = target
-        self.args = args
-        self.is_running = False
+    Args:
+        drafter: without wrappers.
+        target: of the drafter.
+        args: of the trainer.
+    """
+
+    def __init__(self, drafter: CoralDrafter, target: Target, args: CoralTrainingArguments):
+        self._drafter = drafter
+        self._target = target
+        self._args = args
+        self.depth = tree_depth(drafter)  # steps of the unroll that are counted
         self._replayed: list[int] = []  # tokens of each round
-        self._routing: RoutingCounts | None = None
+        has_router = drafter.config.is_router_trained
+        self._routing = RoutingCounts(self.depth) if has_router else None
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Take notes, and leave the random state of the training as it was."""
-        device = self.args.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            self.is_running = True
-            try:
-                yield
-            finally:
-                self.is_running = False
-                self._clear()
+    def add(self, unrolled: Unrolled) -> None:
+        """Count a batch: replay chain decoding, and compare the router's groups."""
+        unrolled = unrolled._replace(predicted=unrolled.predicted[: self.depth])
+        self._replayed += replayed_rounds(self._drafter, self._target, unrolled)
+        if self._routing is not None:
+            trained = unrolled.trained()
+            self._routing.add(self._drafter, self._target, trained.predicted, trained.target)
 
-    def _clear(self) -> None:
-        self._replayed.clear()
-        self._routing = None
-
-    def num_steps(self, drafter: CoralDrafter) -> int:
-        """Steps of the unroll: in an evaluation as many as the tree has levels, or more."""
-        assert self.args.num_steps is not None, "the recipe gives what is not set"
-        return max(self.args.num_steps, tree_depth(drafter) if self.is_running else 0)
-
-    def note(
-        self, drafter: CoralDrafter, predicted: Tensor, features: Tensor, labels: Tensor
-    ) -> None:
-        """Replay chain decoding over a batch, and ask the router, where an evaluation runs.
+    def metrics(self, dataset: Iterable, accelerator: Accelerator) -> dict[str, float]:
+        """The metrics by name, the same in every process; each decodes its share of the prompts.
 
         Args:
-            drafter: without wrappers.
-            predicted: (steps, batch, length - 1, hidden), of `num_steps`.
-            features: (batch, length, hidden), the target's.
-            labels: (batch, length).
-        """
-        if not self.is_running:
-            return
-        levels = predicted[: tree_depth(drafter)]
-        self._replayed += replayed_rounds(drafter, self.target, levels, features, labels)
-        if drafter.config.is_router_trained:
-            self._routing = self._routing or RoutingCounts(len(levels))
-            # position t predicts feature t + 1, whose token is t + 2
-            trained = labels[:, 2:] != IGNORED
-            guessed, true = levels[:, :, :-1][:, trained], features[:, 1:-1][trained]
-            self._routing.add(drafter, self.target, guessed, true)
-
-    def metrics(
-        self, drafter: CoralDrafter, dataset: Iterable, accelerator: Accelerator
-    ) -> dict[str, float]:
-        """The metrics of an evaluation by name, the same in every process.
-
-        Each process decodes its share of the prompts.
-
-        Args:
-            drafter: without wrappers, in evaluation mode.
             dataset: the rows that were evaluated.
             accelerator: of the trainer.
         """
-        depth = tree_depth(drafter)
 
-        def counted(rounds: list[int]) -> Tensor:
-            return accelerator.reduce(count_rounds(rounds, depth).to(accelerator.device)).cpu()
+        def summed(counts: Tensor) -> Tensor:
+            return accelerator.reduce(counts.to(accelerator.device)).cpu()
 
-        found = {"simulated_acceptance_length": acceptance_length(counted(self._replayed))}
-        if drafter.config.is_router_trained:
-            counts = self._routing or RoutingCounts(depth)
-            found |= counts.metrics(accelerator.reduce(counts.flat().to(accelerator.device)).cpu())
-        self._clear()
-        if self.args.eval_prompts:
-            _check_whole(accelerator)
-            prompts = held_out_prompts(dataset, self.target, self.args)
-            own = prompts[accelerator.process_index :: accelerator.num_processes]
-            counts = counted(decoded_rounds(drafter, self.target, own, _answers(self.args)))
+        replayed = summed(count_rounds(self._replayed, self.depth))
+        found = {"simulated_acceptance_length": acceptance_length(replayed)}
+        if self._routing is not None:
+            found |= self._routing.metrics(summed(self._routing.flat()))
+        if self._args.eval_prompts:
+            counts = summed(self._decode(dataset, accelerator))
             found["acceptance_length"] = acceptance_length(counts)
             found |= acceptance_by_depth(counts)
         return found
 
+    def _decode(self, dataset: Iterable, accelerator: Accelerator) -> Tensor:
+        """Rounds of this process's share of the prompts: see `count_rounds`."""
+        args, plugin = self._args, accelerator.state.deepspeed_plugin
+        if accelerator.distributed_type == "FSDP" or (plugin and plugin.zero_stage == 3):
+            # processes decode different numbers of rounds: none can wait for another's weights
+            raise ValueError(
+                "`eval_prompts` needs the whole drafter in every process, but its weights are"
+                f" sharded ({accelerator.distributed_type}); pass eval_prompts=0, or train with"
+                " plain data parallelism."
+            )
+        prompts = held_out_prompts(dataset, self._target, args)
+        own = prompts[accelerator.process_index :: accelerator.num_processes]
+        answers = AnswerSettings(
+            max_new_tokens=args.eval_max_new_tokens,
+            temperature=args.eval_temperature,
+            batch_size=args.per_device_eval_batch_size,
+            seed=args.seed,
+        )
+        return count_rounds(decoded_rounds(self._drafter, self._target, own, answers), self.depth)
+
 
 def check_best_metric(args: CoralTrainingArguments, dataset: Any, drafter: CoralDrafter) -> None:
-    """That the metric which chooses the best checkpoint is one that evaluations will give.
+    """Refuse a metric for the best checkpoint that no evaluation will give.
 
     Args:
         dataset: that is evaluated, or several by name.
-        drafter: as it is before the training.
+        drafter: as it is before training.
 
     Raises:
         ValueError: naming the metrics that there will be.
@@ -148,26 +131,6 @@ def tree_depth(drafter: CoralDrafter) -> int:
     return getattr(drafter.generation_config, "tree_depth", TREE_DEFAULTS["tree_depth"])
 
 
-def _answers(args: CoralTrainingArguments) -> AnswerSettings:
-    return AnswerSettings(
-        max_new_tokens=args.eval_max_new_tokens,
-        temperature=args.eval_temperature,
-        batch_size=args.per_device_eval_batch_size,
-        seed=args.seed,
-    )
-
-
-def _check_whole(accelerator: Accelerator) -> None:
-    """Ranks decode different numbers of rounds, so none can wait for another's weights."""
-    plugin = accelerator.state.deepspeed_plugin
-    if accelerator.distributed_type == "FSDP" or (plugin and plugin.zero_stage == 3):
-        raise ValueError(
-            "`eval_prompts` needs the whole drafter in every process, but its weights are sharded"
-            f" ({accelerator.distributed_type}); pass eval_prompts=0, or train with plain data"
-            " parallelism."
-        )
-
-
 def held_out_prompts(
     dataset: Iterable, target: Target, args: CoralTrainingArguments
 ) -> list[list[int]]:
@@ -175,7 +138,7 @@ def held_out_prompts(
 
     A prompt is what precedes the first trained token, and of plain text, of which everything is
     trained, its first `eval_prompt_length` tokens. Rows that hold no more than their prompt, or
-    that leave the target no room to answer, are passed over. A stream gives its first rows.
+    that leave the target no room to answer, are skipped. A stream gives its first rows.
     """
     rows = [first_document(row) for row in _spread(dataset, args.eval_prompts)]
     limit = max_positions(text_config(target.model))
@@ -225,7 +188,7 @@ def acceptance_length(counts: Tensor) -> float:
 
 
 def acceptance_by_depth(counts: Tensor) -> dict[str, float]:
-    """By depth, how many of the rounds that came so far accept one level more.
+    """The share of the rounds that came to a depth and accept one level more, by depth.
 
     tokens of a round   1   2   3   4
     counts              5   2   2   1     depth 1: 5 of 10, depth 2: 3 of 5, depth 3: 1 of 3

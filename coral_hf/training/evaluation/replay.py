@@ -1,4 +1,4 @@
-"""Greedy chain decoding replayed over a text that is there already, from one unroll.
+"""Greedy chain decoding replayed over a given text, from one unroll.
 
 In: what each step of the unroll predicts, and the target's features. Out: the rounds that chain
 decoding would take. Step d of the unroll stands where a chain of depth d stands: a chain that
@@ -13,7 +13,7 @@ starts with the root x3 is the diagonal marked *.
     step 3                                        *                           x6 after x5, f̂²_4
 
 On the target's own greedy text these are the rounds of real chain decoding, one by one. On any
-other text a round goes on along the text where the target itself would have gone another way.
+other text a round continues along the text where the target itself would have gone another way.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,23 +27,21 @@ from ...drafters.coral.modeling import CoralDrafter
 from ...heads.routed_head import RoutedHead
 from ...target import Target
 from ..data.encoding import IGNORED
+from ..steps import Unrolled
 
 CHUNK = 256  # rows of logits held at a time
 
 
-def replayed_rounds(
-    drafter: CoralDrafter, target: Target, predicted: Tensor, features: Tensor, labels: Tensor
-) -> list[int]:
+def replayed_rounds(drafter: CoralDrafter, target: Target, unrolled: Unrolled) -> list[int]:
     """Tokens that each round of greedy chain decoding would emit, row after row.
 
     Args:
         drafter: whose draft head is read.
         target: of the drafter.
-        predicted: (steps, batch, length - 1, hidden), see `unroll`; a chain has as many levels.
-        features: (batch, length, hidden), the target's.
-        labels: (batch, length), -100 where a token is not the target's to write.
+        unrolled: of as many steps as a chain has levels.
     """
-    trained = labels != IGNORED
+    predicted, features, labels, _ = unrolled
+    trained = labels != IGNORED  # (batch, length)
     trained[:, :2] = False
     # position t predicts token t + 2
     agreed = agreement(drafter, target, predicted[:, :, :-1], features[:, 1:-1], trained[:, 2:])

@@ -1,4 +1,4 @@
-"""How well a router's active groups hold what they should, by depth.
+"""Recall of a router's active groups, by depth.
 
 In: what each step of the unroll predicts at trained positions, and the target's features there.
 Out: shares of positions. Step d stands where a chain of depth d stands, and a position reads the
@@ -67,7 +67,7 @@ def _held(drafter: CoralDrafter, target: Target, predicted: Tensor, probs: Tenso
         predicted: (positions, hidden).
         probs: (positions, vocab), the target's.
     """
-    assert drafter.heads.router is not None, "whoever counts has looked"
+    assert drafter.heads.router is not None, "only counted for drafters with a router"
     groups = drafter.heads.router.groups_of(probs.shape[-1])
     log_mass = drafter.heads.router(predicted.to(drafter.dtype))[None, :, : groups.filled]
     routing = Routing.from_config(drafter.config).by_node()

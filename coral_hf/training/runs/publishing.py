@@ -1,27 +1,27 @@
-"""Pushing while and after training, with a card that says what is known.
+"""Pushing a drafter to the Hub during and after training, with a card that says what is known.
 
-In: what `Trainer` pushes. Out: the same with our card, without the token.
+In: what `Trainer` pushes. Out: the same with our card and record, and warnings of failed pushes.
 """
 
 import logging
-from concurrent.futures import Future
 from pathlib import Path
 
+from transformers import Trainer, TrainerCallback
+
+from ...atomic import write_json
+from ...drafters.coral.modeling import TRAINING_RECORD
 from ...hub import Branch, CardFacts, bring_card, finish_config, write_card
 from ..adapters import is_adapted
-from .checkpointing import CheckpointedTrainer
-from .record import TrainingRecord
 
 logger = logging.getLogger(__name__)
 
 
-class PublishingTrainer(CheckpointedTrainer):
-    """A `Trainer` that pushes drafters, as `push_to_hub` and `hub_strategy` ask for."""
+class DrafterPushes(Trainer):
+    """A `Trainer` whose `push_to_hub` and `hub_strategy` publish drafters."""
 
     def __init__(self, *args, **kwargs):
-        self.record = TrainingRecord()
-        self._reported: set[Future] = set()
         super().__init__(*args, **kwargs)
+        self.add_callback(_PushCallback(self))
 
     def init_hf_repo(self, token: str | None = None, **kwargs) -> None:
         """See [`~transformers.Trainer.init_hf_repo`].
@@ -34,8 +34,7 @@ class PublishingTrainer(CheckpointedTrainer):
             # newer versions of transformers pass it on from `push_to_hub`
             private = kwargs.get("private")
             private = self.args.hub_private_repo if private is None else private
-            token = token or self.args.hub_token
-            branch = Branch(self.hub_model_id, self.args.hub_revision, token)
+            branch = Branch(self.hub_model_id, self.args.hub_revision, token or self.args.hub_token)
             branch.check_vacant(private)
             folder = Path(self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +55,7 @@ class PublishingTrainer(CheckpointedTrainer):
         """See [`~transformers.Trainer.create_model_card`].
 
         A card that somebody wrote, in the folder or on the Hub, stays. `finetuned_from` is the
-        target's id; `tasks`, `dataset` and `dataset_args` say nothing of a drafter.
+        target's id; `tasks`, `dataset` and `dataset_args` have no place on a drafter's card.
         """
         if is_adapted(self.drafter):  # PEFT's card: the adapter loads with PEFT
             return super().create_model_card(
@@ -78,37 +77,46 @@ class PublishingTrainer(CheckpointedTrainer):
             logger.warning("%s/README.md was written by hand and stays as it is.", folder)
         finish_config(self.drafter.config, folder, finetuned_from)
 
-    def train(self, *args, **kwargs):
-        """See [`~transformers.Trainer.train`]; a push that failed meanwhile is told of."""
-        self.record.start()
-        output = super().train(*args, **kwargs)
-        self.record.write(self, self.accelerator.reduce)
-        self._report_pushes()
-        return output
 
-    def _save_checkpoint(self, model, trial) -> None:
-        self.record.write(self, self.accelerator.reduce)  # the checkpoint's config has it
-        super()._save_checkpoint(model, trial)
+class _PushCallback(TrainerCallback):
+    """Completes the files of each checkpoint that is pushed, and warns of pushes that failed.
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._is_staging and self.args.hub_strategy != "end":
-            self._report_pushes()
-            self.create_model_card()
-            if self.is_world_process_zero() and not is_adapted(self.drafter):
-                # from where `Trainer` copies it, and uploads it
-                finish_config(self.drafter.config, checkpoint_folder)
-        super()._push_from_checkpoint(checkpoint_folder)
+    `Trainer` pushes in the background and looks at no result.
+    """
 
-    def _report_pushes(self) -> None:
-        """`Trainer` pushes in the background and looks at no result."""
-        pushes = getattr(self, "push_in_progress", None)
+    def __init__(self, trainer: DrafterPushes):
+        self._trainer = trainer
+        self._reported: set[int] = set()
+
+    def on_push_begin(self, args, state, control, **kwargs) -> None:
+        """See [`~transformers.TrainerCallback.on_push_begin`]."""
+        trainer = self._trainer
+        self._report()
+        checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if not trainer.is_in_train or is_adapted(trainer.drafter):
+            return  # `push_to_hub` writes a card itself, and PEFT has its own
+        trainer.create_model_card()
+        if checkpoint.is_dir():  # from where `Trainer` copies the config, and which it may push
+            finish_config(trainer.drafter.config, checkpoint)
+        write_json(Path(args.output_dir, TRAINING_RECORD), trainer.drafter.training_record)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """See [`~transformers.TrainerCallback.on_train_end`]."""
+        pushes = getattr(self._trainer, "push_in_progress", None)
+        if pushes is not None:
+            pushes.wait_until_done()
+        self._report()
+
+    def _report(self) -> None:
+        trainer = self._trainer
+        pushes = getattr(trainer, "push_in_progress", None)
         for job in pushes.jobs if pushes is not None else []:
-            if not job.done() or job in self._reported:
+            if not job.done() or id(job) in self._reported:
                 continue
-            self._reported.add(job)
+            self._reported.add(id(job))
             if (error := job.exception()) is not None:
                 # with its cause: of a large file the error itself only names the file
-                logger.warning("A push to %s failed", self.hub_model_id, exc_info=error)
+                logger.warning("A push to %s failed", trainer.hub_model_id, exc_info=error)
 
 
 def _as_list(names: str | list[str] | None) -> list[str]:

@@ -1,9 +1,7 @@
-"""What a stage of training minimises: weighted losses of a batch, and what the log says of them.
+"""Training objectives: the weighted losses of a stage, and what is logged of them.
 
-In: the trained positions of an unrolled batch. Out: losses summed over positions.
+In: the trained positions of a batch. Out: losses and notes for the log, summed over positions.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,35 +13,19 @@ from ..arguments import CoralTrainingArguments
 from ..losses.csra import csra_loss, of_other_devices
 from ..losses.liger_loss import LigerChunkLoss
 from ..losses.losses import regression_loss, router_loss
-from ..losses.token_loss import token_loss
+from ..losses.token_loss import TokenWeights, token_loss
+from . import Losses, Trained
 
 
-class Unrolled(NamedTuple):
-    """The trained positions of a batch."""
-
-    predicted: Tensor  # (steps, positions, hidden)
-    target: Tensor  # (positions, hidden), the features that were to be predicted
-    lengths: list[int]  # trained positions of each document of the batch
-
-
-class Losses(NamedTuple):
-    """The terms of a loss, and sums to be logged; each () and summed over positions."""
-
-    terms: dict[str, Tensor]
-    notes: dict[str, Tensor]
-
-    def __add__(self, other: "Losses") -> "Losses":  # type: ignore[override]
-        return Losses({**self.terms, **other.terms}, {**self.notes, **other.notes})
-
-
-def drafter_losses(unrolled: Unrolled, args: CoralTrainingArguments, head: LMHead) -> Losses:
+def drafter_losses(trained: Trained, args: CoralTrainingArguments, head: LMHead) -> Losses:
     """L_reg, L_cls and L_topk of all steps, and L_csra, each with its weight."""
-    predicted, target, _ = unrolled
+    recipe = args.resolved
+    predicted, target, _ = trained
+    weights = TokenWeights(recipe.classification_weight, recipe.top_k_weight, args.top_k)
     kernel = LigerChunkLoss() if args.use_liger_kernel else None
-    tokens = token_loss(predicted, target, head.logits, args.token_weights, chunk_loss=kernel)
+    tokens = token_loss(predicted, target, head.logits, weights, chunk_loss=kernel)
     regression = regression_loss(predicted, target)
-    assert args.regression_weight is not None, "the recipe gives what is not set"
-    terms = {"regression": args.regression_weight * regression.sum(), "tokens": tokens.loss.sum()}
+    terms = {"regression": recipe.regression_weight * regression.sum(), "tokens": tokens.loss.sum()}
     notes = {
         "regression_loss": regression.mean(),
         "classification_loss": tokens.classification.mean(),
@@ -52,11 +34,11 @@ def drafter_losses(unrolled: Unrolled, args: CoralTrainingArguments, head: LMHea
         **by_step("agreement", tokens.agreed.sum(-1)),
         **by_step("feature_similarity", step_similarity(predicted), first=2),
     }
-    if args.top_k_weight:
+    if recipe.top_k_weight:
         notes["top_k_loss"] = tokens.top_k.mean()
-    if args.csra_weight:
-        notes["csra_loss"] = _csra(unrolled, args)
-        terms["csra"] = args.csra_weight * notes["csra_loss"]
+    if recipe.csra_weight:
+        notes["csra_loss"] = _csra(trained, args)
+        terms["csra"] = recipe.csra_weight * notes["csra_loss"]
     return Losses(terms, notes)
 
 
@@ -76,8 +58,9 @@ def step_similarity(predicted: Tensor) -> Tensor:
         return torch.stack(later) if later else first.new_zeros(0)
 
 
-def _csra(unrolled: Unrolled, args: CoralTrainingArguments) -> Tensor:
-    predicted, target, lengths = unrolled
+def _csra(trained: Trained, args: CoralTrainingArguments) -> Tensor:
+    """L_csra of the trained positions with the settings of the run: → ()."""
+    predicted, target, lengths = trained
     if args.csra_gradient == "later_steps":
         predicted = torch.cat([predicted[:1].detach(), predicted[1:]])
     is_gathered = args.csra_negatives == "gathered"
@@ -109,13 +92,13 @@ def router_losses(
     return Losses({"router": weight * loss}, {"router_loss": loss})
 
 
-def low_rank_losses(squeezed: Unrolled, head: LMHead) -> Losses:
-    """Cross-entropy of what the low-rank head says against the target, averaged over steps.
+def low_rank_losses(trained: Trained, head: LMHead) -> Losses:
+    """Cross-entropy of the low-rank head's tokens against the target's, averaged over steps.
 
     Args:
-        squeezed: with `predicted` as low rank leaves it.
+        trained: with `predicted` (steps, positions, hidden) after the low-rank projection.
     """
-    tokens = token_loss(squeezed.predicted, squeezed.target, head.logits)
+    tokens = token_loss(trained.predicted, trained.target, head.logits)
     loss = tokens.loss.mean()
     notes = by_step("low_rank_agreement", tokens.agreed.sum(-1))
     return Losses({"low_rank": loss}, {"low_rank_loss": tokens.classification.mean(), **notes})

@@ -1,11 +1,12 @@
-"""Training stops at the first loss that is not finite, before the weights take any harm.
+"""Monitoring of a training run: averages for the log, its cost, and the stop at what is not finite.
 
-In: the losses of each batch and the target's features. Out: an error that names the batch, in
-every process, since a process that stops alone leaves the others waiting.
+In: the losses of each batch and the target's features. Out: one number a name when an entry is
+logged; tokens and seconds; an error that names the batch before the weights take any harm.
 """
 
+import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,73 @@ from transformers import TrainerCallback
 from ..data.encoding import IGNORED
 
 SHOWN_TOKENS = 8
+
+
+class RunningAverages:
+    """Averages over trained positions between two log entries, by name.
+
+    Sums stay on their device until they are logged.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, totals: dict[str, Tensor], count: int) -> None:
+        """Add a batch's sums, () each, over `count` positions."""
+        for name, total in totals.items():
+            self._sums[name] = total.detach().float() + self._sums.get(name, 0)
+            self._counts[name] = self._counts.get(name, 0) + count
+
+    def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The averages, and begin again.
+
+        Args:
+            reduce: sums a tensor over processes, which all must have added the same names.
+        """
+        if not self._sums:
+            return {}
+        sums = torch.stack([*self._sums.values()])  # (names,)
+        counts = sums.new_tensor([*self._counts.values()])  # (names,)
+        names = [*self._sums]
+        sums, counts = reduce(torch.stack([sums, counts]))
+        self._sums, self._counts = {}, {}
+        return dict(zip(names, (sums / counts.clamp(min=1)).tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, dict]:
+        """What has been added since the last log entry."""
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        """Resume from a `state_dict`."""
+        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+
+
+class RunCost:
+    """Trained positions of this process, and the seconds of a run with all its interruptions."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._seconds = 0.0  # before the last start
+        self._start: float | None = None
+
+    def start(self) -> None:
+        """Begin or resume."""
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken so far."""
+        running = 0.0 if self._start is None else time.perf_counter() - self._start
+        return self._seconds + running
+
+    def state_dict(self) -> dict[str, float]:
+        """The cost so far."""
+        return {"tokens": self.tokens, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Resume from a `state_dict`."""
+        self.tokens, self._seconds = int(state["tokens"]), state["seconds"]
 
 
 class Watched(NamedTuple):
@@ -30,7 +98,8 @@ class Watched(NamedTuple):
 class FiniteGuard(TrainerCallback):
     """Raises a `FloatingPointError` instead of an optimizer step on losses that are not finite.
 
-    The losses of all accumulated batches and all processes are read once a step.
+    It does so in every process, since one that stopped alone would leave the others waiting. The
+    losses of all accumulated batches are read once a step.
     """
 
     def __init__(self, process: int, gather: Callable[[Tensor], Tensor]):
@@ -40,22 +109,18 @@ class FiniteGuard(TrainerCallback):
         self._watched: list[Watched] = []
 
     def watch(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        features: Tensor,
-        losses: Mapping[str, Tensor],
+        self, batch: Mapping[str, Any], features: Tensor, losses: Mapping[str, Tensor]
     ) -> None:
         """Keep what a batch is judged by.
 
         Args:
-            input_ids, labels: (batch, length).
+            batch: with `input_ids` and `labels`, (batch, length) each.
             features: (positions, hidden), the target's.
             losses: name → ().
         """
         terms = torch.stack([loss.detach().float() for loss in losses.values()])
         finite = features.isfinite().all(-1)
-        self._watched.append(Watched(input_ids, labels, finite, terms, [*losses]))
+        self._watched.append(Watched(batch["input_ids"], batch["labels"], finite, terms, [*losses]))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         """See [`~transformers.TrainerCallback`]."""
@@ -90,11 +155,11 @@ def _finding(batch: Watched) -> str:
             f"The target's features are not finite in {_rows(batch, rows)}; use a target in"
             " bfloat16 or float32, or leave these rows out."
         )
-    finite = batch.losses.isfinite().tolist()
-    names = [name for name, is_finite in zip(batch.names, finite, strict=True) if not is_finite]
     where = _rows(batch, [*range(len(lengths))])
     if sum(lengths) == 0:
         return f"Nothing is trained in {where}; leave out rows without labels."
+    finite = batch.losses.isfinite().tolist()
+    names = [name for name, is_finite in zip(batch.names, finite, strict=True) if not is_finite]
     return (
         f"The loss ({', '.join(names)}) of {where} is not finite, though the target's features are;"
         " lower `learning_rate` or set `max_grad_norm`."
@@ -102,8 +167,8 @@ def _finding(batch: Watched) -> str:
 
 
 def _rows(batch: Watched, rows: list[int]) -> str:
-    heads = [f"{row} {batch.input_ids[row, :SHOWN_TOKENS].tolist()}" for row in rows]
-    return f"{'row' if len(rows) == 1 else 'rows'} {', '.join(heads)} (first tokens)"
+    starts = [f"{row} {batch.input_ids[row, :SHOWN_TOKENS].tolist()}" for row in rows]
+    return f"{'row' if len(rows) == 1 else 'rows'} {', '.join(starts)} (first tokens)"
 
 
 def check_weights(model: nn.Module, gather: Callable[[Tensor], Tensor]) -> None:
@@ -117,5 +182,5 @@ def check_weights(model: nn.Module, gather: Callable[[Tensor], Tensor]) -> None:
     if not bool(gather(finite[None]).all()):
         raise FloatingPointError(
             "The drafter's weights are not finite, so no checkpoint is written; the last one is"
-            " whole. Go on from it with a lower `learning_rate` or a lower `max_grad_norm`."
+            " whole. Resume from it with a lower `learning_rate` or a lower `max_grad_norm`."
         )

@@ -8,7 +8,7 @@ from test_trainer import logged, make_trainer, rows, target  # noqa: F401  fixtu
 from transformers import AutoModel
 
 from coral_hf.target import read_features, read_target
-from coral_hf.training.head_stages import default_groups
+from coral_hf.training.stages import default_groups
 from coral_hf.training.steps.unroll import unroll
 
 GROUPS = {"num_groups": 6, "num_active_groups": 2}
@@ -164,7 +164,7 @@ def test_a_router_goes_on_with_its_own_groups_alone(target, rows, trained, tmp_p
     other = trainer(0, max_steps=8)
     other.model.heads.add_router(6, 2, torch.arange(40).flip(0), "kmeans")
     other.model.heads.router.requires_grad_(True)
-    with pytest.raises(ValueError, match="was trained with grouping_hash"):
+    with pytest.raises(ValueError, match="`grouping_hash` was"):
         other.train(resume_from_checkpoint=True)
 
 

@@ -1,4 +1,4 @@
-"""The rows that a trainer reads, from whatever it is given.
+"""Datasets of the trainer, from whatever it is given.
 
 In: conversations, rows of tokens, or a feature cache. Out: rows that the collator takes.
 """
@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..target import Target, text_config
 from .arguments import CoralTrainingArguments
 from .data import pack_dataset, prepare_dataset
 from .data.vocabulary import check_rows
@@ -17,17 +18,17 @@ def training_rows(
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     args: CoralTrainingArguments,
-    vocab_size: int,
+    target: Target,
     packing: bool = False,
 ) -> Any:
-    """Rows of a dataset, or of each of several; without a tokenizer they hold tokens already."""
-    if isinstance(dataset, dict):
-        return {
-            name: training_rows(part, tokenizer, args, vocab_size, packing)
-            for name, part in dataset.items()
-        }
+    """Rows of a dataset as token ids and labels, or of a cache of this target's features.
+
+    Without a tokenizer, rows hold token ids already.
+    """
+    vocab_size = text_config(target.model).vocab_size
     if isinstance(dataset, CachedFeatures):
         _check_cache(dataset, args, packing)
+        dataset.check_target(target.model)
         return dataset
     if tokenizer is None:
         check_rows(dataset, vocab_size)
@@ -43,13 +44,13 @@ def training_rows(
     return pack_dataset(dataset, args.max_length) if packing and not is_packed else dataset
 
 
-def outline(dataset: Any) -> Any:
+def lengths_only(dataset: Any) -> Any:
     """What samplers read of a dataset: of a feature cache the lengths of its rows alone."""
     return RowLengths(dataset) if isinstance(dataset, CachedFeatures) else dataset
 
 
 def _check_lengths(dataset: Any, max_length: int) -> None:
-    """That rows of tokens, which are taken as they are, keep to the limit; streams are not read."""
+    """Refuse rows of tokens, which nobody cuts, beyond the limit; streams are not read."""
     import datasets
 
     if not isinstance(dataset, datasets.Dataset) or "input_ids" not in dataset.column_names:

@@ -1,0 +1,111 @@
+"""Training pipeline: the drafter or an adapter of it, then its router, then one folder to publish.
+
+In: a target, its tokenizer, conversations. Out: a checkpoint that `AutoModel.from_pretrained`
+loads.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from accelerate import PartialState
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..drafters.coral.modeling import CoralDrafter
+from ..hub.drafter_folder import stale_files
+from .arguments import CoralTrainingArguments
+from .runs.checkpoints import INCOMPLETE, flush, write_error
+from .runs.run_record import check_vacant
+from .stages import check_head_settings
+from .trainer import CoralTrainer
+
+
+def train(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset,
+    stages: list[CoralTrainingArguments],
+    drafter: CoralDrafter | PeftModel | None = None,
+    resume: bool = False,
+    eval_dataset=None,
+) -> CoralDrafter:
+    """Run training stages one after the other on one drafter.
+
+    Args:
+        target: frozen.
+        tokenizer: the target's.
+        dataset: conversations in any form that `prepare_dataset` takes, or `CachedFeatures`.
+        stages: usually one with `stage="drafter"` and one with `stage="router"`, each with its own
+            `output_dir`.
+        drafter: to be trained further; by default a fresh one in fp32, drawn with the first stage's
+            seed. Of one in a `PeftModel` (see `with_adapter`) the adapter is trained, saved in the
+            first stage's folder, and merged.
+        resume: resume each stage from its last checkpoint, where it has one; else a stage refuses a
+            folder with checkpoints.
+        eval_dataset: held-out conversations, for arguments with an `eval_strategy`.
+    """
+    if drafter is None:
+        set_seed(stages[0].seed)
+        drafter = CoralDrafter.from_target(target).float()
+    for args in stages:  # now, and not when a stage's turn comes
+        check_head_settings(drafter, args)
+        if not resume:
+            check_vacant(Path(args.output_dir))
+    for args in stages:
+        trainer = CoralTrainer(
+            model=drafter,
+            target_model=target,
+            args=args,
+            train_dataset=dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+        )
+        folder = args.output_dir
+        can_resume = resume and Path(folder).is_dir()
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if can_resume else None)
+        if isinstance(trainer.drafter, PeftModel):
+            trainer.save_model()
+            drafter = trainer.drafter.merge_and_unload()
+    return drafter.eval()
+
+
+def save(drafter: CoralDrafter, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write drafter, router, tokenizer and settings into one folder, ready for the Hub.
+
+    A drafter that is there is replaced once all of the new one is on the disk.
+
+    Raises:
+        OSError: if it cannot be written, such as to a full disk.
+    """
+    if not PartialState().is_main_process:
+        return
+    folder = Path(folder)
+    aside = folder / INCOMPLETE
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        drafter.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        names = [path.name for path in aside.iterdir()]
+        _move_up(aside)
+        for name in stale_files(os.listdir(folder), names):
+            (folder / name).unlink()
+    except Exception as error:  # a full disk raises errors of tokenizers and safetensors too
+        remedy = "What was there is whole; make room, then save again (coral-hf train: --resume)."
+        raise write_error("The drafter", folder, error, remedy) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _move_up(aside: Path) -> None:
+    """Move files into the folder above, once all of them are on the disk."""
+    files = [path for path in aside.rglob("*") if path.is_file()]
+    for path in files:
+        flush(path)
+    for path in files:
+        place = aside.parent / path.relative_to(aside)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, place)
+    flush(aside.parent)

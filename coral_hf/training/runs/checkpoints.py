@@ -1,0 +1,264 @@
+"""Checkpoints that are whole or absent, and runs that resume from them bit for bit.
+
+In: what `Trainer` writes. Out: folders that appear in one move, when all is on the disk.
+
+    run/checkpoint-2               whole, whatever happens
+    run/_incomplete/checkpoint-4   being written or deleted; removed by the next run after a kill
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from torch.distributed.checkpoint.stateful import Stateful
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    get_last_checkpoint,
+    sort_checkpoints,
+)
+
+from ...atomic import SoleWriter
+from .monitoring import check_weights
+from .run_record import Run, check_resume, check_vacant
+
+# uploads to the Hub leave out what begins with an underscore
+INCOMPLETE = "_incomplete"
+
+
+class AtomicCheckpoints(Trainer):
+    """A `Trainer` that alone writes to its folder and never shows a half-written checkpoint.
+
+    A class that inherits it says what decides a run (`run_settings`), what its checkpoints keep
+    beside the states of `Trainer` (`stateful`), and what to do before one is written.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._run = Run("", {})
+        self._resumed_from: Path | None = None
+        self._is_staging = False
+        self.add_callback(_OnTrainBegin(self._load_own_state))
+
+    def run_settings(self) -> dict[str, Any]:
+        """What a run must share with the one that it resumes."""
+        return {}
+
+    def stateful(self) -> Mapping[str, Stateful]:
+        """What each process saves with a checkpoint and loads on resume, by name."""
+        return {}
+
+    def before_checkpoint(self) -> None:
+        """Called by every process before a checkpoint is written."""
+
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        """See [`~transformers.Trainer.train`].
+
+        Raises:
+            ValueError: if another run writes to `output_dir`, if a new run would begin among the
+                checkpoints of an earlier one, and if one would resume with other settings, rows or
+                target than it began with.
+        """
+        folder = self.args.output_dir
+        with sole_run(folder, self.is_world_process_zero()):
+            if self.is_local_process_zero():
+                shutil.rmtree(Path(folder, INCOMPLETE), ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            last = get_last_checkpoint(folder) if resume_from_checkpoint is True else None
+            # `Trainer` says what is wrong where there is none
+            resumed = Path(last or resume_from_checkpoint) if resume_from_checkpoint else None
+            self._resumed_from = resumed if resumed is not None and resumed.is_dir() else None
+            self._run = self._begin(bool(resume_from_checkpoint), trial)
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _begin(self, is_resumed: bool, trial) -> Run:
+        """The run that begins or resumes; every process returns it, or raises."""
+        settings, folder = self.run_settings(), Path(self._get_output_dir(trial))
+        run_id, refusal = uuid4().hex, None
+        if self.is_world_process_zero():
+            try:
+                if not is_resumed:
+                    check_vacant(folder)
+                elif self._resumed_from is not None:
+                    run_id = check_resume(self._resumed_from, settings, folder) or run_id
+            except (ValueError, OSError) as error:
+                refusal = str(error)
+        run_id, refusal = broadcast_object_list([run_id, refusal])
+        if refusal is not None:
+            raise ValueError(refusal)
+        return Run(run_id, settings)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """See [`~transformers.Trainer.get_batch_samples`]; a finished run takes no step more."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _get_output_dir(self, trial) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, INCOMPLETE) if self._is_staging else folder
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Write a checkpoint aside, then let it appear, and only then delete older ones."""
+        check_weights(model, self.gather_flags)
+        self.before_checkpoint()
+        folder = Path(self._get_output_dir(trial))
+        whole = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staged = folder / INCOMPLETE / whole.name
+        with self._failing_together(staged):
+            self._stage(model, trial, staged, whole)
+        with self._failing_together(staged):
+            if self.is_local_process_zero():
+                _publish(staged, whole)
+        if self.args.should_save and self.args.save_total_limit:
+            self._drop_old(folder, self.args.save_total_limit)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(whole))
+
+    def _stage(self, model, trial, staged: Path, whole: Path) -> None:
+        self._is_staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_staging = False
+        if not self.args.save_only_model:
+            parts = {name: part.state_dict() for name, part in self.stateful().items()}
+            own = {"loss": self._tr_loss, "last_logged": self._globalstep_last_logged, **parts}
+            torch.save(own, staged / self._state_name)
+        if self.args.should_save:
+            self._run.write(staged)
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best) == staged:
+            self.state.best_model_checkpoint = str(whole)
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+
+    @contextmanager
+    def _failing_together(self, staged: Path) -> Iterator[None]:
+        """Raise in every process if writing fails in one; this also waits for all of them."""
+        error = None
+        try:
+            yield
+        except Exception as caught:  # a full disk raises errors of torch and safetensors too
+            error = caught
+        reasons = [reason for reason in gather_object([error and _reason(error)]) if reason]
+        if not reasons:
+            return
+        if self.is_local_process_zero():
+            shutil.rmtree(staged, ignore_errors=True)
+        raise write_error(
+            f"The checkpoint of step {self.state.global_step}",
+            staged.parents[1],
+            reasons[0],
+            "Earlier checkpoints are whole; make room, then resume from the last one.",
+        ) from error
+
+    def _drop_old(self, folder: Path, limit: int) -> None:
+        """Delete what is beyond the limit, aside, so that none is ever seen half deleted."""
+        best = self.state.best_model_checkpoint
+        # oldest first, but the best one stands just before the newest
+        checkpoints = sort_checkpoints(str(folder), use_mtime=True, best_model_checkpoint=best)
+        is_best_older = best is not None and Path(best) != Path(checkpoints[-1])
+        aside = folder / INCOMPLETE
+        for old in map(Path, checkpoints[: -max(limit, 1 + is_best_older)]):
+            aside.mkdir(exist_ok=True)
+            old.rename(aside / old.name)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._is_staging:  # uploads run in the background, from the final place
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def gather_flags(self, flags: torch.Tensor) -> torch.Tensor:
+        """Collect a tensor of every process, wherever it is: (any) → (processes * any)."""
+        return self.accelerator.gather(flags.to(self.args.device))
+
+    @property
+    def _state_name(self) -> str:
+        return f"coral_state_{self.args.process_index}.pth"
+
+    def _load_own_state(self) -> None:
+        """Load what this process wrote into the checkpoint that the run resumes from."""
+        file = None if self._resumed_from is None else self._resumed_from / self._state_name
+        if file is None or not file.is_file():
+            return
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        self._tr_loss = state["loss"].to(self.args.device)
+        self._globalstep_last_logged = state["last_logged"]
+        for name, part in self.stateful().items():
+            part.load_state_dict(state[name])
+
+
+class _OnTrainBegin(TrainerCallback):
+    """Calls a function once `Trainer` has loaded a checkpoint and reset its own counters."""
+
+    def __init__(self, function):
+        self._function = function
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """See [`~transformers.TrainerCallback.on_train_begin`]."""
+        self._function()
+
+
+@contextmanager
+def sole_run(folder: str | Path, is_main: bool) -> Iterator[None]:
+    """Hold a folder for a run; every process of the run enters, the main one holds the lock.
+
+    Raises:
+        ValueError: if another run holds it, in every process.
+    """
+    refusal, writer = None, None
+    if is_main:
+        writer = SoleWriter(folder)
+        refusal = writer.refusal()
+    (refusal,) = broadcast_object_list([refusal])
+    if refusal is not None:
+        raise ValueError(refusal)
+    try:
+        yield
+    finally:
+        if writer is not None:
+            writer.release()
+
+
+def _publish(staged: Path, whole: Path) -> None:
+    """Let a checkpoint appear under its name, once the disk has all of it."""
+    if not staged.exists():  # on a shared disk, another node was faster
+        return
+    for path in [*staged.rglob("*"), staged]:
+        flush(path)
+    if whole.exists():  # of this run, which was resumed from before that point
+        whole.rename(staged.with_name("replaced"))
+    staged.rename(whole)
+    flush(whole.parent)
+    shutil.rmtree(staged.parent, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Have a file or a folder written to the disk, so that a power failure leaves it whole."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_error(what: str, folder: Path, error: Exception | str, remedy: str) -> OSError:
+    """The error for what could not be written into a folder."""
+    reason = _reason(error) if isinstance(error, Exception) else error
+    free = shutil.disk_usage(folder).free / 2**20
+    return OSError(
+        f"{what} could not be written to {folder} ({reason}). {free:.0f} MiB are free there."
+        f" {remedy}"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,215 @@
+"""Identity and summary of a training run.
+
+In: the settings, rows and target of a run. Out: `coral_run.json` in each checkpoint, with which a
+run resumes or is refused; and what a run did, for `training_record.json` beside the weights.
+"""
+
+import json
+from collections.abc import Mapping, Sized
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+from transformers.trainer_utils import sort_checkpoints
+from transformers.utils import logging
+
+from ...atomic import write_json
+from ...drafters.coral.configuration import CoralConfig
+from ...identity import identify, rows_digest
+from ...measure.hardware import hardware_name
+from ..arguments import CoralTrainingArguments, Recipe
+from ..features import CachedFeatures
+
+logger = logging.get_logger(__name__)
+
+RUN = "coral_run.json"
+SETTINGS = (
+    # of the losses
+    *("stage", *Recipe._fields, "top_k", "router_weight", "feature_noise"),
+    *("csra_temperature", "csra_negatives", "csra_positives", "csra_gradient"),
+    # of the optimizer, which takes its own from the checkpoint
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    # of the batches and their order
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "packing", "max_length"),
+    *("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last"),
+)
+GROUPS = ("num_groups", "grouping", "grouping_hash")  # of a router that is trained
+LENGTHS = ("max_steps", "num_train_epochs")
+# schedules that do not depend on the length of a run
+STEADY = ("constant", "constant_with_warmup")
+SHOWN_DIGITS = 16  # of a SHA-256, enough to tell datasets and targets apart
+HUB_DATASET = "hf://datasets/"
+
+
+class Run(NamedTuple):
+    """Which run a checkpoint belongs to."""
+
+    id: str  # the same in all checkpoints of a run, however often it was interrupted
+    settings: dict[str, Any]  # of `run_settings`
+
+    def write(self, checkpoint: Path) -> None:
+        """Save it in a checkpoint."""
+        write_json(checkpoint / RUN, {"run": self.id, "settings": self.settings})
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> "Run | None":
+        """Read it from a checkpoint; None where another trainer wrote that."""
+        if not (checkpoint / RUN).is_file():
+            return None
+        found = json.loads((checkpoint / RUN).read_text(encoding="utf-8"))
+        return cls(found["run"], found["settings"])
+
+
+def run_settings(
+    args: CoralTrainingArguments, rows: Any, target: PreTrainedModel, config: CoralConfig
+) -> dict[str, Any]:
+    """What decides the outcome of a run, by name, as plain values; all processes call it.
+
+    Args:
+        rows: the training rows.
+        target: wherever its weights are.
+        config: of the drafter.
+    """
+    values, by_steps = args.to_dict(), args.max_steps > 0
+    found = identify(target)
+    packed = "" if found.quantization is None else f", quantised by {found.quantization}"
+    settings = {
+        # older versions of transformers lack some of them
+        **{name: values[name] for name in SETTINGS if name in values},
+        "max_steps": args.max_steps if by_steps else None,
+        "num_train_epochs": None if by_steps else args.num_train_epochs,
+        "processes": args.world_size,
+        "rows": rows_identity(rows),
+        "target": f"in {found.dtype}{packed}, SHA-256 {found.digest[:SHOWN_DIGITS]}",
+    }
+    if args.stage in ("router", "joint"):
+        settings |= {name: getattr(config, name) for name in GROUPS}
+    return json.loads(json.dumps(settings, default=str))
+
+
+def rows_identity(rows: Any) -> str:
+    """The number of rows and a digest of their tokens, labels and positions.
+
+    A stream has neither; of rows that are no `datasets.Dataset` or feature cache the number alone
+    is known.
+    """
+    if not isinstance(rows, Sized):
+        return "a stream"
+    digest = None
+    if isinstance(rows, CachedFeatures):
+        digest = rows.index.fingerprint
+    elif isinstance(rows, Dataset) and "input_ids" in rows.column_names:
+        digest = rows_digest(rows)
+    return f"{len(rows)} rows" + ("" if digest is None else f", SHA-256 {digest[:SHOWN_DIGITS]}")
+
+
+def check_vacant(folder: Path) -> None:
+    """Refuse to begin a run among checkpoints: a later resume would mix two runs.
+
+    Raises:
+        ValueError: if there are any.
+    """
+    found = [Path(path).name for path in sort_checkpoints(str(folder))]
+    if found:
+        names = found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
+        raise ValueError(
+            f"`output_dir` {folder} holds {names} of an earlier run, and a new run would be mixed"
+            " with it. Resume that run (resume_from_checkpoint=True, on the command line --resume),"
+            " use another folder, or delete its checkpoints."
+        )
+
+
+def check_resume(checkpoint: Path, settings: Mapping[str, Any], folder: Path) -> str | None:
+    """The id of a checkpoint's run, to be resumed with `settings` and checkpoints in `folder`.
+
+    Raises:
+        ValueError: if it began with other settings, or `folder` holds checkpoints of other runs.
+    """
+    run = Run.read(checkpoint)
+    if run is None:
+        logger.warning(
+            f"{checkpoint} does not say with which settings its run began; make sure that they are"
+            " the same."
+        )
+        return None
+    for path in map(Path, sort_checkpoints(str(folder))):
+        other = Run.read(path)
+        if other is not None and other.id != run.id:
+            raise ValueError(
+                f"`output_dir` {folder} holds {path.name}, which is not of the run of {checkpoint}."
+                " Delete or move the checkpoints of one of them, or use another folder."
+            )
+    then = run.settings
+    changed = {
+        name: f"`{name}` was {then[name]}, now it is {now}"
+        for name, now in settings.items()
+        if name in then and then[name] != now
+    }
+    length = [changed.pop(name) for name in LENGTHS if name in changed]
+    is_share = 0 < settings["warmup_steps"] < 1  # of the whole run
+    if length and (settings["lr_scheduler_type"] not in STEADY or is_share):
+        logger.warning(
+            f"The run of {checkpoint} resumes with another length ({'; '.join(length)}): from here"
+            " on its learning rate is that of the new length's schedule."
+        )
+    if changed:
+        raise ValueError(
+            f"{checkpoint} is of a run that began otherwise: {'; '.join(changed.values())}. Resume"
+            " it with what it began with. To train with something else, begin a run in another"
+            " folder with the drafter of this checkpoint (on the command line --drafter)."
+        )
+    return run.id
+
+
+def run_summary(
+    args: CoralTrainingArguments,
+    state: TrainerState,
+    rows: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    tokens: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """What a run did and cost so far, as plain values: recipe, data, steps, hardware.
+
+    Args:
+        tokens: trained positions in all processes.
+    """
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    name = "eval_acceptance_length"
+    lengths = [entry[name] for entry in state.log_history if name in entry]
+    recipe = {"recipe": args.recipe, "weights": args.resolved._asdict()}
+    hardware = hardware_name(args.device)
+    if args.world_size > 1:
+        hardware = f"{args.world_size} processes, each on {hardware}"
+    return {
+        "stage": args.stage,
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+        "learning_rate": args.learning_rate,
+        "max_length": args.max_length,
+        **(recipe if args.stage in ("drafter", "joint") else {}),
+        "datasets": hub_datasets(rows),
+        "rows": len(rows) if isinstance(rows, Sized) else None,  # a stream has no length
+        "has_chat_template": bool(tokenizer is not None and tokenizer.chat_template),
+        "steps": state.global_step,
+        "epochs": round(state.epoch or 0.0, 3),
+        "batch": batch,
+        name: lengths[-1] if lengths else None,
+        "trained_tokens": tokens,
+        "seconds": round(seconds, 1),
+        "hardware": hardware,
+        "versions": {"transformers": transformers.__version__, "torch": str(torch.__version__)},
+    }
+
+
+def hub_datasets(rows: Any) -> list[str]:
+    """Ids of the Hub's datasets that rows come from; files of this machine are not named.
+
+    `datasets` notes where it downloaded from: hf://datasets/org/name@commit/file.
+    """
+    found = rows.info.download_checksums if isinstance(rows, Dataset) else None
+    names = (url.removeprefix(HUB_DATASET) for url in found or {} if url.startswith(HUB_DATASET))
+    return list(dict.fromkeys(name.partition("@")[0] for name in names))

@@ -1,0 +1,98 @@
+"""The training step of CORAL drafters: target features → multi-step unroll → losses.
+
+In: batches of the collator. Out: what the drafter predicts of them, and its losses. The target runs
+without gradient; `Unrolled` draws how tokens, features and predictions are shifted.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ...drafters.coral.modeling import CoralDrafter
+from ...identity import seed_of
+from ...target import Target
+from ..arguments import CoralTrainingArguments
+from ..features.online import TargetFeatures
+from . import Losses, Trained, Unrolled, register_step
+from .objectives import drafter_losses, low_rank_losses, router_losses
+from .unroll import unroll
+
+
+class CoralStep:
+    """See [`coral_hf.training.steps.TrainingStep`]."""
+
+    def __init__(self, target: Target, args: CoralTrainingArguments):
+        self.target = target
+        self.args = args
+        self.features = TargetFeatures(target.model)
+        self.noise = FeatureNoise(args.feature_noise, args.seed, args.process_index, args.device)
+
+    def unroll(self, model: nn.Module, batch: dict[str, Tensor], num_steps: int) -> Unrolled:
+        """Predict the feature after each pair of (next token, feature), `num_steps` times.
+
+        position t           0        1        2        3
+        the drafter reads    (x1,f0)  (x2,f1)  (x3,f2)  (x4,f3)
+        and predicts         f̂1       f̂2       f̂3       f̂4
+        """
+        features = self.features.read(batch)  # (batch, length, hidden)
+        read = self.noise.on(features[:, :-1]) if model.training else features[:, :-1]
+        embeddings = self.target.embed(batch["input_ids"][:, 1:])
+        position_ids = batch.get("position_ids")
+        positions = None if position_ids is None else position_ids[:, :-1]
+        # frozen weights make no graph, and DDP prepares its gradients in this very forward pass
+        predicted = unroll(model, embeddings, read, num_steps, positions)
+        return Unrolled(predicted, features, batch["labels"], position_ids)
+
+    def losses(self, drafter: CoralDrafter, trained: Trained) -> Losses:
+        """The losses of the stage: of the drafter, its router, its low-rank head."""
+        stage, head = self.args.stage, self.target.head
+        if stage == "low_rank":
+            assert drafter.heads.low_rank is not None, "the stage has added one"
+            squeezed = drafter.heads.low_rank(trained.predicted)  # (steps, positions, hidden)
+            return low_rank_losses(trained._replace(predicted=squeezed), head)
+        losses = Losses({}, {})
+        if stage in ("drafter", "joint"):
+            losses += drafter_losses(trained, self.args, head)
+        if stage in ("router", "joint"):
+            router = drafter.heads.router
+            assert router is not None, "the stage has added one"
+            log_mass = router(trained.predicted)  # (steps, positions, groups)
+            groups = router.groups_of(drafter.config.vocab_size)
+            weight = self.args.router_weight if stage == "joint" else 1.0
+            losses += router_losses(log_mass, trained.target, head, groups, weight)
+        return losses
+
+
+class FeatureNoise:
+    """Uniform noise on the features that a drafter reads in training (EAGLE, data augmentation).
+
+    `Trainer` gives all processes one seed, which they need to agree on the order of the data, so
+    each process draws its noise from a generator of its own.
+
+    Args:
+        scale: the largest magnitude; 0 leaves features as they are.
+        seed: of the training run.
+        process: index of the process.
+        device: of the features.
+    """
+
+    def __init__(self, scale: float, seed: int, process: int, device: torch.device):
+        self._scale = scale
+        self._generator = torch.Generator(device).manual_seed(seed_of(seed, process))
+
+    def on(self, features: Tensor) -> Tensor:
+        """Add noise to features: (batch, length, hidden) → the same shape."""
+        if not self._scale:
+            return features
+        noise = torch.empty_like(features)
+        return features + noise.uniform_(-self._scale, self._scale, generator=self._generator)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state of the generator."""
+        return {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Resume from a `state_dict`."""
+        self._generator.set_state(state["generator"])
+
+
+register_step("coral", CoralStep)
