@@ -12,7 +12,6 @@ from transformers import AutoModel
 
 from coral_hf import CoralConfig, CoralDrafter
 from coral_hf.drafters.coral.layers import rotate
-from coral_hf.drafters.coral.modeling import EARLIER_FIELDS
 
 BATCH, LENGTH, HIDDEN = 2, 7, 32
 EAGLE_SHAPES = {
@@ -320,11 +319,11 @@ def test_loading_info_is_given_when_asked_for(saved):
     assert isinstance(loaded, CoralDrafter) and not info["missing_keys"]
 
 
-@pytest.mark.parametrize("field", sorted(EARLIER_FIELDS))
-def test_a_drafter_whose_config_is_of_an_earlier_layout_is_refused(saved, field):
+def test_a_drafter_whose_config_is_of_an_earlier_layout_is_refused(saved):
     path = saved[1] / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {field: 3.0}))
-    with pytest.raises(ValueError, match=f"an earlier version .*{field}.* train it again"):
+    config = {**json.loads(path.read_text()), "training_record": None, "embedding_scale": 1.0}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="an earlier version .*training_record.* train it again"):
         AutoModel.from_pretrained(saved[1])
 
 

@@ -37,9 +37,8 @@ from .configuration import CoralConfig
 from .layers import CausalContext, Context, CoralLayer
 
 TRAINING_RECORD = "training_record.json"  # beside the weights
-# what an earlier layout of this package kept in a config, and weights it had at the top level
-EARLIER_FIELDS = {"training_record"}
-EARLIER_KEYS = ("router.", "hot_tokens", "low_rank.")
+# how the fields and weights begin that only the first layout of this package saved
+FIRST_LAYOUT = ("training_record", "router.", "hot_tokens", "low_rank.")
 
 
 class CoralDrafter(PreTrainedModel, GenerationMixin):
@@ -134,13 +133,12 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
                 f"The weights of {pretrained_model_name_or_path} cannot be read ({error}). Download"
                 " or save them again."
             ) from error
-        earlier = {key for key in info["unexpected_keys"] if key.startswith(EARLIER_KEYS)}
-        earlier |= EARLIER_FIELDS & vars(drafter.config).keys()
-        if earlier:
+        names = [*vars(drafter.config), *info["unexpected_keys"]]
+        if earlier := sorted(name for name in names if name.startswith(FIRST_LAYOUT)):
             raise ValueError(
                 "This drafter was saved by an earlier version of coral_hf, whose layout"
-                f" ({', '.join(sorted(earlier))}) this one does not read; train it again, or use it"
-                " with the version that saved it."
+                f" ({', '.join(earlier)}) this one does not read; train it again, or use it with"
+                " the version that saved it."
             )
         for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if info[kind]:
