@@ -47,7 +47,7 @@ def main(options: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.target)
     target = AutoModelForCausalLM.from_pretrained(options.target, dtype="auto").eval()
     settings = ComparisonSettings(
-        output=options.output, options=OPTIONS.split(), max_new_tokens=48, tree=TREE
+        output=options.output, options=OPTIONS.split(), max_new_tokens=48, **TREE
     )
     rows = features(
         target, tokenizer, options.dialogues, options.every, options.output / "features"

@@ -17,11 +17,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
+from coral_hf.measure.calls import AnswerSettings, decoded_rounds
 from coral_hf.measure.prompts import Prompt, asked_messages, encode
 from coral_hf.target import read_target
 from coral_hf.training.adapters import lora
 from coral_hf.training.data import load_conversations, prepare_dataset, to_messages
-from coral_hf.training.evaluation import AnswerSettings, decoded_rounds
 from coral_hf.training.warm_start import from_layer, warm_start
 
 

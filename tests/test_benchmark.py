@@ -1,5 +1,6 @@
-"""The benchmark's arithmetic on literal runs, its report, and one run of the whole."""
+"""The benchmark's arithmetic on literal calls, its report, and one run of the whole."""
 
+import json
 import subprocess
 import sys
 
@@ -11,20 +12,19 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import coral_hf
 from coral_hf.decoding import TreeShape
-from coral_hf.drafters.bigram import BigramDrafting
+from coral_hf.drafters.bigram import BigramDrafter, BigramDrafting
 from coral_hf.measure import (
+    BenchmarkReport,
     BenchmarkSettings,
-    BigramDrafter,
+    Call,
     Prompt,
-    Report,
+    call_generate,
     pad_target,
     run_benchmark,
 )
-from coral_hf.measure.environment import describe_environment
-from coral_hf.measure.methods import generate_in_chains
-from coral_hf.measure.mismatch import Mismatch, first_difference, top2_gap
-from coral_hf.measure.runs import Run
-from coral_hf.measure.summary import accepted_depths, summarise, tau_per_item, tau_per_token
+from coral_hf.measure.benchmark import Mismatch, as_batch, first_difference, top2_gap
+from coral_hf.measure.report import describe_environment
+from coral_hf.measure.summary import accepted_depths, tau_per_item, tau_per_token
 from coral_hf.target import read_target
 
 VOCAB = 40
@@ -57,7 +57,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def report(target, tokenizer) -> Report:
+def report(target, tokenizer) -> BenchmarkReport:
     prompts = [
         Prompt("story", "a", text="w1 w2 w3 w1 w2"),
         Prompt("chat", "b", ({"role": "user", "content": "w4 w5"},), turns=("w6", "w7")),
@@ -68,7 +68,9 @@ def report(target, tokenizer) -> Report:
         max_new_tokens=12,
         repeats=2,
         max_turns=2,
-        tree={"tree_depth": 3, "tree_top_k": 2, "tree_nodes": 6},
+        tree_depth=3,
+        tree_top_k=2,
+        tree_nodes=6,
     )
     drafter = coral_hf.CoralDrafter.from_target(target)
     bigram = BigramDrafter.from_texts([torch.arange(VOCAB)], VOCAB, top_k=3)
@@ -76,31 +78,32 @@ def report(target, tokenizer) -> Report:
     return run_benchmark(padded, drafter, tokenizer, prompts, settings, target, bigram)
 
 
-def literal_run(item: int, method: str, seconds: float, round_lengths: list[int], **other) -> Run:
+def literal_call(item: int, method: str, seconds: float, lengths: list[int], **other) -> Call:
     stages = {"prefill": 0.5, "draft": 0.2, "verify": 0.3, "other": 0.1}
     fields = {
+        "tokens": [[7] * (1 + sum(lengths))],
+        "num_rounds": len(lengths),
         "task": "chat",
-        "prompt": str(item),
-        "turn": 0,
-        "repeat": 0,
-        "prompt_length": 3,
-        "num_tokens": 1 + sum(round_lengths),
         "stage_seconds": {"prefill": 1.0} if method == "plain" else stages,
-        "peak_bytes": None,
-        "equals_plain": True,
+        "num_equal_rows": 1,
     }
-    return Run(
-        item=item, method=method, seconds=seconds, round_lengths=round_lengths, **(fields | other)
+    return Call(
+        item=item, method=method, seconds=seconds, round_lengths=lengths, **(fields | other)
     )
 
 
-# the story of summary.py's picture, and a second item
-RUNS = [
-    literal_run(0, "plain", 7.0, [1] * 6),
-    literal_run(0, "coral", 3.5, [3, 1, 2]),
-    literal_run(1, "plain", 5.0, [1] * 4, task="story"),
-    literal_run(1, "coral", 1.25, [4], task="story", equals_plain=False),
+# the calls of summary.py's drawing, and a second item
+CALLS = [
+    literal_call(0, "plain", 7.0, [1] * 6),
+    literal_call(0, "coral", 3.5, [3, 1, 2]),
+    literal_call(1, "plain", 5.0, [1] * 4, task="story"),
+    literal_call(1, "coral", 1.25, [4], task="story", num_equal_rows=0),
 ]
+
+
+def rows_of(calls: list[Call]) -> list:
+    settings, environment = BenchmarkSettings(), None
+    return BenchmarkReport(settings=settings, environment=environment, calls=calls).rows
 
 
 def test_tau_weighs_tokens_or_items():
@@ -111,8 +114,8 @@ def test_tau_weighs_tokens_or_items():
 
 
 def test_rows_hold_medians_ratios_and_shares():
-    overall = summarise(RUNS)[-1]
-    assert (overall.task, overall.method, overall.num_items) == ("overall", "coral", 2)
+    overall = rows_of(CALLS)[-1]
+    assert (overall.group, overall.method, overall.num_items) == ("overall", "coral", 2)
     assert overall.speedup == 3.0  # the median of 2 and 4
     # (6 / 6) / (3 / 6) and (4 / 4) / (0.75 / 4), the prompt's pass and token left out
     assert overall.decoding_speedup == pytest.approx((2 + 16 / 3) / 2)
@@ -125,18 +128,18 @@ def test_rows_hold_medians_ratios_and_shares():
 
 
 def test_every_task_has_a_row_for_every_method():
-    rows = [(row.task, row.method) for row in summarise(RUNS)]
+    rows = [(row.group, row.method) for row in rows_of(CALLS)]
     assert rows == [(t, m) for t in ("chat", "story", "overall") for m in ("plain", "coral")]
 
 
 def test_repeats_of_an_item_count_once_in_the_speedup():
-    repeats = [literal_run(0, "coral", seconds, [3, 1, 2], repeat=1) for seconds in (3.5, 70.0)]
-    assert summarise(RUNS[:2] + repeats)[-1].speedup == 2.0
+    repeats = [literal_call(0, "coral", seconds, [3, 1, 2], repeat=1) for seconds in (3.5, 70.0)]
+    assert rows_of(CALLS[:2] + repeats)[-1].speedup == 2.0
 
 
 def test_acceptance_by_depth_is_of_all_rounds_and_of_those_that_got_there():
     depths = [
-        (entry.depth, entry.share, entry.share_given_parent) for entry in accepted_depths(RUNS)
+        (entry.depth, entry.share, entry.share_given_parent) for entry in accepted_depths(CALLS)
     ]
     assert depths == [(1, 3 / 4, 3 / 4), (2, 2 / 4, 2 / 3), (3, 1 / 4, 1 / 2)]
 
@@ -158,10 +161,10 @@ def test_rounds_of_transformers_own_methods_are_its_target_passes(target):
     passes = []
     handle = target.register_forward_pre_hook(lambda *_: passes.append(1))
     ids = torch.tensor([[1, 2, 3, 1, 2, 3]])
-    generation = generate_in_chains(target, GREEDY | {"prompt_lookup_num_tokens": 3}, ids)
+    call = call_generate(target, as_batch(ids), GREEDY | {"prompt_lookup_num_tokens": 3})
     handle.remove()
-    assert len(generation.round_lengths) == len(passes) - 1
-    assert sum(generation.round_lengths) < len(generation.tokens) == 16
+    assert len(call.round_lengths) == call.num_rounds == len(passes) - 1
+    assert sum(call.round_lengths) < call.num_tokens == 16
 
 
 def test_bigrams_are_counted_with_distinct_successors_best_first():
@@ -185,7 +188,7 @@ def test_a_bigram_tree_follows_the_most_probable_pairs():
 
 
 def test_all_methods_run_on_all_turns_and_agree_with_the_target(report):
-    overall = [row for row in report.rows if row.task == "overall"]
+    overall = [row for row in report.rows if row.group == "overall"]
     assert [row.method for row in overall] == report.settings.methods
     assert {(row.num_items, row.exact_match) for row in overall} == {(3, 1.0)}
     assert report.mismatches == []
@@ -200,7 +203,7 @@ def test_prompts_beyond_the_context_are_listed(report):
 
 
 def test_later_turns_are_asked_after_the_targets_own_answer(report):
-    lengths = {run.turn: run.prompt_length for run in report.runs if run.task == "chat"}
+    lengths = {call.turn: call.prompt_length for call in report.calls if call.task == "chat"}
     assert lengths == {0: 2, 1: 2 + 12 + 1}
 
 
@@ -208,9 +211,7 @@ def test_a_drafter_that_always_agrees_is_measured_as_such(target, tokenizer):
     ids = torch.tensor([[5]])
     tokens = target.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)[0]
     drafter = BigramDrafter.from_texts([tokens], VOCAB, top_k=8)
-    settings = BenchmarkSettings(
-        methods=["plain", "bigram"], max_new_tokens=16, tree={"tree_depth": 3}
-    )
+    settings = BenchmarkSettings(methods=["plain", "bigram"], max_new_tokens=16, tree_depth=3)
     report = run_benchmark(
         target, None, tokenizer, [Prompt("text", "0", text="w5")], settings, bigram=drafter
     )
@@ -220,7 +221,7 @@ def test_a_drafter_that_always_agrees_is_measured_as_such(target, tokenizer):
 
 def test_sampled_tokens_are_not_compared(target, tokenizer):
     settings = BenchmarkSettings(
-        methods=["plain", "prompt_lookup"], max_new_tokens=8, do_sample=True, temperature=0.5
+        methods=["plain", "prompt_lookup"], max_new_tokens=8, temperature=0.5
     )
     before = torch.random.get_rng_state()
     report = run_benchmark(target, None, tokenizer, [Prompt("text", "0", text="w5 w6")], settings)
@@ -228,8 +229,15 @@ def test_sampled_tokens_are_not_compared(target, tokenizer):
     assert (report.rows[-1].exact_match, report.mismatches) == (None, [])
 
 
-def test_a_report_survives_json(report):
-    assert Report.from_json(report.to_json()) == report
+def test_json_holds_every_call_and_the_numbers_that_are_computed_from_them(report):
+    found = json.loads(report.to_json())
+    assert len(found["calls"]) == len(report.calls) == 3 * 5 * 2
+    assert found["calls"][0]["num_tokens"] == 12 and "tokens" not in found["calls"][0]
+    assert [(row["task"], row["method"]) for row in found["rows"]] == [
+        (row.group, row.method) for row in report.rows
+    ]
+    assert found["settings"]["tree_depth"] == 3
+    assert found["environment"]["num_padded_layers"] == 2
 
 
 def test_markdown_tells_hardware_versions_dtype_seed_and_both_depths(report):
@@ -243,8 +251,11 @@ def test_markdown_tells_hardware_versions_dtype_seed_and_both_depths(report):
 
 def test_markdown_lists_mismatches_with_their_gap(target):
     mismatch = Mismatch("chat", "7", 0, "coral", 12, 1.5e-7)
-    report = Report(
-        BenchmarkSettings(), describe_environment(target, None, None), RUNS, [mismatch], []
+    report = BenchmarkReport(
+        settings=BenchmarkSettings(),
+        environment=describe_environment(target),
+        calls=CALLS,
+        mismatches=[mismatch],
     )
     assert "| chat | 7 | 0 | coral | 12 | 1.5e-07 |" in report.to_markdown()
 
@@ -257,7 +268,7 @@ def test_a_report_writes_json_markdown_and_pictures(report, tmp_path):
 
 
 def test_the_terminal_table_has_a_row_for_each_task_and_method(report):
-    assert report.to_rich_table().row_count == len(report.rows) == 15
+    assert report.to_rich_tables()[0].row_count == len(report.rows) == 15
 
 
 @pytest.mark.parametrize(
@@ -266,7 +277,7 @@ def test_the_terminal_table_has_a_row_for_each_task_and_method(report):
         ({"methods": ["coral"]}, "`methods` is .'coral'."),
         ({"methods": ["plain", "medusa"]}, "`methods` is"),
         ({"max_new_tokens": 0}, "`max_new_tokens` is 0"),
-        ({"do_sample": True, "temperature": 0.0}, "`temperature` is 0.0"),
+        ({"temperature": -1.0}, "`temperature` is -1.0"),
     ],
 )
 def test_settings_that_measure_nothing_are_refused(fields, message):

@@ -10,6 +10,7 @@ from test_cli import invoke
 from test_examples import folder  # noqa: F401  a saved target and its conversations
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from coral_hf.atomic import sole_writer
 from coral_hf.training.comparison import (
     Comparison,
     ComparisonSettings,
@@ -20,7 +21,6 @@ from coral_hf.training.comparison import (
     halve,
 )
 from coral_hf.training.data import load_conversations
-from coral_hf.training.runs.files import sole_writer
 
 
 def result(trial: str, seed: int, value: float, steps: int = 10) -> Result:
@@ -75,7 +75,7 @@ class Prepared:
 def test_halving_keeps_the_better_half_and_trains_it_for_longer():
     comparison = Prepared()
     rungs = halve(comparison, [Trial.parse(f"top_k={k}") for k in (3, 1, 5, 4, 2)], 10, keep=1)
-    assert [(rung.steps, [r.trial[-1] for r in rung.results]) for rung in rungs] == [
+    assert [(rung[0].steps, [r.trial[-1] for r in rung]) for rung in rungs] == [
         (10, ["5", "4", "3", "2", "1"]),
         (20, ["5", "4", "3"]),
         (40, ["5", "4"]),
@@ -179,9 +179,10 @@ def test_what_cannot_be_trained_is_refused_and_leaves_no_folder(names, tmp_path,
 
 
 def test_a_second_comparison_in_a_folder_is_refused(names, tmp_path):
+    (tmp_path / "once").mkdir()
     with sole_writer(tmp_path / "once"):
         found = invoke("compare", *names)
-        assert found.exit_code == 1 and "Another run writes to `output`" in printed(found)
+        assert found.exit_code == 1 and "once is in use: process " in printed(found)
     assert invoke("compare", *names).exit_code == 0
 
 
@@ -189,7 +190,7 @@ def test_steps_below_one_are_refused(folder, tmp_path):  # noqa: F811
     target = AutoModelForCausalLM.from_pretrained(folder / "target")
     tokenizer = AutoTokenizer.from_pretrained(folder / "target")
     rows = load_conversations(folder / "talk.jsonl")
-    settings = ComparisonSettings(tmp_path / "none", options=OPTIONS)
+    settings = ComparisonSettings(output=tmp_path / "none", options=OPTIONS)
     comparison = Comparison(target, tokenizer, rows, [], settings)
     with pytest.raises(ValueError, match="`steps` is 0; use 1 or more"):
         compare(comparison, [Trial.parse("eagle")], [4, 0], seeds=1)

@@ -129,7 +129,7 @@ def test_a_target_and_a_dataset_of_conversations_can_be_given(tmp_path, tokenize
         DemoSettings(**TINY, **given, output=tmp_path / "out", cache_dir=tmp_path / "cache")
     )
     assert result.is_newly_trained and "2 layers, its own" in shown
-    assert {run.task for run in result.reports[0].runs} == {"held-out"}
+    assert {call.task for call in result.reports[0].calls} == {"held-out"}
 
 
 def save_target(folder, tokenizer):

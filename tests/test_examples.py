@@ -107,6 +107,18 @@ def test_the_cost_of_a_training_step_is_that_of_the_same_loss(capsys, monkeypatc
     assert rows[0][-2].strip() == rows[1][-2].strip()
 
 
+@pytest.mark.parametrize("groups", [[], ["--random-groups"]])
+def test_heads_are_timed_and_what_they_read_is_counted(groups, monkeypatch, capsys):
+    sizes = ["--shape", "tiny:96000:8", "--groups", 4, "--share", 2, "--share", 4, *groups]
+    sizes += ["--rows", 3, "--dtype", "float32", "--repeats", 2, "--top-k", 3, "--device", "cpu"]
+    run(monkeypatch, "time_heads.py", *sizes)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[3] for row in rows] == ["all: full head", "2 of 4", "1 of 4"]
+    # 32 bytes a row of the head: 2.93 MiB, a half, a quarter
+    assert [row[4] for row in rows] == ["3", "1", "1"]
+    assert rows[0][6] == "1.00x" and all(float(row[5].split()[0]) > 0 for row in rows)
+
+
 def test_an_eagle_drafter_is_written_for_the_engines(folder, tmp_path, monkeypatch, capsys):
     target = AutoModelForCausalLM.from_pretrained(folder / "target").config
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")

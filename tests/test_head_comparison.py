@@ -9,8 +9,8 @@ from test_cli import invoke
 from test_examples import folder  # noqa: F401  a saved target and its conversations
 
 from coral_hf import CoralDrafter
-from coral_hf.measure.head_comparison import HeadReport, HeadTrial
-from coral_hf.measure.head_comparison.report import read_share
+from coral_hf.training.comparison import HeadTrial
+from coral_hf.training.comparison.heads import read_share
 
 ROUTED = "routed grouping=contiguous num_groups=8 num_active_groups=2"
 
@@ -86,10 +86,12 @@ def test_the_command_makes_heads_once_and_measures_them(folder):  # noqa: F811
         *("full", "routed-contiguous-8", "routed-contiguous-4"),
         *("frequency-20", "low_rank-4"),
     }
-    report = HeadReport.from_json((out / "report.json").read_text())
-    assert [*report.trials] == ["full", *trials] and [*report.runs] == ["0.0", "1.0"]
-    for name in report.trials:
-        assert all(run.equals_plain for run in report.runs["0.0"] if run.method == name)
+    report = json.loads((out / "report.json").read_text())
+    assert [*report["trials"]] == ["full", *trials]
+    calls = {(call["method"], call["temperature"]): call for call in report["calls"]}
+    assert {*calls} == {(name, t) for name in ("plain", "full", *trials) for t in (0.0, 1.0)}
+    greedy = [call for call in report["calls"] if call["temperature"] == 0.0]
+    assert len(greedy) == 14 and all(call["num_equal_rows"] == 1 for call in greedy)
     table = (out / "report.md").read_text()
     assert "| low_rank head_rank=4 |" in table and "## T = 1" in table
     assert (out / "sweep-contiguous-shared-0.png").stat().st_size > 1000

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from coral_hf.measure.prompt_batch import left_padded
+from coral_hf.measure import left_padded
 
 PROMPTS = [[5, 6, 7], [8]]
 

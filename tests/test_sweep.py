@@ -12,10 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from coral_hf import CoralDrafter
-from coral_hf.measure import Prompt, SweepReport, SweepSettings, run_sweep
-from coral_hf.measure.calls import Call, Caller
-from coral_hf.measure.prompt_batch import left_padded
-from coral_hf.measure.sweep_summary import batch_rows, context_rows
+from coral_hf.measure import Call, Prompt, SweepSettings, call_generate, left_padded, run_sweep
+from coral_hf.measure.summary import summarise
+from coral_hf.measure.sweep import summarise_contexts
 
 TREE = {"tree_depth": 3, "tree_top_k": 3, "tree_nodes": 8}
 SENTENCES = ["w5 w6 w7", "w9", "w3 w3 w4 w8 w9", "w11 w2", "w7 w7", "w30 w31", "w20 w4"]
@@ -50,7 +49,7 @@ def prompts_of(*texts):
 @pytest.fixture(scope="module")
 def report(target, own_drafter, tokenizer):
     settings = SweepSettings(
-        batch_sizes=[1, 3], contexts=[5, 40], max_new_tokens=10, repeats=2, tree=TREE
+        batch_sizes=[1, 3], contexts=[5, 40], max_new_tokens=10, repeats=2, **TREE
     )
     return run_sweep(target, own_drafter, tokenizer, prompts_of(*SENTENCES), settings)
 
@@ -58,32 +57,31 @@ def report(target, own_drafter, tokenizer):
 def literal_call(method: str, seconds: float, **other) -> Call:
     stages = {"prefill": 1.0, "draft": 0.5, "verify": 1.0, "other": 0.25}
     call = Call(
-        size=2,
-        item=0,
-        method=method,
-        repeat=0,
-        num_rows=2,
-        num_tokens=9,
+        tokens=[[7] * 7, [7] * 2],
+        round_lengths=[1] * 7,
         num_rounds=6,
-        num_row_rounds=7,
+        method=method,
         seconds=seconds,
         stage_seconds={"prefill": 1.0} if method == "plain" else stages,
-        peak_bytes=None,
         num_equal_rows=2,
     )
     return replace(call, **other)
 
 
-# the story of sweep_summary.py's picture: rows of 7 and 2 tokens
+def batch_rows(calls: list[Call]) -> list:
+    return summarise(calls, lambda call: call.num_rows)
+
+
+# the batch of calls.py's drawing: rows of 7 and 2 tokens
 STORY = [
     literal_call("plain", 10.0),
-    literal_call("coral", 4.0, num_rounds=3, num_row_rounds=4, num_equal_rows=1),
+    literal_call("coral", 4.0, num_rounds=3, round_lengths=[2, 1, 3, 1], num_equal_rows=1),
 ]
 
 
 def test_a_row_of_a_batch_counts_in_the_rounds_that_it_took_part_in():
     plain, coral = batch_rows(STORY)
-    assert (plain.tau, coral.tau) == (1.0, 7 / 4)
+    assert (plain.tau_per_token, coral.tau_per_token) == (1.0, 7 / 4)
     assert (plain.rounds_per_second, coral.rounds_per_second) == (6 / 9, 3 / 3)
     assert (plain.tokens_per_second, coral.tokens_per_second) == (9 / 10, 9 / 4)
     assert (plain.speedup, coral.speedup) == pytest.approx((1.0, 2.5))
@@ -101,25 +99,25 @@ def test_the_speedup_is_the_median_over_batches_of_the_medians_of_their_repeats(
     ]
     _, coral = batch_rows(calls)
     assert coral.speedup == 2.0
-    assert (coral.num_batches, coral.num_tokens) == (3, 27)
+    assert (coral.num_items, coral.num_tokens) == (3, 27)
 
 
 def test_a_batch_that_needs_no_round_has_no_tau():
     calls = [
-        literal_call(method, 2.0, num_tokens=2, num_rounds=0, num_row_rounds=0)
+        literal_call(method, 2.0, tokens=[[7], [7]], num_rounds=0, round_lengths=[])
         for method in ("plain", "coral")
     ]
     for row in batch_rows(calls):
-        assert row.tau is row.rounds_per_second is row.decoding_speedup is None
+        assert row.tau_per_token is row.rounds_per_second is row.decoding_speedup is None
         assert row.speedup == 1.0
 
 
 def test_a_round_is_compared_with_a_plain_token():
-    one_row = {"size": 512, "num_rows": 1, "num_tokens": 11}
-    (row,) = context_rows(
+    one_row = {"prompt_length": 512, "tokens": [[7] * 11]}
+    (row,) = summarise_contexts(
         [
-            literal_call("plain", 6.0, **one_row, num_rounds=10, num_row_rounds=10),
-            literal_call("coral", 9.0, **one_row, num_rounds=5, num_row_rounds=5),
+            literal_call("plain", 6.0, **one_row, num_rounds=10, round_lengths=[1] * 10),
+            literal_call("coral", 9.0, **one_row, num_rounds=5, round_lengths=[2] * 5),
         ]
     )
     assert row.context == 512
@@ -132,40 +130,38 @@ def test_a_round_is_compared_with_a_plain_token():
 def test_both_methods_answer_alike_and_each_row_ends_at_its_own_stop(target, own_drafter):
     batch = left_padded([torch.tensor([5, 6, 7]), torch.tensor([9])], 0)
     arguments = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
-    free = Caller(target, own_drafter, {**arguments, "eos_token_id": VOCAB}, TREE, [VOCAB])
-    stop = free.answer("plain", batch).texts[0][4]
-    caller = Caller(target, own_drafter, {**arguments, "eos_token_id": stop}, TREE, [stop])
-    plain, coral = (caller.answer(method, batch) for method in ("plain", "coral"))
-    assert plain.texts == coral.texts
-    assert plain.texts[0][-1] == stop and len(plain.texts[0]) <= 5
-    tokens = sum(map(len, plain.texts)) - 2
-    assert plain.num_rounds == max(map(len, plain.texts)) - 1
-    assert plain.num_row_rounds == tokens >= coral.num_row_rounds >= coral.num_rounds
+    free = call_generate(target, batch, {**arguments, "eos_token_id": VOCAB})
+    stop = free.tokens[0][4]
+    own = {**arguments, "eos_token_id": stop}
+    plain = call_generate(target, batch, own)
+    coral = call_generate(target, batch, {**own, **TREE, "assistant_model": own_drafter})
+    assert plain.tokens == coral.tokens
+    assert plain.tokens[0][-1] == stop and len(plain.tokens[0]) <= 5
+    assert plain.num_rounds == max(map(len, plain.tokens)) - 1
+    rounds = len(plain.round_lengths), len(coral.round_lengths), coral.num_rounds
+    assert rounds[0] == plain.num_tokens - 2 >= rounds[1] >= rounds[2]
+    assert sum(coral.round_lengths) == coral.num_tokens - 2
 
 
 def test_every_size_is_measured_with_both_methods_in_turn(report):
-    assert [(row.batch_size, row.method) for row in report.batches] == [
+    assert [(row.group, row.method) for row in report.batches] == [
         (1, "plain"),
         (1, "coral"),
         (3, "plain"),
         (3, "coral"),
     ]
     # the seventh prompt does not fill a third batch of three
-    assert [row.num_batches for row in report.batches] == [7, 7, 2, 2]
+    assert [row.num_items for row in report.batches] == [7, 7, 2, 2]
     assert {row.exact_match for row in report.batches} == {1.0}
-    first = [call.method for call in report.context_calls[::2]]
+    first = [call.method for call in report.calls if call.task == "context"][::2]
     assert first == ["plain", "coral"] * 2
 
 
 def test_no_stop_ends_the_answer_behind_a_context(report):
     assert [row.context for row in report.contexts] == [5, 40]
-    assert {call.num_tokens for call in report.context_calls} == {10}
-    assert {call.num_equal_rows for call in report.context_calls} == {1}
+    calls = [call for call in report.calls if call.task == "context"]
+    assert {(call.num_tokens, call.num_equal_rows) for call in calls} == {(10, 1)}
     assert all(row.round_milliseconds > 0 for row in report.contexts)
-
-
-def test_a_report_of_a_sweep_survives_json(report):
-    assert SweepReport.from_json(report.to_json()) == report
 
 
 def test_a_sweep_writes_json_markdown_and_pictures(report, tmp_path):
@@ -179,7 +175,7 @@ def test_a_sweep_writes_json_markdown_and_pictures(report, tmp_path):
 
 
 def test_a_sweep_of_contexts_alone_has_no_table_of_batches(report):
-    alone = replace(report, batch_calls=[])
+    alone = replace(report, calls=[call for call in report.calls if call.task == "context"])
     assert "By batch size" not in alone.to_markdown()
     assert [table.title for table in alone.to_rich_tables()] == ["By context"]
 
@@ -190,7 +186,7 @@ def test_a_sweep_of_contexts_alone_has_no_table_of_batches(report):
         ({}, "both empty"),
         ({"batch_sizes": [2, 0]}, "`batch_sizes` is .2, 0."),
         ({"contexts": [0]}, "`contexts` is"),
-        ({"contexts": [8], "max_new_tokens": 1}, "use 2 or more"),
+        ({"contexts": [8], "max_new_tokens": 1}, "`max_new_tokens` is 1; use 2 or more"),
         ({"contexts": [8], "repeats": 0}, "`repeats` is 0"),
     ],
 )
@@ -224,6 +220,6 @@ def test_the_command_writes_the_report_of_a_sweep(drafter, folder):  # noqa: F81
     report = json.loads((folder / "sweep" / "report.json").read_text())
     assert [row["batch_size"] for row in report["batches"]] == [1, 1, 2, 2]
     assert [row["context"] for row in report["contexts"]] == [16]
-    assert report["settings"]["tree"] == {"tree_depth": 2}
+    assert report["settings"]["tree_depth"] == 2
     assert report["environment"]["num_target_layers"] == 3
     assert "By batch size" in result.output

@@ -8,7 +8,7 @@ from conftest import VOCAB, tiny_target
 from datasets import Dataset
 
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
-from coral_hf.training.evaluation.plots import (
+from coral_hf.training.evaluation.curves import (
     compare_runs,
     curve,
     curves_by_step,

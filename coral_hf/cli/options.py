@@ -6,7 +6,7 @@ to import is imported when it is needed.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,40 +40,6 @@ class PaddedTargetOptions(TargetOptions):
 
         model, tokenizer = super().load(device)
         return (pad_target(model, self.pad_layers) if self.pad_layers else model), tokenizer
-
-
-@dataclass(kw_only=True)
-class TreeOptions:
-    """The draft tree; the drafter's own settings where an option is left out."""
-
-    tree_depth: int | None = option("Levels of the draft tree.", None)
-    tree_top_k: int | None = option("Children of an expanded node; 1 drafts chains.", None)
-    tree_nodes: int | None = option("Nodes that the target verifies, root included.", None)
-
-    def given(self) -> dict[str, Any]:
-        """Return the options that were given, as keywords of `generate`."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-@dataclass(kw_only=True)
-class HeadOptions(TreeOptions):
-    """The draft tree and the head that it is read from."""
-
-    draft_head: Literal["full", "routed", "frequency", "low_rank"] | None = option(
-        "Draft head; the drafter's own by default.", None
-    )
-
-
-@dataclass(kw_only=True)
-class SpeculationOptions(HeadOptions):
-    """How tokens are drafted and verified."""
-
-    verification: Literal["token", "traversal", "block"] | None = option(
-        "Rule of acceptance when sampling.", None
-    )
-    drawn_tree: bool | None = option(
-        "When sampling, draw the tree's tokens instead of choosing the likeliest.", None
-    )
 
 
 @dataclass(kw_only=True)

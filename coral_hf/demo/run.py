@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.text import Text
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..measure import BenchmarkSettings, Report, pad_target, run_benchmark
+from ..measure.benchmark import BenchmarkReport, run_benchmark
+from ..measure.padding import pad_target
+from ..measure.settings import BenchmarkSettings
 from . import DemoSettings
 from .corpus import held_out_prompts
 from .models import own_drafter, own_target
@@ -25,7 +27,7 @@ NUM_SHOWN_TEXTS = 2
 class DemoResult(NamedTuple):
     """What a demo made."""
 
-    reports: list[Report]  # at the target's own depth, then padded
+    reports: list[BenchmarkReport]  # at the target's own depth, then padded
     drafter: Path  # the folder of the drafter and the tokenizer
     acceptance: Path  # the picture of acceptance by depth
     is_newly_trained: bool  # False where the drafter is from the cache
@@ -71,7 +73,7 @@ def with_padded(target: PreTrainedModel, num_layers: int) -> list[PreTrainedMode
     return [target, pad_target(target, num_layers)]
 
 
-def write_reports(reports: list[Report], output: Path) -> Path:
+def write_reports(reports: list[BenchmarkReport], output: Path) -> Path:
     """A folder of files for each depth; returns the first one's picture of acceptance by depth."""
     folders = [output / f"{report.environment.num_target_layers}-layers" for report in reports]
     for report, folder in zip(reports, folders, strict=True):

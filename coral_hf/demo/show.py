@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..measure import Prompt, Report, encode
-from ..measure.environment import Environment
+from ..measure.benchmark import BenchmarkReport
+from ..measure.prompts import Prompt, encode
+from ..measure.report import Environment, dashed
 from ..measure.summary import OVERALL
-from ..measure.tables import decimal, percent
 
 ACCEPTED_STYLE = "bold green"
 PROMPT_STYLE = "dim"
@@ -21,7 +21,7 @@ HEADER = ("target", "tau", "tokens/s alone", "with the drafter", "speed-up", "ex
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoding makes of half a character
 
 
-def results_table(reports: Sequence[Report]) -> Table:
+def results_table(reports: Sequence[BenchmarkReport]) -> Table:
     """One row for each depth of the target."""
     table = Table(title=f"{reports[0].title}, {reports[0].environment.dtype}, greedy")
     for index, name in enumerate(HEADER):
@@ -31,17 +31,17 @@ def results_table(reports: Sequence[Report]) -> Table:
     return table
 
 
-def result_cells(report: Report) -> tuple[str, ...]:
+def result_cells(report: BenchmarkReport) -> tuple[str, ...]:
     """The cells of one report, over all prompts."""
-    overall = {row.method: row for row in report.rows if row.task == OVERALL}
+    overall = {row.method: row for row in report.rows if row.group == OVERALL}
     plain, coral = overall["plain"], overall["coral"]
     return (
         depth_name(report.environment),
-        decimal(coral.tau_per_token),
+        dashed("{:.2f}", coral.tau_per_token),
         f"{plain.tokens_per_second:.1f}",
         f"{coral.tokens_per_second:.1f}",
         f"{coral.speedup:.2f}x",
-        percent(coral.exact_match),
+        dashed("{:.1%}", coral.exact_match),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ..drafters.coral.modeling import CoralDrafter
 from ..identity import weights_digest
+from ..measure.settings import DRAFTING
 
 METHOD = "coral"
 PARTS = ("rows", "acceptance", "environment", "settings", "mismatches", "skipped")
@@ -52,9 +53,14 @@ def read_results(path: str | Path) -> Results:
         rows=rows,
         depths=[depth for depth in report["acceptance"] if depth["method"] == METHOD],
         environment=report["environment"],
-        settings=report["settings"],
+        settings=report["settings"] | {"drafting": _chosen(report["settings"])},
         num_skipped=len(report["skipped"]),
     )
+
+
+def _chosen(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of drafting that the call chose; the others are the drafter's own."""
+    return {name: settings[name] for name in DRAFTING if settings.get(name) is not None}
 
 
 def check_results(results: Results, drafter: CoralDrafter, targets: Sequence[str | None]) -> None:

@@ -1,37 +1,28 @@
-"""The same prompts with and without a drafter.
+"""One way to call `generate` and count: benchmark, sweep, autotune, and the reports of them.
 
-`read_prompts` → `run_benchmark` → `Report`, or by batch size and context: `run_sweep` →
-`SweepReport`. The LM heads alone: `time_heads` → `HeadTimingReport`.
+`read_prompts` → `run_benchmark` → `BenchmarkReport`; by batch size and context: `run_sweep` →
+`SweepReport`. One call alone: `call_generate` → `Call`. Names are imported when they are first
+asked for, so that the settings alone cost no import of torch.
 """
 
-from ..drafters.bigram import BigramDrafter
-from .head_timing import time_heads
-from .head_timing_report import HeadTimingReport
-from .head_timing_settings import HEAD_SHAPES, HeadShape, HeadTimingSettings
-from .measure import run_benchmark
-from .padding import pad_target
-from .prompts import Prompt, encode, read_prompts
-from .report import Report
-from .settings import BenchmarkSettings
-from .sweep import run_sweep
-from .sweep_report import SweepReport
-from .sweep_settings import SweepSettings
+import importlib
+from typing import Any
 
-__all__ = [
-    "BenchmarkSettings",
-    "BigramDrafter",
-    "HEAD_SHAPES",
-    "HeadShape",
-    "HeadTimingReport",
-    "HeadTimingSettings",
-    "Prompt",
-    "Report",
-    "SweepReport",
-    "SweepSettings",
-    "encode",
-    "pad_target",
-    "read_prompts",
-    "run_benchmark",
-    "run_sweep",
-    "time_heads",
-]
+_HOMES = {
+    "benchmark": ["BenchmarkReport", "run_benchmark"],
+    "calls": ["AnswerSettings", "Bench", "Call", "call_generate", "decoded_rounds"],
+    "padding": ["pad_target"],
+    "prompts": ["Prompt", "encode", "left_padded", "read_prompts"],
+    "settings": ["BenchmarkSettings", "SweepSettings"],
+    "sweep": ["SweepReport", "run_sweep"],
+}
+_LAZY = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_LAZY)
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, from the file that has it."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

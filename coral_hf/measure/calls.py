@@ -1,119 +1,271 @@
-"""One call of `generate` on a batch, plain or with the drafter: the record that a sweep collects.
+"""The one way to call `generate` and count: methods in turn on the same prompts.
 
-In: a left-padded batch. Out: a Call for each method, timed in turn, plain's tokens compared with.
+In: a target, the arguments of `generate` by method, prompts. Out: a Call for each.
+
+    pass of the target   0 (prefill)   1           2           3
+    row 0 emits          x0            x1 x2       x3          x4 x5 x6     ends
+    row 1 emits          y0            y1          (ended)
+    rounds 3, round lengths 2 1 3 and 1, tau = 7 / 4 tokens of a row a round
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteriaList
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
-from .methods import Arguments, FirstTokenClock
-from .timing import timed
+from ..decoding.drafting import family_of
+from ..decoding.stats import DecodingStats
+from ..target import Target, tree_obstacle
+from .prompts import left_padded
 
-METHODS = ("plain", "coral")
+Arguments = dict[str, Any]  # of `generate`
+Batch = Mapping[str, Tensor]  # `input_ids` and `attention_mask`, (batch, length)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Call:
-    """What a call gave and cost."""
+    """What one call of `generate` emitted and cost, and which call it was."""
 
-    size: int  # what is swept: rows of the batch, or tokens of the context
-    item: int  # the same for both methods and all repeats on one batch
-    method: str
-    repeat: int
-    num_rows: int
-    num_tokens: int  # new ones of all rows, each up to its own end
-    num_rounds: int  # passes of the target after the first
-    num_row_rounds: int  # of these, counted once for each row that had not ended
-    seconds: float  # of the whole call, the prompt's pass included
-    stage_seconds: dict[str, float]  # "prefill", and of the drafter "draft", "verify", "other"
-    peak_bytes: int | None  # of GPU memory; None on a CPU
-    num_equal_rows: int  # whose tokens are all those of the plain call
+    tokens: list[list[int]]  # new tokens of each row, up to its own end
+    # tokens that each row emitted in each round; the prefill and its tokens are left out
+    round_lengths: list[int]
+    num_rounds: int  # passes of the target after the prefill, each over all unfinished rows
+    num_levels: int = 0  # drafted levels over all rounds
+    num_nodes: int = 0  # verified nodes of a row over all rounds, the roots included
+    seconds: float = 0.0  # of the whole call, the prefill included
+    # "prefill", "draft", "verify", "other"; what a method does not tell is left out
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int | None = None  # of GPU memory; None on a CPU
+    prompt_length: int = 0  # of the longest row
+    temperature: float = 0.0  # 0 is greedy
+    method: str = ""
+    repeat: int = 0
+    item: int = 0  # the same for all methods and repeats on one batch
+    num_equal_rows: int | None = None  # rows whose tokens are those of "plain"; None if sampled
+    task: str = ""
+    prompt: str = ""  # its id in its file
+    turn: int = 0  # 0 is the first
 
     @property
-    def decoding_seconds(self) -> float:
-        """Without the prompts' pass."""
+    def num_rows(self) -> int:
+        """The rows of the batch."""
+        return len(self.tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """The new tokens of all rows, the first ones included."""
+        return sum(map(len, self.tokens))
+
+    @property
+    def round_seconds(self) -> float:
+        """The seconds of the whole call without the prefill."""
         return self.seconds - self.stage_seconds["prefill"]
 
+    @property
+    def seconds_per_token(self) -> float:
+        """The seconds of the whole call by its tokens."""
+        return self.seconds / self.num_tokens
 
-class Answer(NamedTuple):
-    """What `generate` returned."""
+    @property
+    def decoding_seconds_per_token(self) -> float | None:
+        """Seconds per token without the prefill; None where a method does not tell."""
+        num_tokens = self.num_tokens - self.num_rows
+        if "prefill" not in self.stage_seconds or not num_tokens:
+            return None
+        return self.round_seconds / num_tokens
 
-    texts: list[list[int]]  # new tokens of each row, up to its own end
-    num_rounds: int
-    num_row_rounds: int
-    stage_seconds: dict[str, float]
+    def to_dict(self) -> dict[str, Any]:
+        """The record of a report: counts in place of tokens."""
+        counts = {"num_rows": self.num_rows, "num_tokens": self.num_tokens}
+        fields = asdict(self)
+        del fields["tokens"]
+        return fields | counts
 
 
-class Caller(NamedTuple):
-    """A target, its drafter, and what every call is told."""
+class Bench(NamedTuple):
+    """A target and the methods that are compared on it."""
 
     target: PreTrainedModel
-    drafter: PreTrainedModel
-    arguments: Arguments  # of both methods
-    tree: Arguments  # of the drafter's calls
-    stops: Sequence[int]  # tokens that end a row
+    methods: dict[str, Arguments]  # "plain" is what the others are compared with
+    repeats: int = 1
+    warmup: int = 0
+    seed: int = 0
 
-    def compare(self, batch: dict[str, Tensor], size: int, item: int, repeat: int) -> list[Call]:
-        """Both methods on ids and mask (batch, length); which comes first alternates."""
-        names = METHODS if (item + repeat) % 2 == 0 else METHODS[::-1]
-        timings = {
-            name: timed(partial(self.answer, name, batch), self.target.device) for name in names
-        }
-        expected = timings["plain"].result.texts
-        return [
-            Call(
-                size=size,
-                item=item,
-                method=name,
-                repeat=repeat,
-                num_rows=len(expected),
-                num_tokens=sum(map(len, answer.texts)),
-                num_rounds=answer.num_rounds,
-                num_row_rounds=answer.num_row_rounds,
-                seconds=seconds,
-                stage_seconds=answer.stage_seconds,
-                peak_bytes=peak_bytes,
-                num_equal_rows=sum(a == b for a, b in zip(expected, answer.texts, strict=True)),
-            )
-            for name, (answer, seconds, peak_bytes) in timings.items()
-        ]
+    def compare(self, batch: Batch, item: int = 0, **labels: Any) -> list[Call]:
+        """Call every method on a batch, in an order that rotates with each item and repeat.
 
-    def answer(self, method: str, batch: dict[str, Tensor]) -> Answer:
-        """One method on ids and mask (batch, length)."""
-        return self.plain(batch) if method == "plain" else self.coral(batch)
+        A machine that slows down slows all methods alike.
+        """
+        names = list(self.methods)
+        calls = []
+        for repeat in range(self.repeats):
+            first = (item + repeat) % len(names)
+            for name in names[first:] + names[:first]:
+                call = self.call(name, batch, self.seed + repeat)
+                calls.append(replace(call, item=item, repeat=repeat, **labels))
+        expected = next(call for call in calls if call.method == "plain")
+        return [replace(call, num_equal_rows=equal_rows(expected, call)) for call in calls]
 
-    def plain(self, batch: dict[str, Tensor]) -> Answer:
-        """The target alone: one token of every row a pass."""
-        clock = FirstTokenClock()
-        sequences = self.target.generate(
-            **batch, stopping_criteria=StoppingCriteriaList([clock]), **self.arguments
-        )
-        texts = [*self.texts(sequences, batch)]
-        longest = max(map(len, texts))
-        row_rounds = sum(len(text) - 1 for text in texts)
-        return Answer(texts, longest - 1, row_rounds, {"prefill": clock.seconds or 0.0})
+    def call(self, method: str, batch: Batch, seed: int) -> Call:
+        """Call one method; transformers samples from the global generator, which is restored."""
+        with seeded(seed, self.target.device):
+            return replace(call_generate(self.target, batch, self.methods[method]), method=method)
 
-    def coral(self, batch: dict[str, Tensor]) -> Answer:
-        """The target with its drafter."""
-        out = self.target.generate(
-            **batch,
-            assistant_model=self.drafter,
-            return_dict_in_generate=True,
-            **self.arguments,
-            **self.tree,
-        )
-        stages = ("prefill", "draft", "verify", "other")
-        seconds = {name: getattr(out.stats, f"{name}_seconds") for name in stages}
-        texts = [*self.texts(out.sequences, batch)]
-        return Answer(texts, out.stats.num_rounds, len(out.stats.round_lengths), seconds)
+    def warm_up(self, batches: Sequence[Batch]) -> None:
+        """Call every method on the first batches untimed: allocators and kernels settle."""
+        for number in range(self.warmup):
+            for method in self.methods:
+                self.call(method, batches[number % len(batches)], self.seed)
 
-    def texts(self, sequences: Tensor, batch: dict[str, Tensor]) -> Iterator[list[int]]:
-        """The new tokens of each row up to its own end; what lies behind is padding."""
-        for row in sequences[:, batch["input_ids"].shape[1] :].tolist():
-            ends = (index + 1 for index, token in enumerate(row) if token in self.stops)
-            yield row[: next(ends, len(row))]
+
+def equal_rows(expected: Call, call: Call) -> int | None:
+    """How many rows have the expected tokens; None of sampled ones."""
+    if call.temperature:
+        return None
+    return sum(a == b for a, b in zip(expected.tokens, call.tokens, strict=True))
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from a seed within the `with` block, and restore the random state after it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def sampling_arguments(temperature: float, max_new_tokens: int) -> Arguments:
+    """Arguments that leave nothing to a target's generation config (top-k 50, say)."""
+    greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    sampled = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    return {"max_new_tokens": max_new_tokens} | (sampled if temperature else greedy)
+
+
+class FirstTokenClock(StoppingCriteria):
+    """A criterion that notes the time of the first token and never stops."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self.seconds: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        """See [`~transformers.StoppingCriteria`]; `input_ids` is (batch, length)."""
+        if self.seconds is None:
+            self.seconds = time.perf_counter() - self._start
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class PassRecorder(BaseStreamer):
+    """A streamer that counts the tokens of each pass: transformers puts one pass at a time."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []  # the prompt's first
+
+    def put(self, value: Tensor) -> None:
+        """Count (tokens,) or (1, tokens)."""
+        self.lengths.append(value.numel())
+
+    def end(self) -> None:
+        """Do nothing."""
+
+
+def call_generate(target: PreTrainedModel, batch: Batch, arguments: Arguments) -> Call:
+    """Call `generate` once and wait for the device before the clock is read, at both ends.
+
+    A drafter of ours tells its rounds, plain `generate` has one token a round, and transformers'
+    own drafting is counted pass by pass; its first pass verifies a draft and is left out.
+    """
+    is_ours = family_of(arguments.get("assistant_model")) is not None
+    is_plain = not {"assistant_model", "prompt_lookup_num_tokens"} & arguments.keys()
+    device, clock, passes = target.device, FirstTokenClock(), PassRecorder()
+    if is_ours:
+        watch: Arguments = {"return_dict_in_generate": True}
+    elif is_plain:
+        watch = {"stopping_criteria": StoppingCriteriaList([clock])}
+    else:
+        watch = {"streamer": passes}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    output = target.generate(**batch, **arguments, **watch)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - start
+    stops = arguments.get("eos_token_id", target.generation_config.eos_token_id)
+    length = batch["input_ids"].shape[1]
+    new = (output.sequences if is_ours else output)[:, length:]  # (batch, new)
+    tokens = [until_stop(row, stops) for row in new.tolist()]
+    if is_ours:
+        counted = rounds_of_stats(output.stats)
+    elif is_plain:
+        lengths = [1] * (sum(map(len, tokens)) - len(tokens))
+        stages = {"prefill": clock.seconds or 0.0}
+        counted = {"round_lengths": lengths, "stage_seconds": stages}
+        counted["num_rounds"] = max(map(len, tokens)) - 1
+    else:
+        counted = {"round_lengths": passes.lengths[2:], "num_rounds": len(passes.lengths) - 2}
+    return Call(
+        tokens=tokens,
+        seconds=seconds,
+        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        prompt_length=length,
+        temperature=arguments.get("temperature") or 0.0,
+        **counted,
+    )
+
+
+def rounds_of_stats(stats: DecodingStats) -> dict[str, Any]:
+    """The fields of a Call that our loop tells."""
+    return {
+        "round_lengths": list(stats.round_lengths),
+        "num_rounds": stats.num_rounds,
+        "num_levels": stats.num_levels,
+        "num_nodes": stats.num_nodes,
+        "stage_seconds": {
+            "prefill": stats.prefill_seconds,
+            "draft": stats.draft_seconds,
+            "verify": stats.verify_seconds,
+            "other": stats.other_seconds,
+        },
+    }
+
+
+def until_stop(row: list[int], stops: int | Sequence[int] | None) -> list[int]:
+    """The tokens of a row up to its own end; what lies behind is padding."""
+    ends = [stops] if isinstance(stops, int) else stops or []
+    return row[: next((index + 1 for index, token in enumerate(row) if token in ends), len(row))]
+
+
+class AnswerSettings(NamedTuple):
+    """How prompts are answered for their rounds."""
+
+    max_new_tokens: int
+    temperature: float = 0.0  # 0 is greedy; else from the whole vocabulary
+    batch_size: int = 8
+    seed: int = 0
+
+
+def decoded_rounds(
+    drafter: PreTrainedModel,
+    target: Target,
+    prompts: Sequence[list[int]],
+    answers: AnswerSettings,
+) -> list[int]:
+    """Tokens that each round emits when the target answers prompts with the drafter."""
+    # where the target verifies no tree, rows of a batch wait for each other
+    size = answers.batch_size if tree_obstacle(target.model) is None else 1
+    pad = drafter.config.pad_token_id or 0
+    arguments = sampling_arguments(answers.temperature, answers.max_new_tokens)
+    arguments |= {"assistant_model": drafter, "speculation": "always", "pad_token_id": pad}
+    rounds: list[int] = []
+    with seeded(answers.seed, target.device):
+        for start in range(0, len(prompts), size):
+            batch = left_padded(prompts[start : start + size], pad, target.device)
+            rounds += call_generate(target.model, batch, arguments).round_lengths
+    return rounds

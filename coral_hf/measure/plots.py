@@ -1,136 +1,196 @@
-"""The pictures of a report: acceptance by depth, speed-up by task, by batch size, by context.
+"""Plots of reports and training runs.
 
-In: rows. Out: PNG files. matplotlib is imported when a picture is drawn, and needs no display.
+In: named series of numbers. Out: figures, saved as PNG. matplotlib is imported when a figure is
+drawn, and needs no display.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .summary import AcceptedDepth, Row
-from .sweep_summary import BatchRow, ContextRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-# of the Okabe-Ito palette, told apart by colour-blind readers and in grey
-COLOURS = {
-    "plain": "#999999",
-    "coral": "#D55E00",
-    "bigram": "#E69F00",
-    "prompt_lookup": "#56B4E9",
-    "assisted": "#009E73",
-}
-STAGE_COLOURS = {"draft": "#D55E00", "verify": "#0072B2", "other": "#CC79A7"}
-BAR_ROOM = 0.8  # of the distance between two groups of bars
-
-
-@contextmanager
-def figure(path: Path, num_groups: int) -> Iterator["Axes"]:
-    """Axes on a canvas as wide as its groups of bars need, saved to `path`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    canvas = FigureCanvasAgg(
-        Figure(figsize=(max(5.0, 1.2 * num_groups), 3.6), dpi=150, layout="constrained")
-    )
-    axes = canvas.figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", linewidth=0.5, alpha=0.5)
-    axes.set_axisbelow(True)
-    yield axes
-    canvas.figure.savefig(path)
+# of the Okabe-Ito palette, told apart by colour-blind readers and in grey
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+PLAIN = COLOURS[-1]
+BAR_ROOM = 0.8  # of the distance between two groups of bars
+
+READABLE = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none"}  # text on any colour
+
+Bars = Mapping[str, Mapping[Any, float]]  # series → group → height
+Cells = Mapping[tuple[float, float], float]  # (x, y) → value
 
 
-def plot_acceptance(depths: Sequence[AcceptedDepth], path: Path, title: str) -> None:
-    """Bars: share of all rounds that accept a node at a depth; dots: of those that got so far."""
-    methods = list(dict.fromkeys(entry.method for entry in depths))
-    deepest = max((entry.depth for entry in depths), default=1)
-    with figure(path, deepest) as axes:
-        width = BAR_ROOM / max(len(methods), 1)
-        for index, method in enumerate(methods):
-            entries = [entry for entry in depths if entry.method == method]
-            offset = (index - (len(methods) - 1) / 2) * width
-            x = [entry.depth + offset for entry in entries]
-            colour = COLOURS[method]
-            axes.bar(
-                x,
-                [100 * e.share for e in entries],
-                width,
-                color=colour,
-                label=f"{method}, all rounds",
-            )
-            given = [100 * e.share_given_parent for e in entries]
-            axes.plot(x, given, "o", color=colour, mec="black", label=f"{method}, parent accepted")
-        axes.set(
-            title=title,
-            xlabel="depth in the tree",
-            ylabel="rounds that accept a node, %",
-            ylim=(0, 105),
-        )
-        axes.set_xticks(range(1, deepest + 1))
-        add_legend(axes)
+class Line(NamedTuple):
+    """A curve and how it is drawn."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    style: str = "-"
+    colour: str | None = None
 
 
-def plot_speedups(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Bars: median speed-up of each method over plain `generate`, by task."""
-    tasks = list(dict.fromkeys(row.task for row in rows))
-    methods = [method for method in dict.fromkeys(row.method for row in rows) if method != "plain"]
-    with figure(path, len(tasks)) as axes:
-        width = BAR_ROOM / max(len(methods), 1)
-        for index, method in enumerate(methods):
-            heights = {row.task: row.speedup for row in rows if row.method == method}
-            x = [tasks.index(task) + (index - (len(methods) - 1) / 2) * width for task in heights]
-            bars = axes.bar(x, list(heights.values()), width, color=COLOURS[method], label=method)
-            axes.bar_label(bars, fmt="%.2f", fontsize=8)
-        axes.axhline(1.0, color=COLOURS["plain"], linewidth=1, label="plain")
-        axes.set(title=title, ylabel="speed-up, median over prompts")
-        axes.set_xticks(range(len(tasks)), tasks)
-        add_legend(axes)
+def new_figure(
+    num_panels: int = 1, width: float = 5.0, height: float = 3.6
+) -> tuple["Figure", list["Axes"]]:
+    """A figure with panels side by side, each `width` wide."""
+    from matplotlib.figure import Figure
 
-
-def plot_batches(rows: Sequence[BatchRow], path: Path, title: str) -> None:
-    """Bars: tokens per second of both methods by batch size, the drafter's with its speed-up."""
-    sizes = list(dict.fromkeys(row.batch_size for row in rows))
-    with figure(path, len(sizes)) as axes:
-        width = BAR_ROOM / 2
-        for index, method in enumerate(dict.fromkeys(row.method for row in rows)):
-            own = [row for row in rows if row.method == method]
-            x = [sizes.index(row.batch_size) + (index - 0.5) * width for row in own]
-            heights = [row.tokens_per_second for row in own]
-            bars = axes.bar(x, heights, width, color=COLOURS[method], label=method)
-            if method != "plain":
-                axes.bar_label(bars, [f"{row.speedup:.2f}x" for row in own], fontsize=8)
-        axes.set(title=title, xlabel="batch size", ylabel="tokens/s of all rows")
-        axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
-        add_legend(axes)
-
-
-def plot_contexts(rows: Sequence[ContextRow], path: Path, title: str) -> None:
-    """Stacked bars: the stages of a round by context; dots: a plain token."""
-    stages = {
-        "draft": [row.draft_milliseconds for row in rows],
-        "verify": [row.verify_milliseconds for row in rows],
-        "other": [row.other_milliseconds for row in rows],
-    }
-    x = range(len(rows))
-    with figure(path, len(rows)) as axes:
-        bottoms = [0.0] * len(rows)
-        for stage, heights in stages.items():
-            colour = STAGE_COLOURS[stage]
-            axes.bar(x, heights, BAR_ROOM / 2, bottom=bottoms, color=colour, label=stage)
-            bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
-        plain = [row.plain_milliseconds for row in rows]
-        axes.plot(x, plain, "o", color=COLOURS["plain"], mec="black", label="a plain token")
-        axes.set(title=title, xlabel="context, tokens", ylabel="ms a round")
-        axes.set_xticks(x, [str(row.context) for row in rows])
-        add_legend(axes)
+    figure = Figure(figsize=(width * num_panels, height), dpi=150, layout="constrained")
+    panels = list(figure.subplots(1, num_panels, squeeze=False)[0])
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", linewidth=0.5, alpha=0.5)
+        axes.set_axisbelow(True)
+    return figure, panels
 
 
 def add_legend(axes: "Axes") -> None:
-    """Below the axes, where it hides no bar."""
+    """Put the legend below the axes, where it hides nothing."""
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(
-            frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18)
-        )
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18)}
+        axes.legend(frameon=False, fontsize=8, ncols=2, **place)
+
+
+def save(figure: "Figure", path: str | Path) -> Path:
+    """Write a figure; its folder may be missing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def bar_figure(
+    bars: Bars, text: Callable[[str, Any], str] | None = None, **labels: Any
+) -> "Figure":
+    """A figure of bars side by side, for each group one of each series.
+
+    Args:
+        text: gives what is written above the bar of a series and group.
+        labels: `title`, `xlabel`, `ylabel`.
+    """
+    groups = list(dict.fromkeys(group for heights in bars.values() for group in heights))
+    figure, (axes,) = new_figure(width=max(5.0, 1.2 * len(groups)))
+    width = BAR_ROOM / max(len(bars), 1)
+    for index, (name, heights) in enumerate(bars.items()):
+        x = [groups.index(group) + (index - (len(bars) - 1) / 2) * width for group in heights]
+        drawn = axes.bar(x, list(heights.values()), width, color=colour_of(name, index), label=name)
+        if text is not None:
+            axes.bar_label(drawn, [text(name, group) for group in heights], fontsize=8)
+    axes.set(**labels)
+    axes.set_xticks(range(len(groups)), [str(group) for group in groups])
+    add_legend(axes)
+    return figure
+
+
+def line_figure(lines: Sequence[Line], **labels: str) -> "Figure":
+    """A figure of curves; `labels` are `title`, `xlabel`, `ylabel`."""
+    figure, (axes,) = new_figure()
+    draw_lines(axes, lines)
+    axes.set(**labels)
+    return figure
+
+
+def colour_of(name: str, index: int) -> str:
+    """The colour of a series; grey is plain's."""
+    return PLAIN if name == "plain" else COLOURS[index % (len(COLOURS) - 1)]
+
+
+def draw_lines(axes: "Axes", lines: Iterable[Line]) -> None:
+    """Draw curves and their legend; a curve of one point would not be seen, so it is a dot."""
+    for index, (label, x, y, style, colour) in enumerate(lines):
+        style = "." if len(x) == 1 and style == "-" else style
+        colour = colour or COLOURS[index % len(COLOURS)]
+        axes.plot(x, y, style, color=colour, markersize=4, linewidth=1.2, label=label)
+    add_legend(axes)
+
+
+def acceptance_figure(depths: Sequence[AcceptedDepth], title: str) -> "Figure":
+    """Bars: share of all rounds that accept a node at a depth; dots: of those that got so far."""
+    methods = dict.fromkeys(entry.method for entry in depths)
+    bars = {
+        f"{name}, all rounds": {e.depth: 100 * e.share for e in depths if e.method == name}
+        for name in methods
+    }
+    figure = bar_figure(bars, title=title, xlabel="depth in the tree", ylim=(0, 105))
+    (axes,) = figure.axes
+    axes.set_ylabel("rounds that accept a node, %")
+    for container, name in zip(axes.containers, methods, strict=True):
+        x = [bar.get_x() + bar.get_width() / 2 for bar in container]
+        given = [100 * entry.share_given_parent for entry in depths if entry.method == name]
+        colour = container[0].get_facecolor()
+        axes.plot(x, given, "o", color=colour, mec="black", label=f"{name}, parent accepted")
+    add_legend(axes)
+    return figure
+
+
+def speedup_figure(rows: Sequence[Row], title: str) -> "Figure":
+    """Bars: median speed-up of each method over plain `generate`, by task."""
+    bars = {
+        name: {row.group: row.speedup for row in rows if row.method == name}
+        for name in dict.fromkeys(row.method for row in rows)
+        if name != "plain"
+    }
+    ylabel = "speed-up, median over prompts"
+    figure = bar_figure(bars, lambda name, task: f"{bars[name][task]:.2f}", title=title)
+    (axes,) = figure.axes
+    axes.set_ylabel(ylabel)
+    axes.axhline(1.0, color=PLAIN, linewidth=1, label="plain")
+    add_legend(axes)
+    return figure
+
+
+def batch_figure(rows: Sequence[Row], title: str) -> "Figure":
+    """Bars: tokens per second of both methods by batch size, the drafter's with its speed-up."""
+    found = {(row.method, row.group): row for row in rows}
+    bars: dict[str, dict] = {}
+    for (method, size), row in found.items():
+        bars.setdefault(method, {})[size] = row.tokens_per_second
+
+    def speedup(method: str, size: Any) -> str:
+        return "" if method == "plain" else f"{found[method, size].speedup:.2f}x"
+
+    labels = {"title": title, "xlabel": "batch size", "ylabel": "tokens/s of all rows"}
+    return bar_figure(bars, speedup, **labels)
+
+
+def stack_figure(
+    stacks: Mapping[str, Mapping[int, float]], dots: Mapping[int, float], **labels: str
+) -> "Figure":
+    """Bars of stages, one on the other, by context; dots: a plain token."""
+    figure, (axes,) = new_figure(width=max(5.0, 1.2 * len(dots)))
+    x = range(len(dots))
+    bottoms = [0.0] * len(dots)
+    for (stage, heights), colour in zip(stacks.items(), COLOURS, strict=False):
+        own = list(heights.values())
+        axes.bar(x, own, BAR_ROOM / 2, bottom=bottoms, color=colour, label=stage)
+        bottoms = [bottom + height for bottom, height in zip(bottoms, own, strict=True)]
+    axes.plot(x, list(dots.values()), "o", color=PLAIN, mec="black", label="a plain token")
+    axes.set(**labels)
+    axes.set_xticks(x, [str(context) for context in dots])
+    add_legend(axes)
+    return figure
+
+
+def heat_maps(maps: Mapping[str, Cells], xlabel: str, ylabel: str) -> "Figure":
+    """A heat map for each title; the lightest cell is the best, the last map's the smallest."""
+    columns, lines = (sorted({key[i] for cells in maps.values() for key in cells}) for i in (0, 1))
+    figure, panels = new_figure(len(maps), 4.5, 0.8 * len(lines) + 1.6)
+    for (title, cells), axes, colours in zip(
+        maps.items(), panels, ("viridis", "viridis_r"), strict=False
+    ):
+        values = [[cells.get((x, y), float("nan")) for x in columns] for y in lines]
+        axes.imshow(values, cmap=colours, aspect="auto")
+        axes.grid(visible=False)
+        for (x, y), value in cells.items():
+            at = columns.index(x), lines.index(y)
+            axes.text(*at, f"{value:.1%}", bbox=READABLE, ha="center", va="center")
+        axes.set_xticks(range(len(columns)), [str(x) for x in columns])
+        axes.set_yticks(range(len(lines)), [f"1/{1 / y:g}" for y in lines])
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    return figure

@@ -2,7 +2,7 @@
 
 In: a question file of MT-bench, Spec-Bench or EAGLE (`turns`), HumanEval (`prompt`), GSM8K
 (`question`), dialogues (`messages`), or plain text; JSON lines may be gzipped. Out: a list of
-Prompt, and the token ids of one.
+Prompt, the token ids of one, a left-padded batch of several.
 """
 
 import gzip
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
@@ -162,3 +163,16 @@ def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     if bos is None or (ids.shape[1] and ids[0, 0] == bos):
         return ids
     return torch.cat([torch.tensor([[bos]]), ids], dim=1)
+
+
+def left_padded(
+    prompts: Sequence[Sequence[int] | Tensor],
+    pad_token: int,
+    device: torch.device | None = None,
+) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` (batch, longest) of prompts, each (length,)."""
+    rows = [torch.as_tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_token, padding_side="left")
+    ones = [torch.ones_like(row) for row in rows]
+    mask = pad_sequence(ones, batch_first=True, padding_side="left")
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

@@ -1,40 +1,135 @@
-"""Settings of a benchmark run, recorded in its report."""
+"""Settings of the measuring commands.
 
-from dataclasses import dataclass, field
+In: what a user chooses. Out: checked dataclasses, which reports record. The command line makes an
+option of each field with a help text, so this file imports neither torch nor transformers.
+"""
 
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+Method = Literal["plain", "coral", "bigram", "prompt_lookup", "assisted"]
 METHODS = ("plain", "coral", "bigram", "prompt_lookup", "assisted")
+DRAFTING = ("tree_depth", "tree_top_k", "tree_nodes", "draft_head", "verification", "drawn_tree")
 
 
-@dataclass
-class BenchmarkSettings:
-    """What is run, how often, and how tokens are chosen."""
+def option(help: str, default: Any = MISSING, **metadata: Any) -> Any:
+    """A dataclass field with a help text; `least` is its lower bound, `flag` the option's name."""
+    metadata["help"] = help
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
-    methods: list[str] = field(
-        default_factory=lambda: ["plain", "coral"]
-    )  # "plain" is the yardstick
-    max_new_tokens: int = 128
-    do_sample: bool = False
-    temperature: float = 1.0  # of sampling, from the whole vocabulary (no top-k, no top-p)
-    repeats: int = 1  # timed calls of each method on each prompt
-    warmup: int = 1  # untimed calls of each method before them, on the first prompts
-    seed: int = 0  # of sampling; repeat r draws with seed + r
-    max_turns: int = 1  # user turns of a prompt; later ones follow on the answer of "plain"
-    speculation: str = "always"  # "adaptive": what a user gets, who never waits longer than plain
-    # keywords of "coral" such as `tree_depth`, `draft_head`, `verification`; else its own settings
-    tree: dict[str, int | str] = field(default_factory=dict)
-    prompt_lookup_tokens: int = 10  # longest draft of "prompt_lookup"
+
+@dataclass(kw_only=True)
+class TreeSettings:
+    """The shape of draft trees; None leaves it to the drafter's own settings."""
+
+    tree_depth: int | None = option("Levels of the draft tree.", None)
+    tree_top_k: int | None = option("Children of an expanded node; 1 drafts chains.", None)
+    tree_nodes: int | None = option("Nodes that the target verifies, root included.", None)
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.methods) - set(METHODS))
-        if unknown or "plain" not in self.methods:
+        for one in fields(self):
+            least, value = one.metadata.get("least"), vars(self)[one.name]
+            if least is not None:
+                if min(value if isinstance(value, list) else [value], default=least) < least:
+                    raise ValueError(f"`{one.name}` is {value}; use {least} or more.")
+
+    def drafting(self) -> dict[str, Any]:
+        """The keywords of `generate` for a drafter, of what was chosen."""
+        chosen = {name: vars(self).get(name) for name in DRAFTING}
+        return {name: value for name, value in chosen.items() if value is not None}
+
+
+@dataclass(kw_only=True)
+class HeadSettings(TreeSettings):
+    """The draft tree, and the head that it is read from."""
+
+    draft_head: Literal["full", "routed", "frequency", "low_rank"] | None = option(
+        "Draft head; the drafter's own by default.", None
+    )
+
+
+@dataclass(kw_only=True)
+class DraftingSettings(HeadSettings):
+    """How tokens are drafted and verified."""
+
+    verification: Literal["token", "traversal", "block"] | None = option(
+        "Rule of acceptance when sampling.", None
+    )
+    drawn_tree: bool | None = option(
+        "When sampling, draw the tree's tokens instead of choosing the likeliest.", None
+    )
+
+
+@dataclass(kw_only=True)
+class BenchmarkSettings(DraftingSettings):
+    """What a benchmark runs, how often, and how tokens are chosen."""
+
+    # "plain" is what the others are measured against
+    methods: list[Method] = option("What is compared.", ["plain", "coral"], flag="method")
+    max_new_tokens: int = option("Tokens of each answer.", 128, least=1)
+    temperature: float = option("0 is greedy.", 0.0, least=0)
+    repeats: int = option("Timed calls of each method on each prompt.", 1, least=1)
+    warmup: int = option("Untimed calls of each method before them.", 1, least=0)
+    seed: int = option("Seed of sampling; repeat r draws with seed + r.", 0)
+    max_turns: int = option(
+        "User turns of a prompt; later ones follow the target's own answer.", 1, least=1
+    )
+    speculation: Literal["always", "adaptive"] = option(
+        "'always' drafts in every round, 'adaptive' where it pays.", "always"
+    )
+    prompt_lookup_tokens: int = option("Longest draft of 'prompt_lookup'.", 10, least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if set(self.methods) - set(METHODS) or "plain" not in self.methods:
             raise ValueError(
                 f"`methods` is {list(self.methods)}; give 'plain', which the others are measured "
                 f"against, and any of {', '.join(METHODS[1:])}."
             )
-        for name in ("max_new_tokens", "repeats", "max_turns", "prompt_lookup_tokens"):
-            if vars(self)[name] < 1:
-                raise ValueError(f"`{name}` is {vars(self)[name]}; use 1 or more.")
-        if self.do_sample and self.temperature <= 0:
-            raise ValueError(
-                f"`temperature` is {self.temperature}; use a positive one, or `do_sample=False`."
-            )
+
+
+@dataclass(kw_only=True)
+class SweepSettings(HeadSettings):
+    """What a sweep varies, and how often each size is measured; decoding is greedy."""
+
+    batch_sizes: list[int] = option("Prompts in a batch.", [], flag="batch-size", least=1)
+    contexts: list[int] = option("Tokens before the answer.", [], flag="context", least=1)
+    # the first token comes with the prefill
+    max_new_tokens: int = option("Tokens of each answer.", 128, least=2)
+    repeats: int = option("Timed calls of each method on each batch.", 3, least=1)
+    warmup: int = option("Untimed calls of each method before those of each size.", 1, least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.batch_sizes and not self.contexts:
+            raise ValueError("`batch_sizes` and `contexts` are both empty; give one of them.")
+
+
+@dataclass(kw_only=True)
+class TrialSettings(TreeSettings):
+    """What all trials of a comparison share."""
+
+    output: Path = option("Folder of the results; resumed if it has some.")
+    # arguments of CoralTrainingArguments, as on a command line
+    options: list[str] = field(default_factory=list)
+    temperatures: list[float] = option("Measured at.", [0.0, 1.0], flag="temperature", least=0)
+    # a round of decoding follows the token of the prefill
+    max_new_tokens: int = option("Tokens of each answer.", 64, least=2)
+
+
+@dataclass(kw_only=True)
+class HeadComparisonSettings(TrialSettings):
+    """How draft heads of one drafter are compared."""
+
+    repeats: int = option("Timed calls of each head on each prompt.", 1, least=1)
+    seed: int = option("Seed of sampling.", 0)
+
+
+@dataclass(kw_only=True)
+class ComparisonSettings(TrialSettings):
+    """How training runs are compared."""
+
+    batch_size: int = option("Prompts that are answered at once.", 8, least=1)

@@ -1,26 +1,24 @@
-"""Trainings compared: the same data, steps, seeds and tree, different settings.
+"""Trials compared: training runs with different settings, and draft heads of one drafter.
 
 `Trial`s → `Comparison` → `Result`s → a table of mean and spread, or successive halving over many.
+`HeadTrial`s → `HeadComparison` → `HeadReport`.
 """
 
-from .halving import Rung, halve
-from .plots import plot_scaling
-from .report import compare, search
-from .results import Result, read_results
-from .run import Comparison, ComparisonSettings
-from .table import comparison_table
-from .trial import Trial
+from ...measure.settings import ComparisonSettings, HeadComparisonSettings
+from .heads import HeadComparison, HeadReport, HeadTrial
+from .trials import Comparison, Result, Trial, compare, comparison_table, halve, search
 
 __all__ = [
     "Comparison",
     "ComparisonSettings",
+    "HeadComparison",
+    "HeadComparisonSettings",
+    "HeadReport",
+    "HeadTrial",
     "Result",
-    "Rung",
     "Trial",
     "compare",
     "comparison_table",
     "halve",
-    "plot_scaling",
-    "read_results",
     "search",
 ]

@@ -17,12 +17,12 @@ from torch.utils.data import IterableDataset
 
 from ...decoding.settings import TREE_DEFAULTS
 from ...drafters.coral.modeling import CoralDrafter
+from ...measure.calls import AnswerSettings, decoded_rounds
 from ...target import Target, max_positions, text_config
 from ..arguments import CoralTrainingArguments
 from ..data.encoding import IGNORED
 from ..steps import Unrolled
 from .replay import replayed_rounds
-from .rounds import AnswerSettings, decoded_rounds
 from .routing import NAMES as ROUTING
 from .routing import RoutingCounts
 

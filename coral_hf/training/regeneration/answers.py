@@ -24,7 +24,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ...measure.prompt_batch import left_padded
+from ...measure.prompts import left_padded
 from ...target import max_positions, text_config
 
 # override the target's own generation config, which would change its distribution

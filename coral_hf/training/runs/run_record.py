@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ...atomic import write_json
 from ...drafters.coral.configuration import CoralConfig
 from ...identity import identify, rows_digest
-from ...measure.hardware import hardware_name
+from ...measure.report import hardware_name
 from ..arguments import CoralTrainingArguments, Recipe
 from ..features import CachedFeatures
 

@@ -1,0 +1,278 @@
+"""The benchmark: every method on every prompt, in turn, timed and compared with the target alone.
+
+In: a target, drafters, prompts, settings. Out: a BenchmarkReport. "plain" is the target alone,
+"coral" the drafter, "bigram" a table in its place; "prompt_lookup" and "assisted" are transformers'
+own, the latter with a small model of the target's vocabulary.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..decoding.settings import DECODING_KEYWORDS
+from ..target import max_positions, text_config
+from . import plots
+from .calls import Arguments, Bench, Call, sampling_arguments
+from .prompts import Prompt, encode
+from .report import Report, Table, describe_environment, tabulate
+from .settings import BenchmarkSettings
+from .summary import OVERALL, AcceptedDepth, Row, accepted_depths, summarise
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
+
+SPEED = {
+    "tokens/s": "{0.tokens_per_second:.1f}",
+    "speed-up": "{0.speedup:.2f}x",
+    "decoding alone": "{0.decoding_speedup:.2f}",
+}
+ENDS = {"GPU peak, MiB": "{0.peak_mebibytes:.0f}", "exact match": "{0.exact_match:.1%}"}
+RESULTS = {
+    "task": "{0.group}",
+    "method": "{0.method}",
+    "items": "{0.num_items}",
+    "tau / token": "{0.tau_per_token:.2f}",
+    "tau / item": "{0.tau_per_item:.2f}",
+    **SPEED,
+    "speed-up / tau": "{0.speedup_per_tau:.2f}",
+    "draft + verify + other, ms a round": "{0.round_stages}",
+    **ENDS,
+}
+DEPTHS = {
+    "method": "{0.method}",
+    "depth": "{0.depth}",
+    "accepted, of all rounds": "{0.share:.1%}",
+    "accepted, where the parent was": "{0.share_given_parent:.1%}",
+}
+MISMATCHES = {
+    "task": "{0.task}",
+    "prompt": "{0.prompt}",
+    "turn": "{0.turn}",
+    "method": "{0.method}",
+    "first difference at": "{0.position}",
+    "top-2 logit gap there": "{0.top2_gap:.3g}",
+}
+RESULTS_LEGEND = """\
+tau: tokens for each target pass after the first, which is the prefill; by token (all tokens / all
+passes) and by item (mean of the items' ratios). Speed-up: seconds per token of plain `generate` /
+of the method, prefill included, the median over items. Speed-up / tau: what drafting and wider
+passes leave of tau. Exact match: answers whose tokens are all those of plain `generate`; a gap of
+about the dtype's rounding is a tie that fell the other way.
+"""
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """The first place where a method's greedy tokens differ from those of the target alone.
+
+    A pass over several tokens rounds differently from one token at a time, so a near tie (a top-2
+    gap of some ulps of the dtype) may flip; a wide gap is a bug.
+    """
+
+    task: str
+    prompt: str
+    turn: int
+    method: str
+    position: int  # among the new tokens
+    top2_gap: float  # between the target's two highest logits there, in its own dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkReport(Report):
+    """The result of `run_benchmark`.
+
+    Example:
+        >>> report = run_benchmark(target, drafter, tokenizer, prompts)
+        >>> report.write("results")
+        >>> print(report.rows[-1].speedup)
+    """
+
+    mismatches: list[Mismatch] = field(default_factory=list)  # greedy only
+    skipped: list[str] = field(default_factory=list)  # task/id of prompts beyond the context
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The numbers by task and method, the overall rows last."""
+        by_task = summarise(self.calls, lambda call: call.task)
+        return by_task + summarise(self.calls, lambda call: OVERALL)
+
+    @property
+    def acceptance(self) -> list[AcceptedDepth]:
+        """The acceptance by method and depth, over all tasks."""
+        return accepted_depths(self.calls)
+
+    @property
+    def tables(self) -> list[Table]:
+        """Results, acceptance by depth, and mismatches if there are any."""
+        title = "Answers that differ from the target's own"
+        skipped = f"Longer than the target's context: {', '.join(self.skipped)}.\n"
+        legend = RESULTS_LEGEND + (f"\n{skipped}" if self.skipped else "")
+        found = [
+            tabulate("Results", RESULTS, self.rows, legend),
+            tabulate("Acceptance by depth", DEPTHS, self.acceptance),
+        ]
+        return found + [tabulate(title, MISMATCHES, self.mismatches)] * bool(self.mismatches)
+
+    def numbers(self) -> dict[str, Any]:
+        """Rows, acceptance by depth, mismatches, and prompts that were left out."""
+        return {
+            "rows": [row.to_dict("task") for row in self.rows],
+            "acceptance": [asdict(depth) for depth in self.acceptance],
+            "mismatches": [asdict(mismatch) for mismatch in self.mismatches],
+            "skipped": self.skipped,
+        }
+
+    def figures(self) -> dict[str, "Figure"]:
+        """The plots `acceptance` and `speedup`."""
+        return {
+            "acceptance": plots.acceptance_figure(self.acceptance, self.title),
+            "speedup": plots.speedup_figure(self.rows, self.title),
+        }
+
+
+def run_benchmark(
+    target: PreTrainedModel,
+    drafter: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    settings: BenchmarkSettings | None = None,
+    assistant: PreTrainedModel | None = None,
+    bigram: PreTrainedModel | None = None,
+) -> BenchmarkReport:
+    """Measure a drafter, and the other methods that the settings name, against plain `generate`.
+
+    Args:
+        target: a causal language model of transformers, on the device and in the dtype to measure.
+        drafter: a drafter for it; None where "coral" is not among the methods.
+        tokenizer: the target's.
+        prompts: from `read_prompts`; those too long for the target's context are only listed.
+        settings: the defaults where None.
+        assistant: a small model with the target's vocabulary, for "assisted".
+        bigram: a BigramDrafter of text that is not measured on, for "bigram".
+
+    Raises:
+        ValueError: for a method without its drafter, and if no prompt fits the target's context.
+    """
+    settings = settings or BenchmarkSettings()
+    given = {"coral": drafter, "assisted": assistant, "bigram": bigram}
+    names = {"coral": "drafter", "assisted": "assistant", "bigram": "bigram"}
+    for method, argument in names.items():
+        if method in settings.methods and given[method] is None:
+            raise ValueError(
+                f"`methods` has {method!r}, but `{argument}` is None; pass one or leave the method"
+                " out."
+            )
+    drafting = {"speculation": settings.speculation, **settings.drafting()}
+    own: dict[str, Arguments] = {
+        "plain": {},
+        "coral": {"assistant_model": drafter, **drafting},
+        # a bigram table has no heads to choose from
+        "bigram": {"assistant_model": bigram}
+        | {name: value for name, value in drafting.items() if name in DECODING_KEYWORDS},
+        "prompt_lookup": {"prompt_lookup_num_tokens": settings.prompt_lookup_tokens},
+        "assisted": {"assistant_model": assistant},
+    }
+    common = sampling_arguments(settings.temperature, settings.max_new_tokens)
+    methods = {str(name): common | own[name] for name in settings.methods}
+    bench = Bench(target, methods, settings.repeats, settings.warmup, settings.seed)
+    measured = measure_prompts(bench, tokenizer, prompts, settings.max_turns)
+    environment = describe_environment(target, drafter, assistant)
+    return BenchmarkReport(settings=settings, environment=environment, **measured._asdict())
+
+
+class Measured(NamedTuple):
+    """The calls of all methods on prompts."""
+
+    calls: list[Call]
+    mismatches: list[Mismatch]
+    skipped: list[str]  # task/id of prompts beyond the target's context
+
+
+def measure_prompts(
+    bench: Bench, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_turns: int = 1
+) -> Measured:
+    """Call every method of a bench on every prompt in turn.
+
+    Raises:
+        ValueError: if no prompt fits the target's context.
+    """
+    target = bench.target
+    context = max_positions(text_config(target)) or float("inf")
+    room = context - bench.methods["plain"]["max_new_tokens"]
+
+    def fits(prompt: Prompt) -> bool:
+        return encode(prompt, tokenizer).shape[1] <= room
+
+    fitting = [prompt for prompt in prompts if fits(prompt)]
+    if not fitting:
+        raise ValueError(
+            f"none of the {len(prompts)} `prompts` fits the target's context; give a shorter one."
+        )
+    skipped = [f"{prompt.task}/{prompt.id}" for prompt in prompts if prompt not in fitting]
+    first = [encode(prompt, tokenizer).to(target.device) for prompt in fitting[: bench.warmup]]
+    bench.warm_up([as_batch(ids) for ids in first])
+    measured = Measured([], [], skipped)
+    item = 0
+    for number, start in enumerate(fitting, start=1):
+        prompt = start
+        for turn in range(max_turns):
+            ids = encode(prompt, tokenizer).to(target.device)  # (1, length)
+            labels = {"task": prompt.task, "prompt": prompt.id, "turn": turn}
+            calls = bench.compare(as_batch(ids), item, **labels)
+            item += 1
+            plain = next(call.tokens[0] for call in calls if call.method == "plain")
+            measured.calls.extend(calls)
+            measured.mismatches.extend(mismatches_of(target, ids, plain, calls))
+            if not prompt.turns:
+                break
+            prompt = prompt.follow_up(tokenizer.decode(plain, skip_special_tokens=True))
+            if not fits(prompt):
+                break
+        logger.info("%d of %d prompts: %s %s", number, len(fitting), start.task, start.id)
+    return measured
+
+
+def as_batch(ids: Tensor) -> dict[str, Tensor]:
+    """The arguments of `generate` for a prompt (1, length)."""
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def mismatches_of(
+    target: PreTrainedModel, ids: Tensor, expected: list[int], calls: Sequence[Call]
+) -> Iterator[Mismatch]:
+    """Each method's first difference from "plain", in its first repeat; none of sampled tokens.
+
+    Args:
+        ids: (1, length), the prompt.
+    """
+    for call in calls:
+        if call.repeat == 0 and not call.temperature:
+            position = first_difference(expected, call.tokens[0])
+            if position is not None:
+                gap = top2_gap(target, ids, expected[:position])
+                yield Mismatch(call.task, call.prompt, call.turn, call.method, position, gap)
+
+
+def first_difference(expected: list[int], found: list[int]) -> int | None:
+    """Index of the first token that differs, or that only one has; None where they are equal."""
+    if expected == found:
+        return None
+    differing = (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b)
+    return next(differing, min(len(expected), len(found)))
+
+
+@torch.no_grad()
+def top2_gap(target: PreTrainedModel, ids: Tensor, tokens: list[int]) -> float:
+    """Gap between the two highest logits after a prompt (1, length) and its shared continuation."""
+    shared = torch.cat([ids, ids.new_tensor([tokens], dtype=ids.dtype)], dim=1)
+    logits = target(input_ids=shared, use_cache=False).logits[0, -1]  # (vocab,)
+    best, second = logits.float().topk(2).values.tolist()
+    return best - second
