@@ -1,11 +1,13 @@
-"""All that is read from a target: features, embeddings, LM head, what its attention supports.
+"""Everything that is read from a target: features, embeddings, LM head, and what it supports.
 
 In: any decoder of transformers, unmodified. Out: a `Target`, gathered when a call begins and never
-kept in a drafter, so that `state_dict` stays clean and threads may share one drafter.
+kept in a drafter, so that `state_dict` stays clean and threads can share a drafter; and obstacles,
+which say what a target cannot do.
 """
 
 import inspect
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -16,13 +18,41 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from .lm_head import LMHead, execution_device
 
-# the feature is the last of a target's `hidden_states`, taken after the final norm; given as an
-# index, newer versions of transformers keep that one alone and older ones keep them all
+# index of the feature in a target's `hidden_states`, taken after the final norm; given this index,
+# newer versions of transformers keep that one only and older ones keep them all
 FEATURE = -1
-# attention functions that add a 4-D float mask to their scores
+# attention functions that add a float mask (batch, 1, queries, keys) to their scores
 MASKED_ATTENTION = ("eager", "sdpa")
 # layer types whose mask follows from positions alone
 MASKED_LAYERS = ("full_attention", "sliding_attention")
+
+
+class Scales(NamedTuple):
+    """What a target does to embeddings and logits outside of its embedding and LM head modules."""
+
+    embedding: float = 1.0  # embeddings are multiplied by it (Granite)
+    logit: float = 1.0  # the LM head's output is multiplied by it (Granite, Cohere)
+    softcap: float | None = None  # the cap c of c·tanh(logits / c) (Gemma 2)
+
+
+def read_scales(text: PreTrainedConfig) -> Scales:
+    """Read the scales of a target from its text config."""
+    factor = getattr(text, "logit_scale", None) or 1.0
+    if isinstance(factor, str):  # MPT names a rule, which transformers does not apply
+        factor = 1.0
+    divisor = getattr(text, "logits_scaling", None) or 1.0
+    softcap = getattr(text, "final_logit_softcapping", None)
+    return Scales(
+        embedding=float(getattr(text, "embedding_multiplier", None) or 1.0),
+        logit=float(factor / divisor),
+        softcap=None if softcap is None else float(softcap),
+    )
+
+
+def may_scale(text: PreTrainedConfig) -> bool:
+    """Whether targets with this kind of config can have [`Scales`], whatever its values are."""
+    names = ("embedding_multiplier", "logit_scale", "logits_scaling", "final_logit_softcapping")
+    return any(hasattr(text, name) for name in names)
 
 
 @dataclass(frozen=True)
@@ -36,17 +66,21 @@ class Target:
 
     @property
     def device(self) -> torch.device:
-        """Where its tokens belong."""
+        """The device that token ids belong on."""
         return execution_device(self.embeddings)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """(batch, length) → (batch, length, hidden), as the target's first layer sees them."""
+        """Embed tokens (batch, length) as the target's first layer sees them.
+
+        Returns:
+            (batch, length, hidden)
+        """
         embeddings = self.embeddings(tokens.to(self.device))
         return embeddings if self.embedding_scale == 1.0 else embeddings * self.embedding_scale
 
 
 def read_target(model: PreTrainedModel) -> Target:
-    """Gather what a drafter reads of `model`.
+    """Gather what a drafter reads of a target.
 
     Raises:
         ValueError: if the target has no LM head.
@@ -56,36 +90,17 @@ def read_target(model: PreTrainedModel) -> Target:
         raise ValueError(
             f"The target {type(model).__name__} has no LM head; load it with AutoModelForCausalLM."
         )
+    scales = read_scales(text)
     return Target(
         model=model,
-        head=LMHead(output, logit_scale(text), logit_softcap(text)),
+        head=LMHead(output, scales.logit, scales.softcap),
         embeddings=model.get_input_embeddings(),
-        embedding_scale=embedding_scale(text),
+        embedding_scale=scales.embedding,
     )
 
 
-def embedding_scale(text: PreTrainedConfig) -> float:
-    """What a target (Granite) multiplies its embeddings by, outside of its embedding module."""
-    return float(getattr(text, "embedding_multiplier", None) or 1.0)
-
-
-def logit_scale(text: PreTrainedConfig) -> float:
-    """What a target (Granite, Cohere) multiplies its LM head's output by."""
-    divisor = getattr(text, "logits_scaling", None) or 1.0
-    factor = getattr(text, "logit_scale", None) or 1.0
-    if isinstance(factor, str):  # MPT names a rule, which transformers does not apply
-        factor = 1.0
-    return float(factor / divisor)
-
-
-def logit_softcap(text: PreTrainedConfig) -> float | None:
-    """The cap c of a target (Gemma 2) with c·tanh(logits / c), None without one."""
-    softcap = getattr(text, "final_logit_softcapping", None)
-    return None if softcap is None else float(softcap)
-
-
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The config of the part of a target that decodes text."""
+    """Return the config of the part of a target that decodes text."""
     return model.config.get_text_config(decoder=True)
 
 
@@ -96,17 +111,17 @@ def read_features(
     attention_mask: Tensor,
     position_ids: Tensor | None = None,
 ) -> Tensor:
-    """The target's features of a padded batch, without its LM head.
+    """Compute the target's features of a padded batch, without its LM head.
 
     Args:
         input_ids, attention_mask: (batch, length).
-        position_ids: (batch, length), of rows that hold several documents: they begin at 0 with
-            each of them, and no document sees another. See [`reads_packed_rows`].
+        position_ids: (batch, length), for packed rows: positions begin at 0 with each document, and
+            no document attends to another. See [`reads_packed_rows`].
 
     Returns:
         (batch, length, hidden), after the final norm.
     """
-    # of packed rows transformers reads the documents from the positions, if there is no mask
+    # transformers finds the documents of packed rows by their positions, if there is no mask
     rows = (
         {"attention_mask": attention_mask}
         if position_ids is None
@@ -119,12 +134,12 @@ def read_features(
 def reads_packed_rows(model: PreTrainedModel, device: torch.device) -> bool:
     """Whether a target keeps the documents of a packed row apart, found by trying.
 
-    Most of transformers' models do; some take no positions, others look across documents.
+    Most models of transformers do; some take no positions, others attend across documents.
     """
     if "position_ids" not in inspect.signature(model.get_decoder().forward).parameters:
         return False
     lengths = (5, 8)
-    # two rows, since some kinds of attention tell documents apart in a single row only
+    # (2, length): some kinds of attention tell documents apart in a single row only
     ids = torch.arange(2 * sum(lengths), device=device).view(2, -1) % text_config(model).vocab_size
     mask = torch.ones_like(ids)
     positions = torch.cat([torch.arange(length, device=device) for length in lengths])
@@ -133,39 +148,37 @@ def reads_packed_rows(model: PreTrainedModel, device: torch.device) -> bool:
     alone = read_features(model, ids[:, second], mask[:, second])
     packed = read_features(model, ids, mask, positions)[:, second]
     as_one = read_features(model, ids, mask)[:, second]
-    # what the first document would change, were it seen, is the measure of what is rounding
+    # a difference far below what attending to the first document makes is rounding
     return bool((packed - alone).abs().mean() < 0.1 * (as_one - alone).abs().mean())
 
 
 def stream_obstacle(model: PreTrainedModel) -> str | None:
-    """Why a target has no single feature a token, or None if it has."""
+    """Say why a target has no single feature per token, or return None."""
     streams = getattr(text_config(model), "altup_num_inputs", 1)
     if streams == 1:
         return None
-    return (
-        f"it carries {streams} hidden states a token (`altup_num_inputs`), and a drafter reads one"
-    )
+    return f"it has {streams} hidden states per token (`altup_num_inputs`), and a drafter reads one"
 
 
 def tree_obstacle(model: PreTrainedModel) -> str | None:
-    """Why a target cannot verify a tree, or None if it can; read from what it declares."""
+    """Say why a target cannot verify a tree, from what it declares, or return None."""
     attention, text = model.config._attn_implementation, text_config(model)
     if attention not in MASKED_ATTENTION:
         return f"its attention {attention!r} takes no 4-D mask (of {MASKED_ATTENTION})"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "its forward takes no `position_ids`"
     if _has_alibi(text):
-        return "its positions are ALiBi biases, which follow the order of the rows"
+        return "its positions are ALiBi biases, which follow the order of the KV slots"
     foreign = sorted(set(getattr(text, "layer_types", None) or ()) - set(MASKED_LAYERS))
     if foreign:
-        return f"its layers of type {', '.join(foreign)} look at other rows than a mask says"
+        return f"its layers of type {', '.join(foreign)} attend to other slots than a mask allows"
     if "local" in getattr(text, "attention_layers", ()):  # GPT-Neo
-        return "the window of its local attention counts rows, not positions"
+        return "the window of its local attention counts KV slots, not positions"
     return None
 
 
 def cache_obstacle(model: PreTrainedModel) -> str | None:
-    """Why a target's cache cannot drop rejected rows, or None if it can."""
+    """Say why a target's cache cannot drop rejected tokens, or return None."""
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
     foreign = sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
     if foreign:
@@ -177,39 +190,39 @@ def cache_obstacle(model: PreTrainedModel) -> str | None:
 
 
 def adapter_obstacle(model: PreTrainedModel) -> str | None:
-    """Why an adapter of PEFT's cannot be followed by a drafter, or None if it can."""
-    # around a target whose prompt it learns, PEFT binds a method of its own for the time of a call
+    """Say why a drafter cannot follow a target's PEFT adapter, or return None."""
+    # where PEFT learns a prompt, it replaces this method of the target for the time of a call
     wrapper = getattr(model.prepare_inputs_for_generation, "__self__", model)
     around = getattr(wrapper, "active_peft_config", None)
     if around is not None and around.is_prompt_learning:
-        return f"its adapter ({around.peft_type.value}) puts virtual tokens before the text"
+        return f"its adapter ({around.peft_type.value}) puts virtual tokens before the prompt"
     within = getattr(model, "peft_config", {}).values()
     if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in within):
-        return "its adapter (aLoRA) starts to act at a place in the text"
+        return "its adapter (aLoRA) starts to act at a position in the sequence"
     return None
 
 
 def sharding_obstacle(model: PreTrainedModel) -> str | None:
-    """Why processes that share out a target's weights cannot draft, or None if they can.
+    """Say why processes that each hold a shard of a target cannot draft, or return None.
 
-    Each of them would run another number of passes, and wait for the others' weights.
+    They would run different numbers of forward passes, and wait for each other's weights.
     """
-    # FSDP2 may hold a target's layers alone; ZeRO-3 marks the weights that it shares out
-    is_shared_out = (
+    # FSDP2 may wrap only a target's layers; ZeRO-3 marks the weights that it shards
+    is_sharded = (
         is_fsdp_managed_module(model)
         or any(isinstance(module, FSDPModule) for module in model.modules())
         or any(hasattr(weight, "ds_id") for weight in model.parameters())
     )
-    if not is_shared_out:
+    if not is_sharded:
         return None
     count = distributed.get_world_size() if distributed.is_initialized() else 1
-    return None if count == 1 else f"its weights are shared out over {count} processes"
+    return None if count == 1 else f"its weights are sharded over {count} processes"
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
-    """Positions of a target that looks them up in a table, None for any other.
+    """Return the number of positions of a target that looks them up in a table, else None.
 
-    Rotary positions and ALiBi go on beyond what a target is made for, as in plain `generate`.
+    Rotary positions and ALiBi have no limit, as in plain `generate`.
     """
     text = text_config(model)
     has_formula = getattr(text, "rope_parameters", None) is not None or _has_alibi(text)
@@ -218,11 +231,8 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 
 def max_positions(text: PreTrainedConfig) -> int | None:
-    """Tokens that a target is made for, None where it does not say (BLOOM).
-
-    MPT calls it `max_seq_len`.
-    """
-    for name in ("max_position_embeddings", "max_seq_len"):
+    """Return the longest sequence a target is made for; None where it does not say (BLOOM)."""
+    for name in ("max_position_embeddings", "max_seq_len"):  # the latter in MPT
         if getattr(text, name, None) is not None:
             return getattr(text, name)
     return None
@@ -233,6 +243,6 @@ def _has_alibi(text: PreTrainedConfig) -> bool:
 
 
 def sliding_windows(model: PreTrainedModel) -> list[int | None]:
-    """The attention window of each layer of a target, None for full attention."""
+    """Return the attention window of each layer of a target, None for full attention."""
     layers = DynamicCache(config=model.config).layers
     return [layer.sliding_window if layer.is_sliding else None for layer in layers]

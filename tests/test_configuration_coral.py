@@ -8,7 +8,6 @@ from transformers import (
     CohereConfig,
     Gemma3Config,
     Gemma3nTextConfig,
-    GraniteConfig,
     LlamaConfig,
     MambaConfig,
     MptConfig,
@@ -25,7 +24,7 @@ EXPECTED = {
     "qwen3": {"head_dim": 16},
     "mistral": {},
     "mistral_window": {},
-    "gemma2": {"logit_softcap": 30.0},
+    "gemma2": {},
     "gemma3": {"rope_theta": 1_000_000.0},
     "phi3": {"rms_norm_eps": 1e-5},
     "olmo2": {"rms_norm_eps": 1e-5},
@@ -34,9 +33,9 @@ EXPECTED = {
     "qwen3_moe": {},
     "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0},
     "gemma": {},
-    "granite": {"embedding_scale": 3.0, "logit_scale": 0.5},
-    "cohere": {"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "logit_scale": 0.25},
-    "cohere2": {"rms_norm_eps": 1e-5, "logit_scale": 0.25},
+    "granite": {},
+    "cohere": {"rms_norm_eps": 1e-5, "rope_theta": 500_000.0},
+    "cohere2": {"rms_norm_eps": 1e-5},
     "starcoder2_window": {},
     "stablelm": {"rms_norm_eps": 1e-5},
     "glm4": {
@@ -63,9 +62,6 @@ SHARED_BY_ALL = {
     "rope_theta": 10000.0,
     "attention_bias": False,
     "fc_bias": False,
-    "embedding_scale": 1.0,
-    "logit_scale": 1.0,
-    "logit_softcap": None,
     "bos_token_id": 1,
     "eos_token_id": None,
     "pad_token_id": 0,
@@ -114,16 +110,8 @@ def test_overrides_win_over_the_target():
     assert (config.num_hidden_layers, config.fc_bias, config.hidden_size) == (2, True, 32)
 
 
-def test_granite_scales_its_embeddings_and_divides_its_logits():
-    target = GraniteConfig(**SIZES, embedding_multiplier=12.0, logits_scaling=16.0)
-    config = CoralConfig.from_target(target)
-    assert (config.embedding_scale, config.logit_scale) == (12.0, 1 / 16)
-
-
-def test_cohere_multiplies_its_logits():
-    config = CoralConfig.from_target(CohereConfig(**SIZES, logit_scale=0.25))
-    assert (config.embedding_scale, config.logit_scale) == (1.0, 0.25)
-    assert config.rms_norm_eps == 1e-5  # Cohere calls it layer_norm_eps
+def test_a_layer_norms_epsilon_is_taken_where_there_is_no_rms_norm():
+    assert CoralConfig.from_target(CohereConfig(**SIZES)).rms_norm_eps == 1e-5
 
 
 def test_the_text_part_of_a_composite_config_is_read():
@@ -164,7 +152,6 @@ def test_unset_widths_follow_from_the_others():
         ("hidden_size", "64"),
         ("vocab_size", 32000.5),
         ("fc_bias", "no"),
-        ("logit_softcap", "30"),
         ("num_groups", 4.5),
         ("rope_parameters", 10000.0),
         ("tokenizer_hash", 7),
@@ -221,11 +208,6 @@ def test_a_list_of_widths_gives_the_widest():
 
 def test_qwen2_has_biases_though_no_field_says_so():
     assert CoralConfig.from_target(Qwen2Config(**SIZES)).attention_bias is True
-
-
-def test_a_named_logit_scale_is_left_to_the_target():
-    config = MptConfig(logit_scale="inv_sqrt_d_model", d_model=32, n_heads=4)
-    assert CoralConfig.from_target(config).logit_scale == 1.0
 
 
 def test_a_target_without_attention_is_refused():

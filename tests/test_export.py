@@ -19,12 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from coral_hf import CoralDrafter
 from coral_hf.checkpoints import (
+    OutputFolder,
     export_drafter,
     from_eagle,
     most_frequent,
     proposal_counts,
-    whole_folder,
 )
+from coral_hf.target import read_target
 from coral_hf.training.warm_start import from_layer
 
 ENGINES = ("vllm", "sglang", "eagle")
@@ -137,6 +138,9 @@ def test_the_embeddings_go_along_where_an_engine_may_need_them(target, tmp_path,
 
 # ---- the same drafter
 
+# all but vLLM refuse scaled logits
+UNSCALED = {"granite": {"logits_scaling": 1.0}}
+
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
@@ -145,19 +149,19 @@ def test_the_embeddings_go_along_where_an_engine_may_need_them(target, tmp_path,
         ("llama", {}),
         ("qwen2", {}),
         ("gemma", {"hidden_act": "silu"}),
-        ("granite", {"logit_scale": 1.0}),
+        ("granite", {}),
         ("llama", {"num_hidden_layers": 2}),
     ],
 )
 def test_the_tensors_predict_in_an_engine_what_they_did_here(tmp_path, engine, family, overrides):
-    target = tiny_target(family)
+    target = tiny_target(family, **UNSCALED.get(family, {}))
     drafter = make_drafter(target, **overrides)
     export_drafter(drafter, engine, tmp_path / "out", target)
     config, tensors = written(tmp_path / "out")
     config["qkv_bias"] = drafter.config.attention_bias
     ids, generator = torch.arange(7), torch.Generator().manual_seed(0)
     features = torch.randn(7, HIDDEN, dtype=torch.float64, generator=generator)
-    seen = target.model.embed_tokens(ids) * drafter.config.embedding_scale
+    seen = read_target(target).embed(ids)
     expected = drafter(seen[None], features[None])[0]
     table = target.model.embed_tokens.weight.detach()[ids]
     found = eagle_step(config, tensors, table, features)
@@ -184,8 +188,8 @@ def test_a_drafter_is_as_good_as_before_after_a_journey(tmp_path, engine, family
 
 @pytest.mark.parametrize("family", ["gemma", "granite"])
 def test_a_scale_of_the_embeddings_comes_back(tmp_path, family):
-    target = tiny_target(family)
-    drafter = make_drafter(target, logit_scale=1.0)
+    target = tiny_target(family, **UNSCALED.get(family, {}))
+    drafter = make_drafter(target)
     done = export_drafter(drafter, "eagle", tmp_path / "out", target)
     assert "embedding scale" in done.notes[0]
     back = from_eagle(target, tmp_path / "out")
@@ -212,11 +216,47 @@ def test_a_bias_of_fc_goes_where_it_is_read(target, tmp_path, engine):
     assert config.get("bias") is (True if engine == "eagle" else None)
 
 
-def test_a_logit_scale_goes_to_vllm_and_a_cap_to_sglang(target, tmp_path):
-    export_drafter(make_drafter(target, logit_scale=0.5), "vllm", tmp_path / "scale")
+def test_a_logit_scale_goes_to_vllm_and_a_cap_to_sglang(tmp_path):
+    granite, gemma2 = (tiny_target(name, torch.float32) for name in ("granite", "gemma2"))
+    export_drafter(make_drafter(granite), "vllm", tmp_path / "scale", granite)
     assert written(tmp_path / "scale")[0]["logit_scale"] == 0.5
-    export_drafter(make_drafter(target, logit_softcap=30.0), "sglang", tmp_path / "cap")
+    drafter = make_drafter(gemma2, hidden_act="silu")
+    export_drafter(drafter, "sglang", tmp_path / "cap", gemma2)
     assert written(tmp_path / "cap")[0]["final_logit_softcapping"] == 30.0
+
+
+def test_scales_are_read_from_the_config_of_the_target_that_a_drafter_names(tmp_path):
+    target = tiny_target("granite", torch.float32)
+    drafter = make_drafter(target, target_name_or_path=str(tmp_path / "target"))
+    target.save_pretrained(tmp_path / "target")
+    expected = export_drafter(drafter, "vllm", tmp_path / "with", target)
+    done = export_drafter(drafter, "vllm", tmp_path / "without")
+    assert done.notes == expected.notes and "embedding scale, 3," in done.notes[0]
+    assert written(tmp_path / "without")[0] == written(tmp_path / "with")[0]
+    fc = [written(tmp_path / name)[1]["fc.weight"] for name in ("with", "without")]
+    torch.testing.assert_close(*fc)
+
+
+@pytest.mark.parametrize("family", ["granite", "cohere2", "unknown-family", None])
+@pytest.mark.parametrize("name", [None, "missing"])
+def test_scales_that_nothing_tells_are_asked_for(target, tmp_path, family, name):
+    name = name and str(tmp_path / name)
+    drafter = make_drafter(target, target_model_type=family, target_name_or_path=name)
+    with pytest.raises(ValueError, match=f"(?s)may scale.*{name}.*Pass `target`"):
+        export_drafter(drafter, "vllm", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scaled_logits_are_refused_where_an_engine_leaves_them_as_they_are(tmp_path):
+    granite, gemma2 = (tiny_target(name, torch.float32) for name in ("granite", "gemma2"))
+    drafter = make_drafter(granite)
+    for engine in ("sglang", "eagle"):
+        with pytest.raises(ValueError, match="scales its logits by 0.5.*export it for vLLM"):
+            export_drafter(drafter, engine, tmp_path / "out", granite)
+    drafter = make_drafter(gemma2, fc_bias=True)
+    with pytest.raises(ValueError, match="`fc.bias`.*caps its logits at 30.0.*for SGLang"):
+        export_drafter(drafter, "vllm", tmp_path / "out", gemma2)
+    assert list(tmp_path.iterdir()) == []
 
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 5e5, "factor": 2.0}
@@ -232,14 +272,11 @@ LONG |= {"long_factor": [2.0] * 4, "factor": 2.0, "original_max_position_embeddi
             {"fc_bias": True},
             "`fc.bias` is not 0, and vLLM's .* export it for SGLang, or tr",
         ),
-        ("vllm", {"logit_softcap": 30.0}, "capped .`logit_softcap` 30.0.*export it for SGLang, or"),
-        ("sglang", {"logit_scale": 0.5}, "scaled .`logit_scale` 0.5.*export it for vLLM, or serve"),
-        ("eagle", {"logit_scale": 0.5, "logit_softcap": 3.0}, "are scaled.*are capped"),
         ("vllm", {"hidden_act": "gelu"}, "`hidden_act` is 'gelu', and the.*serve it with transf"),
         ("sglang", {"rope_parameters": LONG}, "rotary embedding .*longrope.* is none of"),
         ("eagle", {"rope_parameters": DYNAMIC}, "rotates with a base of 10000.0.* with 500000.0"),
         ("eagle", {"head_dim": 16}, "`head_dim` is 16, and EAGLE's code takes `hidden_size` /"),
-        ("vllm", {"target_model_type": "gemma2"}, "gemma2 target scales.*pass `target`"),
+        ("vllm", {"target_model_type": "gemma2"}, "A gemma2 target scales.*pass `target`"),
         ("trt", {}, r"`engine` is 'trt'; use one of \('vllm', 'sglang', 'eagle'\)"),
     ],
 )
@@ -252,7 +289,7 @@ def test_what_an_engine_cannot_express_is_refused(target, tmp_path, engine, over
 def test_a_bias_of_the_lm_head_is_refused(tmp_path):
     target = tiny_target("llama", torch.float32)
     target.lm_head.bias = torch.nn.Parameter(torch.ones(VOCAB))
-    with pytest.raises(ValueError, match="LM head has a bias, which the engine leaves out"):
+    with pytest.raises(ValueError, match="LM head has a bias, which engines drop"):
         export_drafter(make_drafter(target), "vllm", tmp_path / "out", target)
 
 
@@ -314,7 +351,7 @@ def routed(target):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_router_stays_behind_and_it_is_said(routed, tmp_path, engine):
     done = export_drafter(routed, engine, tmp_path / "out")
-    assert not [name for name in written(tmp_path / "out")[1] if name.startswith("router")]
+    assert not [name for name in written(tmp_path / "out")[1] if "router" in name]
     assert done.notes[0].startswith(
         f"Left behind, since {engine} has no place for them: heads.router."
     )
@@ -344,18 +381,21 @@ def test_the_tokens_of_a_frequency_head_are_sglangs_map(target, tmp_path):
 @pytest.mark.parametrize(
     ("engine", "tokens", "said"),
     [
-        ("vllm", [1, 2], "`hot_tokens` are a map that SGLang alone reads"),
+        ("vllm", [1, 2], "`hot_tokens` are read by SGLang only"),
         ("sglang", [1, 1], "`hot_tokens` has 2 ids, 1 of them repeated and 0 outside"),
         ("sglang", [1, VOCAB], "1 outside of the vocabulary of 40"),
         ("sglang", [], "has 0 ids"),
-        ("sglang", [1.5, 2.5], "`hot_tokens` are ids, which are integers: .*float.*. Pass ids"),
-        ("sglang", ["1"], "`hot_tokens` are ids, which are integers: .*str"),
-        ("sglang", torch.tensor([1.0, 2.0]), "`hot_tokens` are ids, which are integers"),
+        ("sglang", [1.5, 2.5], "'float' object cannot be interpreted as an integer"),
+        (
+            "sglang",
+            torch.tensor([1.0, 2.0]),
+            "only integer tensors .* converted to an index",
+        ),
         ("sglang", torch.tensor([3, 3]), "has 2 ids, 1 of them repeated"),
     ],
 )
 def test_hot_tokens_that_make_no_sense_are_refused(target, tmp_path, engine, tokens, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((ValueError, TypeError), match=said):
         export_drafter(make_drafter(target), engine, tmp_path / "out", hot_tokens=tokens)
 
 
@@ -410,7 +450,7 @@ def test_the_most_frequent_tokens_come_first_and_some_always(target):
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path):
-    with pytest.raises(KeyError), whole_folder(tmp_path / "out") as aside:
+    with pytest.raises(KeyError), OutputFolder(tmp_path / "out").replaced() as aside:
         (aside / "config.json").write_text("{}")
         raise KeyError
     assert list(tmp_path.iterdir()) == []
@@ -419,12 +459,11 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
 def test_a_folder_that_holds_something_stays_as_it_is(target, tmp_path):
     drafter = make_drafter(target)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds notes.txt; give a new or an empty folder, or"):
+    with pytest.raises(ValueError, match="holds notes.txt; give a new folder, or `overwrite`"):
         export_drafter(drafter, "vllm", tmp_path)
-    with pytest.raises(ValueError, match="notes.txt is a file"):
-        export_drafter(drafter, "vllm", tmp_path / "notes.txt")
-    with pytest.raises(ValueError, match=r"lies below .*notes.txt, which is a file"):
-        export_drafter(drafter, "vllm", tmp_path / "notes.txt" / "below" / "out")
+    for below in ("notes.txt", "notes.txt/below/out"):
+        with pytest.raises(OSError, match=r"notes.txt"):
+            export_drafter(drafter, "vllm", tmp_path / below)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -435,13 +474,13 @@ def test_no_file_is_deleted_that_an_export_does_not_write(target, tmp_path, name
     before = (out / "config.json").stat().st_mtime_ns
     (out / name).mkdir() if name.endswith("/") else (out / name).write_text("mine")
     with pytest.raises(
-        ValueError, match=f"holds {name.rstrip('/')}, which no earlier .* delete it"
+        ValueError, match=f"holds {name.rstrip('/')}; give another folder. `overwrite` replaces"
     ):
         export_drafter(drafter, "vllm", out, overwrite=True)
     assert (out / name).exists() and (out / "config.json").stat().st_mtime_ns == before
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "model.safetensors").write_text("mine")
-    with pytest.raises(ValueError, match="holds model.safetensors without a config.json"):
+    with pytest.raises(ValueError, match="holds model.safetensors; give another folder"):
         export_drafter(drafter, "vllm", tmp_path / "data", overwrite=True)
 
 
@@ -453,7 +492,7 @@ def test_an_earlier_export_is_replaced_when_asked_for(target, tmp_path):
         export_drafter(drafter, "sglang", out)
     # that of another engine has files that this one would leave beside its own, or delete
     with pytest.raises(
-        ValueError, match="holds hot_tokens.pt, model.safetensors, which no earlier"
+        ValueError, match="holds hot_tokens.pt, model.safetensors; give another folder"
     ):
         export_drafter(drafter, "eagle", out, overwrite=True)
     export_drafter(drafter, "sglang", out, dtype="bfloat16", overwrite=True)
@@ -533,7 +572,7 @@ def test_the_command_exports_with_hot_tokens_and_says_how_to_serve(folder, tmp_p
             1,
             "--num-hot-tokens is for --to sglang; leave it out for vllm",
         ),
-        (["--to", "vllm"], 1, "holds notes.txt; give a new or an empty folder"),
+        (["--to", "vllm"], 1, "holds notes.txt; give a new folder, or `overwrite`"),
     ],
 )
 def test_the_command_refuses_options_before_it_loads_anything(tmp_path, options, code, said):

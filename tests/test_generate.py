@@ -325,7 +325,7 @@ def test_processes_that_share_out_a_targets_weights_do_not_draft(
     target.generate(PROMPT, assistant_model=drafter, max_new_tokens=2)  # of one process
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(ValueError, match="weights are shared out over 2 processes"):
+    with pytest.raises(ValueError, match="weights are sharded over 2 processes"):
         target.generate(PROMPT, assistant_model=drafter, max_new_tokens=2, synced_gpus=False)
 
 

@@ -10,7 +10,12 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
     LlamaModel,
+    MptConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -24,7 +29,9 @@ from coral_hf.target import (
     FEATURE,
     Target,
     cache_obstacle,
+    may_scale,
     read_features,
+    read_scales,
     read_target,
     sliding_windows,
     tree_obstacle,
@@ -87,6 +94,22 @@ def test_padding_on_the_right_leaves_the_features_of_a_row_as_they_are(family):
     torch.testing.assert_close(read_features(model, batch, mask)[:1, :9], alone)
 
 
+@pytest.mark.parametrize(
+    ("config", "scales"),
+    [
+        (GraniteConfig(embedding_multiplier=12.0, logits_scaling=16.0), (12.0, 1 / 16, None)),
+        (CohereConfig(logit_scale=0.25), (1.0, 0.25, None)),
+        (Gemma2Config(final_logit_softcapping=30.0), (1.0, 1.0, 30.0)),
+        # transformers does not apply the rule that MPT names
+        (MptConfig(logit_scale="inv_sqrt_d_model"), (1.0, 1.0, None)),
+        (LlamaConfig(), (1.0, 1.0, None)),
+    ],
+)
+def test_scales_are_those_of_the_targets_config(config, scales):
+    assert read_scales(config) == scales
+    assert may_scale(config) == (not isinstance(config, LlamaConfig))
+
+
 def test_nothing_of_a_target_is_registered_in_the_value_that_names_it():
     target = bind(tiny_target("llama"))
     assert not isinstance(target, torch.nn.Module)
@@ -115,7 +138,7 @@ def test_a_target_of_several_hidden_states_a_token_raises():
     model = tiny_target("llama")
     config = CoralConfig.from_target(model.config)
     model.config.altup_num_inputs = 4  # as Gemma 3n's
-    with pytest.raises(ValueError, match="carries 4 hidden states a token"):
+    with pytest.raises(ValueError, match="has 4 hidden states per token"):
         check_target(config, model)
 
 

@@ -1,24 +1,15 @@
-"""Checkpoints of others come in, drafters go out to other engines."""
+"""Checkpoints in other formats: EAGLE's and HASS's come in, those of other engines go out."""
 
-from .dtypes import DTYPES
-from .eagle import EagleCheckpoint, check_tensors, read_eagle
-from .engines import ENGINES
-from .export import Exported, check_drafter, export_drafter, export_files
-from .fields import read_shape
-from .folder import check_output, whole_folder
+from .eagle import check_tensors, read_eagle, read_shape
+from .export import check_drafter, export_drafter, export_files
+from .files import OutputFolder, config_folder, read_config, source_folder
 from .hot_tokens import check_size, most_frequent, proposal_counts
 from .importing import DRAFTER_FILES, from_eagle
-from .source import Download, config_folder, read_config, source_folder
 
 __all__ = [
     "DRAFTER_FILES",
-    "DTYPES",
-    "ENGINES",
-    "Download",
-    "EagleCheckpoint",
-    "Exported",
+    "OutputFolder",
     "check_drafter",
-    "check_output",
     "check_size",
     "check_tensors",
     "config_folder",
@@ -31,5 +22,4 @@ __all__ = [
     "read_eagle",
     "read_shape",
     "source_folder",
-    "whole_folder",
 ]

@@ -1,7 +1,7 @@
-"""What a foreign checkpoint repeats of its target: embeddings, LM head, rotary frequencies.
+"""What a checkpoint of EAGLE's shape repeats of its target, compared with the target's own.
 
-In: copies and a target. Out: nothing, if they are the target's own up to rounding, else an error:
-a drafter of another target drafts nothing useful.
+In: copies of embeddings, LM head and rotary frequencies, and a target. Out: nothing if they agree
+up to rounding, else an error: a drafter of another target drafts nothing useful.
 
     EAGLE, vLLM and SGLang give fc the rows of the embedding table; we give it what the target's
     first layer sees, which is `scale` times a row for Gemma or Granite. So fc differs by 1 / scale.
@@ -17,8 +17,10 @@ from .eagle import EMBEDDINGS, EagleCheckpoint
 
 logger = logging.get_logger(__name__)
 
-ROUNDING = 1e-2  # of a number: a copy may be in half precision
-ROWS = 4096  # that are compared at once
+ROUNDING = 1e-2  # relative: a copy may be in half precision
+CHUNK = 4096  # rows that are compared at a time
+# families of which transformers scales embeddings inside of the embedding module
+SCALED_TABLES = ("gemma", "vaultgemma", "minicpm3", "biogpt", "xglm")
 
 
 def check_copies(checkpoint: EagleCheckpoint, target: Target, drafter: CoralDrafter) -> None:
@@ -35,13 +37,18 @@ def check_copies(checkpoint: EagleCheckpoint, target: Target, drafter: CoralDraf
             f"The EAGLE checkpoint has no `{EMBEDDINGS}`, so only its sizes say that it belongs to"
             " this target. With another one few drafted tokens would be accepted."
         )
+    own = drafter.rotary_emb.inv_freq.cpu().float()  # of shape (head_dim / 2,)
     for name, found in checkpoint.frequencies.items():
-        _check_frequencies(name, found, drafter.rotary_emb.inv_freq)
+        if found.shape != own.shape or not torch.allclose(found.float(), own, rtol=ROUNDING):
+            raise ValueError(
+                f"`{name}` of the EAGLE checkpoint is not what its config's `rope_theta` gives; set"
+                " `rope_theta` in config.json to what the drafter was trained with."
+            )
 
 
 def _check_copy(name: str, found: Tensor, own: Tensor) -> None:
-    """Compare a copy (vocab, hidden) with the target's own."""
-    if not isinstance(own, Tensor) or own.is_meta or not own.is_floating_point():
+    """Raise a ValueError if a copy (vocab, hidden) differs from the target's own."""
+    if not _is_plain(own):
         logger.info(f"`{name}` is not compared: the target's own is quantised or offloaded.")
         return
     if found.shape != own.shape:
@@ -53,47 +60,43 @@ def _check_copy(name: str, found: Tensor, own: Tensor) -> None:
         reason = f"differs from the target's own in {num_off} numbers, by up to {gap:.3g}"
     raise ValueError(
         f"`{name}` of the EAGLE checkpoint {reason}: it was made for another target. Use that one,"
-        " or delete the tensor to take the rest all the same."
+        " or delete the tensor to import the rest all the same."
     )
 
 
-def _differences(found: Tensor, own: Tensor) -> tuple[int, float]:
-    """How many numbers of tables (vocab, hidden) no rounding makes equal, and the largest gap.
+def _is_plain(table: object) -> bool:
+    """Whether a table (vocab, hidden) can be read as numbers."""
+    return isinstance(table, Tensor) and table.is_floating_point() and not table.is_meta
 
-    Each is compared with its own size and the table's typical one, which a few large numbers do not
-    move: of the sizes of the rows, the one in the middle.
+
+def _differences(found: Tensor, own: Tensor) -> tuple[int, float]:
+    """Count the numbers of tables (vocab, hidden) that differ by more than rounding; largest gap.
+
+    A number is compared with its own size and the table's typical one: the median over rows of the
+    mean size, which a few large numbers do not move.
     """
-    parts = list(zip(found.split(ROWS), own.split(ROWS), strict=True))
-    typical = torch.cat([part.float().abs().mean(-1) for _, part in parts]).median()
+    chunks = list(zip(found.split(CHUNK), own.split(CHUNK), strict=True))
+    typical = torch.cat([chunk.float().abs().mean(-1) for _, chunk in chunks]).median()
     num_off, largest = 0, 0.0
-    for copy, part in parts:
-        part = part.float()
-        gap = (copy.to(part.device).float() - part).abs()  # (rows, hidden)
-        is_off = ~(gap <= ROUNDING * (part.abs() + typical))  # so written, a NaN is off too
+    for copy, chunk in chunks:
+        chunk = chunk.float()
+        gap = (copy.to(chunk.device).float() - chunk).abs()  # (rows, hidden)
+        is_off = ~(gap <= ROUNDING * (chunk.abs() + typical))  # true for NaN too
         if is_off.any():
             num_off += int(is_off.sum())
             largest = max(largest, float(gap[is_off].max()))
     return num_off, largest
 
 
-def _check_frequencies(name: str, found: Tensor, own: Tensor) -> None:
-    """Compare rotary frequencies (head_dim / 2,) with those that follow from the config."""
-    if found.shape != own.shape or not torch.allclose(found.float(), own.cpu().float(), rtol=1e-2):
-        raise ValueError(
-            f"`{name}` of the EAGLE checkpoint is not what its config's `rope_theta` gives; set"
-            " `rope_theta` in config.json to what the drafter was trained with."
-        )
-
-
 @torch.no_grad()
 def table_scale(target: Target, num_rows: int = 64) -> float:
-    """What the target's first layer sees of a token, as a multiple of its row of the table.
+    """Measure what the target's first layer sees of a token, as a multiple of its table's row.
 
     Raises:
-        ValueError: if it is no multiple.
+        ValueError: if it is not a multiple.
     """
     table = target.embeddings.weight
-    if not isinstance(table, Tensor) or table.is_meta or not table.is_floating_point():
+    if not _is_plain(table):
         return target.embedding_scale
     ids = torch.arange(min(num_rows, len(table)), device=table.device)
     rows = table.detach()[ids].double()  # (rows, hidden)
@@ -101,7 +104,7 @@ def table_scale(target: Target, num_rows: int = 64) -> float:
     scale = float((seen * rows).sum() / rows.square().sum())
     if not torch.allclose(seen, scale * rows, rtol=ROUNDING, atol=1e-6):
         raise ValueError(
-            f"The target's embedding {type(target.embeddings).__name__} is no multiple of its"
+            f"The target's embedding {type(target.embeddings).__name__} is not a multiple of its"
             " table, which is all that other engines' drafters read; train a drafter for this"
             " target with CoralTrainer, and serve it with transformers."
         )
@@ -109,7 +112,7 @@ def table_scale(target: Target, num_rows: int = 64) -> float:
 
 
 def scale_embeddings(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Multiply what `fc` (hidden, 2 hidden) makes of the embedding, its first half."""
+    """Multiply the first half of `fc.weight` (hidden, 2 hidden), which reads the embedding."""
     if scale == 1.0:
         return tensors
     weight = tensors["fc.weight"].clone()

@@ -1,8 +1,9 @@
-"""How vLLM, SGLang and EAGLE's own code want a drafter: config fields and tensor names.
+"""Formats of vLLM, SGLang and EAGLE's own code: config fields, tensor names, limits.
 
-In: a drafter's config. Out: the config.json of an engine, the tensors that the engine builds from
-that config, and what it cannot express. From the engines' own sources: vLLM 0.33
-(`llama_eagle.py`), SGLang 0.5.23 (`llama_eagle.py`, `qwen2_eagle.py`), EAGLE 3.0 (`cnets1.py`).
+In: a drafter's config and its target's scales. Out: the config.json of an engine, the tensors that
+the engine builds from that config, and what it cannot express. From the engines' own sources: vLLM
+0.33 (`llama_eagle.py`), SGLang 0.5.23 (`llama_eagle.py`, `qwen2_eagle.py`), EAGLE 3.0
+(`cnets1.py`).
 
                    fc.bias       q/k/v bias         logit scale   softcap   rotary
     vllm           none          qkv_bias           logit_scale   none      ROTARY
@@ -13,6 +14,7 @@ that config, and what it cannot express. From the engines' own sources: vLLM 0.3
 from typing import Any
 
 from ..drafters.coral.configuration import CoralConfig
+from ..target import Scales
 
 ENGINES = ("vllm", "sglang", "eagle")
 SIZES = (
@@ -35,10 +37,13 @@ ROTARY = ("default", "linear", "dynamic", "yarn", "llama3")
 # EAGLE's own code rotates with this base whenever its `rope_scaling` is set
 EAGLE_BASE = 10000.0
 USE_TRANSFORMERS = "serve it with transformers: target.generate(..., assistant_model=drafter)"
+HEAD_BIAS = f"the target's LM head has a bias, which engines drop: {USE_TRANSFORMERS}"
 
 
-def engine_config(config: CoralConfig, engine: str, has_fc_bias: bool) -> dict[str, Any]:
-    """The config.json of an engine; see [`obstacles`] for what it leaves out.
+def engine_config(
+    config: CoralConfig, scales: Scales, engine: str, has_fc_bias: bool
+) -> dict[str, Any]:
+    """Write the fields of an engine's config.json; [`obstacles`] lists what they leave out.
 
     Args:
         has_fc_bias: whether `fc` has a bias that is not 0.
@@ -48,29 +53,29 @@ def engine_config(config: CoralConfig, engine: str, has_fc_bias: bool) -> dict[s
     fields |= {"tie_word_embeddings": False, "attention_bias": False}
     fields |= _rotary_fields(config, engine)
     if engine == "sglang":
-        fields |= _sglang_fields(config)
+        fields |= _sglang_fields(config, scales)
     elif config.attention_bias:
         fields["qkv_bias"] = True
-    if engine == "vllm" and config.logit_scale != 1.0:
-        fields["logit_scale"] = config.logit_scale
+    if engine == "vllm" and scales.logit != 1.0:
+        fields["logit_scale"] = scales.logit
     if engine == "eagle":
         fields["bias"] = has_fc_bias
     return fields
 
 
-def _sglang_fields(config: CoralConfig) -> dict[str, Any]:
-    """SGLang names its drafters' classes; a Llama's q/k/v bias would come with one in o_proj."""
+def _sglang_fields(config: CoralConfig, scales: Scales) -> dict[str, Any]:
+    """Return the fields that name SGLang's class; its Llama with q/k/v biases has one in o_proj."""
     family = "Qwen2" if config.attention_bias else "Llama"
     fields: dict[str, Any] = {"architectures": [f"{family}ForCausalLMEagle"]}
     if config.attention_bias:
         fields |= {"model_type": "qwen2", "attention_bias": True, "use_sliding_window": False}
-    if config.logit_softcap is not None:
-        fields["final_logit_softcapping"] = config.logit_softcap
+    if scales.softcap is not None:
+        fields["final_logit_softcapping"] = scales.softcap
     return fields
 
 
 def _rotary_fields(config: CoralConfig, engine: str) -> dict[str, Any]:
-    """Rotary parameters in the forms of transformers 5 and 4, of which engines read either."""
+    """Return rotary parameters in the forms of transformers 5 and 4; engines read either."""
     assert config.rope_parameters, "the config fills them in"
     rope = dict(config.rope_parameters)
     theta = rope.pop("rope_theta")
@@ -87,7 +92,7 @@ def _rotary_fields(config: CoralConfig, engine: str) -> dict[str, Any]:
 
 
 def engine_shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The tensors, and their shapes, that an engine builds from its config.json.
+    """Return the name and shape of each tensor that an engine builds from its config.json.
 
     Embeddings and LM head are left out: they are the target's.
     """
@@ -118,23 +123,23 @@ def engine_shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def obstacles(config: CoralConfig, engine: str, has_fc_bias: bool) -> list[str]:
-    """Why a drafter would be another one in an engine, each with what to do."""
+def obstacles(config: CoralConfig, scales: Scales, engine: str, has_fc_bias: bool) -> list[str]:
+    """List why a drafter would predict something else in an engine, each with what to do."""
     found = []
     if engine == "vllm" and has_fc_bias:
         found.append(
             "`fc.bias` is not 0, and vLLM's drafters have none: export it for SGLang, or train one"
             " with fc_bias=False"
         )
-    if engine != "vllm" and config.logit_scale != 1.0:
+    if engine != "vllm" and scales.logit != 1.0:
         found.append(
-            f"the target's logits are scaled (`logit_scale` {config.logit_scale}), which the engine"
-            f" does not do for its drafter: export it for vLLM, or {USE_TRANSFORMERS}"
+            f"the target scales its logits by {scales.logit}, which the engine does not do for its"
+            f" drafter: export it for vLLM, or {USE_TRANSFORMERS}"
         )
-    if engine != "sglang" and config.logit_softcap is not None:
+    if engine != "sglang" and scales.softcap is not None:
         found.append(
-            f"the target's logits are capped (`logit_softcap` {config.logit_softcap}), which the"
-            f" engine does not do for its drafter: export it for SGLang, or {USE_TRANSFORMERS}"
+            f"the target caps its logits at {scales.softcap}, which the engine does not do for its"
+            f" drafter: export it for SGLang, or {USE_TRANSFORMERS}"
         )
     if engine != "eagle" and config.hidden_act != "silu":
         found.append(

@@ -1,7 +1,7 @@
-"""The tokens that a drafter proposes, counted: the static subset that SGLang's drafter may read.
+"""Hot tokens: the most frequent proposals of a drafter, which SGLang's drafter may read alone.
 
-In: a drafter, its target, texts; or counts from elsewhere. Out: token ids, the most frequent first
-(FR-Spec, Zhao et al. 2025). What a drafter proposes less often is lost to it, never to the target.
+In: a drafter, its target, sequences; or counts from elsewhere. Out: token ids, the most frequent
+first (FR-Spec, Zhao et al. 2025). Other tokens are lost to the drafter, never to the target.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,18 +26,18 @@ def proposal_counts(
     top_k: int = 10,
     chunk: int = 256,
 ) -> Tensor:
-    """How often a drafter proposes each token, each time weighed by its confidence.
+    """Count how often a drafter proposes each token, weighted by its confidence.
 
-    With a routed head these are its router's statistics: mass of what was read × probability there.
+    Confidence with a routed head is the router's mass of what was read × the probability there.
 
     Args:
-        rows: token ids (1, length) of texts as the target writes them.
-        head: the draft head that is asked; the drafter's own by default.
-        top_k: proposals after each token of a text.
-        chunk: tokens that are asked about at once.
+        rows: token ids (1, length) of sequences as the target writes them.
+        head: the draft head that proposes; the drafter's own by default.
+        top_k: proposals after each token of a sequence.
+        chunk: tokens whose proposals are computed at a time.
 
     Returns:
-        (vocab,), in float64.
+        of shape (vocab,), in float64.
     """
     bound = read_target(target)
     draft_head = drafter.heads.bind(bound.head, head)
@@ -47,7 +47,7 @@ def proposal_counts(
         features = read_features(target, ids, torch.ones_like(ids))  # (1, length, hidden)
         if ids.shape[1] < 2:
             continue
-        # each position is a text of its own to the head, with groups of its own
+        # each position is a sequence of its own to the head, with groups of its own
         predicted = drafter(bound.embed(ids[:, 1:]), features[:, :-1]).transpose(0, 1)
         for part in predicted.split(chunk):  # (positions, 1, hidden)
             children = draft_head.children(part, part.new_zeros(part.shape[:2]), top_k)
@@ -57,11 +57,11 @@ def proposal_counts(
 
 
 def most_frequent(counts: Tensor, size: int, always: Sequence[int] = ()) -> list[int]:
-    """The tokens that occur most often, at most `size`, those of `always` among them.
+    """Return the tokens that occur most often, at most `size`, including those of `always`.
 
     Args:
-        counts: (vocab,), of any kind that grows with how often a token is needed.
-        always: ids that are kept whatever their count, such as those that end a text.
+        counts: of shape (vocab,), of any kind that grows with how often a token is needed.
+        always: ids that are kept whatever their count, such as end-of-sequence tokens.
 
     Returns:
         fewer than `size` where fewer tokens have a count above 0.
@@ -74,7 +74,7 @@ def most_frequent(counts: Tensor, size: int, always: Sequence[int] = ()) -> list
 
 
 def check_size(size: int, vocab_size: int, always: Sequence[int] = ()) -> None:
-    """Raise a ValueError if there is no choosing so many tokens; see [`most_frequent`]."""
+    """Raise a ValueError if so many tokens cannot be chosen; see [`most_frequent`]."""
     if not len(always) < size <= vocab_size:
         raise ValueError(
             f"`size` is {size}; use more than the {len(always)} tokens that are always kept, and"
@@ -83,11 +83,8 @@ def check_size(size: int, vocab_size: int, always: Sequence[int] = ()) -> None:
 
 
 def check_hot_tokens(tokens: Sequence[int], vocab_size: int) -> list[int]:
-    """Ids as integers; a ValueError if they are none, repeated, or outside of the vocabulary."""
-    try:
-        ids = [index(token) for token in tokens]
-    except TypeError as error:
-        raise ValueError(f"`hot_tokens` are ids, which are integers: {error}. Pass ids.") from error
+    """Return ids as integers; a ValueError if any is not, is repeated, or is out of range."""
+    ids = [index(token) for token in tokens]  # a TypeError for what would have to be rounded
     outside = [token for token in ids if not 0 <= token < vocab_size]
     if outside or len(set(ids)) != len(ids) or not ids:
         raise ValueError(

@@ -1,38 +1,43 @@
-"""Drafters of EAGLE-1, EAGLE-2 and HASS become CORAL drafters.
+"""Import of EAGLE-1, EAGLE-2 and HASS drafters.
 
-In: a target and a folder or Hub id. Out: a drafter that predicts what the checkpoint predicts. Each
-tensor has its place, is compared with the target's own and dropped, or is an error.
+In: a target and a folder or Hub id. Out: a CORAL drafter with the predictions of the checkpoint.
+Each tensor has its place, is compared with the target's own and dropped, or is an error.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..drafters.coral.configuration import CoralConfig
 from ..drafters.coral.modeling import CoralDrafter
+from ..drafters.fit import check_target
 from ..identity import tokenizer_hash
-from ..target import read_target, text_config
+from ..target import read_target
 from .copies import check_copies, scale_embeddings, table_scale
-from .dtypes import read_dtype
-from .eagle import check_tensors, read_eagle
-from .fields import read_shape
-from .source import Download, config_folder, weights_folder
+from .eagle import check_tensors, read_eagle, read_shape
+from .files import Download, config_folder, read_dtype, weights_folder
 
-# names, as patterns, of what saving a drafter and its target's tokenizer writes
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# patterns of the file names that saving a drafter and its target's tokenizer writes
 DRAFTER_FILES = (
     "config.json",
     "generation_config.json",
     "model.safetensors",
     "model-*-of-*.safetensors",
     "model.safetensors.index.json",
+    "training_record.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-    "vocab.json",
-    "vocab.txt",
+    "vocab.*",
     "merges.txt",
     "tokenizer.model",
     "spiece.model",
@@ -43,63 +48,40 @@ DRAFTER_FILES = (
 def from_eagle(
     target: PreTrainedModel,
     source: str | Path,
-    revision: str | None = None,
+    *,
     dtype: str | torch.dtype | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    cache_dir: str | Path | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
+    **download: Unpack[Download],
 ) -> CoralDrafter:
-    """A drafter for `target` from an EAGLE-1, EAGLE-2 or HASS checkpoint, or from an export.
+    """Make a drafter for `target` from an EAGLE-1, EAGLE-2 or HASS checkpoint, or from an export.
 
     Args:
-        target: that the checkpoint was made for.
+        target: the target that the checkpoint was made for.
         source: a folder or Hub id, with config.json and the weights in safetensors or a pickle,
             in one file or in shards.
         dtype: of the drafter; the target's by default.
         tokenizer: the target's, whose hash the drafter then remembers.
-        revision, cache_dir, token, local_files_only: of a Hub id, as in `from_pretrained`. Its
-            config is checked before its weights are downloaded.
+        download: `revision`, `cache_dir`, `token` and `local_files_only` of a Hub id, as in
+            `from_pretrained`. The config is checked before the weights are downloaded.
 
     Raises:
-        ValueError: if the checkpoint is broken, of another kind, or made for another target,
+        ValueError: if the checkpoint is damaged, of another kind, or made for another target,
             naming the tensor, field or file.
-        OSError: where the Hub refuses or the connection breaks, with a sentence on what to do.
+        HfHubHTTPError, LocalEntryNotFoundError: as huggingface_hub raises them for a Hub id.
     """
     dtype = target.dtype if dtype is None else read_dtype(dtype)
-    download = Download(revision, cache_dir, token, local_files_only)
-    folder = config_folder(source, download)
-    _check_sizes(target, read_shape(folder), source)
-    checkpoint = read_eagle(weights_folder(source, folder, download))
+    folder = config_folder(source, **download)
+    check_target(CoralConfig(**read_shape(folder)), target)
+    checkpoint = read_eagle(weights_folder(source, folder, **download))
     drafter = CoralDrafter.from_target(target, **checkpoint.shape).to(dtype)
     check_tensors(checkpoint.tensors, drafter.state_dict(), f"The EAGLE checkpoint {source}")
     bound = read_target(target)
     check_copies(checkpoint, bound, drafter)
-    own_scale = table_scale(bound)
-    drafter.load_state_dict(scale_embeddings(checkpoint.tensors, 1 / own_scale))
+    # EAGLE's fc reads rows of the embedding table, ours what the target's first layer sees
+    drafter.load_state_dict(scale_embeddings(checkpoint.tensors, 1 / table_scale(bound)))
     if tokenizer is not None:
         drafter.config.tokenizer_hash = tokenizer_hash(tokenizer)
-    drafter.training_record = [_origin(source, folder)]
+    is_local = Path(source).is_dir()  # a path of this machine means nothing elsewhere
+    origin = (None, None) if is_local else (str(source), folder.name)
+    drafter.training_record = [{"stage": "import", "source": origin[0], "revision": origin[1]}]
     return drafter.eval()
-
-
-def _origin(source: str | Path, folder: Path) -> dict[str, str | None]:
-    """What a model card says of where the weights come from; folders of a machine are not named."""
-    is_local = Path(source).is_dir()
-    return {
-        "stage": "import",
-        "source": None if is_local else str(source),
-        "revision": None if is_local else folder.name,
-    }
-
-
-def _check_sizes(target: PreTrainedModel, shape: dict[str, Any], source: str | Path) -> None:
-    """Raise a ValueError if a checkpoint's sizes are not those of the target."""
-    text = text_config(target)
-    for name, expected in (("hidden_size", text.hidden_size), ("vocab_size", text.vocab_size)):
-        if shape[name] != expected:
-            raise ValueError(
-                f"`{name}` of the target is {expected}, but the EAGLE checkpoint {source} was made"
-                f" for a target with {shape[name]}. Give the checkpoint's own target."
-            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .options import DRAFTER, DTYPES, TargetOptions, load_target
 from .parser import option, refuse
@@ -61,23 +61,17 @@ class ImportOptions:
 
 def import_drafter(target: TargetOptions, own: ImportOptions) -> None:
     """Turn an EAGLE-1, EAGLE-2 or HASS checkpoint into a drafter."""
-    from ..checkpoints import (
-        DRAFTER_FILES,
-        Download,
-        check_output,
-        config_folder,
-        from_eagle,
-        read_shape,
-        whole_folder,
-    )
+    from ..checkpoints import DRAFTER_FILES, OutputFolder, config_folder, from_eagle, read_shape
 
-    read = (own.source, target.target)
-    check_output(own.output, own.overwrite, DRAFTER_FILES, read)
-    download = Download(own.revision, own.cache_dir, local_files_only=own.local_files_only)
-    read_shape(config_folder(own.source, download))  # before the target, which takes longer
+    sources = (own.source, target.target)
+    place = OutputFolder(own.output, own.overwrite, DRAFTER_FILES, sources)
+    place.check()
+    download: Any = {"revision": own.revision, "cache_dir": own.cache_dir}
+    download["local_files_only"] = own.local_files_only
+    read_shape(config_folder(own.source, **download))  # before the target, which takes longer
     model, tokenizer = target.load()
-    with whole_folder(own.output, own.overwrite, DRAFTER_FILES, read) as folder:
-        drafter = from_eagle(model, own.source, tokenizer=tokenizer, **vars(download))
+    with place.replaced() as folder:
+        drafter = from_eagle(model, own.source, tokenizer=tokenizer, **download)
         drafter.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     print(f"The drafter is in {own.output}.")
@@ -120,13 +114,14 @@ class ExportOptions:
 def export(own: ExportOptions) -> None:
     """Write a drafter as vLLM, SGLang or EAGLE's own code reads it."""
     from .. import CoralDrafter
-    from ..checkpoints import DTYPES, check_drafter, check_output, export_drafter, export_files
+    from ..checkpoints import OutputFolder, check_drafter, export_drafter, export_files
 
-    check_output(own.output, own.overwrite, export_files(own.to), (own.drafter, own.target))
+    sources = (own.drafter, own.target)
+    OutputFolder(own.output, own.overwrite, export_files(own.to), sources).check()
     check_drafter(own.drafter)
     model, tokenizer = (None, None) if own.target is None else load_target(own.target, "auto")
     drafter = CoralDrafter.from_pretrained(own.drafter, dtype="auto")
-    dtype = drafter.dtype if own.dtype == "auto" else DTYPES[own.dtype]
+    dtype = None if own.dtype == "auto" else own.dtype
     if model is not None:
         drafter = drafter.to(model.device)
     hot_tokens = None

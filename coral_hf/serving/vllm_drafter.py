@@ -26,6 +26,7 @@ from ..drafters.coral.modeling import CoralDrafter
 from ..heads.collection import DraftHeads
 from ..heads.simple import DraftHead
 from ..lm_head import LMHead
+from ..target import Scales, read_scales
 
 # family whose embeddings transformers scales inside of the embedding module and vLLM outside
 SCALED_EMBEDDINGS = "gemma"
@@ -37,7 +38,7 @@ class ServedLayers(LlamaModel):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", start_layer_id: int = 0):
         super().__init__(vllm_config=vllm_config, prefix=prefix, start_layer_id=start_layer_id)
         config = coral_config(vllm_config)
-        self.embedding_scale = config.embedding_scale
+        self.embedding_scale = target_scales(vllm_config).embedding
         if vllm_config.model_config.hf_text_config.model_type.startswith(SCALED_EMBEDDINGS):
             self.embedding_scale *= config.hidden_size**0.5
         if config.fc_bias:
@@ -90,6 +91,7 @@ class ServedDrafter(EagleLlamaForCausalLM):
         )
         self.heads = DraftHeads(config)
         self.logits_processor = LogitsProcessor(config.vocab_size)
+        self._scales = target_scales(vllm_config)
         self._draft_head: DraftHead | None = None
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
@@ -132,8 +134,8 @@ class ServedDrafter(EagleLlamaForCausalLM):
             # targets with tied embeddings may have no head of their own
             module = self._modules.get("lm_head", self.model.embed_tokens)
             head = VocabHead(module, self.logits_processor, self.config.vocab_size)
-            scales = self.config.logit_scale, self.config.logit_softcap
-            self._draft_head = self.heads.bind(LMHead(head, *scales))
+            lm_head = LMHead(head, self._scales.logit, self._scales.softcap)
+            self._draft_head = self.heads.bind(lm_head)
         return self._draft_head
 
 
@@ -157,6 +159,11 @@ class VocabHead(nn.Module):
 def coral_config(vllm_config: VllmConfig) -> CoralConfig:
     """The checkpoint's own config, which vLLM wraps in one of EAGLE's."""
     return vllm_config.speculative_config.draft_model_config.hf_config.model
+
+
+def target_scales(vllm_config: VllmConfig) -> Scales:
+    """Read the scales of the target that vLLM serves."""
+    return read_scales(vllm_config.model_config.hf_text_config)
 
 
 def _check_parallel(config: CoralConfig) -> None:

@@ -1,7 +1,7 @@
-"""What a CORAL checkpoint must remember.
+"""Configuration of a CORAL drafter.
 
-In: the config of a target. Out: `CoralConfig`: the drafter's own shape, how the target scales its
-embeddings and logits, which draft head to read, and which target the drafter belongs to.
+In: the config of a target. Out: `CoralConfig`: the drafter's own sizes, its draft heads, and the
+identity of its target.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from ...heads.settings import check_head_fields
 from ...identity import cached_commit, full_name
-from ...target import embedding_scale, logit_scale, logit_softcap, max_positions
+from ...target import max_positions
 
 
 @strict
@@ -28,10 +28,6 @@ class CoralConfig(PreTrainedConfig):
         rope_parameters: rotary embedding, in the form transformers gives it to Llama.
         attention_bias: biases in the query, key and value projections.
         fc_bias: a bias in the projection of [embedding; feature].
-        embedding_scale: what the target multiplies its embeddings by, outside of its embedding
-            module.
-        logit_scale: what the target multiplies its LM head's output by.
-        logit_softcap: the cap c of the target's c·tanh(logits / c), if it has one.
         draft_head: `"full"` reads the whole LM head, `"routed"` the groups that the router picks,
             `"frequency"` the most frequent tokens, `"low_rank"` a few channels of all tokens.
         num_groups: groups of the router, `None` for a drafter without one.
@@ -77,10 +73,6 @@ class CoralConfig(PreTrainedConfig):
     rope_parameters: dict | None = None
     attention_bias: bool = False
     fc_bias: bool = False
-
-    embedding_scale: float = 1.0
-    logit_scale: float = 1.0
-    logit_softcap: float | None = None
 
     draft_head: str = "full"
     num_groups: int | None = None
@@ -129,9 +121,6 @@ class CoralConfig(PreTrainedConfig):
         text = target_config.get_text_config(decoder=True)
         fields = {
             **_sizes(text),
-            "embedding_scale": embedding_scale(text),
-            "logit_scale": logit_scale(text),
-            "logit_softcap": logit_softcap(text),
             "rope_parameters": _rope(text),
             "attention_bias": _has_qkv_bias(text),
             "target_name_or_path": full_name(target_config._name_or_path),

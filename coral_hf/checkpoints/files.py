@@ -1,0 +1,196 @@
+"""Files of a checkpoint: where it is read from, its tensors, and what an output folder may replace.
+
+In: a folder or Hub id. Out: a local folder with config.json and the weights in one format, and all
+of its tensors; or an error that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
+
+from ..atomic import new_folder
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# in the order in which they are looked for; each may be split into shards that an index lists
+WEIGHTS = (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)
+INDEX = ".index.json"
+DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
+
+
+class Download(TypedDict, total=False):
+    """How a Hub id is downloaded, as in `from_pretrained`."""
+
+    revision: str | None  # a branch, tag or commit
+    cache_dir: str | Path | None
+    token: str | bool | None
+    local_files_only: bool
+
+
+def source_folder(source: str | Path, **download: Unpack[Download]) -> Path:
+    """Return a local folder with the config and weights of a folder or Hub id."""
+    return weights_folder(source, config_folder(source, **download), **download)
+
+
+def config_folder(source: str | Path, **download: Unpack[Download]) -> Path:
+    """Return a local folder with the config of a folder or Hub id; nothing else is downloaded."""
+    return _local(source, [CONFIG_NAME], **download)
+
+
+def weights_folder(source: str | Path, folder: Path, **download: Unpack[Download]) -> Path:
+    """Add the weights to the folder of [`config_folder`], in the first format that there is."""
+    # a folder of the Hub's cache is named after the commit that the config came from
+    at_commit: Download = {**download, "revision": folder.name}
+    for name in WEIGHTS:
+        stem, suffix = name.split(".")
+        _local(source, [f"{stem}*.{suffix}", name + INDEX], **at_commit)
+        if any(folder.glob(f"{stem}*.{suffix}")):
+            break
+    return folder
+
+
+def _local(source: str | Path, patterns: list[str], **download: Unpack[Download]) -> Path:
+    """Return the folder itself, or download the files of a Hub id whose names match."""
+    unknown = download.keys() - Download.__optional_keys__
+    if unknown:
+        raise TypeError(f"unexpected arguments: {', '.join(sorted(unknown))}")
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=patterns, **download))
+    except HFValidationError as error:
+        raise ValueError(f"There is no folder {source}, and it is no Hub id: {error}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the fields of a drafter's config.json as they are written."""
+    file = folder / CONFIG_NAME
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} has no {CONFIG_NAME}; start from a folder of a drafter, or of an EAGLE"
+            " checkpoint with its config. An adapter is merged first: model.merge_and_unload()."
+        )
+    try:
+        return {**json.loads(file.read_text(encoding="utf-8"))}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is not a JSON object ({error}); download it again.") from error
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Read all tensors of a folder, from one file or from shards.
+
+    Raises:
+        ValueError: that names the file, if one is missing or damaged, holds anything but plain
+            tensors, or if shards and their index disagree.
+    """
+    for name in WEIGHTS:
+        if (folder / (name + INDEX)).is_file():
+            return _read_shards(folder / (name + INDEX))
+        if (folder / name).is_file():
+            return _read_tensors(folder / name)
+    raise ValueError(
+        f"{folder} has none of {', '.join(WEIGHTS)} and no index of shards; download it again."
+    )
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """Read the tensors of the shards that an index lists, each from the shard it is listed in."""
+    places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(places.values())):
+        shard = _read_tensors(index.parent / file)
+        listed = {name for name, place in places.items() if place == file}
+        if shard.keys() != listed:
+            raise ValueError(
+                f"{index.parent / file} and {index.name} disagree on where"
+                f" {', '.join(sorted(shard.keys() ^ listed))} is; download the checkpoint again."
+            )
+        tensors |= shard
+    return tensors
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of one file; of a pickle nothing is run."""
+    is_safe = path.suffix == ".safetensors"
+    try:
+        tensors = load_file(path) if is_safe else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle raises any
+        raise ValueError(
+            f"{path} is damaged, or holds more than tensors ({type(error).__name__}). Download it"
+            " again (with Git: `git lfs pull`), or have its author save it as safetensors."
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ValueError(f"{path} is not a state dict; save drafter.state_dict() alone.")
+    return tensors
+
+
+def check_dense(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Raise a ValueError for a tensor of any shape that a cast would spoil: quantised, sparse."""
+    for name, tensor in tensors.items():
+        is_dense = tensor.layout == torch.strided and not tensor.is_meta
+        if not is_dense or tensor.dtype not in DTYPES.values():
+            kind = "meta" if tensor.is_meta else tensor.layout
+            raise ValueError(
+                f"`{name}` in {folder} is a {kind} tensor of {tensor.dtype}; expected a dense one"
+                f" of {', '.join(DTYPES)}. Take the checkpoint from before it was quantised."
+            )
+
+
+def read_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Return a dtype by its name or itself; a ValueError for one that weights cannot have."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"`dtype` is {dtype}; use one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """A folder that a checkpoint is written to."""
+
+    path: str | Path
+    overwrite: bool = False  # replace an earlier checkpoint, one with a config.json
+    files: tuple[str, ...] = ()  # patterns of all names that such a checkpoint may hold
+    sources: tuple[str | Path | None, ...] = ()  # folders that are read, none of which may be it
+
+    def check(self) -> None:
+        """Raise a ValueError unless the folder is new or empty, or may be overwritten."""
+        folder = Path(self.path)
+        if not folder.exists():
+            return
+        if any(path and Path(path).is_dir() and folder.samefile(path) for path in self.sources):
+            raise ValueError(f"`output` {folder} is the folder of what is read; give another one.")
+        found = sorted(folder.iterdir())
+        foreign = [
+            path
+            for path in found
+            if not path.is_file() or not any(fnmatchcase(path.name, file) for file in self.files)
+        ]
+        if found and (not self.overwrite or foreign or not (folder / CONFIG_NAME).is_file()):
+            names = ", ".join(path.name for path in (foreign or found)[:5])
+            remedy = "another folder" if self.overwrite else "a new folder, or `overwrite`"
+            raise ValueError(
+                f"`output` {folder} holds {names}; give {remedy}. `overwrite` replaces an earlier"
+                f" checkpoint of the same kind only, with its {CONFIG_NAME}."
+            )
+
+    @contextmanager
+    def replaced(self) -> Iterator[Path]:
+        """Check again, and yield a folder that takes its place if the `with` block succeeds."""
+        self.check()
+        with new_folder(self.path, last=CONFIG_NAME) as folder:
+            yield folder
