@@ -4,14 +4,13 @@
 trainer.
 """
 
-from .dataset import CachedFeatures, RowLengths
+from .dataset import CachedFeatures
 from .index import INDEX, delete_features
 from .writer import plan_features, write_features
 
 __all__ = [
     "INDEX",
     "CachedFeatures",
-    "RowLengths",
     "delete_features",
     "plan_features",
     "write_features",

@@ -126,19 +126,3 @@ class CachedFeatures(Dataset):
         if shard.file not in self._files:
             self._files[shard.file] = safe_open(self.folder / shard.file, "pt")
         return self._files[shard.file]
-
-
-class RowLengths(Dataset):
-    """Rows with as many `input_ids` as those of a cache, which is all that a sampler asks for.
-
-    `Trainer` reads whole rows for their lengths, which of a cache would be all features.
-    """
-
-    def __init__(self, cached: CachedFeatures):
-        self._lengths = cached.lengths
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __getitem__(self, row: int) -> dict[str, range]:
-        return {"input_ids": range(self._lengths[row])}

@@ -9,10 +9,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -66,6 +66,8 @@ def plan_features(
     shard_bytes: int = SHARD_BYTES,
 ) -> FeaturePlan:
     """Count what [`write_features`], with the same arguments, will write; nothing is computed."""
+    import pyarrow.compute as arrow
+
     if format not in FORMAT_BYTES:
         raise ValueError(f"`format` is {format!r}; use one of {tuple(FORMAT_BYTES)}.")
     if shard_bytes < 1:
@@ -73,7 +75,8 @@ def plan_features(
     number_bytes, scale_bytes = FORMAT_BYTES[format]
     hidden_size = target.config.get_text_config(decoder=True).hidden_size
     num_columns = len({*TOKEN_COLUMNS} & {*rows.column_names})
-    lengths = _row_lengths(rows)
+    batches = rows.with_format("arrow").select_columns("input_ids").iter(batch_size=1000)
+    lengths = np.concatenate([arrow.list_value_length(b["input_ids"]).to_numpy() for b in batches])
     settings = {
         "target": target.config._name_or_path,
         **identify(target)._asdict(),
@@ -83,36 +86,16 @@ def plan_features(
         "shard_bytes": shard_bytes,
     }
     token_bytes = hidden_size * number_bytes + scale_bytes + ID_BYTES * num_columns
+    # a shard has the rows that begin within its share of the tokens
+    shard_of = (lengths.cumsum() - lengths) // max(shard_bytes // token_bytes, 1)  # (rows,)
     existing = next(path for path in Path(folder, "x").absolute().parents if path.exists())
     return FeaturePlan(
         settings,
-        _split_evenly(lengths, max(shard_bytes // token_bytes, 1)),
+        [part.tolist() for part in np.split(lengths, np.flatnonzero(np.diff(shard_of)) + 1)],
         token_bytes,
         shutil.disk_usage(existing).free,
         sum(weight.numel() * weight.element_size() for weight in target.parameters()),
     )
-
-
-def _row_lengths(rows: Any) -> list[int]:
-    """(rows,): tokens of each row."""
-    import pyarrow.compute as arrow
-
-    batches = rows.with_format("arrow").select_columns("input_ids").iter(batch_size=1000)
-    counts = (arrow.list_value_length(batch["input_ids"]).to_pylist() for batch in batches)
-    return [*chain.from_iterable(counts)]
-
-
-def _split_evenly(lengths: list[int], tokens: int) -> list[list[int]]:
-    """Split rows in order, a new part where the last one has so many tokens."""
-    parts: list[list[int]] = []
-    left = 0
-    for length in lengths:
-        if left <= 0:
-            parts.append([])
-            left = tokens
-        parts[-1].append(length)
-        left -= length
-    return parts
 
 
 def write_features(

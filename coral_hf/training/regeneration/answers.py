@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ...identity import identify, tokenizer_hash, weights_digest
 from ...measure.prompts import left_padded
 from ...target import max_positions, text_config
 
@@ -99,7 +100,22 @@ class AnswerGenerator:
         self._ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         pad = tokenizer.pad_token_id
         self._pad = pad if pad is not None else (self._ends or [0])[0]
-        self._target, self._drafter, self._settings = target.eval(), drafter, settings
+        self._target, self._tokenizer = target.eval(), tokenizer
+        self._drafter, self._settings = drafter, settings
+
+    def identity(self) -> dict[str, Any]:
+        """What the answers depend on beside their prompts, as plain values by name."""
+        digest, dtype, quantization = identify(self._target)
+        drafter = (
+            self._drafter if self._settings.temperature > 0 else None
+        )  # it changes no greedy answer
+        return {
+            **{k: value for k, value in asdict(self._settings).items() if k != "batch_size"},
+            **{"target": digest, "dtype": dtype, "quantization": quantization},
+            "drafter": None if drafter is None else weights_digest(drafter),
+            "tokenizer": tokenizer_hash(self._tokenizer),
+            "chat_template": self._tokenizer.chat_template,
+        }
 
     def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Answer]:
         """Answer some prompts.

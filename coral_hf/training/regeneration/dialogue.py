@@ -27,78 +27,107 @@ class Dialogue:
     Args:
         number: of the row in its dataset.
         row: of any layout but `input_ids`.
-        settings: how many tokens of a plain text are kept.
+        tokenizer: the target's.
+        settings: how the target answers.
 
     Raises:
         ValueError: for a row that cannot be read, or that holds tokens.
     """
 
-    def __init__(self, number: int, row: Row, settings: RegenerationSettings):
+    def __init__(
+        self,
+        number: int,
+        row: Row,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: RegenerationSettings,
+    ):
         layout = layout_of(row)
         if layout == "input_ids":
             raise ValueError("A row of `input_ids` has no turns; give `messages` or `text`.")
-        self.number, self.id = number, row.get("id")
-        self.prompt_tokens = settings.prompt_tokens if layout == "text" else None
-        self.messages: list[Message] = []
-        self.rest, self.tools = [{"role": "user", "content": row.get("text")}], None
-        if layout != "text":
-            self.rest, self.tools = to_messages(row), read_tools(row)
-        self.num_turns = len(self.rest)
-        self.content = json.dumps([self.rest, self.tools, layout == "text"])
-        self.start: list[int] = []  # (kept,) tokens of a plain text before its answer
+        self.number, self._id, self._is_text = number, row.get("id"), layout == "text"
+        self._tokenizer, self._settings = tokenizer, settings
+        self._messages: list[Message] = []
+        text = {"role": "user", "content": row.get("text")}
+        self._rest = [text] if self._is_text else to_messages(row)
+        self._tools = None if self._is_text else read_tools(row)
+        self.num_turns = len(self._rest)
+        self.content = json.dumps([self._rest, self._tools, self._is_text])
+        self._start: list[int] = []  # (kept,) tokens of a plain text before its answer
         self.num_answers = 0
-        self.num_kept = 0  # messages up to the last answer
-        self.is_complete = True
+        self._num_kept = 0  # messages up to the last answer
+        self._is_complete = True
         self.stopped: str | None = None  # why it ends before its last turn
 
-    def advance(self) -> bool:
-        """Move on to the next turn that the target writes; False if there is none."""
-        while self.rest and self.stopped is None:
-            turn = self.rest.pop(0)
-            # a call stays, since its result would not fit another
-            has_result = bool(self.rest) and self.rest[0]["role"] == "tool"
-            is_call = bool(turn.get("tool_calls")) or has_result
-            if self.messages and turn["role"] == "assistant" and not is_call:
-                return True
-            self.messages.append(turn)
-        # a conversation that ends with a question gets its answer
-        return self.stopped is None and self.messages[-1]["role"] in ("user", "tool")
+    def next_prompt(self, max_length: float) -> list[int]:
+        """Move on to the next turn that the target writes.
 
-    def prompt(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """The tokens before the next answer, (length,)."""
-        silent = {"add_special_tokens": False, "verbose": False}
-        if self.prompt_tokens is None:
-            options = {"add_generation_prompt": True, "tokenize": False}
-            text = render(self.messages, tokenizer, self.tools, **options)
-            return tokenizer(text, **silent)["input_ids"]
-        ids = tokenizer(self.messages[0]["content"], **silent)["input_ids"]
-        opening = [bos] if (bos := tokenizer.bos_token_id) is not None else []
-        self.start = ids[len(opening) if ids[:1] == opening else 0 :][: self.prompt_tokens]
-        return [*opening, *self.start]
+        Returns:
+            (length,), the tokens before it; empty where the dialogue ends.
+        """
+        if not self._advance():
+            return []
+        try:
+            ids = self._text_prompt() if self._is_text else self._chat_prompt()
+        except ValueError as error:
+            self.stopped = str(error)
+            return []
+        if len(ids) > max_length:
+            self.stopped = (
+                f"a prompt of {len(ids)} tokens; at most {max_length} leave room for an answer"
+            )
+        return [] if self.stopped else ids
 
-    def take(self, answer: Answer, tokenizer: PreTrainedTokenizerBase) -> None:
+    def take(self, answer: Answer) -> None:
         """Add an answer; nothing follows one that was cut off."""
-        text = tokenizer.decode([*self.start, *answer.tokens], clean_up_tokenization_spaces=False)
+        ids = [*self._start, *answer.tokens]
+        text = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         if not answer.is_complete:
             self.stopped = "an answer that was cut off"
             text = text.rstrip("\ufffd")  # the cut may go through a character of several tokens
-            if not text.strip():
-                self.stopped += " before its first word"
+            if self._settings.unfinished == "drop" or not text.strip():
                 return
-        self.messages.append({"role": "assistant", "content": text})
+        self._messages.append({"role": "assistant", "content": text})
         self.num_answers += 1
-        self.num_kept = len(self.messages)
-        self.is_complete = answer.is_complete
+        self._num_kept = len(self._messages)
+        self._is_complete = answer.is_complete
 
     def result(self) -> dict[str, Any]:
         """The row to be written, with its number; without an answer, the `reason`."""
         row = {"row": self.number}
         if not self.num_answers:
             return {**row, "reason": self.stopped or "no turn to answer"}
-        if self.id is not None:
-            row["id"] = self.id
-        if self.prompt_tokens is not None:
-            return {**row, "text": self.messages[-1]["content"], "is_complete": self.is_complete}
-        kept = self.messages if self.stopped is None else self.messages[: self.num_kept]
-        tools = {"tools": json.dumps(self.tools, ensure_ascii=False)} if self.tools else {}
-        return {**row, "messages": kept, **tools, "is_complete": self.is_complete}
+        if self._id is not None:
+            row["id"] = self._id
+        ending = {"is_complete": self._is_complete}
+        if self._is_text:
+            return {**row, "text": self._messages[-1]["content"], **ending}
+        kept = self._messages if self.stopped is None else self._messages[: self._num_kept]
+        tools = {"tools": json.dumps(self._tools, ensure_ascii=False)} if self._tools else {}
+        return {**row, "messages": kept, **tools, **ending}
+
+    def _advance(self) -> bool:
+        """Keep turns up to the next one that the target writes; False if there is none."""
+        while self._rest and self.stopped is None:
+            turn = self._rest.pop(0)
+            # a call stays, since its result would not fit another
+            has_result = bool(self._rest) and self._rest[0]["role"] == "tool"
+            is_call = bool(turn.get("tool_calls")) or has_result
+            if self._messages and turn["role"] == "assistant" and not is_call:
+                return True
+            self._messages.append(turn)
+        # a conversation that ends with a question gets its answer
+        return self.stopped is None and self._messages[-1]["role"] in ("user", "tool")
+
+    def _chat_prompt(self) -> list[int]:
+        options = {"add_generation_prompt": True, "tokenize": False}
+        text = render(self._messages, self._tokenizer, self._tools, **options)
+        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _text_prompt(self) -> list[int]:
+        """The first tokens of a plain text, (length,), after BOS where there is one."""
+        text, bos = self._messages[0]["content"], self._tokenizer.bos_token_id
+        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        opening = [] if bos is None else [bos]
+        self._start = ids[len(opening) if ids[:1] == opening else 0 :]
+        self._start = self._start[: self._settings.prompt_tokens]
+        return [*opening, *self._start]

@@ -10,8 +10,8 @@ In: a target, rows of any layout. Out: a JSONL file of `messages` or `text` rows
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ...atomic import JsonLines, keep_settings, sole_writer
-from ...identity import identify, seed_of, tokenizer_hash, weights_digest
+from ...identity import seed_of
 from ..data.vocabulary import warn_of_other_ends
 from .answers import AnswerGenerator, RegenerationSettings
 from .dialogue import Dialogue
@@ -70,16 +70,21 @@ def regenerate(
     sizes, digest = _survey(dataset, tokenizer, settings)
     warn_of_other_ends(tokenizer, target)
     generator = AnswerGenerator(target, tokenizer, settings, drafter)
+    sidecar = Path(f"{output}.settings.json")
     answers, left_out = JsonLines(output), JsonLines(f"{output}.left_out.jsonl")
     with sole_writer(output.parent, output.name):
-        _keep_settings(output, target, tokenizer, digest, settings, drafter)
+        if output.exists() and not sidecar.exists():
+            raise ValueError(
+                f"`output` {output} exists and was not written by `regenerate`; choose another."
+            )
+        keep_settings(sidecar, {"dataset": digest, **generator.identity()}, output)
         for file in (answers, left_out):
             file.mend()
         done = {row["row"] for file in (answers, left_out) for row in file.read()}
         with tqdm(total=len(sizes), initial=len(done), unit="row", desc="Answering") as bar:
             for numbers in _batches(sizes, done, settings.batch_size):
-                rows = [Dialogue(number, dataset[number], settings) for number in numbers]
-                _answer(rows, generator, tokenizer, settings)
+                rows = [Dialogue(n, dataset[n], tokenizer, settings) for n in numbers]
+                _answer(rows, generator, settings.seed)
                 new = [row.result() for row in rows if row.number not in done]
                 answers.append([row for row in new if "reason" not in row])
                 left_out.append([row for row in new if "reason" in row])
@@ -94,14 +99,14 @@ def _survey(
     sizes, problems, digest = [], [], sha256()
     for number, given in enumerate(dataset):
         try:
-            row = Dialogue(number, given, settings)
-            if not number and row.advance():
-                row.prompt(tokenizer)  # fail at once where every row would
+            row = Dialogue(number, given, tokenizer, settings)
         except ValueError as error:
             problems.append(f"Row {number}: {error}")
             continue
         digest.update(row.content.encode())
         sizes.append((row.num_turns, len(row.content)))
+        if not number and not row.next_prompt(math.inf) and row.stopped:
+            raise ValueError(f"Row 0: {row.stopped}")  # as every row would fail
     if problems:
         raise ValueError(
             f"{problems[0]} Of {len(dataset)} rows, {len(problems)} cannot be read; repair them or"
@@ -110,35 +115,6 @@ def _survey(
     if not sizes:
         raise ValueError("`dataset` has no rows; check its path, its split and its filters.")
     return sizes, digest.hexdigest()
-
-
-def _keep_settings(
-    output: Path,
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset_digest: str,
-    settings: RegenerationSettings,
-    drafter: PreTrainedModel | None,
-) -> None:
-    """Record what the answers depend on, or refuse a file that depends on something else."""
-    sidecar = Path(f"{output}.settings.json")
-    if output.exists() and not sidecar.exists():
-        raise ValueError(
-            f"`output` {output} exists and was not written by `regenerate`; choose another."
-        )
-    digest, dtype, quantization = identify(target)
-    is_drafted = drafter is not None and settings.temperature > 0  # greedy, it changes no answer
-    depends_on = {
-        **{name: value for name, value in asdict(settings).items() if name != "batch_size"},
-        "dataset": dataset_digest,
-        "target": digest,
-        "dtype": dtype,
-        "quantization": quantization,
-        "drafter": weights_digest(drafter) if is_drafted else None,
-        "tokenizer": tokenizer_hash(tokenizer),
-        "chat_template": tokenizer.chat_template,
-    }
-    keep_settings(sidecar, depends_on, output)
 
 
 def _batches(
@@ -156,41 +132,17 @@ def _batches(
         yield from (batch for batch in batches if not done.issuperset(batch))
 
 
-def _answer(
-    rows: Sequence[Dialogue],
-    generator: AnswerGenerator,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: RegenerationSettings,
-) -> None:
+def _answer(rows: Sequence[Dialogue], generator: AnswerGenerator, seed: int) -> None:
     """Answer all turns of a batch of rows."""
     while True:
-        prompts = [(row, _next_prompt(row, generator, tokenizer)) for row in rows]
-        prompts = [(row, prompt) for row, prompt in prompts if prompt]
-        if not prompts:
+        prompts = [(row, row.next_prompt(generator.max_prompt_length)) for row in rows]
+        asked = [(row, prompt) for row, prompt in prompts if prompt]
+        if not asked:
             return
-        seeds = [seed_of(settings.seed, row.number, row.num_answers) for row, _ in prompts]
-        answers = generator.generate([prompt for _, prompt in prompts], seeds)
-        for (row, _), answer in zip(prompts, answers, strict=True):
-            if settings.unfinished == "drop" and not answer.is_complete:
-                row.stopped = "an answer that was cut off"
-            else:
-                row.take(answer, tokenizer)
-
-
-def _next_prompt(
-    row: Dialogue, generator: AnswerGenerator, tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
-    """The next prompt of a row, (length,); empty where the row ends."""
-    try:
-        prompt = row.prompt(tokenizer) if row.advance() else []
-    except ValueError as error:
-        row.stopped = str(error)
-        return []
-    most = generator.max_prompt_length
-    if len(prompt) > most:
-        row.stopped = f"a prompt of {len(prompt)} tokens; at most {most} leave room for an answer"
-        return []
-    return prompt
+        seeds = [seed_of(seed, row.number, row.num_answers) for row, _ in asked]
+        answers = generator.generate([prompt for _, prompt in asked], seeds)
+        for (row, _), answer in zip(asked, answers, strict=True):
+            row.take(answer)
 
 
 def _summary(answers: JsonLines, left_out: JsonLines) -> Regenerated:
