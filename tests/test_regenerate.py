@@ -388,14 +388,31 @@ def test_rows_that_cannot_be_read_are_counted_before_the_first_answer(target, tm
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_the_command_answers_a_file(target, tmp_path):
+def test_the_commands_write_the_same_bytes_twice(target, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "target")
     target.float().save_pretrained(tmp_path / "target")
     target.double()
     chats().to_json(tmp_path / "talk.jsonl")
-    names = ["--target", tmp_path / "target", "--dataset", tmp_path / "talk.jsonl"]
-    sizes = ["--max-new-tokens", 4, "--limit", 3, "--hold-out", 1]
-    command = ["regenerate", *names, *sizes, "--output", tmp_path / "out.jsonl"]
-    result = invoke(*command)
-    assert result.exit_code == 0, result.output
-    assert "3 rows are in" in result.output and len(read(tmp_path / "out.jsonl")) == 3
+    names = ["--target", tmp_path / "target", "--hold-out", 1, "--dataset"]
+    sizes = ["--max-new-tokens", 4, "--limit", 3, "--temperature", 1, "--seed", 7]
+    written = []
+    for name in ("one", "two"):
+        output, cache = tmp_path / f"{name}.jsonl", tmp_path / name
+        result = invoke("regenerate", *names, tmp_path / "talk.jsonl", *sizes, "--output", output)
+        assert result.exit_code == 0, result.output
+        assert "3 rows are in" in result.output and len(read(output)) == 3
+        result = invoke("features", *names, tmp_path / "one.jsonl", "--output", cache)
+        assert result.exit_code == 0, result.output
+        files = {path.name: file_digest(path) for path in cache.iterdir()}
+        assert {"features.json", "features.jsonl", "features-00000.safetensors"} <= files.keys()
+        written.append([file_digest(output), files])
+    assert written[0] == written[1]
+    plan = [*names, tmp_path / "one.jsonl", "--plan"]
+    for options, found in (
+        (plan, "2 rows"),
+        (["--check"], "is whole: 2 rows"),
+        (["--delete"], "GB"),
+    ):
+        result = invoke("features", *options, "--output", cache)
+        assert result.exit_code == 0 and found in result.output, result.output
+    assert not cache.exists()

@@ -17,15 +17,15 @@ from transformers import PreTrainedTokenizerFast
 
 from coral_hf.training.data import render_mask, show
 from coral_hf.training.data.encoding import encode
-from coral_hf.training.data.show import TRAINED, UNTRAINED, MaskCount
+from coral_hf.training.data.show import TRAINED, UNTRAINED
 
 ROW = {"messages": [{"role": "user", "content": "a yb"}, {"role": "assistant", "content": "é\n"}]}
 
 
-def printed(rows: list[dict[str, Any]], **options: Any) -> tuple[str, MaskCount]:
+def printed(rows: list[dict[str, Any]], **options: Any) -> str:
     console = Console(file=io.StringIO(), width=80, highlight=False, **options)
-    count = show(enumerate(rows), tiny_tokenizer(), console=console)
-    return console.file.getvalue(), count
+    show(enumerate(rows), tiny_tokenizer(), console=console)
+    return console.file.getvalue()
 
 
 def test_marks_stand_around_trained_tokens_and_between_all() -> None:
@@ -47,20 +47,18 @@ def test_colours_say_what_is_trained() -> None:
 
 def test_without_colour_the_meaning_survives() -> None:
     for options in ({}, {"force_terminal": True, "no_color": True}):
-        text, count = printed([ROW], **options)
+        text = printed([ROW], **options)
         text = re.sub("\x1b[^m]*m", "", text)  # bold and underlined stay
         assert text.startswith("⟦trained⟧ not trained") and "⟦…│é│↵\n│<end>⟧" in text
         assert "Row 0: 11 tokens, 4 trained (36.4%)" in text
-    assert count == MaskCount(11, 4)
-    text, _ = printed([ROW], force_terminal=True, color_system="truecolor")
+    text = printed([ROW], force_terminal=True, color_system="truecolor")
     assert "\x1b[" in text and "⟦" not in text
 
 
 def test_a_bad_row_is_named_and_the_next_one_follows() -> None:
-    text, count = printed([ROW, {"messages": []}, ROW])
+    text = printed([ROW, {"messages": []}, ROW])
     assert "Row 1 cannot be read: `messages` has no turns" in text
     assert text.rstrip().endswith("2 rows: 22 tokens, 8 trained (36.4%)")
-    assert count == MaskCount(22, 8)
 
 
 def test_a_cut_row_says_what_is_lost() -> None:

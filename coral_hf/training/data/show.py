@@ -38,23 +38,12 @@ LEGEND = [
 ]
 
 
-class MaskCount(NamedTuple):
-    """How many tokens of one or several rows there are, and how many of them are trained."""
-
-    num_tokens: int = 0
-    num_trained: int = 0
-
-    def __str__(self) -> str:
-        share = self.num_trained / max(self.num_tokens, 1)
-        return f"{self.num_tokens} tokens, {self.num_trained} trained ({share:.1%})"
-
-
 def show(
     rows: Iterable[tuple[int, Row]],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None = None,
     console: Console | None = None,
-) -> MaskCount:
+) -> None:
     """Print which tokens of some rows are trained, with a legend and counts.
 
     A row that cannot be read is printed with its error, and the next one follows.
@@ -64,9 +53,6 @@ def show(
         tokenizer: the target's.
         max_length: tokens after which rows are cut; whole rows by default.
         console: standard output by default. Without colours, marks stand for them.
-
-    Returns:
-        The counts of all rows.
 
     Example:
 
@@ -86,14 +72,19 @@ def show(
             message = f"\nRow {number} cannot be read: {error}"
             console.print(Text(message, style="red"), soft_wrap=True)
             continue
-        counts.append(MaskCount(len(pieces), sum(piece.is_trained for piece in pieces)))
+        counts.append((len(pieces), sum(piece.is_trained for piece in pieces)))
         lost = f"; {num_lost} more are cut" if num_lost else ""
-        console.print(Text(f"\nRow {number}: {counts[-1]}{lost}", style="bold"), soft_wrap=True)
+        title = f"\nRow {number}: {_describe(*counts[-1])}{lost}"
+        console.print(Text(title, style="bold"), soft_wrap=True)
         console.print(_render(pieces, has_marks), soft_wrap=True)
-    total = MaskCount(sum(c.num_tokens for c in counts), sum(c.num_trained for c in counts))
     if len(counts) > 1:
-        console.print(Text(f"\n{len(counts)} rows: {total}", style="bold"), soft_wrap=True)
-    return total
+        total = f"\n{len(counts)} rows: {_describe(*map(sum, zip(*counts, strict=True)))}"
+        console.print(Text(total, style="bold"), soft_wrap=True)
+
+
+def _describe(num_tokens: int, num_trained: int) -> str:
+    share = num_trained / max(num_tokens, 1)
+    return f"{num_tokens} tokens, {num_trained} trained ({share:.1%})"
 
 
 def render_mask(
