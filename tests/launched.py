@@ -125,13 +125,17 @@ def results(trainer: CoralTrainer, drafter: CoralDrafter | None = None) -> dict:
     }
 
 
-def two_stages(folder: Path, **settings) -> dict:
-    """The drafter's stage and the router's on it."""
+STAGES = ("drafter", "router", "low_rank", "joint")
+
+
+def all_stages(folder: Path, **settings) -> dict:
+    """Each stage on the drafter of the one before it."""
     found: dict = {}
     drafter = make_drafter()
-    for stage in ("drafter", "router"):
+    for stage in STAGES:
+        heads = {"head_rank": 4} if stage == "low_rank" else {"num_groups": 4}
         trainer = make_trainer(
-            folder / stage, drafter=drafter, stage=stage, num_groups=4, **settings
+            folder / stage, drafter=drafter, stage=stage, **{**heads, **settings}
         )
         gradients = Gradients()
         trainer.add_callback(gradients)
@@ -167,8 +171,8 @@ def stops_at_a_broken_row(folder: Path) -> dict:
 
 def all_at_once(folder: Path, **settings) -> dict:
     """Every check of two processes, in one launch."""
-    found = {"plain": two_stages(folder / "plain", **settings)}
-    found["accumulated"] = two_stages(
+    found = {"plain": all_stages(folder / "plain", **settings)}
+    found["accumulated"] = all_stages(
         folder / "accumulated",
         **{**settings, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
     )
@@ -215,7 +219,7 @@ def resumed(
 
 def zero(folder: Path, **settings) -> dict:
     """Two stages under DeepSpeed, and a run that goes on from the second of four steps."""
-    found = two_stages(folder, **settings)
+    found = all_stages(folder, **settings)
     settings |= {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "feature_noise": 0.1}
     settings["optim"] = "adamw_torch"
     for name, start in (("whole", None), ("resumed", str(folder / "run" / "checkpoint-2"))):

@@ -60,11 +60,11 @@ def one(tmp_path_factory):
     """What one process finds on batches of twice the size."""
     folder = tmp_path_factory.mktemp("one")
     settings = {"per_device_train_batch_size": 4, "max_steps": 3, "optim": "sgd"}
-    return launched.two_stages(folder, **settings)
+    return launched.all_stages(folder, **settings)
 
 
 @pytest.mark.parametrize("how", ["plain", "accumulated"])
-@pytest.mark.parametrize("stage", ["drafter", "router"])
+@pytest.mark.parametrize("stage", launched.STAGES)
 def test_two_processes_have_the_gradients_of_one_with_twice_the_batch(one, two, how, stage):
     assert len(one[stage]["gradients"]) == 3
     for step, expected in enumerate(one[stage]["gradients"]):
@@ -80,13 +80,13 @@ def test_the_record_of_a_training_counts_the_tokens_of_all_processes(one, two):
     expected = [entry["trained_tokens"] for entry in one["record"]]
     for process in two:
         record = process["plain"]["record"]
-        assert [entry["stage"] for entry in record] == ["drafter", "router"]
+        assert [entry["stage"] for entry in record] == [*launched.STAGES]
         assert [entry["trained_tokens"] for entry in record] == expected
         assert all(entry["hardware"].startswith("2 processes") for entry in record)
 
 
 @pytest.mark.parametrize("how", ["plain", "accumulated"])
-@pytest.mark.parametrize("stage", ["drafter", "router"])
+@pytest.mark.parametrize("stage", launched.STAGES)
 def test_two_processes_hold_equal_weights_that_one_would_have(one, two, how, stage):
     first, second = (process[how][stage]["weights"] for process in two)
     for name, weight in one[stage]["weights"].items():
@@ -95,9 +95,9 @@ def test_two_processes_hold_equal_weights_that_one_would_have(one, two, how, sta
 
 
 @pytest.mark.parametrize("how", ["plain", "accumulated"])
-@pytest.mark.parametrize("stage", ["drafter", "router"])
+@pytest.mark.parametrize("stage", launched.STAGES)
 def test_logged_losses_are_averages_over_all_processes(one, two, how, stage):
-    name = "agreement_1" if stage == "drafter" else "router_loss"
+    name = {"router": "router_loss", "low_rank": "low_rank_agreement_1"}.get(stage, "agreement_1")
     for expected, *found in zip(
         one[stage]["logs"][:3], *(process[how][stage]["logs"] for process in two), strict=False
     ):
@@ -124,11 +124,11 @@ def test_each_process_draws_its_own_feature_noise(two):
 
 @pytest.mark.slow
 def test_fsdp_shares_out_drafter_and_target_and_trains_the_same(one, tmp_path):
-    launch("fsdp2.yaml", TESTS / "launched.py", tmp_path, "two_stages", SETTINGS)
-    found = torch.load(tmp_path / "two_stages_1.pt")
+    launch("fsdp2.yaml", TESTS / "launched.py", tmp_path, "all_stages", SETTINGS)
+    found = torch.load(tmp_path / "all_stages_1.pt")
     layer = len(list(launched.TARGET.model.layers[0].parameters()))
     assert found["shards"] == layer * len(launched.TARGET.model.layers)
-    for stage in ("drafter", "router"):
+    for stage in launched.STAGES:
         for name, gradient in one[stage]["gradients"][2].items():
             close = {"rtol": 1e-4, "atol": 1e-6}
             torch.testing.assert_close(found[stage]["gradients"][2][name], gradient, **close)
@@ -146,7 +146,7 @@ def test_deepspeed_trains_the_same_and_goes_on_bit_for_bit(one, tmp_path, stage)
     launch(f"deepspeed_zero{stage}.yaml", TESTS / "launched.py", tmp_path, "zero", settings)
     first, second = (torch.load(tmp_path / f"zero_{process}.pt") for process in (0, 1))
     assert first["zero_stage"] == stage
-    for part in ("drafter", "router"):
+    for part in launched.STAGES:
         for name, weight in one[part]["weights"].items():
             torch.testing.assert_close(first[part]["weights"][name], weight, rtol=1e-4, atol=1e-6)
             assert torch.equal(first[part]["weights"][name], second[part]["weights"][name])

@@ -30,6 +30,9 @@ def sharded_copy(drafter: PreTrainedModel) -> PreTrainedModel:
     """
     shared = (drafter.config, drafter.generation_config, drafter.training_record)
     copied = copy.deepcopy(drafter, {id(part): part for part in shared})
+    # accelerate refuses the name of a layer that a model does not have, such as a router
+    kinds = {type(module).__name__ for module in copied.modules()}
+    copied._no_split_modules = [*kinds.intersection(drafter._no_split_modules or ())]
     for weight in copied.parameters():
         torch.distributed.broadcast(weight.data, src=0)
     return copied
