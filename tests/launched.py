@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import DistributedType, PartialState
-from conftest import VOCAB, scatter_weights, tiny_target
+from conftest import VOCAB, invoke, scatter_weights, tiny_target
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -180,6 +180,16 @@ def all_at_once(folder: Path, **settings) -> dict:
     noise = make_trainer(folder / "noisy", feature_noise=0.1).step.noise
     found["noise"] = noise.on(torch.zeros(4, 8))
     return found
+
+
+def commands(folder: Path, data: str, runs: dict[str, list[str]]) -> None:
+    """Trains drafters by the command line, each in a folder of its own."""
+    names = ["--target", f"{data}/target", "--dataset", f"{data}/talk.jsonl"]
+    for name, options in runs.items():
+        torch.rand(os.getpid() % 100)  # what came before has no influence
+        options = [option.format(folder=folder) for option in options]
+        done = invoke("train", *names, "--output", folder / name, *options)
+        assert done.exit_code == 0, done.output
 
 
 class DiesWriting(NoisyTrainer):

@@ -4,6 +4,7 @@
 
 import json
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,39 @@ def test_a_training_begins_in_a_folder_without_another_and_goes_on_with_its_own_
     late = train(folder, tmp_path, *options)  # known before the first stage is trained
     assert late.exit_code == 1 and f"{tmp_path / 'router'} holds checkpoint-" in printed(late)
     assert not (tmp_path / "drafter").exists()
+
+
+def test_a_seed_gives_the_same_bytes(folder, tmp_path):
+    found = []
+    for name, seed in (("once", 7), ("twice", 7), ("other", 8)):
+        torch.rand(len(name))  # what came before has no influence
+        result = train(folder, tmp_path / name, "--seed", seed, "--router-epochs", 1)
+        assert result.exit_code == 0, result.output
+        found.append(sha256((tmp_path / name / "model.safetensors").read_bytes()).hexdigest())
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.slow
+def test_a_seed_gives_the_same_bytes_in_another_process(folder, tmp_path):
+    runs = {
+        "fresh": ["--seed", "7", "--router-epochs", "1", "--grouping", "coactivation"],
+        "warm": ["--seed", "7", "--warm-start", "layer", "--stage", "drafter"],
+        "lora": ["--seed", "7", "--drafter", "{folder}/fresh", "--lora-r", "2"],
+        "other": ["--seed", "8", "--router-epochs", "0"],
+    }
+    runs["warm"] += ["--stage", "low_rank"]
+    runs = {name: [*TINY_TRAINING, *options] for name, options in runs.items()}
+    processes = {}
+    for name in ("once", "twice"):
+        (tmp_path / name).mkdir()
+        processes[name] = start(tmp_path / name, "commands", data=str(folder), runs=runs)
+    found = []
+    for name, process in processes.items():
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+        files = [tmp_path / name / run / "model.safetensors" for run in runs]
+        found.append([sha256(file.read_bytes()).hexdigest() for file in files])
+    assert found[0] == found[1] and len(set(found[0])) == len(runs)
 
 
 @pytest.mark.slow

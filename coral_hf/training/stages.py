@@ -54,7 +54,8 @@ def add_heads(
         active = args.num_active_groups or max(number // 8, 1)
         drafter.heads.add_router(number, active, order, grouping)
     if args.stage == "low_rank" and drafter.heads.low_rank is None:
-        drafter.heads.add_low_rank_head(args.head_rank or HEAD_RANK, target.head)
+        rank = args.head_rank or min(HEAD_RANK, drafter.config.hidden_size)
+        drafter.heads.add_low_rank_head(rank, target.head)
 
 
 def default_groups(vocab_size: int) -> int:
