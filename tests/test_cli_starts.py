@@ -79,8 +79,8 @@ def test_training_starts_from_the_targets_last_layer(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--lora-r", 2], "pass it with --drafter"),
-        (["--lora-alpha", 2], "pass --lora-r too"),
+        (["--lora-r", 2], "go with --drafter"),
+        (["--lora-alpha", 2], "go with --lora-r"),
         (["--drafter", "a", "--warm-start", "layer"], "leave them out with --drafter"),
         (["--warm-start", "./absent"], "no folder ./absent"),
     ],
@@ -106,7 +106,7 @@ def test_an_evaluation_without_held_out_rows_is_refused(folder, tmp_path):
 
 def test_a_stage_of_a_head_trains_a_trained_drafter_on(folder, tmp_path):
     alone = train(folder, tmp_path / "none", "--stage", "router")
-    assert alone.exit_code != 0 and "pass it with --drafter" in printed(alone)
+    assert alone.exit_code != 0 and "goes with --drafter" in printed(alone)
     first = train(folder, tmp_path / "first", "--stage", "drafter")
     assert first.exit_code == 0, first.output
     for stage in ("router", "low_rank"):
@@ -128,7 +128,7 @@ def test_a_new_head_takes_the_place_of_a_drafters_own_where_it_is_asked_for(fold
     assert fresh.exit_code == 0, fresh.output
     assert AutoModel.from_pretrained(tmp_path / "other").config.grouping == "kmeans"
     nothing = train(folder, tmp_path / "none", "--fresh-head")
-    assert nothing.exit_code == 1 and "pass it with --drafter" in printed(nothing)
+    assert nothing.exit_code == 1 and "go with --drafter" in printed(nothing)
 
 
 def test_two_trainings_do_not_share_an_output(folder, tmp_path):

@@ -546,7 +546,7 @@ def test_the_command_exports_with_hot_tokens_and_says_how_to_serve(folder, tmp_p
     assert len(torch.load(tmp_path / "out" / "hot_tokens.pt", weights_only=True)) == 5
     assert written(tmp_path / "out")[1]["fc.weight"].dtype == torch.bfloat16
     refused = invoke(*arguments[:4], *arguments[6:], *hot)
-    assert refused.exit_code != 0 and "are counted with --target" in refused.output
+    assert refused.exit_code != 0 and "goes with --target" in refused.output
     hot[1], arguments[7] = "200", str(tmp_path / "more")
     result = invoke(*arguments, *hot)
     written_tokens = torch.load(tmp_path / "more" / "hot_tokens.pt", weights_only=True)
@@ -560,17 +560,17 @@ def test_the_command_exports_with_hot_tokens_and_says_how_to_serve(folder, tmp_p
     [
         (["--to", "trt"], 2, "argument --to: invalid choice: 'trt'"),
         (["--to", "vllm", "--dtype", "int8"], 2, "argument --dtype: invalid choice: 'int8'"),
-        (["--to", "vllm", "--limit", "3"], 1, "--dataset and --limit are read to count hot tokens"),
+        (["--to", "vllm", "--limit", "3"], 1, "--dataset and --limit go with"),
         (
             ["--to", "vllm", "--dataset", "talk.jsonl"],
             1,
-            "are read to count hot tokens; pass --num",
+            "go with --num",
         ),
         (["--to", "sglang", "--limit", "0"], 2, "--limit"),
         (
             ["--to", "vllm", "--num-hot-tokens", "5", "--dataset", "talk.jsonl"],
             1,
-            "--num-hot-tokens is for --to sglang; leave it out for vllm",
+            "--num-hot-tokens goes with --to sglang",
         ),
         (["--to", "vllm"], 1, "holds notes.txt; give a new folder, or `overwrite`"),
     ],

@@ -65,8 +65,7 @@ def regenerate(own: RegenerateOptions) -> None:
 
     names = [field.name for field in fields(RegenerationSettings)]
     settings = RegenerationSettings(**{name: getattr(own, name) for name in names})
-    rows = own.conversations()
-    rows = rows if own.limit is None else rows.select(range(min(own.limit, len(rows))))
+    rows = own.conversations(own.limit)
     model, tokenizer = own.load()
     drafter = None if own.drafter is None else load_drafter(own.drafter, model)
     done = answer(model, tokenizer, rows, own.output, settings, drafter)

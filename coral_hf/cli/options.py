@@ -6,12 +6,14 @@ to import is imported when it is needed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from .parser import option, refuse
 
+COUNTED_LENGTH = 2048  # tokens of a conversation in which tokens are counted
 DRAFTER = "The drafter: a folder or a Hub id."
 DTYPES = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
@@ -63,26 +65,25 @@ class DatasetOptions:
         )
         return CachedFeatures(cached[0])
 
-    def conversations(self):
-        """Return the conversations without the last ones of each dataset."""
-        return self._joined(lambda rows: range(len(rows) - self.hold_out))
+    def conversations(self, limit: int | None = None):
+        """Return the first conversations of each dataset, without those that are held out."""
+        return self._joined(lambda num_left, num_rows: range(min(num_left, limit or num_left)))
 
     def held_out(self):
         """Return the last conversations of each dataset."""
-        return self._joined(lambda rows: range(len(rows) - self.hold_out, len(rows)))
+        return self._joined(range)
 
-    def _joined(self, chosen):
+    def _joined(self, chosen: Callable[[int, int], range]):
+        """Join the rows that are chosen of each dataset by its numbers of rows left and in all."""
         from ..training.data import join_datasets, load_conversations
 
         parts = []
         for path in self.dataset:
             rows = load_conversations(path)
-            refuse(
-                self.hold_out >= len(rows),
-                f"--hold-out {self.hold_out} of the {len(rows)} rows of {path} leaves none to"
-                " train on.",
-            )
-            parts.append(rows.select(chosen(rows)))
+            num_left = len(rows) - self.hold_out
+            message = f"--hold-out {self.hold_out} of the {len(rows)} rows of {path} leaves none."
+            refuse(num_left < 1, message)
+            parts.append(rows.select(chosen(num_left, len(rows))))
         return join_datasets(parts, self.dataset)
 
 
@@ -115,6 +116,16 @@ def load_target(name: str, dtype: str, device: str | None = None):
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
     return model.eval(), AutoTokenizer.from_pretrained(name)
+
+
+def token_ids(conversations, tokenizer) -> list:
+    """Return the tokens of conversations, a tensor (1, length) each."""
+    import torch
+
+    from ..training.data import prepare_dataset
+
+    rows = prepare_dataset(conversations, tokenizer, COUNTED_LENGTH)
+    return [torch.tensor([row["input_ids"]]) for row in rows]
 
 
 def load_drafter(name: str | None, target):

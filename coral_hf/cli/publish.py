@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .options import DRAFTER, DTYPES, TargetOptions, load_target
+from .options import DRAFTER, DTYPES, DatasetOptions, TargetOptions, load_target, token_ids
 from .parser import option, refuse
 
-MAX_LENGTH = 2048  # tokens of a conversation in which proposals are counted
 OVERWRITE = "Replace an earlier checkpoint in the output folder."
 
 
@@ -30,18 +29,11 @@ class PublishOptions:
 
 def publish(own: PublishOptions) -> None:
     """Write a drafter's card and upload both, with the token of `hf auth login` or HF_TOKEN."""
-    from ..hub import CardFacts
-    from ..hub import publish as publish_folder
+    from .. import hub
 
-    facts = CardFacts(own.repo, own.base_model, own.license, own.language, own.dataset)
-    done = publish_folder(
-        own.folder,
-        own.repo,
-        reports=own.report,
-        facts=facts,
-        private=own.private or None,
-        revision=own.revision,
-    )
+    facts = hub.CardFacts(own.repo, own.base_model, own.license, own.language, own.dataset)
+    private = own.private or None
+    done = hub.publish(own.folder, own.repo, own.report, facts, private, own.revision)
     print(f"Published: {done.commit_url}")
 
 
@@ -49,9 +41,7 @@ def publish(own: PublishOptions) -> None:
 class ImportOptions:
     """The checkpoint, and the folder that it goes to."""
 
-    source: str = option(
-        "An EAGLE-1, EAGLE-2 or HASS checkpoint: a folder or a Hub id.", positional=True
-    )
+    source: str = option("An EAGLE-1, EAGLE-2 or HASS folder or Hub id.", positional=True)
     output: Path = option("Folder of the drafter.")
     revision: str | None = option("Revision of the checkpoint's Hub id.", None)
     cache_dir: Path | None = option("Where a Hub id is downloaded to; its cache by default.", None)
@@ -78,7 +68,7 @@ def import_drafter(target: TargetOptions, own: ImportOptions) -> None:
 
 
 @dataclass(kw_only=True)
-class ExportOptions:
+class ExportOptions(DatasetOptions):
     """The drafter, and how it is written."""
 
     drafter: str = option(DRAFTER, positional=True)
@@ -86,29 +76,21 @@ class ExportOptions:
     output: Path = option("A new or an empty folder.")
     target: str | None = option("The target, whose embeddings are then copied or compared.", None)
     dtype: DTYPES = option("Precision that is written; the drafter's own by default.", "auto")
-    num_hot_tokens: int | None = option(
-        "SGLang only: tokens that its drafter may propose, counted in --dataset.", None
-    )
+    num_hot_tokens: int | None = option("For SGLang: tokens that may be proposed.", None)
     dataset: list[str] = option("Conversations in which proposals are counted.", [])
-    limit: int | None = option(
-        "Conversations that are read of each dataset; 200 by default.", None, least=1
-    )
+    limit: int | None = option("Conversations counted of each; 200 by default.", None, least=1)
     overwrite: bool = option(OVERWRITE, False)
 
     def __post_init__(self) -> None:
-        is_counted = self.num_hot_tokens is not None
+        is_counted, has_limit = self.num_hot_tokens is not None, self.limit is not None
+        has_text, has_target = bool(self.dataset), self.target is not None
         refuse(
-            not is_counted and (self.dataset != [] or self.limit is not None),
-            "--dataset and --limit are read to count hot tokens; pass --num-hot-tokens too.",
+            (has_text or has_limit) and not is_counted,
+            "--dataset and --limit go with --num-hot-tokens.",
         )
-        refuse(
-            is_counted and self.to != "sglang",
-            f"--num-hot-tokens is for --to sglang; leave it out for {self.to}.",
-        )
-        refuse(
-            is_counted and not (self.target and self.dataset),
-            "--num-hot-tokens are counted with --target and --dataset.",
-        )
+        refuse(is_counted and self.to != "sglang", "--num-hot-tokens goes with --to sglang.")
+        is_complete = has_text and has_target
+        refuse(is_counted and not is_complete, "--num-hot-tokens goes with --target and --dataset.")
 
 
 def export(own: ExportOptions) -> None:
@@ -135,21 +117,13 @@ def export(own: ExportOptions) -> None:
 
 def _hot_tokens(own: ExportOptions, drafter, target, tokenizer) -> list[int]:
     """Return the tokens that a drafter proposes most in conversations, and its end tokens."""
-    import torch
-
     from ..checkpoints import check_size, most_frequent, proposal_counts
-    from ..training.data import load_conversations, prepare_dataset
 
     assert own.num_hot_tokens is not None
     ends = drafter.config.eos_token_id
     always = ends if isinstance(ends, list) else [] if ends is None else [ends]
     check_size(own.num_hot_tokens, drafter.config.vocab_size, always)
-    tokens = []
-    for path in own.dataset:
-        rows = load_conversations(path)
-        rows = rows.select(range(min(own.limit or 200, len(rows))))
-        prepared = prepare_dataset(rows, tokenizer, MAX_LENGTH)
-        tokens += [torch.tensor([row["input_ids"]]) for row in prepared]
+    tokens = token_ids(own.conversations(own.limit or 200), tokenizer)  # (1, length) each
     found = most_frequent(proposal_counts(target, drafter, tokens), own.num_hot_tokens, always)
     if len(found) < own.num_hot_tokens:
         print(

@@ -43,23 +43,16 @@ class TrainOptions:
     resume: bool = option("Continue from the last checkpoint.", False)
 
     def __post_init__(self) -> None:
-        first, has_drafter = self.stage[0], self.drafter is not None
-        refuse(
-            first in STAGES_OF_HEADS and not has_drafter,
-            f"--stage {first} trains a head of a trained drafter; pass it with --drafter.",
-        )
-        refuse(
-            self.lora_r is None and (self.lora_alpha is not None or self.lora_target != []),
-            "--lora-alpha and --lora-target are of a LoRA; pass --lora-r too.",
-        )
-        refuse(
-            not has_drafter and (self.lora_r is not None or self.fresh_head),
-            "--lora-r and --fresh-head change a trained drafter; pass it with --drafter.",
-        )
-        refuse(
-            has_drafter and (self.warm_start is not None or self.layers != 1),
-            "--warm-start and --layers make a fresh drafter; leave them out with --drafter.",
-        )
+        is_fresh, is_whole = self.drafter is None, self.lora_r is None
+        changed = self.lora_alpha is not None or bool(self.lora_target)
+        refuse(is_whole and changed, "--lora-alpha and --lora-target go with --lora-r.")
+        is_of_head = self.stage[0] in STAGES_OF_HEADS
+        refuse(is_fresh and is_of_head, f"--stage {self.stage[0]} goes with --drafter.")
+        changed = not is_whole or self.fresh_head
+        refuse(is_fresh and changed, "--lora-r and --fresh-head go with --drafter.")
+        changed = self.warm_start is not None or self.layers != 1
+        message = "--warm-start and --layers make another drafter; leave them out with --drafter."
+        refuse(not is_fresh and changed, message)
 
     def arguments(self, typed: list[str]) -> list:
         """Return the arguments of each stage: the options of transformers that were typed."""
@@ -81,10 +74,7 @@ class TrainOptions:
         """Return the conversations that are evaluated."""
         if self.eval_dataset:
             return DatasetOptions(dataset=self.eval_dataset).rows()
-        refuse(
-            not data.hold_out,
-            "--eval-strategy needs rows to evaluate: give --hold-out 200, or --eval-dataset.",
-        )
+        refuse(not data.hold_out, "--eval-strategy goes with --hold-out or --eval-dataset.")
         return data.held_out()
 
     def first_drafter(self, target, tokenizer):
