@@ -11,8 +11,7 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedTok
 from coral_hf.demo import Budget, DemoSettings
 from coral_hf.demo.corpus import HELD_OUT, first_lines, held_out_prompts, pack, read_corpus
 from coral_hf.demo.models import BudgetCallback, bf16_pays, cached, train_tokenizer
-from coral_hf.demo.run import run_demo
-from coral_hf.demo.show import accepted_tokens, decode_pieces
+from coral_hf.demo.run import accepted_tokens, decode_pieces, run_demo
 
 STEPS = Budget(max_steps=3, max_seconds=60)
 TINY = {
@@ -68,7 +67,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def test_the_demo_shows_both_depths_and_leaves_its_files(first_run, settings):
     result, shown = first_run
     assert result.is_newly_trained
-    assert "1 layers, its own" in shown and "3 layers, 2 of them padding" in shown
+    assert "1 layers, 0 of them padding" in shown and "3 layers, 2 of them padding" in shown
     assert result.drafter == settings.output / "drafter"
     assert (result.drafter / "tokenizer.json").is_file()
     for depth in ("1-layers", "3-layers"):
@@ -128,7 +127,7 @@ def test_a_target_and_a_dataset_of_conversations_can_be_given(tmp_path, tokenize
     result, shown = shown_by(
         DemoSettings(**TINY, **given, output=tmp_path / "out", cache_dir=tmp_path / "cache")
     )
-    assert result.is_newly_trained and "2 layers, its own" in shown
+    assert result.is_newly_trained and "2 layers, 0 of them padding" in shown
     assert {call.task for call in result.reports[0].calls} == {"held-out"}
 
 

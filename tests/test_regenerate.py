@@ -19,8 +19,9 @@ from coral_hf import CoralDrafter
 from coral_hf.atomic import sole_writer
 from coral_hf.identity import file_digest, seed_of
 from coral_hf.training.data import load_conversations, tokenize
-from coral_hf.training.regeneration import RegenerationSettings, regenerate
+from coral_hf.training.regeneration import RegenerationSettings
 from coral_hf.training.regeneration.answers import AnswerGenerator, GumbelNoise
+from coral_hf.training.regeneration.regenerate import regenerate
 
 WORDS = ["hi", "so?", "when and where", "tell me more", "no", "a longer question than most"]
 END = 1  # <end>

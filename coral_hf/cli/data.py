@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..measure.settings import option
+from ..training.regeneration import RegenerationSettings
 from .options import DatasetOptions, TargetOptions, load_drafter
-from .parser import option, refuse
+from .parser import refuse
 
 
 @dataclass(kw_only=True)
@@ -49,22 +51,12 @@ class RegenerateOptions(TargetOptions, DatasetOptions):
     output: Path = option("JSONL file of the answers.")
     limit: int | None = option("Only the first rows.", None, least=1)
     drafter: str | None = option("A drafter of the target, to be faster.", None)
-    max_new_tokens: int = option("Tokens of an answer at most.", 512)
-    temperature: float = option("0 takes the likeliest token.", 0.0)
-    top_p: float = option("Share of the probability drawn from.", 1.0)
-    seed: int = option("Seed of the draws.", 0)
-    unfinished: Literal["keep", "drop"] = option("What becomes of answers cut off.", "keep")
-    prompt_tokens: int = option("Tokens of a plain text that the target continues.", 16)
-    batch_size: int = option("Rows answered at a time.", 16)
 
 
-def regenerate(own: RegenerateOptions) -> None:
+def regenerate(own: RegenerateOptions, settings: RegenerationSettings) -> None:
     """Let the target answer a dataset's prompts itself; run again, it resumes where it stopped."""
-    from ..training.regeneration import RegenerationSettings
-    from ..training.regeneration import regenerate as answer
+    from ..training.regeneration.regenerate import regenerate as answer
 
-    names = [field.name for field in fields(RegenerationSettings)]
-    settings = RegenerationSettings(**{name: getattr(own, name) for name in names})
     rows = own.conversations(own.limit)
     model, tokenizer = own.load()
     drafter = None if own.drafter is None else load_drafter(own.drafter, model)

@@ -13,6 +13,7 @@ from ..measure.settings import (
     DraftingSettings,
     HeadComparisonSettings,
     SweepSettings,
+    option,
 )
 from .options import (
     DRAFTER,
@@ -22,11 +23,10 @@ from .options import (
     TargetOptions,
     load_drafter,
     load_target,
+    token_ids,
 )
-from .parser import option
 
 REPORT = "Folder of report.json, report.md and the plots."
-MAX_LENGTH = 2048  # tokens of a conversation in which bigrams are counted
 
 
 @dataclass(kw_only=True)
@@ -96,6 +96,7 @@ def benchmark(
     settings: BenchmarkSettings,
 ) -> None:
     """Measure a drafter against plain generation, methods interleaved."""
+    from ..drafters.bigram import BigramDrafter
     from ..measure import run_benchmark
 
     items = prompts.read()
@@ -104,22 +105,12 @@ def benchmark(
     if own.assistant is not None:
         others["assistant"] = load_target(own.assistant, target.dtype)[0]
     if own.bigram_dataset is not None:
-        others["bigram"] = _count_bigrams(own, model, tokenizer)
+        data = DatasetOptions(dataset=[own.bigram_dataset], hold_out=own.bigram_hold_out)
+        texts = [ids[0] for ids in token_ids(data.conversations(), tokenizer)]  # (length,) each
+        vocab_size = model.config.get_text_config().vocab_size
+        others["bigram"] = BigramDrafter.from_texts(texts, vocab_size)
     drafter = load_drafter(own.drafter, model)
     own.show(run_benchmark(model, drafter, tokenizer, items, settings, **others))
-
-
-def _count_bigrams(own: BenchmarkOptions, target, tokenizer):
-    """Return a BigramDrafter of the text of conversations, but for the last rows."""
-    import torch
-
-    from ..drafters.bigram import BigramDrafter
-    from ..training.data import prepare_dataset
-
-    data = DatasetOptions(dataset=[str(own.bigram_dataset)], hold_out=own.bigram_hold_out)
-    rows = prepare_dataset(data.conversations(), tokenizer, MAX_LENGTH)
-    tokens = (torch.tensor(row["input_ids"]) for row in rows)  # (length,)
-    return BigramDrafter.from_texts(tokens, target.config.get_text_config().vocab_size)
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .parser import option, refuse
+from ..measure.settings import option
+from .parser import refuse
 
 COUNTED_LENGTH = 2048  # tokens of a conversation in which tokens are counted
 DRAFTER = "The drafter: a folder or a Hub id."

@@ -10,26 +10,12 @@ import argparse
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 Command = Callable[..., None]
 EXTRA = "training_options"  # the parameter of a command that takes options of `Trainer` too
-
-
-def option(help: str, default: Any = MISSING, **metadata: Any) -> Any:
-    """Return a dataclass field that is an option.
-
-    Args:
-        default: a value; an option without one is required.
-        metadata: `positional=True` for an argument without dashes, `least=1` for a lower bound,
-            `flag="method"` for a name other than the field's.
-    """
-    metadata["help"] = help
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 def refuse(is_wrong: bool, message: str) -> None:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..measure.settings import option
 from .options import DRAFTER, DTYPES, DatasetOptions, TargetOptions, load_target, token_ids
-from .parser import option, refuse
+from .parser import refuse
 
 OVERWRITE = "Replace an earlier checkpoint in the output folder."
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from ..demo import DemoSettings
+from ..measure.settings import option
 from .options import DatasetOptions, TargetOptions
-from .parser import option, refuse
+from .parser import refuse
 
 STAGES = Literal["drafter", "joint", "router", "low_rank"]
 STAGES_OF_HEADS = ("router", "low_rank")

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from ..measure.settings import option
+
 
 class Budget(NamedTuple):
     """How long a training run may take: the limit that is reached first ends it."""
@@ -28,18 +30,10 @@ class DemoSettings:
         cache_dir: where trained models are kept; a folder in Hugging Face's own cache if None.
     """
 
-    output: Path = field(
-        default=Path("coral-demo"),
-        metadata={"help": "Folder of the drafter, the reports and the plots."},
-    )
-    target: str | None = field(
-        default=None,
-        metadata={"help": "A target of your own; a small one is trained by default."},
-    )
-    dataset: str | None = field(
-        default=None, metadata={"help": "Conversations or text of your own."}
-    )
-    fresh: bool = field(default=False, metadata={"help": "Train again what the cache holds."})
+    output: Path = option("Folder of the drafter, the reports and plots.", Path("coral-demo"))
+    target: str | None = option("A target of your own; a small one is trained by default.", None)
+    dataset: str | None = option("Conversations or text of your own.", None)
+    fresh: bool = option("Train again what the cache holds.", False)
     # suits two CPU cores
     own_target: dict[str, int] = field(
         default_factory=lambda: {

@@ -49,14 +49,12 @@ TREE = {"tree_depth": 6, "tree_top_k": 8, "tree_nodes": 32}
 # settings that all training runs depend on
 TRAINED = ("own_target", "num_files", "target_budget", "row_length", "seed")
 
-Announce = Callable[[str], None]
-
 
 class Cached(NamedTuple):
     """A folder of the cache."""
 
     folder: Path
-    is_new: bool  # trained by this call
+    is_new: bool  # filled by this call
 
 
 def cached(
@@ -81,35 +79,6 @@ def last_change(source: str | None) -> list[str | int | None]:
         return [source]
     files = [path, *path.rglob("*")]
     return [str(path.resolve()), max(file.stat().st_mtime_ns for file in files)]
-
-
-def own_target(settings: DemoSettings, device: torch.device, announce: Announce) -> Cached:
-    """Return the demo's own target; `announce` is called before it is trained."""
-
-    def train(folder: Path) -> None:
-        announce("Training a small target on the standard library's source")
-        train_target(settings, device, folder)
-
-    return cached(settings, "stdlib-target", None, train)
-
-
-def own_drafter(
-    settings: DemoSettings,
-    source: str,
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    announce: Announce,
-) -> Cached:
-    """Return the drafter of the target that was loaded from `source`; `announce` as above."""
-
-    def train(folder: Path) -> None:
-        announce("Training the drafter, then its router")
-        train_drafter(settings, target, tokenizer, folder)
-
-    # as many rows of a dataset are held out as there are prompts
-    own = [settings.drafter_budget, settings.router_budget, settings.num_prompts]
-    depends_on = [own, last_change(source), last_change(settings.dataset)]
-    return cached(settings, "drafter", depends_on, train)
 
 
 def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerBase:
@@ -164,8 +133,8 @@ def train_drafter(
     drafter.generation_config.update(**TREE)
     is_small = target.config.get_text_config().vocab_size < SMALL_VOCAB
     groups = SMALL_VOCAB_GROUPS if is_small else {}
-    for stage in ("drafter", "router"):
-        budget: Budget = getattr(settings, f"{stage}_budget")
+    budgets = {"drafter": settings.drafter_budget, "router": settings.router_budget}
+    for stage, budget in budgets.items():
         trainer = CoralTrainer(
             model=drafter,
             target_model=target,

@@ -1,27 +1,48 @@
 """The demo: train a small target and a drafter for it, then generate with and without the drafter.
 
-In: DemoSettings. Out: a DemoResult; the drafter, reports and pictures in the output folder; a table
+In: DemoSettings. Out: a DemoResult; the drafter, reports and plots in the output folder; a table
 and coloured texts in the terminal. What was trained is cached, so a second run only generates.
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.text import Text
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..measure.benchmark import BenchmarkReport, run_benchmark
+from ..measure.calls import Call
 from ..measure.padding import pad_target
+from ..measure.prompts import Prompt, encode
+from ..measure.report import Table, tabulate
 from ..measure.settings import BenchmarkSettings
+from ..measure.summary import OVERALL
 from . import DemoSettings
 from .corpus import held_out_prompts
-from .models import own_drafter, own_target
-from .show import ACCEPTED_STYLE, accepted_text, results_table
+from .models import Cached, cached, last_change, train_drafter, train_target
 
 NUM_SHOWN_TEXTS = 2
+ACCEPTED_STYLE = "bold green"
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoding makes of half a character
+# of a report's environment and its rows for the target alone and with the drafter
+COLUMNS = {
+    "target": "{0[0].num_target_layers} layers, {0[0].num_padded_layers} of them padding",
+    "tau": "{0[2].tau_per_token:.2f}",
+    "tokens/s alone": "{0[1].tokens_per_second:.1f}",
+    "with the drafter": "{0[2].tokens_per_second:.1f}",
+    "speed-up": "{0[2].speedup:.2f}x",
+    "exact match": "{0[2].exact_match:.1%}",
+}
 
 
 class DemoResult(NamedTuple):
@@ -29,7 +50,7 @@ class DemoResult(NamedTuple):
 
     reports: list[BenchmarkReport]  # at the target's own depth, then padded
     drafter: Path  # the folder of the drafter and the tokenizer
-    acceptance: Path  # the picture of acceptance by depth
+    acceptance: Path  # the plot of acceptance by depth
     is_newly_trained: bool  # False where the drafter is from the cache
 
 
@@ -43,12 +64,10 @@ def run_demo(settings: DemoSettings | None = None, console: Console | None = Non
     """
     settings, console = settings or DemoSettings(), console or Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = settings.target or str(own_target(settings, device, console.rule).folder)
+    source = settings.target or str(own_target(settings, device, console).folder)
     target = AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(device.type).eval()
     tokenizer = AutoTokenizer.from_pretrained(source)
-    targets = with_padded(target, settings.pad_layers)
-
-    trained = own_drafter(settings, source, target, tokenizer, console.rule)
+    trained = own_drafter(settings, source, target, tokenizer, console)
     folder = settings.output / "drafter"
     shutil.copytree(trained.folder, folder, dirs_exist_ok=True)
     drafter = AutoModel.from_pretrained(folder, dtype=target.dtype).to(device)
@@ -56,26 +75,95 @@ def run_demo(settings: DemoSettings | None = None, console: Console | None = Non
     prompts = held_out_prompts(settings)
     console.rule(f"{len(prompts)} held-out prompts, {settings.max_new_tokens} new tokens each")
     measured = BenchmarkSettings(max_new_tokens=settings.max_new_tokens, seed=settings.seed)
+    targets = [target]
+    if target.config.get_text_config().num_hidden_layers < settings.pad_layers:
+        targets.append(pad_target(target, settings.pad_layers))
     reports = [run_benchmark(one, drafter, tokenizer, prompts, measured) for one in targets]
-    for prompt in prompts[:NUM_SHOWN_TEXTS]:
-        console.print(accepted_text(target, drafter, tokenizer, prompt, settings.max_new_tokens))
+    answers = {call.prompt: call for call in reports[0].calls if call.method == "coral"}
+    for prompt in [prompt for prompt in prompts if prompt.id in answers][:NUM_SHOWN_TEXTS]:
+        console.print(accepted_text(tokenizer, prompt, answers[prompt.id]))
         console.rule(Text("coloured: proposed by the drafter, accepted", ACCEPTED_STYLE))
-    console.print(results_table(reports))
-    acceptance = write_reports(reports, settings.output)
+    console.print(results_table(reports).to_rich())
+    folders = [settings.output / f"{r.environment.num_target_layers}-layers" for r in reports]
+    for report, own_folder in zip(reports, folders, strict=True):
+        report.write(own_folder)
+    acceptance = folders[0] / "acceptance.png"
     console.print(f"Acceptance by depth: {acceptance}\nDrafter: {folder}", soft_wrap=True)
     return DemoResult(reports, folder, acceptance, trained.is_new)
 
 
-def with_padded(target: PreTrainedModel, num_layers: int) -> list[PreTrainedModel]:
-    """A target and, unless it is that deep already, the same one padded to `num_layers`."""
-    if target.config.get_text_config().num_hidden_layers >= num_layers:
-        return [target]
-    return [target, pad_target(target, num_layers)]
+def own_target(settings: DemoSettings, device: torch.device, console: Console) -> Cached:
+    """Return the demo's own target, trained if it is not cached."""
+
+    def train(folder: Path) -> None:
+        console.rule("Training a small target on the standard library's source")
+        train_target(settings, device, folder)
+
+    return cached(settings, "stdlib-target", None, train)
 
 
-def write_reports(reports: list[BenchmarkReport], output: Path) -> Path:
-    """A folder of files for each depth; returns the first one's picture of acceptance by depth."""
-    folders = [output / f"{report.environment.num_target_layers}-layers" for report in reports]
-    for report, folder in zip(reports, folders, strict=True):
-        report.write(folder)
-    return folders[0] / "acceptance.png"
+def own_drafter(
+    settings: DemoSettings,
+    source: str,
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+) -> Cached:
+    """Return the drafter of the target that was loaded from `source`, trained if not cached."""
+
+    def train(folder: Path) -> None:
+        console.rule("Training the drafter, then its router")
+        train_drafter(settings, target, tokenizer, folder)
+
+    # as many rows of a dataset are held out as there are prompts
+    own = [settings.drafter_budget, settings.router_budget, settings.num_prompts]
+    depends_on = [own, last_change(source), last_change(settings.dataset)]
+    return cached(settings, "drafter", depends_on, train)
+
+
+def results_table(reports: Sequence[BenchmarkReport]) -> Table:
+    """Return a table with one row for each depth of the target, over all prompts."""
+    rows = []
+    for report in reports:
+        overall = {row.method: row for row in report.rows if row.group == OVERALL}
+        rows.append((report.environment, overall["plain"], overall["coral"]))
+    return tabulate(f"{reports[0].title}, {reports[0].environment.dtype}, greedy", COLUMNS, rows)
+
+
+def accepted_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, call: Call) -> Text:
+    """Return a prompt and its answer, in which the accepted tokens of the drafter are coloured."""
+    ids = encode(prompt, tokenizer)[0].tolist()  # (length,)
+    text = Text(decode(ids, tokenizer), "dim")
+    pieces = decode_pieces(ids + call.tokens[0], len(ids), tokenizer)
+    for piece, is_drafted in zip(pieces, accepted_tokens(call.round_lengths), strict=True):
+        text.append(piece, ACCEPTED_STYLE if is_drafted else "not dim")
+    return text
+
+
+def accepted_tokens(round_lengths: Sequence[int]) -> list[bool]:
+    """Tell which new tokens the drafter had proposed.
+
+    pass            0 (prefill)   1            2        3
+    emitted         x0            x1 x2 x3     x4       x5 x6
+    proposed        –             x1 x2        –        x5       the last of a pass is the target's
+    """
+    return [False, *(i < length for length in round_lengths for i in range(1, length + 1))]
+
+
+def decode_pieces(tokens: list[int], start: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return what each token from `start` on adds; half a character comes with its last token.
+
+    Prefixes are compared, since a token alone may decode otherwise (Llama's loses its space).
+    """
+    pieces: list[str] = []
+    shown = len(decode(tokens[:start], tokenizer))
+    for stop in range(start + 1, len(tokens) + 1):
+        complete = decode(tokens[:stop], tokenizer).rstrip(INCOMPLETE)
+        pieces.append(complete[shown:])
+        shown = max(shown, len(complete))
+    return pieces
+
+
+def decode(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of tokens, without the special ones."""
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))

@@ -34,6 +34,7 @@ from .runs.monitoring import FiniteGuard, RunCost, RunningAverages
 from .runs.publishing import DrafterPushes
 from .runs.run_record import run_settings, run_summary
 from .stages import add_heads, announced, freeze_others
+from .steps import coral as coral  # registers the step of CORAL drafters
 from .steps import training_step
 from .train_dataset import lengths_only, training_rows
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -27,38 +27,11 @@ from transformers import (
 from ...identity import identify, tokenizer_hash, weights_digest
 from ...measure.prompts import left_padded
 from ...target import max_positions, text_config
+from . import RegenerationSettings
 
 # override the target's own generation config, which would change its distribution
 PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 PLAIN_SAMPLING = {"top_k": 0, "min_p": 0.0, "typical_p": 1.0}
-
-
-@dataclass(frozen=True)
-class RegenerationSettings:
-    """How a target answers.
-
-    Raises:
-        ValueError: for a value out of range.
-    """
-
-    max_new_tokens: int = 512  # of an answer
-    temperature: float = 0.0  # 0 is greedy
-    top_p: float = 1.0
-    seed: int = 0
-    unfinished: str = "keep"  # or "drop": what becomes of answers that `max_new_tokens` cuts off
-    prompt_tokens: int = 16  # of a plain text
-    batch_size: int = 16
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "prompt_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; use at least 1.")
-        if self.temperature < 0:
-            raise ValueError(f"`temperature` is {self.temperature}; use 0 or more.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p` is {self.top_p}; use a value above 0, up to 1.")
-        if self.unfinished not in ("keep", "drop"):
-            raise ValueError(f"`unfinished` is {self.unfinished!r}; use 'keep' or 'drop'.")
 
 
 class Answer(NamedTuple):

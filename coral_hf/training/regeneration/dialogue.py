@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.messages import Message, Row, layout_of, to_messages
 from ..data.template import read_tools, render
-from .answers import Answer, RegenerationSettings
+from . import RegenerationSettings
+from .answers import Answer
 
 
 class Dialogue:

@@ -23,7 +23,8 @@ from transformers.utils import logging
 from ...atomic import JsonLines, keep_settings, sole_writer
 from ...identity import seed_of
 from ..data.vocabulary import warn_of_other_ends
-from .answers import AnswerGenerator, RegenerationSettings
+from . import RegenerationSettings
+from .answers import AnswerGenerator
 from .dialogue import Dialogue
 
 logger = logging.get_logger(__name__)
