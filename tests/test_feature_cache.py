@@ -63,7 +63,7 @@ def fine_tuned(target):
     return other
 
 
-def broken_off(target, rows, folder, monkeypatch, after: int):
+def interrupted(target, rows, folder, monkeypatch, after: int):
     """A cache of which so many shards were written."""
     from coral_hf.training.features import writer
 
@@ -100,7 +100,7 @@ def flip(file, position: int) -> None:
     file.write_bytes(data)
 
 
-def test_a_row_is_what_the_target_says_of_it(target, rows, tmp_path):
+def test_a_row_holds_the_features_of_the_target(target, rows, tmp_path):
     write_features(target, rows, tmp_path, shard_bytes=2000)
     cached = CachedFeatures(tmp_path, checksums=True)
     assert len(cached) == len(rows) and len(cached.index.shards) > 3
@@ -126,7 +126,7 @@ def test_the_plan_is_what_is_written(target, rows, tmp_path):
         assert f"{len(rows)} rows" in str(plan) and f"{len(plan.shards)} shards" in str(plan)
 
 
-def test_int8_says_what_it_lost(target, rows, tmp_path):
+def test_the_loss_of_int8_is_measured(target, rows, tmp_path):
     index = write_features(target, rows, tmp_path, format="int8", shard_bytes=2000)
     lost = [
         CachedFeatures(tmp_path)[row]["features"] - fresh(target, rows, row) for row in range(24)
@@ -163,11 +163,11 @@ def test_worker_processes_read_the_same_rows(target, rows, tmp_path):
     )
 
 
-def test_a_broken_run_goes_on_with_the_next_shard(target, rows, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_with_the_next_shard(target, rows, tmp_path, monkeypatch):
     from coral_hf.training.features import writer
 
     whole = write_features(target, rows, tmp_path / "whole", shard_bytes=2000)
-    broken_off(target, rows, tmp_path / "broken", monkeypatch, after=2)
+    interrupted(target, rows, tmp_path / "broken", monkeypatch, after=2)
     with pytest.raises(ValueError, match="run the command that writes them again, and it resumes"):
         CachedFeatures(tmp_path / "broken")
     save, saved = writer.save_file, []
@@ -297,7 +297,7 @@ def test_a_file_is_compared_with_its_checksum_once(target, rows, tmp_path, monke
 def test_a_half_written_cache_is_not_finished_by_another_target_of_its_name(
     target, rows, tmp_path, monkeypatch
 ):
-    broken_off(target, rows, tmp_path / "cache", monkeypatch, after=2)
+    interrupted(target, rows, tmp_path / "cache", monkeypatch, after=2)
     with pytest.raises(ValueError, match="written with digest = .* choose another"):
         write_features(fine_tuned(target), rows, tmp_path / "cache", shard_bytes=2000)
     with pytest.raises(ValueError, match="with dtype = 'bfloat16', now it is 'float32'"):
@@ -405,7 +405,7 @@ def test_the_features_of_another_target_are_refused_in_evaluations_too(target, r
             trainer.evaluate(held_out)
 
 
-def test_another_size_of_shards_cannot_go_on(target, rows, tmp_path):
+def test_another_size_of_shards_cannot_be_resumed(target, rows, tmp_path):
     write_features(target, rows, tmp_path, shard_bytes=2000)
     with pytest.raises(ValueError, match="written with shard_bytes = 2000, now it is 3000"):
         write_features(target, rows, tmp_path, shard_bytes=3000)

@@ -141,9 +141,7 @@ def killed_after(target: Any, calls: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_run_that_was_broken_off_goes_on_to_the_same_rows(
-    target, tmp_path, monkeypatch, temperature
-):
+def test_an_interrupted_run_resumes_to_the_same_bytes(target, tmp_path, monkeypatch, temperature):
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
     run(target, whole, temperature=temperature)
     with monkeypatch.context() as patch, pytest.raises(Killed):

@@ -61,7 +61,7 @@ def test_a_bad_row_is_named_and_the_next_one_follows() -> None:
     assert text.rstrip().endswith("2 rows: 22 tokens, 8 trained (36.4%)")
 
 
-def test_a_cut_row_says_what_is_lost() -> None:
+def test_the_lost_tokens_of_a_cut_row_are_counted() -> None:
     console = Console(file=io.StringIO(), width=80)
     show([(7, ROW)], tiny_tokenizer(), max_length=9, console=console)
     assert "Row 7: 9 tokens, 2 trained (22.2%); 2 more are cut" in console.file.getvalue()

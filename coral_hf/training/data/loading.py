@@ -175,8 +175,8 @@ def _unify(schemas: Sequence[Schema]) -> Schema:
     try:
         return pyarrow.unify_schemas(schemas, promote_options="permissive")
     except pyarrow.ArrowTypeError:
-        # objects whose keys differ within a file are read as JSON, which holds any objects; not
-        # text, of which what looks like JSON would come back as what it says
+        # objects whose keys differ within a file are read as JSON, which holds any objects; text is
+        # left alone, since what looks like JSON would come back parsed
         free = {f.name: f for schema in schemas for f in schema if "arrow.json" in str(f.type)}
         freed = [
             pyarrow.schema(f if pyarrow.types.is_string(f.type) else free.get(f.name, f) for f in s)

@@ -4,7 +4,7 @@
     features.jsonl            a shard a line, appended when its file is whole
     features-00000.safetensors, ...
 
-In: a folder. Out: its FeatureIndex, or a ValueError that says what is wrong with it.
+In: a folder. Out: its FeatureIndex, or a ValueError that names what is wrong.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def write_features(
         rows: a `datasets.Dataset` of `prepare_dataset`, packed or not.
         folder: new, or with the same cache partly written.
         format: 'bfloat16', exact for a bf16 target; 'int8' takes half of the space, and the index
-            says what it lost.
+            holds what it lost.
         batch_size: rows that go through the target at once.
         shard_bytes: of a file, about.
 
