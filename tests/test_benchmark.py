@@ -14,17 +14,24 @@ import coral_hf
 from coral_hf.decoding import TreeShape
 from coral_hf.drafters.bigram import BigramDrafter, BigramDrafting
 from coral_hf.measure import (
-    BenchmarkReport,
     BenchmarkSettings,
     Call,
     Prompt,
+    Report,
     call_generate,
     pad_target,
     run_benchmark,
 )
-from coral_hf.measure.benchmark import Mismatch, as_batch, first_difference, top2_gap
+from coral_hf.measure.benchmark import (
+    Measured,
+    Mismatch,
+    as_batch,
+    benchmark_report,
+    first_difference,
+    top2_gap,
+)
 from coral_hf.measure.report import describe_environment
-from coral_hf.measure.summary import accepted_depths, tau_per_item, tau_per_token
+from coral_hf.measure.summary import accepted_depths, summarise_tasks, tau_per_item, tau_per_token
 from coral_hf.target import read_target
 
 VOCAB = 40
@@ -57,7 +64,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def report(target, tokenizer) -> BenchmarkReport:
+def report(target, tokenizer) -> Report:
     prompts = [
         Prompt("story", "a", text="w1 w2 w3 w1 w2"),
         Prompt("chat", "b", ({"role": "user", "content": "w4 w5"},), turns=("w6", "w7")),
@@ -101,11 +108,6 @@ CALLS = [
 ]
 
 
-def rows_of(calls: list[Call]) -> list:
-    settings, environment = BenchmarkSettings(), None
-    return BenchmarkReport(settings=settings, environment=environment, calls=calls).rows
-
-
 def test_tau_weighs_tokens_or_items():
     lengths = [[3, 1, 2], [4], []]
     assert tau_per_token(lengths) == 10 / 4
@@ -114,8 +116,8 @@ def test_tau_weighs_tokens_or_items():
 
 
 def test_rows_hold_medians_ratios_and_shares():
-    overall = rows_of(CALLS)[-1]
-    assert (overall.group, overall.method, overall.num_items) == ("overall", "coral", 2)
+    overall = summarise_tasks(CALLS)[-1]
+    assert (overall.task, overall.method, overall.num_items) == ("overall", "coral", 2)
     assert overall.speedup == 3.0  # the median of 2 and 4
     # (6 / 6) / (3 / 6) and (4 / 4) / (0.75 / 4), the prompt's pass and token left out
     assert overall.decoding_speedup == pytest.approx((2 + 16 / 3) / 2)
@@ -128,13 +130,13 @@ def test_rows_hold_medians_ratios_and_shares():
 
 
 def test_every_task_has_a_row_for_every_method():
-    rows = [(row.group, row.method) for row in rows_of(CALLS)]
+    rows = [(row.task, row.method) for row in summarise_tasks(CALLS)]
     assert rows == [(t, m) for t in ("chat", "story", "overall") for m in ("plain", "coral")]
 
 
 def test_repeats_of_an_item_count_once_in_the_speedup():
     repeats = [literal_call(0, "coral", seconds, [3, 1, 2], repeat=1) for seconds in (3.5, 70.0)]
-    assert rows_of(CALLS[:2] + repeats)[-1].speedup == 2.0
+    assert summarise_tasks(CALLS[:2] + repeats)[-1].speedup == 2.0
 
 
 def test_acceptance_by_depth_is_of_all_rounds_and_of_those_that_got_there():
@@ -188,17 +190,17 @@ def test_a_bigram_tree_follows_the_most_probable_pairs():
 
 
 def test_all_methods_run_on_all_turns_and_agree_with_the_target(report):
-    overall = [row for row in report.rows if row.group == "overall"]
+    overall = [row for row in report.numbers["rows"] if row.task == "overall"]
     assert [row.method for row in overall] == report.settings.methods
     assert {(row.num_items, row.exact_match) for row in overall} == {(3, 1.0)}
-    assert report.mismatches == []
+    assert report.numbers["mismatches"] == []
     assert overall[0].tau_per_token == overall[0].speedup == 1.0
     assert all(row.tau_per_token >= 1 for row in overall)
     assert set(overall[1].stage_milliseconds) == {"prefill", "draft", "verify", "other"}
 
 
 def test_prompts_beyond_the_context_are_listed(report):
-    assert report.skipped == ["chat/long"]
+    assert report.numbers["skipped"] == ["chat/long"]
     assert "chat/long" in report.to_markdown()
 
 
@@ -215,8 +217,8 @@ def test_a_drafter_that_always_agrees_is_measured_as_such(target, tokenizer):
     report = run_benchmark(
         target, None, tokenizer, [Prompt("text", "0", text="w5")], settings, bigram=drafter
     )
-    assert report.rows[-1].tau_per_token > 2
-    assert report.acceptance[0].share > 0.5
+    assert report.numbers["rows"][-1].tau_per_token > 2
+    assert report.numbers["acceptance"][0].share > 0.5
 
 
 def test_sampled_tokens_are_not_compared(target, tokenizer):
@@ -226,7 +228,7 @@ def test_sampled_tokens_are_not_compared(target, tokenizer):
     before = torch.random.get_rng_state()
     report = run_benchmark(target, None, tokenizer, [Prompt("text", "0", text="w5 w6")], settings)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert (report.rows[-1].exact_match, report.mismatches) == (None, [])
+    assert (report.numbers["rows"][-1].exact_match, report.numbers["mismatches"]) == (None, [])
 
 
 def test_json_holds_every_call_and_the_numbers_that_are_computed_from_them(report):
@@ -234,7 +236,7 @@ def test_json_holds_every_call_and_the_numbers_that_are_computed_from_them(repor
     assert len(found["calls"]) == len(report.calls) == 3 * 5 * 2
     assert found["calls"][0]["num_tokens"] == 12 and "tokens" not in found["calls"][0]
     assert [(row["task"], row["method"]) for row in found["rows"]] == [
-        (row.group, row.method) for row in report.rows
+        (row.task, row.method) for row in report.numbers["rows"]
     ]
     assert found["settings"]["tree_depth"] == 3
     assert found["environment"]["num_padded_layers"] == 2
@@ -251,12 +253,8 @@ def test_markdown_tells_hardware_versions_dtype_seed_and_both_depths(report):
 
 def test_markdown_lists_mismatches_with_their_gap(target):
     mismatch = Mismatch("chat", "7", 0, "coral", 12, 1.5e-7)
-    report = BenchmarkReport(
-        settings=BenchmarkSettings(),
-        environment=describe_environment(target),
-        calls=CALLS,
-        mismatches=[mismatch],
-    )
+    measured = Measured(CALLS, [mismatch], [])
+    report = benchmark_report(BenchmarkSettings(), describe_environment(target), measured)
     assert "| chat | 7 | 0 | coral | 12 | 1.5e-07 |" in report.to_markdown()
 
 
@@ -268,7 +266,7 @@ def test_a_report_writes_json_markdown_and_pictures(report, tmp_path):
 
 
 def test_the_terminal_table_has_a_row_for_each_task_and_method(report):
-    assert report.to_rich_tables()[0].row_count == len(report.rows) == 15
+    assert report.to_rich_tables()[0].row_count == len(report.numbers["rows"]) == 15
 
 
 @pytest.mark.parametrize(

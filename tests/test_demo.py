@@ -77,7 +77,9 @@ def test_the_demo_shows_both_depths_and_leaves_its_files(first_run, settings):
 
 def test_the_answers_are_the_targets_own_at_both_depths(first_run):
     result, _ = first_run
-    rows = [row for report in result.reports for row in report.rows if row.method == "coral"]
+    rows = [
+        row for report in result.reports for row in report.numbers["rows"] if row.method == "coral"
+    ]
     assert {row.exact_match for row in rows} == {1.0}
     assert len({row.tau_per_token for row in rows}) == 1
 

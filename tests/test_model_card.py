@@ -18,7 +18,7 @@ from coral_hf.hub import CardFacts, make_card, read_results, write_card
 from coral_hf.hub.benchmark_results import check_results
 from coral_hf.hub.drafter_folder import hub_id
 from coral_hf.identity import weights_digest
-from coral_hf.measure import BenchmarkReport, BenchmarkSettings, Prompt, run_benchmark
+from coral_hf.measure import BenchmarkSettings, Prompt, Report, run_benchmark
 from coral_hf.measure.report import command_line
 from coral_hf.training.runs.run_record import hub_datasets
 
@@ -30,7 +30,7 @@ def drafter(folder):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def report(folder, drafter) -> BenchmarkReport:  # noqa: F811
+def report(folder, drafter) -> Report:  # noqa: F811
     target = AutoModelForCausalLM.from_pretrained(folder / "target")
     tokenizer = AutoTokenizer.from_pretrained(folder / "target")
     prompts = [Prompt("story", "a", text="Once upon"), Prompt("code", "b", text="def f():")]
@@ -58,11 +58,11 @@ def test_a_card_shows_a_reports_own_numbers_by_benchmark_and_by_depth(drafter, r
     depths += [{"method": "bigram", "depth": 1, "share": 0.1234, "share_given_parent": 0.1234}]
     measured = changed(report_file, lambda found: found.update(acceptance=depths))
     card = make_card(drafter, CardFacts("org/x"), [read_results(measured)]).content
-    rows = [row for row in report.rows if row.method == "coral"]
-    assert [row.group for row in rows] == ["story", "code", "overall"]
+    rows = [row for row in report.numbers["rows"] if row.method == "coral"]
+    assert [row.task for row in rows] == ["story", "code", "overall"]
     for row in rows:
         assert (
-            f"| {row.group} | {row.num_items} | {row.tau_per_token:.2f} | {row.speedup:.2f}x |"
+            f"| {row.task} | {row.num_items} | {row.tau_per_token:.2f} | {row.speedup:.2f}x |"
             in card
         )
     assert "| 1 | 61.0% | 61.0% |\n| 2 | 30.5% | 50.0% |" in card

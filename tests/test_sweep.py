@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from coral_hf import CoralDrafter
 from coral_hf.measure import Call, Prompt, SweepSettings, call_generate, left_padded, run_sweep
 from coral_hf.measure.summary import summarise
-from coral_hf.measure.sweep import summarise_contexts
+from coral_hf.measure.sweep import summarise_context, sweep_report
 
 TREE = {"tree_depth": 3, "tree_top_k": 3, "tree_nodes": 8}
 SENTENCES = ["w5 w6 w7", "w9", "w3 w3 w4 w8 w9", "w11 w2", "w7 w7", "w30 w31", "w20 w4"]
@@ -69,7 +69,7 @@ def literal_call(method: str, seconds: float, **other) -> Call:
 
 
 def batch_rows(calls: list[Call]) -> list:
-    return summarise(calls, lambda call: call.num_rows)
+    return summarise(calls, "num_rows")
 
 
 # the batch of calls.py's drawing: rows of 7 and 2 tokens
@@ -114,17 +114,16 @@ def test_a_batch_that_needs_no_round_has_no_tau():
 
 def test_a_round_is_compared_with_a_plain_token():
     one_row = {"prompt_length": 512, "tokens": [[7] * 11]}
-    (row,) = summarise_contexts(
+    row = summarise_context(
         [
             literal_call("plain", 6.0, **one_row, num_rounds=10, round_lengths=[1] * 10),
             literal_call("coral", 9.0, **one_row, num_rounds=5, round_lengths=[2] * 5),
         ]
     )
-    assert row.context == 512
-    assert row.plain_milliseconds == 500
-    assert (row.draft_milliseconds, row.verify_milliseconds) == (100, 200)
-    assert row.other_milliseconds == 50
-    assert (row.round_milliseconds, row.break_even, row.tau) == (350, 0.7, 2.0)
+    assert (row["context"], row["plain_milliseconds"]) == (512, 500)
+    assert (row["draft_milliseconds"], row["verify_milliseconds"]) == (100, 200)
+    assert row["other_milliseconds"] == 50
+    assert (row["round_milliseconds"], row["break_even"], row["tau"]) == (350, 0.7, 2.0)
 
 
 def test_both_methods_answer_alike_and_each_row_ends_at_its_own_stop(target, own_drafter):
@@ -144,24 +143,24 @@ def test_both_methods_answer_alike_and_each_row_ends_at_its_own_stop(target, own
 
 
 def test_every_size_is_measured_with_both_methods_in_turn(report):
-    assert [(row.group, row.method) for row in report.batches] == [
+    assert [(row.batch_size, row.method) for row in report.numbers["batches"]] == [
         (1, "plain"),
         (1, "coral"),
         (3, "plain"),
         (3, "coral"),
     ]
     # the seventh prompt does not fill a third batch of three
-    assert [row.num_items for row in report.batches] == [7, 7, 2, 2]
-    assert {row.exact_match for row in report.batches} == {1.0}
+    assert [row.num_items for row in report.numbers["batches"]] == [7, 7, 2, 2]
+    assert {row.exact_match for row in report.numbers["batches"]} == {1.0}
     first = [call.method for call in report.calls if call.task == "context"][::2]
     assert first == ["plain", "coral"] * 2
 
 
 def test_no_stop_ends_the_answer_behind_a_context(report):
-    assert [row.context for row in report.contexts] == [5, 40]
+    assert [row["context"] for row in report.numbers["contexts"]] == [5, 40]
     calls = [call for call in report.calls if call.task == "context"]
     assert {(call.num_tokens, call.num_equal_rows) for call in calls} == {(10, 1)}
-    assert all(row.round_milliseconds > 0 for row in report.contexts)
+    assert all(row["round_milliseconds"] > 0 for row in report.numbers["contexts"])
 
 
 def test_a_sweep_writes_json_markdown_and_pictures(report, tmp_path):
@@ -175,7 +174,8 @@ def test_a_sweep_writes_json_markdown_and_pictures(report, tmp_path):
 
 
 def test_a_sweep_of_contexts_alone_has_no_table_of_batches(report):
-    alone = replace(report, calls=[call for call in report.calls if call.task == "context"])
+    calls = [call for call in report.calls if call.task == "context"]
+    alone = sweep_report(report.settings, report.environment, calls)
     assert "By batch size" not in alone.to_markdown()
     assert [table.title for table in alone.to_rich_tables()] == ["By context"]
 

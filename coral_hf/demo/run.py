@@ -20,11 +20,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..measure.benchmark import BenchmarkReport, run_benchmark
+from ..measure.benchmark import run_benchmark
 from ..measure.calls import Call
 from ..measure.padding import pad_target
 from ..measure.prompts import Prompt, encode
-from ..measure.report import Table, tabulate
+from ..measure.report import Report, Table, tabulate
 from ..measure.settings import BenchmarkSettings
 from ..measure.summary import OVERALL
 from . import DemoSettings
@@ -48,7 +48,7 @@ COLUMNS = {
 class DemoResult(NamedTuple):
     """What a demo made."""
 
-    reports: list[BenchmarkReport]  # at the target's own depth, then padded
+    reports: list[Report]  # at the target's own depth, then padded
     drafter: Path  # the folder of the drafter and the tokenizer
     acceptance: Path  # the plot of acceptance by depth
     is_newly_trained: bool  # False where the drafter is from the cache
@@ -121,11 +121,11 @@ def own_drafter(
     return cached(settings, "drafter", depends_on, train)
 
 
-def results_table(reports: Sequence[BenchmarkReport]) -> Table:
+def results_table(reports: Sequence[Report]) -> Table:
     """Return a table with one row for each depth of the target, over all prompts."""
     rows = []
     for report in reports:
-        overall = {row.method: row for row in report.rows if row.group == OVERALL}
+        overall = {row.method: row for row in report.numbers["rows"] if row.task == OVERALL}
         rows.append((report.environment, overall["plain"], overall["coral"]))
     return tabulate(f"{reports[0].title}, {reports[0].environment.dtype}, greedy", COLUMNS, rows)
 

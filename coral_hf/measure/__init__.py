@@ -1,7 +1,7 @@
 """One way to call `generate` and count: benchmark, sweep, autotune, and the reports of them.
 
-`read_prompts` → `run_benchmark` → `BenchmarkReport`; by batch size and context: `run_sweep` →
-`SweepReport`. One call alone: `call_generate` → `Call`. Names are imported when they are first
+`read_prompts` → `run_benchmark`, or by batch size and context `run_sweep` → `Report`. One call
+alone: `call_generate` → `Call`. Names are imported when they are first
 asked for, so that the settings alone cost no import of torch.
 """
 
@@ -9,12 +9,13 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "benchmark": ["BenchmarkReport", "run_benchmark"],
+    "benchmark": ["run_benchmark"],
     "calls": ["AnswerSettings", "Bench", "Call", "call_generate", "decoded_rounds"],
     "padding": ["pad_target"],
     "prompts": ["Prompt", "encode", "left_padded", "read_prompts"],
+    "report": ["Report"],
     "settings": ["BenchmarkSettings", "SweepSettings"],
-    "sweep": ["SweepReport", "run_sweep"],
+    "sweep": ["run_sweep"],
 }
 _LAZY = {name: module for module, names in _HOMES.items() for name in names}
 

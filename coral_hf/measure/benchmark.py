@@ -1,15 +1,14 @@
 """The benchmark: every method on every prompt, in turn, timed and compared with the target alone.
 
-In: a target, drafters, prompts, settings. Out: a BenchmarkReport. "plain" is the target alone,
+In: a target, drafters, prompts, settings. Out: a Report. "plain" is the target alone,
 "coral" the drafter, "bigram" a table in its place; "prompt_lookup" and "assisted" are transformers'
 own, the latter with a small model of the target's vocabulary.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,15 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..decoding.settings import DECODING_KEYWORDS
 from ..target import max_positions, text_config
-from . import plots
 from .calls import Arguments, Bench, Call, sampling_arguments
+from .plots import acceptance_figure, speedup_figure
 from .prompts import Prompt, encode
-from .report import Report, Table, describe_environment, tabulate
+from .report import Environment, Report, describe_environment, tabulate
 from .settings import BenchmarkSettings
-from .summary import OVERALL, AcceptedDepth, Row, accepted_depths, summarise
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .summary import accepted_depths, summarise_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +32,7 @@ SPEED = {
 }
 ENDS = {"GPU peak, MiB": "{0.peak_mebibytes:.0f}", "exact match": "{0.exact_match:.1%}"}
 RESULTS = {
-    "task": "{0.group}",
+    "task": "{0.task}",
     "method": "{0.method}",
     "items": "{0.num_items}",
     "tau / token": "{0.tau_per_token:.2f}",
@@ -60,7 +56,7 @@ MISMATCHES = {
     "first difference at": "{0.position}",
     "top-2 logit gap there": "{0.top2_gap:.3g}",
 }
-RESULTS_LEGEND = """\
+LEGEND = """\
 tau: tokens for each target pass after the first, which is the prefill; by token (all tokens / all
 passes) and by item (mean of the items' ratios). Speed-up: seconds per token of plain `generate` /
 of the method, prefill included, the median over items. Speed-up / tau: what drafting and wider
@@ -85,59 +81,6 @@ class Mismatch:
     top2_gap: float  # between the target's two highest logits there, in its own dtype
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkReport(Report):
-    """The result of `run_benchmark`.
-
-    Example:
-        >>> report = run_benchmark(target, drafter, tokenizer, prompts)
-        >>> report.write("results")
-        >>> print(report.rows[-1].speedup)
-    """
-
-    mismatches: list[Mismatch] = field(default_factory=list)  # greedy only
-    skipped: list[str] = field(default_factory=list)  # task/id of prompts beyond the context
-
-    @cached_property
-    def rows(self) -> list[Row]:
-        """The numbers by task and method, the overall rows last."""
-        by_task = summarise(self.calls, lambda call: call.task)
-        return by_task + summarise(self.calls, lambda call: OVERALL)
-
-    @property
-    def acceptance(self) -> list[AcceptedDepth]:
-        """The acceptance by method and depth, over all tasks."""
-        return accepted_depths(self.calls)
-
-    @property
-    def tables(self) -> list[Table]:
-        """Results, acceptance by depth, and mismatches if there are any."""
-        title = "Answers that differ from the target's own"
-        skipped = f"Longer than the target's context: {', '.join(self.skipped)}.\n"
-        legend = RESULTS_LEGEND + (f"\n{skipped}" if self.skipped else "")
-        found = [
-            tabulate("Results", RESULTS, self.rows, legend),
-            tabulate("Acceptance by depth", DEPTHS, self.acceptance),
-        ]
-        return found + [tabulate(title, MISMATCHES, self.mismatches)] * bool(self.mismatches)
-
-    def numbers(self) -> dict[str, Any]:
-        """Rows, acceptance by depth, mismatches, and prompts that were left out."""
-        return {
-            "rows": [row.to_dict("task") for row in self.rows],
-            "acceptance": [asdict(depth) for depth in self.acceptance],
-            "mismatches": [asdict(mismatch) for mismatch in self.mismatches],
-            "skipped": self.skipped,
-        }
-
-    def figures(self) -> dict[str, "Figure"]:
-        """The plots `acceptance` and `speedup`."""
-        return {
-            "acceptance": plots.acceptance_figure(self.acceptance, self.title),
-            "speedup": plots.speedup_figure(self.rows, self.title),
-        }
-
-
 def run_benchmark(
     target: PreTrainedModel,
     drafter: PreTrainedModel | None,
@@ -146,7 +89,7 @@ def run_benchmark(
     settings: BenchmarkSettings | None = None,
     assistant: PreTrainedModel | None = None,
     bigram: PreTrainedModel | None = None,
-) -> BenchmarkReport:
+) -> Report:
     """Measure a drafter, and the other methods that the settings name, against plain `generate`.
 
     Args:
@@ -184,8 +127,7 @@ def run_benchmark(
     methods = {str(name): common | own[name] for name in settings.methods}
     bench = Bench(target, methods, settings.repeats, settings.warmup, settings.seed)
     measured = measure_prompts(bench, tokenizer, prompts, settings.max_turns)
-    environment = describe_environment(target, drafter, assistant)
-    return BenchmarkReport(settings=settings, environment=environment, **measured._asdict())
+    return benchmark_report(settings, describe_environment(target, drafter, assistant), measured)
 
 
 class Measured(NamedTuple):
@@ -194,6 +136,36 @@ class Measured(NamedTuple):
     calls: list[Call]
     mismatches: list[Mismatch]
     skipped: list[str]  # task/id of prompts beyond the target's context
+
+
+def benchmark_report(
+    settings: BenchmarkSettings, environment: Environment, measured: Measured
+) -> Report:
+    """Results by task and method, acceptance by depth, and mismatches if there are any."""
+    rows, depths = summarise_tasks(measured.calls), accepted_depths(measured.calls)
+    title, left_out = environment.title, ", ".join(measured.skipped)
+    legend = LEGEND + (f"\nLonger than the target's context: {left_out}.\n" if left_out else "")
+    tables = [
+        tabulate("Results", RESULTS, rows, legend),
+        tabulate("Acceptance by depth", DEPTHS, depths),
+        tabulate("Answers that differ from the target's own", MISMATCHES, measured.mismatches),
+    ]
+    return Report(
+        settings=settings,
+        environment=environment,
+        calls=measured.calls,
+        numbers={
+            "rows": rows,
+            "acceptance": depths,
+            "mismatches": measured.mismatches,
+            "skipped": measured.skipped,
+        },
+        tables=[table for table in tables if table.rows],
+        figures={
+            "acceptance": lambda: acceptance_figure(depths, title),
+            "speedup": lambda: speedup_figure(rows, title),
+        },
+    )
 
 
 def measure_prompts(

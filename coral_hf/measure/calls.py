@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ..decoding.drafting import family_of
@@ -146,29 +146,21 @@ def sampling_arguments(temperature: float, max_new_tokens: int) -> Arguments:
     return {"max_new_tokens": max_new_tokens} | (sampled if temperature else greedy)
 
 
-class FirstTokenClock(StoppingCriteria):
-    """A criterion that notes the time of the first token and never stops."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self.seconds: float | None = None
-
-    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
-        """See [`~transformers.StoppingCriteria`]; `input_ids` is (batch, length)."""
-        if self.seconds is None:
-            self.seconds = time.perf_counter() - self._start
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
 class PassRecorder(BaseStreamer):
-    """A streamer that counts the tokens of each pass: transformers puts one pass at a time."""
+    """A streamer that notes the passes of the target, of which transformers puts one at a time.
+
+    put          0 (the prompt)   1 (after the prefill)   2   3
+    lengths      n                1                       4   2     2 rounds of 4 and 2 tokens
+    """
 
     def __init__(self) -> None:
-        self.lengths: list[int] = []  # the prompt's first
+        self.lengths: list[int] = []
+        self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        """Count (tokens,) or (1, tokens)."""
+        """Note the tokens of a pass, (tokens,) or (1, tokens)."""
         self.lengths.append(value.numel())
+        self.times.append(time.perf_counter())
 
     def end(self) -> None:
         """Do nothing."""
@@ -179,41 +171,40 @@ def call_generate(target: PreTrainedModel, batch: Batch, arguments: Arguments) -
 
     A drafter of ours tells its rounds, plain `generate` has one token a round, and transformers'
     own drafting is counted pass by pass; its first pass verifies a draft and is left out.
+
+    Args:
+        batch: `input_ids` and `attention_mask`, (batch, length).
     """
     is_ours = family_of(arguments.get("assistant_model")) is not None
     is_plain = not {"assistant_model", "prompt_lookup_num_tokens"} & arguments.keys()
-    device, clock, passes = target.device, FirstTokenClock(), PassRecorder()
-    if is_ours:
-        watch: Arguments = {"return_dict_in_generate": True}
-    elif is_plain:
-        watch = {"stopping_criteria": StoppingCriteriaList([clock])}
-    else:
-        watch = {"streamer": passes}
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        torch.cuda.synchronize(device)
+    passes = PassRecorder()
+    watch = {"return_dict_in_generate": True} if is_ours else {"streamer": passes}
+    is_cuda = target.device.type == "cuda"
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats(target.device)
+        torch.cuda.synchronize(target.device)
     start = time.perf_counter()
     output = target.generate(**batch, **arguments, **watch)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if is_cuda:
+        torch.cuda.synchronize(target.device)
     seconds = time.perf_counter() - start
-    stops = arguments.get("eos_token_id", target.generation_config.eos_token_id)
     length = batch["input_ids"].shape[1]
     new = (output.sequences if is_ours else output)[:, length:]  # (batch, new)
+    stops = arguments.get("eos_token_id", target.generation_config.eos_token_id)
     tokens = [until_stop(row, stops) for row in new.tolist()]
     if is_ours:
         counted = rounds_of_stats(output.stats)
-    elif is_plain:
-        lengths = [1] * (sum(map(len, tokens)) - len(tokens))
-        stages = {"prefill": clock.seconds or 0.0}
-        counted = {"round_lengths": lengths, "stage_seconds": stages}
-        counted["num_rounds"] = max(map(len, tokens)) - 1
     else:
-        counted = {"round_lengths": passes.lengths[2:], "num_rounds": len(passes.lengths) - 2}
+        lengths, stages = passes.lengths[2:], {}
+        if is_plain:
+            lengths = [1] * (sum(map(len, tokens)) - len(tokens))
+            stages = {"prefill": passes.times[1] - start}
+        num_rounds = len(passes.lengths) - 2
+        counted = {"round_lengths": lengths, "num_rounds": num_rounds, "stage_seconds": stages}
     return Call(
         tokens=tokens,
         seconds=seconds,
-        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        peak_bytes=torch.cuda.max_memory_allocated(target.device) if is_cuda else None,
         prompt_length=length,
         temperature=arguments.get("temperature") or 0.0,
         **counted,
@@ -222,18 +213,11 @@ def call_generate(target: PreTrainedModel, batch: Batch, arguments: Arguments) -
 
 def rounds_of_stats(stats: DecodingStats) -> dict[str, Any]:
     """The fields of a Call that our loop tells."""
-    return {
-        "round_lengths": list(stats.round_lengths),
-        "num_rounds": stats.num_rounds,
-        "num_levels": stats.num_levels,
-        "num_nodes": stats.num_nodes,
-        "stage_seconds": {
-            "prefill": stats.prefill_seconds,
-            "draft": stats.draft_seconds,
-            "verify": stats.verify_seconds,
-            "other": stats.other_seconds,
-        },
-    }
+    counts = ("round_lengths", "num_rounds", "num_levels", "num_nodes")
+    stages = ("prefill", "draft", "verify", "other")
+    found = vars(stats)
+    seconds = {stage: found[f"{stage}_seconds"] for stage in stages}
+    return {name: found[name] for name in counts} | {"stage_seconds": seconds}
 
 
 def until_stop(row: list[int], stops: int | Sequence[int] | None) -> list[int]:

@@ -117,9 +117,9 @@ def acceptance_figure(depths: Sequence[AcceptedDepth], title: str) -> "Figure":
         f"{name}, all rounds": {e.depth: 100 * e.share for e in depths if e.method == name}
         for name in methods
     }
-    figure = bar_figure(bars, title=title, xlabel="depth in the tree", ylim=(0, 105))
+    labels: dict[str, Any] = {"title": title, "xlabel": "depth in the tree"}
+    figure = bar_figure(bars, ylabel="rounds that accept a node, %", ylim=(0, 105), **labels)
     (axes,) = figure.axes
-    axes.set_ylabel("rounds that accept a node, %")
     for container, name in zip(axes.containers, methods, strict=True):
         x = [bar.get_x() + bar.get_width() / 2 for bar in container]
         given = [100 * entry.share_given_parent for entry in depths if entry.method == name]
@@ -132,14 +132,13 @@ def acceptance_figure(depths: Sequence[AcceptedDepth], title: str) -> "Figure":
 def speedup_figure(rows: Sequence[Row], title: str) -> "Figure":
     """Bars: median speed-up of each method over plain `generate`, by task."""
     bars = {
-        name: {row.group: row.speedup for row in rows if row.method == name}
+        name: {row.task: row.speedup for row in rows if row.method == name}
         for name in dict.fromkeys(row.method for row in rows)
         if name != "plain"
     }
-    ylabel = "speed-up, median over prompts"
-    figure = bar_figure(bars, lambda name, task: f"{bars[name][task]:.2f}", title=title)
+    labels = {"title": title, "ylabel": "speed-up, median over prompts"}
+    figure = bar_figure(bars, lambda name, task: f"{bars[name][task]:.2f}", **labels)
     (axes,) = figure.axes
-    axes.set_ylabel(ylabel)
     axes.axhline(1.0, color=PLAIN, linewidth=1, label="plain")
     add_legend(axes)
     return figure
@@ -147,7 +146,7 @@ def speedup_figure(rows: Sequence[Row], title: str) -> "Figure":
 
 def batch_figure(rows: Sequence[Row], title: str) -> "Figure":
     """Bars: tokens per second of both methods by batch size, the drafter's with its speed-up."""
-    found = {(row.method, row.group): row for row in rows}
+    found = {(row.method, row.batch_size): row for row in rows}
     bars: dict[str, dict] = {}
     for (method, size), row in found.items():
         bars.setdefault(method, {})[size] = row.tokens_per_second
@@ -159,20 +158,18 @@ def batch_figure(rows: Sequence[Row], title: str) -> "Figure":
     return bar_figure(bars, speedup, **labels)
 
 
-def stack_figure(
-    stacks: Mapping[str, Mapping[int, float]], dots: Mapping[int, float], **labels: str
-) -> "Figure":
-    """Bars of stages, one on the other, by context; dots: a plain token."""
-    figure, (axes,) = new_figure(width=max(5.0, 1.2 * len(dots)))
-    x = range(len(dots))
-    bottoms = [0.0] * len(dots)
-    for (stage, heights), colour in zip(stacks.items(), COLOURS, strict=False):
-        own = list(heights.values())
+def context_figure(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":
+    """Stacked bars: the stages of a round by context; dots: a plain token."""
+    figure, (axes,) = new_figure(width=max(5.0, 1.2 * len(rows)))
+    x, bottoms = range(len(rows)), [0.0] * len(rows)
+    for stage, colour in zip(("draft", "verify", "other"), COLOURS, strict=False):
+        own = [row[f"{stage}_milliseconds"] for row in rows]
         axes.bar(x, own, BAR_ROOM / 2, bottom=bottoms, color=colour, label=stage)
         bottoms = [bottom + height for bottom, height in zip(bottoms, own, strict=True)]
-    axes.plot(x, list(dots.values()), "o", color=PLAIN, mec="black", label="a plain token")
-    axes.set(**labels)
-    axes.set_xticks(x, [str(context) for context in dots])
+    plain = [row["plain_milliseconds"] for row in rows]
+    axes.plot(x, plain, "o", color=PLAIN, mec="black", label="a plain token")
+    axes.set(title=title, xlabel="context, tokens", ylabel="ms a round")
+    axes.set_xticks(x, [str(row["context"]) for row in rows])
     add_legend(axes)
     return figure
 

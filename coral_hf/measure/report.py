@@ -11,8 +11,8 @@ import re
 import resource
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from ..atomic import write_text
 from ..identity import weights_digest
-from . import plots
 from .calls import Call
 from .padding import num_padded_layers
+from .plots import save
 from .summary import OVERALL
 
 if TYPE_CHECKING:
@@ -98,6 +98,11 @@ class Environment:
     assistant: str | None
     process_peak_bytes: int  # of main memory, the whole process
     command: str
+
+    @property
+    def title(self) -> str:
+        """The names of drafter and target."""
+        return f"{self.drafter or 'No drafter'} for {self.target}"
 
 
 def describe_environment(
@@ -172,47 +177,38 @@ def model_name(model: PreTrainedModel) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What every report has; subclasses add tables, numbers and plots."""
+    """What was run, where, and what came out.
+
+    Example:
+        >>> report = run_benchmark(target, drafter, tokenizer, prompts)
+        >>> report.write("results")
+        >>> print(report.numbers["rows"][-1].speedup)
+    """
 
     settings: Any  # a dataclass of `settings`
     environment: Environment
     calls: list[Call]
+    numbers: dict[str, Any]  # what was computed from the calls
+    tables: list[Table]
+    figures: dict[str, Callable[[], "Figure"]]  # by file name, drawn when they are written
 
     @property
     def title(self) -> str:
         """The names of drafter and target."""
-        return f"{self.environment.drafter or 'No drafter'} for {self.environment.target}"
-
-    @property
-    def tables(self) -> list[Table]:
-        """The results."""
-        raise NotImplementedError
-
-    def numbers(self) -> dict[str, Any]:
-        """What JSON holds beside settings, environment and calls."""
-        return {}
-
-    def figures(self) -> dict[str, "Figure"]:
-        """The plots by file name."""
-        return {}
+        return self.environment.title
 
     def to_json(self) -> str:
         """Settings, environment, calls, and the numbers that are computed from the calls."""
-        parts = {"settings": asdict(self.settings), "environment": asdict(self.environment)}
+        parts = self.numbers | {"settings": self.settings, "environment": self.environment}
         calls = {"calls": [call.to_dict() for call in self.calls]}
-        return json.dumps(self.numbers() | parts | calls, indent=1, ensure_ascii=False, default=str)
+        return json.dumps(parts | calls, indent=1, ensure_ascii=False, default=_as_json)
 
     def to_markdown(self) -> str:
         """Every table with its legend, environment and settings."""
-        given = [(name, value) for name, value in asdict(self.settings).items() if value != []]
-        settings = [(name, str(value)) for name, value in given if value is not None]
-        ends = [
-            environment_table(self.environment),
-            Table("Settings", ("setting", "value"), settings),
-        ]
-        return f"# {self.title}\n\n" + "\n".join(
-            table.to_markdown() for table in [*self.tables, *ends]
-        )
+        given = [(name, str(v)) for name, v in asdict(self.settings).items() if v not in (None, [])]
+        ends = [environment_table(self.environment), Table("Settings", ("setting", "value"), given)]
+        parts = [table.to_markdown() for table in [*self.tables, *ends]]
+        return "\n".join([f"# {self.title}\n", *parts])
 
     def to_rich_tables(self) -> "list[RichTable]":
         """The results for a terminal."""
@@ -224,8 +220,13 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "report.json", self.to_json() + "\n")
         write_text(folder / "report.md", self.to_markdown())
-        for name, figure in self.figures().items():
-            plots.save(figure, folder / f"{name}.png")
+        for name, draw in self.figures.items():
+            save(draw(), folder / f"{name}.png")
+
+
+def _as_json(value: Any) -> Any:
+    """A dataclass as an object, a path as text."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
 def environment_table(environment: Environment) -> Table:

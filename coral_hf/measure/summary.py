@@ -10,9 +10,10 @@ depth.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from statistics import fmean, median
-from typing import Any
+from typing import Literal
 
 from .calls import Call
 
@@ -24,7 +25,8 @@ Cost = Callable[[Call], float | None]
 class Row:
     """One method on one group of calls; None where there is nothing to divide by."""
 
-    group: str | int  # a task, or a batch size
+    task: str
+    batch_size: int
     method: str
     num_items: int  # batches, or turns of prompts
     num_tokens: int  # of one call on each item
@@ -45,11 +47,6 @@ class Row:
         stages = [ms for name, ms in self.stage_milliseconds.items() if name != "prefill"]
         return " + ".join(f"{ms:.2f}" for ms in stages) or None
 
-    def to_dict(self, axis: str) -> dict[str, Any]:
-        """The record of a report, the group under the name of its axis."""
-        fields = asdict(self)
-        return {axis: fields.pop("group")} | fields
-
 
 @dataclass(frozen=True)
 class AcceptedDepth:
@@ -61,18 +58,22 @@ class AcceptedDepth:
     share_given_parent: float  # of the rounds that accepted a node at the depth before
 
 
-def summarise(calls: Sequence[Call], group: Callable[[Call], str | int]) -> list[Row]:
+def summarise_tasks(calls: Sequence[Call]) -> list[Row]:
+    """Rows by task and method, the overall ones last."""
+    return summarise([*calls, *(replace(call, task=OVERALL) for call in calls)], "task")
+
+
+def summarise(calls: Sequence[Call], group: Literal["task", "num_rows"]) -> list[Row]:
     """Rows by group in the order of the calls, in each by method, plain first."""
-    groups = dict.fromkeys(map(group, calls))
-    return [
-        summarise_method(name, method, own)
-        for name in groups
-        for own in [by_method([call for call in calls if group(call) == name])]
-        for method in own
-    ]
+    name = attrgetter(group)
+    groups = (
+        by_method(call for call in calls if name(call) == value)
+        for value in dict.fromkeys(map(name, calls))
+    )
+    return [summarise_method(method, own) for own in groups for method in own]
 
 
-def summarise_method(group: str | int, method: str, calls: dict[str, list[Call]]) -> Row:
+def summarise_method(method: str, calls: dict[str, list[Call]]) -> Row:
     """The row of one method; `calls` of a group by method."""
     own, plain = calls[method], calls["plain"]
     tau = tau_per_token(call.round_lengths for call in own)
@@ -82,7 +83,8 @@ def summarise_method(group: str | int, method: str, calls: dict[str, list[Call]]
     rounds = sum(call.num_rounds for call in own)
     equal = [call.num_equal_rows for call in own if call.num_equal_rows is not None]
     return Row(
-        group=group,
+        task=own[0].task,
+        batch_size=own[0].num_rows,
         method=method,
         num_items=len({call.item for call in own}),
         num_tokens=sum(call.num_tokens for call in own if call.repeat == 0),

@@ -1,36 +1,31 @@
 """The sweep: plain `generate` against the drafter, by batch size and by length of the context.
 
-In: a target, a drafter, prompts, settings. Out: a SweepReport. What grows with the batch is the
+In: a target, a drafter, prompts, settings. Out: a Report. What grows with the batch is the
 work of a pass; what grows with the context is the cache that each pass reads.
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..target import max_positions, text_config
-from . import plots
 from .benchmark import ENDS, SPEED
 from .calls import Bench, Call, sampling_arguments
+from .plots import batch_figure, context_figure
 from .prompts import Prompt, encode, left_padded
-from .report import Report, Table, describe_environment, tabulate
+from .report import Environment, Report, describe_environment, tabulate
 from .settings import SweepSettings
-from .summary import Row, by_method, cost_by_item, peak_mebibytes, summarise, tau_per_token
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .summary import by_method, peak_mebibytes, summarise, tau_per_token
 
 logger = logging.getLogger(__name__)
 
 BATCHES = {
-    "batch size": "{0.group}",
+    "batch size": "{0.batch_size}",
     "method": "{0.method}",
     "batches": "{0.num_items}",
     "tokens": "{0.num_tokens}",
@@ -39,17 +34,19 @@ BATCHES = {
     **SPEED,
     **ENDS,
 }
+STAGES = ("draft", "verify", "other")
 CONTEXTS = {
-    "context": "{0.context}",
-    "plain, ms a token": "{0.plain_milliseconds:.2f}",
-    "draft + verify + other, ms a round": "{0.draft_milliseconds:.2f} + {0.verify_milliseconds:.2f}"
-    " + {0.other_milliseconds:.2f}",
-    "round, ms": "{0.round_milliseconds:.2f}",
-    "break-even": "{0.break_even:.2f}",
-    "tau": "{0.tau:.2f}",
-    "prefill, plain, ms": "{0.plain_prefill_milliseconds:.2f}",
-    "prefill, coral, ms": "{0.prefill_milliseconds:.2f}",
-    "GPU peak, MiB": "{0.peak_mebibytes:.0f}",
+    "context": "{0[context]}",
+    "plain, ms a token": "{0[plain_milliseconds]:.2f}",
+    "draft + verify + other, ms a round": " + ".join(
+        f"{{0[{stage}_milliseconds]:.2f}}" for stage in STAGES
+    ),
+    "round, ms": "{0[round_milliseconds]:.2f}",
+    "break-even": "{0[break_even]:.2f}",
+    "tau": "{0[tau]:.2f}",
+    "prefill, plain, ms": "{0[plain_prefill_milliseconds]:.2f}",
+    "prefill, coral, ms": "{0[prefill_milliseconds]:.2f}",
+    "GPU peak, MiB": "{0[peak_mebibytes]:.0f}",
 }
 BATCH_LEGEND = """\
 tau: tokens of a row for each target pass that it took part in, the prefill left out. Rounds are
@@ -63,100 +60,33 @@ which on drafting pays; tau here is that of a prompt joined from many.
 """
 
 
-@dataclass(frozen=True)
-class ContextRow:
-    """A round against a plain token behind one context: medians over repeats, in milliseconds."""
+def summarise_context(calls: Sequence[Call]) -> dict[str, Any]:
+    """A round against a plain token behind one context: medians over repeats, in milliseconds.
 
-    context: int  # tokens of the prompt
-    plain_milliseconds: float  # a token
-    draft_milliseconds: float  # a round
-    verify_milliseconds: float
-    other_milliseconds: float
-    round_milliseconds: float
-    break_even: float  # a round in plain tokens: the tau from which on drafting pays
-    tau: float | None
-    prefill_milliseconds: float  # of the drafter's call
-    plain_prefill_milliseconds: float
-    peak_mebibytes: float | None  # of GPU memory
+    All calls have rounds, as no stop ends them.
+    """
+    own, plain = by_method(calls)["coral"], by_method(calls)["plain"]
 
+    def middle(values: Iterable[float]) -> float:
+        return 1000 * median(values)
 
-@dataclass(frozen=True, kw_only=True)
-class SweepReport(Report):
-    """The result of `run_sweep`; the task of its calls is "batch" or "context"."""
-
-    @cached_property
-    def batches(self) -> list[Row]:
-        """The numbers by batch size and method."""
-        calls = [call for call in self.calls if call.task == "batch"]
-        return summarise(calls, lambda call: call.num_rows)
-
-    @cached_property
-    def contexts(self) -> list[ContextRow]:
-        """The numbers by length of the context."""
-        return summarise_contexts([call for call in self.calls if call.task == "context"])
-
-    @property
-    def tables(self) -> list[Table]:
-        """The tables of what was swept."""
-        found = []
-        if self.batches:
-            found.append(tabulate("By batch size", BATCHES, self.batches, BATCH_LEGEND))
-        if self.contexts:
-            found.append(tabulate("By context", CONTEXTS, self.contexts, CONTEXT_LEGEND))
-        return found
-
-    def numbers(self) -> dict[str, Any]:
-        """The rows of both axes."""
-        return {
-            "batches": [row.to_dict("batch_size") for row in self.batches],
-            "contexts": [asdict(row) for row in self.contexts],
-        }
-
-    def figures(self) -> dict[str, "Figure"]:
-        """The plots `batches` and `contexts`, of what was swept."""
-        found = {}
-        if self.batches:
-            found["batches"] = plots.batch_figure(self.batches, self.title)
-        if self.contexts:
-            stages = {
-                stage: {row.context: vars(row)[f"{stage}_milliseconds"] for row in self.contexts}
-                for stage in ("draft", "verify", "other")
-            }
-            plain = {row.context: row.plain_milliseconds for row in self.contexts}
-            labels = {"title": self.title, "xlabel": "context, tokens", "ylabel": "ms a round"}
-            found["contexts"] = plots.stack_figure(stages, plain, **labels)
-        return found
-
-
-def summarise_contexts(calls: Sequence[Call]) -> list[ContextRow]:
-    """Rows by context, in the order of the calls, each of both methods."""
-    contexts = dict.fromkeys(call.prompt_length for call in calls)
-    return [
-        summarise_context(by_method(call for call in calls if call.prompt_length == context))
-        for context in contexts
-    ]
-
-
-def summarise_context(calls: dict[str, list[Call]]) -> ContextRow:
-    """The row of one context; all calls have rounds, as no stop ends them."""
-    plain, own = calls["plain"], calls["coral"]
-
-    def per_round(stage: str) -> float:
-        return 1000 * median(call.stage_seconds[stage] / call.num_rounds for call in own)
-
-    token = 1000 * median(cost_by_item(plain, lambda c: c.decoding_seconds_per_token).values())
-    stages = {f"{name}_milliseconds": per_round(name) for name in ("draft", "verify", "other")}
-    return ContextRow(
-        context=own[0].prompt_length,
-        plain_milliseconds=token,
+    token = middle(call.round_seconds / (call.num_tokens - call.num_rows) for call in plain)
+    stages = {
+        f"{stage}_milliseconds": middle(c.stage_seconds[stage] / c.num_rounds for c in own)
+        for stage in STAGES
+    }
+    whole = sum(stages.values())
+    return {
+        "context": own[0].prompt_length,
+        "plain_milliseconds": token,
         **stages,
-        round_milliseconds=sum(stages.values()),
-        break_even=sum(stages.values()) / token,
-        tau=tau_per_token(call.round_lengths for call in own),
-        prefill_milliseconds=1000 * median(call.stage_seconds["prefill"] for call in own),
-        plain_prefill_milliseconds=1000 * median(call.stage_seconds["prefill"] for call in plain),
-        peak_mebibytes=peak_mebibytes(own),
-    )
+        "round_milliseconds": whole,
+        "break_even": whole / token,
+        "tau": tau_per_token(call.round_lengths for call in own),
+        "prefill_milliseconds": middle(call.stage_seconds["prefill"] for call in own),
+        "plain_prefill_milliseconds": middle(call.stage_seconds["prefill"] for call in plain),
+        "peak_mebibytes": peak_mebibytes(own),
+    }
 
 
 def run_sweep(
@@ -165,7 +95,7 @@ def run_sweep(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     settings: SweepSettings,
-) -> SweepReport:
+) -> Report:
     """Measure a drafter at several batch sizes and contexts.
 
     Args:
@@ -200,8 +130,34 @@ def run_sweep(
         for item, batch in enumerate(padded):
             calls += benches[task].compare(batch, item, task=task)
         logger.info("%s of %d x %d tokens", task, *padded[0]["input_ids"].shape)
-    environment = describe_environment(target, drafter)
-    return SweepReport(settings=settings, environment=environment, calls=calls)
+    return sweep_report(settings, describe_environment(target, drafter), calls)
+
+
+def sweep_report(settings: SweepSettings, environment: Environment, calls: list[Call]) -> Report:
+    """The numbers by batch size and by context; the task of a call says which it is for."""
+    of_contexts = [call for call in calls if call.task == "context"]
+    batches = summarise([call for call in calls if call.task == "batch"], "num_rows")
+    contexts = [
+        summarise_context([call for call in of_contexts if call.prompt_length == length])
+        for length in dict.fromkeys(call.prompt_length for call in of_contexts)
+    ]
+    tables = [
+        tabulate("By batch size", BATCHES, batches, BATCH_LEGEND),
+        tabulate("By context", CONTEXTS, contexts, CONTEXT_LEGEND),
+    ]
+    figures: dict[str, Callable] = {}
+    if batches:
+        figures["batches"] = lambda: batch_figure(batches, environment.title)
+    if contexts:
+        figures["contexts"] = lambda: context_figure(contexts, environment.title)
+    return Report(
+        settings=settings,
+        environment=environment,
+        calls=calls,
+        numbers={"batches": batches, "contexts": contexts},
+        tables=[table for table in tables if table.rows],
+        figures=figures,
+    )
 
 
 def sized_batches(

@@ -1,15 +1,15 @@
 """Draft heads of one drafter, side by side: made once, then measured in turn on the same prompts.
 
-In: a drafter, its target, training rows, prompts, trials. Out: a HeadReport: a table for each
+In: a drafter, its target, training rows, prompts, trials. Out: a Report: a table for each
 temperature, and heat maps over the number of groups and the share that is read.
 """
 
 import copy
 import logging
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -21,19 +21,16 @@ from ...heads.settings import DRAFT_HEADS
 from ...identity import weights_digest
 from ...measure import plots
 from ...measure.benchmark import measure_prompts
-from ...measure.calls import Bench, sampling_arguments
+from ...measure.calls import Bench, Call, sampling_arguments
 from ...measure.prompts import Prompt
-from ...measure.report import Report, Table, dashed, describe_environment
+from ...measure.report import Environment, Report, Table, dashed, describe_environment
 from ...measure.settings import HeadComparisonSettings
-from ...measure.summary import OVERALL, Row, summarise
+from ...measure.summary import OVERALL, Row, summarise_tasks
 from ...target import read_target
 from .. import CoralTrainer, parse_arguments
 from ..grouping import most_frequent_first, token_counts
 from ..runs.run_record import rows_identity
 from .trials import training_rows
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 FULL = "full"  # the head that the others are compared with
@@ -121,7 +118,7 @@ class HeadComparison:
         }
         keep_settings(settings.output / "settings.json", made_from, settings.output)
 
-    def report(self, trials: Sequence[HeadTrial], prompts: Sequence[Prompt]) -> "HeadReport":
+    def report(self, trials: Sequence[HeadTrial], prompts: Sequence[Prompt]) -> Report:
         """Measure trials, and the full head beside them."""
         trials = list({trial.name: trial for trial in [HeadTrial.parse(FULL), *trials]}.values())
         heads = {trial.name: self.drafter_for(trial) for trial in trials}
@@ -133,12 +130,9 @@ class HeadComparison:
             methods["plain"] = common
             bench = Bench(self._target, methods, settings.repeats, warmup=1, seed=settings.seed)
             calls += measure_prompts(bench, self._tokenizer, prompts).calls
-        return HeadReport(
-            settings=settings,
-            environment=describe_environment(self._target, self._drafter),
-            calls=calls,
-            trials={name: drafter.config.to_dict() for name, drafter in heads.items()},
-        )
+        configs = {name: drafter.config.to_dict() for name, drafter in heads.items()}
+        environment = describe_environment(self._target, self._drafter)
+        return head_report(settings, environment, calls, configs)
 
     def drafter_for(self, trial: HeadTrial) -> CoralDrafter:
         """The drafter with a trial's head, which it reads, in the target's dtype."""
@@ -188,79 +182,85 @@ class HeadComparison:
             ).train()
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeadReport(Report):
-    """The result of a `HeadComparison`; the methods of its calls are the names of trials."""
-
-    trials: dict[str, dict[str, Any]]  # name → the config of its drafter
-
-    def rows(self, temperature: float) -> dict[tuple[str, str | int], Row]:
-        """(trial, task) → its numbers."""
-        calls = [call for call in self.calls if call.temperature == temperature]
-        rows = summarise(calls, lambda call: call.task) + summarise(calls, lambda call: OVERALL)
-        return {(row.method, row.group): row for row in rows}
-
-    @property
-    def tables(self) -> list[Table]:
-        """A table for each temperature, a line for each trial."""
-        return [self._table(temperature) for temperature in self.settings.temperatures]
-
-    def numbers(self) -> dict[str, Any]:
-        """The configs of the trials' drafters."""
-        return {"trials": self.trials}
-
-    def _table(self, temperature: float) -> Table:
-        """tau by task with its share of the full head's, draft time, speed-up."""
-        rows = self.rows(temperature)
-        tasks = list(dict.fromkeys(task for _, task in rows))
-        ends = ["draft, ms a round", "of full", "speed-up", "decoding alone", "exact match"]
-        lines = []
-        for name, config in self.trials.items():
-            own = rows[name, OVERALL]
-            taus = [
-                dashed("{0.tau_per_token:.3f} ({1:.1%})", rows[name, task], share(rows, name, task))
-                for task in tasks
-            ]
-            draft, form = self._draft_time(rows, name), "{0.stage_milliseconds[draft]:.2f}"
-            speeds = "{0.speedup:.2f}x", "{0.decoding_speedup:.2f}x", "{0.exact_match:.1%}"
-            cells = [dashed(form, own), f"{draft:.0%}", *(dashed(cell, own) for cell in speeds)]
-            lines.append([name, f"{read_share(config):.1%}", *taus, *cells])
-        header = ["head", "read", *(f"τ, {task}" for task in tasks), *ends]
-        return Table(f"T = {temperature:g}", header, lines)
-
-    def _draft_time(self, rows: dict, name: str) -> float:
-        """The draft time of a round, of the full head's."""
-        return (
-            rows[name, OVERALL].stage_milliseconds["draft"]
-            / rows[FULL, OVERALL].stage_milliseconds["draft"]
-        )
-
-    def figures(self) -> dict[str, "Figure"]:
-        """Heat maps for each temperature, grouping and routing with several numbers of groups."""
-        found = {}
-        for temperature in self.settings.temperatures:
-            rows = self.rows(temperature)
-            families: dict[str, dict[str, dict]] = {}
-            for name, config in self.trials.items():
-                if config["draft_head"] == "routed":
-                    maps = families.setdefault(f"{config['grouping']}-{config['routing']}", {})
-                    number = config["num_groups"]
-                    cell = number, config["num_active_groups"] / number
-                    tau = maps.setdefault("τ, of the full head's", {})
-                    tau[cell] = share(rows, name, OVERALL)
-                    draft = maps.setdefault("draft time, of the full head's", {})
-                    draft[cell] = self._draft_time(rows, name)
-            for family, maps in families.items():
-                if len({groups for groups, _ in next(iter(maps.values()))}) > 1:
-                    figure = plots.heat_maps(maps, "groups", "share that is read")
-                    found[f"sweep-{family}-{temperature:g}"] = figure
-        return found
+Rows = dict[tuple[str, str], Row]  # (trial, task) → its numbers at one temperature
 
 
-def share(rows: dict[tuple[str, str | int], Row], name: str, task: str | int) -> float | None:
+def head_report(
+    settings: HeadComparisonSettings,
+    environment: Environment,
+    calls: list[Call],
+    configs: dict[str, dict[str, Any]],
+) -> Report:
+    """A table for each temperature, and heat maps of routed heads.
+
+    Args:
+        configs: of the drafter of each trial, by its name, which is the method of its calls.
+    """
+    tables: list[Table] = []
+    figures: dict[str, Callable] = {}
+    for temperature in settings.temperatures:
+        own = summarise_tasks([call for call in calls if call.temperature == temperature])
+        rows = {(row.method, row.task): row for row in own}
+        tables.append(head_table(f"T = {temperature:g}", rows, configs))
+        for family, maps in sweeps(rows, configs).items():
+            if len({groups for groups, _ in maps[0]}) > 1:
+                draw = partial(plots.heat_maps, dict(zip(MAPS, maps, strict=True)), *AXES)
+                figures[f"sweep-{family}-{temperature:g}"] = draw
+    return Report(
+        settings=settings,
+        environment=environment,
+        calls=calls,
+        numbers={"trials": configs},
+        tables=tables,
+        figures=figures,
+    )
+
+
+MAPS = ("τ, of the full head's", "draft time, of the full head's")
+AXES = ("groups", "share that is read")
+
+
+def head_table(title: str, rows: Rows, configs: dict[str, dict[str, Any]]) -> Table:
+    """A line for each trial: tau by task with its share of the full head's, draft time, speed."""
+    tasks = list(dict.fromkeys(task for _, task in rows))
+    ends = ["draft, ms a round", "of full", "speed-up", "decoding alone", "exact match"]
+    lines = []
+    for name, config in configs.items():
+        taus = [
+            dashed("{:.3f} ({:.1%})", rows[name, task].tau_per_token, tau_share(rows, name, task))
+            for task in tasks
+        ]
+        form = "{0.stage_milliseconds[draft]:.2f}|{1:.0%}|{0.speedup:.2f}x"
+        form += "|{0.decoding_speedup:.2f}x|{0.exact_match:.1%}"
+        cells = dashed(form, rows[name, OVERALL], draft_share(rows, name)).split("|")
+        lines.append([name, f"{read_share(config):.1%}", *taus, *cells])
+    return Table(title, ["head", "read", *(f"τ, {task}" for task in tasks), *ends], lines)
+
+
+def sweeps(rows: Rows, configs: dict[str, dict[str, Any]]) -> dict[str, list[dict]]:
+    """The cells of both heat maps by grouping and routing; a cell is groups and share read."""
+    found: dict[str, list[dict]] = {}
+    for name, config in configs.items():
+        if config["draft_head"] == "routed":
+            family = f"{config['grouping']}-{config['routing']}"
+            taus, drafts = found.setdefault(family, [{}, {}])
+            number = config["num_groups"]
+            cell = number, config["num_active_groups"] / number
+            taus[cell] = tau_share(rows, name, OVERALL)
+            drafts[cell] = draft_share(rows, name)
+    return found
+
+
+def draft_share(rows: Rows, name: str) -> float:
+    """A trial's draft time of a round, of the full head's."""
+    own, full = (rows[trial, OVERALL].stage_milliseconds["draft"] for trial in (name, FULL))
+    return own / full
+
+
+def tau_share(rows: Rows, name: str, task: str) -> float | None:
     """A trial's tau, of the full head's; None where there was no round."""
-    own, full = rows[name, task].tau_per_token, rows[FULL, task].tau_per_token
-    return None if own is None or full is None else own / full
+    own, full = (rows[trial, task].tau_per_token for trial in (name, FULL))
+    return own / full if own and full else None
 
 
 def read_share(config: dict[str, Any]) -> float:
