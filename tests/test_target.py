@@ -148,7 +148,7 @@ def test_a_target_of_another_family_warns_and_one_of_another_name_does_not(caplo
         check_target(config, tiny_target("llama"))
         assert not caplog.records
         check_target(config, tiny_target("mistral"))
-    assert "made for a llama target and meets a mistral target" in caplog.text
+    assert "made for a llama target and is used with a mistral target" in caplog.text
 
 
 # ---- tokenizers

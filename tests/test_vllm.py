@@ -151,7 +151,7 @@ def served(python, tmp_path_factory) -> dict[str, tuple[dict, tuple]]:
     ours = {"alone": llama.chains("full"), "exported": llama.chains("full")}
     for head in ("full", "routed", "frequency", "low_rank"):
         jobs[head], ours[head] = llama.job(llama.save(head)), llama.chains(head)
-    broken = without_tensor(str(folder / "llama" / "routed"), "router.fc.weight")
+    broken = without_tensor(str(folder / "llama" / "routed"), "heads.router.fc.weight")
     jobs["broken"], ours["broken"] = llama.job(broken), ours["full"]
     llama.drafter.config.num_active_groups = 2
     llama.drafter.config.draft_head = "routed"
@@ -193,7 +193,7 @@ def test_one_of_several_groups_is_chosen_by_logits_alone_with_nearly_the_same_ro
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(served):
-    assert "missing: router.fc.weight" in served["broken"][0]["error"]
+    assert "missing: heads.router.fc.weight" in served["broken"][0]["error"]
 
 
 def test_the_example_says_how_fast_vllm_is_with_and_without_a_drafter(python, tmp_path):

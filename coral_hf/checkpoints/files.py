@@ -91,7 +91,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Read all tensors of a folder, from one file or from shards.
+    """Read all tensors of a folder, of any shapes, from one file or from shards.
 
     Raises:
         ValueError: that names the file, if one is missing or damaged, holds anything but plain
@@ -108,7 +108,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    """Read the tensors of the shards that an index lists, each from the shard it is listed in."""
+    """Read tensors of any shapes from the shards that an index lists, each where it is listed."""
     places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(places.values())):
@@ -124,7 +124,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of one file; of a pickle nothing is run."""
+    """Read the tensors of one file, of any shapes; nothing in a pickle is run."""
     is_safe = path.suffix == ".safetensors"
     try:
         tensors = load_file(path) if is_safe else torch.load(path, "cpu", weights_only=True)

@@ -1,4 +1,4 @@
-"""Whether a drafter fits a target: sizes must agree, names may differ.
+"""Check that a drafter fits a target: sizes must agree, names may differ.
 
 In: a drafter's config and a target. Out: nothing, a warning, or a ValueError.
 """
@@ -32,14 +32,14 @@ def check_target(config: PreTrainedConfig, model: PreTrainedModel) -> None:
 
 
 def _warn_of_other_target(found: PreTrainedConfig, config: PreTrainedConfig) -> None:
-    """Name the target that a drafter was made for.
+    """Warn of a target of another family than the drafter was made for.
 
-    A fine-tuned target has another id and still drafts well, so this is no error.
+    Another name is not an error: a drafter still does well for a fine-tuned target.
     """
     if config.target_model_type not in (None, found.model_type):
         logger.warning_once(
-            f"The drafter was made for a {config.target_model_type} target and meets a"
-            f" {found.model_type} target of the same sizes. The output stays the target's own;"
+            f"The drafter was made for a {config.target_model_type} target and is used with a"
+            f" {found.model_type} target of the same sizes. The output is still the target's own;"
             " expect few accepted tokens."
         )
     # a folder may be given by its whole path or from where one stands

@@ -64,8 +64,7 @@ class DraftHeads(nn.Module):
         """
         self.router = self.low_rank = None
         if config.num_groups is not None:
-            has_order = config.grouping != "contiguous"
-            order = torch.arange(config.vocab_size) if has_order else None
+            order = None if config.grouping == "contiguous" else torch.arange(config.vocab_size)
             self.router = Router(config.hidden_size, config.num_groups, order)
         hot = None if config.num_hot_tokens is None else torch.arange(config.num_hot_tokens)
         self.register_buffer("hot_tokens", hot)
@@ -103,7 +102,8 @@ class DraftHeads(nn.Module):
         """Return the routed head; its own rows are (vocab, hidden) with each group in one piece."""
         router, weight = self.router, head.weight
         assert router is not None, "`bind` checks this"
-        if self._placement.device.type != "cpu" and not _is_finite(router):
+        is_cpu = self._placement.device.type == "cpu"  # there its output is checked instead
+        if not is_cpu and not all(weight.isfinite().all() for weight in router.parameters()):
             logger.warning_once(
                 "The router's weights are not finite: the whole LM head is read instead."
             )
@@ -242,7 +242,3 @@ class DraftHeads(nn.Module):
         type(self.config).from_dict({**self.config.to_dict(), **fields})  # raises if they clash
         for name, value in fields.items():
             setattr(self.config, name, value)
-
-
-def _is_finite(router: Router) -> bool:
-    return all(bool(parameter.isfinite().all()) for parameter in router.parameters())

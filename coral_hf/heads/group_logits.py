@@ -108,7 +108,6 @@ def _kernel() -> Callable[..., Tensor] | None:
 
 def _is_fusible(features: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernel can read a weight (vocab, hidden): on CUDA, no gradient needed."""
-    needs_gradient = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (features, weight, bias)
-    )
-    return has_kernel(weight) and weight.stride(-1) == 1 and not needs_gradient
+    needs_gradient = any(x is not None and x.requires_grad for x in (features, weight, bias))
+    is_inferring = not (torch.is_grad_enabled() and needs_gradient)
+    return has_kernel(weight) and weight.stride(-1) == 1 and is_inferring

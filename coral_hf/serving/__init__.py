@@ -1,1 +1,1 @@
-"""Drafters inside serving engines, each in files that import it and that nothing else imports."""
+"""Plug-ins of serving engines; nothing else imports them."""

@@ -1,8 +1,8 @@
-"""The CORAL drafter as vLLM runs it, with vLLM's layers and our draft heads.
+"""CORAL drafter inside vLLM, made of vLLM's layers and our draft heads.
 
-In: a checkpoint as `CoralDrafter.save_pretrained` writes it, and vLLM's target. Out: the logits of
-what the draft head reads, -inf for the rest of the vocabulary; vLLM drafts a chain of their largest
-ones (or draws, if it is told to) and verifies with the target's whole head.
+In: a checkpoint as `CoralDrafter.save_pretrained` writes it, and vLLM's target. Out: the logits
+that the draft head reads, -inf for the rest of the vocabulary; vLLM drafts a chain of the largest
+ones (or draws, if its settings say so) and verifies with the target's whole head.
 
     vLLM    token      x1       x2       x3            its EAGLE proposer shifts tokens as we do
             feature    f0       f1       f2
@@ -10,6 +10,7 @@ ones (or draws, if it is told to) and verifies with the target's whole head.
 """
 
 from collections.abc import Iterable
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -26,20 +27,22 @@ from ..drafters.coral.modeling import CoralDrafter
 from ..heads.collection import DraftHeads
 from ..heads.simple import DraftHead
 from ..lm_head import LMHead
-from ..target import Scales, read_scales
+from ..target import read_scales
 
-# family whose embeddings transformers scales inside of the embedding module and vLLM outside
+# family whose embeddings transformers scales in their module, and vLLM outside of it
 SCALED_EMBEDDINGS = "gemma"
 
 
 class ServedLayers(LlamaModel):
-    """`fc` and the decoder layers: vLLM's for EAGLE, with what a CORAL config adds to them."""
+    """vLLM's `fc` (hidden, 2 hidden) and layers for EAGLE, with what a CORAL drafter adds."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", start_layer_id: int = 0):
         super().__init__(vllm_config=vllm_config, prefix=prefix, start_layer_id=start_layer_id)
         config = coral_config(vllm_config)
-        self.embedding_scale = target_scales(vllm_config).embedding
-        if vllm_config.model_config.hf_text_config.model_type.startswith(SCALED_EMBEDDINGS):
+        target = vllm_config.model_config.hf_text_config
+        self.scales = read_scales(target)
+        self.embedding_scale = self.scales.embedding
+        if target.model_type.startswith(SCALED_EMBEDDINGS):
             self.embedding_scale *= config.hidden_size**0.5
         if config.fc_bias:
             self.fc = ReplicatedLinear(
@@ -54,11 +57,11 @@ class ServedLayers(LlamaModel):
     def forward(
         self, input_ids: Tensor, positions: Tensor, hidden_states: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Predict the features that follow.
+        """Predict the next feature of each token of a flattened batch.
 
         Args:
-            input_ids: (tokens,), the token after each feature.
-            positions: (tokens,), of the features.
+            input_ids: of shape (tokens,), the token after each feature.
+            positions: of shape (tokens,), of the features.
             hidden_states: (tokens, hidden), features.
 
         Returns:
@@ -83,64 +86,59 @@ class ServedDrafter(EagleLlamaForCausalLM):
         seen = vllm_config.speculative_config.draft_model_config.hf_config
         # vLLM's Llama reads `attention_bias` for o_proj too, which has none here
         seen.qkv_bias, seen.attention_bias = config.attention_bias, False
-        target = vllm_config.model_config
         self.model = ServedLayers(
             vllm_config=vllm_config,
             prefix=maybe_prefix(prefix, "model"),
-            start_layer_id=target.get_num_layers(vllm_config.parallel_config),
+            start_layer_id=vllm_config.model_config.get_num_layers(vllm_config.parallel_config),
         )
         self.heads = DraftHeads(config)
         self.logits_processor = LogitsProcessor(config.vocab_size)
-        self._scales = target_scales(vllm_config)
-        self._draft_head: DraftHead | None = None
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """Logits of what the draft head reads, in fp32; -inf for all other tokens.
+        """Compute the logits that the draft head reads, in fp32; -inf for all other tokens.
 
         Args:
-            hidden_states: (rows, hidden), predicted features, each of another request.
+            hidden_states: (requests, hidden), predicted features.
 
         Returns:
-            (rows, vocab)
+            (requests, vocab)
         """
-        # a row is a text whose level has one row, so that each has groups of its own
+        # (requests, 1, hidden): a request is a sequence with one node, and has groups of its own
         features = hidden_states[:, None]
-        return self._head().logits(features, torch.zeros_like(features[..., 0]))[:, 0]
+        return self._draft_head.logits(features, torch.zeros_like(features[..., 0]))[:, 0]
 
     def get_top_tokens(self, hidden_states: Tensor) -> Tensor:
-        """The best token of each row, (rows,), of predicted features (rows, hidden)."""
+        """Return the best token of each request, given predicted features (requests, hidden)."""
         return self.compute_logits(hidden_states).argmax(-1)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Load a checkpoint's tensors.
 
         Raises:
-            ValueError: if one is missing, unknown or of another shape; vLLM would run with random
-                numbers.
+            ValueError: if one is missing, unknown or of another shape, where vLLM itself would run
+                with random numbers.
         """
         tensors = dict(weights)
         with torch.device("meta"):
             wanted = CoralDrafter(self.config).state_dict()
         check_tensors(tensors, wanted, "The drafter's checkpoint")
-        of_layers = {n: t for n, t in tensors.items() if n.startswith(("fc.", "layers."))}
-        super().load_weights(of_layers.items())
-        own = {n.removeprefix("heads."): t for n, t in tensors.items() if n not in of_layers}
-        self.heads.load_state_dict(own)
+        heads = {n: tensors.pop(n) for n in wanted if n.startswith("heads.")}
+        super().load_weights(tensors.items())
+        self.heads.load_state_dict({n.removeprefix("heads."): t for n, t in heads.items()})
         self.heads.check()
 
-    def _head(self) -> DraftHead:
-        """The draft head on the target's, which vLLM hands over after the weights are loaded."""
-        if self._draft_head is None:
-            # targets with tied embeddings may have no head of their own
-            module = self._modules.get("lm_head", self.model.embed_tokens)
-            head = VocabHead(module, self.logits_processor, self.config.vocab_size)
-            lm_head = LMHead(head, self._scales.logit, self._scales.softcap)
-            self._draft_head = self.heads.bind(lm_head)
-        return self._draft_head
+    @cached_property
+    def _draft_head(self) -> DraftHead:
+        """Bind the draft head to the target's LM head, which vLLM sets after weights are loaded."""
+        # targets with tied embeddings may have no LM head of their own
+        module = self._modules.get("lm_head", self.model.embed_tokens)
+        head = VocabHead(module, self.logits_processor, self.config.vocab_size)
+        scales = self.model.scales
+        return self.heads.bind(LMHead(head, scales.logit, scales.softcap))
 
 
 class VocabHead(nn.Module):
-    """vLLM's LM head as our draft heads read one: without the rows that pad its vocabulary."""
+    """vLLM's LM head as draft heads read one, (vocab, hidden) without the rows that pad it."""
 
     def __init__(self, module: nn.Module, processor: LogitsProcessor, vocab_size: int):
         super().__init__()
@@ -152,22 +150,17 @@ class VocabHead(nn.Module):
         self.bias = bias if bias is None else bias[:vocab_size]
 
     def forward(self, features: Tensor) -> Tensor:
-        """(..., hidden) → (..., vocab)"""
+        """(*batch, hidden) → (*batch, vocab)"""
         return self._call(features)
 
 
 def coral_config(vllm_config: VllmConfig) -> CoralConfig:
-    """The checkpoint's own config, which vLLM wraps in one of EAGLE's."""
+    """Return the checkpoint's own config, which vLLM wraps in one of EAGLE's."""
     return vllm_config.speculative_config.draft_model_config.hf_config.model
 
 
-def target_scales(vllm_config: VllmConfig) -> Scales:
-    """Read the scales of the target that vLLM serves."""
-    return read_scales(vllm_config.model_config.hf_text_config)
-
-
 def _check_parallel(config: CoralConfig) -> None:
-    """Each process holds a part of the vocabulary's rows, and a group may lie in several."""
+    """Refuse to read parts of a head whose rows are split: a group may lie in several processes."""
     size = get_tensor_model_parallel_world_size()
     if size > 1 and config.draft_head != "full":
         raise ValueError(

@@ -1,7 +1,7 @@
-"""The door to vLLM: called in each of its processes, by the entry point `vllm.general_plugins`.
+"""vLLM plug-in: the entry point `vllm.general_plugins`, called in each process of vLLM.
 
-In: nothing. Out: vLLM knows the architecture of a CORAL checkpoint, and `import coral_hf` has told
-the Auto classes its config, so that a checkpoint is served as it was published:
+In: nothing. Out: vLLM knows the architecture of a CORAL checkpoint, and `import coral_hf` has
+registered its config, so a checkpoint is served as it was published:
 
     vllm serve TARGET --speculative-config
         '{"method": "eagle", "model": DRAFTER, "num_speculative_tokens": 4}'
