@@ -63,16 +63,14 @@ def prepare_dataset(
     layout_of(dict.fromkeys(columns, True))
     if vocab_size is not None:
         check_vocabulary(tokenizer, vocab_size)
-    given = {
-        **{"tokenizer": tokenizer, "max_length": max_length, "vocab_size": vocab_size},
-        "code": code_version(),
-    }
+    given = {"tokenizer": tokenizer, "max_length": max_length, "vocab_size": vocab_size}
+    given["code"] = code_version()
     _tokenize_or_raise(first, 0, **given)  # fail at once where every row would
     if isinstance(plain, datasets.IterableDataset):
         rows = plain.map(
             _tokenize_or_raise, with_indices=True, remove_columns=columns, fn_kwargs=given
         )
-        return rows.filter(lambda row: any(label != IGNORED for label in row["labels"]))
+        return rows.filter(_has_labels)
     lists = {name: datasets.Sequence(datasets.Value(kind)) for name, kind in COLUMNS.items()}
     notes = {name: datasets.Value(kind) for name, kind in NOTES.items()}
     rows = plain.map(
@@ -127,6 +125,10 @@ def _tokenize_or_raise(row: Row, index: int, **given: Any) -> dict[str, list[int
     if noted["problem"]:
         raise ValueError(f"Row {index}: {noted['problem']}")
     return {name: noted[name] for name in COLUMNS}
+
+
+def _has_labels(row: Row) -> bool:
+    return any(label != IGNORED for label in row["labels"])
 
 
 def _drop_untrained(rows: Dataset, max_length: int) -> Dataset:

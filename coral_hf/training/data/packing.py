@@ -12,9 +12,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from itertools import chain
 
-from .dataset import Data
+from .dataset import COLUMNS, Data
 
-COLUMNS = ("input_ids", "attention_mask", "labels")
 WINDOW = 1000  # rows that are packed together: the best fits are among a few hundred
 
 

@@ -160,7 +160,7 @@ def _check_disk(plan: FeaturePlan, done: FeatureIndex, folder: Path) -> None:
 def _write_shard(
     target: PreTrainedModel, rows: Any, path: Path, format: str, batch_size: int
 ) -> Shard:
-    """Compute and store the features of some rows."""
+    """Compute and store the features of some rows, (tokens, hidden)."""
     parts: list[dict[str, Tensor]] = []
     squares = lost = 0.0
     for row, features in _features_of(target, rows, batch_size):

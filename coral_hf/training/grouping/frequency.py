@@ -22,7 +22,7 @@ def token_counts(
     num_tokens: int | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Sum the target's probabilities of each token over trained positions.
+    """Sum the target's probabilities, (positions, vocab), over trained positions.
 
     A position counts for all likely tokens, not for the one in the row, so fewer positions suffice,
     tokens that are in no row are ranked too, and the rows need not be written by the target.

@@ -72,19 +72,19 @@ def group_order(
 
 
 def _frequency(target: Target, rows: Any, sizes: Tensor, seed: int, max_tokens: int) -> Tensor:
-    """The tokens group by group, (tokens,), for `sizes` (groups,)."""
+    """The tokens group by group, of shape (tokens,), for `sizes` (groups,)."""
     counts = token_counts(target, rows, max_tokens, seed=seed)
     return most_frequent_first(counts[: int(sizes.sum())])
 
 
 def _kmeans(target: Target, rows: Any, sizes: Tensor, seed: int, max_tokens: int) -> Tensor:
-    """The tokens group by group, (tokens,), for `sizes` (groups,)."""
+    """The tokens group by group, of shape (tokens,), for `sizes` (groups,)."""
     weight = _head_rows(target, int(sizes.sum()))
     return kmeans_groups(weight, sizes, seed).argsort(stable=True)
 
 
 def _coactivation(target: Target, rows: Any, sizes: Tensor, seed: int, max_tokens: int) -> Tensor:
-    """The tokens group by group, (tokens,), for `sizes` (groups,)."""
+    """The tokens group by group, of shape (tokens,), for `sizes` (groups,)."""
     weight = _head_rows(target, int(sizes.sum()))
     top = read_top_k(target, rows, max_tokens, seed).below(len(weight))
     groups = kmeans_groups(weight, sizes, seed)
@@ -112,7 +112,7 @@ def _head_rows(target: Target, num_tokens: int) -> Tensor:
 
 
 def _broadcast(order: Tensor) -> Tensor:
-    """Send the first process's order, (vocab,), to all: devices may differ in the last bit."""
+    """Send the first process's order, of shape (vocab,), to all: devices differ in the last bit."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return order
     return broadcast(order.to(PartialState().device)).cpu()

@@ -63,8 +63,8 @@ def regenerate(
         drafter: a drafter of the target, to be faster.
 
     Raises:
-        ValueError: for rows that cannot be read, naming the first and their number, and for an
-            `output` that was written with other settings, of another dataset or by another target.
+        ValueError: for rows that cannot be read, naming the first, and for an `output` that was
+            written with other settings, of another dataset or by another target.
     """
     settings = RegenerationSettings() if settings is None else settings
     output = Path(output)
@@ -97,22 +97,19 @@ def _survey(
     dataset: Any, tokenizer: PreTrainedTokenizerBase, settings: RegenerationSettings
 ) -> tuple[list[tuple[int, int]], str]:
     """Read all rows before the first answer: turns and characters of each, and their digest."""
-    sizes, problems, digest = [], [], sha256()
+    sizes, digest = [], sha256()
     for number, given in enumerate(dataset):
         try:
             row = Dialogue(number, given, tokenizer, settings)
+            if not number and not row.next_prompt(math.inf) and row.stopped:
+                raise ValueError(row.stopped)  # as every row would stop
         except ValueError as error:
-            problems.append(f"Row {number}: {error}")
-            continue
+            raise ValueError(
+                f"Row {number}: {error} Repair or drop such rows with `dataset.filter`"
+                " (docs/data.md)."
+            ) from error
         digest.update(row.content.encode())
         sizes.append((row.num_turns, len(row.content)))
-        if not number and not row.next_prompt(math.inf) and row.stopped:
-            raise ValueError(f"Row 0: {row.stopped}")  # as every row would fail
-    if problems:
-        raise ValueError(
-            f"{problems[0]} Of {len(dataset)} rows, {len(problems)} cannot be read; repair them or"
-            " drop them with `dataset.filter` (docs/data.md)."
-        )
     if not sizes:
         raise ValueError("`dataset` has no rows; check its path, its split and its filters.")
     return sizes, digest.hexdigest()
