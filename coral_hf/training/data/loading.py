@@ -162,10 +162,11 @@ def join_datasets(parts: Sequence[Dataset], names: Sequence[str]) -> Dataset:
             " drop what is not needed."
         ) from error
     merged = datasets.Features.from_arrow_schema(schema)
-    features = [datasets.Features({name: merged[name] for name in part.features}) for part in parts]
-    return datasets.concatenate_datasets(
-        [part.cast(own) for part, own in zip(parts, features, strict=True)]
-    )
+    aligned = []
+    for part in parts:
+        features = datasets.Features({name: merged[name] for name in part.features})
+        aligned.append(part if part.features == features else part.cast(features))
+    return datasets.concatenate_datasets(aligned)
 
 
 def _unify(schemas: Sequence[Schema]) -> Schema:
