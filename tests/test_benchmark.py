@@ -25,11 +25,11 @@ from coral_hf.measure import (
 from coral_hf.measure.benchmark import (
     Measured,
     Mismatch,
-    as_batch,
     benchmark_report,
     first_difference,
     top2_gap,
 )
+from coral_hf.measure.prompts import as_batch
 from coral_hf.measure.report import describe_environment
 from coral_hf.measure.summary import accepted_depths, summarise_tasks, tau_per_item, tau_per_token
 from coral_hf.target import read_target

@@ -1,24 +1,24 @@
 """A search for the tree that pays best on this machine, over short calls in a given time.
 
 In: a drafter, its target and prompts. Out: a Tuning. One setting is changed at a time, each tree is
-compared with plain decoding of the same prompt just before or after it, and what was measured on
+compared with plain decoding of the same prompt just before it, and what was measured on
 the way gives the costs by which sampling decides how much to draft.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations, cycle
 from statistics import median
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..decoding.settings import TREE_DEFAULTS
 from ..target import tree_obstacle
-from .calls import Bench, Call, sampling_arguments
+from .calls import Bench, sampling_arguments
+from .prompts import as_batch
 
 CANDIDATES = {
     "tree_nodes": (8, 16, 32, 60, 100),
@@ -28,6 +28,7 @@ CANDIDATES = {
 NEW_TOKENS = 32  # of a call
 WARMUP_TOKENS = 8
 FINALISTS = 3  # trees that are measured again while there is time
+STAGES = ("draft", "verify", "other")  # of a round
 LEAST_COST = 1e-4  # plain passes, of a level or a node
 
 Tree = dict[str, int]
@@ -79,19 +80,24 @@ def autotune(
         ValueError: without prompts, for texts without a tokenizer, and for a prompt that is
             answered with a single token.
     """
-    ids = [_encode(prompt, tokenizer).to(target.device) for prompt in prompts]
-    if not ids:
+    if not prompts:
         raise ValueError("`prompts` is empty; give at least one.")
     base = target.get_base_model() if hasattr(target, "get_base_model") else target
     own = drafter.generation_config
     tree = {name: getattr(own, name, value) for name, value in TREE_DEFAULTS.items()}
     if tree_obstacle(base) is not None:  # a chain has a depth and nothing else
         tree = {"tree_depth": tree["tree_depth"]}
-    tuning = Search(drafter, target, ids, max_seconds).run(tree)
-    for name, value in tuning.tree.items():
-        setattr(own, name, value)
-    own.draft_costs = tuning.costs
-    return tuning
+    ids = cycle(_encode(prompt, tokenizer).to(target.device) for prompt in prompts)
+    end = time.perf_counter() + max_seconds
+    compare(drafter, target, next(ids), tree, WARMUP_TOKENS)
+    trials: list[Trial] = []
+    for candidate in search(tree, trials):
+        trials.append(compare(drafter, target, next(ids), candidate))
+        if time.perf_counter() > end:
+            break
+    best = ranking(trials)[0]
+    own.update(**best, draft_costs=fit_costs(trials))
+    return Tuning(best, own.draft_costs, speedup(best, trials))
 
 
 def _encode(prompt: Tensor | str, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
@@ -103,93 +109,67 @@ def _encode(prompt: Tensor | str, tokenizer: PreTrainedTokenizerBase | None) -> 
     return tokenizer(prompt, return_tensors="pt").input_ids
 
 
-class Search:
-    """Measures trees beside plain decoding, prompt after prompt, until the time is up."""
+def search(start: Tree, trials: Sequence[Trial]) -> Iterator[Tree]:
+    """The trees to measure: one setting changed at a time, then the best few again and again.
 
-    def __init__(
-        self,
-        drafter: PreTrainedModel,
-        target: PreTrainedModel,
-        prompts: Sequence[Tensor],
-        max_seconds: float,
-    ):
-        """Start the clock; `prompts` are (1, length) each."""
-        self.trials: list[Trial] = []
-        self._drafter, self._target = drafter, target
-        self._prompts = cycle(prompts)
-        self._end = time.perf_counter() + max_seconds
+    Args:
+        start: a tree; only the settings that it has are searched.
+        trials: what was measured so far, to which the caller adds after each tree.
+    """
+    candidates = {name: values for name, values in CANDIDATES.items() if name in start}
+    with logging.tqdm(total=1 + sum(map(len, candidates.values())), desc="autotune") as bar:
+        yield start
+        bar.update()
+        for name, values in candidates.items():
+            best = ranking(trials)[0]
+            for value in values:
+                if value != best[name]:
+                    yield best | {name: value}
+                    bar.update()
+    while True:
+        yield from ranking(trials)[:FINALISTS]
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the time is up."""
-        return time.perf_counter() > self._end
 
-    def run(self, start: Tree) -> Tuning:
-        """Search from a tree; only the settings that it has are searched."""
-        self._compare(start, WARMUP_TOKENS)
-        candidates = {name: values for name, values in CANDIDATES.items() if name in start}
-        best = start
-        with logging.tqdm(total=1 + sum(map(len, candidates.values())), desc="autotune") as bar:
-            self.measure(best)
-            bar.update()
-            for name, values in candidates.items():
-                for value in values:
-                    if value != best[name] and not self.is_over:
-                        self.measure(best | {name: value})
-                        bar.update()
-                best = self.ranking()[0]
-        while not self.is_over:
-            for again in self.ranking()[:FINALISTS]:
-                if not self.is_over:
-                    self.measure(again)
-        best = self.ranking()[0]
-        return Tuning(best, fit_costs(self.trials), self.speedup(best))
+def ranking(trials: Sequence[Trial]) -> list[Tree]:
+    """The trees that were measured, the fastest first."""
+    trees = [trial.tree for trial in trials]
+    distinct = [tree for index, tree in enumerate(trees) if tree not in trees[:index]]
+    return sorted(distinct, key=lambda tree: -speedup(tree, trials))
 
-    def ranking(self) -> list[Tree]:
-        """The trees that were measured, the fastest first."""
-        trees = [trial.tree for trial in self.trials]
-        distinct = [tree for index, tree in enumerate(trees) if tree not in trees[:index]]
-        return sorted(distinct, key=self.speedup, reverse=True)
 
-    def speedup(self, tree: Tree) -> float:
-        """The median speed-up of a tree over its calls."""
-        return median(trial.speedup for trial in self.trials if trial.tree == tree)
+def speedup(tree: Tree, trials: Sequence[Trial]) -> float:
+    """The median speed-up of a tree over its trials."""
+    return median(trial.speedup for trial in trials if trial.tree == tree)
 
-    def measure(self, tree: Tree) -> None:
-        """Measure a tree on the next prompt, beside plain decoding of it."""
-        plain, call = self._compare(tree, NEW_TOKENS)
-        if not call.num_rounds:
-            raise ValueError(
-                "One of `prompts` is answered with a single token; give prompts with longer"
-                " answers."
-            )
-        self.trials.append(
-            Trial(
-                tree,
-                plain=_round_seconds(plain) / plain.num_rounds,
-                seconds=_round_seconds(call),
-                draft=call.stage_seconds["draft"],
-                tokens=sum(call.round_lengths),
-                rounds=call.num_rounds,
-                levels=call.num_levels,
-                nodes=call.num_nodes,
-            )
+
+def compare(
+    drafter: PreTrainedModel,
+    target: PreTrainedModel,
+    ids: Tensor,
+    tree: Tree,
+    num_tokens: int = NEW_TOKENS,
+) -> Trial:
+    """Measure a tree beside plain decoding of a prompt (1, length); our loop counts both."""
+    common = sampling_arguments(0.0, num_tokens) | {"assistant_model": drafter}
+    plain, drafted = {"speculation": "never"}, {"speculation": "always", **tree}
+    bench = Bench(target, {"plain": common | plain, "tree": common | drafted})
+    calls = bench.compare(as_batch(ids))
+    alone, call = (next(c for c in calls if c.method == method) for method in bench.methods)
+    if not call.num_rounds:
+        raise ValueError(
+            "One of `prompts` is answered with a single token; give prompts with longer answers."
         )
-
-    def _compare(self, tree: Tree, num_tokens: int) -> tuple[Call, Call]:
-        """The calls of plain decoding and of a tree; in both our loop counts its seconds."""
-        common = sampling_arguments(0.0, num_tokens) | {"assistant_model": self._drafter}
-        plain, drafted = {"speculation": "never"}, {"speculation": "always", **tree}
-        bench = Bench(self._target, {"plain": common | plain, "tree": common | drafted})
-        ids = next(self._prompts)  # (1, length)
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        calls = {call.method: call for call in bench.compare(batch, item=len(self.trials))}
-        return calls["plain"], calls["tree"]
-
-
-def _round_seconds(call: Call) -> float:
-    """The seconds of a call's rounds alone, as the loop counted them."""
-    return sum(call.stage_seconds[stage] for stage in ("draft", "verify", "other"))
+    seconds, own = (sum(c.stage_seconds[stage] for stage in STAGES) for c in (alone, call))
+    return Trial(
+        tree,
+        plain=seconds / alone.num_rounds,
+        seconds=own,
+        draft=call.stage_seconds["draft"],
+        tokens=sum(call.round_lengths),
+        rounds=call.num_rounds,
+        levels=call.num_levels,
+        nodes=call.num_nodes,
+    )
 
 
 def fit_costs(trials: Sequence[Trial]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from ..decoding.settings import DECODING_KEYWORDS
 from ..target import max_positions, text_config
 from .calls import Arguments, Bench, Call, sampling_arguments
 from .plots import acceptance_figure, speedup_figure
-from .prompts import Prompt, encode
+from .prompts import Prompt, as_batch, encode
 from .report import Environment, Report, describe_environment, tabulate
 from .settings import BenchmarkSettings
 from .summary import accepted_depths, summarise_tasks
@@ -210,11 +210,6 @@ def measure_prompts(
                 break
         logger.info("%d of %d prompts: %s %s", number, len(fitting), start.task, start.id)
     return measured
-
-
-def as_batch(ids: Tensor) -> dict[str, Tensor]:
-    """The arguments of `generate` for a prompt (1, length)."""
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def mismatches_of(

@@ -212,7 +212,7 @@ def call_generate(target: PreTrainedModel, batch: Batch, arguments: Arguments) -
 
 
 def rounds_of_stats(stats: DecodingStats) -> dict[str, Any]:
-    """The fields of a Call that our loop tells."""
+    """The fields of a Call that our loop counts."""
     counts = ("round_lengths", "num_rounds", "num_levels", "num_nodes")
     stages = ("prefill", "draft", "verify", "other")
     found = vars(stats)

@@ -2,13 +2,13 @@
 
 In: a target. Out: a new one whose appended decoder layers add nothing, because the matrices that
 write into the residual stream are zero. The original layers are shared, the appended ones own their
-weights: reading them is what makes a deep target dear.
+weights: reading them is what makes a deep target expensive.
 """
 
 from copy import deepcopy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 # what writes attention and MLP into the residual stream, in Llama and its descendants
@@ -27,7 +27,9 @@ def pad_target(target: PreTrainedModel, num_layers: int) -> PreTrainedModel:
         raise ValueError(
             f"`num_layers` is {num_layers}, but the target has {num_own}; give that many or more."
         )
-    padded = copy_sharing_weights(target)
+    # its modules and config are its own, its tensors those of the target
+    tensors = [*target.parameters(), *target.buffers()]
+    padded = deepcopy(target, {id(tensor): tensor for tensor in tensors})
     extend_config(padded.config.get_text_config(), num_layers)
     layers = decoder_layers(padded)
     for index in range(num_own, num_layers):
@@ -51,12 +53,6 @@ def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
     """The decoder's list of layers; an empty one where a family keeps them elsewhere."""
     layers = dict(target.get_decoder().named_children()).get("layers")
     return layers if isinstance(layers, nn.ModuleList) else nn.ModuleList()
-
-
-def copy_sharing_weights(target: PreTrainedModel) -> PreTrainedModel:
-    """A second model, its modules and config its own, its tensors those of the first."""
-    tensors = [*target.parameters(), *target.buffers()]
-    return deepcopy(target, {id(tensor): tensor for tensor in tensors})
 
 
 def extend_config(config: PreTrainedConfig, num_layers: int) -> None:
@@ -92,10 +88,11 @@ def writing_parameters(layer: nn.Module) -> list[nn.Parameter]:
 @torch.no_grad()
 def check_same_function(target: PreTrainedModel, padded: PreTrainedModel) -> None:
     """Raise where the padding shows: a family that writes elsewhere, or rescales its layers."""
-    ids = (
-        torch.arange(1, 9, device=target.device)[None] % target.config.get_text_config().vocab_size
-    )
-    expected, found = last_logits(target, ids), last_logits(padded, ids)
+    vocab = target.config.get_text_config().vocab_size
+    ids = torch.arange(1, 9, device=target.device)[None] % vocab  # (1, 8)
+    expected, found = (
+        model(input_ids=ids, use_cache=False).logits[:, -1].float() for model in (target, padded)
+    )  # (1, vocab)
     difference = (expected - found).abs().max().item()
     if not difference <= 1e-6 * max(1.0, expected.abs().max().item()):
         raise ValueError(
@@ -103,8 +100,3 @@ def check_same_function(target: PreTrainedModel, padded: PreTrainedModel) -> Non
             f"write into the residual stream by more than {' and '.join(WRITERS)}; "
             "choose a target built like Llama."
         )
-
-
-def last_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """(1, length) ids to (1, vocab) logits after the last."""
-    return model(input_ids=ids, use_cache=False).logits[:, -1].float()

@@ -165,6 +165,11 @@ def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return torch.cat([torch.tensor([[bos]]), ids], dim=1)
 
 
+def as_batch(ids: Tensor) -> dict[str, Tensor]:
+    """The arguments of `generate` for one prompt (1, length), both (1, length)."""
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 def left_padded(
     prompts: Sequence[Sequence[int] | Tensor],
     pad_token: int,
