@@ -1,8 +1,7 @@
-"""Adapters of PEFT on a drafter: what is trained instead of its own weights.
+"""PEFT adapters of a drafter, trained instead of its own weights.
 
 In: a drafter, or a `PeftModel` around one, and perhaps a PEFT config. Out: the model that the
-trainer trains; later the drafter with its adapter merged. Paper of the usual adapter: LoRA (Hu et
-al. 2021).
+trainer trains. The usual adapter is LoRA (Hu et al. 2021).
 """
 
 import copy
@@ -22,7 +21,7 @@ DRAFTER_LAYERS = r"fc|layers\.\d+\..+_proj"
 
 
 def lora(rank: int, alpha: int | None = None, targets: list[str] | None = None) -> LoraConfig:
-    """A LoRA for a drafter; `alpha` is twice the rank by default, `targets` all but heads."""
+    """Make the config of a LoRA; `alpha` is twice the rank by default, `targets` all but heads."""
     if rank < 1:
         raise ValueError(f"`rank` of a LoRA is {rank}; use at least 1.")
     alpha = 2 * rank if alpha is None else alpha
@@ -77,14 +76,7 @@ def _wrapped(model: CoralDrafter | PeftModel, config: PeftConfig) -> PeftModel:
             "The drafter was not loaded from a folder, so that a saved adapter cannot name it; save"
             " the drafter too, or trainer.model.merge_and_unload()."
         )
-    try:
-        adapted = get_peft_model(model, config)
-    except ValueError as error:
-        raise ValueError(
-            f"PEFT cannot put `peft_config` on the drafter: {error} Its layers are"
-            f" {_linear_names(model)}; without `target_modules` all of them are adapted."
-        ) from error
-    return _frozen_but_for_adapter(adapted)
+    return _frozen_but_for_adapter(get_peft_model(model, config))
 
 
 def _check_kind(config: PeftConfig) -> None:
@@ -110,16 +102,10 @@ def _frozen_but_for_adapter(model: PeftModel) -> PeftModel:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "The adapter trains nothing of the drafter: load one with"
-            " PeftModel.from_pretrained(..., is_trainable=True); a new one needs `target_modules`"
-            f" among {_linear_names(model.get_base_model())}."
+            " PeftModel.from_pretrained(..., is_trainable=True); `target_modules` of a new one must"
+            " name layers of the drafter, such as fc and q_proj."
         )
     return model
-
-
-def _linear_names(drafter: CoralDrafter) -> list[str]:
-    """The last part of the names of the layers to adapt, in order."""
-    layers = (name for name, _ in drafter.layers[0].named_modules() if name.endswith("_proj"))
-    return ["fc", *(name.split(".")[-1] for name in layers)]
 
 
 def check_target_adapter(target: PreTrainedModel) -> None:

@@ -94,7 +94,7 @@ def save(drafter: CoralDrafter, tokenizer: PreTrainedTokenizerBase, folder: str 
             (folder / name).unlink()
     except Exception as error:  # a full disk raises errors of tokenizers and safetensors too
         remedy = "What was there is whole; make room, then save again (coral-hf train: --resume)."
-        raise write_error("The drafter", folder, error, remedy) from error
+        raise write_error("The drafter", folder, repr(error), remedy) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -3,8 +3,10 @@
 In: conversations, rows of tokens, or a feature cache. Out: rows that the collator takes.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..target import Target, text_config
@@ -27,12 +29,21 @@ def training_rows(
     """
     vocab_size = text_config(target.model).vocab_size
     if isinstance(dataset, CachedFeatures):
-        _check_cache(dataset, args, packing)
+        if packing and not dataset.is_packed:
+            raise ValueError(
+                f"`packing` is True, but each row of the cache in {dataset.folder} is one document;"
+                " write the cache with packing, or pass packing=False."
+            )
+        _check_lengths(dataset.lengths, args.max_length, f"the cache in {dataset.folder}")
         dataset.check_target(target.model)
         return dataset
     if tokenizer is None:
         check_rows(dataset, vocab_size)
-        _check_lengths(dataset, args.max_length)
+        # nobody cuts rows of tokens; a stream is not read
+        if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
+            batches = dataset.with_format(None).select_columns("input_ids").iter(batch_size=1000)
+            lengths = (len(ids) for batch in batches for ids in batch["input_ids"])
+            _check_lengths(lengths, args.max_length, "`dataset`")
     elif not hasattr(dataset, "map"):
         raise ValueError(
             f"`dataset` is a {type(dataset).__name__}; give a `datasets.Dataset`, such as"
@@ -51,31 +62,10 @@ def lengths_only(dataset: Any) -> Any:
     return dataset
 
 
-def _check_lengths(dataset: Any, max_length: int) -> None:
-    """Refuse rows of tokens, which nobody cuts, beyond the limit; streams are not read."""
-    import datasets
-
-    if not isinstance(dataset, datasets.Dataset) or "input_ids" not in dataset.column_names:
-        return
-    batches = dataset.with_format(None).select_columns("input_ids").iter(batch_size=1000)
-    longest = max(len(ids) for batch in batches for ids in batch["input_ids"])
+def _check_lengths(lengths: Iterable[int], max_length: int, name: str) -> None:
+    longest = max(lengths)
     if longest > max_length:
         raise ValueError(
-            f"`max_length` is {max_length}, but a row of `dataset` has {longest} tokens; cut the"
-            f" rows, pass max_length={longest}, or the tokenizer, with which rows are cut."
-        )
-
-
-def _check_cache(dataset: CachedFeatures, args: CoralTrainingArguments, packing: bool) -> None:
-    if packing and not dataset.is_packed:
-        raise ValueError(
-            f"`packing` is True, but each row of the cache in {dataset.folder} is one document;"
-            " write the cache with packing, or pass packing=False."
-        )
-    longest = max(dataset.lengths)
-    if longest > args.max_length:
-        raise ValueError(
-            f"`max_length` is {args.max_length}, but the cache in {dataset.folder} has rows of up"
-            f" to {longest} tokens; pass max_length={longest}, or write it with"
-            f" max_length {args.max_length}."
+            f"`max_length` is {max_length}, but a row of {name} has {longest} tokens; pass"
+            f" max_length={longest}, or shorter rows."
         )

@@ -160,7 +160,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
             num_processes = self.accelerator.num_processes
         trained = self.step.unroll(model, inputs, self.args.resolved.num_steps).trained()
         losses = self.step.losses(self.drafter, trained)
-        loss = sum(losses.terms.values()) * num_processes / num_items
+        loss = losses.total * num_processes / num_items
         if model.training:
             self.averages.add(losses.notes, len(trained.target))
             self.cost.tokens += len(trained.target)
@@ -176,8 +176,8 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
             if self._evaluation is not None:
                 self._evaluation.add(unrolled)
             trained = unrolled._replace(predicted=unrolled.predicted[:num_steps]).trained()
-            losses = self.step.losses(self.drafter, trained)
-            loss = sum(losses.terms.values()) / (inputs["labels"] != IGNORED).sum()
+            total = self.step.losses(self.drafter, trained).total
+            loss = total / (inputs["labels"] != IGNORED).sum()
         return (loss, None, None) if prediction_loss_only else (loss, (), inputs["labels"])
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):

@@ -78,7 +78,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
             rows = slice(start, start + chunk_size)
             with torch.no_grad():
                 target_buffer = _refill(target_buffer, logits_of(target[rows]))
-            goal = Goal.of(target_buffer[: len(target[rows])], weights)
+            goal = make_goal(target_buffer[: len(target[rows])], weights)
             for step in range(steps):
                 features = predicted[step, rows].detach().requires_grad_()
                 with torch.enable_grad():
@@ -109,13 +109,13 @@ class Goal(NamedTuple):
     top_probs: Tensor  # (rows, k)
     top_tokens: Tensor  # (rows, k)
 
-    @classmethod
-    def of(cls, logits: Tensor, weights: TokenWeights) -> "Goal":
-        """(rows, vocab) → the goal, whose probabilities take the place of the logits."""
-        first = logits.argmax(-1)
-        probs = torch.softmax(logits, -1, out=logits)
-        k = min(weights.k, logits.shape[-1]) if weights.top_k else 0
-        return cls(probs, first, *probs.topk(k, dim=-1))
+
+def make_goal(logits: Tensor, weights: TokenWeights) -> Goal:
+    """The target's side of logits (rows, vocab), which its probabilities overwrite."""
+    first = logits.argmax(-1)
+    probs = torch.softmax(logits, -1, out=logits)
+    k = min(weights.k, logits.shape[-1]) if weights.top_k else 0
+    return Goal(probs, first, *probs.topk(k, dim=-1))
 
 
 class Chunk(NamedTuple):

@@ -71,15 +71,15 @@ class AtomicCheckpoints(Trainer):
             if self.is_local_process_zero():
                 shutil.rmtree(Path(folder, INCOMPLETE), ignore_errors=True)
             self.accelerator.wait_for_everyone()
-            last = get_last_checkpoint(folder) if resume_from_checkpoint is True else None
+            last = resume_from_checkpoint
+            last = get_last_checkpoint(folder) if last is True else last
             # `Trainer` says what is wrong where there is none
-            resumed = Path(last or resume_from_checkpoint) if resume_from_checkpoint else None
-            self._resumed_from = resumed if resumed is not None and resumed.is_dir() else None
-            self._run = self._begin(bool(resume_from_checkpoint), trial)
+            self._resumed_from = Path(last) if last and Path(last).is_dir() else None
+            self._run = self._identify(bool(resume_from_checkpoint), trial)
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def _begin(self, is_resumed: bool, trial) -> Run:
-        """The run that begins or resumes; every process returns it, or raises."""
+    def _identify(self, is_resumed: bool, trial) -> Run:
+        """The run that begins or is resumed; every process returns it, or raises."""
         settings, folder = self.run_settings(), Path(self._get_output_dir(trial))
         run_id, refusal = uuid4().hex, None
         if self.is_world_process_zero():
@@ -115,7 +115,7 @@ class AtomicCheckpoints(Trainer):
         with self._failing_together(staged):
             self._stage(model, trial, staged, whole)
         with self._failing_together(staged):
-            if self.is_local_process_zero():
+            if self.is_local_process_zero() and staged.exists():  # else another node was faster
                 _publish(staged, whole)
         if self.args.should_save and self.args.save_total_limit:
             self._drop_old(folder, self.args.save_total_limit)
@@ -148,7 +148,7 @@ class AtomicCheckpoints(Trainer):
             yield
         except Exception as caught:  # a full disk raises errors of torch and safetensors too
             error = caught
-        reasons = [reason for reason in gather_object([error and _reason(error)]) if reason]
+        reasons = [reason for reason in gather_object([error and repr(error)]) if reason]
         if not reasons:
             return
         if self.is_local_process_zero():
@@ -230,8 +230,6 @@ def sole_run(folder: str | Path, is_main: bool) -> Iterator[None]:
 
 def _publish(staged: Path, whole: Path) -> None:
     """Let a checkpoint appear under its name, once the disk has all of it."""
-    if not staged.exists():  # on a shared disk, another node was faster
-        return
     for path in [*staged.rglob("*"), staged]:
         flush(path)
     if whole.exists():  # of this run, which was resumed from before that point
@@ -250,15 +248,10 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_error(what: str, folder: Path, error: Exception | str, remedy: str) -> OSError:
+def write_error(what: str, folder: Path, reason: str, remedy: str) -> OSError:
     """The error for what could not be written into a folder."""
-    reason = _reason(error) if isinstance(error, Exception) else error
     free = shutil.disk_usage(folder).free / 2**20
     return OSError(
         f"{what} could not be written to {folder} ({reason}). {free:.0f} MiB are free there."
         f" {remedy}"
     )
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

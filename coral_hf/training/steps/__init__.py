@@ -5,6 +5,7 @@ In: a drafter's `model_type`. Out: the step that the trainer runs. A family join
 """
 
 from collections.abc import Callable
+from functools import reduce
 from typing import NamedTuple, Protocol
 
 import torch
@@ -62,6 +63,11 @@ class Losses(NamedTuple):
 
     terms: dict[str, Tensor]
     notes: dict[str, Tensor]
+
+    @property
+    def total(self) -> Tensor:
+        """The loss that is minimised, ()."""
+        return reduce(torch.add, self.terms.values())
 
     def __add__(self, other: "Losses") -> "Losses":  # type: ignore[override]
         return Losses({**self.terms, **other.terms}, {**self.notes, **other.notes})
