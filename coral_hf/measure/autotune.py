@@ -96,8 +96,10 @@ def autotune(
         if time.perf_counter() > end:
             break
     best = ranking(trials)[0]
-    own.update(**best, draft_costs=fit_costs(trials))
-    return Tuning(best, own.draft_costs, speedup(best, trials))
+    costs = fit_costs(trials)
+    for name, value in {**best, "draft_costs": costs}.items():
+        setattr(own, name, value)
+    return Tuning(best, costs, speedup(best, trials))
 
 
 def _encode(prompt: Tensor | str, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
