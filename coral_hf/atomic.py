@@ -13,6 +13,7 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from glob import escape
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
@@ -23,8 +24,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# how the names begin of what is being written, and of what is being replaced
-PARTIAL, REPLACED = ".partial-", ".replaced-"
+# how the names begin of what is being written, of what is being replaced, and of locks
+PARTIAL, REPLACED, WRITER = ".partial-", ".replaced-", "_writer"
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -108,8 +109,10 @@ def _replace_files(folder: Path, new: Path, last: str | None) -> None:
 
 
 def _move_files(source: Path, to: Path, first: str | None = None, last: str | None = None) -> None:
+    """Move the files of a folder but for its lock, which may be held."""
     for path in sorted(source.iterdir(), key=lambda path: (path.name != first, path.name == last)):
-        shutil.move(path, to / path.name)
+        if not path.name.startswith(WRITER):
+            shutil.move(path, to / path.name)
 
 
 def _partial(path: Path, prefix: str = PARTIAL) -> Path:
@@ -127,7 +130,7 @@ class SoleWriter:
 
     def __init__(self, folder: str | Path, file: str = ""):
         self._folder, self._file = Path(folder), file
-        name = f"_writer.{file}" if file else "_writer"
+        name = f"{WRITER}.{file}" if file else WRITER
         self._holder = self._folder / f"{name}.json"
         self._lock = FileLock(self._folder / f"{name}.lock", timeout=0)
 
@@ -144,7 +147,7 @@ class SoleWriter:
                 f"{self._folder / self._file} is in use: {self._describe_holder()}. Wait for it,"
                 " stop it, or choose another output."
             )
-        for partial in self._folder.glob(f"{PARTIAL}*-{self._file}*"):
+        for partial in self._folder.glob(f"{PARTIAL}*-{escape(self._file)}*"):
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         since = datetime.now().isoformat(" ", "seconds")
         holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since}

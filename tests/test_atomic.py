@@ -101,6 +101,8 @@ def test_a_kill_leaves_the_old_file_and_its_remains_go_with_the_next_writer(tmp_
         assert [*tmp_path.glob(".partial*")]  # of another file, which somebody may be writing
     with sole_writer(tmp_path, "a.txt"):
         assert not [*tmp_path.glob(".partial*")]
+    with sole_writer(tmp_path, "[a-z].txt"):  # a name, not a pattern
+        pass
 
 
 # Folders
@@ -121,6 +123,15 @@ def test_a_folder_appears_whole_and_is_replaced(tmp_path):
             filled(partial, text)
         assert content(tmp_path / "x" / "run") == dict.fromkeys(("a", "b", "z-config"), text)
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["run"]
+
+
+def test_the_lock_of_a_folder_outlives_the_replacement_of_its_files(tmp_path):
+    with sole_writer(tmp_path / "run"):
+        with new_folder(tmp_path / "run") as partial:
+            filled(partial, "new")
+        with pytest.raises(ValueError, match="run is in use"), sole_writer(tmp_path / "run"):
+            pass
+    assert {"a", "b", "z-config"} < content(tmp_path / "run").keys()
 
 
 def test_a_folder_that_cannot_be_filled_or_moved_stays_as_it_was(tmp_path, monkeypatch):

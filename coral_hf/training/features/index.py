@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...atomic import PARTIAL, JsonLines
+from ...atomic import PARTIAL, WRITER, JsonLines
 from ...identity import file_digest
 
 INDEX, SHARDS = "features.json", "features.jsonl"
@@ -139,7 +139,7 @@ def delete_features(folder: str | Path) -> int:
     if not (folder / INDEX).is_file():
         raise _no_cache(folder)
     # the index last, so that an interrupted deletion can be run again
-    kinds = ("features-*.safetensors", f"{PARTIAL}*-features*", "_writer.*", SHARDS, INDEX)
+    kinds = ("features-*.safetensors", f"{PARTIAL}*-features*", f"{WRITER}.*", SHARDS, INDEX)
     files = [path for kind in kinds for path in folder.glob(kind)]
     size = sum(path.stat().st_size for path in files)
     for path in files:
