@@ -33,7 +33,7 @@ ORDER = (
 UNFINISHED = {("measure", "__init__"), ("measure", "training"), ("training", "__init__")}
 APART = {("decoding", "drafters"), ("decoding", "training")}
 RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
-PURE = ["decoding/tree.py", "decoding/verification.py"]
+PURE = ["decoding/drafting.py", "decoding/acceptance_rules.py", "drafters/tree_builders.py"]
 PURE += [f"training/losses/{name}.py" for name in ("losses", "token_loss", "csra")]
 PURE += ["training/steps/attention.py"]
 # imported when they are needed: each costs seconds, or is not installed everywhere
@@ -51,13 +51,13 @@ SEAMS = {
 
 
 def part_of(module: str) -> str:
-    """`coral_hf.decoding.tree` → `decoding`; names of the package itself are `__init__`'s."""
+    """`coral_hf.decoding.loop` → `decoding`; names of the package itself are `__init__`'s."""
     part = module.split(".")[1:2]
     return part[0] if part and part[0] in RANKS else "__init__"
 
 
 def module_of(name: str) -> str:
-    """`decoding/tree.py` → `coral_hf.decoding.tree`; a folder's `__init__` is the folder."""
+    """`decoding/loop.py` → `coral_hf.decoding.loop`; a folder's `__init__` is the folder."""
     module = f"coral_hf.{name.removesuffix('.py').replace('/', '.')}"
     return module.removesuffix(".__init__")
 
@@ -119,7 +119,7 @@ def test_the_root_has_few_files_and_no_folder_many():
 
 @pytest.mark.parametrize("name", PURE)
 def test_the_pure_core_knows_torch_only(name):
-    roots = {module.split(".")[0] for module in imports(name) - {"coral_hf.decoding.tree"}}
+    roots = {module.split(".")[0] for module in imports(name) - {"coral_hf.decoding.drafting"}}
     assert roots <= {"torch"} | sys.stdlib_module_names
 
 

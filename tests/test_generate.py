@@ -126,7 +126,7 @@ class TheTargetItself:
         return None
 
     def propose(self, shape, warp=None):
-        from coral_hf.decoding.tree import DraftTree
+        from coral_hf.decoding.drafting import DraftTree
 
         length = min(shape.depth, self.text.shape[1] - self.known) + 1
         ids = torch.arange(length)[None]

@@ -20,19 +20,17 @@ from transformers import (
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from coral_hf import CoralDrafter
-from coral_hf.decoding import verification
 from coral_hf.decoding import verifier as verifier_module
-from coral_hf.decoding.drawn_tree import DrawnTreeBuilder
-from coral_hf.decoding.loop import DecodingLoop
-from coral_hf.decoding.pace import Always
-from coral_hf.decoding.records import Records
+from coral_hf.decoding.acceptance_rules import Chance
+from coral_hf.decoding.draft_policy import AlwaysDraft
+from coral_hf.decoding.drafting import TreeShape
+from coral_hf.decoding.loop import DecodingLoop, Plan
+from coral_hf.decoding.sequences import Sequences
 from coral_hf.decoding.settings import Rule
-from coral_hf.decoding.target_runner import TargetRunner
-from coral_hf.decoding.texts import Texts
-from coral_hf.decoding.tree import TreeShape
-from coral_hf.decoding.verification import token_choice
-from coral_hf.decoding.verifier import Verifier, Walk
+from coral_hf.decoding.target_runner import OutputCollector, TargetRunner
+from coral_hf.decoding.verifier import Step, Verdict, Verifier, siblings_at, token_step
 from coral_hf.drafters.coral.drafting import CoralDrafting
+from coral_hf.drafters.tree_builders import SampledTreeBuilder
 from coral_hf.target import read_target
 
 TREE = {"tree_depth": 4, "tree_top_k": 6, "tree_nodes": 24}
@@ -67,46 +65,66 @@ def test_greedy_tokens_equal_a_trained_target_alone(name):
 class Branch(Verifier):
     """The verifier along one branch of all that chance may do, and how likely that branch is."""
 
-    def follow(self, text, rule=token_choice):
-        self.text, self.rule, self.chance = text, rule, 1.0
+    def follow(self, text, rule):
+        self.text, self.rule_of_step, self.likelihood = text, rule, 1.0
         return self
 
-    def _source(self, tree, scores):
-        branch = self
-
-        class WalkOfBranch(Walk):
-            def next_tokens(self, going):
-                # float64 all the way, where `generate` itself goes on in fp32
-                node = self.nodes[0]
-                probs = scores.logits[0, node].double().softmax(-1)
-                token = branch.text[branch._texts.longest - PROMPT.shape[1]]
-                children = [self._tokens[0][child] for child in self._children[0][node]]
-                branch.chance *= chance_of(token, children, probs, branch.rule)
-                return [token]
-
-        return WalkOfBranch(tree, scores, "token", self._texts, self._records)
+    def verdict(self, tree, logits):
+        # float64 all the way, where `generate` itself goes on in fp32
+        start, path = self.sequences.longest - PROMPT.shape[1], [0]
+        for token in self.text[start:]:
+            probs = logits[:, path[-1]].double().softmax(-1)
+            siblings = siblings_at(tree, torch.tensor([path[-1]]))
+            self.likelihood *= chance_of(token, siblings, probs, self.rule_of_step)
+            child = int(siblings.with_token(torch.tensor([token])))
+            if child == 0 or start + len(path) == LENGTH:
+                break
+            path.append(child)
+        return Verdict(torch.tensor([path]), torch.tensor([len(path)]), torch.tensor([token]))
 
 
-def chance_of(token: int, children: list[int], probs: torch.Tensor, rule) -> float:
-    """How likely the rule is to give `token`, as a child after the others failed or at last."""
-    asked = []
-    residual = rule(probs, children, lambda chance: bool(asked.append(chance))).probs
-    rejected = 1.0
-    chance = 0.0
-    for child, accepted in zip(children, asked, strict=True):
-        if child == token:
-            chance += rejected * accepted
-        rejected *= 1 - accepted
-    return chance + rejected * float(residual[token])
+class Script(Chance):
+    """Answers as was laid down, then the first way; `others` turn off from this one."""
+
+    def __init__(self, answers):
+        self.answers, self.asked, self.weight, self.others = answers, 0, 1.0, []
+
+    def decide(self, weights) -> int:
+        possible = [answer for answer, weight in enumerate(weights) if weight > 0]
+        if self.asked == len(self.answers):
+            self.others += [[*self.answers, answer] for answer in possible[1:]]
+            self.answers = [*self.answers, possible[0]]
+        self.asked += 1
+        answer = self.answers[self.asked - 1]
+        self.weight *= weights[answer]
+        return answer
+
+    def accept(self, chances):
+        chance = float(chances[0])
+        return torch.tensor([self.decide([1 - chance, chance]) == 1])
+
+    def draw(self, probs):
+        return torch.tensor([self.decide(probs[0].tolist())])
 
 
-def without_residual(target_probs, child_tokens, accept, draft_probs=None):
-    """The rule with its residual step left out: what is drawn at last is drawn from p itself."""
-    choice = token_choice(target_probs, child_tokens, accept, draft_probs)
-    return choice._replace(probs=target_probs)
+def chance_of(token, siblings, probs, rule) -> float:
+    """How likely the rule is to give `token`, summed over every draw that it may make."""
+    scripts, likely = [[]], 0.0
+    while scripts:
+        script = Script(scripts.pop())
+        step = rule(siblings, probs, script)
+        likely += script.weight * (int(step.token) == token)
+        scripts += script.others
+    return likely
 
 
-def chances_of_all_texts(target, drafter, shape, rule=token_choice) -> torch.Tensor:
+def without_residual(siblings, target_probs, chance):
+    """A mistake: what comes after the accepted nodes is drawn from p, whatever was rejected."""
+    step = token_step(siblings, target_probs, chance)
+    return Step(torch.where(step.child > 0, step.token, chance.draw(target_probs)), step.child)
+
+
+def chances_of_all_texts(target, drafter, shape, rule=token_step) -> torch.Tensor:
     """The chance of each text of `LENGTH` tokens, through drafter, tree, target pass and commit."""
     chances = []
     for text in itertools.product(range(VOCAB), repeat=LENGTH):
@@ -115,20 +133,19 @@ def chances_of_all_texts(target, drafter, shape, rule=token_choice) -> torch.Ten
         criteria = StoppingCriteriaList([MaxLengthCriteria(end)])
         # a round may look at tokens beyond the text, which no chance depends on
         config = GenerationConfig(do_sample=True)
-        texts, records = Texts(PROMPT, LogitsProcessorList(), criteria), Records(config, 1)
+        sequences = Sequences(PROMPT, LogitsProcessorList(), criteria)
+        collector = OutputCollector(config, 1)
         loop = DecodingLoop(
             CoralDrafting(drafter, bound),
             TargetRunner(bound, takes_tree=True, layers=(-1,)),
-            texts,
-            records,
-            config,
-            Always(shape),
-            Rule("token", is_drawn=False),
-            end,
+            sequences,
+            collector,
+            AlwaysDraft(shape),
+            Plan(Rule("token", is_drawn=False), end),
         )
-        branch = loop.verifier = Branch(texts, records, "token").follow(text, rule)
+        branch = loop.verifier = Branch(sequences, collector, "token").follow(text, rule)
         loop.run({"use_cache": True})
-        chances.append(branch.chance)
+        chances.append(branch.likelihood)
     return torch.tensor(chances, dtype=torch.float64)
 
 
@@ -267,7 +284,7 @@ def test_fifty_thousand_samples_fit_the_target(pair, seed):
 @pytest.mark.slow
 @torch.no_grad()
 def test_fifty_thousand_samples_without_the_residual_step_do_not_fit(pair, monkeypatch):
-    monkeypatch.setattr(verifier_module, "token_choice", without_residual)
+    monkeypatch.setattr(verifier_module, "token_step", without_residual)
     counts = sample_texts(*pair, SEEDS[0], count=50_000)
     assert p_value(counts, own_chances(pair[0])) < 1e-6
 
@@ -297,13 +314,13 @@ def test_samples_of_every_rule_fit_the_target(pair, rule):
 
 @torch.no_grad()
 def test_a_tree_that_was_drawn_from_another_distribution_does_not_fit(pair, monkeypatch):
-    drawn = DrawnTreeBuilder.build
+    drawn = SampledTreeBuilder.build
 
     def forged(self):
         tree = drawn(self)
         return tree._replace(draft_probs=tree.draft_probs.sqrt())
 
-    monkeypatch.setattr(DrawnTreeBuilder, "build", forged)
+    monkeypatch.setattr(SampledTreeBuilder, "build", forged)
     counts = sample_texts(*pair, seed=0, count=20_000, batch=500, drawn_tree=True)
     assert p_value(counts, own_chances(pair[0])) < 1e-6
 
@@ -318,7 +335,3 @@ def test_batches_with_processors_and_every_head_fit_the_target(pair, rule, head)
     chances = own_chances(target, processors())
     print(f"{rule}, {head}: p = {p_value(counts, chances):.3f}")
     assert p_value(counts, chances) > 0.01 / len(RULES) / len(HEADS)
-
-
-def test_the_loop_draws_by_the_tested_rule():
-    assert verifier_module.token_choice is verification.token_choice

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 import coral_hf
-from coral_hf.decoding import DraftTree, TreeBuilder, root_only
+from coral_hf.decoding import DraftTree, root_only
+from coral_hf.drafters.tree_builders import TreeBuilder
 
 
 class ToyConfig(PreTrainedConfig):

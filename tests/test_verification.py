@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from coral_hf.decoding.verification import greedy_walk, token_choice, token_walk
+from coral_hf.decoding.acceptance_rules import greedy_walk, token_choice, token_walk
+from coral_hf.decoding.drafting import DraftTree
+from coral_hf.decoding.verifier import verify_greedy
 
 WORDS = ["The", "cat", "sat", "on", "down", "the", "a", "mat", "sofa", "."]
 NODES = ["sat", "on", "down", "the", "a", "on", "mat", "sofa"]
@@ -58,6 +60,8 @@ def test_greedy_takes_the_path_of_the_targets_argmaxes():
     path = greedy_walk(tokens, PARENTS, best)
     assert path == [0, 1, 3, 7]
     assert [WORDS[best[node]] for node in path] == GREEDY
+    logits = torch.stack([target_probs(node) for node in range(8)])[None]
+    assert greedy_path([tokens], [PARENTS], logits) == [path]
 
 
 def test_the_first_child_is_accepted_with_its_probability_the_next_with_what_is_left():
@@ -103,6 +107,42 @@ def test_the_running_example_emits_nearly_two_and_a_half_tokens_a_pass():
 # ---- the greedy walk
 
 
+def greedy_path(tokens, parents, logits) -> list[list[int]]:
+    """The path of each row by the tensor rule, whose tokens are held to the target's choices."""
+    tree = make_tree(tokens, parents)
+    verdict, best = verify_greedy(tree, logits), logits.argmax(-1)
+    paths = [path[:n] for path, n in zip(verdict.path.tolist(), verdict.lengths, strict=True)]
+    for row, path in enumerate(paths):
+        assert verdict.tokens(tree)[row, : len(path)].equal(best[row, path])
+    return paths
+
+
+def make_tree(tokens: list[list[int]], parents: list[list[int]]) -> DraftTree:
+    depths = torch.zeros(len(tokens), len(tokens[0]), dtype=torch.long)
+    for row, family in enumerate(parents):
+        for node, parent in enumerate(family[1:], start=1):
+            depths[row, node] = depths[row, max(parent, 0)] + 1
+    return DraftTree(torch.tensor(tokens), torch.tensor(parents), depths)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("are_distinct", [True, False])
+def test_the_tensor_rule_takes_the_paths_of_the_greedy_walk(seed, are_distinct):
+    generator, rows = torch.Generator().manual_seed(seed), []
+    nodes, vocab = 1 + 2 * seed, 4 if are_distinct else 2
+    for _ in range(5):
+        tokens, parents = random_tree(nodes, vocab, generator, are_distinct)
+        padding = torch.rand(nodes, generator=generator) < 0.2
+        for node in range(1, nodes):
+            if padding[node] or parents[node] < 0 or parents[parents[node]] < 0:
+                parents[node] = -1
+        rows.append((tokens, parents))
+    logits = torch.randn(5, nodes, vocab, generator=generator)
+    best = logits.argmax(-1).tolist()
+    expected = [greedy_walk(*row, own) for row, own in zip(rows, best, strict=True)]
+    assert greedy_path(*zip(*rows, strict=True), logits) == expected
+
+
 def test_the_target_never_accepts_draft_tokens():
     assert greedy_walk(running_example(), PARENTS, [WORDS.index("cat")] * 8) == [0]
 
@@ -132,13 +172,15 @@ def test_greedy_accepts_the_longest_path_that_agrees(seed):
     assert greedy_walk(tokens, parents, best) == max(agreeing, key=len)
 
 
-def random_tree(nodes: int, vocab: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
-    """Tokens and parents of a random tree whose siblings are distinct."""
+def random_tree(
+    nodes: int, vocab: int, generator: torch.Generator, are_distinct: bool = True
+) -> tuple[list[int], list[int]]:
+    """Tokens and parents of a random tree, whose siblings may be distinct."""
     tokens, parents, taken = [0], [0], {node: set() for node in range(nodes)}
     while len(tokens) < nodes:
         parent = int(torch.randint(0, len(tokens), (1,), generator=generator))
         token = int(torch.randint(0, vocab, (1,), generator=generator))
-        if token not in taken[parent]:
+        if token not in taken[parent] or not are_distinct:
             taken[parent].add(token)
             tokens.append(token)
             parents.append(parent)

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import coral_hf.decoding.verification as rules
-from coral_hf.decoding.verification import (
+import coral_hf.decoding.acceptance_rules as rules
+from coral_hf.decoding import verifier
+from coral_hf.decoding.acceptance_rules import (
+    Chance,
     Outcome,
     Remainder,
     block,
@@ -21,6 +23,8 @@ from coral_hf.decoding.verification import (
     token_walk,
     traversal,
 )
+from coral_hf.decoding.drafting import DraftTree
+from coral_hf.decoding.verifier import Step, token_step, verify_token
 
 Prefix = tuple[int, ...]
 Rule = Callable[..., Outcome]  # tokens, parents, target_probs, draft_probs, accept → Outcome
@@ -292,6 +296,83 @@ def error(found: Sum, case: Case) -> float:
     return float((found.texts - world(case).follows[()]).abs().max())
 
 
+# ---- the rule over tensors, which a call runs, as a rule over lists
+
+
+class Scripted(Chance):
+    """Asks a script for every draw of the rule over tensors, in a batch of one."""
+
+    def __init__(self, accept: rules.Accept):
+        self.script = accept
+        self.last: Tensor | None = None  # (vocab,), what the token after the path is drawn from
+
+    def accept(self, chances: Tensor) -> Tensor:
+        return torch.tensor([self.script(float(chances[0]))])
+
+    def draw(self, probs: Tensor) -> Tensor:
+        """The last token is left undrawn: the sum is over its whole distribution."""
+        self.last = probs[0]
+        return torch.zeros(1, dtype=torch.long)
+
+
+def tensor_tree(tokens: list[int], parents: list[int], draws: str, draft_probs=None) -> DraftTree:
+    depths = [0]
+    for parent in parents[1:]:
+        depths.append(depths[max(parent, 0)] + 1)
+    draft_probs = None if draft_probs is None else draft_probs[None]
+    rows = (torch.tensor([values]) for values in (tokens, parents, depths))
+    return DraftTree(*rows, draft_probs, draws)
+
+
+def tensor_walk(
+    tokens: list[int],
+    parents: list[int],
+    target_probs: Tensor,
+    draft_probs: Tensor | None,
+    accept: rules.Accept,
+    with_replacement: bool = False,
+) -> Outcome:
+    """`verify_token` as a rule over lists."""
+    if draft_probs is None:
+        return chosen_walk(tokens, parents, target_probs, accept)
+    draws = "independent" if with_replacement else "without_replacement"
+    tree, chance = tensor_tree(tokens, parents, draws, draft_probs), Scripted(accept)
+    verdict = verify_token(tree, lambda node: target_probs[node], chance)
+    path = verdict.path[0, : verdict.lengths[0]].tolist()
+    assert chance.last is not None
+    return Outcome(path, chance.last)
+
+
+def chosen_walk(
+    tokens: list[int], parents: list[int], target_probs: Tensor, accept: rules.Accept
+) -> Outcome:
+    """`verify_token` of chosen tokens: a token of the target's own is drawn at every node.
+
+    The script decides whether it is the first child's, else the second's, … as `token_choice` asks,
+    and what is left of the distribution is what the last token is drawn from.
+    """
+    tree, asked = tensor_tree(tokens, parents, "chosen"), []
+
+    class ChildByChild(Chance):
+        def draw(self, probs: Tensor) -> Tensor:
+            node, left = asked[-1], probs[0].clone()
+            for child in tree.children_of(torch.tensor([node]))[0].nonzero()[:, 0].tolist():
+                mass = float(left.sum())
+                if mass > 0 and accept(min(float(left[tokens[child]]) / mass, 1.0)):
+                    return torch.tensor([tokens[child]])
+                left[tokens[child]] = 0
+            self.left = left / left.sum() if left.sum() > 0 else probs[0]
+            return torch.tensor([-1])  # a token that no child has
+
+    def probs_of(node: Tensor) -> Tensor:
+        asked.append(int(node))
+        return target_probs[node]
+
+    chance = ChildByChild()
+    verdict = verify_token(tree, probs_of, chance)
+    return Outcome(verdict.path[0, : verdict.lengths[0]].tolist(), chance.left)
+
+
 SHAPES = {
     "chain of one": (0, 0),
     "chain of two": (0, 0, 1),
@@ -341,8 +422,9 @@ CHOSEN = [
     for name in SHAPES
     for kind in ("random", "zeros in the target")
 ]
+WALKS = (token_walk, tensor_walk, traversal)
 RULES_AND_CASES = [
-    *((rule, case) for rule in (token_walk, traversal) for case in CHAINS + BUSHES + CHOSEN),
+    *((rule, case) for rule in WALKS for case in CHAINS + BUSHES + CHOSEN),
     *((block, case) for case in CHAINS),
     *((block, case) for case in CHOSEN if case.name.startswith("chain")),
 ]
@@ -394,11 +476,91 @@ def test_a_path_rule_that_forgets_a_rejection_changes_the_distribution(rule, cas
     assert error(run_rule(rule, case), case) > 1e-3
 
 
-@pytest.mark.parametrize("rule", [token_walk, traversal])
+@pytest.mark.parametrize("rule", [token_walk, tensor_walk, traversal])
 @pytest.mark.parametrize("name", ["siblings", "binary", "irregular"])
 def test_siblings_drawn_without_replacement_are_not_independent(rule, name):
     case = Case(name, SHAPES[name], 4 if name == "siblings" else 3)
     assert error(sum_up(partial(rule, with_replacement=True), case), case) > 1e-3
+
+
+def step_without_residual(siblings, target_probs, chance):
+    """The mistake: the token after a rejection is drawn from the target's distribution."""
+    step = step_of(siblings, target_probs, chance)
+    return Step(torch.where(step.child > 0, step.token, chance.draw(target_probs)), step.child)
+
+
+step_of = token_step
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CHAINS + BUSHES if case.kind == "random"], ids=name_of
+)
+def test_a_tensor_rule_without_its_residual_changes_the_distribution(case, monkeypatch):
+    monkeypatch.setattr(verifier, "token_step", step_without_residual)
+    assert error(run_rule(tensor_walk, case), case) > 1e-3
+
+
+def random_row(nodes: int, vocab: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
+    """Tokens and parents of a random tree with padding, whose siblings may be equal."""
+    parents = [0]
+    for node in range(1, nodes):
+        parent = int(torch.randint(-1, node, (1,), generator=generator))
+        parents.append(parent if parent >= 0 and parents[parent] >= 0 else -1)
+    return torch.randint(vocab, (nodes,), generator=generator).tolist(), parents
+
+
+@pytest.mark.parametrize("with_replacement", [False, True])
+@pytest.mark.parametrize("seed", range(15))
+def test_the_tensor_rule_gives_the_token_walks_verdict_for_the_same_uniforms(
+    seed, with_replacement
+):
+    generator = torch.Generator().manual_seed(seed)
+    nodes, vocab = 1 + 2 * seed, 6
+    tokens, parents = random_row(nodes, vocab, generator)
+    p, q = some_probs(nodes, vocab, seed), some_probs(nodes, vocab, seed + 100)
+    uniforms = torch.rand(nodes, generator=generator).tolist()
+    found = []
+    for rule in (token_walk, tensor_walk):
+        dice = iter(uniforms)
+        outcome = rule(tokens, parents, p, q, lambda c, dice=dice: next(dice) < c, with_replacement)
+        found.append((outcome, list(dice)))  # as many are left over
+    assert found[0][0].path == found[1][0].path and found[0][1] == found[1][1]
+    torch.testing.assert_close(found[0][0].probs, found[1][0].probs)
+
+
+@pytest.mark.parametrize("draws", ["chosen", "without_replacement", "independent"])
+def test_each_row_of_a_batch_is_verified_as_if_it_were_alone(draws):
+    generator, batch, nodes, vocab = torch.Generator().manual_seed(0), 12, 40, 2
+    pairs = [random_row(nodes, vocab, generator) for _ in range(batch)]
+    p = some_probs(batch * nodes, vocab, 1).view(batch, nodes, vocab)
+    q = some_probs(batch * nodes, vocab, 2).view(batch, nodes, vocab)
+
+    class Sure(Chance):
+        """Accepts what is likely, and draws the most probable token: the same for every row."""
+
+        def accept(self, chances):
+            return chances > 0.3
+
+        def draw(self, probs):
+            return probs.argmax(-1)
+
+    trees = [
+        tensor_tree(*pair, draws, None if draws == "chosen" else q[row])
+        for row, pair in enumerate(pairs)
+    ]
+    whole = DraftTree(
+        *(torch.cat([tree[part] for tree in trees]) for part in range(3)),
+        None if draws == "chosen" else q,
+        draws,
+    )
+    together = verify_token(whole, lambda node: p[torch.arange(batch), node], Sure())
+    for row, tree in enumerate(trees):
+        alone = verify_token(tree, lambda node, row=row: p[row, node], Sure())
+        length = int(alone.lengths)
+        assert together.lengths[row] == length and together.next_token[row] == alone.next_token
+        assert together.path[row, :length].equal(alone.path[0, :length])
+        assert together.tokens(whole)[row, :length].equal(alone.tokens(tree)[0, :length])
+    assert len(set(together.lengths.tolist())) > 2
 
 
 # ---- how far each rule gets
@@ -516,7 +678,7 @@ def test_the_root_alone_is_accepted_without_asking(rule):
     assert close(outcome.probs, *TARGET.tolist())
 
 
-@pytest.mark.parametrize("rule", [token_walk, traversal, block])
+@pytest.mark.parametrize("rule", [token_walk, tensor_walk, traversal, block])
 def test_padding_and_the_drafter_after_a_leaf_are_never_looked_at(rule):
     p, q = some_probs(3, 4, seed=3), some_probs(3, 4, seed=4)
     q[2] = torch.nan
@@ -567,7 +729,7 @@ def test_no_input_leads_to_anything_but_a_distribution(dtype, with_replacement):
         q = hard[torch.randint(len(hard), (7,), generator=generator)]
         p[p.sum(1) == 0] = 1 / 6  # the target always says something
         before = p.clone(), q.clone()
-        for rule in (token_walk, traversal):
+        for rule in (token_walk, tensor_walk, traversal):
             chances, outcome = asked(
                 partial(rule, with_replacement=with_replacement), tokens, parents, p, q
             )
@@ -581,7 +743,7 @@ def test_no_input_leads_to_anything_but_a_distribution(dtype, with_replacement):
 DTYPES = (torch.float64, torch.float32)
 
 
-@pytest.mark.parametrize("rule", [token_walk, traversal])
+@pytest.mark.parametrize("rule", [token_walk, tensor_walk, traversal])
 def test_single_precision_asks_for_nearly_the_same_chances(rule):
     tree = [0, 1, 0, 5, 1, 0, 2], [0, 0, 0, 0, 1, 1, 4]
     p, q = some_probs(7, 40, seed=5), some_probs(7, 40, seed=6).add(0.01).div(1.4)

@@ -1,17 +1,14 @@
-"""Decoding: tree → candidate generator / verification / cache → loop → generate (the door)."""
+"""Decoding: drafting (the seam) → target runner, verifier, caches → loop → generate (the door)."""
 
-from .drafting import Drafting, register_drafting
+from .drafting import Drafting, DraftTree, TreeShape, register_drafting, root_only
 from .generate import decoder, install, uninstall
-from .loop import CoralGenerateOutput
-from .stats import DecodingStats
-from .tree import DraftTree, TreeBuilder, TreeShape, root_only
+from .loop import CoralGenerateOutput, DecodingStats
 
 __all__ = [
     "CoralGenerateOutput",
     "DecodingStats",
     "DraftTree",
     "Drafting",
-    "TreeBuilder",
     "TreeShape",
     "decoder",
     "install",

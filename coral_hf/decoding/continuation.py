@@ -6,6 +6,9 @@ a cache that a later call, with or without a drafter, goes on from.
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
@@ -17,7 +20,7 @@ CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ els
 MEMORY = "drafter_memory"
 
 
-def is_users(cache: Cache | None) -> bool:
+def is_user_cache(cache: Cache | None) -> bool:
     """Whether the caller has passed a cache, and so may go on with it after the call."""
     return cache is not None and (
         getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0
@@ -80,3 +83,48 @@ def returned_cache(given: Cache | None, cache: RaggedCache) -> Cache:
         return cache
     given.layers = cache.layers
     return given
+
+
+def part_of(cache: RaggedCache, row: int) -> RaggedCache:
+    """The committed slots of one row of a batch, in a cache of its own."""
+    part = RaggedCache([layer.window for layer in cache.layers])
+    part.set_recording(True)
+    for layer, own in zip(part.layers, cache.layers, strict=True):
+        if own.is_initialized:
+            layer.start = own.start
+            layer.update(own.keys[row : row + 1], own.values[row : row + 1])
+            layer.cut(cache.lengths[row])
+    return part
+
+
+def join(parts: list[tuple[list[int], RaggedCache]]) -> RaggedCache:
+    """One cache of several, each of some rows of the batch; zeros fill what a row lacks."""
+    order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
+    whole = RaggedCache([layer.window for layer in parts[0][1].layers])
+    whole.set_recording(True)
+    for index, layer in enumerate(whole.layers):
+        layers = [part.layers[index] for _, part in parts]
+        if layers[0].is_initialized:
+            layer.start = min(one.start for one in layers)
+            stop = max(one.get_seq_length() for one in layers)
+            sides = [(one.start - layer.start, stop - one.get_seq_length()) for one in layers]
+            states = zip(*((one.keys, one.values) for one in layers), strict=True)
+            layer.update(*(_stack(part, sides)[order] for part in states))
+    return whole
+
+
+def _stack(parts: Sequence[Tensor], sides: Sequence[tuple[int, int]]) -> Tensor:
+    """Stack (rows, kv_heads, slots, head_dim) along the batch, with slots added on both sides."""
+    padded = [F.pad(part, (0, 0, *both)) for part, both in zip(parts, sides, strict=True)]
+    return torch.cat(padded)
+
+
+def whole_length(input_ids: Tensor, model_kwargs: dict) -> int:
+    """Tokens of the whole sequences, of which `input_ids` (batch, length) may be only the new ones.
+
+    The mask or the positions, where `generate` has prepared them, are always those of all tokens.
+    """
+    for name in ("attention_mask", "position_ids"):
+        if model_kwargs.get(name) is not None:
+            return model_kwargs[name].shape[-1]
+    return input_ids.shape[1]

@@ -1,19 +1,91 @@
-"""Drafters as the decoding loop knows them: the protocol `Drafting`, and the registry of families.
+"""Drafters as the decoding loop knows them: the draft tree, the protocol `Drafting`, the registry.
 
-In: tokens that are certain and the target's features of them. Out: a `DraftTree` a round. Whatever
-else a drafter has (one layer or five, a table of counts) is behind it. A family of drafters joins
-with `register_drafting(model_type, factory)`.
+In: committed tokens and the target's features of them. Out: a `DraftTree` a round. Whatever else a
+drafter has (one layer or five, a table of counts) is behind the protocol. A family of drafters
+joins with `register_drafting(model_type, factory)`.
+
+    node       0           1        2        3        4        the root is the last committed token
+    token      "It"        "is"     "was"    "a"      "the"
+    parent     -           0        0        1        1
+    depth      0           1        1        2        2
+    the root's children in order: 1, 2; node 1's: 3, 4; siblings do not see each other
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from .tree import DraftTree, TreeShape
+PADDING = -1  # parent index of padding nodes
 
 # (rows, vocab) logits → the same after the call's warpers
 Warp = Callable[[Tensor], Tensor]
+
+
+class TreeShape(NamedTuple):
+    """How large a tree may grow."""
+
+    depth: int  # levels below the root
+    top_k: int  # children of an expanded node, and nodes expanded in a level
+    nodes: int  # nodes in the target's pass, the root included
+    node_floor: float = 0.0  # a node's confidence from which on it is worth a place in the pass
+    level_floor: float = 0.0  # confidence of a beam, summed, from which on it is worth a level
+
+
+class DraftTree(NamedTuple):
+    """A tree of drafted tokens; parents come before their children, siblings best first.
+
+    `draws` says how siblings came about, and so which rule keeps the target's distribution:
+    `"chosen"` by any rule that looks at nothing random, or drawn from `draft_probs`
+    `"without_replacement"` or `"independent"` of each other.
+    """
+
+    tokens: Tensor  # (batch, nodes), the root is node 0
+    parents: Tensor  # (batch, nodes), the root is its own parent; `PADDING` where there is no node
+    depths: Tensor  # (batch, nodes)
+    draft_probs: Tensor | None = None  # (batch, nodes, vocab), q after each node; None if chosen
+    draws: Literal["chosen", "without_replacement", "independent"] = "chosen"
+    levels: int = 0  # that were drafted, whether or not a node of theirs was kept; 0: not known
+    branching: int = 0  # most children of a node; 0: not known
+
+    def to(self, device: torch.device) -> "DraftTree":
+        """The same tree on a device."""
+        parts = self._asdict().items()
+        return self._replace(**{n: p.to(device) for n, p in parts if isinstance(p, Tensor)})
+
+    @property
+    def max_depth(self) -> int:
+        """A bound of `depths`, of which the device is asked only if the drafter does not say."""
+        if self.tokens.shape[1] == 1:
+            return 0
+        return self.levels or int(self.depths.max())
+
+    def ancestry(self) -> Tensor:
+        """Whether the second node is on the path from the root to the first.
+
+        (batch, nodes, nodes), bool; a node is on its own path.
+        """
+        batch, nodes = self.tokens.shape
+        seen = torch.eye(nodes, dtype=torch.bool, device=self.tokens.device).repeat(batch, 1, 1)
+        parents = self.parents.clamp(min=0)
+        ancestor = parents
+        for _ in range(self.max_depth):
+            seen.scatter_(2, ancestor[..., None], True)
+            ancestor = parents.gather(1, ancestor)
+        return seen
+
+    def children_of(self, node: Tensor) -> Tensor:
+        """Which nodes are children of each row's `node` (batch,): (batch, nodes), bool."""
+        is_child = self.parents == node[:, None]
+        is_child[:, 0] = False
+        return is_child
+
+
+def root_only(tokens: Tensor) -> DraftTree:
+    """A tree of one node per row, which makes a round a plain decoding step: `tokens` (batch,)."""
+    zeros = torch.zeros_like(tokens)[:, None]
+    return DraftTree(tokens[:, None], zeros, zeros)
 
 
 class Drafting(Protocol):
@@ -27,22 +99,22 @@ class Drafting(Protocol):
     layers: tuple[int, ...]
 
     def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
-        """Start at prompts, or go on with texts that were read before.
+        """Start at prompts, or go on with sequences that were read before.
 
             position     0     1     2     3
             token        x0    x1    x2    x3       x3 was just emitted, the target has not read it
             feature      f0    f1    f2             f_i has read x_0 … x_i
 
         Args:
-            tokens: (batch, length + 1), all of them, or of texts that go on those from the first
-                unread feature on.
+            tokens: (batch, length + 1), all of them, or of sequences that go on those from the
+                first unread feature on.
             features: (batch, length, len(layers) · hidden), the target's.
             positions: (batch, length), of the features; negative where the prompt is padded.
         """
         ...
 
     def propose(self, shape: TreeShape, warp: Warp | None = None) -> DraftTree:
-        """Draft a tree below each row's last certain token, no larger than `shape`.
+        """Draft a tree below each row's last committed token, no larger than `shape`.
 
         With `warp` its tokens are drawn from the drafter's distribution, which warpers such as the
         temperature change first; else they are the most probable ones.
@@ -50,7 +122,7 @@ class Drafting(Protocol):
         ...
 
     def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
-        """Read the tokens that a round made certain, each with the feature before it.
+        """Read the tokens that a round committed, each with the feature before it.
 
         Args:
             tokens: (batch, new), padded on the right.
@@ -64,7 +136,7 @@ class Drafting(Protocol):
         ...
 
     def memory(self) -> object | None:
-        """What to hand to a later call that goes on with the same texts, if anything."""
+        """What to hand to a later call that goes on with the same sequences, if anything."""
         ...
 
 
@@ -88,7 +160,7 @@ def register_drafting(
         model_type: of their config.
         factory: called as `factory(drafter, target, memory=None, **options)` when a call begins.
             `target` is a [`coral_hf.target.Target`]; `memory` what `Drafting.memory` of an earlier
-            call with the same texts returned.
+            call with the same sequences returned.
         options: names of keywords of `generate` that `factory` takes.
     """
     _FAMILIES[model_type] = Family(factory, options)

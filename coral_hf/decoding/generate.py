@@ -9,7 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from copy import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import (
@@ -25,22 +25,29 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..identity import check_tokenizer
 from ..target import read_target, sliding_windows
-from .checks import check_call, longest_text
-from .continuation import CACHE, MEMORY, continued_cache, is_users, returned_cache
+from .continuation import (
+    CACHE,
+    MEMORY,
+    continued_cache,
+    is_user_cache,
+    returned_cache,
+    whole_length,
+)
+from .draft_policy import choose_policy
 from .drafting import family_of, family_options
-from .loop import CoralGenerateOutput, DecodingLoop
-from .pace import choose_pace
-from .records import Records
+from .loop import CoralGenerateOutput, DecodingLoop, Plan
+from .sequences import Sequences
 from .settings import (
     DECODING_KEYWORDS,
     TREE_DEFAULTS,
     Settings,
+    check_call,
     check_rule,
     choose_rule,
     choose_shape,
+    max_length_of,
 )
-from .target_runner import TargetRunner, whole_length
-from .texts import Texts
+from .target_runner import OutputCollector, TargetRunner
 
 
 def install() -> None:
@@ -141,6 +148,61 @@ def _with_stop_strings(call: dict, own: GenerationConfig) -> StoppingCriteriaLis
     return StoppingCriteriaList([*(criteria or []), StopStringCriteria(call["tokenizer"], strings)])
 
 
+class Call(NamedTuple):
+    """One call of `generate`: its drafter, its settings, and what `generate` has prepared."""
+
+    drafter: PreTrainedModel
+    settings: Settings  # of the call, by keyword
+    options: dict[str, Any]  # of the drafter's family, by keyword
+    streamer: BaseStreamer | None
+    model: PreTrainedModel  # the target
+    input_ids: Tensor  # (batch, length)
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+    model_kwargs: dict[str, Any]
+
+
+def build_loop(call: Call) -> DecodingLoop:
+    """Everything that a call needs for its rounds, checked against each other."""
+    model, config, settings = call.model, call.config, call.settings
+    check_call(model, call.input_ids, config, call.model_kwargs)
+    own = getattr(call.drafter, "generation_config", None)
+    defaults: Settings = {
+        name: getattr(own, name, TREE_DEFAULTS.get(name)) for name in DECODING_KEYWORDS
+    }
+    rule = choose_rule(config.do_sample, defaults, settings)
+    shape, takes_tree = choose_shape(model, defaults, settings, rule)
+    sequences = Sequences(
+        call.input_ids,
+        call.processors,
+        call.criteria,
+        call.streamer,
+        pad_token(config),
+        is_lockstep=not takes_tree,
+    )
+    check_rule(rule, sequences)
+    given, windows = call.model_kwargs.get(CACHE), sliding_windows(model)
+    # who gets a cache may go on with it
+    keep_cache = config.return_dict_in_generate or is_user_cache(given)
+    batch, length = call.input_ids.shape
+    cache = continued_cache(given, windows, length, whole_length(call.input_ids, call.model_kwargs))
+    target, family = read_target(model), family_of(call.drafter)
+    assert family is not None, "decoder() has looked it up"
+    memory = getattr(given, MEMORY, None)
+    drafting = family.start(call.drafter, target, memory=memory, **call.options)
+    collector = OutputCollector(config, batch, windows)
+    runner = TargetRunner(
+        target, takes_tree, drafting.layers, cache, collector.extras, keeps_rows=keep_cache
+    )
+    speculation = settings.get("speculation") or defaults.get("speculation")
+    costs = getattr(own, "draft_costs", None)
+    policy = choose_policy(model, shape, speculation, costs, config.do_sample)
+    longest = max_length_of(model, call.criteria)
+    plan = Plan(rule, longest, keep_cache, config.prefill_chunk_size)
+    return DecodingLoop(drafting, runner, sequences, collector, policy, plan)
+
+
 def decoder(
     drafter: PreTrainedModel,
     streamer: BaseStreamer | None = None,
@@ -173,11 +235,6 @@ def decoder(
     if tokenizer is not None:
         check_tokenizer(tokenizer, drafter.config)
     options = {name: settings.pop(name) for name in family.options if name in settings}
-    own = getattr(drafter, "generation_config", None)
-    defaults: Settings = {
-        name: getattr(own, name, TREE_DEFAULTS.get(name)) for name in DECODING_KEYWORDS
-    }
-    costs = getattr(own, "draft_costs", None)
 
     def decode(
         model: PreTrainedModel,
@@ -187,43 +244,10 @@ def decoder(
         generation_config: GenerationConfig,
         **model_kwargs,
     ) -> Tensor | CoralGenerateOutput:
-        do_sample, given = generation_config.do_sample, model_kwargs.get(CACHE)
-        check_call(model, input_ids, generation_config, model_kwargs)
-        target = read_target(model)
-        rule = choose_rule(do_sample, defaults, settings)
-        shape, takes_tree = choose_shape(model, defaults, settings, rule)
-        speculation = settings.get("speculation") or defaults.get("speculation")
-        texts = Texts(
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            streamer,
-            pad_token(generation_config),
-            is_lockstep=not takes_tree,
-        )
-        check_rule(rule, texts)
-        # who gets a cache may go on with it
-        goes_on = generation_config.return_dict_in_generate or is_users(given)
-        windows, whole = sliding_windows(model), whole_length(input_ids, model_kwargs)
-        records = Records(generation_config, len(input_ids), windows)
-        cache = continued_cache(given, windows, input_ids.shape[1], whole)
-        drafting = family.start(drafter, target, memory=getattr(given, MEMORY, None), **options)
-        runner = TargetRunner(
-            target, takes_tree, drafting.layers, cache, records.wants, keeps_rows=goes_on
-        )
-        loop = DecodingLoop(
-            drafting,
-            runner,
-            texts,
-            records,
-            generation_config,
-            choose_pace(model, shape, speculation, costs, do_sample),
-            rule,
-            longest_text(model, stopping_criteria),
-            remembers=goes_on,
-        )
+        prepared = input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
+        loop = build_loop(Call(drafter, settings, options, streamer, model, *prepared))
         loop.run(model_kwargs)
-        cache = returned_cache(given, runner.whole_cache())
+        cache = returned_cache(model_kwargs.get(CACHE), loop.target.whole_cache())
         setattr(cache, MEMORY, loop.memory())
         return loop.output(cache)
 
@@ -231,6 +255,6 @@ def decoder(
 
 
 def pad_token(config: GenerationConfig) -> int:
-    """What rows that have ended are filled with."""
+    """The token that fills rows which have ended."""
     prepared = config._pad_token_tensor
     return 0 if prepared is None else int(prepared)

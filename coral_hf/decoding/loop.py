@@ -4,26 +4,53 @@ In: prompts and everything `generate` has prepared. Out: tokens that are exactly
 and `DecodingStats`.
 """
 
-from dataclasses import dataclass
-from itertools import pairwise
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig
+from transformers import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .continuation import CACHE
-from .costs import Spent
-from .drafting import Drafting
-from .pace import Pace
-from .records import Records
+from .draft_policy import DraftPolicy, RoundSample
+from .drafting import Drafting, DraftTree, TreeShape, root_only
+from .sequences import Sequences
 from .settings import Rule
-from .stats import DecodingStats
-from .target_runner import TargetOutput, TargetRunner
-from .texts import Texts
-from .tree import DraftTree, TreeShape, root_only
-from .verification import Verdict
-from .verifier import Verifier
+from .target_runner import OutputCollector, TargetOutput, TargetRunner
+from .verifier import Accepted, Verifier
+
+
+@dataclass
+class DecodingStats:
+    """Counts and seconds of one call.
+
+    The pass over the prompt and the token it gives belong to no round.
+    """
+
+    # tokens that each round emitted, row after row in a batch
+    round_lengths: list[int] = field(default_factory=list)
+    num_rounds: int = 0  # passes of the target over trees, each over all rows that go on
+    num_levels: int = 0  # that were drafted, over all rounds; none in a plain round
+    num_nodes: int = 0  # of a row, the root included, over all rounds
+    is_stepped_back: bool = False  # whether drafting was given up, since it did not pay
+    prefill_seconds: float = 0.0
+    draft_seconds: float = 0.0  # growing trees, and reading what was accepted
+    verify_seconds: float = 0.0
+    other_seconds: float = 0.0
+
+    @property
+    def acceptance_length(self) -> float:
+        """τ: tokens of a row per target pass, of the rounds; 0 if there was none."""
+        return sum(self.round_lengths) / len(self.round_lengths) if self.round_lengths else 0.0
+
+    @property
+    def round_seconds(self) -> float:
+        """Seconds of all rounds, without the pass over the prompt."""
+        return self.draft_seconds + self.verify_seconds + self.other_seconds
 
 
 @dataclass
@@ -37,105 +64,106 @@ class CoralGenerateOutput(GenerateDecoderOnlyOutput):
     stats: DecodingStats | None = None
 
 
+class Plan(NamedTuple):
+    """What a call has decided before its first round."""
+
+    rule: Rule
+    max_length: int  # of a sequence, in tokens
+    keep_memory: bool = False  # whether the drafter reads the last tokens too, for a later call
+    chunk_size: int | None = None  # tokens of a prompt that are read in one pass
+
+
+def timed(stage: str, lap: str | None = None) -> Callable:
+    """Count the seconds of a method: in the stats as `stage`, and in this round as `lap`."""
+
+    def wrap(method: Callable) -> Callable:
+        @wraps(method)
+        def run(self: "DecodingLoop", *args):
+            start = time.perf_counter()
+            result = method(self, *args)
+            seconds, name = time.perf_counter() - start, f"{stage}_seconds"
+            setattr(self.stats, name, getattr(self.stats, name) + seconds)
+            if lap is not None:
+                self.lap[lap] = self.lap.get(lap, 0.0) + seconds
+            return result
+
+        return run
+
+    return wrap
+
+
 class DecodingLoop:
-    """One call of `generate` with a drafter."""
+    """One call of `generate` with a drafter.
+
+    Rows are counted in two ways: of the call, as in `sequences.active`, and by their index in the
+    target's pass, as in trees, outputs and `kept`.
+    """
 
     def __init__(
         self,
         drafting: Drafting,
         target: TargetRunner,
-        texts: Texts,
-        records: Records,
-        config: GenerationConfig,
-        pace: Pace,
-        rule: Rule,
-        max_length: int,
-        remembers: bool = False,
+        sequences: Sequences,
+        collector: OutputCollector,
+        policy: DraftPolicy,
+        plan: Plan,
     ):
-        """One loop a call.
-
-        Args:
-            pace: how much to draft in each round.
-            rule: how trees are drafted and verified.
-            max_length: bounds the texts in tokens.
-            remembers: whether the drafter reads the last tokens too, for a text that goes on.
-        """
         self.drafting = drafting
         self.target = target
-        self.texts = texts
-        self.records = records
-        self.verifier = Verifier(texts, records, rule.name)
-        self.config = config
-        self.pace = pace
-        self.warp = texts.warp if rule.is_drawn else None
-        self.max_length = max_length
-        self.remembers = remembers
+        self.sequences = sequences
+        self.collector = collector
+        self.policy = policy
+        self.verifier = Verifier(sequences, collector, plan.rule.name)
+        self.warp = sequences.warp if plan.rule.is_drawn else None
+        self.max_length, self.chunk_size = plan.max_length, plan.chunk_size
+        self.keep_memory = plan.keep_memory
         self.stats = DecodingStats()
+        self.lap: dict[str, float] = {}  # seconds of the parts of a round
 
     def run(self, model_kwargs: dict) -> None:
         """Decode until every row has ended; `model_kwargs` are what `generate` prepared."""
-        with self.stats.timed("prefill"):
-            self.prefill(model_kwargs)
-        if self.pace.is_plain:
+        self.prefill(model_kwargs)
+        if self.policy.is_plain:
             self.stop_drafting()
-        while self.texts.active:
+        while self.sequences.active:
             self.round()
-        self.texts.end()
+        self.sequences.end()
 
+    @timed("prefill")
     def prefill(self, model_kwargs: dict) -> None:
         """Read the prompts, emit each row's first token, and start the drafter."""
-        prompts = self.texts.ids
-        scores = self.target.prefill(
-            prompts,
-            model_kwargs,
-            self.config.prefill_chunk_size,
-            with_features=not self.pace.is_plain,
-        )
-        self.records.add_prompt(scores)
-        rows = self.texts.active
-        first = self.verifier.verify(root_only(prompts[:, -1]), scores)
+        prompts, is_plain = self.sequences.ids, self.policy.is_plain
+        output = self.target.prefill(prompts, model_kwargs, self.chunk_size, not is_plain)
+        self.collector.add_prompt(output)
+        rows = self.sequences.active
+        first = self.verifier.verify(root_only(prompts[:, -1]), output)
         kept = self.kept(rows)
-        if self.pace.is_plain:
-            return self.drop(rows, kept)
-        if not kept and not self.remembers:
-            return
-        new = scores.features.shape[1]
-        tokens = torch.cat([prompts[:, prompts.shape[1] - new :], _column(first, prompts)], 1)
-        positions = self.target.cache.positions[:, -new:]
-        self.drafting.begin(tokens, scores.features, positions)
+        if not is_plain and (kept or self.keep_memory):
+            new = output.features.shape[1]
+            unread = prompts[:, prompts.shape[1] - new :]
+            tokens = torch.cat([unread, unread.new_tensor(first.tokens)], dim=1)
+            self.drafting.begin(tokens, output.features, self.target.cache.positions[:, -new:])
         self.drop(rows, kept)
 
     def round(self) -> None:
-        """Draft, score, verify, commit."""
-        rows, reads, clock = self.texts.active, not self.pace.is_plain, [self.stats.round_seconds]
-        with self.stats.timed("draft"):
-            trees = self.propose(rows)
-        clock.append(self.stats.round_seconds)
-        with self.stats.timed("verify"):
-            scores = self.target.score(trees, with_features=reads)
-            verdicts = self.verifier.verify(trees, scores)
-        with self.stats.timed("other"):
-            self.note(rows, trees, verdicts, scores)
-            nodes, counts = _padded(verdicts)
-            self.target.cache.commit(counts.tolist(), nodes)
-            kept = self.kept(rows)
-            self.drop(rows, kept)
-        clock.append(self.stats.round_seconds)
-        if reads:
-            with self.stats.timed("draft"):
-                self.read(kept, verdicts, scores.features)
-        clock.append(self.stats.round_seconds)
-        seconds = [stop - start for start, stop in pairwise(clock)]
-        self.pace.note(Spent.of(trees, verdicts, *seconds))
-        if self.pace.is_plain and reads:
+        """Draft, score and verify, commit, let the drafter read what was accepted."""
+        self.lap, rows, is_plain = {}, self.sequences.active, self.policy.is_plain
+        tree = self.draft(rows)
+        output, accepted = self.verify(tree)
+        kept = self.commit(rows, tree, output, accepted)
+        if not is_plain:
+            self.read(kept, output.features, accepted)
+        self.policy.note(self.sample(tree, accepted))
+        if self.policy.is_plain and not is_plain:
             self.stats.is_stepped_back = True
             self.stop_drafting()
 
-    def propose(self, rows: list[int]) -> DraftTree:
+    @timed("draft", lap="draft")
+    def draft(self, rows: list[int]) -> DraftTree:
         """A tree for each row, or its root alone where drafting does not pay or nothing fits."""
-        shape = self.budget(self.pace.plan(len(rows)))
+        shape = self.budget(self.policy.plan(len(rows)))
         if shape.depth == 0:
-            return root_only(self.texts.last(rows))
+            return root_only(self.sequences.last(rows))
         return self.drafting.propose(shape, self.warp)
 
     def budget(self, shape: TreeShape) -> TreeShape:
@@ -143,90 +171,98 @@ class DecodingLoop:
 
         A node of depth d is followed by one more token, so d + 1 of them must fit.
         """
-        shortest = min(self.texts.lengths[row] for row in self.texts.active)
+        shortest = min(self.sequences.lengths[row] for row in self.sequences.active)
         depth = min(shape.depth, self.max_length - shortest - 1)
         return shape._replace(depth=max(depth, 0))
 
-    def note(
-        self, rows: list[int], trees: DraftTree, verdicts: list[Verdict], scores: TargetOutput
-    ) -> None:
-        """Remember what the round gave."""
-        cache = self.target.cache
+    @timed("verify", lap="decode")
+    def verify(self, tree: DraftTree) -> tuple[TargetOutput, Accepted]:
+        """One pass of the target over the tree, and what it accepts."""
+        output = self.target.score(tree, not self.policy.is_plain)
+        return output, self.verifier.verify(tree, output)
+
+    @timed("other", lap="decode")
+    def commit(
+        self, rows: list[int], tree: DraftTree, output: TargetOutput, accepted: Accepted
+    ) -> list[int]:
+        """Keep what was accepted, go on with the rows that have not ended, and return those."""
         self.stats.num_rounds += 1
-        self.stats.num_levels += trees.levels
-        self.stats.num_nodes += trees.tokens.shape[1]
-        for index, (row, verdict) in enumerate(zip(rows, verdicts, strict=True)):
-            self.stats.round_lengths.append(len(verdict.tokens))
-            self.records.add_nodes(
-                row, index, verdict.path, scores, (cache.lengths[index], cache.width)
-            )
+        self.stats.num_levels += tree.levels
+        self.stats.num_nodes += tree.tokens.shape[1]
+        self.stats.round_lengths += accepted.counts
+        if self.collector.extras:
+            paths = zip(rows, accepted.path.tolist(), accepted.counts, strict=True)
+            for index, (row, path, count) in enumerate(paths):
+                self.collector.add_nodes(row, index, path[:count], output)
+        self.target.cache.commit(
+            accepted.counts, None if tree.tokens.shape[1] == 1 else accepted.path
+        )
+        kept = self.kept(rows)
+        self.drop(rows, kept)
+        return kept
+
+    @timed("draft", lap="read")
+    def read(self, kept: list[int], features: Tensor, accepted: Accepted) -> None:
+        """Let the drafter read the new tokens of the rows that go on, and the features before them.
+
+        path            root     a        b
+        feature         f_root   f_a      f_b
+        new token       a        b        next        each is paired with the feature before it
+
+        `features`: (batch, nodes, layers · hidden).
+        """
+        # at the end of all sequences it reads on if they may be continued
+        rows = kept or (list(range(len(accepted.tokens))) if self.keep_memory else [])
+        if not rows:
+            return
+        tokens = [accepted.tokens[row] for row in rows]
+        counts = torch.tensor([len(row) for row in tokens])
+        new = int(counts.max())
+        path = accepted.path[:, :new].to(features.device)
+        if len(rows) < len(path):
+            features, path = features[rows], path[rows]
+        paired = features.gather(1, path[..., None].expand(-1, -1, features.shape[2]))
+        padded = torch.tensor([row + [0] * (new - len(row)) for row in tokens])
+        self.drafting.commit(padded.to(features.device), paired, counts)
+
+    def sample(self, tree: DraftTree, accepted: Accepted) -> RoundSample:
+        """What the round did, for the policy."""
+        rows, nodes = tree.tokens.shape
+        levels = tree.levels or min(nodes - 1, 1)  # not every tree tells
+        return RoundSample(rows, levels, nodes, sum(accepted.counts) / rows, **self.lap)
 
     def kept(self, rows: list[int]) -> list[int]:
         """Which of the pass's rows go on, by their index in it."""
-        return [index for index, row in enumerate(rows) if not self.texts.is_stopped[row]]
+        return [index for index, row in enumerate(rows) if not self.sequences.is_stopped[row]]
 
     def drop(self, rows: list[int], kept: list[int]) -> None:
         """Go on without the rows that have ended: they cost nothing any more."""
         if kept and len(kept) < len(rows):
             self.target.select(kept)
-            if not self.pace.is_plain:
+            if not self.policy.is_plain:
                 self.drafting.select(torch.tensor(kept))
-            self.remembers = False  # the drafter forgets the rows that have ended
+            self.keep_memory = False  # the drafter forgets the rows that have ended
 
     def stop_drafting(self) -> None:
         """Leave the drafter alone for the rest of the call."""
-        self.remembers = False  # it does not read the text to its end
+        self.keep_memory = False  # it does not read the sequences to their end
         self.target.cache.use_plain_append()
 
-    def read(self, kept: list[int], verdicts: list[Verdict], features: Tensor) -> None:
-        """Let the drafter read the new tokens of the rows that go on."""
-        # at the end of all texts it reads on if they may be continued
-        rows = kept or (list(range(len(verdicts))) if self.remembers else [])
-        if rows:
-            self.commit([verdicts[i] for i in rows], features[rows])
-
-    def commit(self, verdicts: list[Verdict], features: Tensor) -> None:
-        """Hand the new tokens and the features before them to the drafter.
-
-        path            root     a        b
-        feature         f_root   f_a      f_b
-        new token       a        b        next        each is paired with the feature before it
-        """
-        nodes, counts = _padded(verdicts)
-        nodes = nodes.to(features.device)
-        tokens = torch.zeros_like(nodes)
-        for row, verdict in enumerate(verdicts):
-            tokens[row, : len(verdict.tokens)] = torch.tensor(verdict.tokens)
-        paired = features.gather(1, nodes[..., None].expand(-1, -1, features.shape[2]))
-        self.drafting.commit(tokens, paired, counts)
-
     def memory(self) -> object | None:
-        """What the drafter has read of all texts, None where it has not read every token."""
-        return self.drafting.memory() if self.remembers else None
+        """What the drafter has read of all sequences, None where it has not read every token."""
+        return self.drafting.memory() if self.keep_memory else None
 
     def output(self, cache: Cache) -> Tensor | CoralGenerateOutput:
         """What `generate` returns: token ids (batch, length), or all that was asked for.
 
         `cache`: of all tokens but the last.
         """
-        sequences = self.texts.ids.clone()
-        if not self.config.return_dict_in_generate:
+        sequences = self.sequences.ids.clone()
+        if not self.collector.returns_dict:
             return sequences
         return CoralGenerateOutput(
             sequences=sequences,
             stats=self.stats,
             **{CACHE: cache},
-            **self.records.outputs(),
+            **self.collector.outputs(),
         )
-
-
-def _column(verdicts: list[Verdict], like: Tensor) -> Tensor:
-    """(batch, 1): the only token of each verdict."""
-    return torch.tensor([verdict.tokens for verdict in verdicts], device=like.device)
-
-
-def _padded(verdicts: list[Verdict]) -> tuple[Tensor, Tensor]:
-    """The nodes of the paths, (batch, longest), padded with the root, and how many they are."""
-    counts = [len(verdict.path) for verdict in verdicts]
-    paths = [[*verdict.path, *[0] * (max(counts) - len(verdict.path))] for verdict in verdicts]
-    return torch.tensor(paths), torch.tensor(counts)

@@ -318,39 +318,6 @@ class RaggedCache(Cache):
         for layer in self.layers:
             layer.is_plain, layer._buffers = True, []
 
-    def part(self, row: int) -> "RaggedCache":
-        """The committed slots of one row of the batch, in a cache of its own."""
-        part = RaggedCache([layer.window for layer in self.layers])
-        part.set_recording(True)
-        for layer, own in zip(part.layers, self.layers, strict=True):
-            if own.is_initialized:
-                layer.start = own.start
-                layer.update(own.keys[row : row + 1], own.values[row : row + 1])
-                layer.cut(self.lengths[row])
-        return part
-
-    @classmethod
-    def join(cls, parts: "list[tuple[list[int], RaggedCache]]") -> "RaggedCache":
-        """One cache of several, each of some rows of the batch; zeros fill what a row lacks."""
-        order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
-        whole = cls([layer.window for layer in parts[0][1].layers])
-        whole.set_recording(True)
-        for index, layer in enumerate(whole.layers):
-            layers = [part.layers[index] for _, part in parts]
-            if layers[0].is_initialized:
-                layer.start = min(one.start for one in layers)
-                stop = max(one.get_seq_length() for one in layers)
-                sides = [(one.start - layer.start, stop - one.get_seq_length()) for one in layers]
-                states = zip(*((one.keys, one.values) for one in layers), strict=True)
-                layer.update(*(_stack(part, sides)[order] for part in states))
-        return whole
-
-
-def _stack(parts: Sequence[Tensor], sides: Sequence[tuple[int, int]]) -> Tensor:
-    """Stack (rows, kv_heads, slots, head_dim) along the batch, with slots added on both sides."""
-    padded = [F.pad(part, (0, 0, *both)) for part, both in zip(parts, sides, strict=True)]
-    return torch.cat(padded)
-
 
 def count_positions(seen: Tensor) -> Tensor:
     """Positions of a padded prompt, (batch, length), `HIDDEN` where it is not `seen`."""

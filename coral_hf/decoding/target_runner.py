@@ -8,16 +8,18 @@ reaches the target as a 4-D float mask and position ids; a chain is plain causal
     its position             that of the root + depth
 """
 
+from collections.abc import Sequence
 from inspect import signature
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from ..target import Target, position_limit, sliding_windows, text_config
-from .continuation import CACHE
+from .continuation import CACHE, join, part_of, whole_length
+from .drafting import DraftTree
 from .ragged_cache import HIDDEN, RaggedCache, additive_mask, count_positions
-from .tree import DraftTree
 
 
 class TargetOutput(NamedTuple):
@@ -27,6 +29,7 @@ class TargetOutput(NamedTuple):
     features: Tensor  # (batch, nodes, layers · hidden), of the layers that the drafter reads
     hidden_states: tuple[Tensor, ...] = ()  # where asked for: by layer, (batch, nodes, hidden)
     attentions: tuple[Tensor, ...] = ()  # where asked for: (batch, heads, nodes, slots + nodes)
+    lengths: Sequence[int] = ()  # committed slots of each row before the pass
 
 
 class TargetRunner:
@@ -123,7 +126,7 @@ class TargetRunner:
         """Go on with some rows of the last pass only, by their index in it."""
         if self._keeps_rows:
             for index in sorted(set(range(len(self._rows))) - set(kept)):
-                self._ended.append(([self._rows[index]], self.cache.part(index)))
+                self._ended.append(([self._rows[index]], part_of(self.cache, index)))
         self._rows = [self._rows[index] for index in kept]
         self.cache.select(kept)
 
@@ -131,7 +134,7 @@ class TargetRunner:
         """The cache of all rows of the call, those that ended early included."""
         if not self._ended:
             return self.cache
-        return RaggedCache.join([*self._ended, (self._rows, self.cache)])
+        return join([*self._ended, (self._rows, self.cache)])
 
     def _forward(self, with_features: bool, **inputs) -> TargetOutput:
         if CACHE not in inputs:
@@ -151,6 +154,7 @@ class TargetRunner:
             states[0] if len(states) == 1 else torch.cat(states, dim=-1),
             outputs.hidden_states if wants_all else (),
             outputs.attentions if "output_attentions" in self._extras else (),
+            list(self.cache.lengths),
         )
 
     def _masks(self, tree: DraftTree, positions: Tensor) -> Tensor | dict[str, Tensor]:
@@ -181,12 +185,114 @@ def _positions(seen: Tensor, given: Tensor | None) -> Tensor:
     return given.to(seen.device).masked_fill(~seen, HIDDEN)
 
 
-def whole_length(input_ids: Tensor, model_kwargs: dict) -> int:
-    """Tokens of the whole sequences, of which `input_ids` (batch, length) may be only the new ones.
+ByLayer = tuple[Tensor, ...]
 
-    The mask or the positions, where `generate` has prepared them, are always those of all tokens.
+
+class OutputCollector:
+    """Collects by row what the caller wants to see of each token.
+
+    Its tuples have the shapes of plain `generate`: one entry a token, each over the whole batch. A
+    row that ended earlier than others holds zeros from there on, where plain `generate` has those
+    of its padding.
+
+    Args:
+        config: of the call.
+        batch: rows of the call.
+        windows: of the target's layers, where attentions may be asked for.
     """
-    for name in ("attention_mask", "position_ids"):
-        if model_kwargs.get(name) is not None:
-            return model_kwargs[name].shape[-1]
-    return input_ids.shape[1]
+
+    def __init__(self, config: GenerationConfig, batch: int, windows: Sequence[int | None] = ()):
+        def wanted(name: str) -> bool:
+            return bool(config.return_dict_in_generate and getattr(config, name))
+
+        self.returns_dict = bool(config.return_dict_in_generate)
+        self.keeps_scores = wanted("output_scores")
+        self.keeps_logits = wanted("output_logits")
+        # what the target's passes must give
+        self.extras = tuple(
+            name for name in ("output_hidden_states", "output_attentions") if wanted(name)
+        )
+        self._windows = windows
+        self._scores: list[list[Tensor]] = [[] for _ in range(batch)]  # (vocab,) a token
+        self._logits: list[list[Tensor]] = [[] for _ in range(batch)]
+        self._hidden: list[list[ByLayer]] = [[] for _ in range(batch)]  # (1, hidden) by layer
+        self._attentions: list[list[ByLayer]] = [[] for _ in range(batch)]  # (heads, 1, slots)
+        self._prompt = TargetOutput(torch.empty(0), torch.empty(0))
+
+    def add_prompt(self, output: TargetOutput) -> None:
+        """The pass over the prompts, which counts as the first token's."""
+        self._prompt = output
+
+    def add(self, row: int, logits: Tensor, processed: Tensor) -> None:
+        """A token's logits and processed scores, (vocab,) each."""
+        if self.keeps_logits:
+            self._logits[row].append(logits.to(torch.float32, copy=True))
+        if self.keeps_scores:
+            self._scores[row].append(processed)
+
+    def add_nodes(self, row: int, index: int, path: list[int], output: TargetOutput) -> None:
+        """Keep the states of the nodes before a row's new tokens.
+
+        Args:
+            row: of the call.
+            index: of the row in the pass.
+            path: node by node from the root.
+        """
+        for depth, node in enumerate(path, start=1):
+            if output.hidden_states:
+                self._hidden[row].append(tuple(s[index, node, None] for s in output.hidden_states))
+            if output.attentions:
+                layers = zip(output.attentions, self._windows, strict=True)
+                self._attentions[row].append(
+                    tuple(
+                        _attended(weights[index], path[:depth], output.lengths, index, window)
+                        for weights, window in layers
+                    )
+                )
+
+    def scores(self) -> tuple[Tensor, ...] | None:
+        """Each (batch, vocab), one a token."""
+        return _by_token(self._scores) or None
+
+    def outputs(self) -> dict[str, tuple | None]:
+        """By the names of `GenerateDecoderOnlyOutput`."""
+        return {
+            "scores": self.scores(),
+            "logits": _by_token(self._logits) or None,
+            "hidden_states": self._states(self._prompt.hidden_states, self._hidden),
+            "attentions": self._states(self._prompt.attentions, self._attentions),
+        }
+
+    @staticmethod
+    def _states(prompt: ByLayer, rows: list[list[ByLayer]]) -> tuple[ByLayer, ...] | None:
+        if not prompt:
+            return None
+        layers = [_by_token([[one[i] for one in row] for row in rows]) for i in range(len(prompt))]
+        return (prompt, *zip(*layers, strict=True))
+
+
+def _attended(
+    weights: Tensor, path: list[int], lengths: Sequence[int], index: int, window: int | None
+) -> Tensor:
+    """What the last node of a path attends to, in the order of its sequence.
+
+    (heads, nodes, slots held + nodes) → (heads, 1, slots of the sequence)
+
+    Args:
+        lengths: committed slots of each row; the tree begins behind the longest.
+        index: of the row.
+    """
+    held = weights.shape[-1] - weights.shape[-2]
+    dropped = max(lengths) - held  # slots that left a sliding window
+    slots = [*range(lengths[index] - dropped), *(held + node for node in path)]
+    # plain `generate` has no more than the window's slots in the cache
+    return weights[:, path[-1] : path[-1] + 1, slots[-window:] if window else slots]
+
+
+def _by_token(rows: list[list[Tensor]]) -> tuple[Tensor, ...]:
+    """Stack the rows' entries of each token; a row that has none left gives zeros."""
+    longest = max(rows, key=len)
+    return tuple(
+        torch.stack([row[i] if i < len(row) else torch.zeros_like(longest[i]) for row in rows])
+        for i in range(len(longest))
+    )

@@ -1,206 +1,309 @@
-"""Who decides: the target's scores of a tree become tokens, row by row.
+"""Verification of a draft tree by the target: logits in, accepted tokens out.
 
-In: a tree and its `TargetOutput`. Out: a `Verdict` a row, and tokens appended to the `Texts`. A
-rule either walks down the tree token by token, and then scores are processed where the walk
-arrives, once, in order (`Walk`); or it looks at the whole tree before its first token is certain,
-and then scores are processed at every node (`Planned`). Either way a row's tokens become certain
-one by one.
+In: a `DraftTree` and the target's output after each of its nodes. Out: `Accepted`, the path and the
+new tokens of each row, already appended to the `Sequences`.
+
+    at once       `verify_greedy`, `verify_token`: tensors over the whole batch, read once a round;
+                  where scores follow from logits alone, and only end tokens and lengths stop a row
+    step by step  `StepwiseWalk`: scores are processed where the walk arrives, once, in order; where
+                  a processor or criterion needs order, or the caller wants scores of each token
+    whole tree    `PrecomputedPath`: rules that look at every node before the first token is decided
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .records import Records
-from .target_runner import TargetOutput
-from .texts import Texts
-from .tree import DraftTree
-from .verification import Outcome, Verdict, block, greedy_walk, token_choice, traversal
+from .acceptance_rules import Chance, block, traversal
+from .drafting import PADDING, DraftTree
+from .sequences import Sequences
+from .target_runner import OutputCollector, TargetOutput
 
 # rules that look at the whole tree
 WHOLE_TREE = {"traversal": traversal, "block": block}
 
 
-def chance(probability: float) -> bool:
-    """True with the given probability: the `Accept` of a real draw."""
-    return float(torch.rand(())) < probability
+class Verdict(NamedTuple):
+    """What the target accepts of a tree: a path, and one more token."""
+
+    path: Tensor  # (batch, depth + 1), nodes from the root on; 0 behind `lengths`
+    lengths: Tensor  # (batch,), nodes on the path, which is also how many tokens come out
+    next_token: Tensor  # (batch,), the target's own, after the last node
+
+    def tokens(self, tree: DraftTree) -> Tensor:
+        """The tokens that come out: (batch, depth + 1), anything behind `lengths`."""
+        drafted = tree.tokens.gather(1, self.path.roll(-1, dims=1))
+        return drafted.scatter(1, self.lengths[:, None] - 1, self.next_token[:, None])
 
 
-class Source(Protocol):
-    """Where the tokens of a pass come from; rows are counted as in the pass."""
+class Accepted(NamedTuple):
+    """What a round has committed, trimmed where a row ended."""
 
-    nodes: list[int]  # of each row, the node that its next token follows
+    path: Tensor  # (batch, longest), the nodes before the new tokens, padded with the root
+    tokens: list[list[int]]  # of each row
 
-    def next_tokens(self, going: list[int]) -> list[int]:
-        """The next token of each row that goes on."""
-        ...
+    @property
+    def counts(self) -> list[int]:
+        """New tokens of each row."""
+        return [len(tokens) for tokens in self.tokens]
 
-    def follow(self, row: int, token: int) -> bool:
-        """Move to the node of a row's new token; False if the tree has none."""
-        ...
+
+class Siblings(NamedTuple):
+    """The children of one node of each row, and how they came about."""
+
+    tokens: Tensor  # (batch, nodes), of all nodes
+    is_child: Tensor  # (batch, nodes)
+    draft_probs: Tensor | None = None  # (batch, vocab), q that they were drawn from; None if chosen
+    is_independent: bool = False  # whether they were drawn with replacement
+    most: int = 0  # children of a node; 0: not known
+
+    def with_token(self, token: Tensor) -> Tensor:
+        """The first child that has a token (batch,), 0 if none has: (batch,)."""
+        return _first(self.is_child & (self.tokens == token[:, None]))
+
+
+class Step(NamedTuple):
+    """One token of the target's distribution, and the node of the tree that has it."""
+
+    token: Tensor  # (batch,)
+    child: Tensor  # (batch,), 0 where the walk leaves the tree
+
+
+def verify_greedy(tree: DraftTree, logits: Tensor) -> Verdict:
+    """Follow the target's most probable tokens; `logits` are (batch, nodes, vocab).
+
+    The plain form is `greedy_walk`.
+    """
+    best = logits.argmax(-1)  # (batch, nodes)
+    batch, nodes = best.shape
+    parents = tree.parents.clamp(min=0)
+    agrees = (tree.tokens == best.gather(1, parents)) & (tree.parents != PADDING)
+    agrees[:, 0] = False
+    # the first child that agrees, of each node; `nodes` stands for none, and is its own child
+    ids = torch.arange(nodes, device=best.device).expand(batch, -1)
+    child = torch.full((batch, nodes + 1), nodes, device=best.device)
+    child.scatter_reduce_(1, parents, ids.masked_fill(~agrees, nodes), "amin")
+    path = [torch.zeros(batch, 1, dtype=torch.long, device=best.device)]
+    for _ in range(tree.max_depth):
+        path.append(child.gather(1, path[-1]))
+    nodes_on_path = torch.cat(path, dim=1)  # (batch, depth + 1)
+    is_node = nodes_on_path < nodes
+    lengths = is_node.sum(1)
+    nodes_on_path = nodes_on_path.masked_fill(~is_node, 0)
+    last = nodes_on_path.gather(1, lengths[:, None] - 1)
+    return Verdict(nodes_on_path, lengths, best.gather(1, last)[:, 0])
+
+
+def verify_token(
+    tree: DraftTree, target_probs: Callable[[Tensor], Tensor], chance: Chance
+) -> Verdict:
+    """Walk down from the root, token by token, in all rows at once.
+
+    The plain form is `token_walk`.
+
+    Args:
+        target_probs: nodes (batch,) → p after them, (batch, vocab): computed only where a walk
+            arrives, since warpers such as top-p sort the vocabulary.
+    """
+    batch, device = len(tree.tokens), tree.tokens.device
+    node = torch.zeros(batch, dtype=torch.long, device=device)
+    is_walking = torch.ones_like(node, dtype=torch.bool)
+    lengths, next_token, path = torch.zeros_like(node), torch.zeros_like(node), []
+    for _ in range(tree.max_depth + 1):
+        step = token_step(siblings_at(tree, node), target_probs(node), chance)
+        path.append(node)
+        lengths = lengths + is_walking
+        next_token = torch.where(is_walking, step.token, next_token)
+        is_walking = is_walking & (step.child > 0)
+        node = torch.where(is_walking, step.child, 0)
+        if device.type == "cpu" and not is_walking.any():  # a CPU is free to look
+            break
+    return Verdict(torch.stack(path, dim=1), lengths, next_token)
+
+
+def siblings_at(tree: DraftTree, node: Tensor, rows: Sequence[int] | None = None) -> Siblings:
+    """The children of each row's `node`, (batch,); of some rows only where `rows` says so."""
+    every: Tensor | list[int] = list(range(len(node))) if rows is None else list(rows)
+    draft = None if tree.draft_probs is None else tree.draft_probs[every, node[every]]
+    is_independent = tree.draws == "independent"
+    is_child = tree.children_of(node)[every]
+    return Siblings(tree.tokens[every], is_child, draft, is_independent, tree.branching)
+
+
+def token_step(siblings: Siblings, target_probs: Tensor, chance: Chance) -> Step:
+    """A token of `target_probs` (batch, vocab), as often as possible one of the siblings'.
+
+    Chosen siblings (q = 1) are accepted with p in all, so the target's own draw decides. Drawn ones
+    are tried in turn, each accepted with min(1, p / q) (SpecInfer, Miao et al. 2024): on a
+    rejection p ← norm([p - q]₊) and q ← norm(q without the child) (Traversal Verification,
+    algorithm 2), or q as it is if they are independent. The plain form is `token_choice`.
+    """
+    tokens, is_child = siblings.tokens, siblings.is_child
+    if siblings.draft_probs is None:
+        token = chance.draw(target_probs)
+        return Step(token, siblings.with_token(token))
+    p, q = target_probs, siblings.draft_probs
+    child = torch.zeros_like(tokens[:, 0])
+    on_cpu = tokens.device.type == "cpu"
+    for _ in range(siblings.most or int(is_child.sum(1).max())):
+        tried = _first(is_child)  # (batch,)
+        is_tried = (tried > 0) & (child == 0)
+        if on_cpu and not is_tried.any():
+            break
+        token = tokens.gather(1, tried[:, None])  # (batch, 1)
+        own_q = q.gather(1, token)
+        # a token of no draft probability comes only when all others were drawn: it was chosen
+        chances = p.gather(1, token) / own_q.masked_fill(own_q == 0, 1)
+        is_accepted = chance.accept(chances[:, 0].clamp(max=1)) & is_tried
+        child = torch.where(is_accepted, tried, child)
+        is_rejected = (is_tried & ~is_accepted)[:, None]
+        p = torch.where(is_rejected, _normed((p - q).clamp(min=0), token, p), p)
+        if not siblings.is_independent:
+            q = torch.where(is_rejected, _normed(q, token, torch.zeros_like(q)), q)
+        is_child = is_child.scatter(1, tried[:, None], False)
+    drawn = chance.draw(p)
+    return Step(torch.where(child > 0, tokens.gather(1, child[:, None])[:, 0], drawn), child)
+
+
+def _first(mask: Tensor) -> Tensor:
+    """The first node that is True in each row of (batch, nodes), 0 if none is: (batch,)."""
+    return mask.to(torch.uint8).argmax(1)
+
+
+def _normed(probs: Tensor, token: Tensor, otherwise: Tensor) -> Tensor:
+    """`probs` (batch, vocab) without `token` (batch, 1), normed; else `otherwise`."""
+    rest = probs.scatter(1, token, 0)
+    mass = rest.sum(1, keepdim=True)
+    tiny = torch.finfo(rest.dtype).tiny  # whose inverse would overflow
+    return torch.where(mass < tiny, otherwise, rest / mass.clamp(min=tiny))
 
 
 class Verifier:
-    """Verifies trees for the rows of a call that have not ended."""
+    """Verifies trees for the rows of a call that have not ended, by one rule.
 
-    def __init__(self, texts: Texts, records: Records, rule: str):
-        """`rule`: `"greedy"`, `"token"`, `"traversal"` or `"block"`."""
-        self._texts = texts
-        self._records = records
-        self._rule = rule
+    Args:
+        rule: `"greedy"`, `"token"`, `"traversal"` or `"block"`.
+    """
 
-    def verify(self, tree: DraftTree, scores: TargetOutput) -> list[Verdict]:
-        """Verify one tree for each row of `Texts.active`."""
-        return self._emit(self._source(tree, scores), len(tree.tokens))
+    def __init__(self, sequences: Sequences, collector: OutputCollector, rule: str):
+        self.sequences, self.collector, self.rule = sequences, collector, rule
+        self.chance = Chance()
+        needs_order = collector.keeps_scores or collector.keeps_logits or not sequences.is_free
+        self.is_stepwise = rule in WHOLE_TREE or needs_order
 
-    def _source(self, tree: DraftTree, scores: TargetOutput) -> Source:
-        if self._rule in WHOLE_TREE:
-            return Planned.by_rule(tree, scores, self._rule, self._texts, self._records)
-        keeps_something = self._records.keeps_scores or self._records.keeps_logits
-        if self._rule == "greedy" and not (self._texts.has_processors or keeps_something):
-            return Planned.greedy(tree, scores, self._texts, self._records)
-        return Walk(tree, scores, self._rule, self._texts, self._records)
+    def verify(self, tree: DraftTree, output: TargetOutput) -> Accepted:
+        """Verify one tree for each row of `Sequences.active`, and append what comes out."""
+        tree = tree.to(output.logits.device)
+        if self.is_stepwise:
+            return self._walk(tree, output)
+        verdict = self.verdict(tree, output.logits)
+        # the one read of a round: (batch, depth + 2)
+        read = torch.cat([verdict.tokens(tree), verdict.lengths[:, None]], dim=1).tolist()
+        tokens = self.sequences.emit([row[: row[-1]] for row in read])
+        return Accepted(verdict.path[:, : max(map(len, tokens))], tokens)
 
-    def _emit(self, source: Source, count: int) -> list[Verdict]:
-        """Make tokens certain, one of each row at a time, until each leaves its tree or ends."""
-        active = self._texts.active
-        verdicts = [Verdict([], []) for _ in range(count)]
-        going = list(range(count))
+    def verdict(self, tree: DraftTree, logits: Tensor) -> Verdict:
+        """What the target accepts where nothing needs order; `logits` are (batch, nodes, vocab)."""
+        process = self.sequences.process_free
+        if self.rule == "greedy":
+            return verify_greedy(tree, process(logits.flatten(0, 1)).view_as(logits))
+        rows = torch.arange(len(logits), device=logits.device)
+        return verify_token(tree, lambda node: process(logits[rows, node]).softmax(-1), self.chance)
+
+    def _walk(self, tree: DraftTree, output: TargetOutput) -> Accepted:
+        """Append one token of each row at a time, until each leaves its tree or ends."""
+        sequences, active = self.sequences, self.sequences.active
+        kind = PrecomputedPath if self.rule in WHOLE_TREE else StepwiseWalk
+        walk, going = kind(self, tree, output.logits), list(range(len(active)))
+        path: list[list[int]] = [[] for _ in active]
+        accepted: list[list[int]] = [[] for _ in active]
         while going:
-            tokens = source.next_tokens(going)
+            tokens = walk.next_tokens(going)
             for row, token in zip(going, tokens, strict=True):
-                verdicts[row].path.append(source.nodes[row])
-                verdicts[row].tokens.append(token)
-            self._texts.append([active[row] for row in going], tokens, self._seen_scores)
-            unstopped = [row for row in going if not self._texts.is_stopped[active[row]]]
-            going = [row for row in unstopped if source.follow(row, verdicts[row].tokens[-1])]
-            if self._texts.is_lockstep and len(going) < len(unstopped):
+                path[row].append(walk.nodes[row])
+                accepted[row].append(token)
+            sequences.append([active[row] for row in going], tokens, self._seen_scores)
+            unstopped = [row for row in going if not sequences.is_stopped[active[row]]]
+            going = [row for row in unstopped if walk.follow(row)]
+            if sequences.is_lockstep and len(going) < len(unstopped):
                 break
-        return verdicts
+        longest = max(map(len, path))
+        padded = [nodes + [0] * (longest - len(nodes)) for nodes in path]
+        return Accepted(torch.tensor(padded, device=output.logits.device), accepted)
 
     def _seen_scores(self) -> tuple[Tensor, ...] | None:
-        return self._records.scores() if self._records.keeps_scores else None
+        return self.collector.scores() if self.collector.keeps_scores else None
 
 
-class Walk:
-    """Decides token by token: the target's own next token is, or is not, a child of the node."""
+class StepwiseWalk:
+    """Decides token by token, with scores processed for the node where each walk stands.
 
-    def __init__(
-        self, tree: DraftTree, scores: TargetOutput, rule: str, texts: Texts, records: Records
-    ):
-        self.nodes = [0] * len(tree.tokens)
-        self._tree = tree
-        self._scores = scores
-        self._rule = rule
-        self._texts, self._records = texts, records
-        self._active = texts.active
-        self._tokens = tree.tokens.tolist()
-        self._children = [tree.children(row) for row in range(len(tree.tokens))]
+    Rows are counted as in the pass; `nodes` has, of each, the node that its next token follows.
+    """
+
+    def __init__(self, verifier: Verifier, tree: DraftTree, logits: Tensor):
+        """`logits`: (batch, nodes, vocab)."""
+        self.nodes = [0] * len(logits)
+        self._verifier, self._tree, self._logits = verifier, tree, logits
+        self._active = verifier.sequences.active
+        self._children = list(self.nodes)  # of each row, the node of its newest token; 0: none
 
     def next_tokens(self, going: list[int]) -> list[int]:
-        """See [`Source`]."""
-        logits = self._scores.logits[going, [self.nodes[row] for row in going]]  # (going, vocab)
-        texts = [self._active[row] for row in going]
-        processed = self._texts.scores(texts, logits)
-        for text, raw, final in zip(texts, logits, processed, strict=True):
-            self._records.add(text, raw, final)
-        if self._rule == "greedy":
-            return processed.argmax(-1).tolist()
-        probs = processed.softmax(-1)
-        return [self.draw(row, one) for row, one in zip(going, probs, strict=True)]
+        """The next token of each row that goes on."""
+        rows = [self._active[row] for row in going]
+        logits = self._logits[going, [self.nodes[row] for row in going]]  # (going, vocab)
+        scores = self._verifier.sequences.scores(rows, logits)
+        for row, raw, processed in zip(rows, logits, scores, strict=True):
+            self._verifier.collector.add(row, raw, processed)
+        siblings = siblings_at(self._tree, torch.tensor(self.nodes, device=scores.device), going)
+        if self._verifier.rule == "greedy":
+            token = scores.argmax(-1)
+            step = Step(token, siblings.with_token(token))
+        else:
+            step = token_step(siblings, scores.softmax(-1), self._verifier.chance)
+        for row, child in zip(going, step.child.tolist(), strict=True):
+            self._children[row] = child
+        return step.token.tolist()
 
-    def draw(self, row: int, target_probs: Tensor) -> int:
-        """A token of the target's distribution (vocab,), trying the node's children first."""
-        node, draft = self.nodes[row], self._tree.draft_probs
-        siblings = [self._tokens[row][child] for child in self._children[row][node]]
-        draft_probs = None if draft is None else draft[row, node]
-        choice = token_choice(target_probs, siblings, chance, draft_probs)
-        if choice.child is not None:
-            return siblings[choice.child]
-        return int(torch.multinomial(choice.probs, 1))
-
-    def follow(self, row: int, token: int) -> bool:
-        """See [`Source`]."""
-        for child in self._children[row][self.nodes[row]]:
-            if self._tokens[row][child] == token:
-                self.nodes[row] = child
-                return True
-        return False
+    def follow(self, row: int) -> bool:
+        """Move to the node of a row's newest token; False if the tree has none."""
+        self.nodes[row] = self._children[row]
+        return self.nodes[row] > 0
 
 
-class Plan(NamedTuple):
-    """What one row of a tree gives, before anything that may stop the text has seen it."""
+class PrecomputedPath(StepwiseWalk):
+    """Hands out what a rule decided with the scores of every node."""
 
-    path: list[int]
-    tokens: list[int]  # len(path)
-    scores: Tensor | None = None  # (nodes, vocab), processed
-
-
-class Planned:
-    """Hands out what was decided for a whole tree."""
-
-    def __init__(self, plans: Sequence[Plan], scores: TargetOutput, texts: Texts, records: Records):
-        self._plans = plans
-        self._scores = scores
-        self._active = texts.active
-        self._records = records
-        self._depth = 0
-        self.nodes = [0] * len(plans)
-
-    @classmethod
-    def greedy(
-        cls, tree: DraftTree, scores: TargetOutput, texts: Texts, records: Records
-    ) -> "Planned":
-        """Each row along the target's own choices."""
-        # in fp32 as plain `generate` compares them: float64 can tie there, and bf16 is slow
-        best = scores.logits.float().argmax(-1).tolist()
-        rows = zip(tree.tokens.tolist(), tree.parents.tolist(), best, strict=True)
-        paths = [greedy_walk(*row) for row in rows]
-        plans = [Plan(path, [best[row][node] for node in path]) for row, path in enumerate(paths)]
-        return cls(plans, scores, texts, records)
-
-    @classmethod
-    def by_rule(
-        cls, tree: DraftTree, scores: TargetOutput, rule: str, texts: Texts, records: Records
-    ) -> "Planned":
-        """Each row by a rule of `WHOLE_TREE`."""
-        rows = enumerate(zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True))
-        plans = []
-        for row, (tokens, parents) in rows:
-            after = texts.scores_after(
-                texts.active[row], prefixes(tokens, parents), scores.logits[row]
-            )
+    def __init__(self, verifier: Verifier, tree: DraftTree, logits: Tensor):
+        super().__init__(verifier, tree, logits)
+        self._paths, self._tokens, self._scores = [], [], []  # type: ignore[var-annotated]
+        rule, chance = WHOLE_TREE[verifier.rule], verifier.chance
+        if rule is traversal and tree.draws == "independent":
+            rule = partial(traversal, with_replacement=True)
+        pairs = zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True)
+        for row, (tokens, parents) in enumerate(pairs):
+            drafted = prefixes(tokens, parents)
+            scores = verifier.sequences.scores_after(self._active[row], drafted, logits[row])
             draft = None if tree.draft_probs is None else tree.draft_probs[row]
-            outcome = WHOLE_TREE[rule](tokens, parents, after.softmax(-1), draft, chance)
-            plans.append(cls._plan(outcome, tokens, after))
-        return cls(plans, scores, texts, records)
-
-    @staticmethod
-    def _plan(outcome: Outcome, tokens: list[int], scores: Tensor) -> Plan:
-        last = int(torch.multinomial(outcome.probs, 1))
-        return Plan(outcome.path, [*(tokens[node] for node in outcome.path[1:]), last], scores)
+            path, probs = rule(tokens, parents, scores.softmax(-1), draft, chance.is_accepted)
+            self._paths.append(path)
+            self._tokens.append([*(tokens[n] for n in path[1:]), int(chance.draw(probs[None]))])
+            self._scores.append(scores)  # (nodes, vocab)
 
     def next_tokens(self, going: list[int]) -> list[int]:
-        """See [`Source`]."""
+        """See [`StepwiseWalk`]."""
+        found = []
         for row in going:
-            processed = self._plans[row].scores
-            if processed is not None:
-                node = self.nodes[row]
-                logits = self._scores.logits[row, node]
-                self._records.add(self._active[row], logits, processed[node])
-        tokens = [self._plans[row].tokens[self._depth] for row in going]
-        self._depth += 1
-        return tokens
-
-    def follow(self, row: int, token: int) -> bool:
-        """See [`Source`]."""
-        path = self._plans[row].path
-        if self._depth == len(path):
-            return False
-        self.nodes[row] = path[self._depth]
-        return True
+            node, path = self.nodes[row], self._paths[row]
+            logits, scores = self._logits[row, node], self._scores[row][node]
+            self._verifier.collector.add(self._active[row], logits, scores)
+            place = path.index(node)
+            found.append(self._tokens[row][place])
+            self._children[row] = [*path, 0][place + 1]
+        return found
 
 
 def prefixes(tokens: list[int], parents: list[int]) -> list[list[int]]:

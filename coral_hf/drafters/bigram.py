@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from ..decoding.drafting import Warp, register_drafting
-from ..decoding.tree import DraftTree, TreeBuilder, TreeShape, root_only
+from ..decoding.drafting import DraftTree, TreeShape, Warp, register_drafting, root_only
 from ..target import Target, text_config
+from .tree_builders import TreeBuilder
 
 # a token that was never seen before another one counts as this part of an occurrence
 UNSEEN_WEIGHT = 1e-3

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...decoding.drafting import Warp
-from ...decoding.drawn_tree import DrawnTreeBuilder, plan_levels
+from ...decoding.drafting import DraftTree, TreeShape, Warp, root_only
 from ...decoding.ragged_cache import HIDDEN, RaggedCache
-from ...decoding.tree import Beam, DraftTree, TreeBuilder, TreeShape, root_only
 from ...heads.simple import Children
 from ...target import FEATURE, Target
 from ..fit import check_target
+from ..tree_builders import Beam, SampledTreeBuilder, TreeBuilder, plan_levels
 from .modeling import CoralDrafter
 
 
@@ -164,7 +163,7 @@ class CoralDrafting:
 
     def _draw(self, shape: TreeShape, warp: Warp) -> DraftTree:
         """A tree of draws without replacement among siblings."""
-        builder, features = DrawnTreeBuilder(self._root), self._feature
+        builder, features = SampledTreeBuilder(self._root), self._feature
         seen = self._root.new_zeros(len(self._root), 1, 0, dtype=torch.bool)  # as in `_choose`
         for depth, level in enumerate(plan_levels(shape)):
             beam = builder.best(level.families)

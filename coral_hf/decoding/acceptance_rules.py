@@ -1,7 +1,9 @@
-"""The rules by which a target accepts nodes of a draft tree without changing what it says.
+"""Acceptance rules over lists, one tree at a time: the output stays distributed as the target's.
 
 In: a tree, the target's and the drafter's distribution after each node, and chance. Out: an
-`Outcome`, the accepted path and what the next token is to be drawn from.
+`Outcome`, the accepted path and what the next token is to be drawn from. `traversal` and `block`
+run as they are; `greedy_walk` and `token_walk` are the plain form of `verify_greedy` and
+`verify_token` in verifier.py, which run over a whole batch and are tested against them.
 
     greedy_walk  the path that the target's own choices take
     token_walk   token by token from the root: recursive rejection (SpecInfer, Miao et al. 2024);
@@ -26,11 +28,20 @@ from torch import Tensor
 Accept = Callable[[float], bool]
 
 
-class Verdict(NamedTuple):
-    """What comes out of one row of a tree."""
+class Chance:
+    """Where the draws of a verification come from; tests put every possible answer in its place."""
 
-    path: list[int]  # the nodes before the tokens, the root first
-    tokens: list[int]  # the accepted drafted tokens and the target's next one, len(path) in all
+    def accept(self, chances: Tensor) -> Tensor:
+        """Whether to accept, with the given probabilities: (batch,) → (batch,), bool."""
+        return torch.rand(chances.shape, device=chances.device) < chances
+
+    def draw(self, probs: Tensor) -> Tensor:
+        """A token of each distribution: (batch, vocab) → (batch,)."""
+        return torch.multinomial(probs, 1)[:, 0]
+
+    def is_accepted(self, chance: float) -> bool:
+        """The `Accept` of the rules over lists."""
+        return float(torch.rand(())) < chance
 
 
 class Choice(NamedTuple):

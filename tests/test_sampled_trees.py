@@ -8,8 +8,8 @@ from conftest import VOCAB, scatter_weights, tiny_target
 from transformers import SynthIDTextWatermarkingConfig
 
 from coral_hf import CoralDrafter
-from coral_hf.decoding.drawn_tree import DrawnTreeBuilder, Level, plan_levels
-from coral_hf.decoding.tree import PADDING, TreeShape
+from coral_hf.decoding.drafting import PADDING, TreeShape
+from coral_hf.drafters.tree_builders import Level, SampledTreeBuilder, plan_levels
 
 PROMPT = torch.tensor([[5, 9, 3, 17, 22]])
 TREE = {"tree_depth": 3, "tree_top_k": 2, "tree_nodes": 15}
@@ -60,7 +60,7 @@ def test_a_plan_never_has_more_nodes_than_it_may(depth, top_k, nodes):
 
 def draw_families(probs: torch.Tensor, children: int, batch: int, seed: int = 0):
     torch.manual_seed(seed)
-    builder = DrawnTreeBuilder(torch.zeros(batch, dtype=torch.long))
+    builder = SampledTreeBuilder(torch.zeros(batch, dtype=torch.long))
     builder.best(1)
     builder.draw(probs.expand(batch, 1, -1).clone(), children)
     return builder
@@ -79,7 +79,8 @@ def test_a_distribution_of_few_tokens_gives_as_many_children_as_it_has():
     tree = draw_families(torch.tensor([0.0, 0.6, 0.0, 0.4, 0.0]), 4, batch=50).build()
     assert tree.parents[:, 1:3].eq(0).all() and tree.parents[:, 3:].eq(PADDING).all()
     assert tree.tokens[:, 1:3].sort(1).values.tolist() == [[1, 3]] * 50
-    assert tree.children(0) == [[1, 2], [], [], [], []]
+    assert tree.children_of(torch.zeros(50, dtype=torch.long))[:, 1:3].all()
+    assert tree.draws == "without_replacement" and tree.branching == 4
 
 
 def test_padding_gets_no_children():
@@ -92,7 +93,7 @@ def test_padding_gets_no_children():
 
 def test_every_expanded_node_keeps_the_distribution_that_its_children_were_drawn_from():
     torch.manual_seed(0)
-    builder = DrawnTreeBuilder(torch.tensor([7]))
+    builder = SampledTreeBuilder(torch.tensor([7]))
     builder.best(1)
     first, second = torch.rand(1, 1, 9).softmax(-1), torch.rand(1, 2, 9).softmax(-1)
     builder.draw(first, 3)

@@ -10,9 +10,19 @@ from test_generate import TheTargetItself
 
 from coral_hf import CoralDrafter
 from coral_hf.decoding.continuation import CACHE
-from coral_hf.decoding.costs import PROBES, Costs, Line, MeasuredCosts, Spent, StoredCosts
-from coral_hf.decoding.pace import PATIENCE, Adaptive, choose_pace
-from coral_hf.decoding.tree import TreeBuilder, TreeShape
+from coral_hf.decoding.draft_policy import (
+    PATIENCE,
+    PROBES,
+    AdaptiveDraft,
+    CostModel,
+    Costs,
+    DecayedLine,
+    MeasuredCosts,
+    RoundSample,
+    choose_policy,
+)
+from coral_hf.decoding.drafting import TreeShape
+from coral_hf.drafters.tree_builders import TreeBuilder
 
 SHAPE = TreeShape(depth=4, top_k=3, nodes=20)
 PROMPT = torch.tensor([[5, 9, 3, 17, 22, 8]])
@@ -31,13 +41,13 @@ def drafter(target):
     return drafter
 
 
-def rounds(pace, count, tokens, levels=2, nodes=6, seconds=(0.0, 0.0, 0.0)):
-    """Tell a pace of rounds that all gave as much; returns the planned depths."""
+def rounds(policy, count, tokens, levels=2, nodes=6, seconds=(0.0, 0.0, 0.0)):
+    """Report rounds to a policy that all gave as much; returns the planned depths."""
     depths = []
     for _ in range(count):
-        depths.append(pace.plan(1).depth)
+        depths.append(policy.plan(1).depth)
         drafted = (levels, nodes) if depths[-1] else (0, 1)
-        pace.note(Spent(1, *drafted, tokens, *seconds))
+        policy.note(RoundSample(1, *drafted, tokens, *seconds))
     return depths
 
 
@@ -45,36 +55,36 @@ def rounds(pace, count, tokens, levels=2, nodes=6, seconds=(0.0, 0.0, 0.0)):
 
 
 def test_a_drafter_that_never_hits_is_given_up_after_the_patience_is_spent():
-    pace = Adaptive(SHAPE, StoredCosts(Costs(base=1.0, level=0.5, node=0.0)))
-    depths = rounds(pace, 10, tokens=1)  # each loses one plain pass
-    assert pace.is_plain
+    policy = AdaptiveDraft(SHAPE, CostModel(Costs(base=1.0, level=0.5, node=0.0)))
+    depths = rounds(policy, 10, tokens=1)  # each loses one plain pass
+    assert policy.is_plain
     assert depths == [4] * (int(PATIENCE) + 1) + [0] * (9 - int(PATIENCE))
 
 
 def test_a_drafter_that_pays_is_never_given_up():
-    pace = Adaptive(SHAPE, StoredCosts(Costs(base=1.0, level=0.5, node=0.0)))
-    assert rounds(pace, 50, tokens=2.1) == [4] * 50
+    policy = AdaptiveDraft(SHAPE, CostModel(Costs(base=1.0, level=0.5, node=0.0)))
+    assert rounds(policy, 50, tokens=2.1) == [4] * 50
 
 
 def test_what_was_gained_before_does_not_pay_for_what_is_lost_now():
-    pace = Adaptive(SHAPE, StoredCosts(Costs(base=1.0, level=0.5, node=0.0)))
-    rounds(pace, 50, tokens=5)
-    rounds(pace, 30, tokens=1)
-    assert pace.is_plain
+    policy = AdaptiveDraft(SHAPE, CostModel(Costs(base=1.0, level=0.5, node=0.0)))
+    rounds(policy, 50, tokens=5)
+    rounds(policy, 30, tokens=1)
+    assert policy.is_plain
 
 
 def test_a_few_unlucky_rounds_are_no_reason_to_step_back():
-    pace = Adaptive(SHAPE, StoredCosts(Costs(base=1.0, level=0.5, node=0.0)))
-    rounds(pace, 50, tokens=5)
-    rounds(pace, 5, tokens=1)
-    assert not pace.is_plain
+    policy = AdaptiveDraft(SHAPE, CostModel(Costs(base=1.0, level=0.5, node=0.0)))
+    rounds(policy, 50, tokens=5)
+    rounds(policy, 5, tokens=1)
+    assert not policy.is_plain
 
 
 def test_nodes_and_levels_must_be_worth_what_they_cost():
-    pace = Adaptive(SHAPE, StoredCosts(Costs(base=1.0, level=0.2, node=0.05)))
-    assert pace.plan(1) == SHAPE._replace(node_floor=0.05, level_floor=0.2)
-    rounds(pace, 100, tokens=4, levels=2, nodes=13)  # 2 plain passes for 4 tokens
-    plan = pace.plan(1)
+    policy = AdaptiveDraft(SHAPE, CostModel(Costs(base=1.0, level=0.2, node=0.05)))
+    assert policy.plan(1) == SHAPE._replace(node_floor=0.05, level_floor=0.2)
+    rounds(policy, 100, tokens=4, levels=2, nodes=13)  # 2 plain passes for 4 tokens
+    plan = policy.plan(1)
     assert plan.node_floor == pytest.approx(0.1, rel=1e-3)
     assert plan.level_floor == pytest.approx(0.4, rel=1e-3)
 
@@ -83,43 +93,43 @@ def test_nodes_and_levels_must_be_worth_what_they_cost():
 
 
 def test_costs_are_measured_in_plain_passes(target):
-    meter = MeasuredCosts(tiny_target("llama"), Costs())
+    costs_of = MeasuredCosts(tiny_target("llama"), Costs())
     for _ in range(PROBES):
-        assert meter.lacks_plain(1)
-        meter.note(Spent(1, 0, 1, 1.0, 0.0, 0.010, 0.5))
+        assert costs_of.lacks_plain(1)
+        costs_of.note(RoundSample(1, 0, 1, 1.0, 0.0, 0.010, 0.5))
     for step in range(200):
         nodes = 1 + step % 20
-        meter.note(Spent(1, 3, nodes, 1.0, 0.006, 0.011 + 0.0003 * (nodes - 1), 0.001))
-    assert meter.costs(1) == pytest.approx((1.2, 0.2, 0.03), rel=0.25)
-    assert meter.lacks_plain(2)
+        costs_of.note(RoundSample(1, 3, nodes, 1.0, 0.006, 0.011 + 0.0003 * (nodes - 1), 0.001))
+    assert costs_of.costs(1) == pytest.approx((1.2, 0.2, 0.03), rel=0.25)
+    assert costs_of.lacks_plain(2)
 
 
 def test_a_line_without_spread_keeps_its_assumed_slope():
-    line = Line(slope_before=0.5)
+    line = DecayedLine(slope_before=0.5)
     for _ in range(20):
         line.add(4, 3.0)
     assert line.slope == pytest.approx(0.5) and line.at_zero(0) == pytest.approx(1.0)
 
 
 def test_a_machine_that_slows_down_is_no_reason_to_step_back():
-    pace = Adaptive(SHAPE, MeasuredCosts(tiny_target("llama"), Costs()))
-    rounds(pace, PROBES, tokens=1, seconds=(0.0, 0.01, 0.0))
-    rounds(pace, 5, tokens=2.5, seconds=(0.0, 0.011, 0.0))
+    policy = AdaptiveDraft(SHAPE, MeasuredCosts(tiny_target("llama"), Costs()))
+    rounds(policy, PROBES, tokens=1, seconds=(0.0, 0.01, 0.0))
+    rounds(policy, 5, tokens=2.5, seconds=(0.0, 0.011, 0.0))
     for _ in range(60):
-        is_plain_round = pace.plan(1).depth == 0
-        rounds(pace, 1, tokens=1 if is_plain_round else 2.5, seconds=(0.0, 0.04, 0.0))
-    assert not pace.is_plain
+        is_plain_round = policy.plan(1).depth == 0
+        rounds(policy, 1, tokens=1 if is_plain_round else 2.5, seconds=(0.0, 0.04, 0.0))
+    assert not policy.is_plain
 
 
 def test_measured_costs_are_remembered_from_call_to_call():
     model = tiny_target("llama")
-    rounds(Adaptive(SHAPE, MeasuredCosts(model, Costs())), PROBES, 1, seconds=(0.0, 0.01, 0.0))
-    assert Adaptive(SHAPE, MeasuredCosts(model, Costs())).plan(1).depth == SHAPE.depth
+    rounds(AdaptiveDraft(SHAPE, MeasuredCosts(model, Costs())), PROBES, 1, seconds=(0.0, 0.01, 0.0))
+    assert AdaptiveDraft(SHAPE, MeasuredCosts(model, Costs())).plan(1).depth == SHAPE.depth
 
 
 def test_an_unknown_speculation_is_refused(target, drafter):
     with pytest.raises(ValueError, match="`speculation` is 'sometimes'"):
-        choose_pace(target, SHAPE, "sometimes", None, False)
+        choose_policy(target, SHAPE, "sometimes", None, False)
 
 
 # ---- trees
@@ -174,7 +184,9 @@ def test_an_untrained_drafter_is_left_alone_after_a_while(target, drafter, monke
 def test_a_drafter_that_knows_the_text_goes_on(target, drafter, monkeypatch):
     text = target.generate(PROMPT, do_sample=False, max_new_tokens=60)
     drafting = TheTargetItself(text)
-    monkeypatch.setattr("coral_hf.decoding.pace.MeasuredCosts", lambda _, costs: StoredCosts(costs))
+    monkeypatch.setattr(
+        "coral_hf.decoding.draft_policy.MeasuredCosts", lambda _, costs: CostModel(costs)
+    )
     out = target.generate(
         PROMPT,
         do_sample=False,
@@ -205,7 +217,7 @@ def test_speculation_can_be_left_out(target, drafter):
 @pytest.mark.parametrize("speculation", ["adaptive", "always", "never"])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "mistral_window", "gpt2"])
-def test_tokens_are_the_targets_own_at_any_pace(speculation, rows, family):
+def test_tokens_are_the_targets_own_under_any_policy(speculation, rows, family):
     target = tiny_target(family)
     target.generation_config.pad_token_id = 0
     drafter = CoralDrafter.from_target(target).eval()

@@ -1,11 +1,11 @@
-"""The texts of a call so far, and all that watches them: processors, stopping criteria, streamer.
+"""The sequences of a call so far, and all that watches them: processors, criteria, the streamer.
 
-In: tokens, one by one. Out: whether a row has ended, and the processed scores of its next token.
-Every token passes here in order, so none comes out after the first stop, and a processor sees each
+In: new tokens. Out: whether a row has ended, and the processed scores of its next token. Every
+token passes here in order, so none comes out after the first stop, and a processor sees each
 position once, with its own prefix.
 
-Rows of a batch grow at their own pace as long as whatever watches them looks at one row at a time.
-Where it may look at the whole batch, they grow in lockstep, as in plain `generate`.
+Rows of a batch grow by numbers of tokens of their own as long as whatever watches them looks at one
+row at a time. Where it may look at the whole batch, they grow in lockstep, as in plain `generate`.
 """
 
 import copy
@@ -19,7 +19,7 @@ from transformers import generation as hf
 from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 
-# processors that look at scores only
+# processors whose scores follow from the logits alone
 PREFIX_FREE = (
     hf.EpsilonLogitsWarper,
     hf.EtaLogitsWarper,
@@ -69,7 +69,7 @@ STATEFUL = (
 )
 
 
-class Texts:
+class Sequences:
     """Rows of tokens in a buffer; what lies behind a row's end is padding."""
 
     def __init__(
@@ -83,7 +83,7 @@ class Texts:
     ):
         """Start at prompts, (batch, length).
 
-        `is_lockstep`: grow all rows alike, even where each could go at its own pace.
+        `is_lockstep`: grow all rows alike, even where each could accept tokens on its own.
         """
         batch, self.prompt_length = input_ids.shape
         self.lengths = [self.prompt_length] * batch
@@ -128,9 +128,9 @@ class Texts:
         return self._buffer[rows, [self.lengths[row] - 1 for row in rows]]
 
     @property
-    def has_processors(self) -> bool:
-        """Whether scores can differ from logits."""
-        return len(self._processors) > 0
+    def is_free(self) -> bool:
+        """Whether nothing asks for one token after another: all of a round can come at once."""
+        return self._end_tokens is not None and self.is_prefix_free and not self.is_lockstep
 
     @property
     def stateful(self) -> list[str]:
@@ -147,18 +147,25 @@ class Texts:
         """Whether scores depend on logits alone."""
         return all(type(one) in PREFIX_FREE for one in self._processors)
 
-    def scores(self, rows: list[int], logits: Tensor) -> Tensor:
-        """Processed scores of the next token of some rows: (rows, vocab) → (rows, vocab).
+    def process_free(self, logits: Tensor) -> Tensor:
+        """Scores where `is_prefix_free`: (rows, vocab) logits → (rows, vocab).
 
-        In fp32 whatever the target's dtype, as in plain `generate`.
+        In fp32 whatever the target's dtype, as in plain `generate`: float64 can tie there.
         """
+        if not self._processors:
+            return logits.float()
+        ids = self._buffer[:1, :1].expand(len(logits), 1)
+        return self._processors(ids, logits.to(torch.float32, copy=True))
+
+    def scores(self, rows: list[int], logits: Tensor) -> Tensor:
+        """Processed scores of the next token of some rows: (rows, vocab) → (rows, vocab)."""
+        if self.is_prefix_free:
+            return self.process_free(logits)
         logits = logits.to(torch.float32, copy=True)
         if self.is_lockstep:
             every = logits.new_zeros(len(self.lengths), logits.shape[1])
             every[rows] = logits
             return self._processors(self.ids.clone(), every)[rows]
-        if self.is_prefix_free:
-            return self._processors(self._buffer[rows, :1], logits)
         return torch.cat([self._scores_of(row, one) for row, one in zip(rows, logits, strict=True)])
 
     def _scores_of(self, row: int, logits: Tensor) -> Tensor:
@@ -166,19 +173,18 @@ class Texts:
         return self._processors_of(row)(self._row(row).clone(), logits[None])
 
     def warp(self, logits: Tensor) -> Tensor:
-        """What the processors that look at scores only make of a drafter's: (rows, vocab)."""
+        """A drafter's logits (rows, vocab) after the processors that look at nothing else."""
         warpers = LogitsProcessorList(one for one in self._processors if type(one) in PREFIX_FREE)
         return warpers(self._buffer[:1, :1].expand(len(logits), 1), logits)
 
     def scores_after(self, row: int, drafted: Sequence[list[int]], logits: Tensor) -> Tensor:
-        """Processed scores after a row's text and some drafted tokens: (nodes, vocab) → the same.
+        """Processed scores after a row and some drafted tokens: (nodes, vocab) → the same.
 
-        `drafted`: the tokens between the text and each node's next one.
+        `drafted`: the tokens between the row and each node's next one.
         """
-        logits = logits.to(torch.float32, copy=True)
         if self.is_prefix_free:
-            return self._processors(self._buffer[[row] * len(logits), :1], logits)
-        text = self._row(row)
+            return self.process_free(logits)
+        logits, text = logits.to(torch.float32, copy=True), self._row(row)
         prefixes = [torch.cat([text, text.new_tensor([tokens])], dim=1) for tokens in drafted]
         scores = [
             self._processors_of(row)(prefix, one[None])
@@ -221,8 +227,31 @@ class Texts:
         for row in rows:
             self.is_stopped[row] = is_done[row]
 
+    def emit(self, tokens: list[list[int]]) -> list[list[int]]:
+        """Append tokens of each active row, and give back those up to its end; where `is_free`."""
+        ends, rows = self._end_tokens or (), self.active
+        longest = self._criteria.max_length or sys.maxsize
+        for index, row in enumerate(rows):
+            stops = [place for place, token in enumerate(tokens[index]) if token in ends]
+            count = min([stops[0] + 1] if stops else [], default=len(tokens[index]))
+            tokens[index] = tokens[index][: min(count, longest - self.lengths[row])]
+            self.is_stopped[row] = bool(stops) or self.lengths[row] + len(tokens[index]) >= longest
+        new = max(map(len, tokens))
+        self._reserve(self.longest + new)
+        padded = [row + [self._pad_token] * (new - len(row)) for row in tokens]
+        starts = torch.tensor([self.lengths[row] for row in rows])
+        places = (starts[:, None] + torch.arange(new)).to(self._buffer.device)
+        index_of_rows = torch.tensor(rows, device=self._buffer.device)[:, None]
+        self._buffer[index_of_rows, places] = self._buffer.new_tensor(padded)
+        for index, row in enumerate(rows):
+            self.lengths[row] += len(tokens[index])
+        if self._streamer is not None:  # of a single row
+            for token in tokens[0]:
+                self._streamer.put(torch.tensor([token]))
+        return tokens
+
     def end(self) -> None:
-        """Tell the streamer that the text is complete."""
+        """Tell the streamer that the sequences are complete."""
         if self._streamer is not None:
             self._streamer.end()
 

@@ -1,0 +1,206 @@
+"""How drafters grow trees: chosen by confidence, or sampled from the drafter's distribution.
+
+In: for each level, children of the nodes that were expanded, or the distribution after them. Out: a
+`DraftTree`.
+
+`TreeBuilder` (EAGLE-2, Li et al. 2024, sections 4.1 and 4.2): the most confident nodes of a level
+are expanded, the most confident nodes of all are verified.
+
+`SampledTreeBuilder`: what a node gets is decided before it is drawn: the shape of a level by
+`plan_levels` from the numbers of `TreeShape`, the nodes to expand from the tokens above them. So
+each family of siblings is a draw without replacement from its own q, which verification takes for
+granted; a drawn child is never dropped.
+
+    nodes 31, depth 4, top_k 2      level     1   2   3   4
+                                    nodes     2   4   8   16       a full binary tree
+    nodes 21, depth 5, top_k 4      nodes     4   4   4   4    4   one family a level
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..decoding.drafting import PADDING, DraftTree, TreeShape
+
+
+class Beam(NamedTuple):
+    """The nodes of the newest level that are worth expanding."""
+
+    tokens: Tensor  # (batch, beam)
+    parents: Tensor  # (batch, beam), which node of the previous beam each one hangs on
+    log_path: Tensor  # (batch, beam), log-confidence of the path from the root
+
+
+class TreeBuilder:
+    """Collects levels of children and keeps the best nodes of all.
+
+    A child's confidence is at most its parent's, and ties go to the earlier node, so the nodes
+    that are kept always form a tree.
+    """
+
+    def __init__(self, root: Tensor, shape: TreeShape):
+        """Start at the root's token, (batch,)."""
+        self._shape = shape
+        self._root = root
+        self._tokens: list[Tensor] = []  # each (batch, nodes of a level)
+        self._log_paths: list[Tensor] = []
+        self._parents: list[Tensor] = []  # pool indices, the root is -1
+        self._size = 0
+        # (batch, beam), pool indices of the newest beam
+        self._beam_nodes = torch.full_like(root, -1)[:, None]
+        self._beam_log_path = torch.zeros(root.shape[0], 1, device=root.device)
+
+    def add_level(self, tokens: Tensor, log_confidence: Tensor) -> Beam:
+        """Add the children of the newest beam, and choose the next beam among them.
+
+        Both are (batch, beam, top_k).
+        """
+        # (batch, beam * top_k)
+        log_paths = (self._beam_log_path[..., None] + log_confidence).flatten(1)
+        tokens, top_k = tokens.flatten(1), tokens.shape[-1]
+        self._tokens.append(tokens)
+        self._log_paths.append(log_paths)
+        self._parents.append(self._beam_nodes.repeat_interleave(top_k, dim=1))
+        best, index = log_paths.topk(min(self._shape.top_k, log_paths.shape[1]), dim=1)
+        self._beam_nodes, self._beam_log_path = self._size + index, best
+        self._size += tokens.shape[1]
+        return Beam(tokens.gather(1, index), index // top_k, best)
+
+    def is_worth_more(self, beam: Beam) -> bool:
+        """Whether to draft the level below a beam, on average over the batch.
+
+        Each node of the beam that is accepted gives one more accepted node at most.
+        """
+        floor = self._shape.level_floor
+        return floor == 0 or float(beam.log_path.exp().sum(1).mean()) >= floor
+
+    def build(self) -> DraftTree:
+        """The root and the best nodes of the pool, in the order in which they were added."""
+        log_paths = torch.cat(self._log_paths, dim=1)  # (batch, pool)
+        # stable: of equal nodes the earlier, so a parent is kept before its child
+        ranked, order = log_paths.sort(dim=1, descending=True, stable=True)
+        kept = min(self._shape.nodes - 1, self._num_worthy(ranked))
+        chosen = order[:, :kept].sort(dim=1).values  # (batch, kept)
+        parents = self._renumber(torch.cat(self._parents, dim=1).gather(1, chosen), chosen)
+        tokens = torch.cat(self._tokens, dim=1).gather(1, chosen)
+        root = torch.zeros_like(self._root)[:, None]
+        depths = _depths(torch.cat([root, parents], dim=1), len(self._tokens))
+        # a head that read few tokens has fewer children than were asked for
+        is_node = log_paths.gather(1, chosen) > float("-inf")
+        parents = torch.cat([root, parents.masked_fill(~is_node, PADDING)], dim=1)
+        return DraftTree(
+            torch.cat([self._root[:, None], tokens], dim=1),
+            parents,
+            depths,
+            levels=len(self._tokens),
+            branching=self._shape.top_k,
+        )
+
+    def _num_worthy(self, ranked: Tensor) -> int:
+        """How many of a row's best nodes are worth a row of the target's pass.
+
+        `ranked`: (batch, pool), log-confidence, best first. The pass is as wide as its widest row,
+        so nodes of equal rank count together.
+        """
+        floor = self._shape.node_floor
+        return ranked.shape[1] if floor == 0 else int((ranked.exp().mean(0) >= floor).sum())
+
+    def _renumber(self, parents: Tensor, chosen: Tensor) -> Tensor:
+        """Pool indices of parents (batch, kept) → node ids, the root's -1 becoming 0."""
+        node_of = chosen.new_zeros(chosen.shape[0], self._size + 1)
+        ids = torch.arange(1, chosen.shape[1] + 1, device=chosen.device).expand_as(chosen)
+        node_of.scatter_(1, chosen + 1, ids)
+        return node_of.gather(1, parents + 1)
+
+
+def _depths(parents: Tensor, max_depth: int) -> Tensor:
+    """How many steps each node (batch, nodes) is below the root."""
+    depths = torch.zeros_like(parents)
+    ancestor = torch.arange(parents.shape[1], device=parents.device).expand_as(parents)
+    for _ in range(max_depth):
+        depths = depths + (ancestor > 0)
+        ancestor = parents.gather(1, ancestor)
+    return depths
+
+
+class Level(NamedTuple):
+    """How many nodes of the level above get how many children each."""
+
+    families: int
+    children: int
+
+
+def plan_levels(shape: TreeShape) -> list[Level]:
+    """Each level takes its equal share of the nodes that are left, in whole families."""
+    left, width, levels = shape.nodes - 1, 1, []
+    for depth in range(shape.depth):
+        share = max(left // (shape.depth - depth), 1)
+        children = min(shape.top_k, share)
+        families = min(width, share // children)
+        if left < children:
+            break
+        levels.append(Level(families, children))
+        width = families * children
+        left -= width
+    return levels
+
+
+class SampledTreeBuilder:
+    """Draws level after level below a root."""
+
+    def __init__(self, root: Tensor):
+        """Start at the root's token, (batch,)."""
+        zeros = torch.zeros_like(root)[:, None]
+        self._tokens = [root[:, None]]  # each (batch, nodes of a level)
+        self._parents = [zeros]
+        self._depths = [zeros]
+        self._size, self._children, self._most = 1, 1, 1
+        # (batch, nodes of the newest level): log-probability of the path; -inf for padding
+        self._log_path = torch.zeros(root.shape, device=root.device)[:, None]
+        self._expanded: list[tuple[Tensor, Tensor]] = []  # nodes (batch, families), and their q
+
+    def best(self, families: int) -> Beam:
+        """The most probable nodes of the newest level, which are to get children."""
+        log_path, index = self._log_path.topk(families, dim=1)
+        first = self._size - self._log_path.shape[1]
+        self._beam, self._beam_log_path = first + index, log_path
+        return Beam(self._tokens[-1].gather(1, index), index // self._children, log_path)
+
+    def draw(self, probs: Tensor, children: int) -> None:
+        """Draw children of the nodes that `best` named, without replacement among siblings.
+
+        Args:
+            probs: (batch, families, vocab), q after each of them.
+            children: of each; a q with fewer tokens gives as many as it has.
+        """
+        # the largest of log q + Gumbel noise are draws in order (Kool et al. 2019, section 3)
+        noise = -torch.empty_like(probs).exponential_().log()
+        perturbed, tokens = (probs.log() + noise).topk(children, dim=2)
+        drawn = probs.gather(2, tokens)  # (batch, families, children)
+        log_path = self._beam_log_path[..., None] + drawn.log()
+        is_node = (perturbed > float("-inf")) & (log_path > float("-inf"))
+        parents = self._beam[..., None].expand_as(tokens).masked_fill(~is_node, PADDING)
+        self._expanded.append((self._beam, probs))
+        self._tokens.append(tokens.flatten(1))
+        self._parents.append(parents.flatten(1))
+        self._depths.append(torch.full_like(self._tokens[-1], len(self._depths)))
+        self._log_path = log_path.masked_fill(~is_node, float("-inf")).flatten(1)
+        self._size += self._log_path.shape[1]
+        self._children, self._most = children, max(children, self._most)
+
+    def build(self) -> DraftTree:
+        """All nodes that were drawn, level by level, siblings in the order of the draws."""
+        batch, _, vocab = self._expanded[0][1].shape
+        draft_probs = self._expanded[0][1].new_zeros(batch, self._size, vocab)
+        for nodes, probs in self._expanded:
+            draft_probs.scatter_(1, nodes[..., None].expand_as(probs), probs)
+        return DraftTree(
+            torch.cat(self._tokens, dim=1),
+            torch.cat(self._parents, dim=1),
+            torch.cat(self._depths, dim=1),
+            draft_probs,
+            "without_replacement",
+            levels=len(self._expanded),
+            branching=self._most,
+        )
