@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ..decoding.drafting import family_of
-from ..decoding.stats import DecodingStats
+from ..decoding import DecodingStats
 from ..target import Target, tree_obstacle
 from .prompts import left_padded
 
