@@ -5,6 +5,7 @@ drawn, and needs no display.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,7 +67,7 @@ def save(figure: "Figure", path: str | Path) -> Path:
 
 
 def bar_figure(
-    bars: Bars, text: Callable[[str, Any], str] | None = None, **labels: Any
+    bars: Bars, text: Callable[[str, Any], str] = lambda name, group: "", **labels: Any
 ) -> "Figure":
     """A figure of bars side by side, for each group one of each series.
 
@@ -76,12 +77,12 @@ def bar_figure(
     """
     groups = list(dict.fromkeys(group for heights in bars.values() for group in heights))
     figure, (axes,) = new_figure(width=max(5.0, 1.2 * len(groups)))
-    width = BAR_ROOM / max(len(bars), 1)
+    width, colours = BAR_ROOM / max(len(bars), 1), cycle(COLOURS[:-1])
     for index, (name, heights) in enumerate(bars.items()):
+        colour = PLAIN if name == "plain" else next(colours)
         x = [groups.index(group) + (index - (len(bars) - 1) / 2) * width for group in heights]
-        drawn = axes.bar(x, list(heights.values()), width, color=colour_of(name, index), label=name)
-        if text is not None:
-            axes.bar_label(drawn, [text(name, group) for group in heights], fontsize=8)
+        drawn = axes.bar(x, list(heights.values()), width, color=colour, label=name)
+        axes.bar_label(drawn, [text(name, group) for group in heights], fontsize=8)
     axes.set(**labels)
     axes.set_xticks(range(len(groups)), [str(group) for group in groups])
     add_legend(axes)
@@ -96,11 +97,6 @@ def line_figure(lines: Sequence[Line], **labels: str) -> "Figure":
     return figure
 
 
-def colour_of(name: str, index: int) -> str:
-    """The colour of a series; grey is plain's."""
-    return PLAIN if name == "plain" else COLOURS[index % (len(COLOURS) - 1)]
-
-
 def draw_lines(axes: "Axes", lines: Iterable[Line]) -> None:
     """Draw curves and their legend; a curve of one point would not be seen, so it is a dot."""
     for index, (label, x, y, style, colour) in enumerate(lines):
@@ -110,52 +106,49 @@ def draw_lines(axes: "Axes", lines: Iterable[Line]) -> None:
     add_legend(axes)
 
 
+def bars_of(rows: Iterable[Any], group: str, height: str) -> dict[str, dict[Any, float]]:
+    """The bars of each method; `group` and `height` are fields of the rows."""
+    bars: dict[str, dict[Any, float]] = {}
+    for row in rows:
+        bars.setdefault(row.method, {})[vars(row)[group]] = vars(row)[height]
+    return bars
+
+
 def acceptance_figure(depths: Sequence[AcceptedDepth], title: str) -> "Figure":
     """Bars: share of all rounds that accept a node at a depth; dots: of those that got so far."""
-    methods = dict.fromkeys(entry.method for entry in depths)
-    bars = {
-        f"{name}, all rounds": {e.depth: 100 * e.share for e in depths if e.method == name}
-        for name in methods
-    }
     labels: dict[str, Any] = {"title": title, "xlabel": "depth in the tree"}
-    figure = bar_figure(bars, ylabel="rounds that accept a node, %", ylim=(0, 105), **labels)
+    labels |= {"ylabel": "rounds that accept a node", "ylim": (0, 1.05)}
+    figure = bar_figure(bars_of(depths, "depth", "share"), **labels)
     (axes,) = figure.axes
-    for container, name in zip(axes.containers, methods, strict=True):
-        x = [bar.get_x() + bar.get_width() / 2 for bar in container]
-        given = [100 * entry.share_given_parent for entry in depths if entry.method == name]
-        colour = container[0].get_facecolor()
-        axes.plot(x, given, "o", color=colour, mec="black", label=f"{name}, parent accepted")
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    dots = bars_of(depths, "depth", "share_given_parent")
+    for bars, (method, heights) in zip(axes.containers, dots.items(), strict=True):
+        x, colour = [bar.get_center()[0] for bar in bars], bars[0].get_facecolor()
+        label = f"{method}, of those whose parent was accepted"
+        axes.plot(x, list(heights.values()), "o", color=colour, mec="black", label=label)
     add_legend(axes)
     return figure
 
 
 def speedup_figure(rows: Sequence[Row], title: str) -> "Figure":
     """Bars: median speed-up of each method over plain `generate`, by task."""
-    bars = {
-        name: {row.task: row.speedup for row in rows if row.method == name}
-        for name in dict.fromkeys(row.method for row in rows)
-        if name != "plain"
-    }
+    bars = bars_of((row for row in rows if row.method != "plain"), "task", "speedup")
     labels = {"title": title, "ylabel": "speed-up, median over prompts"}
     figure = bar_figure(bars, lambda name, task: f"{bars[name][task]:.2f}", **labels)
-    (axes,) = figure.axes
-    axes.axhline(1.0, color=PLAIN, linewidth=1, label="plain")
-    add_legend(axes)
+    figure.axes[0].axhline(1.0, color=PLAIN, linewidth=1, label="plain")
+    add_legend(figure.axes[0])
     return figure
 
 
 def batch_figure(rows: Sequence[Row], title: str) -> "Figure":
     """Bars: tokens per second of both methods by batch size, the drafter's with its speed-up."""
-    found = {(row.method, row.batch_size): row for row in rows}
-    bars: dict[str, dict] = {}
-    for (method, size), row in found.items():
-        bars.setdefault(method, {})[size] = row.tokens_per_second
-
-    def speedup(method: str, size: Any) -> str:
-        return "" if method == "plain" else f"{found[method, size].speedup:.2f}x"
-
+    speedups = bars_of(rows, "batch_size", "speedup")
     labels = {"title": title, "xlabel": "batch size", "ylabel": "tokens/s of all rows"}
-    return bar_figure(bars, speedup, **labels)
+    return bar_figure(
+        bars_of(rows, "batch_size", "tokens_per_second"),
+        lambda name, size: "" if name == "plain" else f"{speedups[name][size]:.2f}x",
+        **labels,
+    )
 
 
 def context_figure(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":

@@ -166,7 +166,7 @@ def sized_batches(
     prompts: Sequence[Prompt],
     settings: SweepSettings,
 ) -> list[tuple[str, list[list[Tensor]]]]:
-    """The batches of each size and context, rows (length,), with the task that they are for."""
+    """The batches of each size and context, with their task; a batch is rows of shape (length,)."""
     rows = [encode(prompt, tokenizer)[0] for prompt in prompts]
     room = (max_positions(text_config(target)) or float("inf")) - settings.max_new_tokens
     fitting = [row for row in rows if len(row) <= room]

@@ -113,13 +113,13 @@ def _difference(own: Sequence[Result], first: Sequence[Result]) -> str:
 def plot_scaling(results: Sequence[Result], folder: Path) -> None:
     """Draw the mean τ over the tokens that were read: a line for each trial, a dot for each run."""
     figure, (axes,) = plots.new_figure(width=6.0, height=4.0)
-    lines = []
-    for index, (name, own) in enumerate(group_by_trial(results).items()):
-        colour = plots.COLOURS[index % len(plots.COLOURS)]
+    lines: list[plots.Line] = []
+    for name, own in group_by_trial(results).items():
         by_steps = [[r for r in own if r.steps == n] for n in sorted({r.steps for r in own})]
         tokens = [mean(r.num_tokens for r in runs) for runs in by_steps]
         values = [mean(r.mean_acceptance for r in runs) for runs in by_steps]
-        lines.append(plots.Line(name, tokens, values, "-", colour))
+        colour = plots.COLOURS[len(lines) % len(plots.COLOURS)]
+        lines.append(plots.Line(name, tokens, values))
         dots = [r.num_tokens for r in own], [r.mean_acceptance for r in own]
         axes.scatter(*dots, s=12, color=colour)
     plots.draw_lines(axes, lines)

@@ -79,9 +79,8 @@ def plot_run(state: str | Path, folder: str | Path | None = None) -> list[Path]:
     """
     file = _state_file(state)
     folder = file.parent if folder is None else Path(folder)
-    return [
-        save(figure, folder / f"{name}.png") for name, figure in figures(_read_log(file)).items()
-    ]
+    drawn = figures(_read_log(file))
+    return [save(figure, folder / f"{name}.png") for name, figure in drawn.items()]
 
 
 def compare_runs(states: Mapping[str, str | Path], path: str | Path) -> Path:
