@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from ..decoding.drafting import family_of
 from ..decoding import DecodingStats
+from ..decoding.drafting import family_of
 from ..target import Target, tree_obstacle
 from .prompts import left_padded
 
