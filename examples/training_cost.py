@@ -6,16 +6,16 @@ Each case runs in a process of its own. The straightforward one holds the logits
 mask for each step's attention, and the whole similarity matrix of CSRA.
 """
 
+import argparse
 import re
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Annotated
 
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
@@ -96,30 +96,29 @@ def resident(name: str) -> float:
     return int(re.search(rf"{name}:\s*(\d+) kB", status)[1]) / 1024
 
 
-def main(
-    vocab_size: Annotated[list[int], typer.Option()],
-    length: Annotated[list[int], typer.Option()],
-    hidden_size: int = 512,
-    repeats: int = 3,
-    only: str | None = None,
-) -> None:
+def main(options: argparse.Namespace) -> None:
     """Measure every case, or print the numbers of one."""
-    if only is not None:
-        print(measure(only, vocab_size[0], length[0], hidden_size, repeats))
+    sizes = options.hidden_size, options.repeats
+    if options.only is not None:
+        print(measure(options.only, options.vocab_size[0], options.length[0], *sizes))
         return
     table = Table("vocabulary", "length", "implementation", "tokens/s", "peak MB", "loss")
-    for vocab in vocab_size:
-        for tokens in length:
-            for name in LOSSES:
-                case = f"--vocab-size {vocab} --length {tokens} --only {name}"
-                case += f" --hidden-size {hidden_size} --repeats {repeats}"
-                run = [sys.executable, __file__, *case.split()]
-                output = subprocess.run(run, check=True, capture_output=True, text=True).stdout
-                seconds, peak, loss = map(float, output.split())
-                row = (vocab, tokens, name, f"{tokens / seconds:.0f}", f"{peak:.0f}", f"{loss:.0f}")
-                table.add_row(*map(str, row))
+    for vocab, tokens, name in product(options.vocab_size, options.length, LOSSES):
+        case = f"--vocab-size {vocab} --length {tokens} --only {name}"
+        case += f" --hidden-size {sizes[0]} --repeats {sizes[1]}"
+        run = [sys.executable, __file__, *case.split()]
+        output = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+        seconds, peak, loss = map(float, output.split())
+        row = (vocab, tokens, name, f"{tokens / seconds:.0f}", f"{peak:.0f}", f"{loss:.0f}")
+        table.add_row(*map(str, row))
     Console().print(table)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vocab-size", type=int, action="append", required=True)
+    parser.add_argument("--length", type=int, action="append", required=True)
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", choices=LOSSES)
+    main(parser.parse_args())

@@ -3,13 +3,11 @@
 import datasets
 import pytest
 import torch
-from conftest import tiny_target
+from conftest import invoke, tiny_target
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
-from coral_hf.cli import app
 
 MARKS = ["<s>", "<|end|>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
@@ -111,7 +109,7 @@ def command():
     """Runs `coral-hf` with some words, and returns what it printed."""
 
     def run(*words) -> str:
-        result = CliRunner().invoke(app, [*map(str, words)])
+        result = invoke(*words)
         assert result.exit_code == 0, result.output
         return result.output
 
