@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 def test_the_demo_shows_both_depths_and_leaves_its_files(first_run, settings):
     result, shown = first_run
-    assert result.is_newly_trained
+    assert "Training the target" in shown and "Training the drafter" in shown
     assert "1 layers, 0 of them padding" in shown and "3 layers, 2 of them padding" in shown
     assert result.drafter == settings.output / "drafter"
     assert (result.drafter / "tokenizer.json").is_file()
@@ -90,14 +91,13 @@ def test_the_drafter_loads_with_a_trained_router(first_run):
 
 
 def test_the_second_run_trains_nothing(first_run, settings):
-    result, shown = shown_by(settings)
-    assert not result.is_newly_trained
+    _, shown = shown_by(settings)
     assert "Training" in first_run[1] and "Training" not in shown
 
 
 def test_fresh_trains_again(first_run, settings):
-    result, _ = shown_by(DemoSettings(**{**vars(settings), "fresh": True}))
-    assert result.is_newly_trained
+    _, shown = shown_by(replace(settings, fresh=True))
+    assert shown.count("Training") == 2
 
 
 def test_an_interrupted_training_is_not_taken_for_a_finished_one(tmp_path):
@@ -105,17 +105,17 @@ def test_an_interrupted_training_is_not_taken_for_a_finished_one(tmp_path):
         (folder / "half").write_text("")
         raise KeyboardInterrupt
 
-    settings = DemoSettings(cache_dir=tmp_path)
+    here = DemoSettings(cache_dir=tmp_path), Console(file=io.StringIO())
     with pytest.raises(KeyboardInterrupt):
-        cached(settings, "model", {"seed": 0}, interrupted)
-    made = cached(settings, "model", {"seed": 0}, lambda folder: (folder / "whole").touch())
-    assert made.is_new and [file.name for file in made.folder.iterdir()] == ["whole"]
-    assert list(tmp_path.iterdir()) == [made.folder]
+        cached(*here, "model", {"seed": 0}, interrupted)
+    folder = cached(*here, "model", {"seed": 0}, lambda folder: (folder / "whole").touch())
+    assert [file.name for file in folder.iterdir()] == ["whole"]
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_another_key_is_another_folder(tmp_path):
-    settings = DemoSettings(cache_dir=tmp_path)
-    folders = {cached(settings, "model", {"seed": i}, lambda _: None).folder for i in range(2)}
+    here = DemoSettings(cache_dir=tmp_path), Console(file=io.StringIO())
+    folders = {cached(*here, "model", {"seed": i}, lambda _: None) for i in range(2)}
     assert len(folders) == 2
 
 
@@ -129,7 +129,7 @@ def test_a_target_and_a_dataset_of_conversations_can_be_given(tmp_path, tokenize
     result, shown = shown_by(
         DemoSettings(**TINY, **given, output=tmp_path / "out", cache_dir=tmp_path / "cache")
     )
-    assert result.is_newly_trained and "2 layers, 0 of them padding" in shown
+    assert shown.count("Training") == 1 and "2 layers, 0 of them padding" in shown
     assert {call.task for call in result.reports[0].calls} == {"held-out"}
 
 

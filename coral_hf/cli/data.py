@@ -58,7 +58,7 @@ def regenerate(own: RegenerateOptions, settings: RegenerationSettings) -> None:
     from ..training.regeneration.regenerate import regenerate as answer
 
     rows = own.conversations(own.limit)
-    model, tokenizer = own.load()
+    model, tokenizer = own.load_target()
     drafter = None if own.drafter is None else load_drafter(own.drafter, model)
     done = answer(model, tokenizer, rows, own.output, settings, drafter)
     print(
@@ -111,7 +111,7 @@ def features(own: FeaturesOptions) -> None:
         print(f"{output} is whole: {index.num_rows} rows of {index.target}.")
         return
     conversations = own.conversations()
-    model, tokenizer = own.load()
+    model, tokenizer = own.load_target()
     # the rows as the trainer would read them
     warn_of_other_ends(tokenizer, model)
     vocab_size = model.config.get_text_config(decoder=True).vocab_size

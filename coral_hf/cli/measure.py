@@ -25,12 +25,13 @@ from .options import (
     load_target,
     token_ids,
 )
+from .parser import refuse
 
 REPORT = "Folder of report.json, report.md and the plots."
 
 
 @dataclass(kw_only=True)
-class GenerateOptions(DraftingSettings):
+class GenerateOptions(TargetOptions, DraftingSettings):
     """The prompt, and how it is answered."""
 
     prompt: str = option("What to say to the target.", positional=True)
@@ -39,19 +40,18 @@ class GenerateOptions(DraftingSettings):
     temperature: float = option("0 is greedy.", 0.0, least=0)
 
 
-def generate(target: TargetOptions, own: GenerateOptions) -> None:
+def generate(own: GenerateOptions) -> None:
     """Generate with a drafter, streaming the text."""
     from transformers import TextStreamer
 
     from ..measure.prompts import Prompt, encode, user_message
 
-    model, tokenizer = target.load()
-    is_chat = tokenizer.chat_template is not None
-    asked: dict[str, Any] = (
-        {"messages": (user_message(own.prompt),)} if is_chat else {"text": own.prompt}
-    )
+    model, tokenizer = own.load_target()
+    prompt = Prompt("prompt", "0", text=own.prompt)
+    if tokenizer.chat_template is not None:
+        prompt = Prompt("prompt", "0", (user_message(own.prompt),))
     output = model.generate(
-        encode(Prompt(task="prompt", id="0", **asked), tokenizer).to(model.device),
+        encode(prompt, tokenizer).to(model.device),
         assistant_model=load_drafter(own.drafter, model),
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         tokenizer=tokenizer,
@@ -80,7 +80,7 @@ class ReportOptions:
 
 
 @dataclass(kw_only=True)
-class BenchmarkOptions(ReportOptions):
+class BenchmarkOptions(PaddedTargetOptions, PromptOptions, ReportOptions):
     """The drafters that are measured."""
 
     drafter: str | None = option("The drafter; an untrained one by default.", None)
@@ -89,21 +89,16 @@ class BenchmarkOptions(ReportOptions):
     bigram_hold_out: int = option("Rows at its end that are not counted.", 0, least=0)
 
 
-def benchmark(
-    target: PaddedTargetOptions,
-    prompts: PromptOptions,
-    own: BenchmarkOptions,
-    settings: BenchmarkSettings,
-) -> None:
+def benchmark(own: BenchmarkOptions, settings: BenchmarkSettings) -> None:
     """Measure a drafter against plain generation, methods interleaved."""
     from ..drafters.bigram import BigramDrafter
     from ..measure import run_benchmark
 
-    items = prompts.read()
-    model, tokenizer = target.load()
+    items = own.read_prompts()
+    model, tokenizer = own.load_target()
     others: dict[str, Any] = {}
     if own.assistant is not None:
-        others["assistant"] = load_target(own.assistant, target.dtype)[0]
+        others["assistant"] = load_target(own.assistant, own.dtype)[0]
     if own.bigram_dataset is not None:
         data = DatasetOptions(dataset=[own.bigram_dataset], hold_out=own.bigram_hold_out)
         texts = [ids[0] for ids in token_ids(data.conversations(), tokenizer)]  # (length,) each
@@ -114,25 +109,23 @@ def benchmark(
 
 
 @dataclass(kw_only=True)
-class SweepOptions(ReportOptions):
+class SweepOptions(PaddedTargetOptions, PromptOptions, ReportOptions):
     """The drafter that is measured."""
 
     drafter: str = option(DRAFTER)
 
 
-def sweep(
-    target: PaddedTargetOptions, prompts: PromptOptions, own: SweepOptions, settings: SweepSettings
-) -> None:
+def sweep(own: SweepOptions, settings: SweepSettings) -> None:
     """Measure a drafter by batch size and by length of the context."""
     from ..measure import run_sweep
 
-    items = prompts.read()
-    model, tokenizer = target.load()
-    own.show(run_sweep(model, load_drafter(own.drafter, model), tokenizer, items, settings))
+    prompts = own.read_prompts()
+    model, tokenizer = own.load_target()
+    own.show(run_sweep(model, load_drafter(own.drafter, model), tokenizer, prompts, settings))
 
 
 @dataclass(kw_only=True)
-class CompareOptions:
+class CompareOptions(TargetOptions, DatasetOptions, PromptOptions):
     """Which training runs are compared."""
 
     trial: list[str] = option("A recipe and settings: 'coral csra_weight=0.5'.")
@@ -141,18 +134,11 @@ class CompareOptions:
     keep: int | None = option("Halve the trials down to so many, with one seed.", None, least=1)
 
     def __post_init__(self) -> None:
-        if self.keep is not None and (self.seeds is not None or len(self.steps) > 1):
-            raise ValueError("--keep searches with one seed from one number of --steps on.")
+        is_search, is_grid = self.keep is not None, self.seeds is not None or len(self.steps) > 1
+        refuse(is_search and is_grid, "--keep searches with one seed from one --steps on.")
 
 
-def compare(
-    target: TargetOptions,
-    data: DatasetOptions,
-    prompts: PromptOptions,
-    own: CompareOptions,
-    settings: ComparisonSettings,
-    training_options: list[str],
-) -> None:
+def compare(own: CompareOptions, settings: ComparisonSettings, training_options: list[str]) -> None:
     """Train drafters with different settings and compare what they are worth.
 
     Every other option is one of CoralTrainingArguments, the same for all trials.
@@ -161,9 +147,9 @@ def compare(
     from ..training.comparison import compare as compare_trials
 
     trials = [Trial.parse(text) for text in own.trial]
-    rows, items = data.rows(), prompts.read()
+    rows, items = own.rows(), own.read_prompts()
     settings.options = training_options
-    model, tokenizer = target.load()
+    model, tokenizer = own.load_target()
     comparison = Comparison(model, tokenizer, rows, items, settings)
     if own.keep is None:
         print(compare_trials(comparison, trials, own.steps, own.seeds or 3))
@@ -172,7 +158,7 @@ def compare(
 
 
 @dataclass(kw_only=True)
-class CompareHeadsOptions:
+class CompareHeadsOptions(PaddedTargetOptions, DatasetOptions, PromptOptions):
     """Which heads are compared."""
 
     drafter: str = option(DRAFTER)
@@ -180,12 +166,7 @@ class CompareHeadsOptions:
 
 
 def compare_heads(
-    target: PaddedTargetOptions,
-    data: DatasetOptions,
-    prompts: PromptOptions,
-    own: CompareHeadsOptions,
-    settings: HeadComparisonSettings,
-    training_options: list[str],
+    own: CompareHeadsOptions, settings: HeadComparisonSettings, training_options: list[str]
 ) -> None:
     """Make draft heads for one drafter and measure them in turn, beside the full head.
 
@@ -194,9 +175,9 @@ def compare_heads(
     from ..training.comparison import HeadComparison, HeadTrial
 
     trials = [HeadTrial.parse(text) for text in own.trial]
-    rows, items = data.rows(), prompts.read()
+    rows, items = own.rows(), own.read_prompts()
     settings.options = training_options
-    model, tokenizer = target.load()
+    model, tokenizer = own.load_target()
     drafter = load_drafter(own.drafter, model)
     comparison = HeadComparison(model, tokenizer, drafter, rows, settings)
     ReportOptions(output=settings.output).show(comparison.report(trials, items))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ..measure.settings import option
 from .parser import refuse
@@ -26,7 +27,7 @@ class TargetOptions:
     target: str = option("The target: a folder or a Hub id.")
     dtype: DTYPES = option("Precision of its weights.", "auto")
 
-    def load(self, device: str | None = None):
+    def load_target(self, device: str | None = None):
         """Return the target, on the GPU where there is one, and its tokenizer."""
         return load_target(self.target, self.dtype, device)
 
@@ -37,11 +38,11 @@ class PaddedTargetOptions(TargetOptions):
 
     pad_layers: int | None = option("Measure on a target padded to so many layers.", None)
 
-    def load(self, device: str | None = None):
+    def load_target(self, device: str | None = None):
         """Return the target, padded if that was asked for, and its tokenizer."""
         from ..measure.padding import pad_target
 
-        model, tokenizer = super().load(device)
+        model, tokenizer = super().load_target(device)
         return (pad_target(model, self.pad_layers) if self.pad_layers else model), tokenizer
 
 
@@ -97,16 +98,12 @@ class PromptOptions:
     last: int | None = option("Only the last rows of each file.", None)
     user_turn: int = option("Which user turn of a dialogue is answered; -1 is the last.", -1)
 
-    def read(self) -> list:
+    def read_prompts(self) -> list:
         """Return the prompts of all files."""
         from ..measure.prompts import read_prompts
 
-        limits: dict[str, Any] = {
-            "limit": self.limit,
-            "last": self.last,
-            "user_turn": self.user_turn,
-        }
-        return [prompt for path in self.prompts for prompt in read_prompts(path, **limits)]
+        read = partial(read_prompts, limit=self.limit, last=self.last, user_turn=self.user_turn)
+        return [prompt for path in self.prompts for prompt in read(path)]
 
 
 def load_target(name: str, dtype: str, device: str | None = None):

@@ -39,7 +39,7 @@ def publish(own: PublishOptions) -> None:
 
 
 @dataclass(kw_only=True)
-class ImportOptions:
+class ImportOptions(TargetOptions):
     """The checkpoint, and the folder that it goes to."""
 
     source: str = option("An EAGLE-1, EAGLE-2 or HASS folder or Hub id.", positional=True)
@@ -50,17 +50,17 @@ class ImportOptions:
     overwrite: bool = option(OVERWRITE, False)
 
 
-def import_drafter(target: TargetOptions, own: ImportOptions) -> None:
+def import_drafter(own: ImportOptions) -> None:
     """Turn an EAGLE-1, EAGLE-2 or HASS checkpoint into a drafter."""
     from ..checkpoints import DRAFTER_FILES, OutputFolder, config_folder, from_eagle, read_shape
 
-    sources = (own.source, target.target)
+    sources = (own.source, own.target)
     place = OutputFolder(own.output, own.overwrite, DRAFTER_FILES, sources)
     place.check()
     download: Any = {"revision": own.revision, "cache_dir": own.cache_dir}
     download["local_files_only"] = own.local_files_only
     read_shape(config_folder(own.source, **download))  # before the target, which takes longer
-    model, tokenizer = target.load()
+    model, tokenizer = own.load_target()
     with place.replaced() as folder:
         drafter = from_eagle(model, own.source, tokenizer=tokenizer, **download)
         drafter.save_pretrained(folder)

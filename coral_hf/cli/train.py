@@ -23,7 +23,7 @@ def demo(settings: DemoSettings) -> None:
 
 
 @dataclass(kw_only=True)
-class TrainOptions:
+class TrainOptions(TargetOptions, DatasetOptions):
     """What is trained, from where, and in which stages."""
 
     output: Path = option("Folder of the finished drafter.")
@@ -71,12 +71,12 @@ class TrainOptions:
                 found.append(parse_arguments(folder, typed, **fields))
         return found
 
-    def held_out(self, data: DatasetOptions):
+    def eval_rows(self):
         """Return the conversations that are evaluated."""
         if self.eval_dataset:
             return DatasetOptions(dataset=self.eval_dataset).rows()
-        refuse(not data.hold_out, "--eval-strategy goes with --hold-out or --eval-dataset.")
-        return data.held_out()
+        refuse(not self.hold_out, "--eval-strategy goes with --hold-out or --eval-dataset.")
+        return self.held_out()
 
     def first_drafter(self, target, tokenizer):
         """Return the drafter that training starts from, in fp32, with its adapter if it has one."""
@@ -99,9 +99,7 @@ class TrainOptions:
         return with_adapter(drafter.to(target.device), "drafter", adapter)
 
 
-def train(
-    target: TargetOptions, data: DatasetOptions, own: TrainOptions, training_options: list[str]
-) -> None:
+def train(own: TrainOptions, training_options: list[str]) -> None:
     """Train a drafter and its router, or the stages that are given.
 
     Every other option is one of CoralTrainingArguments, as in any Trainer script:
@@ -109,6 +107,7 @@ def train(
     """
     from transformers import set_seed
 
+    from ..hub import publish
     from ..training.pipeline import save
     from ..training.pipeline import train as train_stages
     from ..training.runs.checkpoints import sole_run
@@ -116,26 +115,19 @@ def train(
     stages = own.arguments(training_options)
     is_nameless = stages[0].push_to_hub and stages[0].hub_model_id is None
     refuse(is_nameless, "--push-to-hub needs --hub-model-id organisation/name.")
-    rows = data.rows()
-    held_out = own.held_out(data) if stages[0].eval_strategy != "no" else None
+    rows = own.rows()
+    held_out = own.eval_rows() if stages[0].eval_strategy != "no" else None
     # each process of a run has a GPU of its own, to which its trainer moves the target
-    model, tokenizer = target.load(device="cpu")
+    model, tokenizer = own.load_target(device="cpu")
     with sole_run(own.output, stages[0].process_index == 0):
         set_seed(stages[0].seed)  # before weights of a drafter or an adapter are drawn
         drafter = own.first_drafter(model, tokenizer)
         trained = train_stages(model, tokenizer, rows, stages, drafter, own.resume, held_out)
         save(trained, tokenizer, own.output)
         print(f"The drafter is in {own.output}.")
-        _push(own.output, stages[0])
-
-
-def _push(folder: Path, args) -> None:
-    """Publish what the stages, which push as they go, have become together."""
-    from accelerate import PartialState
-
-    from ..hub import publish
-
-    if args.push_to_hub and PartialState().is_main_process:
-        options = {"private": args.hub_private_repo, "revision": args.hub_revision}
-        done = publish(folder, args.hub_model_id, token=args.hub_token, **options)
-        print(f"Published: {done.commit_url}")
+        args = stages[0]
+        if args.push_to_hub and args.process_index == 0:
+            # the stages push as they go; here goes what they have become together
+            revision, token = args.hub_revision, args.hub_token
+            options = {"private": args.hub_private_repo, "revision": revision, "token": token}
+            print(f"Published: {publish(own.output, args.hub_model_id, **options).commit_url}")

@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from timeit import repeat
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HOME
+from rich.console import Console
 from transformers import (
     GPT2Tokenizer,
     LlamaConfig,
@@ -50,26 +51,23 @@ TREE = {"tree_depth": 6, "tree_top_k": 8, "tree_nodes": 32}
 TRAINED = ("own_target", "num_files", "target_budget", "row_length", "seed")
 
 
-class Cached(NamedTuple):
-    """A folder of the cache."""
-
-    folder: Path
-    is_new: bool  # filled by this call
-
-
 def cached(
-    settings: DemoSettings, name: str, depends_on: Any, train: Callable[[Path], None]
-) -> Cached:
-    """Return the folder `name` of what it depends on, filled by `train` unless it is there."""
+    settings: DemoSettings,
+    console: Console,
+    name: str,
+    depends_on: Any,
+    train: Callable[[Path], None],
+) -> Path:
+    """Return the folder of a model and what it depends on, filled by `train` if it is not there."""
     root = settings.cache_dir or Path(HF_HOME) / "coral_hf"
     # the Python whose source is read is the one that runs
     key = [platform.python_version(), *(getattr(settings, name) for name in TRAINED), depends_on]
     folder = root / f"{name}-{digest(key)[:12]}"
-    is_new = settings.fresh or not folder.is_dir()
-    if is_new:
+    if settings.fresh or not folder.is_dir():
+        console.rule(f"Training the {name}")
         with new_folder(folder) as unfinished:
             train(unfinished)
-    return Cached(folder, is_new)
+    return folder
 
 
 def last_change(source: str | None) -> list[str | int | None]:

@@ -6,6 +6,7 @@ and coloured texts in the terminal. What was trained is cached, so a second run 
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -29,7 +29,7 @@ from ..measure.settings import BenchmarkSettings
 from ..measure.summary import OVERALL
 from . import DemoSettings
 from .corpus import held_out_prompts
-from .models import Cached, cached, last_change, train_drafter, train_target
+from .models import cached, last_change, train_drafter, train_target
 
 NUM_SHOWN_TEXTS = 2
 ACCEPTED_STYLE = "bold green"
@@ -51,7 +51,6 @@ class DemoResult(NamedTuple):
     reports: list[Report]  # at the target's own depth, then padded
     drafter: Path  # the folder of the drafter and the tokenizer
     acceptance: Path  # the plot of acceptance by depth
-    is_newly_trained: bool  # False where the drafter is from the cache
 
 
 def run_demo(settings: DemoSettings | None = None, console: Console | None = None) -> DemoResult:
@@ -64,12 +63,19 @@ def run_demo(settings: DemoSettings | None = None, console: Console | None = Non
     """
     settings, console = settings or DemoSettings(), console or Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = settings.target or str(own_target(settings, device, console).folder)
+    source = settings.target
+    if source is None:
+        train = partial(train_target, settings, device)
+        source = str(cached(settings, console, "target", None, train))
     target = AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(device.type).eval()
     tokenizer = AutoTokenizer.from_pretrained(source)
-    trained = own_drafter(settings, source, target, tokenizer, console)
+    # as many rows of a dataset are held out as there are prompts
+    numbers = [settings.drafter_budget, settings.router_budget, settings.num_prompts]
+    depends_on = [numbers, last_change(source), last_change(settings.dataset)]
+    train = partial(train_drafter, settings, target, tokenizer)
+    trained = cached(settings, console, "drafter", depends_on, train)
     folder = settings.output / "drafter"
-    shutil.copytree(trained.folder, folder, dirs_exist_ok=True)
+    shutil.copytree(trained, folder, dirs_exist_ok=True)
     drafter = AutoModel.from_pretrained(folder, dtype=target.dtype).to(device)
 
     prompts = held_out_prompts(settings)
@@ -89,36 +95,7 @@ def run_demo(settings: DemoSettings | None = None, console: Console | None = Non
         report.write(own_folder)
     acceptance = folders[0] / "acceptance.png"
     console.print(f"Acceptance by depth: {acceptance}\nDrafter: {folder}", soft_wrap=True)
-    return DemoResult(reports, folder, acceptance, trained.is_new)
-
-
-def own_target(settings: DemoSettings, device: torch.device, console: Console) -> Cached:
-    """Return the demo's own target, trained if it is not cached."""
-
-    def train(folder: Path) -> None:
-        console.rule("Training a small target on the standard library's source")
-        train_target(settings, device, folder)
-
-    return cached(settings, "stdlib-target", None, train)
-
-
-def own_drafter(
-    settings: DemoSettings,
-    source: str,
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    console: Console,
-) -> Cached:
-    """Return the drafter of the target that was loaded from `source`, trained if not cached."""
-
-    def train(folder: Path) -> None:
-        console.rule("Training the drafter, then its router")
-        train_drafter(settings, target, tokenizer, folder)
-
-    # as many rows of a dataset are held out as there are prompts
-    own = [settings.drafter_budget, settings.router_budget, settings.num_prompts]
-    depends_on = [own, last_change(source), last_change(settings.dataset)]
-    return cached(settings, "drafter", depends_on, train)
+    return DemoResult(reports, folder, acceptance)
 
 
 def results_table(reports: Sequence[Report]) -> Table:
