@@ -68,7 +68,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def test_the_demo_shows_both_depths_and_leaves_its_files(first_run, settings):
     result, shown = first_run
     assert "Training the target" in shown and "Training the drafter" in shown
-    assert "1 layers, 0 of them padding" in shown and "3 layers, 2 of them padding" in shown
+    assert "1 layers (0 padding)" in shown and "3 layers (2 padding)" in shown
     assert result.drafter == settings.output / "drafter"
     assert (result.drafter / "tokenizer.json").is_file()
     for depth in ("1-layers", "3-layers"):
@@ -129,7 +129,7 @@ def test_a_target_and_a_dataset_of_conversations_can_be_given(tmp_path, tokenize
     result, shown = shown_by(
         DemoSettings(**TINY, **given, output=tmp_path / "out", cache_dir=tmp_path / "cache")
     )
-    assert shown.count("Training") == 1 and "2 layers, 0 of them padding" in shown
+    assert shown.count("Training") == 1 and "2 layers (0 padding)" in shown
     assert {call.task for call in result.reports[0].calls} == {"held-out"}
 
 

@@ -36,7 +36,7 @@ ACCEPTED_STYLE = "bold green"
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoding makes of half a character
 # of a report's environment and its rows for the target alone and with the drafter
 COLUMNS = {
-    "target": "{0[0].num_target_layers} layers, {0[0].num_padded_layers} of them padding",
+    "target": "{0[0].num_target_layers} layers ({0[0].num_padded_layers} padding)",
     "tau": "{0[2].tau_per_token:.2f}",
     "tokens/s alone": "{0[1].tokens_per_second:.1f}",
     "with the drafter": "{0[2].tokens_per_second:.1f}",
