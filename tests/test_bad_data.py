@@ -184,8 +184,8 @@ def test_arguments_that_a_table_adds_are_left_out() -> None:
 
 
 def test_tools_that_are_no_list_are_refused() -> None:
-    for tools, message in (("{oops", "is not JSON"), ('{"name": "clock"}', "expected a list")):
-        with pytest.raises(ValueError, match=f"`tools` is .*{message}"):
+    for tools, message in (("{oops", "the str"), ('{"name": "clock"}', "the dict")):
+        with pytest.raises(ValueError, match=f"`tools` is {message}.* expected a list"):
             tokenize({"messages": CHAT, "tools": tools}, tiny_tokenizer(), 100)
 
 

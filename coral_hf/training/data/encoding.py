@@ -90,13 +90,8 @@ def _is_cut_off(row: Row) -> bool:
 
 def _encode_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     messages, tools = to_messages(row), read_tools(row)
-    if not (tokenizer.chat_template and tokenizer.is_fast):
-        raise ValueError(
-            f"Expected a fast tokenizer with a chat template, found `is_fast` {tokenizer.is_fast}"
-            f" and a template {bool(tokenizer.chat_template)}; set `tokenizer.chat_template` to the"
-            " one the target is used with, or give `text` rows."
-        )
-
+    if not tokenizer.is_fast:
+        raise ValueError("Conversations need a fast tokenizer; load one, or give `text` rows.")
     rendered = partial(render, tokenizer=tokenizer, tools=tools)
     check_tools_are_rendered(messages, rendered)
     if has_generation_block(tokenizer, tools):

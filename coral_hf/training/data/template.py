@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from jinja2 import TemplateError
@@ -28,11 +29,6 @@ def render(
     Raises:
         ValueError: if there is no template, or if it cannot render them.
     """
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "The tokenizer has no chat template; set `tokenizer.chat_template` to the one that the"
-            " target is used with, or give `text` rows."
-        )
     try:
         return tokenizer.apply_chat_template(messages, tools=tools, **options)
     except (TemplateError, TypeError, KeyError) as error:
@@ -49,12 +45,12 @@ def read_tools(row: Row) -> list[Any] | None:
     """Read the `tools` of a row, a list of JSON schemas or its JSON; None where it has none."""
     tools = row.get("tools") or None
     if isinstance(tools, str):
-        try:
+        with suppress(json.JSONDecodeError):
             tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"`tools` is {shown(tools)}, which is not JSON: {error}.") from error
     if tools is not None and not isinstance(tools, list):
-        raise ValueError(f"`tools` is {shown(tools)}; expected a list of JSON schemas.")
+        raise ValueError(
+            f"`tools` is {shown(tools)}; expected a list of JSON schemas, or its JSON."
+        )
     return without_nulls(tools) or None
 
 

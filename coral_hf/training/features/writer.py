@@ -70,8 +70,6 @@ def plan_features(
 
     if format not in FORMAT_BYTES:
         raise ValueError(f"`format` is {format!r}; use one of {tuple(FORMAT_BYTES)}.")
-    if shard_bytes < 1:
-        raise ValueError(f"`shard_bytes` is {shard_bytes}; use at least 1.")
     number_bytes, scale_bytes = FORMAT_BYTES[format]
     hidden_size = target.config.get_text_config(decoder=True).hidden_size
     num_columns = len({*TOKEN_COLUMNS} & {*rows.column_names})
