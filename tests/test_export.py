@@ -1,4 +1,4 @@
-"""Drafters go out: an engine's own names and fields, the same predictions, or a refusal."""
+"""Export of drafters: an engine's names and fields, the same predictions, or a refusal."""
 
 import json
 
@@ -170,7 +170,7 @@ def test_the_tensors_predict_in_an_engine_what_they_did_here(tmp_path, engine, f
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_a_drafter_is_as_good_as_before_after_a_journey(tmp_path, engine, family):
+def test_export_and_import_leave_every_round_as_it_was(tmp_path, engine, family):
     target = tiny_target(family, torch.float32)
     drafter = from_layer(target)
     export_drafter(drafter, engine, tmp_path / "out", target)
@@ -239,7 +239,7 @@ def test_scales_are_read_from_the_config_of_the_target_that_a_drafter_names(tmp_
 
 @pytest.mark.parametrize("family", ["granite", "cohere2", "unknown-family", None])
 @pytest.mark.parametrize("name", [None, "missing"])
-def test_scales_that_nothing_tells_are_asked_for(target, tmp_path, family, name):
+def test_a_target_is_asked_for_where_its_scales_cannot_be_read(target, tmp_path, family, name):
     name = name and str(tmp_path / name)
     drafter = make_drafter(target, target_model_type=family, target_name_or_path=name)
     with pytest.raises(ValueError, match=f"(?s)may scale.*{name}.*Pass `target`"):
@@ -349,7 +349,7 @@ def routed(target):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_router_stays_behind_and_it_is_said(routed, tmp_path, engine):
+def test_a_router_stays_behind_and_a_note_says_so(routed, tmp_path, engine):
     done = export_drafter(routed, engine, tmp_path / "out")
     assert not [name for name in written(tmp_path / "out")[1] if "router" in name]
     assert done.notes[0].startswith(
@@ -394,7 +394,7 @@ def test_the_tokens_of_a_frequency_head_are_sglangs_map(target, tmp_path):
         ("sglang", torch.tensor([3, 3]), "has 2 ids, 1 of them repeated"),
     ],
 )
-def test_hot_tokens_that_make_no_sense_are_refused(target, tmp_path, engine, tokens, said):
+def test_invalid_hot_tokens_are_refused(target, tmp_path, engine, tokens, said):
     with pytest.raises((ValueError, TypeError), match=said):
         export_drafter(make_drafter(target), engine, tmp_path / "out", hot_tokens=tokens)
 
@@ -449,7 +449,7 @@ def test_the_most_frequent_tokens_come_first_and_some_always(target):
 # ---- folders
 
 
-def test_a_folder_is_whole_or_not_there(tmp_path):
+def test_an_output_folder_is_complete_or_absent(tmp_path):
     with pytest.raises(KeyError), OutputFolder(tmp_path / "out").replaced() as aside:
         (aside / "config.json").write_text("{}")
         raise KeyError

@@ -1,4 +1,4 @@
-"""EAGLE and HASS drafters come in: what they predict stays, what does not fit is named."""
+"""Import of EAGLE and HASS drafters: predictions stay, and what does not fit is named."""
 
 import json
 import logging
@@ -89,7 +89,7 @@ def test_a_drafter_reads_rows_of_the_table_where_the_target_scales_them(tmp_path
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_target_says_the_same_with_an_imported_drafter(target, tmp_path):
+def test_a_target_writes_the_same_tokens_with_an_imported_drafter(target, tmp_path):
     write_checkpoint(tmp_path, LLAMA3, {**eagle_tensors(LLAMA3), **copies(target)})
     drafter = from_eagle(target, tmp_path)
     prompt = torch.tensor([[3, 9, 14]])
@@ -240,7 +240,7 @@ def test_a_field_that_makes_no_sense_is_named_with_its_file(target, tmp_path, fi
         from_eagle(target, tmp_path)
 
 
-def test_fields_that_are_null_by_custom_are_left_out(target, tmp_path):
+def test_fields_that_are_null_mean_their_default(target, tmp_path):
     names = ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "bias", "qkv_bias")
     write_checkpoint(tmp_path, {**LLAMA2, **dict.fromkeys(names)}, eagle_tensors(LLAMA2))
     config = from_eagle(target, tmp_path).config
