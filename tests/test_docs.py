@@ -11,7 +11,7 @@ from coral_hf.cli.parser import parse
 from coral_hf.training import parse_arguments
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # their further options are those of the trainer
 TRAINING = {"train", "compare", "compare-heads"}
 

@@ -142,7 +142,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
 
     def before_checkpoint(self) -> None:
         """Write what the run did so far into the drafter's training record."""
-        tokens = torch.tensor(self.cost.tokens, device=self.args.device)
+        tokens = torch.tensor(self.cost.tokens, device=self.args.device)  # of shape ()
         tokens = int(self.accelerator.reduce(tokens))
         what = (self.args, self.state, self.train_dataset, self.processing_class)
         self._entry.update(run_summary(*what, tokens, self.cost.seconds))
@@ -168,7 +168,11 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """See [`~transformers.Trainer.prediction_step`]; an evaluation counts accepted tokens."""
+        """See [`~transformers.Trainer.prediction_step`]; an evaluation counts accepted tokens.
+
+        Returns:
+            The loss, of shape (); no predictions; the labels (batch, length).
+        """
         num_steps = self.args.resolved.num_steps
         depth = 0 if self._evaluation is None else self._evaluation.depth
         with torch.no_grad(), self.compute_loss_context_manager():

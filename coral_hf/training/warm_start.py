@@ -1,8 +1,7 @@
-"""Where the weights of a fresh drafter come from, if not from chance.
+"""Warm starts: initial weights of a drafter from the target's last layer or another drafter.
 
-In: a target and a source: the target's own last layers, a drafter of another target, or a folder.
-Out: a drafter for the target, in fp32, to be trained. A tensor that fits nowhere is an error; what
-is left out on purpose is named here.
+In: a target and a source: the target's own last layer, a drafter of another target, or a folder.
+Out: a drafter for the target, in fp32, to be trained. A tensor that fits nowhere is an error.
 
     the target    embedding → layers → input norm → the last layer → final norm → feature
     the drafter   fc [embedding; feature] →        layer without input norm →      feature
@@ -118,7 +117,7 @@ def in_feature_units(
     stream by g_final / size.
 
     Args:
-        tensors: of the layer, without its input norm.
+        tensors: of the layer, without its input norm; matrices (out, in).
         input_gain, final_gain: (hidden,), weights of the input norm and of the final norm.
         size: root mean square of the stream.
     """

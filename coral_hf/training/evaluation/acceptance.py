@@ -64,7 +64,7 @@ class Evaluation:
             accelerator: of the trainer.
         """
 
-        def summed(counts: Tensor) -> Tensor:
+        def summed(counts: Tensor) -> Tensor:  # any shape
             return accelerator.reduce(counts.to(accelerator.device)).cpu()
 
         replayed = summed(count_rounds(self._replayed, self.depth))
@@ -78,7 +78,7 @@ class Evaluation:
         return found
 
     def _decode(self, dataset: Iterable, accelerator: Accelerator) -> Tensor:
-        """Rounds of this process's share of the prompts: see `count_rounds`."""
+        """Rounds of this process's share of the prompts: shape (depth + 2,), see `count_rounds`."""
         args, plugin = self._args, accelerator.state.deepspeed_plugin
         if accelerator.distributed_type == "FSDP" or (plugin and plugin.zero_stage == 3):
             # processes decode different numbers of rounds: none can wait for another's weights
@@ -177,18 +177,23 @@ def prompt_of(row: Any, text_length: int) -> list[int]:
 
 
 def count_rounds(rounds: list[int], depth: int) -> Tensor:
-    """(depth + 2,): at n the rounds that emitted n tokens, of trees of up to `depth` levels."""
+    """Count rounds by their tokens: shape (depth + 2,), at n those that emitted n tokens.
+
+    `depth` is that of the deepest tree.
+    """
     return torch.bincount(torch.tensor(rounds, dtype=torch.long), minlength=depth + 2)
 
 
 def acceptance_length(counts: Tensor) -> float:
-    """τ, tokens per round, of `count_rounds`; 0 if there was no round."""
+    """τ, tokens per round, of counts of shape (depth + 2,); 0 if there was no round."""
     tokens = (counts * torch.arange(len(counts))).sum()
     return float(tokens / counts.sum().clamp(min=1))
 
 
 def acceptance_by_depth(counts: Tensor) -> dict[str, float]:
     """The share of the rounds that came to a depth and accept one level more, by depth.
+
+    `counts` has shape (depth + 2,), see `count_rounds`.
 
     tokens of a round   1   2   3   4
     counts              5   2   2   1     depth 1: 5 of 10, depth 2: 3 of 5, depth 3: 1 of 3

@@ -21,7 +21,7 @@ class RoutingCounts:
     """Sums over positions, of each step."""
 
     def __init__(self, steps: int):
-        self.sums = torch.zeros(steps, len(NAMES), dtype=torch.float64)
+        self.sums = torch.zeros(steps, len(NAMES), dtype=torch.float64)  # (steps, names)
         self.positions = 0
 
     @torch.no_grad()
@@ -46,7 +46,7 @@ class RoutingCounts:
         """Shares by name and depth.
 
         Args:
-            totals: (steps × names + 1,), `flat` of all processes, added up.
+            totals: shape (steps · names + 1,), `flat` of all processes, added up.
         """
         shares = (totals[:-1] / totals[-1].clamp(min=1)).view_as(self.sums).tolist()
         return {
@@ -56,7 +56,7 @@ class RoutingCounts:
         }
 
     def flat(self) -> Tensor:
-        """(steps × names + 1,), to be added up over processes."""
+        """All sums and the count, shape (steps · names + 1,), to be added up over processes."""
         return torch.cat([self.sums.flatten(), self.sums.new_tensor([self.positions])])
 
 

@@ -27,7 +27,7 @@ class LigerChunkLoss:
 
     def __init__(self) -> None:
         self._goal: Goal | None = None
-        self._entropy = torch.zeros(())  # of the goal's probabilities, summed over rows
+        self._entropy = torch.zeros(())  # shape (), of the goal's probabilities over all rows
 
     def __call__(self, logits: Tensor, goal: Goal, weights: TokenWeights) -> Chunk:
         """The loss of (rows, vocab) logits, in whose place the gradient is written."""

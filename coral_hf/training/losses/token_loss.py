@@ -69,7 +69,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, predicted, target, logits_of, weights, chunk_size, chunk_loss):
-        steps, positions, _ = predicted.shape
+        steps, positions, _ = predicted.shape  # (steps, positions, hidden)
         classification, top_k = predicted.new_zeros(2, steps, dtype=torch.float32)
         agreed = torch.zeros(steps, positions, dtype=torch.bool, device=predicted.device)
         gradient = torch.zeros_like(predicted)
@@ -95,7 +95,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         return loss, classification, top_k, agreed
 
     @staticmethod
-    def backward(ctx, loss_gradient: Tensor, *_):
+    def backward(ctx, loss_gradient: Tensor, *_):  # of shape (steps,)
         (gradient,) = ctx.saved_tensors
         slopes = gradient * loss_gradient[:, None, None].to(gradient.dtype)
         return slopes, None, None, None, None, None
@@ -138,7 +138,7 @@ class TorchChunkLoss:
     """
 
     def __init__(self) -> None:
-        self._buffer: Tensor | None = None
+        self._buffer: Tensor | None = None  # (rows, vocab)
 
     def __call__(self, logits: Tensor, goal: Goal, weights: TokenWeights) -> Chunk:
         """The losses of (rows, vocab) logits, and in the buffer their gradient."""

@@ -27,7 +27,7 @@ from transformers.trainer_utils import (
 
 from ...atomic import SoleWriter
 from .monitoring import check_weights
-from .run_record import Run, check_resume, check_vacant
+from .run_record import check_resume, check_vacant, write_run
 
 # uploads to the Hub leave out what begins with an underscore
 INCOMPLETE = "_incomplete"
@@ -42,7 +42,7 @@ class AtomicCheckpoints(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._run = Run("", {})
+        self._run: tuple[str, dict[str, Any]] = ("", {})  # id and settings
         self._resumed_from: Path | None = None
         self._is_staging = False
         self.add_callback(_OnTrainBegin(self._load_own_state))
@@ -78,8 +78,8 @@ class AtomicCheckpoints(Trainer):
             self._run = self._identify(bool(resume_from_checkpoint), trial)
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def _identify(self, is_resumed: bool, trial) -> Run:
-        """The run that begins or is resumed; every process returns it, or raises."""
+    def _identify(self, is_resumed: bool, trial) -> tuple[str, dict[str, Any]]:
+        """Id and settings of the run that begins or resumes; every process returns, or raises."""
         settings, folder = self.run_settings(), Path(self._get_output_dir(trial))
         run_id, refusal = uuid4().hex, None
         if self.is_world_process_zero():
@@ -93,7 +93,7 @@ class AtomicCheckpoints(Trainer):
         run_id, refusal = broadcast_object_list([run_id, refusal])
         if refusal is not None:
             raise ValueError(refusal)
-        return Run(run_id, settings)
+        return run_id, settings
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """See [`~transformers.Trainer.get_batch_samples`]; a finished run takes no step more."""
@@ -130,10 +130,11 @@ class AtomicCheckpoints(Trainer):
             self._is_staging = False
         if not self.args.save_only_model:
             parts = {name: part.state_dict() for name, part in self.stateful().items()}
+            # the loss, of shape (), since the last log entry
             own = {"loss": self._tr_loss, "last_logged": self._globalstep_last_logged, **parts}
             torch.save(own, staged / self._state_name)
         if self.args.should_save:
-            self._run.write(staged)
+            write_run(staged, *self._run)
         best = self.state.best_model_checkpoint
         if best is not None and Path(best) == staged:
             self.state.best_model_checkpoint = str(whole)

@@ -29,7 +29,7 @@ class RunningAverages:
         self._counts: dict[str, int] = {}
 
     def add(self, totals: dict[str, Tensor], count: int) -> None:
-        """Add a batch's sums, () each, over `count` positions."""
+        """Add a batch's sums, each of shape (), over `count` positions."""
         for name, total in totals.items():
             self._sums[name] = total.detach().float() + self._sums.get(name, 0)
             self._counts[name] = self._counts.get(name, 0) + count
@@ -38,7 +38,8 @@ class RunningAverages:
         """The averages, and begin again.
 
         Args:
-            reduce: sums a tensor over processes, which all must have added the same names.
+            reduce: sums a tensor (2, names) over processes, which all must have added the same
+                names.
         """
         if not self._sums:
             return {}
@@ -103,7 +104,7 @@ class FiniteGuard(TrainerCallback):
     """
 
     def __init__(self, process: int, gather: Callable[[Tensor], Tensor]):
-        """`gather` joins a tensor (1,) of every process to (processes,)."""
+        """`gather` joins a tensor of shape (1,) of every process to (processes,)."""
         self._process = process
         self._gather = gather
         self._watched: list[Watched] = []
@@ -126,7 +127,7 @@ class FiniteGuard(TrainerCallback):
         """See [`~transformers.TrainerCallback`]."""
         watched, self._watched = self._watched, []
         finite = torch.stack([batch.losses.isfinite().all() for batch in watched])
-        found = self._gather(~finite.all()[None]).tolist()
+        found = self._gather(~finite.all()[None]).tolist()  # shape (1,) to (processes,)
         if not any(found):
             return
         step = state.global_step + 1
@@ -175,6 +176,9 @@ def check_weights(model: nn.Module, gather: Callable[[Tensor], Tensor]) -> None:
     """Raise a `FloatingPointError`, in every process, if a trained weight is not finite.
 
     Losses can be finite while a gradient is not, and then a step spoils the weights.
+
+    Args:
+        gather: joins a tensor of shape (1,) of every process to (processes,).
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     shards = [w.to_local() if isinstance(w, DTensor) else w for w in trained]

@@ -7,7 +7,7 @@ run resumes or is refused; and what a run did, for `training_record.json` beside
 import json
 from collections.abc import Mapping, Sized
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -45,23 +45,20 @@ SHOWN_DIGITS = 16  # of a SHA-256, enough to tell datasets and targets apart
 HUB_DATASET = "hf://datasets/"
 
 
-class Run(NamedTuple):
-    """Which run a checkpoint belongs to."""
+def write_run(checkpoint: Path, run_id: str, settings: Mapping[str, Any]) -> None:
+    """Save in a checkpoint which run it belongs to.
 
-    id: str  # the same in all checkpoints of a run, however often it was interrupted
-    settings: dict[str, Any]  # of `run_settings`
+    Args:
+        run_id: the same in all checkpoints of a run, however often it was interrupted.
+        settings: of `run_settings`.
+    """
+    write_json(checkpoint / RUN, {"run": run_id, "settings": settings})
 
-    def write(self, checkpoint: Path) -> None:
-        """Save it in a checkpoint."""
-        write_json(checkpoint / RUN, {"run": self.id, "settings": self.settings})
 
-    @classmethod
-    def read(cls, checkpoint: Path) -> "Run | None":
-        """Read it from a checkpoint; None where another trainer wrote that."""
-        if not (checkpoint / RUN).is_file():
-            return None
-        found = json.loads((checkpoint / RUN).read_text(encoding="utf-8"))
-        return cls(found["run"], found["settings"])
+def _read_run(checkpoint: Path) -> dict[str, Any] | None:
+    """What `write_run` saved; None where another trainer wrote the checkpoint."""
+    file = checkpoint / RUN
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def run_settings(
@@ -129,7 +126,7 @@ def check_resume(checkpoint: Path, settings: Mapping[str, Any], folder: Path) ->
     Raises:
         ValueError: if it began with other settings, or `folder` holds checkpoints of other runs.
     """
-    run = Run.read(checkpoint)
+    run = _read_run(checkpoint)
     if run is None:
         logger.warning(
             f"{checkpoint} does not say with which settings its run began; make sure that they are"
@@ -137,13 +134,13 @@ def check_resume(checkpoint: Path, settings: Mapping[str, Any], folder: Path) ->
         )
         return None
     for path in map(Path, sort_checkpoints(str(folder))):
-        other = Run.read(path)
-        if other is not None and other.id != run.id:
+        other = _read_run(path)
+        if other is not None and other["run"] != run["run"]:
             raise ValueError(
                 f"`output_dir` {folder} holds {path.name}, which is not of the run of {checkpoint}."
                 " Delete or move the checkpoints of one of them, or use another folder."
             )
-    then = run.settings
+    then = run["settings"]
     changed = {
         name: f"`{name}` was {then[name]}, now it is {now}"
         for name, now in settings.items()
@@ -162,7 +159,7 @@ def check_resume(checkpoint: Path, settings: Mapping[str, Any], folder: Path) ->
             " it with what it began with. To train with something else, begin a run in another"
             " folder with the drafter of this checkpoint (on the command line --drafter)."
         )
-    return run.id
+    return run["run"]
 
 
 def run_summary(

@@ -66,7 +66,7 @@ class Losses(NamedTuple):
 
     @property
     def total(self) -> Tensor:
-        """The loss that is minimised, ()."""
+        """The loss that is minimised, of shape ()."""
         return reduce(torch.add, self.terms.values())
 
     def __add__(self, other: "Losses") -> "Losses":  # type: ignore[override]

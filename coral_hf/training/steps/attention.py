@@ -40,7 +40,7 @@ def mixed_attention(query: Tensor, target: KeysValues, own: list[KeysValues]) ->
 
 
 def plain_mixed_attention(query: Tensor, target: KeysValues, own: list[KeysValues]) -> Tensor:
-    """`mixed_attention` with one explicit mask over all keys: [target's; first own; second; …]."""
+    """`mixed_attention`, shapes too, with one mask over all keys: target's, first own, second, …"""
     length, steps, group = query.shape[2], len(own), query.shape[1] // target[0].shape[1]
     u = torch.arange(length, device=query.device)
     t = u[:, None]
@@ -106,7 +106,7 @@ class _MergedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, gradient):  # (batch, heads, length, head_dim), as the output
         query, keys, values, out, total, weights, *near_values = ctx.saved_tensors
         shift, length = len(near_values), query.shape[2]
         mean = (gradient * out).sum(-1, keepdim=True)

@@ -87,7 +87,7 @@ class FeatureNoise:
         return features + noise.uniform_(-self._scale, self._scale, generator=self._generator)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state of the generator."""
+        """The state of the generator, bytes of shape (any,)."""
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

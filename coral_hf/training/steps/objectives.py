@@ -43,7 +43,7 @@ def drafter_losses(trained: Trained, args: CoralTrainingArguments, head: LMHead)
 
 
 def by_step(name: str, totals: Tensor, first: int = 1) -> dict[str, Tensor]:
-    """A note for each step from `first` on: (steps,) → () each."""
+    """A note for each step from `first` on: of shape (steps,) → () each."""
     return {f"{name}_{step}": total for step, total in enumerate(totals, start=first)}
 
 
@@ -59,7 +59,7 @@ def step_similarity(predicted: Tensor) -> Tensor:
 
 
 def _csra(trained: Trained, args: CoralTrainingArguments) -> Tensor:
-    """L_csra of the trained positions with the settings of the run: → ()."""
+    """L_csra of predictions (steps, positions, hidden), with the settings of the run: → ()."""
     predicted, target, lengths = trained
     if args.csra_gradient == "later_steps":
         predicted = torch.cat([predicted[:1].detach(), predicted[1:]])
@@ -85,7 +85,7 @@ def router_losses(
         weight: of the loss beside others.
     """
 
-    def mass_of(features: Tensor) -> Tensor:
+    def mass_of(features: Tensor) -> Tensor:  # (rows, hidden) → (rows, groups)
         return groups.mass(head.logits(features).float().softmax(-1))
 
     loss = router_loss(log_mass, target, mass_of).mean()

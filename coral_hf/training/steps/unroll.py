@@ -69,7 +69,15 @@ def _by_document(
     target: KeysValues,
     own: list[KeysValues],
 ) -> Tensor:
-    """Attention within each document of packed rows: no document sees another."""
+    """Attention within each document of packed rows: no document sees another.
+
+    Args:
+        query: (batch, heads, length, head_dim).
+        target, own: keys and values, (batch, kv_heads, length, head_dim) each.
+
+    Returns:
+        (batch, heads, length, head_dim).
+    """
     tensors = [query, *target, *(part for pair in own for part in pair)]
     rows = []
     for row, lengths in enumerate(documents):
