@@ -56,6 +56,24 @@ def test_benchmark_writes_its_report(drafter, folder):  # noqa: F811
     assert (folder / "report" / "acceptance.png").stat().st_size > 0
 
 
+def test_autotune_keeps_the_tree_beside_the_drafter(drafter, folder, tmp_path):  # noqa: F811
+    names = ["--target", folder / "target", "--drafter", drafter, "--limit", 1]
+    result = invoke(
+        "autotune",
+        *names,
+        "--prompts",
+        folder / "talk.jsonl",
+        "--max-seconds",
+        0,
+        "--output",
+        tmp_path,
+    )
+    assert result.exit_code == 0, result.output
+    kept = json.loads((tmp_path / "generation_config.json").read_text())
+    assert f"tree_depth={kept['tree_depth']}" in result.output
+    assert kept["draft_costs"].keys() == {"base", "level", "node"}
+
+
 def test_help_names_every_command():
     result = invoke("--help")
     assert result.exit_code == 0
@@ -70,6 +88,13 @@ def test_an_unknown_training_option_is_an_error(folder):  # noqa: F811
     assert "Error: " in printed(result) and "no-such-option" in printed(result)
     shown = invoke("--traceback", "train", *arguments)
     assert isinstance(shown.exception, ValueError)
+
+
+def test_a_training_option_with_a_wrong_value_is_named_in_two_lines(folder):  # noqa: F811
+    names = ["--target", "absent", "--dataset", folder / "talk.jsonl", "--output", folder / "wrong"]
+    result = invoke("train", *names, "--learning-rate", "fast")
+    assert result.exit_code == 2 and len(result.output.splitlines()) == 2
+    assert "learning_rate/--learning-rate: invalid float value: 'fast'" in result.output
 
 
 def test_an_option_has_one_spelling_and_that_of_transformers_is_read_too():

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from .data import data, features, regenerate
-from .measure import benchmark, compare, compare_heads, generate, sweep
+from .measure import autotune, benchmark, compare, compare_heads, generate, sweep
 from .parser import Command, parse
 from .publish import export, import_drafter, publish
 from .train import demo, train
@@ -28,6 +28,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "sweep": sweep,
         "compare": compare,
         "compare-heads": compare_heads,
+        "autotune": autotune,
     },
     "publish": {"publish": publish, "import": import_drafter, "export": export},
 }

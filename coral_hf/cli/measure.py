@@ -181,3 +181,27 @@ def compare_heads(
     drafter = load_drafter(own.drafter, model)
     comparison = HeadComparison(model, tokenizer, drafter, rows, settings)
     ReportOptions(output=settings.output).show(comparison.report(trials, items))
+
+
+@dataclass(kw_only=True)
+class AutotuneOptions(PaddedTargetOptions, PromptOptions):
+    """Which drafter is tuned, for how long, and where the result goes."""
+
+    drafter: str = option(DRAFTER)
+    output: Path = option("Folder of generation_config.json: the drafter's own, say.")
+    max_seconds: float = option("No new call begins after them.", 45.0, least=0)
+
+
+def autotune(own: AutotuneOptions) -> None:
+    """Find the draft tree that pays best on this machine, and keep it beside the drafter."""
+    from ..measure.autotune import autotune as find_tree
+    from ..measure.prompts import encode
+
+    prompts = own.read_prompts()
+    model, tokenizer = own.load_target()
+    drafter = load_drafter(own.drafter, model)
+    ids = [encode(prompt, tokenizer) for prompt in prompts]  # (1, length) each
+    tuning = find_tree(drafter, model, ids, max_seconds=own.max_seconds)
+    drafter.generation_config.save_pretrained(own.output)
+    shown = " ".join(f"{name}={value}" for name, value in tuning.tree.items())
+    print(f"{shown}: {tuning.speedup:.2f}x plain decoding, kept in {own.output}.")

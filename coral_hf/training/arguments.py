@@ -200,7 +200,10 @@ def parse_arguments(
     defaults = {"output_dir": output_dir, "report_to": "none"}
     defaults["dataloader_pin_memory"] = torch.cuda.is_available()  # else torch warns of it
     typed = [*_options(defaults), *options, *_options(fields)]
-    return HfArgumentParser(CoralTrainingArguments).parse_args_into_dataclasses(typed)[0]
+    # the usage that argparse makes itself names all of two hundred options
+    usage = "[options of CoralTrainingArguments]"
+    parser = HfArgumentParser(CoralTrainingArguments, prog="coral-hf", usage=usage)
+    return parser.parse_args_into_dataclasses(typed)[0]
 
 
 def _options(fields: Mapping[str, Any]) -> list[str]:
