@@ -104,6 +104,11 @@ def test_an_option_has_one_spelling_and_that_of_transformers_is_read_too():
         assert (own.max_length, own.hold_out, own.output) == (7, 3, Path("out"))
 
 
+def test_usage_names_what_is_required():
+    usage = invoke("export", "--help").output.split("\n\n")[0]
+    assert usage == "usage: coral-hf export DRAFTER --to TO --output OUTPUT [options]"
+
+
 def test_options_of_the_trainer_are_passed_on_and_those_of_other_commands_refused():
     names = ["--target", "t", "--dataset", "d", "--output", "o"]
     arguments = parse("train", COMMANDS["train"], [*names, "--learning_rate", "1e-3", "--bf16"])

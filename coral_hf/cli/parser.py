@@ -32,7 +32,7 @@ def parse(name: str, command: Command, words: Sequence[str]) -> dict[str, Any]:
     """
     parser = make_parser(name, command)
     # `--max-length` is our spelling; `--max_length`, that of transformers' scripts, is read as well
-    words = [re.sub("^--[a-z_]+", lambda found: found[0].replace("_", "-"), word) for word in words]
+    words = [re.sub("^--[^=]+", lambda found: found[0].replace("_", "-"), word) for word in words]
     known, extra = parser.parse_known_args(words)
     arguments: dict[str, Any] = {}
     if EXTRA in get_type_hints(command):
@@ -49,17 +49,20 @@ def make_parser(name: str, command: Command) -> argparse.ArgumentParser:
     """Return a parser of the fields of all dataclasses that a command takes."""
     parser = argparse.ArgumentParser(
         f"coral-hf {name}",
-        usage=f"coral-hf {name} [options]",
         description=inspect.getdoc(command),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for kind in settings_of(command).values():
-        types = get_type_hints(kind)
-        for one in fields(kind):
-            # a field without a help text is set from Python alone
-            if "help" in one.metadata:
-                add_option(parser, one, types[one.name])
+    actions = [
+        add_option(parser, one, get_type_hints(kind)[one.name])
+        for kind in settings_of(command).values()
+        for one in fields(kind)
+        if "help" in one.metadata  # other fields are set from Python alone
+    ]
+    required = [
+        " ".join([*one.option_strings, one.dest.upper()]) for one in actions if one.required
+    ]
+    parser.usage = " ".join([parser.prog, *required, "[options]"])
     return parser
 
 
@@ -68,7 +71,7 @@ def settings_of(command: Command) -> dict[str, Any]:
     return {name: kind for name, kind in get_type_hints(command).items() if is_dataclass(kind)}
 
 
-def add_option(parser: argparse.ArgumentParser, one: Field[Any], kind: Any) -> None:
+def add_option(parser: argparse.ArgumentParser, one: Field[Any], kind: Any) -> argparse.Action:
     """Add the option of one dataclass field; what is not typed is left to the field's default."""
     settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text(one)}
     if get_origin(kind) in (Union, UnionType):
@@ -82,17 +85,10 @@ def add_option(parser: argparse.ArgumentParser, one: Field[Any], kind: Any) -> N
     else:
         settings["type"] = reader(kind, one.metadata.get("least"))
     if one.metadata.get("positional"):
-        parser.add_argument(one.name, **settings)
-        return
-    if kind is not bool and "choices" not in settings:
-        settings["metavar"] = kind.__name__.upper()
+        return parser.add_argument(one.name, **settings)
+    settings["required"] = one.default is MISSING and one.default_factory is MISSING
     flag = one.metadata.get("flag", one.name).replace("_", "-")
-    parser.add_argument(f"--{flag}", dest=one.name, required=is_required(one), **settings)
-
-
-def is_required(one: Field[Any]) -> bool:
-    """Tell whether a field has no default."""
-    return one.default is MISSING and one.default_factory is MISSING
+    return parser.add_argument(f"--{flag}", dest=one.name, **settings)
 
 
 def help_text(one: Field[Any]) -> str:
