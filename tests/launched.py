@@ -14,10 +14,12 @@ import torch
 from accelerate import DistributedType, PartialState
 from conftest import VOCAB, invoke, scatter_weights, tiny_target
 from datasets import Dataset
+from loss_inputs import POSITIONS, features
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
+from coral_hf.training.losses.csra import csra_loss, of_other_devices
 from coral_hf.training.runs.checkpoints import sole_run
 
 SETTINGS = {
@@ -27,6 +29,7 @@ SETTINGS = {
     "logging_steps": 1,
     "save_strategy": "no",
     "report_to": "none",
+    "plots": False,
     "use_cpu": True,
     "disable_tqdm": True,
     "dataloader_pin_memory": False,
@@ -125,6 +128,8 @@ def results(trainer: CoralTrainer, drafter: CoralDrafter | None = None) -> dict:
     }
 
 
+# positions of each process, which may have nothing to train
+SHARES = [(4, POSITIONS - 4), (POSITIONS, 0)]
 STAGES = ("drafter", "router", "low_rank", "joint")
 
 
@@ -169,6 +174,18 @@ def stops_at_a_broken_row(folder: Path) -> dict:
     return {"error": None}
 
 
+def gathered_losses() -> dict:
+    """CSRA of this process with the negatives of both, and its gradient, by shares of positions."""
+    found = {}
+    for counts in SHARES:
+        own = features()[0].detach().split(counts, dim=1)[PartialState().process_index]
+        own.requires_grad_()
+        loss = csra_loss(own, 0.1, others=of_other_devices(own.flatten(0, 1)))
+        loss.backward()
+        found[counts[0]] = (loss.detach(), own.grad)
+    return found
+
+
 def all_at_once(folder: Path, **settings) -> dict:
     """Every check of two processes, in one launch."""
     found = {"plain": all_stages(folder / "plain", **settings)}
@@ -179,6 +196,7 @@ def all_at_once(folder: Path, **settings) -> dict:
     found["broken"] = stops_at_a_broken_row(folder)
     noise = make_trainer(folder / "noisy", feature_noise=0.1).step.noise
     found["noise"] = noise.on(torch.zeros(4, 8))
+    found["gathered"] = gathered_losses()
     return found
 
 

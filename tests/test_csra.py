@@ -114,39 +114,5 @@ def test_csra_with_the_target_has_it_as_one_more_step_that_is_no_anchor():
     torch.testing.assert_close(csra_loss(predicted, 0.1, target=target), expected)
 
 
-# positions of each device, which may have nothing to train
-SHARES = [(4, POSITIONS - 4), (POSITIONS, 0)]
-
-
-def gathered(rank: int, folder: str) -> None:
-    """Losses of one device with the negatives of both, and their gradients, into files."""
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    for counts in SHARES:
-        own = features()[0].detach().split(counts, dim=1)[rank].requires_grad_()
-        loss = csra_loss(own, 0.1, others=of_other_devices(own.flatten(0, 1)))
-        loss.backward()
-        torch.save((loss.detach(), own.grad), f"{folder}/{counts[0]}-{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def two_devices(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gathered")
-    torch.multiprocessing.spawn(gathered, (str(folder),), nprocs=2)
-    return folder
-
-
-@pytest.mark.parametrize("counts", SHARES)
-def test_gathered_negatives_make_two_devices_one_batch(two_devices, counts):
-    files = [two_devices / f"{counts[0]}-{rank}.pt" for rank in (0, 1)]
-    losses, gradients = zip(*map(torch.load, files), strict=True)
-    predicted, _ = features()
-    whole = csra_loss(predicted, 0.1)
-    whole.backward()
-    torch.testing.assert_close(sum(losses), whole.detach())
-    torch.testing.assert_close(torch.cat(gradients, dim=1), predicted.grad)
-
-
 def test_one_device_alone_has_no_others():
     assert of_other_devices(randn(3, HIDDEN)) is None

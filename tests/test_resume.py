@@ -111,6 +111,7 @@ def test_a_training_killed_again_and_again_comes_to_the_same_end(tmp_path):
 def test_the_best_checkpoint_is_known_by_its_final_name_and_kept(tmp_path):
     settings = {**SETTINGS, "eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    best["eval_prompts"] = 0
     rows = launched.make_rows(8)
     trainer = launched.make_trainer(tmp_path, eval_dataset=rows, **settings, **best)
     trainer.train()

@@ -14,8 +14,10 @@ from transformers.utils.logging import warning_once
 
 import coral_hf
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
+from coral_hf.target import read_target
 from coral_hf.training.losses.csra import csra_loss
-from coral_hf.training.steps import Trained
+from coral_hf.training.steps import Trained, register_step, training_step
+from coral_hf.training.steps.coral import CoralStep
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +118,16 @@ def test_the_loss_is_the_weighted_sum_over_trained_tokens(target, rows, tmp_path
         total += 0.7 * F.smooth_l1_loss(predicted, goal, reduction="none").mean(-1).sum()
         total -= 0.3 * (probs * target.lm_head(predicted).log_softmax(-1)).sum()
     torch.testing.assert_close(loss, total / kept.sum())
+
+
+def test_a_family_of_drafters_trains_by_the_step_that_it_registers(target, tmp_path):
+    args = CoralTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    read = read_target(target)
+    with pytest.raises(ValueError, match="a 'toy' drafter, for which no training step is regis"):
+        training_step("toy", read, args)
+    register_step("toy", lambda target, args: (target, args))
+    assert training_step("toy", read, args) == (read, args)
+    assert isinstance(training_step("coral", read, args), CoralStep)
 
 
 def test_the_target_stays_as_it_is(target, rows, tmp_path):
