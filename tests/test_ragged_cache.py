@@ -14,8 +14,8 @@ from coral_hf.decoding.ragged_cache import (
     SLACK,
     RaggedCache,
     RaggedLayer,
-    additive_mask,
 )
+from coral_hf.decoding.target_runner import additive_mask
 
 BATCH, HEADS, WIDTH = 2, 3, 4
 KINDS = [*["update"] * 6, "crop", "crop", "repeat", "select", "reorder", "reset"]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .ragged_cache import RaggedCache, RaggedLayer
+from .ragged_cache import HIDDEN, RaggedCache, RaggedLayer
 
 # the keyword and the output of `generate` and of models: `past_key_values` before transformers 5.24
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
@@ -128,3 +128,15 @@ def whole_length(input_ids: Tensor, model_kwargs: dict) -> int:
         if model_kwargs.get(name) is not None:
             return model_kwargs[name].shape[-1]
     return input_ids.shape[1]
+
+
+def whole_positions(seen: Tensor, given: Tensor | None) -> Tensor:
+    """Positions of all tokens, `HIDDEN` where padded: (batch, read + new) bool → the same shape.
+
+    `given`: what the target is told, (batch or 1, read + new), where there is one for each token;
+        with a leading axis for time, height and width, which agree for text.
+    """
+    given = given[-1] if given is not None and given.dim() == 3 else given
+    if given is None or given.shape[1:] != seen.shape[1:]:
+        return (seen.long().cumsum(1) - 1).masked_fill(~seen, HIDDEN)
+    return given.to(seen.device).masked_fill(~seen, HIDDEN)

@@ -12,16 +12,15 @@ lost against plain decoding since it last paid is its *regret*:
 
     regret ← max(0, regret + cost of the round in plain passes - tokens of a row)
 
-At `PATIENCE` plain passes the rest of the call is decoded plainly, unless recent rounds have paid
-on average; where a clock is read, plain passes are measured afresh before that, since a machine
-that slowed down slowed both.
+At `PATIENCE` the rest of the call is decoded plainly, unless recent rounds have paid on average;
+a clock measures plain passes again before that, since a machine that slowed down slowed both.
 """
 
 import statistics
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
@@ -30,7 +29,6 @@ from transformers.utils import logging
 from .drafting import TreeShape
 
 logger = logging.get_logger(__name__)
-
 SPECULATION = ("adaptive", "always", "never")
 DEFAULT_SPECULATION = "adaptive"
 PATIENCE = 2.0  # plain passes
@@ -43,10 +41,7 @@ SPIKE = 4.0  # a round counts as at most so many times what was expected
 
 
 class Costs(NamedTuple):
-    """The parts of a round's cost, in plain passes over the same rows.
-
-    The defaults are assumed where nothing was measured: cautious for a target of 16 layers or more.
-    """
+    """The parts of a round's cost, in plain passes; defaults are cautious for 16 layers or more."""
 
     base: float = 1.1  # the pass over the root, and all that no tree changes
     level: float = 0.1  # a level that the drafter drafts
@@ -118,15 +113,14 @@ class DecayedLine:
         """Slope of the best line, drawn towards the slope assumed; never falling."""
         if self.weight == 0:
             return self.slope_before
-        spread = self.xx - self.x * self.x / self.weight
-        together = self.xy - self.x * self.y / self.weight
-        return max((together + TRUST * self.slope_before) / (spread + TRUST), 0.0)
+        spread = self.xx - self.x * self.x / self.weight + TRUST
+        together = self.xy - self.x * self.y / self.weight + TRUST * self.slope_before
+        return max(together / spread, 0.0)
 
     def at_zero(self, otherwise: float) -> float:
         """The height at x = 0; `otherwise` without a point."""
-        if self.weight == 0:
-            return otherwise
-        return max((self.y - self.slope * self.x) / self.weight, 0.0)
+        height = (self.y - self.slope * self.x) / self.weight if self.weight else otherwise
+        return max(height, 0.0)
 
 
 @dataclass
@@ -188,37 +182,28 @@ class MeasuredCosts(CostModel):
         self._of(rows).plain.clear()
 
 
-class DraftPolicy(Protocol):
-    """What the loop asks before a round, and reports to after it."""
+class DraftPolicy:
+    """What the loop asks before a round, and reports to after it; by default nothing changes."""
 
-    is_plain: bool  # whether the drafter is done with this call
-
-    def plan(self, rows: int) -> TreeShape:
-        """The largest tree of the next round; of depth 0 for a plain round."""
-        ...
-
-    def note(self, sample: RoundSample) -> None:
-        """Take a round into account."""
-        ...
-
-
-class AlwaysDraft:
-    """Drafts the largest tree in every round."""
-
-    is_plain = False
+    is_plain = False  # whether the drafter is done with this call
 
     def __init__(self, shape: TreeShape):
+        """`shape`: the largest tree."""
         self._shape = shape
 
     def plan(self, rows: int) -> TreeShape:
-        """See [`DraftPolicy`]."""
+        """The largest tree of the next round; of depth 0 for a plain round."""
         return self._shape
 
     def note(self, sample: RoundSample) -> None:
-        """See [`DraftPolicy`]."""
+        """Take a round into account."""
 
 
-class NeverDraft(AlwaysDraft):
+class AlwaysDraft(DraftPolicy):
+    """Drafts the largest tree in every round."""
+
+
+class NeverDraft(DraftPolicy):
     """Leaves the drafter alone."""
 
     is_plain = True
@@ -227,13 +212,11 @@ class NeverDraft(AlwaysDraft):
         super().__init__(shape._replace(depth=0))
 
 
-class AdaptiveDraft:
+class AdaptiveDraft(DraftPolicy):
     """Drafts what pays, and steps back to plain decoding when nothing does."""
 
     def __init__(self, shape: TreeShape, model: CostModel):
-        """`shape`: the largest tree."""
-        self.is_plain = False
-        self._shape = shape
+        super().__init__(shape)
         self._model = model
         self._regret = 0.0
         self._cost = 1.0  # of a recent round
@@ -284,9 +267,8 @@ class AdaptiveDraft:
         self.is_plain = self._cost > self._tokens
         if self.is_plain:
             logger.warning_once(
-                "Drafting is slower than plain decoding on this machine with this target and"
-                " drafter; the rest of the text is decoded plainly, as it will be in other calls"
-                " where drafting does not pay. `autotune(drafter, target, prompts)` finds the tree"
+                "Drafting is slower than plain decoding with this target and drafter; the rest of"
+                " the text is decoded plainly. `autotune(drafter, target, prompts)` finds the tree"
                 ' that pays best; `speculation="always"` drafts all the same.'
             )
 

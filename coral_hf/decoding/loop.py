@@ -194,9 +194,8 @@ class DecodingLoop:
             paths = zip(rows, accepted.path.tolist(), accepted.counts, strict=True)
             for index, (row, path, count) in enumerate(paths):
                 self.collector.add_nodes(row, index, path[:count], output)
-        self.target.cache.commit(
-            accepted.counts, None if tree.tokens.shape[1] == 1 else accepted.path
-        )
+        path = accepted.path if accepted.path.shape[1] > 1 else None  # the root is in its place
+        self.target.cache.commit(accepted.counts, path)
         kept = self.kept(rows)
         self.drop(rows, kept)
         return kept

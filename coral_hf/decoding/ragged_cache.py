@@ -1,9 +1,9 @@
 """A key-value cache whose rows have lengths of their own, and that drops rejected tokens in place.
 
-In: keys and values that a model computes, and which of them are kept. Out: views of buffers, masks
-and positions for the next pass. Rows of a batch accept different numbers of tokens, so each has its
-own number of committed slots; what a row does not use is masked. A tree is always written behind
-the longest row, and a commit moves its accepted nodes to the end of their row.
+In: keys and values of a model, and which of them are kept. Out: views of buffers, masks, positions.
+Rows of a batch accept different numbers of tokens, so each has its own number of committed slots;
+what a row does not use is masked. A tree is written behind the longest row, and a commit moves its
+accepted nodes to the end of their row.
 
     slot       0   1   2   3   4   5  |  6   7   8  (tree)
     row 0      -   0   1   2   3   4  |  root at position 5          - is padding
@@ -21,17 +21,14 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
 HIDDEN = -1  # the position of a slot that no query attends to
-GROWTH = (
-    128  # slots by which a buffer grows, so that a long text has little room that it never uses
-)
+GROWTH = 128  # slots by which a buffer grows: a long text has little room that it never uses
 SLACK = 16  # slots that leave a sliding window before they are dropped, since dropping copies
 
 
 class RaggedLayer(DynamicLayer):
-    """One layer's keys and values at the front of a larger buffer.
+    """One layer's keys and values, (batch, kv_heads, slots, head_dim), in a larger buffer.
 
-    Both are (batch, kv_heads, slots, head_dim). Where transformers' layers copy what they hold at
-    every pass, this one writes each slot once.
+    Where transformers' layers copy what they hold at every pass, this one writes each slot once.
 
     Args:
         window: attention window of the layer, None for full attention.
@@ -79,7 +76,7 @@ class RaggedLayer(DynamicLayer):
         held, new = self.held, key_states.shape[-2]
         if not self._has_room(held + new):
             self._grow(key_states, value_states, held + new)
-        # every layer of every pass comes here, and `narrow` is cheaper than slices
+        # `narrow` is cheaper than slices
         keys, values = self._buffers
         keys.narrow(-2, held, new).copy_(key_states)
         values.narrow(-2, held, new).copy_(value_states)
@@ -160,8 +157,8 @@ class RaggedCache(Cache):
 
     A pass writes its tokens behind slot `width`; then `append` or `commit` says what they were. All
     counts are known on the host, so no method waits for a device. This is the growing form, whose
-    slots are views of growing buffers. A form of fixed capacity can have the same methods, with
-    masks over its capacity and counts on the device: callers ask for nothing else.
+    slots are views; one of fixed capacity can have the same methods, with masks over its capacity
+    and counts on the device, since callers ask for nothing else.
 
     Args:
         windows: attention window of each layer, None for full attention.
@@ -199,10 +196,7 @@ class RaggedCache(Cache):
         return self.is_even and not any(self._is_padded)
 
     def append(self, positions: Tensor) -> None:
-        """Commit the tokens of a causal pass, or of several, over equally long rows.
-
-        `positions`: (batch, new), `HIDDEN` where padded.
-        """
+        """Commit tokens of causal passes over equally long rows, at (batch, new) positions."""
         padded = (positions == HIDDEN).any(1).tolist()
         self._is_padded = [a or b for a, b in zip(self._is_padded, padded, strict=True)]
         self.positions = torch.cat([self.positions, positions], dim=1)
@@ -218,22 +212,27 @@ class RaggedCache(Cache):
             nodes: (batch, longest), which ones, in ascending order and padded with any; None: the
                 first ones.
         """
-        width, kept = self.width, max(counts)
-        device = self.positions.device
+        kept, device = max(counts), self.positions.device
         steps = torch.arange(kept, device=device)
         slots = self.ends[:, None] + steps  # (batch, kept)
         if nodes is None and not self.is_even:
             nodes = steps.expand(len(counts), -1)
         if nodes is not None:
-            self._move(width + nodes.to(device), slots)
-        new = torch.tensor(counts, device=device)
-        is_kept = steps < new[:, None]
-        own = (self.next_positions[:, None] + steps).masked_fill(~is_kept, HIDDEN)
-        positions = F.pad(self.positions, (0, kept), value=HIDDEN).scatter(1, slots, own)
+            self._move(self.width + nodes.to(device), slots)
+        own, new = self.next_positions[:, None] + steps, torch.tensor(counts, device=device)
+        if self.is_even and min(counts) == kept:
+            self.positions = torch.cat([self.positions, own], dim=1)
+        else:
+            own = own.masked_fill(steps >= new[:, None], HIDDEN)
+            self.positions = F.pad(self.positions, (0, kept), value=HIDDEN).scatter(1, slots, own)
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
         self.ends, self.next_positions = self.ends + new, self.next_positions + new
-        self.truncate(max(self.lengths), positions)
-        self._release()
+        self.truncate(max(self.lengths))
+        for layer in self.layers:
+            if layer.window is not None:  # what has left the windows of all rows
+                first = min(self.lengths) - layer.window + 1
+                if first - layer.start >= (1 if layer.is_plain else SLACK):
+                    layer.release(first)
 
     def _move(self, source: Tensor, destination: Tensor) -> None:
         """Copy slots in every layer, (batch, kept) each."""
@@ -244,23 +243,12 @@ class RaggedCache(Cache):
             if layer.is_initialized:  # layers that share another layer's keys stay empty
                 layer.move(source, destination)
 
-    def _release(self) -> None:
-        """Drop what has left the sliding windows of all rows."""
-        for layer in self.layers:
-            if layer.window is not None:
-                first = min(self.lengths) - layer.window + 1
-                if first - layer.start >= (1 if layer.is_plain else SLACK):
-                    layer.release(first)
-
-    def truncate(self, width: int | None = None, positions: Tensor | None = None) -> None:
-        """Keep the first `width` slots; by default those that are committed.
-
-        `positions`: (batch, at least width), the new ones if they change.
-        """
+    def truncate(self, width: int | None = None) -> None:
+        """Keep the first `width` slots; by default those that are committed."""
         width = self.width if width is None else width
         for layer in self.layers:
             layer.cut(width)
-        self.positions = (self.positions if positions is None else positions)[:, :width]
+        self.positions = self.positions[:, :width]
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only some rows of the batch."""
@@ -285,7 +273,8 @@ class RaggedCache(Cache):
             window: of the layers that the mask is for. It is counted in slots, as transformers
                 does: where a prompt skips positions, they differ.
         """
-        start, device = self._start(window), queries.device
+        start = max((la.start for la in self.layers if la.window == window), default=0)
+        device = queries.device
         committed = (self.positions[:, start:] != HIDDEN).to(device)[:, None]
         if window is None:
             committed = committed.expand(-1, queries.shape[1], -1)
@@ -299,14 +288,8 @@ class RaggedCache(Cache):
 
     def sees_all(self) -> bool:
         """Whether a lone token behind each row attends to all that is held."""
-        windows = [layer.window for layer in self.layers]
-        return self.is_dense and all(
-            window is None or self.width - self._start(window) < window for window in windows
-        )
-
-    def _start(self, window: int | None) -> int:
-        """The first slot that layers with a window hold."""
-        return max((la.start for la in self.layers if la.window == window), default=0)
+        layers = [(layer.window, layer.held) for layer in self.layers]
+        return self.is_dense and all(window is None or held < window for window, held in layers)
 
     def set_recording(self, is_on: bool) -> None:
         """Whether sliding layers keep what a pass pushes out of their window until `commit`."""
@@ -317,18 +300,3 @@ class RaggedCache(Cache):
         """Append as transformers does: for a lone token of a short text it costs less."""
         for layer in self.layers:
             layer.is_plain, layer._buffers = True, []
-
-
-def count_positions(seen: Tensor) -> Tensor:
-    """Positions of a padded prompt, (batch, length), `HIDDEN` where it is not `seen`."""
-    return (seen.long().cumsum(1) - 1).masked_fill(~seen, HIDDEN)
-
-
-def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The additive float form of a bool mask (…), True where a query attends.
-
-    Float, not bool: eager attention adds the mask to the scores.
-    """
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
-        ~mask, torch.finfo(dtype).min
-    )

@@ -10,7 +10,7 @@ row at a time. Where it may look at the whole batch, they grow in lockstep, as i
 
 import copy
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -177,19 +177,19 @@ class Sequences:
         warpers = LogitsProcessorList(one for one in self._processors if type(one) in PREFIX_FREE)
         return warpers(self._buffer[:1, :1].expand(len(logits), 1), logits)
 
-    def scores_after(self, row: int, drafted: Sequence[list[int]], logits: Tensor) -> Tensor:
-        """Processed scores after a row and some drafted tokens: (nodes, vocab) → the same.
-
-        `drafted`: the tokens between the row and each node's next one.
-        """
+    def scores_after(
+        self, row: int, tokens: list[int], parents: list[int], logits: Tensor
+    ) -> Tensor:
+        """Processed scores after each node of a tree below a row: (nodes, vocab) → the same."""
         if self.is_prefix_free:
             return self.process_free(logits)
         logits, text = logits.to(torch.float32, copy=True), self._row(row)
-        prefixes = [torch.cat([text, text.new_tensor([tokens])], dim=1) for tokens in drafted]
-        scores = [
-            self._processors_of(row)(prefix, one[None])
-            for prefix, one in zip(prefixes, logits, strict=True)
-        ]
+        prefixes, scores = [text], []  # parents come before their children
+        for token, parent in zip(tokens[1:], parents[1:], strict=True):
+            drafted = text.new_tensor([[token]])
+            prefixes.append(torch.cat([prefixes[max(parent, 0)], drafted], dim=1))
+        for prefix, one in zip(prefixes, logits, strict=True):
+            scores.append(self._processors_of(row)(prefix, one[None]))
         return torch.cat(scores)
 
     def _processors_of(self, row: int) -> LogitsProcessorList:

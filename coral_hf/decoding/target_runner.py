@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..target import Target, position_limit, sliding_windows, text_config
-from .continuation import CACHE, join, part_of, whole_length
+from .continuation import CACHE, join, part_of, whole_length, whole_positions
 from .drafting import DraftTree
-from .ragged_cache import HIDDEN, RaggedCache, additive_mask, count_positions
+from .ragged_cache import HIDDEN, RaggedCache
 
 
 class TargetOutput(NamedTuple):
@@ -99,7 +99,7 @@ class TargetRunner:
             parts.append(self._forward(with_features, **inputs))
         cache.set_recording(True)
         cache.begin(batch, self._target.device)
-        positions = _positions(mask.bool(), model_kwargs.get("position_ids"))
+        positions = whole_positions(mask.bool(), model_kwargs.get("position_ids"))
         cache.append(positions.to(self._target.device))
         features = torch.cat([part.features for part in parts], dim=1)
         return parts[-1]._replace(logits=parts[-1].logits[:, -1:], features=features)
@@ -173,16 +173,13 @@ class TargetRunner:
         return {name: masks[window] for name, window in names.items()}
 
 
-def _positions(seen: Tensor, given: Tensor | None) -> Tensor:
-    """Positions of all tokens, `HIDDEN` where padded: (batch, read + new) bool → the same shape.
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The additive float form of a bool mask (…), True where a query attends.
 
-    `given`: what the target is told, (batch or 1, read + new), where there is one for each token;
-        with a leading axis for time, height and width, which agree for text.
+    Float, not bool: eager attention adds the mask to the scores.
     """
-    given = given[-1] if given is not None and given.dim() == 3 else given
-    if given is None or given.shape[1:] != seen.shape[1:]:
-        return count_positions(seen)
-    return given.to(seen.device).masked_fill(~seen, HIDDEN)
+    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return added.masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 ByLayer = tuple[Tensor, ...]
@@ -253,6 +250,10 @@ class OutputCollector:
     def scores(self) -> tuple[Tensor, ...] | None:
         """Each (batch, vocab), one a token."""
         return _by_token(self._scores) or None
+
+    def seen_scores(self) -> tuple[Tensor, ...] | None:
+        """What stopping criteria see: scores only if the caller wants them."""
+        return self.scores() if self.keeps_scores else None
 
     def outputs(self) -> dict[str, tuple | None]:
         """By the names of `GenerateDecoderOnlyOutput`."""

@@ -1,10 +1,9 @@
 """Verification of a draft tree by the target: logits in, accepted tokens out.
 
-In: a `DraftTree` and the target's output after each of its nodes. Out: `Accepted`, the path and the
-new tokens of each row, already appended to the `Sequences`.
+In: a `DraftTree` and the target's output of each node. Out: `Accepted`, appended to `Sequences`.
 
-    at once       `verify_greedy`, `verify_token`: tensors over the whole batch, read once a round;
-                  where scores follow from logits alone, and only end tokens and lengths stop a row
+    at once       `verify_greedy`, `verify_token`: tensors over the batch, read once a round; where
+                  scores follow from logits alone, and only end tokens and lengths stop a row
     step by step  `StepwiseWalk`: scores are processed where the walk arrives, once, in order; where
                   a processor or criterion needs order, or the caller wants scores of each token
     whole tree    `PrecomputedPath`: rules that look at every node before the first token is decided
@@ -218,14 +217,13 @@ class Verifier:
         sequences, active = self.sequences, self.sequences.active
         kind = PrecomputedPath if self.rule in WHOLE_TREE else StepwiseWalk
         walk, going = kind(self, tree, output.logits), list(range(len(active)))
-        path: list[list[int]] = [[] for _ in active]
-        accepted: list[list[int]] = [[] for _ in active]
+        path, accepted = ([[0][:0] for _ in active] for _ in range(2))
         while going:
             tokens = walk.next_tokens(going)
             for row, token in zip(going, tokens, strict=True):
                 path[row].append(walk.nodes[row])
                 accepted[row].append(token)
-            sequences.append([active[row] for row in going], tokens, self._seen_scores)
+            sequences.append([active[row] for row in going], tokens, self.collector.seen_scores)
             unstopped = [row for row in going if not sequences.is_stopped[active[row]]]
             going = [row for row in unstopped if walk.follow(row)]
             if sequences.is_lockstep and len(going) < len(unstopped):
@@ -233,9 +231,6 @@ class Verifier:
         longest = max(map(len, path))
         padded = [nodes + [0] * (longest - len(nodes)) for nodes in path]
         return Accepted(torch.tensor(padded, device=output.logits.device), accepted)
-
-    def _seen_scores(self) -> tuple[Tensor, ...] | None:
-        return self.collector.scores() if self.collector.keeps_scores else None
 
 
 class StepwiseWalk:
@@ -285,8 +280,8 @@ class PrecomputedPath(StepwiseWalk):
             rule = partial(traversal, with_replacement=True)
         pairs = zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True)
         for row, (tokens, parents) in enumerate(pairs):
-            drafted = prefixes(tokens, parents)
-            scores = verifier.sequences.scores_after(self._active[row], drafted, logits[row])
+            drafted = self._active[row], tokens, parents
+            scores = verifier.sequences.scores_after(*drafted, logits[row])
             draft = None if tree.draft_probs is None else tree.draft_probs[row]
             path, probs = rule(tokens, parents, scores.softmax(-1), draft, chance.is_accepted)
             self._paths.append(path)
@@ -304,11 +299,3 @@ class PrecomputedPath(StepwiseWalk):
             found.append(self._tokens[row][place])
             self._children[row] = [*path, 0][place + 1]
         return found
-
-
-def prefixes(tokens: list[int], parents: list[int]) -> list[list[int]]:
-    """The drafted tokens from the root's child to each node; parents come before children."""
-    found: list[list[int]] = [[]]
-    for token, parent in zip(tokens[1:], parents[1:], strict=True):
-        found.append([*found[max(parent, 0)], token])
-    return found
