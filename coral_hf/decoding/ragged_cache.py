@@ -122,15 +122,15 @@ class RaggedLayer(DynamicLayer):
             return
         if self.start and not self.holds(self.get_seq_length() - abs(tokens_to_remove)):
             raise RuntimeError(
-                f"`crop` is to remove {abs(tokens_to_remove)} tokens, but a layer with a window of"
+                f"`crop` removes {abs(tokens_to_remove)} tokens, but a layer with a window of"
                 f" {self.window} has dropped what the text would attend to."
             )
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
         """Forget everything."""
-        self.start = 0
         super().reset()
+        self.start = 0
 
     def _has_room(self, held: int) -> bool:
         if not self._buffers or held > self._buffers[0].shape[-2]:
@@ -176,8 +176,7 @@ class RaggedCache(Cache):
     def begin(self, batch: int, device: torch.device | None = None) -> None:
         """Forget which slots belong to whom, before `append` says it for all of them."""
         self.positions = torch.empty(batch, 0, dtype=torch.long, device=device)
-        self.next_positions = torch.zeros(batch, dtype=torch.long, device=device)
-        self.ends = torch.zeros_like(self.next_positions)
+        self.ends = self.next_positions = self.positions.new_zeros(batch)
         self.lengths, self._is_padded = [0] * batch, [False] * batch
 
     @property
@@ -197,9 +196,8 @@ class RaggedCache(Cache):
 
     def append(self, positions: Tensor) -> None:
         """Commit tokens of causal passes over equally long rows, at (batch, new) positions."""
-        padded = (positions == HIDDEN).any(1).tolist()
-        self._is_padded = [a or b for a, b in zip(self._is_padded, padded, strict=True)]
         self.positions = torch.cat([self.positions, positions], dim=1)
+        self._is_padded = (self.positions == HIDDEN).any(1).tolist()
         self.lengths = [length + positions.shape[1] for length in self.lengths]
         self.ends = self.ends + positions.shape[1]
         self.next_positions = torch.maximum(self.next_positions, positions.amax(1) + 1)

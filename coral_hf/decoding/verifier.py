@@ -255,8 +255,7 @@ class StepwiseWalk:
             self._verifier.collector.add(row, raw, processed)
         siblings = siblings_at(self._tree, torch.tensor(self.nodes, device=scores.device), going)
         if self._verifier.rule == "greedy":
-            token = scores.argmax(-1)
-            step = Step(token, siblings.with_token(token))
+            step = Step(token := scores.argmax(-1), siblings.with_token(token))
         else:
             step = token_step(siblings, scores.softmax(-1), self._verifier.chance)
         for row, child in zip(going, step.child.tolist(), strict=True):
