@@ -197,5 +197,5 @@ def test_the_learning_rate_falls_by_the_nearer_limit():
 
 
 def test_precision_is_measured_on_the_device():
-    assert bf16_pays(torch.device("cpu")) in (True, False)
-    assert not bf16_pays(torch.device("meta"))
+    assert bf16_pays("cpu") in (True, False)
+    assert not bf16_pays("meta")

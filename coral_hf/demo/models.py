@@ -24,6 +24,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
     default_data_collator,
+    set_seed,
 )
 
 from ..atomic import new_folder
@@ -85,12 +86,12 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
     return empty.train_new_from_iterator(documents, vocab_size, length=len(documents))
 
 
-def train_target(settings: DemoSettings, device: torch.device, folder: Path) -> None:
+def train_target(settings: DemoSettings, device: str, folder: Path) -> None:
     """Train tokenizer and Llama, and save both in `folder`."""
     documents = read_corpus(settings.num_files).documents
     tokenizer = train_tokenizer(documents, settings.own_target["vocab_size"])
     rows = pack(documents, tokenizer, settings.row_length)
-    torch.manual_seed(settings.seed)
+    set_seed(settings.seed)
     config = LlamaConfig(
         **{**settings.own_target, "vocab_size": len(tokenizer)},
         max_position_embeddings=MAX_POSITIONS,
@@ -137,7 +138,7 @@ def train_drafter(
             model=drafter,
             target_model=target,
             args=CoralTrainingArguments(
-                **common_arguments(settings, budget, folder, target.device),
+                **common_arguments(settings, budget, folder, target.device.type),
                 **groups,
                 stage=stage,
                 classification_weight=1.0,
@@ -153,7 +154,7 @@ def train_drafter(
 
 
 def common_arguments(
-    settings: DemoSettings, budget: Budget, folder: Path, device: torch.device
+    settings: DemoSettings, budget: Budget, folder: Path, device: str
 ) -> dict[str, Any]:
     """Return the arguments of `Trainer` that all training runs of the demo share."""
     return {
@@ -162,22 +163,22 @@ def common_arguments(
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",  # `BudgetCallback` is the schedule
         "bf16": bf16_pays(device),
-        "use_cpu": device.type == "cpu",
+        "use_cpu": device == "cpu",
         "logging_steps": max(1, budget.max_steps // 10),
         "save_strategy": "no",
         "report_to": "none",
-        "dataloader_pin_memory": device.type == "cuda",
+        "dataloader_pin_memory": device == "cuda",
         "seed": settings.seed,
     }
 
 
-def bf16_pays(device: torch.device) -> bool:
+def bf16_pays(device: str) -> bool:
     """Measure whether a product in bf16 is clearly faster than in fp32: some CPUs emulate it."""
-    if device.type not in ("cpu", "cuda"):
+    if device not in ("cpu", "cuda"):
         return False
     seconds = {}
     for dtype in (torch.bfloat16, torch.float32):
-        matrix = torch.ones(512, 512, dtype=dtype, device=device)
+        matrix = torch.ones(512, 512, dtype=dtype, device=device)  # (rows, columns)
         # reading a number waits for the device; the fastest, since others may use the machine
         product = "(matrix @ matrix)[0, 0].item()"
         seconds[dtype] = min(repeat(product, number=1, repeat=20, globals={"matrix": matrix}))

@@ -62,12 +62,12 @@ def run_demo(settings: DemoSettings | None = None, console: Console | None = Non
         console: where tables and texts go; the terminal if None.
     """
     settings, console = settings or DemoSettings(), console or Console()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     source = settings.target
     if source is None:
         train = partial(train_target, settings, device)
         source = str(cached(settings, console, "target", None, train))
-    target = AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(device.type).eval()
+    target = AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(source)
     # as many rows of a dataset are held out as there are prompts
     numbers = [settings.drafter_budget, settings.router_budget, settings.num_prompts]
