@@ -16,7 +16,7 @@ from vllm_environment import run_jobs, vllm_python
 from coral_hf import CoralDrafter, CoralTrainingArguments
 from coral_hf.checkpoints import export_drafter
 from coral_hf.measure import encode, read_prompts
-from coral_hf.training import stages
+from coral_hf.training import pipeline
 from coral_hf.training.data import load_conversations
 
 pytestmark = pytest.mark.slow
@@ -78,7 +78,7 @@ def trained(tmp_path_factory) -> Trained:
         CoralTrainingArguments(output_dir=str(folder / name), stage=name, max_steps=n, **common)
         for name, n in steps.items()
     ]
-    drafter = stages.train(target, tokenizer, rows, args)
+    drafter = pipeline.train(target, tokenizer, rows, args)
     prompts = [prompt for file in files for prompt in read_prompts(file)[:6]]
     prompts += read_prompts(shared_file("train/sgd/sgd_train.jsonl.gz"))[-6:]
     ids = [encode(prompt, tokenizer)[0].tolist() for prompt in prompts]
