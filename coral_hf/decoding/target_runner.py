@@ -141,8 +141,7 @@ class TargetRunner:
             inputs |= {CACHE: self.cache, "use_cache": True}
         wants_all = "output_hidden_states" in self._extras
         layers = self._layers if with_features else ()
-        # newer versions of transformers keep the named states alone, older ones keep them all
-        inputs["output_hidden_states"] = wants_all or (list(layers) if layers else False)
+        inputs["output_hidden_states"] = wants_all or _named_states(layers)
         if "output_attentions" in self._extras:
             inputs["output_attentions"] = True
         outputs = self._target.model(**inputs, return_dict=True)
@@ -171,6 +170,17 @@ class TargetRunner:
             return next(iter(masks.values()))
         names = dict(zip(text_config(self._target.model).layer_types, self._windows, strict=True))
         return {name: masks[window] for name, window in names.items()}
+
+
+def _named_states(layers: tuple[int, ...]) -> bool | int | list[int]:
+    """The value of `output_hidden_states` that returns at least the states of some layers.
+
+    Newer versions of transformers return the named states alone; older ones return all for -1, and
+    know no -1 in a list.
+    """
+    if layers in ((), (-1,)):
+        return layers[0] if layers else False
+    return list(layers) if CACHE == "cache" else True
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
