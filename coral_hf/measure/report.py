@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -159,10 +160,9 @@ def _without_folders(word: str) -> str:
 
 def versions() -> dict[str, str]:
     """The versions of everything that decides over speed."""
-    from .. import __version__  # here, so that the package may import this file
 
     return {
-        "coral_hf": __version__,
+        "coral_hf": version("coral_hf"),
         "transformers": transformers.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
