@@ -125,7 +125,7 @@ class TheTargetItself:
     def memory(self):
         return None
 
-    def propose(self, shape, warp=None):
+    def propose(self, root, shape, warp=None):
         from coral_hf.decoding.drafting import DraftTree
 
         length = min(shape.depth, self.text.shape[1] - self.known) + 1

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 import coral_hf
-from coral_hf.decoding import DraftTree, root_only
-from coral_hf.drafters.tree_builders import TreeBuilder
+from coral_hf.decoding import DraftTree
+from coral_hf.drafters import TreeBuilder
 
 
 class ToyConfig(PreTrainedConfig):
@@ -43,15 +43,14 @@ class ToyDrafting:
     def begin(self, tokens, features, positions):
         assert features.shape[1] + 1 == tokens.shape[1]  # all tokens, the first included
         assert features.shape[2] == 2 * self.drafter.config.hidden_size
-        self.root, self.feature = tokens[:, -1], features[:, -1]
+        self.feature = features[:, -1]
 
     def commit(self, tokens, features, counts):
         last = counts[:, None] - 1
-        self.root = tokens.gather(1, last)[:, 0]
         self.feature = features.gather(1, last[..., None].expand(-1, -1, features.shape[2]))[:, 0]
 
     def select(self, rows):
-        self.root, self.feature = self.root[rows], self.feature[rows]
+        self.feature = self.feature[rows]
 
     def memory(self):
         return None
@@ -63,10 +62,8 @@ class ToyDrafting:
             tokens
         )
 
-    def propose(self, shape, warp=None) -> DraftTree:
-        if shape.depth == 0 or shape.nodes == 1:
-            return root_only(self.root)
-        builder, tokens = TreeBuilder(self.root, shape), self.root[:, None]
+    def propose(self, root, shape, warp=None) -> DraftTree:
+        builder, tokens = TreeBuilder(root, shape), root[:, None]
         for _ in range(shape.depth):
             log_probs, children = self.logits(tokens).log_softmax(-1).topk(shape.top_k)
             tokens = builder.add_level(children, log_probs).tokens
@@ -98,6 +95,21 @@ def toy():
 def test_greedy_tokens_of_a_batch_are_the_targets_own(target, toy, shape):
     plain = target.generate(PROMPTS, do_sample=False, **BATCH)
     drafted = target.generate(PROMPTS, assistant_model=toy, do_sample=False, **shape, **BATCH)
+    assert torch.equal(plain, drafted)
+
+
+class WrongRoots(ToyDrafting):
+    """Puts some other token where the last committed one belongs."""
+
+    def propose(self, root, shape, warp=None):
+        return super().propose((root + 1) % VOCAB, shape)
+
+
+def test_a_drafter_that_names_another_root_changes_no_token(target, toy):
+    coral_hf.register_drafting("toy_drafter", WrongRoots)
+    plain = target.generate(PROMPTS, do_sample=False, **BATCH)
+    drafted = target.generate(PROMPTS, assistant_model=toy, do_sample=False, **BATCH)
+    coral_hf.register_drafting("toy_drafter", ToyDrafting)
     assert torch.equal(plain, drafted)
 
 

@@ -151,7 +151,7 @@ def test_the_unroll_ranks_tokens_as_the_tree_does():
     drafting = CoralDrafting(drafter, target)
     positions = torch.arange(text.shape[1] - 1)[None]
     drafting.begin(text, features[:, :-1], positions)
-    chain = drafting.propose(TreeShape(depth=4, top_k=1, nodes=5)).tokens  # (1, 1 + 4)
+    chain = drafting.propose(text[:, -1], TreeShape(depth=4, top_k=1, nodes=5)).tokens  # (1, 1 + 4)
     assert len(set(chain[0].tolist())) > 2
 
     # position        5             6              7              8

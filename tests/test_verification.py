@@ -5,9 +5,9 @@ The rules themselves are shown lossless in test_verification_rules.py.
 
 import pytest
 import torch
+from reference_rules import greedy_walk, token_choice, token_walk
 from torch import Tensor
 
-from coral_hf.decoding.acceptance_rules import greedy_walk, token_choice, token_walk
 from coral_hf.decoding.drafting import DraftTree
 from coral_hf.decoding.verifier import verify_greedy
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from reference_rules import block, token_choice, token_walk
 from torch import Tensor
 
 import coral_hf.decoding.acceptance_rules as rules
@@ -18,9 +19,6 @@ from coral_hf.decoding.acceptance_rules import (
     Chance,
     Outcome,
     Remainder,
-    block,
-    token_choice,
-    token_walk,
     traversal,
 )
 from coral_hf.decoding.drafting import DraftTree
@@ -690,9 +688,25 @@ def test_padding_and_the_drafter_after_a_leaf_are_never_looked_at(rule):
     assert torch.equal(padded[1].probs, plain[1].probs)
 
 
-def test_block_refuses_a_tree_that_is_no_chain():
-    with pytest.raises(ValueError, match=r"node 1 has 2 children.*use `traversal`"):
-        block([0, 1, 2, 3], [0, 0, 1, 1], TARGET.expand(4, 3), None, lambda chance: True)
+@pytest.mark.parametrize("seed", range(20))
+def test_traversal_of_a_chain_decides_as_block_verification_for_the_same_uniforms(seed):
+    generator = torch.Generator().manual_seed(seed)
+    nodes, vocab = 2 + seed % 6, 5
+    tokens = torch.randint(vocab, (nodes,), generator=generator).tolist()
+    parents = [0, *range(nodes - 1)]
+    p, q = some_probs(nodes, vocab, seed), some_probs(nodes, vocab, seed + 100)
+    uniforms = torch.rand(nodes, generator=generator).tolist()
+    for draft_probs in (q, None):
+        found = []
+        for rule in (block, traversal):
+            # a certain answer takes no number: traversal does not ask for it
+            dice = iter(uniforms)
+            outcome = rule(
+                tokens, parents, p, draft_probs, lambda c, dice=dice: c > 0 and next(dice) < c
+            )
+            found.append(outcome)
+        assert found[0].path == found[1].path
+        torch.testing.assert_close(found[0].probs, found[1].probs)
 
 
 # ---- numbers

@@ -1,15 +1,18 @@
 """Decoding: drafting (the seam) → target runner, verifier, caches → loop → generate (the door)."""
 
-from .drafting import Drafting, DraftTree, TreeShape, register_drafting, root_only
+from .drafting import Drafting, DraftTree, TreeShape, Warp, register_drafting, root_only
 from .generate import decoder, install, uninstall
 from .loop import CoralGenerateOutput, DecodingStats
+from .ragged_cache import RaggedCache
 
 __all__ = [
     "CoralGenerateOutput",
     "DecodingStats",
     "DraftTree",
     "Drafting",
+    "RaggedCache",
     "TreeShape",
+    "Warp",
     "decoder",
     "install",
     "register_drafting",

@@ -113,11 +113,14 @@ class Drafting(Protocol):
         """
         ...
 
-    def propose(self, shape: TreeShape, warp: Warp | None = None) -> DraftTree:
+    def propose(self, root: Tensor, shape: TreeShape, warp: Warp | None = None) -> DraftTree:
         """Draft a tree below each row's last committed token, no larger than `shape`.
 
-        With `warp` its tokens are drawn from the drafter's distribution, which warpers such as the
-        temperature change first; else they are the most probable ones.
+        Args:
+            root: (batch,), that token, which the loop puts into the tree itself too.
+            shape: of one level at least.
+            warp: where given, tokens are drawn from the drafter's distribution, which warpers such
+                as the temperature change first; else they are the most probable ones.
         """
         ...
 

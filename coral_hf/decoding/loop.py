@@ -161,10 +161,13 @@ class DecodingLoop:
     @timed("draft", lap="draft")
     def draft(self, rows: list[int]) -> DraftTree:
         """A tree for each row, or its root alone where drafting does not pay or nothing fits."""
-        shape = self.budget(self.policy.plan(len(rows)))
-        if shape.depth == 0:
-            return root_only(self.sequences.last(rows))
-        return self.drafting.propose(shape, self.warp)
+        shape, root = self.budget(self.policy.plan(len(rows))), self.sequences.last(rows)
+        if shape.depth == 0 or shape.nodes == 1:
+            return root_only(root)
+        tree = self.drafting.propose(root, shape, self.warp)
+        # whatever a drafter puts there, the target reads the token that was committed
+        root = root[:, None].to(tree.tokens.device)  # (batch, 1)
+        return tree._replace(tokens=torch.cat([root, tree.tokens[:, 1:]], dim=1))
 
     def budget(self, shape: TreeShape) -> TreeShape:
         """The largest tree of which every accepted token may still come out.

@@ -88,6 +88,7 @@ class Sequences:
         batch, self.prompt_length = input_ids.shape
         self.lengths = [self.prompt_length] * batch
         self.is_stopped = [False] * batch
+        self._newest = [0] * batch  # the last token of each row, on the host
         self._buffer = input_ids.clone()
         self._pad_token = pad_token
         self._processors = logits_processor
@@ -124,8 +125,8 @@ class Sequences:
         return self._buffer[:, : self.longest]
 
     def last(self, rows: list[int]) -> Tensor:
-        """(rows,), the newest token of some rows."""
-        return self._buffer[rows, [self.lengths[row] - 1 for row in rows]]
+        """The newest token of some rows after the prompt's, of shape (len(rows),)."""
+        return self._buffer.new_tensor([self._newest[row] for row in rows])
 
     @property
     def is_free(self) -> bool:
@@ -209,7 +210,7 @@ class Sequences:
         """
         self._reserve(self.longest + 1)
         for row, token in zip(rows, tokens, strict=True):
-            self._buffer[row, self.lengths[row]] = token
+            self._buffer[row, self.lengths[row]] = self._newest[row] = token
             self.lengths[row] += 1
         if self._streamer is not None:
             self._streamer.put(self.ids[:, -1].cpu())
@@ -233,7 +234,7 @@ class Sequences:
         longest = self._criteria.max_length or sys.maxsize
         for index, row in enumerate(rows):
             stops = [place for place, token in enumerate(tokens[index]) if token in ends]
-            count = min([stops[0] + 1] if stops else [], default=len(tokens[index]))
+            count = stops[0] + 1 if stops else len(tokens[index])
             tokens[index] = tokens[index][: min(count, longest - self.lengths[row])]
             self.is_stopped[row] = bool(stops) or self.lengths[row] + len(tokens[index]) >= longest
         new = max(map(len, tokens))
@@ -245,6 +246,7 @@ class Sequences:
         self._buffer[index_of_rows, places] = self._buffer.new_tensor(padded)
         for index, row in enumerate(rows):
             self.lengths[row] += len(tokens[index])
+            self._newest[row] = tokens[index][-1]
         if self._streamer is not None:  # of a single row
             for token in tokens[0]:
                 self._streamer.put(torch.tensor([token]))

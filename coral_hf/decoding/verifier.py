@@ -10,19 +10,18 @@ In: a `DraftTree` and the target's output of each node. Out: `Accepted`, appende
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .acceptance_rules import Chance, block, traversal
+from .acceptance_rules import Chance, traversal
 from .drafting import PADDING, DraftTree
 from .sequences import Sequences
 from .target_runner import OutputCollector, TargetOutput
 
-# rules that look at the whole tree
-WHOLE_TREE = {"traversal": traversal, "block": block}
+# rules that look at the whole tree; on chains the second is the first
+WHOLE_TREE = ("traversal", "block")
 
 
 class Verdict(NamedTuple):
@@ -72,10 +71,7 @@ class Step(NamedTuple):
 
 
 def verify_greedy(tree: DraftTree, logits: Tensor) -> Verdict:
-    """Follow the target's most probable tokens; `logits` are (batch, nodes, vocab).
-
-    The plain form is `greedy_walk`.
-    """
+    """Follow the target's most probable tokens; `logits` are (batch, nodes, vocab)."""
     best = logits.argmax(-1)  # (batch, nodes)
     batch, nodes = best.shape
     parents = tree.parents.clamp(min=0)
@@ -100,8 +96,6 @@ def verify_token(
     tree: DraftTree, target_probs: Callable[[Tensor], Tensor], chance: Chance
 ) -> Verdict:
     """Walk down from the root, token by token, in all rows at once.
-
-    The plain form is `token_walk`.
 
     Args:
         target_probs: nodes (batch,) → p after them, (batch, vocab): computed only where a walk
@@ -138,7 +132,7 @@ def token_step(siblings: Siblings, target_probs: Tensor, chance: Chance) -> Step
     Chosen siblings (q = 1) are accepted with p in all, so the target's own draw decides. Drawn ones
     are tried in turn, each accepted with min(1, p / q) (SpecInfer, Miao et al. 2024): on a
     rejection p ← norm([p - q]₊) and q ← norm(q without the child) (Traversal Verification,
-    algorithm 2), or q as it is if they are independent. The plain form is `token_choice`.
+    algorithm 2), or q as it is if they are independent.
     """
     tokens, is_child = siblings.tokens, siblings.is_child
     if siblings.draft_probs is None:
@@ -274,15 +268,16 @@ class PrecomputedPath(StepwiseWalk):
     def __init__(self, verifier: Verifier, tree: DraftTree, logits: Tensor):
         super().__init__(verifier, tree, logits)
         self._paths, self._tokens, self._scores = [], [], []  # type: ignore[var-annotated]
-        rule, chance = WHOLE_TREE[verifier.rule], verifier.chance
-        if rule is traversal and tree.draws == "independent":
-            rule = partial(traversal, with_replacement=True)
+        chance, is_independent = verifier.chance, tree.draws == "independent"
         pairs = zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True)
         for row, (tokens, parents) in enumerate(pairs):
             drafted = self._active[row], tokens, parents
             scores = verifier.sequences.scores_after(*drafted, logits[row])
             draft = None if tree.draft_probs is None else tree.draft_probs[row]
-            path, probs = rule(tokens, parents, scores.softmax(-1), draft, chance.is_accepted)
+            probs = scores.softmax(-1)
+            path, probs = traversal(
+                tokens, parents, probs, draft, chance.is_accepted, is_independent
+            )
             self._paths.append(path)
             self._tokens.append([*(tokens[n] for n in path[1:]), int(chance.draw(probs[None]))])
             self._scores.append(scores)  # (nodes, vocab)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from ..decoding.drafting import DraftTree, TreeShape, Warp, register_drafting, root_only
+from ..decoding.drafting import DraftTree, TreeShape, Warp, register_drafting
 from ..target import Target, text_config
 from .tree_builders import TreeBuilder
 
@@ -80,10 +80,9 @@ class BigramDrafter(PreTrainedModel):
 
 
 class BigramDrafting:
-    """The drafting side of one call: all that it remembers is the last token."""
+    """The drafting side of one call, which remembers nothing: a tree follows from its root."""
 
     layers: tuple[int, ...] = ()
-    _root: Tensor  # (batch,)
 
     def __init__(self, drafter: BigramDrafter, target: Target, memory: None = None) -> None:
         if drafter.config.vocab_size != text_config(target.model).vocab_size:
@@ -95,24 +94,20 @@ class BigramDrafting:
 
     def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
         """See [`coral_hf.decoding.drafting.Drafting`]."""
-        self._root = tokens[:, -1]
 
     def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
         """See [`coral_hf.decoding.drafting.Drafting`]."""
-        self._root = tokens.gather(1, counts[:, None].to(tokens.device) - 1)[:, 0]
 
     def select(self, rows: Tensor) -> None:
         """See [`coral_hf.decoding.drafting.Drafting`]."""
-        self._root = self._root[rows]
 
     def memory(self) -> None:
         """See [`coral_hf.decoding.drafting.Drafting`]."""
 
-    def propose(self, shape: TreeShape, warp: Warp | None = None) -> DraftTree:
-        """The most probable paths of the bigram chain below the last certain token."""
-        if shape.depth == 0 or shape.nodes == 1:
-            return root_only(self._root)
-        builder, tokens = TreeBuilder(self._root, shape), self._root[:, None]  # (batch, beam)
+    def propose(self, root: Tensor, shape: TreeShape, warp: Warp | None = None) -> DraftTree:
+        """Draft the most probable paths of the bigram chain below `root` (batch,)."""
+        root = root.to(self.table[0].device)
+        builder, tokens = TreeBuilder(root, shape), root[:, None]  # (batch, beam)
         successors, log_probs = (part[:, : shape.top_k] for part in self.table)
         for _ in range(shape.depth):
             beam = builder.add_level(successors[tokens], log_probs[tokens])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...decoding.drafting import DraftTree, TreeShape, Warp, root_only
+from ...decoding.drafting import DraftTree, TreeShape, Warp
 from ...decoding.ragged_cache import HIDDEN, RaggedCache
 from ...heads.simple import Children
 from ...target import FEATURE, Target
@@ -79,13 +79,12 @@ class CoralDrafting:
 
     ```python
     >>> drafting = CoralDrafting(drafter, read_target(target))
-    >>> drafting.begin(tokens, features)
-    >>> tree = drafting.propose(TreeShape(depth=6, top_k=10, nodes=60))
+    >>> drafting.begin(tokens, features, positions)
+    >>> tree = drafting.propose(tokens[:, -1], TreeShape(depth=6, top_k=10, nodes=60))
     ```
     """
 
     layers: tuple[int, ...] = (FEATURE,)
-    _root: Tensor  # (batch,), the last certain token
     _feature: Tensor  # (batch, 1, hidden), predicted for the root's position
 
     def __init__(
@@ -128,7 +127,7 @@ class CoralDrafting:
             mask = self._cache.mask(positions, causal & seen[:, None] | itself)
         predicted = self._step(tokens, features, positions.clamp(min=0), mask)
         self._cache.append(positions)
-        self._root, self._feature = tokens[:, -1], predicted[:, -1:]
+        self._feature = predicted[:, -1:]
 
     def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
         """See [`coral_hf.decoding.drafting.Drafting`]."""
@@ -143,28 +142,25 @@ class CoralDrafting:
         mask = None if is_plain else self._cache.mask(positions, causal)
         predicted = self._step(tokens, features, positions, mask)
         self._cache.commit(counts.tolist())
-        last = counts.to(device) - 1
-        self._root = tokens.gather(1, last[:, None])[:, 0]
-        index = last[:, None, None].expand(-1, -1, predicted.shape[2])
-        self._feature = predicted.gather(1, index)
+        last = counts.to(device)[:, None, None] - 1
+        self._feature = predicted.gather(1, last.expand(-1, -1, predicted.shape[2]))
 
     def select(self, rows: Tensor) -> None:
         """See [`coral_hf.decoding.drafting.Drafting`]."""
         self._cache.select(rows.tolist())
-        self._root, self._feature = self._root[rows], self._feature[rows]
+        self._feature = self._feature[rows]
 
-    def propose(self, shape: TreeShape, warp: Warp | None = None) -> DraftTree:
-        """See [`coral_hf.decoding.drafting.Drafting`]. EAGLE-2's dynamic tree, or a drawn one."""
-        if shape.depth == 0 or shape.nodes == 1:
-            return root_only(self._root)
-        tree = self._choose(shape) if warp is None else self._draw(shape, warp)
+    def propose(self, root: Tensor, shape: TreeShape, warp: Warp | None = None) -> DraftTree:
+        """Draft EAGLE-2's dynamic tree, or a drawn one, below `root` (batch,)."""
+        root = root.to(self.drafter.fc.weight.device)
+        tree = self._choose(root, shape) if warp is None else self._draw(root, shape, warp)
         self._cache.truncate()  # what the levels wrote
         return tree
 
-    def _draw(self, shape: TreeShape, warp: Warp) -> DraftTree:
-        """A tree of draws without replacement among siblings."""
-        builder, features = SampledTreeBuilder(self._root), self._feature
-        seen = self._root.new_zeros(len(self._root), 1, 0, dtype=torch.bool)  # as in `_choose`
+    def _draw(self, root: Tensor, shape: TreeShape, warp: Warp) -> DraftTree:
+        """A tree of draws without replacement among siblings, below `root` (batch,)."""
+        builder, features = SampledTreeBuilder(root), self._feature
+        seen = root.new_zeros(len(root), 1, 0, dtype=torch.bool)  # as in `_choose`
         for depth, level in enumerate(plan_levels(shape)):
             beam = builder.best(level.families)
             if depth > 0:
@@ -175,9 +171,9 @@ class CoralDrafting:
             builder.draw(probs, level.children)
         return builder.build()
 
-    def _choose(self, shape: TreeShape) -> DraftTree:
-        """The most confident nodes (Li et al. 2024, sections 4.1 and 4.2)."""
-        builder = TreeBuilder(self._root, shape)
+    def _choose(self, root: Tensor, shape: TreeShape) -> DraftTree:
+        """The most confident nodes below `root` (batch,) (Li et al. 2024, sections 4.1 and 4.2)."""
+        builder = TreeBuilder(root, shape)
         features = self._feature
         log_path = features.new_zeros(features.shape[:2], dtype=torch.float32)
         beam = builder.add_level(*self._children(features, log_path, shape))
