@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
-from coral_hf.measure.calls import AnswerSettings, decoded_rounds
+from coral_hf.measure.calls import decoded_rounds
 from coral_hf.measure.prompts import Prompt, asked_messages, encode
 from coral_hf.target import read_target
 from coral_hf.training.adapters import lora
@@ -39,8 +39,8 @@ def drafter_from(start: str, target) -> CoralDrafter:
 def acceptance_length(target, drafter, prompts: list[list[int]]) -> float:
     """τ: tokens per pass of the target over all prompts, greedily."""
     drafter.generation_config.update(tree_depth=6, tree_top_k=8, tree_nodes=32)
-    answers = AnswerSettings(max_new_tokens=64, batch_size=1)
-    rounds = decoded_rounds(drafter.eval(), read_target(target), prompts, answers)
+    read = read_target(target)
+    rounds = decoded_rounds(drafter.eval(), read, prompts, max_new_tokens=64, batch_size=1)
     return mean(rounds)
 
 

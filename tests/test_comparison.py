@@ -1,4 +1,4 @@
-"""Trainings are compared on the same data, and what was measured is not measured again."""
+"""Training runs are compared on the same data, and no run is repeated."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def test_a_trial_is_a_recipe_and_settings(text, name, options):
 
 
 @pytest.mark.parametrize("text", ["", "coral csra_weight", "coral =3"])
-def test_what_is_no_trial_is_refused(text):
+def test_invalid_trials_are_refused(text):
     with pytest.raises(ValueError, match="write a recipe and settings"):
         Trial.parse(text)
 
@@ -62,7 +62,7 @@ def test_the_table_gives_spread_and_paired_difference():
 
 
 class Prepared:
-    """A comparison whose results are known: the longer a trial trains, the more its name says."""
+    """A comparison whose results are known: a trial scores the digit that its name ends with."""
 
     def __init__(self):
         self.asked: list[tuple[str, int]] = []
@@ -87,7 +87,7 @@ def test_halving_keeps_the_better_half_and_trains_it_for_longer():
 OPTIONS = ["--per_device_train_batch_size", "2", "--use_cpu", "True", "--max_length", "64"]
 
 
-def test_the_command_compares_and_goes_on_where_it_stopped(folder):  # noqa: F811
+def test_a_comparison_resumes_with_the_trials_that_are_missing(folder):  # noqa: F811
     names = [
         *("--target", folder / "target", "--dataset", folder / "talk.jsonl"),
         *("--prompts", folder / "talk.jsonl", "--limit", 2, "--output", folder / "compared"),
@@ -106,7 +106,7 @@ def test_the_command_compares_and_goes_on_where_it_stopped(folder):  # noqa: F81
     assert torch.tensor(json.loads(lines[0])["acceptance"]["0.0"]["talk"]) >= 1
 
 
-def test_longer_trainings_and_deeper_drafters_make_a_picture(folder):  # noqa: F811
+def test_several_numbers_of_steps_give_a_scaling_plot(folder):  # noqa: F811
     names = [
         *("--target", folder / "target", "--dataset", folder / "talk.jsonl"),
         *("--prompts", folder / "talk.jsonl", "--limit", 1, "--output", folder / "scaled"),
@@ -123,7 +123,7 @@ def test_longer_trainings_and_deeper_drafters_make_a_picture(folder):  # noqa: F
 
 @pytest.fixture
 def names(folder, tmp_path):  # noqa: F811
-    """The options of a comparison of one training."""
+    """The options of a comparison of one training run."""
     return [
         *("--target", folder / "target", "--dataset", folder / "talk.jsonl", "--trial", "eagle"),
         *("--prompts", folder / "talk.jsonl", "--limit", 1, "--output", tmp_path / "once"),
@@ -139,9 +139,9 @@ def test_results_of_other_settings_are_not_mixed(names, tmp_path):
     assert again.exit_code == 0, again.output
     for other, said in (
         (["--learning_rate", "0.5"], "was written with options"),
-        (["--tree-depth", 3], "was written with tree"),
+        (["--tree-depth", 3], "was written with tree_depth"),
         (["--trial", "coral csra_weight=-1"], "`csra_weight` is -1.0"),
-        (["--dtype", "bfloat16"], "was written with dtype"),
+        (["--dtype", "bfloat16"], "was written with target"),
     ):
         found = invoke("compare", *names, *other)
         assert found.exit_code != 0 and said in printed(found)
@@ -163,16 +163,18 @@ def test_results_of_another_target_at_the_same_path_are_not_mixed(folder, names,
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (["--trial", "coral drafter.num_layerz=2"], "`drafter.num_layerz` is no field of Coral"),
-        (["--trial", "coral drafter.fc_bias=True"], "`drafter.fc_bias` is 'True', which is no"),
-        (["--trial", "coral drafter.num_hidden_layers=1.5"], "num_hidden_layers=1.5' makes no"),
+        (["--trial", "coral drafter.num_layerz=2"], "`num_layerz` is no field of CoralConfig"),
+        (["--trial", "coral drafter.fc_bias=True"], "'fc_bias=True' does not fit CoralConfig"),
+        (["--trial", "coral drafter.num_hidden_layers=1.5"], "'num_hidden_layers=1.5' does"),
         (["--trial", "coral csra_wait=1"], "csra_wait"),
         (["--max_length", "-100"], "`max_length` is -100; use 3 or more"),
         (["--steps", 0], "--steps"),
         (["--max-new-tokens", 1], "--max-new-tokens"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_and_leaves_no_folder(names, tmp_path, wrong, said):
+def test_settings_that_cannot_be_trained_are_refused_before_a_folder_is_made(
+    names, tmp_path, wrong, said
+):
     found = invoke("compare", *names, *wrong)
     assert found.exit_code in (1, 2) and said in printed(found)
     assert not (tmp_path / "once").exists()

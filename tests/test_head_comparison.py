@@ -15,7 +15,7 @@ from coral_hf.training.comparison.heads import read_share
 ROUTED = "routed grouping=contiguous num_groups=8 num_active_groups=2"
 
 
-def test_a_trial_says_what_its_head_is_made_and_read_with():
+def test_a_trial_separates_how_its_head_is_made_and_how_it_is_read():
     trial = HeadTrial.parse(f"{ROUTED} routing=union max_active_groups=3 active_mass=0.9")
     assert trial.head == "routed" and trial.key == "routed-contiguous-8"
     assert trial.made_with == {"grouping": "contiguous", "num_groups": 8}
@@ -31,15 +31,16 @@ def test_a_trial_says_what_its_head_is_made_and_read_with():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "begin it with a head"),
-        ("hot num_hot_tokens=4", "begin it with a head"),
-        ("routed grouping=kmeans", r"lacks \['num_groups'\]"),
-        ("routed grouping=kmeans num_groups=8 rank=3", "'rank=3' in .*: write name=value with one"),
-        ("low_rank head_rank", "'head_rank' in"),
-        ("frequency num_hot_tokens=many", "num_hot_tokens is of type int"),
+        ("", "A trial is ''; write a head"),
+        ("hot num_hot_tokens=4", "A trial is 'hot .*write a head"),
+        ("routed grouping=kmeans", "write a head with .*'grouping', 'num_groups'"),
+        ("routed grouping=kmeans num_groups=8 rank=3", "`rank` is no field of CoralConfig"),
+        ("full head_rank=3", "A trial is 'full head_rank=3'; write a head"),
+        ("low_rank head_rank", "'head_rank' does not fit CoralConfig"),
+        ("frequency num_hot_tokens=many", "'num_hot_tokens=many' does not fit"),
     ],
 )
-def test_what_is_no_trial_is_refused(text, message):
+def test_invalid_trials_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         HeadTrial.parse(text)
 
@@ -55,7 +56,7 @@ def test_what_is_no_trial_is_refused(text, message):
         ({"draft_head": "low_rank", "head_rank": 5}, 0.255),
     ],
 )
-def test_the_share_counts_all_that_is_read(fields, share):
+def test_the_share_read_includes_the_weights_that_a_head_adds(fields, share):
     assert read_share({"vocab_size": 1000, "hidden_size": 20, **fields}) == pytest.approx(share)
 
 

@@ -19,10 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from ..decoding import DecodingStats
 from ..decoding.drafting import family_of
 from ..target import Target, tree_obstacle
 from .prompts import left_padded
+
+# of `DecodingStats`
+COUNTS = ("round_lengths", "num_rounds", "num_levels", "num_nodes")
+STAGES = ("prefill", "draft", "verify", "other")
 
 Arguments = dict[str, Any]  # of `generate`
 Batch = Mapping[str, Tensor]  # `input_ids` and `attention_mask`, (batch, length)
@@ -193,31 +196,23 @@ def call_generate(target: PreTrainedModel, batch: Batch, arguments: Arguments) -
     stops = arguments.get("eos_token_id", target.generation_config.eos_token_id)
     tokens = [until_stop(row, stops) for row in new.tolist()]
     if is_ours:
-        counted = rounds_of_stats(output.stats)
+        counted = {name: getattr(output.stats, name) for name in COUNTS}
+        stages = {stage: getattr(output.stats, f"{stage}_seconds") for stage in STAGES}
     else:
         lengths, stages = passes.lengths[2:], {}
         if is_plain:
             lengths = [1] * (sum(map(len, tokens)) - len(tokens))
             stages = {"prefill": passes.times[1] - start}
-        num_rounds = len(passes.lengths) - 2
-        counted = {"round_lengths": lengths, "num_rounds": num_rounds, "stage_seconds": stages}
+        counted = {"round_lengths": lengths, "num_rounds": len(passes.lengths) - 2}
     return Call(
         tokens=tokens,
         seconds=seconds,
         peak_bytes=torch.cuda.max_memory_allocated(target.device) if is_cuda else None,
         prompt_length=length,
         temperature=arguments.get("temperature") or 0.0,
+        stage_seconds=stages,
         **counted,
     )
-
-
-def rounds_of_stats(stats: DecodingStats) -> dict[str, Any]:
-    """The fields of a Call that our loop counts."""
-    counts = ("round_lengths", "num_rounds", "num_levels", "num_nodes")
-    stages = ("prefill", "draft", "verify", "other")
-    found = vars(stats)
-    seconds = {stage: found[f"{stage}_seconds"] for stage in stages}
-    return {name: found[name] for name in counts} | {"stage_seconds": seconds}
 
 
 def until_stop(row: list[int], stops: int | Sequence[int] | None) -> list[int]:
@@ -226,29 +221,29 @@ def until_stop(row: list[int], stops: int | Sequence[int] | None) -> list[int]:
     return row[: next((index + 1 for index, token in enumerate(row) if token in ends), len(row))]
 
 
-class AnswerSettings(NamedTuple):
-    """How prompts are answered for their rounds."""
-
-    max_new_tokens: int
-    temperature: float = 0.0  # 0 is greedy; else from the whole vocabulary
-    batch_size: int = 8
-    seed: int = 0
-
-
 def decoded_rounds(
     drafter: PreTrainedModel,
     target: Target,
     prompts: Sequence[list[int]],
-    answers: AnswerSettings,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    batch_size: int = 8,
+    seed: int = 0,
 ) -> list[int]:
-    """Tokens that each round emits when the target answers prompts with the drafter."""
-    # where the target verifies no tree, rows of a batch wait for each other
-    size = answers.batch_size if tree_obstacle(target.model) is None else 1
+    """Answer prompts with the drafter and return the tokens that each round emits.
+
+    Args:
+        prompts: token ids, (length,) each.
+        temperature: 0 is greedy; otherwise tokens are drawn from the whole vocabulary.
+        batch_size: prompts that are answered at once, where the target verifies trees.
+    """
+    # where it does not, the rows of a batch wait for each other
+    size = batch_size if tree_obstacle(target.model) is None else 1
     pad = drafter.config.pad_token_id or 0
-    arguments = sampling_arguments(answers.temperature, answers.max_new_tokens)
+    arguments = sampling_arguments(temperature, max_new_tokens)
     arguments |= {"assistant_model": drafter, "speculation": "always", "pad_token_id": pad}
     rounds: list[int] = []
-    with seeded(answers.seed, target.device):
+    with seeded(seed, target.device):
         for start in range(0, len(prompts), size):
             batch = left_padded(prompts[start : start + size], pad, target.device)
             rounds += call_generate(target.model, batch, arguments).round_lengths

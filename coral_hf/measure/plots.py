@@ -9,11 +9,14 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from .summary import AcceptedDepth, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 # of the Okabe-Ito palette, told apart by colour-blind readers and in grey
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
@@ -23,7 +26,6 @@ BAR_ROOM = 0.8  # of the distance between two groups of bars
 READABLE = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none"}  # text on any colour
 
 Bars = Mapping[str, Mapping[Any, float]]  # series → group → height
-Cells = Mapping[tuple[float, float], float]  # (x, y) → value
 
 
 class Line(NamedTuple):
@@ -167,20 +169,20 @@ def context_figure(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":
     return figure
 
 
-def heat_maps(maps: Mapping[str, Cells], xlabel: str, ylabel: str) -> "Figure":
-    """A heat map for each title; the lightest cell is the best, the last map's the smallest."""
-    columns, lines = (sorted({key[i] for cells in maps.values() for key in cells}) for i in (0, 1))
-    figure, panels = new_figure(len(maps), 4.5, 0.8 * len(lines) + 1.6)
-    for (title, cells), axes, colours in zip(
-        maps.items(), panels, ("viridis", "viridis_r"), strict=False
-    ):
-        values = [[cells.get((x, y), float("nan")) for x in columns] for y in lines]
-        axes.imshow(values, cmap=colours, aspect="auto")
+def heat_maps(maps: Mapping[str, "DataFrame"]) -> "Figure":
+    """Draw a heat map for each title; the lightest cell is the best, the last map's the smallest.
+
+    The index and columns of a table, (shares, groups), become its axes.
+    """
+    figure, panels = new_figure(len(maps), 4.5, 0.8 * len(next(iter(maps.values()))) + 1.6)
+    colours = ("viridis", "viridis_r")
+    for axes, (title, table), colour in zip(panels, maps.items(), colours, strict=True):
+        axes.imshow(table, cmap=colour, aspect="auto")
         axes.grid(visible=False)
-        for (x, y), value in cells.items():
-            at = columns.index(x), lines.index(y)
-            axes.text(*at, f"{value:.1%}", bbox=READABLE, ha="center", va="center")
-        axes.set_xticks(range(len(columns)), [str(x) for x in columns])
-        axes.set_yticks(range(len(lines)), [f"1/{1 / y:g}" for y in lines])
-        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        for (y, x), value in np.ndenumerate(table):
+            if value == value:
+                axes.text(x, y, f"{value:.1%}", bbox=READABLE, ha="center", va="center")
+        axes.set_xticks(range(table.shape[1]), [str(groups) for groups in table.columns])
+        axes.set_yticks(range(table.shape[0]), [f"1/{1 / share:g}" for share in table.index])
+        axes.set(title=title, xlabel=table.columns.name, ylabel=table.index.name)
     return figure

@@ -175,7 +175,7 @@ def model_name(model: PreTrainedModel) -> str:
     return (Path(name).name if Path(name).is_dir() else name) or type(model).__name__
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Report:
     """What was run, where, and what came out.
 

@@ -1,4 +1,4 @@
-"""Training runs compared: each trial trained from nothing and measured on the same data and tree.
+"""Comparison of training runs: each trial is trained from scratch, all on the same data and tree.
 
 In: a target, its tokenizer, conversations, prompts, trials. Out: a Result for each trial and seed,
 one JSON line each, so that an interrupted comparison resumes.
@@ -8,20 +8,20 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from statistics import mean
 from typing import Any, NamedTuple
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
 
 from ...atomic import JsonLines, keep_settings, sole_writer
 from ...drafters.coral.configuration import CoralConfig
 from ...drafters.coral.modeling import CoralDrafter
 from ...identity import digest, identify
-from ...measure.calls import AnswerSettings, decoded_rounds
+from ...measure.calls import decoded_rounds
 from ...measure.prompts import Prompt, encode
 from ...measure.settings import ComparisonSettings, TrialSettings
 from ...target import read_target
@@ -66,31 +66,36 @@ class Trial(NamedTuple):
 
     @property
     def drafter_fields(self) -> dict[str, Any]:
-        """The settings of the drafter's config, their values read as JSON.
-
-        Raises:
-            ValueError: for a field that `CoralConfig` lacks, and for a value that is not JSON.
-        """
+        """The settings of the drafter's config; see [`config_fields`]."""
         own = [word for word in self.settings if word.startswith(DRAFTER)]
-        pairs = (word.removeprefix(DRAFTER).split("=", 1) for word in own)
-        return {name: _field_value(name, text) for name, text in pairs}
+        return config_fields(word.removeprefix(DRAFTER) for word in own)
 
 
-def _field_value(name: str, text: str) -> Any:
-    """The value of a field of `CoralConfig`, from JSON."""
+def config_fields(words: Iterable[str]) -> dict[str, Any]:
+    """Read fields of `CoralConfig` as they are typed, `name=value` each.
+
+    A value is JSON (`true`, `4`) or a string.
+
+    Raises:
+        ValueError: for a field that `CoralConfig` lacks, which it would accept and ignore, and for
+            a value of another type.
+    """
     # those that it declares itself; others are of transformers and shape no drafter
     known = CoralConfig.__annotations__
-    if name not in known:
-        raise ValueError(
-            f"`{DRAFTER}{name}` is no field of CoralConfig; use one of {', '.join(known)}."
-        )
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"`{DRAFTER}{name}` is {text!r}, which is no JSON ({error}); write a number, true,"
-            ' false, null or "text".'
-        ) from error
+    config, fields = CoralConfig(), {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in known:
+            raise ValueError(f"`{name}` is no field of CoralConfig; use one of {', '.join(known)}.")
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name] = value
+        try:
+            setattr(config, name, fields[name])
+        except StrictDataclassError as error:
+            raise ValueError(f"{word!r} does not fit CoralConfig: {error}") from error
+    return fields
 
 
 @dataclass(frozen=True)
@@ -112,10 +117,11 @@ class Result:
 
 
 def training_rows(dataset, tokenizer: PreTrainedTokenizerBase, settings: TrialSettings):
-    """The rows that all trials are trained on; those of a feature cache are taken as they are."""
+    """Return the rows that all trials are trained on; those of a feature cache are ready."""
     max_length = parse_arguments(settings.output, settings.options).max_length
-    has_tokens = not hasattr(dataset, "column_names")
-    return dataset if has_tokens else prepare_dataset(dataset, tokenizer, max_length)
+    if not hasattr(dataset, "column_names"):  # a feature cache
+        return dataset
+    return prepare_dataset(dataset, tokenizer, max_length)
 
 
 class Comparison:
@@ -153,38 +159,21 @@ class Comparison:
             ValueError: for settings that cannot be trained, and if another comparison holds the
                 folder or one with other settings has filled it.
         """
-        self.check(trials, steps)
-        self.output.mkdir(parents=True, exist_ok=True)
-        with sole_writer(self.output):
-            keep_settings(self.output / "settings.json", self._identity(), self.output)
-            self._lines.mend()
-            yield
-
-    def _identity(self) -> dict[str, Any]:
-        """What results depend on beside their trial, seed and steps."""
-        settings, target = self._settings, identify(self._target)
-        return {
-            "target": target.digest,
-            "dtype": target.dtype,
-            "quantization": target.quantization,
-            "rows": rows_identity(self._rows),
-            "prompts": digest(self._prompts),
-            "options": settings.options,
-            "temperatures": settings.temperatures,
-            "max_new_tokens": settings.max_new_tokens,
-            "tree": settings.drafting(),
-        }
-
-    def check(self, trials: Sequence[Trial], steps: Sequence[int]) -> None:
-        """Raise now what a wrong setting would raise when its trial's turn comes."""
         if min(steps) < 1:
             raise ValueError(f"`steps` is {min(steps)}; use 1 or more.")
         for trial in trials:
             parse_arguments(self.output, [*self._settings.options, *trial.options])
-            try:
-                CoralDrafter.from_target(self._target, **trial.drafter_fields)
-            except StrictDataclassError as error:
-                raise ValueError(f"The trial {trial.name!r} makes no drafter: {error}") from error
+            CoralDrafter.from_target(self._target, **trial.drafter_fields)
+        depends_on = asdict(self._settings) | {
+            "target": identify(self._target),
+            "rows": rows_identity(self._rows),
+            "prompts": digest(self._prompts),
+        }
+        del depends_on["output"], depends_on["batch_size"]
+        with sole_writer(self.output):
+            keep_settings(self.output / "settings.json", depends_on, self.output)
+            self._lines.mend()
+            yield
 
     def result(self, trial: Trial, seed: int, steps: int) -> Result:
         """Train and measure a trial, or read what was measured before."""
@@ -192,14 +181,15 @@ class Comparison:
             if (result.trial, result.seed, result.steps) == (trial.name, seed, steps):
                 return result
         start = time.perf_counter()
-        drafter, logs = self._train(trial, seed, steps)
+        drafter, state = self._train(trial, seed, steps)
+        logged = {name: value for entry in state.log_history for name, value in entry.items()}
         result = Result(
             trial=trial.name,
             seed=seed,
             steps=steps,
-            num_tokens=int(logs.pop("num_tokens")),
+            num_tokens=int(state.num_input_tokens_seen),
             seconds=time.perf_counter() - start,
-            losses=logs,
+            losses={k: v for k, v in logged.items() if k.endswith("_loss") or "agreement" in k},
             acceptance={
                 str(value): self._measure(drafter, value) for value in self._settings.temperatures
             },
@@ -211,8 +201,8 @@ class Comparison:
         )
         return result
 
-    def _train(self, trial: Trial, seed: int, steps: int) -> tuple[CoralDrafter, dict[str, float]]:
-        """A trained drafter in the target's dtype, its last losses and the tokens that it read."""
+    def _train(self, trial: Trial, seed: int, steps: int) -> tuple[CoralDrafter, TrainerState]:
+        """Train a drafter and return it in the target's dtype, with what was logged."""
         with tempfile.TemporaryDirectory() as folder:
             args = parse_arguments(
                 folder,
@@ -230,19 +220,15 @@ class Comparison:
                 model=drafter, target_model=self._target, args=args, train_dataset=self._rows
             )
             trainer.train()
-        kept: dict[str, float] = {}
-        for entry in trainer.state.log_history:
-            kept |= {k: v for k, v in entry.items() if k.endswith("_loss") or "agreement" in k}
-        kept["num_tokens"] = trainer.state.num_input_tokens_seen
-        return drafter.to(self._target.dtype).eval(), kept
+        return drafter.to(self._target.dtype).eval(), trainer.state
 
     def _measure(self, drafter: CoralDrafter, temperature: float) -> dict[str, float]:
-        """The τ of each task."""
+        """Measure the τ of each task."""
         settings, target = self._settings, read_target(self._target)
         drafter.generation_config.update(**settings.drafting())
-        answers = AnswerSettings(settings.max_new_tokens, temperature, settings.batch_size)
+        sizes = settings.max_new_tokens, temperature, settings.batch_size
         return {
-            # prompts of like length waste little
-            task: mean(decoded_rounds(drafter, target, sorted(prompts, key=len), answers))
+            # neighbours of similar length need little padding
+            task: mean(decoded_rounds(drafter, target, sorted(prompts, key=len), *sizes))
             for task, prompts in self._prompts.items()
         }

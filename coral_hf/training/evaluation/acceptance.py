@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 
 from ...decoding.settings import TREE_DEFAULTS
 from ...drafters.coral.modeling import CoralDrafter
-from ...measure.calls import AnswerSettings, decoded_rounds
+from ...measure.calls import decoded_rounds
 from ...target import Target, max_positions, text_config
 from ..arguments import CoralTrainingArguments
 from ..data.encoding import IGNORED
@@ -89,13 +89,16 @@ class Evaluation:
             )
         prompts = held_out_prompts(dataset, self._target, args)
         own = prompts[accelerator.process_index :: accelerator.num_processes]
-        answers = AnswerSettings(
-            max_new_tokens=args.eval_max_new_tokens,
-            temperature=args.eval_temperature,
-            batch_size=args.per_device_eval_batch_size,
-            seed=args.seed,
+        rounds = decoded_rounds(
+            self._drafter,
+            self._target,
+            own,
+            args.eval_max_new_tokens,
+            args.eval_temperature,
+            args.per_device_eval_batch_size,
+            args.seed,
         )
-        return count_rounds(decoded_rounds(self._drafter, self._target, own, answers), self.depth)
+        return count_rounds(rounds, self.depth)
 
 
 def check_best_metric(args: CoralTrainingArguments, dataset: Any, drafter: CoralDrafter) -> None:
