@@ -44,7 +44,7 @@ def test_a_lora_is_saved_beside_the_merged_drafter(folder, drafter, tmp_path):
     assert AutoModel.from_pretrained(tmp_path / "new").config.draft_head == "routed"
 
 
-def test_the_routers_stage_follows_on_the_merged_drafter(folder, drafter, tmp_path):
+def test_the_router_is_trained_on_the_merged_drafter(folder, drafter, tmp_path):
     options = ["--drafter", drafter, "--lora-r", 2, "--router-epochs", 1]
     result = train(folder, tmp_path / "new", *options)
     assert result.exit_code == 0, result.output
@@ -54,7 +54,7 @@ def test_the_routers_stage_follows_on_the_merged_drafter(folder, drafter, tmp_pa
     )
 
 
-def test_training_goes_on_from_a_drafter_or_from_its_weights(folder, drafter, tmp_path):
+def test_training_starts_from_a_drafter_or_from_its_weights(folder, drafter, tmp_path):
     still = ["--learning_rate", 0, "--router-epochs", 0]
     for option in ("--drafter", "--warm-start"):
         output = tmp_path / option
@@ -77,17 +77,18 @@ def test_training_starts_from_the_targets_last_layer(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        (["--lora-r", 2], "go with --drafter"),
-        (["--lora-alpha", 2], "go with --lora-r"),
-        (["--drafter", "a", "--warm-start", "layer"], "leave them out with --drafter"),
+        (["--lora-r", 2], "--lora-r goes with --drafter"),
+        (["--lora-alpha", 2], "--lora-alpha goes with --lora-r"),
+        (["--drafter", "a", "--warm-start", "layer"], "--warm-start does not go with --drafter"),
+        (["--drafter", "a", "--layers", 2], "--layers does not go with --drafter"),
         (["--warm-start", "./absent"], "no folder ./absent"),
     ],
 )
-def test_starts_that_contradict_each_other_are_refused(folder, tmp_path, options, said):
+def test_starts_that_contradict_each_other_are_refused(folder, tmp_path, options, message):
     result = train(folder, tmp_path, *options)
-    assert result.exit_code != 0 and said in printed(result)
+    assert result.exit_code != 0 and message in printed(result)
 
 
 def test_held_out_rows_are_evaluated_and_a_drafter_may_have_two_layers(folder, tmp_path):
@@ -104,7 +105,7 @@ def test_an_evaluation_without_held_out_rows_is_refused(folder, tmp_path):
     assert result.exit_code != 0 and "--hold-out" in result.output
 
 
-def test_a_stage_of_a_head_trains_a_trained_drafter_on(folder, tmp_path):
+def test_a_head_stage_trains_the_head_of_a_trained_drafter(folder, tmp_path):
     alone = train(folder, tmp_path / "none", "--stage", "router")
     assert alone.exit_code != 0 and "goes with --drafter" in printed(alone)
     first = train(folder, tmp_path / "first", "--stage", "drafter")
@@ -118,7 +119,7 @@ def test_a_stage_of_a_head_trains_a_trained_drafter_on(folder, tmp_path):
     assert AutoModel.from_pretrained(tmp_path / "low_rank").config.draft_head == "low_rank"
 
 
-def test_a_new_head_takes_the_place_of_a_drafters_own_where_it_is_asked_for(folder, tmp_path):
+def test_fresh_head_replaces_the_drafters_own_head(folder, tmp_path):
     first = train(folder, tmp_path / "first", "--grouping", "contiguous", "--router-epochs", 1)
     assert first.exit_code == 0, first.output
     other = ["--drafter", tmp_path / "first", "--stage", "router", "--grouping", "kmeans"]
@@ -128,17 +129,17 @@ def test_a_new_head_takes_the_place_of_a_drafters_own_where_it_is_asked_for(fold
     assert fresh.exit_code == 0, fresh.output
     assert AutoModel.from_pretrained(tmp_path / "other").config.grouping == "kmeans"
     nothing = train(folder, tmp_path / "none", "--fresh-head")
-    assert nothing.exit_code == 1 and "go with --drafter" in printed(nothing)
+    assert nothing.exit_code == 2 and "--fresh-head goes with --drafter" in printed(nothing)
 
 
-def test_two_trainings_do_not_share_an_output(folder, tmp_path):
+def test_two_training_runs_cannot_share_an_output_folder(folder, tmp_path):
     process = start(tmp_path / "new", "hold")
     try:
         assert "held\n" in process.stdout
         # of another stage, whose own folder is free
         result = train(folder, tmp_path / "new", "--stage", "joint")
-        said = f"{tmp_path / 'new'} is in use: process {process.pid} on"
-        assert result.exit_code == 1 and said in printed(result)
+        message = f"{tmp_path / 'new'} is in use: process {process.pid} on"
+        assert result.exit_code == 1 and message in printed(result)
         assert not (tmp_path / "new" / "joint").exists()
     finally:
         process.kill()
@@ -146,9 +147,7 @@ def test_two_trainings_do_not_share_an_output(folder, tmp_path):
     assert train(folder, tmp_path / "new", "--stage", "joint").exit_code == 0
 
 
-def test_a_training_begins_in_a_folder_without_another_and_goes_on_with_its_own_settings(
-    folder, tmp_path
-):
+def test_a_run_needs_a_vacant_folder_and_resumes_only_with_its_own_settings(folder, tmp_path):
     options = ["--router-epochs", 1]
     first = train(folder, tmp_path, *options)
     assert first.exit_code == 0, first.output
@@ -172,7 +171,7 @@ def test_a_training_begins_in_a_folder_without_another_and_goes_on_with_its_own_
 def test_a_seed_gives_the_same_bytes(folder, tmp_path):
     found = []
     for name, seed in (("once", 7), ("twice", 7), ("other", 8)):
-        torch.rand(len(name))  # what came before has no influence
+        torch.rand(len(name))  # earlier draws make no difference
         result = train(folder, tmp_path / name, "--seed", seed, "--router-epochs", 1)
         assert result.exit_code == 0, result.output
         found.append(sha256((tmp_path / name / "model.safetensors").read_bytes()).hexdigest())
@@ -203,7 +202,7 @@ def test_a_seed_gives_the_same_bytes_in_another_process(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_of_one_training_share_its_output(folder, tmp_path):
+def test_processes_of_one_training_run_share_its_output_folder(folder, tmp_path):
     names = ["--target", folder / "target", "--dataset", folder / "talk.jsonl"]
     own = ["--output", tmp_path, *TINY_TRAINING]
     launch("ddp.yaml", Path("coral_hf.cli"), "train", *names, *own, more=("--module",))

@@ -560,12 +560,8 @@ def test_the_command_exports_with_hot_tokens_and_says_how_to_serve(folder, tmp_p
     [
         (["--to", "trt"], 2, "argument --to: invalid choice: 'trt'"),
         (["--to", "vllm", "--dtype", "int8"], 2, "argument --dtype: invalid choice: 'int8'"),
-        (["--to", "vllm", "--limit", "3"], 1, "--dataset and --limit go with"),
-        (
-            ["--to", "vllm", "--dataset", "talk.jsonl"],
-            1,
-            "go with --num",
-        ),
+        (["--to", "vllm", "--limit", "3"], 2, "--limit goes with --num-hot-tokens"),
+        (["--to", "vllm", "--dataset", "d"], 2, "--dataset goes with --num-hot-tokens"),
         (["--to", "sglang", "--limit", "0"], 2, "--limit"),
         (
             ["--to", "vllm", "--num-hot-tokens", "5", "--dataset", "talk.jsonl"],

@@ -4,8 +4,6 @@ In: the words of a command line. Out: what a command prints and writes. A comman
 dataclasses, whose fields are its options; it imports torch when it runs.
 """
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import logging
@@ -16,27 +14,21 @@ from collections.abc import Sequence
 from .data import data, features, regenerate
 from .measure import autotune, benchmark, compare, compare_heads, generate, sweep
 from .parser import Command, parse
-from .publish import export, import_drafter, publish
+from .publish import export, import_, publish
 from .train import demo, train
 
-GROUPS: dict[str, dict[str, Command]] = {
-    "try": {"demo": demo},
-    "train": {"train": train, "data": data, "regenerate": regenerate, "features": features},
-    "use": {"generate": generate},
-    "measure": {
-        "benchmark": benchmark,
-        "sweep": sweep,
-        "compare": compare,
-        "compare-heads": compare_heads,
-        "autotune": autotune,
-    },
-    "publish": {"publish": publish, "import": import_drafter, "export": export},
+GROUPS: dict[str, list[Command]] = {
+    "try": [demo],
+    "train": [train, data, regenerate, features],
+    "use": [generate],
+    "measure": [benchmark, sweep, compare, compare_heads, autotune],
+    "publish": [publish, import_, export],
 }
-COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
-# what the library raises for input that it cannot use, with what to do about it
-EXPECTED = (ValueError, OSError, FloatingPointError)
-# they warn of themselves when transformers imports torchao
-NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
+COMMANDS = {
+    command.__name__.strip("_").replace("_", "-"): command
+    for group in GROUPS.values()
+    for command in group
+}
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -60,7 +52,7 @@ def main(words: Sequence[str] | None = None) -> None:
         # the reader of the output has gone; what Python still flushes when it exits goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except EXPECTED as error:
+    except (ValueError, OSError, FloatingPointError) as error:  # input that cannot be used
         if typed.traceback:
             raise
         parser.exit(1, f"Error: {error}\n")
@@ -71,8 +63,8 @@ def run(name: str, words: Sequence[str]) -> None:
     arguments = parse(name, COMMANDS[name], words)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("coral_hf").setLevel(logging.INFO)
-    for logger in NOISY_LOGGERS:
-        logging.getLogger(logger).setLevel(logging.ERROR)
+    for noisy in ("torchao", "torch.utils._pytree"):  # when transformers imports torchao
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     from .. import register
 
     register()
@@ -81,11 +73,11 @@ def run(name: str, words: Sequence[str]) -> None:
 
 def overview() -> str:
     """Return the commands, a group at a time, each with the first line of its docstring."""
-    paragraphs = []
+    lines = []
+    names = {command: name for name, command in COMMANDS.items()}
     for group, commands in GROUPS.items():
-        lines = [
-            f"  {name:15}{(inspect.getdoc(command) or '').splitlines()[0]}"
-            for name, command in commands.items()
-        ]
-        paragraphs.append("\n".join([f"{group}:", *lines]))
-    return "\n\n".join([*paragraphs, "Options of a command: coral-hf COMMAND --help"])
+        lines.append(f"{group}:")
+        for command in commands:
+            lines.append(f"  {names[command]:15}{(inspect.getdoc(command) or '').splitlines()[0]}")
+        lines.append("")
+    return "\n".join([*lines, "Options of a command: coral-hf COMMAND --help"])

@@ -1,6 +1,4 @@
-"""Commands that look at training data, or make it."""
-
-from __future__ import annotations
+"""Commands that show, make and store training data."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +16,10 @@ class DataOptions:
 
     action: Literal["show"] = option("What to do.", positional=True)
     dataset: str = option("A file, a folder or a Hub id.")
-    target: str | None = option("The target, whose tokenizer is used: a folder or a Hub id.", None)
-    tokenizer: str | None = option("A tokenizer instead of a target.", None)
+    target: str = option("The target or its tokenizer alone: a folder or a Hub id.")
     row: int = option("The first row shown, from 0; -1 is the last.", 0)
     limit: int = option("Rows shown.", 1, least=1)
     max_length: int | None = option("Cut rows as training would.", None, least=1)
-
-    def __post_init__(self) -> None:
-        is_one = (self.target is None) != (self.tokenizer is None)
-        refuse(not is_one, "Give either --target or --tokenizer.")
 
 
 def data(own: DataOptions) -> None:
@@ -36,11 +29,10 @@ def data(own: DataOptions) -> None:
     from ..training.data import load_conversations, show
 
     rows = load_conversations(own.dataset)
-    start = own.row if own.row >= 0 else len(rows) + own.row
-    is_absent = not 0 <= start < len(rows)
-    refuse(is_absent, f"--row is {own.row}, but the dataset has {len(rows)} rows, from 0.")
-    chosen = range(start, min(start + own.limit, len(rows)))
-    tokenizer = AutoTokenizer.from_pretrained(own.target or own.tokenizer)
+    chosen = range(len(rows))[own.row :][: own.limit]
+    message = f"--row is {own.row}, but the dataset has {len(rows)} rows, from 0."
+    refuse(not chosen, message)
+    tokenizer = AutoTokenizer.from_pretrained(own.target)
     show(((index, rows[index]) for index in chosen), tokenizer, own.max_length)
 
 
@@ -54,13 +46,13 @@ class RegenerateOptions(TargetOptions, DatasetOptions):
 
 
 def regenerate(own: RegenerateOptions, settings: RegenerationSettings) -> None:
-    """Let the target answer a dataset's prompts itself; run again, it resumes where it stopped."""
+    """Let the target answer a dataset's prompts itself; an interrupted run resumes."""
     from ..training.regeneration.regenerate import regenerate as answer
 
     rows = own.conversations(own.limit)
-    model, tokenizer = own.load_target()
-    drafter = None if own.drafter is None else load_drafter(own.drafter, model)
-    done = answer(model, tokenizer, rows, own.output, settings, drafter)
+    target, tokenizer = own.load_target()
+    drafter = load_drafter(own.drafter, target) if own.drafter else None
+    done = answer(target, tokenizer, rows, own.output, settings, drafter)
     print(
         f"{done.num_rows} rows are in {own.output}; {done.num_unfinished} end with an answer that"
         f" was cut off; {done.num_left_out} have no answer and are left out."
@@ -80,16 +72,13 @@ class FeaturesOptions(TargetOptions, DatasetOptions):
     format: Literal["bfloat16", "int8"] = option("'int8' takes half the space.", "bfloat16")
     batch_size: int = option("Rows that are read at once.", 8, least=1)
     shard_megabytes: int = option("Size of a file, about.", 1000, least=1)
-    plan: bool = option("Print what it takes, and stop.", False)
+    plan: bool = option("Print time and space that it takes, and stop.", False)
     check: bool = option("Compare files and checksums, and stop.", False)
     delete: bool = option("Delete the features, and stop.", False)
 
     def __post_init__(self) -> None:
-        is_written = not self.delete and not self.check
-        refuse(
-            is_written and not (self.target and self.dataset),
-            "Writing features needs --target and --dataset.",
-        )
+        has_rows = bool(self.target and self.dataset) or self.delete or self.check
+        refuse(not has_rows, "Writing features needs --target and --dataset.")
 
 
 def features(own: FeaturesOptions) -> None:
@@ -111,13 +100,13 @@ def features(own: FeaturesOptions) -> None:
         print(f"{output} is whole: {index.num_rows} rows of {index.target}.")
         return
     conversations = own.conversations()
-    model, tokenizer = own.load_target()
+    target, tokenizer = own.load_target()
     # the rows as the trainer would read them
-    warn_of_other_ends(tokenizer, model)
-    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    warn_of_other_ends(tokenizer, target)
+    vocab_size = target.config.get_text_config(decoder=True).vocab_size
     rows = prepare_dataset(conversations, tokenizer, own.max_length, vocab_size=vocab_size)
     rows = pack_dataset(rows, own.max_length) if own.packing else rows
-    print(plan_features(model, rows, output, own.format, shard_bytes))
+    print(plan_features(target, rows, output, own.format, shard_bytes))
     if not own.plan:
-        index = write_features(model, rows, output, own.format, own.batch_size, shard_bytes)
+        index = write_features(target, rows, output, own.format, own.batch_size, shard_bytes)
         print(f"The features are in {output}. Storing them lost {index.lost:.2%} (RMS).")

@@ -1,7 +1,5 @@
 """Commands that generate with a drafter, and measure drafters."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +16,12 @@ from ..measure.settings import (
 from .options import (
     DRAFTER,
     DatasetOptions,
-    PaddedTargetOptions,
+    MeasuredOptions,
     PromptOptions,
     TargetOptions,
     load_drafter,
-    load_target,
-    token_ids,
 )
 from .parser import refuse
-
-REPORT = "Folder of report.json, report.md and the plots."
 
 
 @dataclass(kw_only=True)
@@ -46,13 +40,11 @@ def generate(own: GenerateOptions) -> None:
 
     from ..measure.prompts import Prompt, encode, user_message
 
-    model, tokenizer = own.load_target()
-    prompt = Prompt("prompt", "0", text=own.prompt)
-    if tokenizer.chat_template is not None:
-        prompt = Prompt("prompt", "0", (user_message(own.prompt),))
-    output = model.generate(
-        encode(prompt, tokenizer).to(model.device),
-        assistant_model=load_drafter(own.drafter, model),
+    target, tokenizer = own.load_target()
+    prompt = Prompt("prompt", "0", (user_message(own.prompt),))
+    output = target.generate(
+        encode(prompt, tokenizer).to(target.device),
+        assistant_model=load_drafter(own.drafter, target),
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         tokenizer=tokenizer,
         max_new_tokens=own.max_new_tokens,
@@ -66,27 +58,13 @@ def generate(own: GenerateOptions) -> None:
 
 
 @dataclass(kw_only=True)
-class ReportOptions:
-    """Where a report goes."""
+class BenchmarkOptions(MeasuredOptions):
+    """What is measured, and the other methods' models."""
 
-    output: Path = option(REPORT)
-
-    def show(self, report) -> None:
-        """Write a report and print its tables."""
-        from rich.console import Console
-
-        report.write(self.output)
-        Console().print(*report.to_rich_tables())
-
-
-@dataclass(kw_only=True)
-class BenchmarkOptions(PaddedTargetOptions, PromptOptions, ReportOptions):
-    """The drafters that are measured."""
-
-    drafter: str | None = option("The drafter; an untrained one by default.", None)
+    drafter: str = option("The drafter; an untrained one by default.", "")
     assistant: str | None = option("A small model for the method 'assisted'.", None)
     bigram_dataset: str | None = option("Text that the method 'bigram' counts.", None)
-    bigram_hold_out: int = option("Rows at its end that are not counted.", 0, least=0)
+    bigram_hold_out: int = option("Last rows not counted.", 0, least=0, needs="bigram_dataset")
 
 
 def benchmark(own: BenchmarkOptions, settings: BenchmarkSettings) -> None:
@@ -94,34 +72,23 @@ def benchmark(own: BenchmarkOptions, settings: BenchmarkSettings) -> None:
     from ..drafters.bigram import BigramDrafter
     from ..measure import run_benchmark
 
-    items = own.read_prompts()
-    model, tokenizer = own.load_target()
+    target, drafter, tokenizer, prompts = own.load()
     others: dict[str, Any] = {}
     if own.assistant is not None:
-        others["assistant"] = load_target(own.assistant, own.dtype)[0]
+        others["assistant"], _ = TargetOptions(target=own.assistant, dtype=own.dtype).load_target()
     if own.bigram_dataset is not None:
         data = DatasetOptions(dataset=[own.bigram_dataset], hold_out=own.bigram_hold_out)
-        texts = [ids[0] for ids in token_ids(data.conversations(), tokenizer)]  # (length,) each
-        vocab_size = model.config.get_text_config().vocab_size
+        texts = [ids[0] for ids in data.token_ids(tokenizer)]  # (length,) each
+        vocab_size = target.config.get_text_config().vocab_size
         others["bigram"] = BigramDrafter.from_texts(texts, vocab_size)
-    drafter = load_drafter(own.drafter, model)
-    own.show(run_benchmark(model, drafter, tokenizer, items, settings, **others))
+    own.show(run_benchmark(target, drafter, tokenizer, prompts, settings, **others))
 
 
-@dataclass(kw_only=True)
-class SweepOptions(PaddedTargetOptions, PromptOptions, ReportOptions):
-    """The drafter that is measured."""
-
-    drafter: str = option(DRAFTER)
-
-
-def sweep(own: SweepOptions, settings: SweepSettings) -> None:
+def sweep(own: MeasuredOptions, settings: SweepSettings) -> None:
     """Measure a drafter by batch size and by length of the context."""
     from ..measure import run_sweep
 
-    prompts = own.read_prompts()
-    model, tokenizer = own.load_target()
-    own.show(run_sweep(model, load_drafter(own.drafter, model), tokenizer, prompts, settings))
+    own.show(run_sweep(*own.load(), settings))
 
 
 @dataclass(kw_only=True)
@@ -130,16 +97,16 @@ class CompareOptions(TargetOptions, DatasetOptions, PromptOptions):
 
     trial: list[str] = option("A recipe and settings: 'coral csra_weight=0.5'.")
     steps: list[int] = option("Steps of each run; of the first rung if halving.", least=1)
-    seeds: int | None = option("Runs of each trial; 3 by default.", None, least=1)
-    keep: int | None = option("Halve the trials down to so many, with one seed.", None, least=1)
+    seeds: int = option("Runs of each trial.", 3, least=1)
+    keep: int | None = option("Halve the trials to so many.", None, least=1, excludes="seeds")
 
     def __post_init__(self) -> None:
-        is_search, is_grid = self.keep is not None, self.seeds is not None or len(self.steps) > 1
-        refuse(is_search and is_grid, "--keep searches with one seed from one --steps on.")
+        is_grid = self.keep is not None and len(self.steps) > 1
+        refuse(is_grid, "--keep searches from one --steps on; give --steps once.")
 
 
 def compare(own: CompareOptions, settings: ComparisonSettings, training_options: list[str]) -> None:
-    """Train drafters with different settings and compare what they are worth.
+    """Train drafters with different settings and compare their acceptance lengths.
 
     Every other option is one of CoralTrainingArguments, the same for all trials.
     """
@@ -147,21 +114,20 @@ def compare(own: CompareOptions, settings: ComparisonSettings, training_options:
     from ..training.comparison import compare as compare_trials
 
     trials = [Trial.parse(text) for text in own.trial]
-    rows, items = own.rows(), own.read_prompts()
+    rows, prompts = own.rows(), own.read_prompts()
     settings.options = training_options
-    model, tokenizer = own.load_target()
-    comparison = Comparison(model, tokenizer, rows, items, settings)
+    target, tokenizer = own.load_target()
+    comparison = Comparison(target, tokenizer, rows, prompts, settings)
     if own.keep is None:
-        print(compare_trials(comparison, trials, own.steps, own.seeds or 3))
+        print(compare_trials(comparison, trials, own.steps, own.seeds))
     else:
         print(search(comparison, trials, own.steps[0], own.keep))
 
 
 @dataclass(kw_only=True)
-class CompareHeadsOptions(PaddedTargetOptions, DatasetOptions, PromptOptions):
+class CompareHeadsOptions(MeasuredOptions, DatasetOptions):
     """Which heads are compared."""
 
-    drafter: str = option(DRAFTER)
     trial: list[str] = option("'routed grouping=kmeans num_groups=16 num_active_groups=2'.")
 
 
@@ -175,33 +141,29 @@ def compare_heads(
     from ..training.comparison import HeadComparison, HeadTrial
 
     trials = [HeadTrial.parse(text) for text in own.trial]
-    rows, items = own.rows(), own.read_prompts()
+    rows = own.rows()
     settings.options = training_options
-    model, tokenizer = own.load_target()
-    drafter = load_drafter(own.drafter, model)
-    comparison = HeadComparison(model, tokenizer, drafter, rows, settings)
-    ReportOptions(output=settings.output).show(comparison.report(trials, items))
+    target, drafter, tokenizer, prompts = own.load()
+    comparison = HeadComparison(target, tokenizer, drafter, rows, settings)
+    own.show(comparison.report(trials, prompts))
 
 
 @dataclass(kw_only=True)
-class AutotuneOptions(PaddedTargetOptions, PromptOptions):
+class AutotuneOptions(MeasuredOptions):
     """Which drafter is tuned, for how long, and where the result goes."""
 
-    drafter: str = option(DRAFTER)
     output: Path = option("Folder of generation_config.json: the drafter's own, say.")
     max_seconds: float = option("No new call begins after them.", 45.0, least=0)
 
 
 def autotune(own: AutotuneOptions) -> None:
-    """Find the draft tree that pays best on this machine, and keep it beside the drafter."""
+    """Find the fastest draft tree on this machine, and save it with the drafter."""
     from ..measure.autotune import autotune as find_tree
     from ..measure.prompts import encode
 
-    prompts = own.read_prompts()
-    model, tokenizer = own.load_target()
-    drafter = load_drafter(own.drafter, model)
+    target, drafter, tokenizer, prompts = own.load()
     ids = [encode(prompt, tokenizer) for prompt in prompts]  # (1, length) each
-    tuning = find_tree(drafter, model, ids, max_seconds=own.max_seconds)
+    tuning = find_tree(drafter, target, ids, max_seconds=own.max_seconds)
     drafter.generation_config.save_pretrained(own.output)
     shown = " ".join(f"{name}={value}" for name, value in tuning.tree.items())
     print(f"{shown}: {tuning.speedup:.2f}x plain decoding, kept in {own.output}.")

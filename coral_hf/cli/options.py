@@ -4,9 +4,6 @@ In: names of folders, files and Hub repositories. Out: models, prompts, datasets
 to import is imported when it is needed.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,21 +26,12 @@ class TargetOptions:
 
     def load_target(self, device: str | None = None):
         """Return the target, on the GPU where there is one, and its tokenizer."""
-        return load_target(self.target, self.dtype, device)
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-
-@dataclass(kw_only=True)
-class PaddedTargetOptions(TargetOptions):
-    """The target, which may be measured as if it were deeper."""
-
-    pad_layers: int | None = option("Measure on a target padded to so many layers.", None)
-
-    def load_target(self, device: str | None = None):
-        """Return the target, padded if that was asked for, and its tokenizer."""
-        from ..measure.padding import pad_target
-
-        model, tokenizer = super().load_target(device)
-        return (pad_target(model, self.pad_layers) if self.pad_layers else model), tokenizer
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = AutoModelForCausalLM.from_pretrained(self.target, dtype=self.dtype).to(device)
+        return model.eval(), AutoTokenizer.from_pretrained(self.target)
 
 
 @dataclass(kw_only=True)
@@ -54,39 +42,36 @@ class DatasetOptions:
     hold_out: int = option("Leave out the last rows of each dataset.", 0, least=0)
 
     def rows(self):
-        """Return the conversations without the last ones of each dataset, or cached features."""
+        """Return the conversations that are not held out, or cached features."""
         from ..training.features import INDEX, CachedFeatures
 
         cached = [path for path in self.dataset if (Path(path) / INDEX).is_file()]
-        if not cached:
-            return self.conversations()
-        refuse(
-            len(self.dataset) > 1 or self.hold_out > 0,
-            f"{cached[0]} is a feature cache: it is read alone and whole. Give `--hold-out` and"
-            " all datasets to `coral-hf features`.",
-        )
-        return CachedFeatures(cached[0])
+        is_part = bool(cached) and (len(self.dataset) > 1 or self.hold_out > 0)
+        remedy = "give --hold-out and all datasets to `coral-hf features`."
+        refuse(is_part, f"{cached} is a feature cache, which is read alone and whole; {remedy}")
+        return CachedFeatures(cached[0]) if cached else self.conversations()
 
-    def conversations(self, limit: int | None = None):
-        """Return the first conversations of each dataset, without those that are held out."""
-        return self._joined(lambda num_left, num_rows: range(min(num_left, limit or num_left)))
-
-    def held_out(self):
-        """Return the last conversations of each dataset."""
-        return self._joined(range)
-
-    def _joined(self, chosen: Callable[[int, int], range]):
-        """Join the rows that are chosen of each dataset by its numbers of rows left and in all."""
+    def conversations(self, limit: int | None = None, held_out: bool = False):
+        """Return the first conversations of each dataset, or the ones that are held out."""
         from ..training.data import join_datasets, load_conversations
 
         parts = []
         for path in self.dataset:
             rows = load_conversations(path)
-            num_left = len(rows) - self.hold_out
+            kept = range(len(rows) - self.hold_out)
             message = f"--hold-out {self.hold_out} of the {len(rows)} rows of {path} leaves none."
-            refuse(num_left < 1, message)
-            parts.append(rows.select(chosen(num_left, len(rows))))
+            refuse(not kept, message)
+            parts.append(rows.select(range(len(kept), len(rows)) if held_out else kept[:limit]))
         return join_datasets(parts, self.dataset)
+
+    def token_ids(self, tokenizer, limit: int | None = None) -> list:
+        """Return the tokens of the first conversations of each dataset, (1, length) each."""
+        import torch
+
+        from ..training.data import prepare_dataset
+
+        rows = prepare_dataset(self.conversations(limit), tokenizer, COUNTED_LENGTH)
+        return [torch.tensor([row["input_ids"]]) for row in rows]
 
 
 @dataclass(kw_only=True)
@@ -106,32 +91,37 @@ class PromptOptions:
         return [prompt for path in self.prompts for prompt in read(path)]
 
 
-def load_target(name: str, dtype: str, device: str | None = None):
-    """Return a target, on the GPU where there is one, and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+@dataclass(kw_only=True)
+class MeasuredOptions(TargetOptions, PromptOptions):
+    """What is measured: a drafter with its target on prompts; and the folder of the results."""
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
-    return model.eval(), AutoTokenizer.from_pretrained(name)
+    drafter: str = option(DRAFTER)
+    output: Path = option("Folder of report.json, report.md and the plots.")
+    pad_layers: int | None = option("Measure on a target padded to so many layers.", None)
+
+    def load(self) -> tuple:
+        """Return the target, padded if that was asked for, drafter, tokenizer and prompts."""
+        from ..measure.padding import pad_target
+
+        prompts = self.read_prompts()  # first, since loading models takes longer
+        target, tokenizer = self.load_target()
+        target = pad_target(target, self.pad_layers) if self.pad_layers else target
+        return target, load_drafter(self.drafter, target), tokenizer, prompts
+
+    def show(self, report) -> None:
+        """Write a report and print its tables."""
+        from rich.console import Console
+
+        report.write(self.output)
+        Console().print(*report.to_rich_tables())
 
 
-def token_ids(conversations, tokenizer) -> list:
-    """Return the tokens of conversations, a tensor (1, length) each."""
-    import torch
-
-    from ..training.data import prepare_dataset
-
-    rows = prepare_dataset(conversations, tokenizer, COUNTED_LENGTH)
-    return [torch.tensor([row["input_ids"]]) for row in rows]
-
-
-def load_drafter(name: str | None, target):
+def load_drafter(name: str, target):
     """Return a drafter in its target's dtype, on its device; an untrained one without a name."""
     from transformers import AutoModel
 
     from .. import CoralDrafter
 
-    if name is None:
+    if not name:
         return CoralDrafter.from_target(target).eval()
     return AutoModel.from_pretrained(name, dtype=target.dtype).to(target.device).eval()

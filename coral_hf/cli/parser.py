@@ -4,15 +4,13 @@ In: a function whose parameters are annotated with dataclasses, and the words a 
 function's arguments. Imports neither torch nor transformers, so that `--help` answers at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Command = Callable[..., None]
 EXTRA = "training_options"  # the parameter of a command that takes options of `Trainer` too
@@ -33,16 +31,37 @@ def parse(name: str, command: Command, words: Sequence[str]) -> dict[str, Any]:
     parser = make_parser(name, command)
     # `--max-length` is our spelling; `--max_length`, that of transformers' scripts, is read as well
     words = [re.sub("^--[^=]+", lambda found: found[0].replace("_", "-"), word) for word in words]
-    known, extra = parser.parse_known_args(words)
     arguments: dict[str, Any] = {}
     if EXTRA in get_type_hints(command):
-        arguments[EXTRA] = extra
-    elif extra:
-        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+        known, arguments[EXTRA] = parser.parse_known_args(words)
+    else:
+        known = parser.parse_args(words)
+    typed = vars(known)
     for parameter, kind in settings_of(command).items():
-        names = {one.name for one in fields(kind)} & vars(known).keys()
-        arguments[parameter] = kind(**{key: getattr(known, key) for key in names})
+        chosen = [one for one in fields(kind) if one.name in typed]
+        for one in chosen:
+            check(parser, one, typed)
+        arguments[parameter] = kind(**{one.name: typed[one.name] for one in chosen})
     return arguments
+
+
+def check(parser: argparse.ArgumentParser, one: Field[Any], typed: dict[str, Any]) -> None:
+    """Exit with an error if an option is too small, lacks one that it needs, or excludes one."""
+    least, needed, excluded = (one.metadata.get(key) for key in ("least", "needs", "excludes"))
+    values = typed[one.name] if isinstance(typed[one.name], list) else [typed[one.name]]
+    if least is not None and min(values) < least:
+        parser.error(f"argument {flag(one)}: {min(values)} is too small; use {least} or more")
+    for other in (needed or "").split():
+        if other not in typed:
+            parser.error(f"{flag(one)} goes with --{other.replace('_', '-')}")
+    for other in (excluded or "").split():
+        if other in typed:
+            parser.error(f"{flag(one)} does not go with --{other.replace('_', '-')}")
+
+
+def flag(one: Field[Any]) -> str:
+    """Return the name of the option of a field."""
+    return "--" + one.metadata.get("flag", one.name).replace("_", "-")
 
 
 def make_parser(name: str, command: Command) -> argparse.ArgumentParser:
@@ -53,16 +72,14 @@ def make_parser(name: str, command: Command) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    # an option that two dataclasses have is added once; fields without help are set from Python
+    kinds = settings_of(command).values()
+    options = {one.name: (one, kind) for kind in kinds for one in fields(kind) if one.metadata}
     actions = [
-        add_option(parser, one, get_type_hints(kind)[one.name])
-        for kind in settings_of(command).values()
-        for one in fields(kind)
-        if "help" in one.metadata  # other fields are set from Python alone
+        add_option(parser, one, get_type_hints(kind)[one.name]) for one, kind in options.values()
     ]
-    required = [
-        " ".join([*one.option_strings, one.dest.upper()]) for one in actions if one.required
-    ]
-    parser.usage = " ".join([parser.prog, *required, "[options]"])
+    required = [[*one.option_strings, one.dest.upper()] for one in actions if one.required]
+    parser.usage = " ".join([parser.prog, *sum(required, []), "[options]"])
     return parser
 
 
@@ -74,8 +91,8 @@ def settings_of(command: Command) -> dict[str, Any]:
 def add_option(parser: argparse.ArgumentParser, one: Field[Any], kind: Any) -> argparse.Action:
     """Add the option of one dataclass field; what is not typed is left to the field's default."""
     settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text(one)}
-    if get_origin(kind) in (Union, UnionType):
-        kind = next(part for part in get_args(kind) if part is not NoneType)
+    if NoneType in get_args(kind):
+        kind = get_args(kind)[0]
     if get_origin(kind) is list:
         settings["action"], kind = "append", get_args(kind)[0]
     if get_origin(kind) is Literal:
@@ -83,12 +100,11 @@ def add_option(parser: argparse.ArgumentParser, one: Field[Any], kind: Any) -> a
     elif kind is bool:
         settings["action"] = argparse.BooleanOptionalAction
     else:
-        settings["type"] = reader(kind, one.metadata.get("least"))
+        settings["type"] = kind
     if one.metadata.get("positional"):
         return parser.add_argument(one.name, **settings)
     settings["required"] = one.default is MISSING and one.default_factory is MISSING
-    flag = one.metadata.get("flag", one.name).replace("_", "-")
-    return parser.add_argument(f"--{flag}", dest=one.name, **settings)
+    return parser.add_argument(flag(one), dest=one.name, **settings)
 
 
 def help_text(one: Field[Any]) -> str:
@@ -100,16 +116,3 @@ def help_text(one: Field[Any]) -> str:
     shown = "" if says_nothing else f" Default: {default}."
     repeated = " May be repeated." if str(one.type).startswith("list[") else ""
     return (one.metadata["help"] + repeated + shown).replace("%", "%%")
-
-
-def reader(kind: type, least: int | None) -> Callable[[str], Any]:
-    """Return what reads a word as a value of at least `least`."""
-
-    def read(word: str) -> Any:
-        value = kind(word)
-        if least is not None and value < least:
-            raise argparse.ArgumentTypeError(f"{value} is too small; use {least} or more")
-        return value
-
-    read.__name__ = kind.__name__  # argparse names it in "invalid int value"
-    return read

@@ -1,13 +1,11 @@
 """Commands that publish a drafter, and exchange drafters with other programs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ..measure.settings import option
-from .options import DRAFTER, DTYPES, DatasetOptions, TargetOptions, load_target, token_ids
+from .options import DRAFTER, DTYPES, DatasetOptions, TargetOptions
 from .parser import refuse
 
 OVERWRITE = "Replace an earlier checkpoint in the output folder."
@@ -33,8 +31,7 @@ def publish(own: PublishOptions) -> None:
     from .. import hub
 
     facts = hub.CardFacts(own.repo, own.base_model, own.license, own.language, own.dataset)
-    private = own.private or None
-    done = hub.publish(own.folder, own.repo, own.report, facts, private, own.revision)
+    done = hub.publish(own.folder, own.repo, own.report, facts, own.private or None, own.revision)
     print(f"Published: {done.commit_url}")
 
 
@@ -50,19 +47,19 @@ class ImportOptions(TargetOptions):
     overwrite: bool = option(OVERWRITE, False)
 
 
-def import_drafter(own: ImportOptions) -> None:
+def import_(own: ImportOptions) -> None:
     """Turn an EAGLE-1, EAGLE-2 or HASS checkpoint into a drafter."""
     from ..checkpoints import DRAFTER_FILES, OutputFolder, config_folder, from_eagle, read_shape
 
     sources = (own.source, own.target)
     place = OutputFolder(own.output, own.overwrite, DRAFTER_FILES, sources)
     place.check()
-    download: Any = {"revision": own.revision, "cache_dir": own.cache_dir}
-    download["local_files_only"] = own.local_files_only
+    names = ("revision", "cache_dir", "local_files_only")
+    download: Any = {name: getattr(own, name) for name in names}
     read_shape(config_folder(own.source, **download))  # before the target, which takes longer
-    model, tokenizer = own.load_target()
+    target, tokenizer = own.load_target()
     with place.replaced() as folder:
-        drafter = from_eagle(model, own.source, tokenizer=tokenizer, **download)
+        drafter = from_eagle(target, own.source, tokenizer=tokenizer, **download)
         drafter.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     print(f"The drafter is in {own.output}.")
@@ -77,21 +74,16 @@ class ExportOptions(DatasetOptions):
     output: Path = option("A new or an empty folder.")
     target: str | None = option("The target, whose embeddings are then copied or compared.", None)
     dtype: DTYPES = option("Precision that is written; the drafter's own by default.", "auto")
-    num_hot_tokens: int | None = option("For SGLang: tokens that may be proposed.", None)
-    dataset: list[str] = option("Conversations in which proposals are counted.", [])
-    limit: int | None = option("Conversations counted of each; 200 by default.", None, least=1)
+    num_hot_tokens: int | None = option(
+        "For SGLang: tokens that may be proposed.", None, needs="target dataset"
+    )
+    dataset: list[str] = option("Where proposals are counted.", [], needs="num_hot_tokens")
+    limit: int = option("Rows counted of each.", 200, least=1, needs="num_hot_tokens")
     overwrite: bool = option(OVERWRITE, False)
 
     def __post_init__(self) -> None:
-        is_counted, has_limit = self.num_hot_tokens is not None, self.limit is not None
-        has_text, has_target = bool(self.dataset), self.target is not None
-        refuse(
-            (has_text or has_limit) and not is_counted,
-            "--dataset and --limit go with --num-hot-tokens.",
-        )
-        refuse(is_counted and self.to != "sglang", "--num-hot-tokens goes with --to sglang.")
-        is_complete = has_text and has_target
-        refuse(is_counted and not is_complete, "--num-hot-tokens goes with --target and --dataset.")
+        is_unread = self.num_hot_tokens is not None and self.to != "sglang"
+        refuse(is_unread, "--num-hot-tokens goes with --to sglang.")
 
 
 def export(own: ExportOptions) -> None:
@@ -102,33 +94,32 @@ def export(own: ExportOptions) -> None:
     sources = (own.drafter, own.target)
     OutputFolder(own.output, own.overwrite, export_files(own.to), sources).check()
     check_drafter(own.drafter)
-    model, tokenizer = (None, None) if own.target is None else load_target(own.target, "auto")
+    target, hot_tokens = None, None
     drafter = CoralDrafter.from_pretrained(own.drafter, dtype="auto")
+    if own.target is not None:
+        target, tokenizer = TargetOptions(target=own.target).load_target()
+        drafter = drafter.to(target.device)
+        if own.num_hot_tokens is not None:
+            hot_tokens = _hot_tokens(own, own.num_hot_tokens, drafter, target, tokenizer)
     dtype = None if own.dtype == "auto" else own.dtype
-    if model is not None:
-        drafter = drafter.to(model.device)
-    hot_tokens = None
-    if own.num_hot_tokens is not None:
-        hot_tokens = _hot_tokens(own, drafter, model, tokenizer)
-    done = export_drafter(drafter, own.to, own.output, model, dtype, hot_tokens, own.overwrite)
+    done = export_drafter(drafter, own.to, own.output, target, dtype, hot_tokens, own.overwrite)
     for note in done.notes:
         print(note)
     print(f"The drafter is in {done.folder}. Serve it with\n  {done.command}")
 
 
-def _hot_tokens(own: ExportOptions, drafter, target, tokenizer) -> list[int]:
+def _hot_tokens(own: ExportOptions, size: int, drafter, target, tokenizer) -> list[int]:
     """Return the tokens that a drafter proposes most in conversations, and its end tokens."""
     from ..checkpoints import check_size, most_frequent, proposal_counts
 
-    assert own.num_hot_tokens is not None
     ends = drafter.config.eos_token_id
     always = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    check_size(own.num_hot_tokens, drafter.config.vocab_size, always)
-    tokens = token_ids(own.conversations(own.limit or 200), tokenizer)  # (1, length) each
-    found = most_frequent(proposal_counts(target, drafter, tokens), own.num_hot_tokens, always)
-    if len(found) < own.num_hot_tokens:
+    check_size(size, drafter.config.vocab_size, always)  # before counting, which takes long
+    counts = proposal_counts(target, drafter, own.token_ids(tokenizer, own.limit))  # (vocab,)
+    found = most_frequent(counts, size, always)
+    if len(found) < size:
         print(
-            f"Only {len(found)} of {own.num_hot_tokens} hot tokens: the drafter proposes no others"
-            " in these conversations. Count in more of them (--dataset, --limit)."
+            f"Only {len(found)} of {size} hot tokens: the drafter proposes no others in these"
+            " conversations. Count in more of them (--dataset, --limit)."
         )
     return found

@@ -1,7 +1,5 @@
 """Commands that train a drafter."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,32 +26,24 @@ class TrainOptions(TargetOptions, DatasetOptions):
 
     output: Path = option("Folder of the finished drafter.")
     eval_dataset: list[str] = option("Evaluated with --eval-strategy, not the held-out rows.", [])
-    layers: int = option("Decoder layers of a fresh drafter.", 1, least=1)
-    drafter: str | None = option("A drafter of this target, to be trained on.", None)
+    layers: int = option("Layers of a fresh drafter.", 1, least=1, excludes="drafter warm_start")
+    drafter: str | None = option("A drafter of this target, to be trained further.", None)
     warm_start: str | None = option(
-        "Start from 'layer', the target's last layer, or from a folder or Hub id: a drafter of"
-        " another target of the same width, an EAGLE checkpoint.",
+        "Start from 'layer', the target's last, or from a drafter or EAGLE checkpoint.",
         None,
+        excludes="drafter",
     )
-    lora_r: int | None = option("Train a LoRA of this rank, not the drafter itself.", None)
-    lora_alpha: int | None = option("Alpha of the LoRA; twice its rank by default.", None)
-    lora_target: list[str] = option("Layers of the LoRA: fc, q_proj, ...; all by default.", [])
+    lora_r: int | None = option("Train a LoRA of this rank instead.", None, needs="drafter")
+    lora_alpha: int | None = option("Its alpha; twice its rank by default.", None, needs="lora_r")
+    lora_target: list[str] = option("Its layers, such as fc; default: all.", [], needs="lora_r")
     stage: list[STAGES] = option("Trained one after the other.", ["drafter", "router"])
-    fresh_head: bool = option("Train new heads in place of those that the drafter has.", False)
+    fresh_head: bool = option("Replace the drafter's own heads.", False, needs="drafter")
     router_epochs: float = option("Epochs of the router's stage; 0 trains no router.", 0.2)
     resume: bool = option("Continue from the last checkpoint.", False)
 
     def __post_init__(self) -> None:
-        is_fresh, is_whole = self.drafter is None, self.lora_r is None
-        changed = self.lora_alpha is not None or bool(self.lora_target)
-        refuse(is_whole and changed, "--lora-alpha and --lora-target go with --lora-r.")
-        is_of_head = self.stage[0] in STAGES_OF_HEADS
-        refuse(is_fresh and is_of_head, f"--stage {self.stage[0]} goes with --drafter.")
-        changed = not is_whole or self.fresh_head
-        refuse(is_fresh and changed, "--lora-r and --fresh-head go with --drafter.")
-        changed = self.warm_start is not None or self.layers != 1
-        message = "--warm-start and --layers make another drafter; leave them out with --drafter."
-        refuse(not is_fresh and changed, message)
+        is_headless = self.drafter is None and self.stage[0] in STAGES_OF_HEADS
+        refuse(is_headless, f"--stage {self.stage[0]} goes with --drafter.")
 
     def arguments(self, typed: list[str]) -> list:
         """Return the arguments of each stage: the options of transformers that were typed."""
@@ -61,14 +51,14 @@ class TrainOptions(TargetOptions, DatasetOptions):
 
         found = []
         for name in self.stage:
-            fields: dict[str, object] = {"stage": name}
+            fields: dict[str, float] = {}
             if name == "router" and len(self.stage) > 1:
                 # the options are for the drafter's stage, which is longer
-                fields |= {"num_train_epochs": self.router_epochs, "max_steps": -1}
+                fields = {"num_train_epochs": self.router_epochs, "max_steps": -1}
             if fields.get("num_train_epochs") != 0:
                 is_adapter = name == "drafter" and self.lora_r is not None
                 folder = self.output / ("adapter" if is_adapter else name)
-                found.append(parse_arguments(folder, typed, **fields))
+                found.append(parse_arguments(folder, typed, stage=name, **fields))
         return found
 
     def eval_rows(self):
@@ -76,7 +66,7 @@ class TrainOptions(TargetOptions, DatasetOptions):
         if self.eval_dataset:
             return DatasetOptions(dataset=self.eval_dataset).rows()
         refuse(not self.hold_out, "--eval-strategy goes with --hold-out or --eval-dataset.")
-        return self.held_out()
+        return self.conversations(held_out=True)
 
     def first_drafter(self, target, tokenizer):
         """Return the drafter that training starts from, in fp32, with its adapter if it has one."""
@@ -113,21 +103,21 @@ def train(own: TrainOptions, training_options: list[str]) -> None:
     from ..training.runs.checkpoints import sole_run
 
     stages = own.arguments(training_options)
-    is_nameless = stages[0].push_to_hub and stages[0].hub_model_id is None
-    refuse(is_nameless, "--push-to-hub needs --hub-model-id organisation/name.")
+    args = stages[0]
+    is_nameless = args.push_to_hub and args.hub_model_id is None
+    refuse(is_nameless, "--push-to-hub goes with --hub-model-id organisation/name.")
     rows = own.rows()
-    held_out = own.eval_rows() if stages[0].eval_strategy != "no" else None
+    eval_rows = own.eval_rows() if args.eval_strategy != "no" else None
     # each process of a run has a GPU of its own, to which its trainer moves the target
-    model, tokenizer = own.load_target(device="cpu")
-    with sole_run(own.output, stages[0].process_index == 0):
-        set_seed(stages[0].seed)  # before weights of a drafter or an adapter are drawn
-        drafter = own.first_drafter(model, tokenizer)
-        trained = train_stages(model, tokenizer, rows, stages, drafter, own.resume, held_out)
+    target, tokenizer = own.load_target(device="cpu")
+    with sole_run(own.output, args.process_index == 0):
+        set_seed(args.seed)  # before weights of a drafter or an adapter are drawn
+        drafter = own.first_drafter(target, tokenizer)
+        trained = train_stages(target, tokenizer, rows, stages, drafter, own.resume, eval_rows)
         save(trained, tokenizer, own.output)
         print(f"The drafter is in {own.output}.")
-        args = stages[0]
         if args.push_to_hub and args.process_index == 0:
-            # the stages push as they go; here goes what they have become together
-            revision, token = args.hub_revision, args.hub_token
-            options = {"private": args.hub_private_repo, "revision": revision, "token": token}
-            print(f"Published: {publish(own.output, args.hub_model_id, **options).commit_url}")
+            # each stage pushes its own checkpoints; here goes the drafter with all of its heads
+            options = {"private": args.hub_private_repo, "token": args.hub_token}
+            done = publish(own.output, args.hub_model_id, revision=args.hub_revision, **options)
+            print(f"Published: {done.commit_url}")

@@ -14,7 +14,11 @@ DRAFTING = ("tree_depth", "tree_top_k", "tree_nodes", "draft_head", "verificatio
 
 
 def option(help: str, default: Any = MISSING, **metadata: Any) -> Any:
-    """A dataclass field with a help text; `least` is its lower bound, `flag` the option's name."""
+    """A dataclass field with a help text.
+
+    Metadata: `least`, its lower bound; `flag`, the option's name; `needs` and `excludes`, names of
+    other fields that it goes with and does not go with; `positional`, an argument without a name.
+    """
     metadata["help"] = help
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
