@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .dataset import COLUMNS
 from .encoding import IGNORED
 from .messages import Row
 
@@ -35,20 +36,21 @@ class CoralCollator:
         Returns:
             (batch, length) each, `features` (batch, length, hidden).
         """
-        fills = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
-        if not fills.keys() <= rows[0].keys():
-            raise ValueError(f"Rows have {[*rows[0]]}, not {[*fills]}; use `prepare_dataset`.")
+        if not COLUMNS.keys() <= rows[0].keys():
+            raise ValueError(f"Rows have {[*rows[0]]}, not {[*COLUMNS]}; use `prepare_dataset`.")
         multiple = self.pad_to_multiple_of or 1
         length = -(-max(len(row["input_ids"]) for row in rows) // multiple) * multiple
-        batch = {
-            name: torch.tensor([[*row[name], *[fill] * (length - len(row[name]))] for row in rows])
-            for name, fill in fills.items()
+        fills: dict[str, Sequence[int]] = {
+            "input_ids": [self.pad_token_id] * length,
+            "attention_mask": [0] * length,
+            "labels": [IGNORED] * length,
         }
         if "position_ids" in rows[0]:
-            # padding counts from 0 again: it is a document of its own
-            batch["position_ids"] = torch.tensor(
-                [[*row["position_ids"], *range(length - len(row["input_ids"]))] for row in rows]
-            )
+            fills["position_ids"] = range(length)  # padding is a document of its own
+        batch = {
+            name: torch.tensor([[*row[name], *fill[: length - len(row[name])]] for row in rows])
+            for name, fill in fills.items()
+        }
         if "features" in rows[0]:
             batch["features"] = torch.stack(
                 [F.pad(row["features"], (0, 0, 0, length - len(row["input_ids"]))) for row in rows]

@@ -7,6 +7,7 @@ that were cut, dropped or empty are counted in a warning each.
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -66,21 +67,14 @@ def prepare_dataset(
     given = {"tokenizer": tokenizer, "max_length": max_length, "vocab_size": vocab_size}
     given["code"] = code_version()
     _tokenize_or_raise(first, 0, **given)  # fail at once where every row would
+    same = {"remove_columns": columns, "fn_kwargs": given}
     if isinstance(plain, datasets.IterableDataset):
-        rows = plain.map(
-            _tokenize_or_raise, with_indices=True, remove_columns=columns, fn_kwargs=given
-        )
-        return rows.filter(_has_labels)
+        rows = plain.map(_tokenize_or_raise, with_indices=True, **same)
+        return rows.filter(lambda row: any(label != IGNORED for label in row["labels"]))
     lists = {name: datasets.Sequence(datasets.Value(kind)) for name, kind in COLUMNS.items()}
     notes = {name: datasets.Value(kind) for name, kind in NOTES.items()}
-    rows = plain.map(
-        _tokenize,
-        fn_kwargs=given,
-        remove_columns=columns,
-        features=datasets.Features({**lists, **notes}),
-        num_proc=num_proc,
-        desc="Tokenizing",
-    )
+    features = datasets.Features({**lists, **notes})
+    rows = plain.map(_tokenize, features=features, num_proc=num_proc, desc="Tokenizing", **same)
     return _drop_untrained(rows, max_length)
 
 
@@ -105,8 +99,7 @@ def _tokenize(
     problem, num_empty = "", 0
     try:
         whole = encode(row, tokenizer)
-        if vocab_size is not None:
-            check_ids(whole["input_ids"], vocab_size)
+        check_ids(whole["input_ids"], vocab_size or math.inf)
         num_empty = count_empty_turns(row)
     except ValueError as error:
         whole, problem = {"input_ids": [], "labels": []}, str(error)
@@ -125,10 +118,6 @@ def _tokenize_or_raise(row: Row, index: int, **given: Any) -> dict[str, list[int
     if noted["problem"]:
         raise ValueError(f"Row {index}: {noted['problem']}")
     return {name: noted[name] for name in COLUMNS}
-
-
-def _has_labels(row: Row) -> bool:
-    return any(label != IGNORED for label in row["labels"])
 
 
 def _drop_untrained(rows: Dataset, max_length: int) -> Dataset:

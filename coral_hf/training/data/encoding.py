@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from reprlib import repr as shortened
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .messages import Message, Row, layout_of, shown, to_messages
+from .messages import Message, Row, layout_of, to_messages
 from .template import check_tools_are_rendered, has_generation_block, read_tools, render
 
 Encoded = dict[str, list[int]]  # `input_ids` and `labels`, each (length,)
@@ -73,19 +74,14 @@ def _encode_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
 def _encode_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     text = row["text"]
     if not isinstance(text, str):
-        raise ValueError(f"`text` is {shown(text)}; expected a str.")
+        raise ValueError(f"`text` is {shortened(text)}; expected a str.")
     ids = tokenizer(text, verbose=False)["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     ids = [bos, *ids] if bos is not None and ids[:1] != [bos] else ids
     ids = [*ids, eos] if eos is not None and ids[-1:] != [eos] else ids
-    if _is_cut_off(row) and eos is not None:
+    if row.get("is_complete") is False and eos is not None:
         ids = ids[:-1]
     return {"input_ids": ids, "labels": ids}
-
-
-def _is_cut_off(row: Row) -> bool:
-    """Whether the last answer has no end, as `regenerate` records."""
-    return row.get("is_complete") is False
 
 
 def _encode_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
@@ -94,14 +90,14 @@ def _encode_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encode
         raise ValueError("Conversations need a fast tokenizer; load one, or give `text` rows.")
     rendered = partial(render, tokenizer=tokenizer, tools=tools)
     check_tools_are_rendered(messages, rendered)
+    # not verbose: a warning of the length would come before the cut to `max_length`
+    options = {"return_offsets_mapping": True, "verbose": False}
     if has_generation_block(tokenizer, tools):
-        silent = {"verbose": False}  # of the length: the cut to `max_length` comes later
-        full = rendered(messages, return_assistant_tokens_mask=True, tokenizer_kwargs=silent)
-        ids, mask = full["input_ids"], full["assistant_masks"]
+        full = rendered(messages, return_assistant_tokens_mask=True, tokenizer_kwargs=options)
+        mask = full["assistant_masks"]
     else:
         text = rendered(messages, tokenize=False)
-        full = _with_offsets(text, tokenizer)
-        ids = full["input_ids"]
+        full = tokenizer(text, add_special_tokens=False, **options)
         mask = _mask_by_prefixes(messages, text, full["offset_mapping"], rendered)
     if all(mask) or not any(mask):
         raise ValueError(
@@ -109,24 +105,14 @@ def _encode_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encode
             " trained; expected the answers' alone. Drop rows without prompt or answer with"
             " `dataset.filter`, or enclose only the answers in the template in `{% generation %}`."
         )
-    length = _open_length(messages, tokenizer, rendered) if _is_cut_off(row) else len(ids)
+    ids = full["input_ids"]
     labels = [i if kept else IGNORED for i, kept in zip(ids, mask, strict=True)]
+    length = len(ids)
+    if row.get("is_complete") is False:
+        # up to the end of the last answer, without the template's end of turn
+        end = len(rendered(messages, tokenize=False, continue_final_message=True))
+        length = sum(stop <= end for _, stop in full["offset_mapping"])
     return {"input_ids": ids[:length], "labels": labels[:length]}
-
-
-def _with_offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """`input_ids` (length,) of a rendered conversation, and their `offset_mapping` (length, 2)."""
-    return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-
-
-def _open_length(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, rendered: Callable[..., Any]
-) -> int:
-    """Count the tokens up to the end of the last answer, without the template's end of turn."""
-    text = rendered(messages, tokenize=False)
-    end = len(rendered(messages, tokenize=False, continue_final_message=True))
-    offsets = _with_offsets(text, tokenizer)["offset_mapping"]
-    return sum(stop <= end for _, stop in offsets)
 
 
 def _mask_by_prefixes(

@@ -5,7 +5,6 @@ In: paths or Hub ids. Out: one `datasets.Dataset` with the columns that were fou
 
 from __future__ import annotations
 
-import glob
 import gzip
 import json
 import re
@@ -44,10 +43,9 @@ def load_conversations(path: str | Path, split: str = "train") -> Dataset:
     import datasets
 
     file, name = Path(path), str(path)
-    if (file / "dataset_dict.json").is_file():
-        return datasets.DatasetDict.load_from_disk(name)[split]
-    if (file / "state.json").is_file():
-        return datasets.Dataset.load_from_disk(name)
+    if any((file / saved).is_file() for saved in ("dataset_dict.json", "state.json")):
+        found = datasets.load_from_disk(name)
+        return found[split] if isinstance(found, datasets.DatasetDict) else found
     reader = None if file.is_dir() else _reader_of(file)
     if reader is None and file.is_file():
         raise ValueError(
@@ -56,13 +54,15 @@ def load_conversations(path: str | Path, split: str = "train") -> Dataset:
         )
     if reader == "text":
         return datasets.Dataset.from_dict({"text": _documents(file, split)})
-    files = _local_files(file, split)
+    source = {"path": name} if reader is None else {"path": reader, "data_files": name}
+    builder = datasets.load_dataset_builder(**source)
+    found = (builder.config.data_files or {}).get(split.partition("[")[0], [])
+    files = [Path(local) for local in found if Path(local).is_file()]  # none of a Hub id
     for local in files:  # Arrow takes bytes that are not UTF-8
         check_lines(local)
     try:
-        if reader is None:
-            return datasets.load_dataset(name, split=split)
-        return datasets.load_dataset(reader, split=split, data_files=name)
+        builder.download_and_prepare()
+        return builder.as_dataset(split)
     except datasets.exceptions.DatasetGenerationError as error:
         for local in files:
             check_lines(local, parse=True)
@@ -70,22 +70,12 @@ def load_conversations(path: str | Path, split: str = "train") -> Dataset:
 
 
 def _reader_of(file: Path) -> str | None:
-    """The reader of `datasets` for a file; None for an unknown ending."""
+    """Name the reader of `datasets` for a file; None for an unknown ending."""
     return READERS.get(Path(file.name.removesuffix(".gz")).suffix)
 
 
-def _local_files(path: Path, split: str) -> list[Path]:
-    """The files that `datasets` reads for a split, none for a dataset of the Hub."""
-    import datasets
-
-    if path.is_dir():
-        found = datasets.load_dataset_builder(str(path)).config.data_files or {}
-        return [Path(file) for file in found.get(split.partition("[")[0], [])]
-    return [Path(file) for file in glob.glob(str(path))]
-
-
 def _lines(file: Path) -> Iterator[bytes]:
-    """The lines of a file, decompressed if its name ends with `.gz`."""
+    """Yield the lines of a file, decompressed if its name ends with `.gz`."""
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
             yield from lines
@@ -123,7 +113,7 @@ def check_lines(file: Path, parse: bool = False) -> None:
 
 
 def _documents(file: Path, split: str) -> list[str]:
-    """The documents of a text file."""
+    """Split a text file into its documents."""
     if split != "train":
         raise ValueError(f"`split` is {split!r}, but a text file has 'train' only; use that.")
     check_lines(file)
@@ -170,7 +160,7 @@ def join_datasets(parts: Sequence[Dataset], names: Sequence[str]) -> Dataset:
 
 
 def _unify(schemas: Sequence[Schema]) -> Schema:
-    """The columns and keys of all schemas."""
+    """Merge schemas to one with the columns and keys of all."""
     import pyarrow
 
     try:

@@ -6,6 +6,7 @@ In: a row of a dataset. Out: a list of messages, as chat templates read them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from reprlib import repr as shortened
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -31,7 +32,7 @@ def to_messages(row: Row) -> list[Message]:
     turns = _alpaca_turns(row) if layout == "instruction" else row[layout]
     if not isinstance(turns, Sequence) or isinstance(turns, str):
         raise ValueError(
-            f"`{layout}` is {shown(turns)}, not a list of turns; JSON that is kept as text is read"
+            f"`{layout}` is {shortened(turns)}, not a list of turns; read JSON that is kept as text"
             " with `json.loads`."
         )
     if not turns:
@@ -66,10 +67,10 @@ def _alpaca_turns(row: Row) -> list[Message]:
 def _message(turn: Any, position: int) -> Message:
     """Rename ShareGPT's keys and roles; keep what else templates read (`tool_calls`, `name`)."""
     if not isinstance(turn, Mapping):
-        raise ValueError(f"Turn {position} is {shown(turn)}; expected a `role` and a `content`.")
-    keys = {"from": "role", "value": "content"}
+        raise ValueError(f"Turn {position} is {shortened(turn)}; expected `role` and `content`.")
+    names = {"from": "role", "value": "content"}
     filled = {key: value for key, value in turn.items() if value is not None}
-    message: Message = {keys.get(key, key): value for key, value in filled.items()}
+    message: Message = {names.get(key, key): value for key, value in filled.items()}
     role = message.get("role")
     if role not in ROLES:
         raise ValueError(f"Turn {position} has role {role!r}; known are {[*ROLES]}. Rename it.")
@@ -86,19 +87,17 @@ def _text(content: Any, where: str) -> str:
     """Join the parts of a content, since templates for text would print a list."""
     if isinstance(content, str):
         return content
-    if not isinstance(content, list):
-        raise ValueError(
-            f"The content of {where} is {shown(content)}; expected text or a list of parts."
-        )
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise ValueError(
-                f"The content of {where} has a part of type {kind!r}, {shown(part)}; expected parts"
-                " `{'type': 'text', 'text': ...}`: a drafter is trained on text. Drop such rows"
-                " with `dataset.filter`."
-            )
-    return "".join(part["text"] for part in content)
+    texts = []
+    for part in content if isinstance(content, list) else [None]:
+        match part:
+            case {"type": "text", "text": str(text)}:
+                texts.append(text)
+            case _:
+                raise ValueError(
+                    f"The content of {where} is {shortened(content)}; expected text, or a list of"
+                    " `{'type': 'text', 'text': ...}`. Drop such rows with `dataset.filter`."
+                )
+    return "".join(texts)
 
 
 def without_nulls(value: Any) -> Any:
@@ -118,9 +117,3 @@ def count_empty_turns(row: Row) -> int:
     if layout in ("text", "input_ids"):
         return int(layout == "text" and not row["text"].strip())
     return sum(not (turn.get("tool_calls") or turn["content"].strip()) for turn in to_messages(row))
-
-
-def shown(value: Any) -> str:
-    """Show a value and its type in an error."""
-    text = repr(value)
-    return f"the {type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

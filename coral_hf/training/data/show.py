@@ -7,6 +7,7 @@ marks that say the same.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from rich.console import Console
@@ -62,24 +63,22 @@ def show(
     """
     console = Console(highlight=False) if console is None else console
     has_marks = console.no_color or console.color_system is None
-    legend = _render(LEGEND, has_marks).append("  ↵ a line break  … a part of the next character")
-    console.print(legend, soft_wrap=True)
+    write = partial(console.print, soft_wrap=True)
+    write(_render(LEGEND, has_marks).append("  ↵ a line break  … a part of the next character"))
     counts = []
     for number, row in rows:
         try:
             pieces, num_lost = _pieces(row, tokenizer, max_length)
         except ValueError as error:
-            message = f"\nRow {number} cannot be read: {error}"
-            console.print(Text(message, style="red"), soft_wrap=True)
+            write(Text(f"\nRow {number} cannot be read: {error}", style="red"))
             continue
         counts.append((len(pieces), sum(piece.is_trained for piece in pieces)))
         lost = f"; {num_lost} more are cut" if num_lost else ""
-        title = f"\nRow {number}: {_describe(*counts[-1])}{lost}"
-        console.print(Text(title, style="bold"), soft_wrap=True)
-        console.print(_render(pieces, has_marks), soft_wrap=True)
+        write(Text(f"\nRow {number}: {_describe(*counts[-1])}{lost}", style="bold"))
+        write(_render(pieces, has_marks))
     if len(counts) > 1:
-        total = f"\n{len(counts)} rows: {_describe(*map(sum, zip(*counts, strict=True)))}"
-        console.print(Text(total, style="bold"), soft_wrap=True)
+        total = _describe(*map(sum, zip(*counts, strict=True)))
+        write(Text(f"\n{len(counts)} rows: {total}", style="bold"))
 
 
 def _describe(num_tokens: int, num_trained: int) -> str:
@@ -110,7 +109,7 @@ def render_mask(
 def _pieces(
     row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> tuple[list[Piece], int]:
-    """The tokens of a row up to `max_length`, and how many more it has."""
+    """Split a row up to `max_length` into its tokens, and count how many more it has."""
     whole = encode(row, tokenizer)
     ids, labels = whole["input_ids"][:max_length], whole["labels"][:max_length]
     added = tokenizer.added_tokens_decoder.items()
@@ -123,7 +122,7 @@ def _pieces(
 
 
 def _token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What each token adds; a character of several tokens is added by the last of them."""
+    """Decode each token; a character of several tokens is the text of the last of them."""
 
     def decode(tokens: list[int]) -> str:
         return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
@@ -143,23 +142,19 @@ def _token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list
 
 def _visible(text: str) -> str:
     """Write out control characters: they would be invisible, or move the cursor."""
-    shown = (
-        letter
-        if letter.isprintable() or letter == "\n"
-        else letter.encode("unicode_escape").decode()
-        for letter in text.replace("\n", "↵\n")
-    )
+    letters = text.replace("\n", "↵\n")
+    shown = (char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in letters)
     return "".join(shown) or NO_TEXT
 
 
 def _render(pieces: list[Piece], has_marks: bool) -> Text:
     text, was_trained = Text(), False
+    # by whether the token before is trained, and this one
+    marks = {(False, True): BOUNDARY + OPENING, (True, False): CLOSING}
     for index, piece in enumerate(pieces):
         if has_marks:
-            turned = {(False, True): OPENING, (True, False): CLOSING}
-            if index and not (was_trained and not piece.is_trained):
-                text.append(BOUNDARY)
-            text.append(turned.get((was_trained, piece.is_trained), ""))
+            mark = marks.get((was_trained, piece.is_trained), BOUNDARY)
+            text.append(mark if index else mark.removeprefix(BOUNDARY))
         shade = (TRAINED if piece.is_trained else UNTRAINED)[index % 2]
         text.append(piece.text, style=f"bold underline {shade}" if piece.is_special else shade)
         was_trained = piece.is_trained

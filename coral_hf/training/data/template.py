@@ -10,15 +10,17 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from reprlib import repr as shortened
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from .messages import Message, Row, shown, without_nulls
+from .messages import Message, Row, without_nulls
 
 GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-PROBE = "_coral_probe"
+# marks that are put into tool calls and results, to see whether a template renders them
+PROBES = {"_coral_call": "`tool_calls`", "_coral_result": "the content of `tool` turns"}
 
 
 def render(
@@ -49,7 +51,7 @@ def read_tools(row: Row) -> list[Any] | None:
             tools = json.loads(tools)
     if tools is not None and not isinstance(tools, list):
         raise ValueError(
-            f"`tools` is {shown(tools)}; expected a list of JSON schemas, or its JSON."
+            f"`tools` is {shortened(tools)}; expected a list of JSON schemas, or its JSON."
         )
     return without_nulls(tools) or None
 
@@ -57,34 +59,33 @@ def read_tools(row: Row) -> list[Any] | None:
 def check_tools_are_rendered(messages: list[Message], render: Callable[..., Any]) -> None:
     """Raise a ValueError if a template silently leaves out tool calls or their results.
 
-    It is rendered twice, the second time with other names or results, which must show.
+    The conversation is rendered with other names and results, which must show.
     """
-    for key, other, what in (
-        ("tool_calls", _other_calls, "`tool_calls`"),
-        ("content", _other_result, "the content of `tool` turns"),
-    ):
-        changed = [{**turn, key: other(turn)} if other(turn) else turn for turn in messages]
-        if changed == messages:
-            continue
-        if render(messages, tokenize=False) == render(changed, tokenize=False):
+    probed = [_probe(turn) for turn in messages]
+    if probed == messages:
+        return
+    text = render(probed, tokenize=False)
+    for probe, what in PROBES.items():
+        if probe in str(probed) and probe not in text:
             raise ValueError(
                 f"The chat template leaves out {what}; set `tokenizer.chat_template` to one that"
                 " renders them, or drop such rows with `dataset.filter`."
             )
 
 
-def _other_calls(turn: Message) -> list[Message]:
-    """The calls of a turn, to a function of another name."""
+def _probe(turn: Message) -> Message:
+    """Put probes into the names of a turn's calls and the end of a tool's result."""
+    call, result = PROBES
     calls = turn.get("tool_calls") or []
-    if not all(isinstance(call, Mapping) for call in calls):
-        raise ValueError(f"`tool_calls` is {shown(calls)}; expected objects with a `function`.")
-    # OpenAI's layout keeps the name under `function`, others at the top
-    return [
-        {**call, "name": PROBE, "function": {**call.get("function", {}), "name": PROBE}}
-        for call in calls
-    ]
-
-
-def _other_result(turn: Message) -> str:
-    """What a turn of a tool holds, with another end."""
-    return turn["content"] + PROBE if turn["role"] == "tool" and turn.get("content") else ""
+    if not all(isinstance(one, Mapping) for one in calls):
+        raise ValueError(f"`tool_calls` is {shortened(calls)}; expected objects with a `function`.")
+    if calls:
+        # OpenAI's layout keeps the name under `function`, others at the top
+        renamed = [
+            {**one, "name": call, "function": {**one.get("function", {}), "name": call}}
+            for one in calls
+        ]
+        return {**turn, "tool_calls": renamed}
+    if turn["role"] == "tool" and turn.get("content"):
+        return {**turn, "content": turn["content"] + result}
+    return turn

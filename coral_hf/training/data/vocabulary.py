@@ -34,8 +34,7 @@ def warn_of_other_ends(tokenizer: PreTrainedTokenizerBase, target: PreTrainedMod
     """
     configs = (target.config.get_text_config(decoder=True), target.generation_config)
     for name in ("bos_token_id", "eos_token_id"):
-        own = getattr(tokenizer, name)
-        known: set[Any] = set()
+        own, known = getattr(tokenizer, name), set[Any]()
         for config in configs:  # chat models have several ends
             found = getattr(config, name, None)
             known |= {*found} if isinstance(found, list) else {found} - {None}
@@ -47,14 +46,14 @@ def warn_of_other_ends(tokenizer: PreTrainedTokenizerBase, target: PreTrainedMod
             )
 
 
-def check_ids(ids: Iterable[int], vocab_size: int) -> None:
+def check_ids(ids: Iterable[int], vocab_size: float, where: str = "") -> None:
     """Raise a ValueError if token ids of a row, (length,), are outside the vocabulary."""
-    outside = next((i for i in ids if not 0 <= i < vocab_size), None)
-    if outside is not None:
-        raise ValueError(
-            f"`input_ids` has {outside}, outside the target's vocabulary of {vocab_size} tokens;"
-            " encode it with the target's own tokenizer."
-        )
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise ValueError(
+                f"{where}`input_ids` has {token}, outside the target's vocabulary of {vocab_size}"
+                " tokens; encode it with the target's own tokenizer."
+            )
 
 
 def check_rows(dataset: Any, vocab_size: int) -> None:
@@ -69,13 +68,8 @@ def check_rows(dataset: Any, vocab_size: int) -> None:
         return
     start = 0
     for batch in dataset.with_format("arrow").iter(batch_size=1000):
-        ids = arrow.list_flatten(batch["input_ids"])
-        outside = arrow.or_(arrow.less(ids, 0), arrow.greater_equal(ids, vocab_size))
-        if arrow.any(outside).as_py():
-            at = arrow.index(outside, True).as_py()
-            row = start + arrow.list_parent_indices(batch["input_ids"])[at].as_py()
-            try:
-                check_ids([ids[at].as_py()], vocab_size)
-            except ValueError as error:
-                raise ValueError(f"Row {row}: {error}") from None
+        extremes = arrow.min_max(arrow.list_flatten(batch["input_ids"])).as_py().values()
+        if any(not 0 <= token < vocab_size for token in extremes if token is not None):
+            for row, ids in enumerate(batch["input_ids"].to_pylist(), start):
+                check_ids(ids, vocab_size, f"Row {row}: ")
         start += len(batch)
