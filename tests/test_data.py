@@ -384,8 +384,8 @@ def test_an_unknown_role_is_named_by_its_row() -> None:
         prepare([{"messages": CHAT}, {"messages": [{"role": "wizard", "content": "q"}]}])
 
 
-def test_unknown_columns_are_listed_before_any_row_is_read() -> None:
-    with pytest.raises(ValueError, match=r"^Found the columns \['question', 'id'\]; rename yours"):
+def test_unknown_columns_are_listed() -> None:
+    with pytest.raises(ValueError, match=r"Found the columns \['question', 'id'\]; rename yours"):
         prepare([{"question": "q", "id": 1}])
 
 

@@ -108,7 +108,10 @@ def test_a_folder_here_is_no_target_that_others_can_load(tmp_path):
     ("change", "reason"),
     [
         (lambda found: found["rows"].clear(), "measured no drafter"),
-        (lambda found: found.pop("acceptance"), "is no report of `coral-hf benchmark`"),
+        (
+            lambda found: found.pop("acceptance"),
+            "cannot be read as a report of `coral-hf benchmark`",
+        ),
     ],
 )
 def test_a_report_that_says_nothing_of_a_drafter_is_refused(report_file, change, reason):

@@ -369,7 +369,7 @@ def test_a_full_disk_keeps_the_rows_that_are_written(target, tmp_path):
         ({"temperature": -1.0}, "`temperature` is -1.0; use 0 or more"),
         ({"top_p": 0.0}, "`top_p` is 0.0; use a value above 0"),
         ({"unfinished": "mend"}, "`unfinished` is 'mend'; use 'keep' or 'drop'"),
-        ({"batch_size": 0}, "`batch_size` is 0; use at least 1"),
+        ({"batch_size": 0}, "`batch_size` is 0; use 1 or more"),
         ({"max_new_tokens": 128}, "`max_new_tokens` is 128, but the target has 128 positions"),
     ],
 )
@@ -382,7 +382,7 @@ def test_a_row_that_cannot_be_read_is_named_before_the_first_answer(target, tmp_
     rows = [{"messages": CHAT}, {"messages": []}, {"messages": []}]
     with pytest.raises(ValueError, match="Row 1: `messages` has no turns"):
         run(target, tmp_path / "out.jsonl", Dataset.from_list(rows))
-    with pytest.raises(ValueError, match="Row 0: A row of `input_ids` has no turns"):
+    with pytest.raises(ValueError, match="Row 0: A row of `input_ids` is no conversation"):
         run(target, tmp_path / "out.jsonl", Dataset.from_dict({"input_ids": [[5, 6]]}))
     assert not (tmp_path / "out.jsonl").exists()
 

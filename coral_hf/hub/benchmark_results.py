@@ -14,7 +14,6 @@ from ..identity import weights_digest
 from ..measure.settings import DRAFTING
 
 METHOD = "coral"
-PARTS = ("rows", "acceptance", "environment", "settings", "mismatches", "skipped")
 
 
 class Results(NamedTuple):
@@ -35,32 +34,27 @@ def read_results(path: str | Path) -> Results:
     """
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
-        missing = [part for part in PARTS if part not in report]
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"The report {path} cannot be read: {error}.") from error
-    if missing:
-        raise ValueError(
-            f"{path} is no report of `coral-hf benchmark`: it has no {', '.join(missing)}. Pass the"
-            " report.json of its --output."
+        settings = report["settings"]
+        # what the call chose; the rest are the drafter's own settings
+        drafting = {name: settings[name] for name in DRAFTING if settings.get(name) is not None}
+        results = Results(
+            rows=[row for row in report["rows"] if row["method"] == METHOD],
+            depths=[depth for depth in report["acceptance"] if depth["method"] == METHOD],
+            environment=report["environment"],
+            settings=settings | {"drafting": drafting},
+            num_skipped=len(report["skipped"]),
         )
-    rows = [row for row in report["rows"] if row["method"] == METHOD]
-    if not rows:
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a report of `coral-hf benchmark` ({error!r}). Pass the"
+            " report.json of its --output."
+        ) from error
+    if not results.rows:
         raise ValueError(
             f"{path} measured no drafter: the method {METHOD!r} is not in it. Run `coral-hf"
             " benchmark --method plain --method coral`."
         )
-    return Results(
-        rows=rows,
-        depths=[depth for depth in report["acceptance"] if depth["method"] == METHOD],
-        environment=report["environment"],
-        settings=report["settings"] | {"drafting": _chosen(report["settings"])},
-        num_skipped=len(report["skipped"]),
-    )
-
-
-def _chosen(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of drafting that the call chose; the others are the drafter's own."""
-    return {name: settings[name] for name in DRAFTING if settings.get(name) is not None}
+    return results
 
 
 def check_results(results: Results, drafter: CoralDrafter, targets: Sequence[str | None]) -> None:

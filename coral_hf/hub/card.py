@@ -75,7 +75,7 @@ def make_card(
 
 
 def _number(text: str) -> str:
-    """A number that tells whether a text was edited; line ends do not count."""
+    """Hash a text, to tell whether it was edited; line ends do not count."""
     return sha256("\n".join(text.split()).encode()).hexdigest()[:16]
 
 

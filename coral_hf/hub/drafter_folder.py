@@ -44,17 +44,20 @@ def read_drafter(folder: str | Path) -> CoralDrafter:
         ValueError: if something else is there, or two checkpoints, or weights that are not finite.
     """
     folder = Path(folder)
+    own, found = CoralConfig.model_type, None
     if not (folder / CONFIG_NAME).is_file():
-        found = "an adapter; merge it into its drafter (`merge_and_unload`) and save that"
         is_adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
-        raise ValueError(f"{folder} holds {found if is_adapter else 'no drafter'}. {EXPECTED}")
-    model_type = CoralConfig.get_config_dict(folder)[0].get("model_type")
-    if model_type != CoralConfig.model_type:
-        raise ValueError(f"{folder} holds a {model_type} model, not a drafter. {EXPECTED}")
-    if all((folder / name).exists() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        found = (
+            "an adapter; merge it into its drafter and save that" if is_adapter else "no drafter"
+        )
+    elif (model_type := CoralConfig.get_config_dict(folder)[0].get("model_type")) != own:
+        found = f"a {model_type} model, not a drafter"
+    elif all((folder / name).exists() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        found = f"two checkpoints, {SAFE_WEIGHTS_NAME} and shards; delete the older one"
+    if found is not None:
         raise ValueError(
-            f"{folder} holds two checkpoints, {SAFE_WEIGHTS_NAME} and the shards of"
-            f" {SAFE_WEIGHTS_INDEX_NAME}; delete the older one."
+            f"{folder} holds {found}. Give the folder that `coral-hf train --output` or"
+            " `drafter.save_pretrained` wrote."
         )
     drafter = CoralDrafter.from_pretrained(folder).eval()
     broken = [name for name, values in drafter.state_dict().items() if not values.isfinite().all()]
@@ -66,11 +69,8 @@ def read_drafter(folder: str | Path) -> CoralDrafter:
     return drafter
 
 
-EXPECTED = "Give the folder that `coral-hf train --output` or `drafter.save_pretrained` wrote."
-
-
 def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a folder, None where there is none.
+    """Read the tokenizer in a folder, None where there is none.
 
     Raises:
         ValueError: if it cannot be read.
@@ -87,7 +87,7 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
 
 
 def published_files(folder: str | Path) -> list[str]:
-    """Names of the files to upload: checkpoint, tokenizer, card, code and pictures.
+    """List the files to upload: checkpoint, tokenizer, card, code and pictures.
 
     Checkpoints of a training run, optimizer states and logs lie in folders or are of other kinds.
     """
@@ -101,7 +101,7 @@ def published_files(folder: str | Path) -> list[str]:
 
 
 def stale_files(there: list[str], here: list[str]) -> list[str]:
-    """Files in a repository that would be loaded together with, or in place of, a new checkpoint.
+    """List a repository's files that would be loaded with, or in place of, a new checkpoint.
 
     A single file of weights is loaded before shards, an adapter on top of its drafter. Where `here`
     has only a variant of the weights, nothing is stale.
@@ -135,7 +135,7 @@ def finish_config(
 
 
 def hub_id(name: str | None) -> str | None:
-    """A target's name if it can be an id on the Hub; None for a folder of this machine."""
+    """Return a target's name if it can be an id on the Hub; None for a folder of this machine."""
     if name is None or Path(name).exists():
         return None
     try:

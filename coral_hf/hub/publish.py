@@ -62,7 +62,9 @@ def publish(
     _prepare(folder, drafter, branch, facts, results)
     HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True)
     files = {name: folder / name for name in published_files(folder)}
-    return branch.upload(files | _report_names(reports))
+    for number, report in enumerate(reports, 1):
+        files[f"results/report{f'-{number}' if number > 1 else ''}.json"] = Path(report)
+    return branch.upload(files)
 
 
 def push(
@@ -171,12 +173,3 @@ def bring_card(folder: Path, branch: Branch) -> None:
         return
     if is_by_hand(text) or not (folder / CARD).exists():
         (folder / CARD).write_text(text, encoding="utf-8")
-
-
-def _report_names(reports: Sequence[str | Path]) -> dict[str, Path]:
-    """Path in the repository of each report: results/report.json, numbered if there are several."""
-    numbers = [""] if len(reports) == 1 else [f"-{n}" for n in range(1, len(reports) + 1)]
-    return {
-        f"results/report{number}.json": Path(report)
-        for number, report in zip(numbers, reports, strict=True)
-    }

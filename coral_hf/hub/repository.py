@@ -68,7 +68,7 @@ class Branch(NamedTuple):
             )
 
     def _other_model(self, found: ModelInfo) -> str | None:
-        """What a repository holds that is neither a drafter nor an adapter of one."""
+        """Name what a repository holds that is neither a drafter nor an adapter of one."""
         model_type = (found.config or {}).get("model_type")
         names = [sibling.rfilename for sibling in found.siblings or []]
         if model_type == CoralConfig.model_type:
@@ -86,13 +86,13 @@ class Branch(NamedTuple):
         return str((adapted.get("auto_mapping") or {}).get("parent_library")).startswith("coral_hf")
 
     def read_text(self, name: str) -> str:
-        """A small file as it is on the Hub now, whatever the cache holds of it."""
+        """Read a small file as it is on the Hub now, whatever the cache holds of it."""
         with TemporaryDirectory() as fresh:
             options = {"revision": self.revision, "token": self.token, "cache_dir": fresh}
             return Path(hf_hub_download(self.repo_id, name, **options)).read_text(encoding="utf-8")
 
     def card(self) -> str | None:
-        """The card of the branch, of `main` where the branch does not exist yet; None without one.
+        """Read the card of the branch, of `main` where there is no branch yet; None without one.
 
         Raises:
             LocalEntryNotFoundError: if the Hub does not answer; there may be a card.

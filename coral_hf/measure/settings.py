@@ -25,6 +25,15 @@ def option(help: str, default: Any = MISSING, **metadata: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def check_least(settings: Any) -> None:
+    """Raise a ValueError for the first field of settings that is below its lower bound."""
+    for one in fields(settings):
+        least, value = one.metadata.get("least"), vars(settings)[one.name]
+        if least is not None:
+            if min(value if isinstance(value, list) else [value], default=least) < least:
+                raise ValueError(f"`{one.name}` is {value}; use {least} or more.")
+
+
 @dataclass(kw_only=True)
 class TreeSettings:
     """The shape of draft trees; None leaves it to the drafter's own settings."""
@@ -34,11 +43,7 @@ class TreeSettings:
     tree_nodes: int | None = option("Nodes that the target verifies, root included.", None)
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            least, value = one.metadata.get("least"), vars(self)[one.name]
-            if least is not None:
-                if min(value if isinstance(value, list) else [value], default=least) < least:
-                    raise ValueError(f"`{one.name}` is {value}; use {least} or more.")
+        check_least(self)
 
     def drafting(self) -> dict[str, Any]:
         """The keywords of `generate` for a drafter, of what was chosen."""

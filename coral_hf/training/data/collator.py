@@ -3,8 +3,6 @@
 In: rows of `prepare_dataset`. Out: tensors (batch, length), padded on the right.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -4,26 +4,23 @@ In: rows of any layout, a tokenizer. Out: the columns `input_ids`, `attention_ma
 that were cut, dropped or empty are counted in a warning each.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+import datasets
 import transformers
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ...identity import digest, file_digest
 from .encoding import IGNORED, cut, encode
-from .messages import Row, count_empty_turns, layout_of
+from .messages import Row, count_empty_turns
 from .vocabulary import check_ids, check_vocabulary
 
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
-
-Data = TypeVar("Data", "Dataset", "IterableDataset")
+Data = TypeVar("Data", Dataset, IterableDataset)
 
 logger = logging.get_logger(__name__)
 
@@ -54,21 +51,18 @@ def prepare_dataset(
         ValueError: for rows that cannot be read, naming the first and their number; of a stream
             when the row is reached.
     """
-    import datasets
-
     plain = dataset.with_format(None)  # lists, not tensors
     first = next(iter(plain), None)
     if first is None:
         raise ValueError("`dataset` has no rows; check its path, its split and its filters.")
     columns = dataset.column_names or list(first)  # a stream may not know its columns
-    layout_of(dict.fromkeys(columns, True))
     if vocab_size is not None:
         check_vocabulary(tokenizer, vocab_size)
     given = {"tokenizer": tokenizer, "max_length": max_length, "vocab_size": vocab_size}
     given["code"] = code_version()
     _tokenize_or_raise(first, 0, **given)  # fail at once where every row would
     same = {"remove_columns": columns, "fn_kwargs": given}
-    if isinstance(plain, datasets.IterableDataset):
+    if isinstance(plain, IterableDataset):
         rows = plain.map(_tokenize_or_raise, with_indices=True, **same)
         return rows.filter(lambda row: any(label != IGNORED for label in row["labels"]))
     lists = {name: datasets.Sequence(datasets.Value(kind)) for name, kind in COLUMNS.items()}

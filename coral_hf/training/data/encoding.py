@@ -3,8 +3,6 @@
 In: a row and the target's tokenizer. Out: `input_ids`, `attention_mask`, `labels`, each (length,).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from reprlib import repr as shortened

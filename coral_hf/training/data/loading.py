@@ -3,19 +3,16 @@
 In: paths or Hub ids. Out: one `datasets.Dataset` with the columns that were found.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from pyarrow import Schema
+import datasets
+import pyarrow
+from datasets import Dataset
 
 DOCUMENT_CHARACTERS = 2000  # about 500 tokens of English
 READERS = {
@@ -40,8 +37,6 @@ def load_conversations(path: str | Path, split: str = "train") -> Dataset:
         ValueError: for a file that is empty, truncated, not UTF-8 or not JSON, naming the line, and
             for an unknown file type.
     """
-    import datasets
-
     file, name = Path(path), str(path)
     if any((file / saved).is_file() for saved in ("dataset_dict.json", "state.json")):
         found = datasets.load_from_disk(name)
@@ -139,9 +134,6 @@ def join_datasets(parts: Sequence[Dataset], names: Sequence[str]) -> Dataset:
     Raises:
         ValueError: if they hold different kinds of values under the same key.
     """
-    import datasets
-    import pyarrow
-
     if len(parts) == 1:
         return parts[0]
     try:
@@ -159,10 +151,8 @@ def join_datasets(parts: Sequence[Dataset], names: Sequence[str]) -> Dataset:
     return datasets.concatenate_datasets(aligned)
 
 
-def _unify(schemas: Sequence[Schema]) -> Schema:
+def _unify(schemas: Sequence[pyarrow.Schema]) -> pyarrow.Schema:
     """Merge schemas to one with the columns and keys of all."""
-    import pyarrow
-
     try:
         return pyarrow.unify_schemas(schemas, promote_options="permissive")
     except pyarrow.ArrowTypeError:

@@ -3,8 +3,6 @@
 In: a row of a dataset. Out: a list of messages, as chat templates read them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from reprlib import repr as shortened
 from typing import Any

@@ -7,10 +7,10 @@ In: rows of `prepare_dataset`. Out: fewer rows, of nearly `max_length` tokens ea
     position_ids    0   1   2   0   1   2   3   0   1
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left, insort
 from itertools import chain
+
+import datasets
 
 from .dataset import COLUMNS, Data
 
@@ -23,8 +23,6 @@ def pack_dataset(dataset: Data, max_length: int) -> Data:
     Each goes into the fullest row that has room for it, the longest first (best fit decreasing),
     within windows of 1000 rows, so that a stream can be packed too.
     """
-    import datasets
-
     ids = datasets.Sequence(datasets.Value("int32"))
     return dataset.map(
         _pack,

@@ -4,8 +4,6 @@ In: rows of any layout, a tokenizer. Out: text on a terminal, in colour or, thro
 marks that say the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple

@@ -4,8 +4,6 @@ In: messages, tools, a tokenizer. Out: what `apply_chat_template` returns, or a 
 what the template cannot render.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping

@@ -4,11 +4,11 @@ In: a tokenizer or rows of ids, the number of rows of the target's embeddings. O
 warning, or nothing. On a GPU an id outside the embeddings is an assertion that names nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 
+import datasets
+import pyarrow.compute as arrow
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -61,9 +61,6 @@ def check_rows(dataset: Any, vocab_size: int) -> None:
 
     Only a `datasets.Dataset` is read, as Arrow arrays; a stream can be read only once.
     """
-    import datasets
-    import pyarrow.compute as arrow
-
     if not isinstance(dataset, datasets.Dataset) or "input_ids" not in dataset.column_names:
         return
     start = 0

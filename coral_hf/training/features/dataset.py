@@ -3,8 +3,6 @@
 In: a folder of `write_features`. Out: rows of tokens, labels and features.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
@@ -62,12 +60,9 @@ class CachedFeatures(Dataset):
         return self.index.num_rows
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        if not -len(self) <= row < len(self):
-            raise IndexError(f"Row {row} of {len(self)}.")
-        row %= len(self)
+        row = range(len(self))[row]  # an IndexError beyond the last row
         number = bisect_right(self._first_rows, row) - 1
-        file = self._file(number)
-        place = row - self._first_rows[number]
+        file, place = self._file(number), row - self._first_rows[number]
         part = slice(*self._offsets[number][place : place + 2])
         found = {name: file.get_slice(name)[part] for name in file.keys()}  # noqa: SIM118
         tokens = {name: found[name].tolist() for name in TOKEN_COLUMNS if name in found}
@@ -96,8 +91,7 @@ class CachedFeatures(Dataset):
             ValueError: if they are not.
         """
         digest, _, quantization = identify(target)
-        is_comparable = quantization == self.index.quantization
-        if is_comparable and digest != self.index.digest:
+        if quantization == self.index.quantization and digest != self.index.digest:
             why = "whose weights are others, as after a fine-tuning"
         elif not self._is_first_row_of(target):
             why = "whose features of the first row are others"
@@ -105,8 +99,7 @@ class CachedFeatures(Dataset):
             return
         raise ValueError(
             f"The features in {self.folder} are those of {self.index.target or 'a target'}, not of"
-            f" the target {target.config._name_or_path or 'given'}, {why}; write a cache for this"
-            " target."
+            f" the target {target.config._name_or_path or 'given'}, {why}; write a cache for it."
         )
 
     def _is_first_row_of(self, target: PreTrainedModel) -> bool:
@@ -118,7 +111,7 @@ class CachedFeatures(Dataset):
         return is_alike and bool((found - expected).norm() <= TOLERANCE * expected.norm())
 
     def _file(self, number: int) -> Any:
-        """The opened file of a shard."""
+        """Open the file of a shard, which holds features (tokens, hidden), and compare it once."""
         shard = self.index.shards[number]
         if not self._is_checked[number]:
             shard.check_bytes(self.folder)

@@ -7,8 +7,6 @@
 In: a folder. Out: its FeatureIndex, or a ValueError that names what is wrong.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +72,7 @@ class FeatureIndex:
         return (sum(shard.lost for shard in self.shards) / total) ** 0.5 if total else 0.0
 
     @classmethod
-    def read(cls, folder: Path) -> FeatureIndex:
+    def read(cls, folder: Path) -> "FeatureIndex":
         """Read the index of a folder.
 
         Raises:

@@ -4,8 +4,6 @@ In: a target, rows of `prepare_dataset`. Out: a plan of what it takes, or a fold
 with an index. An interrupted run resumes with the next shard.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as arrow
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,23 +34,14 @@ class FeaturePlan:
 
     settings: dict[str, Any]  # of the FeatureIndex, without shards
     shards: list[list[int]]  # (shards, rows) tokens of each row
-    token_bytes: int  # of a token on disk
-    free_bytes: int  # where the cache is written
-    weight_bytes: int  # of the target
-
-    @property
-    def disk_bytes(self) -> int:
-        """Bytes of the cache."""
-        return sum(map(sum, self.shards)) * self.token_bytes
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes of the run: the target's weights, and the largest shard twice."""
-        return self.weight_bytes + 2 * max(map(sum, self.shards)) * self.token_bytes
+    num_tokens: int  # of all rows
+    disk_bytes: int  # of the cache
+    free_bytes: int  # where it is written
+    memory_bytes: int  # of the run: the target's weights, and the largest shard twice
 
     def __str__(self) -> str:
         return (
-            f"{self.settings['num_rows']} rows, {sum(map(sum, self.shards))} tokens,"
+            f"{self.settings['num_rows']} rows, {self.num_tokens} tokens,"
             f" {self.settings['format']}: {_gigabytes(self.disk_bytes)} on disk in"
             f" {len(self.shards)} shards ({_gigabytes(self.free_bytes)} free); about"
             f" {_gigabytes(self.memory_bytes)} of memory beside the activations"
@@ -66,8 +56,6 @@ def plan_features(
     shard_bytes: int = SHARD_BYTES,
 ) -> FeaturePlan:
     """Count what [`write_features`], with the same arguments, will write; nothing is computed."""
-    import pyarrow.compute as arrow
-
     if format not in FORMAT_BYTES:
         raise ValueError(f"`format` is {format!r}; use one of {tuple(FORMAT_BYTES)}.")
     number_bytes, scale_bytes = FORMAT_BYTES[format]
@@ -87,12 +75,15 @@ def plan_features(
     # a shard has the rows that begin within its share of the tokens
     shard_of = (lengths.cumsum() - lengths) // max(shard_bytes // token_bytes, 1)  # (rows,)
     existing = next(path for path in Path(folder, "x").absolute().parents if path.exists())
+    shards = np.split(lengths, np.flatnonzero(np.diff(shard_of)) + 1)
+    weight_bytes = sum(weight.numel() * weight.element_size() for weight in target.parameters())
     return FeaturePlan(
         settings,
-        [part.tolist() for part in np.split(lengths, np.flatnonzero(np.diff(shard_of)) + 1)],
-        token_bytes,
-        shutil.disk_usage(existing).free,
-        sum(weight.numel() * weight.element_size() for weight in target.parameters()),
+        [shard.tolist() for shard in shards],
+        num_tokens=int(lengths.sum()),
+        disk_bytes=int(lengths.sum()) * token_bytes,
+        free_bytes=shutil.disk_usage(existing).free,
+        memory_bytes=weight_bytes + 2 * int(max(map(sum, shards))) * token_bytes,
     )
 
 
@@ -131,8 +122,8 @@ def write_features(
         done = FeatureIndex.read(folder)
         _check_disk(plan, done, folder)
         first, start = len(done.lengths), len(done.shards)
-        total = sum(map(sum, plan.shards))
-        with tqdm(total=total, initial=sum(done.lengths), unit="token", desc="Features") as bar:
+        unit = {"unit": "token", "desc": "Features"}
+        with tqdm(total=plan.num_tokens, initial=sum(done.lengths), **unit) as bar:
             for number, lengths in enumerate(plan.shards[start:], start):
                 part = rows.select(range(first, first + len(lengths)))
                 path = folder / f"features-{number:05}.safetensors"

@@ -7,7 +7,7 @@ torch, since `coral-hf regenerate --help` reads it.
 from dataclasses import dataclass
 from typing import Literal
 
-from ...measure.settings import option
+from ...measure.settings import check_least, option
 
 
 @dataclass(frozen=True)
@@ -18,20 +18,16 @@ class RegenerationSettings:
         ValueError: for a value out of range.
     """
 
-    max_new_tokens: int = option("Tokens of an answer at most.", 512)
-    temperature: float = option("0 is greedy.", 0.0)
+    max_new_tokens: int = option("Tokens of an answer at most.", 512, least=1)
+    temperature: float = option("0 is greedy.", 0.0, least=0)
     top_p: float = option("Share of the probability that is drawn from.", 1.0)
     seed: int = option("Seed of the draws.", 0)
     unfinished: Literal["keep", "drop"] = option("What becomes of answers cut off.", "keep")
-    prompt_tokens: int = option("Tokens of a plain text that the target continues.", 16)
-    batch_size: int = option("Rows answered at a time.", 16)
+    prompt_tokens: int = option("Tokens of a plain text that the target continues.", 16, least=1)
+    batch_size: int = option("Rows answered at a time.", 16, least=1)
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "prompt_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; use at least 1.")
-        if self.temperature < 0:
-            raise ValueError(f"`temperature` is {self.temperature}; use 0 or more.")
+        check_least(self)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p` is {self.top_p}; use a value above 0, up to 1.")
         if self.unfinished not in ("keep", "drop"):

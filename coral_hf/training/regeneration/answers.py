@@ -5,8 +5,6 @@ a token is drawn as the largest of log-probability plus Gumbel noise; the noise 
 from a generator of its own, so no answer depends on the others of its batch.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,6 +23,7 @@ from transformers import (
 )
 
 from ...identity import identify, tokenizer_hash, weights_digest
+from ...measure.calls import seeded
 from ...measure.prompts import left_padded
 from ...target import max_positions, text_config
 from . import RegenerationSettings
@@ -71,21 +70,22 @@ class AnswerGenerator:
         ends = target.generation_config.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
         self._ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        pad = tokenizer.pad_token_id
-        self._pad = pad if pad is not None else (self._ends or [0])[0]
+        pads = [tokenizer.pad_token_id, *self._ends, 0]
+        self._pad = next(token for token in pads if token is not None)
         self._target, self._tokenizer = target.eval(), tokenizer
         self._drafter, self._settings = drafter, settings
 
     def identity(self) -> dict[str, Any]:
         """What the answers depend on beside their prompts, as plain values by name."""
-        digest, dtype, quantization = identify(self._target)
-        drafter = (
-            self._drafter if self._settings.temperature > 0 else None
-        )  # it changes no greedy answer
+        settings, target = asdict(self._settings), identify(self._target)._asdict()
+        del settings["batch_size"]
+        # a drafter changes no greedy answer
+        is_drafted = self._drafter is not None and self._settings.temperature > 0
         return {
-            **{k: value for k, value in asdict(self._settings).items() if k != "batch_size"},
-            **{"target": digest, "dtype": dtype, "quantization": quantization},
-            "drafter": None if drafter is None else weights_digest(drafter),
+            **settings,
+            "target": target.pop("digest"),
+            **target,
+            "drafter": weights_digest(self._drafter) if is_drafted else None,
             "tokenizer": tokenizer_hash(self._tokenizer),
             "chat_template": self._tokenizer.chat_template,
         }
@@ -97,10 +97,8 @@ class AnswerGenerator:
             prompts: (batch, length), of different lengths.
             seeds: (batch,) of the draws. With a drafter, the first is that of the whole batch.
         """
-        device = self._target.device
-        batch = left_padded(prompts, self._pad, device)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seeds[0])
+        batch = left_padded(prompts, self._pad, self._target.device)
+        with seeded(seeds[0], self._target.device):
             output = self._target.generate(
                 **batch,
                 generation_config=self._config(),
@@ -125,12 +123,13 @@ class AnswerGenerator:
         )
 
     def _processors(self, seeds: Sequence[int]) -> LogitsProcessorList:
-        settings, found = self._settings, LogitsProcessorList()
-        if self._drafter is None and settings.temperature > 0:
-            found.append(TemperatureLogitsWarper(settings.temperature))
-            found.append(TopPLogitsWarper(settings.top_p))
-            found.append(GumbelNoise(seeds, self._target.device))
-        return found
+        temperature, top_p = self._settings.temperature, self._settings.top_p
+        if self._drafter is not None or temperature == 0:
+            return LogitsProcessorList()
+        noise = GumbelNoise(seeds, self._target.device)
+        return LogitsProcessorList(
+            [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p), noise]
+        )
 
     def _trim(self, tokens: list[int]) -> Answer:
         """Cut generated tokens, (new,), before the first end token."""

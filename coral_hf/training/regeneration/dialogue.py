@@ -9,8 +9,6 @@ answers.
 A plain text is a dialogue of one question, its first tokens, and one answer, which continues it.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
@@ -42,10 +40,7 @@ class Dialogue:
         tokenizer: PreTrainedTokenizerBase,
         settings: RegenerationSettings,
     ):
-        layout = layout_of(row)
-        if layout == "input_ids":
-            raise ValueError("A row of `input_ids` has no turns; give `messages` or `text`.")
-        self.number, self._id, self._is_text = number, row.get("id"), layout == "text"
+        self.number, self._id, self._is_text = number, row.get("id"), layout_of(row) == "text"
         self._tokenizer, self._settings = tokenizer, settings
         self._messages: list[Message] = []
         text = {"role": "user", "content": row.get("text")}
@@ -69,14 +64,14 @@ class Dialogue:
             return []
         try:
             ids = self._text_prompt() if self._is_text else self._chat_prompt()
+            if len(ids) > max_length:
+                raise ValueError(
+                    f"a prompt of {len(ids)} tokens; at most {max_length} leave room for an answer"
+                )
+            return ids
         except ValueError as error:
             self.stopped = str(error)
             return []
-        if len(ids) > max_length:
-            self.stopped = (
-                f"a prompt of {len(ids)} tokens; at most {max_length} leave room for an answer"
-            )
-        return [] if self.stopped else ids
 
     def take(self, answer: Answer) -> None:
         """Add an answer; nothing follows one that was cut off."""
@@ -93,7 +88,7 @@ class Dialogue:
         self._is_complete = answer.is_complete
 
     def result(self) -> dict[str, Any]:
-        """The row to be written, with its number; without an answer, the `reason`."""
+        """Make the row to be written, with its number; without an answer, the `reason`."""
         row = {"row": self.number}
         if not self.num_answers:
             return {**row, "reason": self.stopped or "no turn to answer"}
@@ -129,6 +124,6 @@ class Dialogue:
         text, bos = self._messages[0]["content"], self._tokenizer.bos_token_id
         ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         opening = [] if bos is None else [bos]
-        self._start = ids[len(opening) if ids[:1] == opening else 0 :]
-        self._start = self._start[: self._settings.prompt_tokens]
+        start = ids[1:] if ids[:1] == [bos] else ids
+        self._start = start[: self._settings.prompt_tokens]
         return [*opening, *self._start]

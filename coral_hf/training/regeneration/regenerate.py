@@ -8,8 +8,6 @@ In: a target, rows of any layout. Out: a JSONL file of `messages` or `text` rows
     out.jsonl.left_out.jsonl    rows without an answer, with the reason
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
@@ -79,9 +77,10 @@ def regenerate(
                 f"`output` {output} exists and was not written by `regenerate`; choose another."
             )
         keep_settings(sidecar, {"dataset": digest, **generator.identity()}, output)
+        done = set()
         for file in (answers, left_out):
             file.mend()
-        done = {row["row"] for file in (answers, left_out) for row in file.read()}
+            done |= {row["row"] for row in file.read()}
         with tqdm(total=len(sizes), initial=len(done), unit="row", desc="Answering") as bar:
             for numbers in _batches(sizes, done, settings.batch_size):
                 rows = [Dialogue(n, dataset[n], tokenizer, settings) for n in numbers]
