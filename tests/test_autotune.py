@@ -7,6 +7,7 @@ from transformers import AutoModel
 from transformers.utils import logging
 
 from coral_hf import CoralDrafter, autotune
+from coral_hf.measure import Call
 from coral_hf.measure.autotune import CANDIDATES, Trial, fit_costs
 
 PROMPT = torch.tensor([[5, 9, 3, 17, 22, 8]])
@@ -31,7 +32,7 @@ def _no_bar():
     logging.enable_progress_bar()
 
 
-def test_what_was_found_survives_saving_and_loading(target, drafter, tmp_path):
+def test_the_tree_and_its_costs_are_saved_with_the_drafter(target, drafter, tmp_path):
     tuning = autotune(drafter, target, [PROMPT], max_seconds=0.5)
     drafter.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path).generation_config
@@ -40,7 +41,7 @@ def test_what_was_found_survives_saving_and_loading(target, drafter, tmp_path):
     assert set(tuning.costs) == {"base", "level", "node"} and min(tuning.costs.values()) > 0
 
 
-def test_of_a_target_that_takes_chains_the_depth_is_found(target):
+def test_only_the_depth_is_tuned_for_a_target_that_takes_chains(target):
     bloom = any_target("bloom", torch.float32)
     drafter = CoralDrafter.from_target(bloom).eval()
     tuning = autotune(drafter, bloom, [PROMPT], max_seconds=0.5)
@@ -49,12 +50,12 @@ def test_of_a_target_that_takes_chains_the_depth_is_found(target):
     assert set(tuning.costs) == {"base", "level", "node"}
 
 
-def test_the_time_is_kept(target, drafter):
+def test_no_call_begins_after_the_time_limit(target, drafter):
     before = {"tree_depth": 6, "tree_top_k": 10, "tree_nodes": 60}
     assert autotune(drafter, target, [PROMPT] * 3, max_seconds=0).tree == before
 
 
-def test_prompts_that_cannot_be_used_are_refused(target, drafter):
+def test_unusable_prompts_are_refused(target, drafter):
     with pytest.raises(ValueError, match="`prompts` is empty"):
         autotune(drafter, target, [])
     with pytest.raises(ValueError, match="`tokenizer` is None"):
@@ -66,12 +67,19 @@ def test_costs_are_fitted_in_plain_passes():
         Trial(
             {},
             plain=0.01,
-            seconds=10 * (0.012 + 0.0002 * nodes + levels * 0.001),
-            draft=10 * levels * 0.001,
-            tokens=20,
-            rounds=10,
-            levels=10 * levels,
-            nodes=10 * (nodes + 1),
+            call=Call(
+                tokens=[[7] * 21],
+                round_lengths=[2] * 10,
+                num_rounds=10,
+                num_levels=10 * levels,
+                num_nodes=10 * (nodes + 1),
+                stage_seconds={
+                    "prefill": 9.0,
+                    "draft": 10 * levels * 0.001,
+                    "verify": 10 * (0.01 + 0.0002 * nodes),
+                    "other": 10 * 0.002,
+                },
+            ),
         )
         for nodes, levels in ((5, 2), (30, 4), (59, 6))
     ]

@@ -244,8 +244,8 @@ def test_markdown_tells_hardware_versions_dtype_seed_and_both_depths(report):
     text, environment = report.to_markdown(), report.environment
     assert environment.hardware in text
     assert f"torch {torch.__version__}" in text and f"coral_hf {coral_hf.__version__}" in text
-    assert "cpu, float32" in text and "| seed | 0 |" in text
-    assert "4 layers, of which 2 add nothing" in text
+    assert "| dtype | float32 |" in text and "| seed | 0 |" in text
+    assert "| num_target_layers | 4 |" in text and "| num_padded_layers | 2 |" in text
     assert "| overall | coral | 3 |" in text
 
 
@@ -264,7 +264,7 @@ def test_a_report_writes_json_markdown_and_pictures(report, tmp_path):
 
 
 def test_the_terminal_table_has_a_row_for_each_task_and_method(report):
-    assert report.to_rich_tables()[0].row_count == len(report.numbers["rows"]) == 15
+    assert report.tables[0].to_rich().row_count == len(report.numbers["rows"]) == 15
 
 
 @pytest.mark.parametrize(

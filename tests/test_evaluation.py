@@ -1,4 +1,4 @@
-"""What an evaluation reports, and that the training does not notice it."""
+"""Metrics of an evaluation, and training runs that evaluations leave unchanged."""
 
 import os
 import re
@@ -100,7 +100,7 @@ def decoded(target, drafter, rows, **settings):
     return rounds
 
 
-def test_conversations_given_to_evaluate_count_as_those_given_before(tmp_path):
+def test_conversations_given_to_evaluate_are_prepared_like_eval_dataset(tmp_path):
     target = tiny_target("llama", torch.float32, vocab_size=300)
     chats = {
         "short": Dataset.from_list([{"messages": CHAT}] * 3),
@@ -151,7 +151,7 @@ def test_the_acceptance_length_is_that_of_generate(target, rows, tmp_path, batch
     assert trainer.state.log_history[-1]["eval_acceptance_length"] > 1.3
 
 
-def test_a_training_does_not_notice_its_evaluations(target, rows, tmp_path):
+def test_evaluations_do_not_change_a_training_run(target, rows, tmp_path):
     curves = []
     for strategy in ("no", "steps"):
         trainer = make_trainer(
@@ -163,14 +163,14 @@ def test_a_training_does_not_notice_its_evaluations(target, rows, tmp_path):
     assert curves[0] == curves[1]
 
 
-def test_an_evaluation_puts_the_random_state_back(target, rows, tmp_path):
+def test_an_evaluation_restores_the_random_state(target, rows, tmp_path):
     trainer = make_trainer(target, rows, tmp_path, eval_temperature=1.0)
     before = torch.get_rng_state()
     trainer.evaluate()
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_bf16_training_evaluates_unnoticed_and_keeps_its_dtype(target, rows, tmp_path):
+def test_evaluations_do_not_change_a_bf16_run_or_its_dtype(target, rows, tmp_path):
     curves = []
     for strategy in ("no", "steps"):
         trainer = make_trainer(
@@ -231,9 +231,7 @@ def test_a_best_metric_that_no_evaluation_gives_is_refused_before_training(
 
 
 @pytest.mark.parametrize("stage", ["drafter", "router"])
-def test_the_metrics_that_a_best_one_is_chosen_from_are_those_that_there_are(
-    target, rows, tmp_path, stage
-):
+def test_the_refusal_names_exactly_the_metrics_that_evaluations_give(target, rows, tmp_path, stage):
     settings = {"eval_strategy": "steps", "eval_steps": 3, "num_groups": 6, "stage": stage}
     parts = {"chat": Dataset.from_list(rows[16:])}
     with pytest.raises(ValueError, match="use one of") as error:
@@ -253,7 +251,7 @@ def test_the_metrics_that_a_best_one_is_chosen_from_are_those_that_there_are(
         assert len(logged(trainer, f"eval_{name}")) == 2, name
 
 
-def test_the_evaluation_that_the_page_shows_chooses_the_best_checkpoint(
+def test_the_example_of_the_documentation_selects_the_best_checkpoint(
     target, rows, tmp_path, monkeypatch
 ):
     page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
@@ -278,7 +276,7 @@ def test_the_evaluation_that_the_page_shows_chooses_the_best_checkpoint(
     assert len(lengths) == 2 and trainer.state.best_metric == max(lengths)
 
 
-def test_a_training_that_no_longer_gains_stops_early(target, rows, tmp_path):
+def test_early_stopping_works_with_the_acceptance_length(target, rows, tmp_path):
     trainer = make_trainer(
         target,
         rows,
@@ -347,7 +345,7 @@ def test_without_prompts_nothing_is_decoded(target, rows, tmp_path, monkeypatch)
     assert metrics["eval_simulated_acceptance_length"] >= 1
 
 
-def test_a_prediction_is_that_of_any_trainer(target, rows, tmp_path, monkeypatch):
+def test_predict_reports_a_loss_and_no_acceptance(target, rows, tmp_path, monkeypatch):
     trainer = make_trainer(target, rows, tmp_path)
     monkeypatch.setattr(target, "generate", None)
     metrics = trainer.predict(Dataset.from_list(rows[16:])).metrics

@@ -177,7 +177,7 @@ def test_a_sweep_of_contexts_alone_has_no_table_of_batches(report):
     calls = [call for call in report.calls if call.task == "context"]
     alone = sweep_report(report.settings, report.environment, calls)
     assert "By batch size" not in alone.to_markdown()
-    assert [table.title for table in alone.to_rich_tables()] == ["By context"]
+    assert [table.title for table in alone.tables] == ["By context"]
 
 
 @pytest.mark.parametrize(

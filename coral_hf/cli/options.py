@@ -113,7 +113,7 @@ class MeasuredOptions(TargetOptions, PromptOptions):
         from rich.console import Console
 
         report.write(self.output)
-        Console().print(*report.to_rich_tables())
+        Console().print(*(table.to_rich() for table in report.tables))
 
 
 def load_drafter(name: str, target):

@@ -104,7 +104,8 @@ def results_table(reports: Sequence[Report]) -> Table:
     for report in reports:
         overall = {row.method: row for row in report.numbers["rows"] if row.task == OVERALL}
         rows.append((report.environment, overall["plain"], overall["coral"]))
-    return tabulate(f"{reports[0].title}, {reports[0].environment.dtype}, greedy", COLUMNS, rows)
+    environment = reports[0].environment
+    return tabulate(f"{environment.title}, {environment.dtype}, greedy", COLUMNS, rows)
 
 
 def accepted_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, call: Call) -> Text:

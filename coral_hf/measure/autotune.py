@@ -1,8 +1,8 @@
-"""A search for the tree that pays best on this machine, over short calls in a given time.
+"""Search for the fastest draft tree on this machine, over short calls within a given time.
 
 In: a drafter, its target and prompts. Out: a Tuning. One setting is changed at a time, each tree is
-compared with plain decoding of the same prompt just before it, and what was measured on
-the way gives the costs by which sampling decides how much to draft.
+compared with plain decoding of the same prompt just before it, and all measurements together give
+the costs by which sampling decides how much to draft.
 """
 
 import time
@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..decoding.settings import TREE_DEFAULTS
 from ..target import tree_obstacle
-from .calls import Bench, sampling_arguments
+from .calls import ROUND_STAGES, Bench, Call, sampling_arguments
 from .prompts import as_batch
 
 CANDIDATES = {
@@ -28,32 +28,31 @@ CANDIDATES = {
 NEW_TOKENS = 32  # of a call
 WARMUP_TOKENS = 8
 FINALISTS = 3  # trees that are measured again while there is time
-STAGES = ("draft", "verify", "other")  # of a round
 LEAST_COST = 1e-4  # plain passes, of a level or a node
 
 Tree = dict[str, int]
 
 
 class Trial(NamedTuple):
-    """One call with one tree; seconds are those of its rounds, without the prefill."""
+    """One call with one tree."""
 
     tree: Tree
     plain: float  # seconds of a plain pass at the time
-    seconds: float
-    draft: float  # of the seconds, the drafter's
-    tokens: int
-    rounds: int
-    levels: int
-    nodes: int  # over all rounds, the roots included
+    call: Call
 
     @property
     def speedup(self) -> float:
-        """The speed-up over plain decoding."""
-        return self.plain * self.tokens / self.seconds
+        """The speed-up over plain decoding, the prefill left out."""
+        return self.plain * sum(self.call.round_lengths) / stage_seconds(self.call)
+
+
+def stage_seconds(call: Call) -> float:
+    """Sum the seconds of a call's rounds, without the prefill and the set-up of `generate`."""
+    return sum(call.stage_seconds[stage] for stage in ROUND_STAGES)
 
 
 class Tuning(NamedTuple):
-    """What `autotune` has found."""
+    """The result of `autotune`."""
 
     tree: Tree
     costs: dict[str, float]  # `base`, `level` and `node`, in plain passes of the target
@@ -67,18 +66,18 @@ def autotune(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_seconds: float = 45.0,
 ) -> Tuning:
-    """Find the tree that pays best for a drafter and its target on this machine, and keep it.
+    """Find the fastest tree for a drafter and its target on this machine, and keep it.
 
     The tree and the costs go into the drafter's `generation_config`, which `save_pretrained` saves.
 
     Args:
-        prompts: token ids (1, length) each, or texts; as different as those to come.
+        prompts: token ids (1, length) each, or texts; as varied as those to come.
         tokenizer: the target's, for prompts that are texts.
-        max_seconds: no new call begins after them.
+        max_seconds: after which no new call begins.
 
     Raises:
-        ValueError: without prompts, for texts without a tokenizer, and for a prompt that is
-            answered with a single token.
+        ValueError: for no prompts, texts without a tokenizer, or a prompt that is answered with a
+            single token.
     """
     if not prompts:
         raise ValueError("`prompts` is empty; give at least one.")
@@ -103,7 +102,7 @@ def autotune(
 
 
 def _encode(prompt: Tensor | str, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
-    """The token ids (1, length) of a prompt."""
+    """Return the token ids of a prompt, (1, length)."""
     if not isinstance(prompt, str):
         return prompt
     if tokenizer is None:
@@ -112,11 +111,11 @@ def _encode(prompt: Tensor | str, tokenizer: PreTrainedTokenizerBase | None) -> 
 
 
 def search(start: Tree, trials: Sequence[Trial]) -> Iterator[Tree]:
-    """The trees to measure: one setting changed at a time, then the best few again and again.
+    """Yield the trees to measure: one setting changed at a time, then the best few repeatedly.
 
     Args:
         start: a tree; only the settings that it has are searched.
-        trials: what was measured so far, to which the caller adds after each tree.
+        trials: all measurements so far; the caller appends to them after each tree.
     """
     candidates = {name: values for name, values in CANDIDATES.items() if name in start}
     with logging.tqdm(total=1 + sum(map(len, candidates.values())), desc="autotune") as bar:
@@ -133,14 +132,13 @@ def search(start: Tree, trials: Sequence[Trial]) -> Iterator[Tree]:
 
 
 def ranking(trials: Sequence[Trial]) -> list[Tree]:
-    """The trees that were measured, the fastest first."""
-    trees = [trial.tree for trial in trials]
-    distinct = [tree for index, tree in enumerate(trees) if tree not in trees[:index]]
+    """Sort the trees that were measured, the fastest first."""
+    distinct = {tuple(trial.tree.items()): trial.tree for trial in trials}.values()
     return sorted(distinct, key=lambda tree: -speedup(tree, trials))
 
 
 def speedup(tree: Tree, trials: Sequence[Trial]) -> float:
-    """The median speed-up of a tree over its trials."""
+    """Return the median speed-up of a tree over its trials."""
     return median(trial.speedup for trial in trials if trial.tree == tree)
 
 
@@ -161,28 +159,22 @@ def compare(
         raise ValueError(
             "One of `prompts` is answered with a single token; give prompts with longer answers."
         )
-    seconds, own = (sum(c.stage_seconds[stage] for stage in STAGES) for c in (alone, call))
-    return Trial(
-        tree,
-        plain=seconds / alone.num_rounds,
-        seconds=own,
-        draft=call.stage_seconds["draft"],
-        tokens=sum(call.round_lengths),
-        rounds=call.num_rounds,
-        levels=call.num_levels,
-        nodes=call.num_nodes,
-    )
+    return Trial(tree, stage_seconds(alone) / alone.num_rounds, call)
 
 
 def fit_costs(trials: Sequence[Trial]) -> dict[str, float]:
-    """The cost of a round, a level and a node in plain passes.
+    """Fit the cost of a round, a level and a node in plain passes.
 
     A round's cost beside its levels is base + node · nodes beside the root; medians of slopes
-    (Theil and Sen) and of heights, since a call that the machine held up is far off the line.
+    (Theil and Sen) and of heights, since a call that the machine delayed is an outlier.
     """
-    level = median(t.draft / t.plain / max(t.levels, 1) for t in trials)
-    points = [(t.nodes / t.rounds - 1, (t.seconds - t.draft) / t.plain / t.rounds) for t in trials]
+    levels, points = [], []
+    for _, plain, call in trials:
+        draft, rounds = call.stage_seconds["draft"], call.num_rounds
+        levels.append(draft / plain / max(call.num_levels, 1))
+        cost = (stage_seconds(call) - draft) / plain / rounds
+        points.append((call.num_nodes / rounds - 1, cost))
     slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in combinations(points, 2) if a[0] != b[0]]
     node = max(median(slopes or [0.0]), LEAST_COST)
     base = max(median(cost - node * nodes for nodes, cost in points), 1.0)
-    return {"base": base, "level": max(level, LEAST_COST), "node": node}
+    return {"base": base, "level": max(median(levels), LEAST_COST), "node": node}

@@ -1,13 +1,14 @@
-"""The benchmark: every method on every prompt, in turn, timed and compared with the target alone.
+"""Benchmark of drafters: every method on every prompt in turn, compared with the target alone.
 
-In: a target, drafters, prompts, settings. Out: a Report. "plain" is the target alone,
-"coral" the drafter, "bigram" a table in its place; "prompt_lookup" and "assisted" are transformers'
-own, the latter with a small model of the target's vocabulary.
+In: a target, drafters, prompts, settings. Out: a Report. "plain" is the target alone, "coral" our
+drafter, "bigram" a table in its place; "prompt_lookup" and "assisted" are transformers' own, the
+latter with a small model of the target's vocabulary.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, zip_longest
 from typing import NamedTuple
 
 import torch
@@ -105,26 +106,23 @@ def run_benchmark(
         ValueError: for a method without its drafter, and if no prompt fits the target's context.
     """
     settings = settings or BenchmarkSettings()
-    given = {"coral": drafter, "assisted": assistant, "bigram": bigram}
-    names = {"coral": "drafter", "assisted": "assistant", "bigram": "bigram"}
-    for method, argument in names.items():
-        if method in settings.methods and given[method] is None:
-            raise ValueError(
-                f"`methods` has {method!r}, but `{argument}` is None; pass one or leave the method"
-                " out."
-            )
     drafting = {"speculation": settings.speculation, **settings.drafting()}
+    # a bigram table has no heads to choose from
+    headless = {name: value for name, value in drafting.items() if name in DECODING_KEYWORDS}
     own: dict[str, Arguments] = {
         "plain": {},
         "coral": {"assistant_model": drafter, **drafting},
-        # a bigram table has no heads to choose from
-        "bigram": {"assistant_model": bigram}
-        | {name: value for name, value in drafting.items() if name in DECODING_KEYWORDS},
+        "bigram": {"assistant_model": bigram, **headless},
         "prompt_lookup": {"prompt_lookup_num_tokens": settings.prompt_lookup_tokens},
         "assisted": {"assistant_model": assistant},
     }
     common = sampling_arguments(settings.temperature, settings.max_new_tokens)
-    methods = {str(name): common | own[name] for name in settings.methods}
+    methods: dict[str, Arguments] = {}
+    for name in settings.methods:
+        if None in own[name].values():
+            argument = {"coral": "drafter", "assisted": "assistant"}.get(name, name)
+            raise ValueError(f"`methods` has {name!r}, but `{argument}` is None; pass a model.")
+        methods[name] = common | own[name]
     bench = Bench(target, methods, settings.repeats, settings.warmup, settings.seed)
     measured = measure_prompts(bench, tokenizer, prompts, settings.max_turns)
     return benchmark_report(settings, describe_environment(target, drafter, assistant), measured)
@@ -141,31 +139,24 @@ class Measured(NamedTuple):
 def benchmark_report(
     settings: BenchmarkSettings, environment: Environment, measured: Measured
 ) -> Report:
-    """Results by task and method, acceptance by depth, and mismatches if there are any."""
-    rows, depths = summarise_tasks(measured.calls), accepted_depths(measured.calls)
-    title, left_out = environment.title, ", ".join(measured.skipped)
-    legend = LEGEND + (f"\nLonger than the target's context: {left_out}.\n" if left_out else "")
+    """Tabulate results by task and method, acceptance by depth, and mismatches if there are any."""
+    calls, mismatches, skipped = measured
+    rows, depths = summarise_tasks(calls), accepted_depths(calls)
+    legend = LEGEND
+    if skipped:
+        legend += f"\nLonger than the target's context: {', '.join(skipped)}.\n"
     tables = [
         tabulate("Results", RESULTS, rows, legend),
         tabulate("Acceptance by depth", DEPTHS, depths),
-        tabulate("Answers that differ from the target's own", MISMATCHES, measured.mismatches),
+        tabulate("Answers that differ from the target's own", MISMATCHES, mismatches),
     ]
-    return Report(
-        settings=settings,
-        environment=environment,
-        calls=measured.calls,
-        numbers={
-            "rows": rows,
-            "acceptance": depths,
-            "mismatches": measured.mismatches,
-            "skipped": measured.skipped,
-        },
-        tables=[table for table in tables if table.rows],
-        figures={
-            "acceptance": lambda: acceptance_figure(depths, title),
-            "speedup": lambda: speedup_figure(rows, title),
-        },
-    )
+    numbers = {"rows": rows, "acceptance": depths, "mismatches": mismatches, "skipped": skipped}
+    figures: dict[str, Callable] = {
+        "acceptance": lambda: acceptance_figure(depths, environment.title),
+        "speedup": lambda: speedup_figure(rows, environment.title),
+    }
+    shown = [table for table in tables if table.rows]
+    return Report(settings, environment, calls, numbers, shown, figures)
 
 
 def measure_prompts(
@@ -180,34 +171,32 @@ def measure_prompts(
     context = max_positions(text_config(target)) or float("inf")
     room = context - bench.methods["plain"]["max_new_tokens"]
 
-    def fits(prompt: Prompt) -> bool:
-        return encode(prompt, tokenizer).shape[1] <= room
+    def ids_of(prompt: Prompt) -> Tensor:  # (1, length)
+        return encode(prompt, tokenizer).to(target.device)
 
-    fitting = [prompt for prompt in prompts if fits(prompt)]
+    fitting = [prompt for prompt in prompts if ids_of(prompt).shape[1] <= room]
     if not fitting:
         raise ValueError(
             f"none of the {len(prompts)} `prompts` fits the target's context; give a shorter one."
         )
     skipped = [f"{prompt.task}/{prompt.id}" for prompt in prompts if prompt not in fitting]
-    first = [encode(prompt, tokenizer).to(target.device) for prompt in fitting[: bench.warmup]]
-    bench.warm_up([as_batch(ids) for ids in first])
+    bench.warm_up([as_batch(ids_of(prompt)) for prompt in fitting[: bench.warmup]])
     measured = Measured([], [], skipped)
-    item = 0
+    items = count()
     for number, start in enumerate(fitting, start=1):
         prompt = start
         for turn in range(max_turns):
-            ids = encode(prompt, tokenizer).to(target.device)  # (1, length)
+            ids = ids_of(prompt)
+            if ids.shape[1] > room:
+                break
             labels = {"task": prompt.task, "prompt": prompt.id, "turn": turn}
-            calls = bench.compare(as_batch(ids), item, **labels)
-            item += 1
+            calls = bench.compare(as_batch(ids), next(items), **labels)
             plain = next(call.tokens[0] for call in calls if call.method == "plain")
             measured.calls.extend(calls)
             measured.mismatches.extend(mismatches_of(target, ids, plain, calls))
             if not prompt.turns:
                 break
             prompt = prompt.follow_up(tokenizer.decode(plain, skip_special_tokens=True))
-            if not fits(prompt):
-                break
         logger.info("%d of %d prompts: %s %s", number, len(fitting), start.task, start.id)
     return measured
 
@@ -215,7 +204,7 @@ def measure_prompts(
 def mismatches_of(
     target: PreTrainedModel, ids: Tensor, expected: list[int], calls: Sequence[Call]
 ) -> Iterator[Mismatch]:
-    """Each method's first difference from "plain", in its first repeat; none of sampled tokens.
+    """Yield each method's first difference from "plain", in its first repeat; none if sampled.
 
     Args:
         ids: (1, length), the prompt.
@@ -229,16 +218,14 @@ def mismatches_of(
 
 
 def first_difference(expected: list[int], found: list[int]) -> int | None:
-    """Index of the first token that differs, or that only one has; None where they are equal."""
-    if expected == found:
-        return None
-    differing = (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b)
-    return next(differing, min(len(expected), len(found)))
+    """Return the index of the first token that differs or that only one has, None if equal."""
+    pairs = enumerate(zip_longest(expected, found))
+    return next((index for index, (one, other) in pairs if one != other), None)
 
 
 @torch.no_grad()
 def top2_gap(target: PreTrainedModel, ids: Tensor, tokens: list[int]) -> float:
-    """Gap between the two highest logits after a prompt (1, length) and its shared continuation."""
+    """Return the gap between the top two logits after a prompt (1, length) and shared tokens."""
     shared = torch.cat([ids, ids.new_tensor([tokens], dtype=ids.dtype)], dim=1)
     logits = target(input_ids=shared, use_cache=False).logits[0, -1]  # (vocab,)
     best, second = logits.float().topk(2).values.tolist()

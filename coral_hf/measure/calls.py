@@ -1,4 +1,4 @@
-"""The one way to call `generate` and count: methods in turn on the same prompts.
+"""Counted and timed calls of `generate`: several methods in turn on the same prompts.
 
 In: a target, the arguments of `generate` by method, prompts. Out: a Call for each.
 
@@ -23,9 +23,9 @@ from ..decoding.drafting import family_of
 from ..target import Target, tree_obstacle
 from .prompts import left_padded
 
-# of `DecodingStats`
-COUNTS = ("round_lengths", "num_rounds", "num_levels", "num_nodes")
-STAGES = ("prefill", "draft", "verify", "other")
+COUNTS = ("round_lengths", "num_rounds", "num_levels", "num_nodes")  # of `DecodingStats`
+ROUND_STAGES = ("draft", "verify", "other")
+STAGES = ("prefill", *ROUND_STAGES)
 
 Arguments = dict[str, Any]  # of `generate`
 Batch = Mapping[str, Tensor]  # `input_ids` and `attention_mask`, (batch, length)
@@ -42,7 +42,7 @@ class Call:
     num_levels: int = 0  # drafted levels over all rounds
     num_nodes: int = 0  # verified nodes of a row over all rounds, the roots included
     seconds: float = 0.0  # of the whole call, the prefill included
-    # "prefill", "draft", "verify", "other"; what a method does not tell is left out
+    # "prefill", "draft", "verify", "other"; those that a method does not report are left out
     stage_seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None  # of GPU memory; None on a CPU
     prompt_length: int = 0  # of the longest row
@@ -77,14 +77,14 @@ class Call:
 
     @property
     def decoding_seconds_per_token(self) -> float | None:
-        """Seconds per token without the prefill; None where a method does not tell."""
+        """Seconds per token without the prefill; None where a method does not report it."""
         num_tokens = self.num_tokens - self.num_rows
         if "prefill" not in self.stage_seconds or not num_tokens:
             return None
         return self.round_seconds / num_tokens
 
     def to_dict(self) -> dict[str, Any]:
-        """The record of a report: counts in place of tokens."""
+        """The entry of a report: counts in place of tokens."""
         counts = {"num_rows": self.num_rows, "num_tokens": self.num_tokens}
         fields = asdict(self)
         del fields["tokens"]
@@ -128,7 +128,7 @@ class Bench(NamedTuple):
 
 
 def equal_rows(expected: Call, call: Call) -> int | None:
-    """How many rows have the expected tokens; None of sampled ones."""
+    """Count the rows that have the expected tokens; None for sampled ones."""
     if call.temperature:
         return None
     return sum(a == b for a, b in zip(expected.tokens, call.tokens, strict=True))
@@ -143,14 +143,14 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def sampling_arguments(temperature: float, max_new_tokens: int) -> Arguments:
-    """Arguments that leave nothing to a target's generation config (top-k 50, say)."""
+    """Make arguments that leave nothing to a target's generation config (top-k 50, say)."""
     greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     sampled = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     return {"max_new_tokens": max_new_tokens} | (sampled if temperature else greedy)
 
 
 class PassRecorder(BaseStreamer):
-    """A streamer that notes the passes of the target, of which transformers puts one at a time.
+    """A streamer that records the passes of the target, which transformers reports one by one.
 
     put          0 (the prompt)   1 (after the prefill)   2   3
     lengths      n                1                       4   2     2 rounds of 4 and 2 tokens
@@ -161,7 +161,7 @@ class PassRecorder(BaseStreamer):
         self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        """Note the tokens of a pass, (tokens,) or (1, tokens)."""
+        """Record the tokens of a pass, (tokens,) or (1, tokens)."""
         self.lengths.append(value.numel())
         self.times.append(time.perf_counter())
 
@@ -172,7 +172,7 @@ class PassRecorder(BaseStreamer):
 def call_generate(target: PreTrainedModel, batch: Batch, arguments: Arguments) -> Call:
     """Call `generate` once and wait for the device before the clock is read, at both ends.
 
-    A drafter of ours tells its rounds, plain `generate` has one token a round, and transformers'
+    Our drafters report their rounds, plain `generate` has one token a round, and transformers'
     own drafting is counted pass by pass; its first pass verifies a draft and is left out.
 
     Args:
@@ -181,20 +181,22 @@ def call_generate(target: PreTrainedModel, batch: Batch, arguments: Arguments) -
     is_ours = family_of(arguments.get("assistant_model")) is not None
     is_plain = not {"assistant_model", "prompt_lookup_num_tokens"} & arguments.keys()
     passes = PassRecorder()
-    watch = {"return_dict_in_generate": True} if is_ours else {"streamer": passes}
+    arguments = arguments | {"return_dict_in_generate": True}
+    if not is_ours:
+        arguments["streamer"] = passes
     is_cuda = target.device.type == "cuda"
     if is_cuda:
         torch.cuda.reset_peak_memory_stats(target.device)
         torch.cuda.synchronize(target.device)
     start = time.perf_counter()
-    output = target.generate(**batch, **arguments, **watch)
+    output = target.generate(**batch, **arguments)
     if is_cuda:
         torch.cuda.synchronize(target.device)
     seconds = time.perf_counter() - start
     length = batch["input_ids"].shape[1]
-    new = (output.sequences if is_ours else output)[:, length:]  # (batch, new)
     stops = arguments.get("eos_token_id", target.generation_config.eos_token_id)
-    tokens = [until_stop(row, stops) for row in new.tolist()]
+    new = output.sequences[:, length:].tolist()  # (batch, new)
+    tokens = [until_stop(row, stops) for row in new]
     if is_ours:
         counted = {name: getattr(output.stats, name) for name in COUNTS}
         stages = {stage: getattr(output.stats, f"{stage}_seconds") for stage in STAGES}
@@ -216,7 +218,7 @@ def call_generate(target: PreTrainedModel, batch: Batch, arguments: Arguments) -
 
 
 def until_stop(row: list[int], stops: int | Sequence[int] | None) -> list[int]:
-    """The tokens of a row up to its own end; what lies behind is padding."""
+    """Cut the tokens of a row at its own end, behind which there is padding."""
     ends = [stops] if isinstance(stops, int) else stops or []
     return row[: next((index + 1 for index, token in enumerate(row) if token in ends), len(row))]
 

@@ -1,7 +1,7 @@
-"""Reports: what was run, where, and what came out.
+"""Reports of measurements: settings, environment, calls, tables and plots.
 
-In: settings, the environment, calls. Out: JSON, Markdown, terminal tables, plots. The calls are the
-only record; every number is computed from them.
+In: settings, the environment, calls. Out: JSON, Markdown, terminal tables, PNG. Every number is
+computed from the calls.
 """
 
 import json
@@ -68,21 +68,21 @@ class _Dashes(Formatter):
 
 
 def dashed(form: str, *values: object) -> str:
-    """The text of `form.format(*values)`, with a dash where nothing was measured."""
+    """Return `form.format(*values)`, with a dash where nothing was measured."""
     return _Dashes().format(form, *values)
 
 
 def tabulate(
     title: str, columns: Mapping[str, str], rows: Iterable[object], legend: str = ""
 ) -> Table:
-    """A table with a row for each object; `columns` are headers and the formats of their cells."""
+    """Make a table with a line for each object; `columns` are headers and formats of cells."""
     cells = [[dashed(form, row) for form in columns.values()] for row in rows]
     return Table(title, [*columns], cells, legend)
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What a reader needs in order to repeat the measurement."""
+    """The machine, the libraries and the models of a measurement."""
 
     hardware: str
     num_cores: int
@@ -97,7 +97,7 @@ class Environment:
     num_drafter_parameters: int | None
     drafter_digest: str | None  # of its weights, whatever their dtype
     assistant: str | None
-    process_peak_bytes: int  # of main memory, the whole process
+    process_peak_mebibytes: int  # of main memory, all models and methods together
     command: str
 
     @property
@@ -111,7 +111,8 @@ def describe_environment(
     drafter: PreTrainedModel | None = None,
     assistant: PreTrainedModel | None = None,
 ) -> Environment:
-    """Describe the machine, the libraries and the models; after all calls, for the memory peak."""
+    """Describe the machine, the libraries and the models, after all calls for the memory peak."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return Environment(
         hardware=hardware_name(target.device),
         num_cores=os.cpu_count() or 1,
@@ -122,23 +123,17 @@ def describe_environment(
         target=model_name(target),
         num_target_layers=target.config.get_text_config().num_hidden_layers,
         num_padded_layers=num_padded_layers(target),
-        drafter=None if drafter is None else model_name(drafter),
-        num_drafter_parameters=None if drafter is None else drafter.num_parameters(),
-        drafter_digest=None if drafter is None else weights_digest(drafter),
-        assistant=None if assistant is None else model_name(assistant),
-        process_peak_bytes=process_peak_bytes(),
+        drafter=drafter and model_name(drafter),
+        num_drafter_parameters=drafter and drafter.num_parameters(),
+        drafter_digest=drafter and weights_digest(drafter),
+        assistant=assistant and model_name(assistant),
+        process_peak_mebibytes=peak // (2**20 if sys.platform == "darwin" else 2**10),
         command=command_line(),
     )
 
 
-def process_peak_bytes() -> int:
-    """The most main memory that this process has ever held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
-
-
 def hardware_name(device: torch.device) -> str:
-    """The name of the GPU, or of the processor."""
+    """Return the name of the GPU, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")  # Linux; Python knows less of the processor
@@ -148,7 +143,7 @@ def hardware_name(device: torch.device) -> str:
 
 
 def command_line() -> str:
-    """The command as it was typed, with the last part of each path: paths are not published."""
+    """Return the command as it was typed, paths cut to their last part: reports are published."""
     return shlex.join(_without_folders(word) for word in sys.argv)
 
 
@@ -159,7 +154,7 @@ def _without_folders(word: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions of everything that decides over speed."""
+    """Return the versions of all libraries that influence speed."""
 
     return {
         "coral_hf": version("coral_hf"),
@@ -170,14 +165,14 @@ def versions() -> dict[str, str]:
 
 
 def model_name(model: PreTrainedModel) -> str:
-    """A model's Hub id, or the last part of its folder: paths are not published."""
+    """Return a model's Hub id, or the last part of its folder: reports are published."""
     name = model.config.name_or_path
     return (Path(name).name if Path(name).is_dir() else name) or type(model).__name__
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was run, where, and what came out.
+    """A measurement: its settings, environment, calls, and the numbers computed from them.
 
     Example:
         >>> report = run_benchmark(target, drafter, tokenizer, prompts)
@@ -188,14 +183,9 @@ class Report:
     settings: Any  # a dataclass of `settings`
     environment: Environment
     calls: list[Call]
-    numbers: dict[str, Any]  # what was computed from the calls
+    numbers: dict[str, Any]  # computed from the calls
     tables: list[Table]
-    figures: dict[str, Callable[[], "Figure"]]  # by file name, drawn when they are written
-
-    @property
-    def title(self) -> str:
-        """The names of drafter and target."""
-        return self.environment.title
+    figures: Mapping[str, Callable[[], "Figure"]]  # by file name, drawn when they are written
 
     def to_json(self) -> str:
         """Settings, environment, calls, and the numbers that are computed from the calls."""
@@ -205,14 +195,15 @@ class Report:
 
     def to_markdown(self) -> str:
         """Every table with its legend, environment and settings."""
-        given = [(name, str(v)) for name, v in asdict(self.settings).items() if v not in (None, [])]
-        ends = [environment_table(self.environment), Table("Settings", ("setting", "value"), given)]
-        parts = [table.to_markdown() for table in [*self.tables, *ends]]
-        return "\n".join([f"# {self.title}\n", *parts])
-
-    def to_rich_tables(self) -> "list[RichTable]":
-        """The results for a terminal."""
-        return [table.to_rich() for table in self.tables]
+        versions = ", ".join(map(" ".join, self.environment.versions.items()))
+        shown = {"versions": versions, "command": f"`{self.environment.command}`"}
+        facts = {"Environment": asdict(self.environment) | shown, "Settings": asdict(self.settings)}
+        tables = list(self.tables)
+        for title, part in facts.items():
+            cells = [(name, str(value)) for name, value in part.items() if value not in (None, [])]
+            tables.append(Table(title, ("name", "value"), cells))
+        parts = [table.to_markdown() for table in tables]
+        return "\n".join([f"# {self.environment.title}\n", *parts])
 
     def write(self, folder: str | Path) -> None:
         """Write report.json, report.md and the plots."""
@@ -227,24 +218,3 @@ class Report:
 def _as_json(value: Any) -> Any:
     """A dataclass as an object, a path as text."""
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
-
-
-def environment_table(environment: Environment) -> Table:
-    """The environment as a table of two columns."""
-    e, padded, size = environment, "", ""
-    if e.num_padded_layers:
-        padded = f", of which {e.num_padded_layers} add nothing (a padded target)"
-    if e.num_drafter_parameters is not None:
-        size = f", {e.num_drafter_parameters / 1e6:.1f} M parameters"
-    peak = f"{e.process_peak_bytes / 2**20:.0f} MiB, all models and methods together"
-    cells = [
-        ("hardware", f"{e.hardware}, {e.num_cores} cores, {e.num_threads} torch threads"),
-        ("device, dtype", f"{e.device}, {e.dtype}"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in e.versions.items())),
-        ("target", f"{e.target}, {e.num_target_layers} layers{padded}"),
-        ("drafter", f"{e.drafter or 'none'}{size}"),
-        ("assistant", e.assistant or "none"),
-        ("peak memory of the process", peak),
-        ("command", f"`{e.command}`"),
-    ]
-    return Table("Environment", ("what", "value"), cells)

@@ -1,4 +1,4 @@
-"""The sweep: plain `generate` against the drafter, by batch size and by length of the context.
+"""Speed of a drafter against plain `generate`, by batch size and by length of the context.
 
 In: a target, a drafter, prompts, settings. Out: a Report. What grows with the batch is the
 work of a pass; what grows with the context is the cache that each pass reads.
@@ -6,6 +6,7 @@ work of a pass; what grows with the context is the cache that each pass reads.
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..target import max_positions, text_config
 from .benchmark import ENDS, SPEED
-from .calls import Bench, Call, sampling_arguments
+from .calls import ROUND_STAGES, Bench, Call, sampling_arguments
 from .plots import batch_figure, context_figure
 from .prompts import Prompt, encode, left_padded
 from .report import Environment, Report, describe_environment, tabulate
@@ -34,12 +35,11 @@ BATCHES = {
     **SPEED,
     **ENDS,
 }
-STAGES = ("draft", "verify", "other")
 CONTEXTS = {
     "context": "{0[context]}",
     "plain, ms a token": "{0[plain_milliseconds]:.2f}",
     "draft + verify + other, ms a round": " + ".join(
-        f"{{0[{stage}_milliseconds]:.2f}}" for stage in STAGES
+        f"{{0[{stage}_milliseconds]:.2f}}" for stage in ROUND_STAGES
     ),
     "round, ms": "{0[round_milliseconds]:.2f}",
     "break-even": "{0[break_even]:.2f}",
@@ -61,11 +61,11 @@ which on drafting pays; tau here is that of a prompt joined from many.
 
 
 def summarise_context(calls: Sequence[Call]) -> dict[str, Any]:
-    """A round against a plain token behind one context: medians over repeats, in milliseconds.
+    """Compare a round with a plain token behind one context: medians over repeats, in milliseconds.
 
-    All calls have rounds, as no stop ends them.
+    All calls have rounds, as no stop token ends them.
     """
-    own, plain = by_method(calls)["coral"], by_method(calls)["plain"]
+    plain, own = by_method(calls).values()
 
     def middle(values: Iterable[float]) -> float:
         return 1000 * median(values)
@@ -73,7 +73,7 @@ def summarise_context(calls: Sequence[Call]) -> dict[str, Any]:
     token = middle(call.round_seconds / (call.num_tokens - call.num_rows) for call in plain)
     stages = {
         f"{stage}_milliseconds": middle(c.stage_seconds[stage] / c.num_rounds for c in own)
-        for stage in STAGES
+        for stage in ROUND_STAGES
     }
     whole = sum(stages.values())
     return {
@@ -113,28 +113,21 @@ def run_sweep(
     drafting = {"assistant_model": drafter, "speculation": "always", **settings.drafting()}
     # the first id behind the vocabulary never comes, so it ends no answer early
     endless = {"eos_token_id": [text_config(target).vocab_size]}
-    stops: dict[str, dict] = {"batch": {}, "context": endless}
-    benches = {
-        task: Bench(
-            target,
-            {"plain": greedy | own, "coral": greedy | own | drafting},
-            settings.repeats,
-            settings.warmup,
-        )
-        for task, own in stops.items()
-    }
     calls: list[Call] = []
     for task, batches in sized_batches(target, tokenizer, prompts, settings):
+        common = greedy | (endless if task == "context" else {})
+        methods = {"plain": common, "coral": common | drafting}
+        bench = Bench(target, methods, settings.repeats, settings.warmup)
         padded = [left_padded(rows, pad, target.device) for rows in batches]
-        benches[task].warm_up(padded[:1])
+        bench.warm_up(padded[:1])
         for item, batch in enumerate(padded):
-            calls += benches[task].compare(batch, item, task=task)
+            calls += bench.compare(batch, item, task=task)
         logger.info("%s of %d x %d tokens", task, *padded[0]["input_ids"].shape)
     return sweep_report(settings, describe_environment(target, drafter), calls)
 
 
 def sweep_report(settings: SweepSettings, environment: Environment, calls: list[Call]) -> Report:
-    """The numbers by batch size and by context; the task of a call says which it is for."""
+    """Tabulate the numbers by batch size and by context; the task of a call says which."""
     of_contexts = [call for call in calls if call.task == "context"]
     batches = summarise([call for call in calls if call.task == "batch"], "num_rows")
     contexts = [
@@ -145,19 +138,15 @@ def sweep_report(settings: SweepSettings, environment: Environment, calls: list[
         tabulate("By batch size", BATCHES, batches, BATCH_LEGEND),
         tabulate("By context", CONTEXTS, contexts, CONTEXT_LEGEND),
     ]
-    figures: dict[str, Callable] = {}
-    if batches:
-        figures["batches"] = lambda: batch_figure(batches, environment.title)
-    if contexts:
-        figures["contexts"] = lambda: context_figure(contexts, environment.title)
-    return Report(
-        settings=settings,
-        environment=environment,
-        calls=calls,
-        numbers={"batches": batches, "contexts": contexts},
-        tables=[table for table in tables if table.rows],
-        figures=figures,
-    )
+    numbers: dict[str, list] = {"batches": batches, "contexts": contexts}
+    draws: dict[str, Callable] = {"batches": batch_figure, "contexts": context_figure}
+    figures = {
+        name: partial(draws[name], lines, environment.title)
+        for name, lines in numbers.items()
+        if lines
+    }
+    shown = [table for table in tables if table.rows]
+    return Report(settings, environment, calls, numbers, shown, figures)
 
 
 def sized_batches(
@@ -166,20 +155,19 @@ def sized_batches(
     prompts: Sequence[Prompt],
     settings: SweepSettings,
 ) -> list[tuple[str, list[list[Tensor]]]]:
-    """The batches of each size and context, with their task; a batch is rows of shape (length,)."""
+    """Make the batches of each size and context, with their task: lists of ids (length,)."""
     rows = [encode(prompt, tokenizer)[0] for prompt in prompts]
     room = (max_positions(text_config(target)) or float("inf")) - settings.max_new_tokens
     fitting = [row for row in rows if len(row) <= room]
     found = []
     for size in settings.batch_sizes:
-        count = len(fitting) // size
-        if count == 0:
+        if size > len(fitting):
             raise ValueError(
                 f"`batch_sizes` has {size}, but {len(fitting)} of the {len(rows)} `prompts` fit"
                 " the target's context; give more of them, or a smaller batch."
             )
-        batches = [fitting[index * size : (index + 1) * size] for index in range(count)]
-        found.append(("batch", batches))
+        starts = range(0, len(fitting) - size + 1, size)
+        found.append(("batch", [fitting[start : start + size] for start in starts]))
     for length in settings.contexts:
         if length > room:
             raise ValueError(

@@ -1,6 +1,6 @@
-"""What a drafter is worth while it is trained: acceptance decoded and simulated, and its curves.
+"""Evaluation during training: acceptance length, decoded and simulated, and plots of a run.
 
-replay (chains over a text) and decoded rounds → acceptance; curves: the plots of a run.
+decoded rounds, or chain decoding replayed over a text → acceptance metrics → curves.
 """
 
 from .acceptance import Evaluation, check_best_metric

@@ -31,6 +31,7 @@ LENGTHS = {
     "acceptance_length": ("decoded", "o-"),
     "simulated_acceptance_length": ("simulated chain", "o:"),
 }
+LENGTH_LABELS = {"xlabel": OPTIMIZER_STEP, "ylabel": "acceptance length τ, tokens per pass"}
 LOSSES = ("regression", "classification", "router")
 
 
@@ -46,13 +47,6 @@ class PlotCallback(TrainerCallback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         """See [`~transformers.TrainerCallback.on_evaluate`]."""
-        self._plot(args, state)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        """See [`~transformers.TrainerCallback.on_train_end`]."""
-        self._plot(args, state)
-
-    def _plot(self, args, state) -> None:
         if not state.is_world_process_zero:
             return
         for name, figure in figures(state.log_history).items():
@@ -60,11 +54,13 @@ class PlotCallback(TrainerCallback):
             try:
                 save(figure, path)
             except OSError as error:  # a training run is worth more than its plot
-                logger.warning("The plot %s could not be written (%s); going on.", path, error)
+                logger.warning("The plot %s could not be written (%s).", path, error)
             for callback in self._handler.callbacks:
                 # its writer is closed when training has ended
                 if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                     callback.tb_writer.add_figure(name, figure, state.global_step)
+
+    on_train_end = on_evaluate
 
 
 def plot_run(state: str | Path, folder: str | Path | None = None) -> list[Path]:
@@ -78,9 +74,10 @@ def plot_run(state: str | Path, folder: str | Path | None = None) -> list[Path]:
         the files that were written.
     """
     file = _state_file(state)
-    folder = file.parent if folder is None else Path(folder)
     drawn = figures(_read_log(file))
-    return [save(figure, folder / f"{name}.png") for name, figure in drawn.items()]
+    return [
+        save(figure, Path(folder or file.parent) / f"{name}.png") for name, figure in drawn.items()
+    ]
 
 
 def compare_runs(states: Mapping[str, str | Path], path: str | Path) -> Path:
@@ -100,14 +97,11 @@ def compare_runs(states: Mapping[str, str | Path], path: str | Path) -> Path:
             f"None of the runs {[*states]} has logged an acceptance length; train with an"
             " `eval_dataset` and `eval_strategy`."
         )
-    return save(_length_figure(lines), Path(path))
+    return save(line_figure(lines, **LENGTH_LABELS), path)
 
 
 def _state_file(state: str | Path) -> Path:
-    file = Path(state) / STATE if Path(state).is_dir() else Path(state)
-    if not file.is_file():
-        raise ValueError(f"{file} is not there; give a checkpoint, or its {STATE}.")
-    return file
+    return Path(state) / STATE if Path(state).is_dir() else Path(state)
 
 
 def _read_log(state: Path) -> Entries:
@@ -115,54 +109,52 @@ def _read_log(state: Path) -> Entries:
 
 
 def figures(log: Entries) -> dict[str, "Figure"]:
-    """All plots that a log has entries for, by file name."""
+    """Draw all plots that a log has entries for, by file name."""
     found = {}
     losses = {name: _step_lines(log, f"{name}_loss") for name in LOSSES}
-    losses = {name: lines for name, lines in losses.items() if lines}
-    if losses:
-        found["losses"], panels = new_figure(len(losses))
-        for axes, (name, lines) in zip(panels, losses.items(), strict=True):
+    if drawn := {name: lines for name, lines in losses.items() if lines}:
+        found["losses"], panels = new_figure(len(drawn))
+        for axes, (name, lines) in zip(panels, drawn.items(), strict=True):
             draw_lines(axes, lines)
             axes.set(xlabel=OPTIMIZER_STEP, ylabel=f"{name} loss per trained token")
-    similarity = _step_lines(log, "feature_similarity")
-    if similarity:
+    if similarity := _step_lines(log, "feature_similarity"):
         labels = {"xlabel": OPTIMIZER_STEP, "ylabel": "cosine with the prediction of step 1"}
         found["feature_similarity"] = line_figure(similarity, **labels)
     if lengths := _length_lines(log):
-        found["acceptance_length"] = _length_figure(lengths)
-    if eval_prefixes(log, "acceptance_depth_1"):
-        found["acceptance_by_depth"] = _depth_figure(log)
+        found["acceptance_length"] = line_figure(lengths, **LENGTH_LABELS)
+    if prefixes := eval_prefixes(log, "acceptance_depth_1"):
+        found["acceptance_by_depth"] = _depth_figure(log, prefixes)
     return found
 
 
 def curve(log: Entries, name: str) -> Curve:
-    """The values of a metric, and the steps of the optimizer they were logged at."""
+    """Collect the steps of the optimizer at which a metric was logged, and its values."""
     entries = [entry for entry in log if name in entry]
     return [entry["step"] for entry in entries], [entry[name] for entry in entries]
 
 
 def curves_by_step(log: Entries, name: str) -> dict[int, Curve]:
-    """The curves of `name_1`, `name_2`, … by step of the unroll."""
+    """Collect the curves of `name_1`, `name_2`, … by step of the unroll."""
     found = {int(match[1]) for match in _matches(log, rf"{name}_(\d+)")}
     return {step: curve(log, f"{name}_{step}") for step in sorted(found)}
 
 
 def eval_prefixes(log: Entries, metric: str) -> list[str]:
-    """`eval`, or `eval_chat`, `eval_code`, … of several datasets, that have a metric."""
+    """List the prefixes of a metric: `eval`, or `eval_chat`, `eval_code`, … of several datasets."""
     return [match[1] for match in _matches(log, rf"(eval(?:_.+?)?)_{metric}")]
 
 
 def _matches(log: Entries, pattern: str) -> Iterator[re.Match]:
-    """The names in a log that match a pattern as a whole, each once."""
+    """Match all names in a log as a whole, each once."""
     names = dict.fromkeys(name for entry in log for name in entry)
     return (match for name in names if (match := re.fullmatch(pattern, name)))
 
 
 def _step_lines(log: Entries, name: str) -> list[Line]:
-    """A line for each step of the unroll, or one for all steps together."""
-    curves = curves_by_step(log, name)
-    if not curves and curve(log, name)[0]:
-        return [Line("all steps", *curve(log, name), "-", COLOURS[-1])]
+    """Draw a line for each step of the unroll, or one for all steps together."""
+    curves, together = curves_by_step(log, name), curve(log, name)
+    if not curves and together[0]:
+        return [Line("all steps", *together, "-", COLOURS[-1])]
     return [
         Line(f"step {step}", *values, "-", COLOURS[(step - 1) % len(COLOURS)])
         for step, values in curves.items()
@@ -170,7 +162,7 @@ def _step_lines(log: Entries, name: str) -> list[Line]:
 
 
 def _length_lines(log: Entries) -> list[Line]:
-    """The decoded and simulated acceptance length of each evaluated dataset."""
+    """Draw the decoded and simulated acceptance length of each evaluated dataset."""
     prefixes = eval_prefixes(log, "simulated_acceptance_length")
     return [
         Line(f"{prefix}, {means}", *values, style, COLOURS[index % len(COLOURS)])
@@ -180,27 +172,20 @@ def _length_lines(log: Entries) -> list[Line]:
     ]
 
 
-def _length_figure(lines: Sequence[Line]) -> "Figure":
-    return line_figure(lines, xlabel=OPTIMIZER_STEP, ylabel="acceptance length τ, tokens per pass")
-
-
-def _depth_figure(log: Entries) -> "Figure":
-    """A panel for each dataset, a line for each evaluation, the later the darker."""
+def _depth_figure(log: Entries, prefixes: Sequence[str]) -> "Figure":
+    """Draw a panel for each dataset, a line for each evaluation, the later the darker."""
     from matplotlib.ticker import MaxNLocator
 
-    prefixes = eval_prefixes(log, "acceptance_depth_1")
     figure, panels = new_figure(len(prefixes))
     for axes, prefix in zip(panels, prefixes, strict=True):
         name = f"{prefix}_acceptance_depth"
         entries = [entry for entry in log if f"{name}_1" in entry]
         for index, entry in enumerate(entries):
-            depths = {
-                depth: values[1][0] for depth, values in curves_by_step([entry], name).items()
-            }
-            # a legend of the first and the last one tells the rest
+            shares = {depth: ys[0] for depth, (_, ys) in curves_by_step([entry], name).items()}
+            # the first and the last one in the legend imply the rest
             label = f"step {entry['step']}" if index in (0, len(entries) - 1) else None
             shade = (index + 1) / len(entries)
-            x, y = [*depths], [*depths.values()]
+            x, y = [*shares], [*shares.values()]
             axes.plot(x, y, "o-", color=COLOURS[1], alpha=shade, label=label)
         axes.set(xlabel=f"depth in the tree ({prefix})", ylim=(0, 1.05))
         axes.set_ylabel("accepted, of rounds that reached it")
