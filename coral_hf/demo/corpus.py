@@ -17,7 +17,7 @@ from ..measure.prompts import Prompt, asked_messages
 from ..training.data import load_conversations, to_messages
 from . import DemoSettings
 
-# tests repeat themselves, tables of characters are no text, and the rest is not in every Python
+# tests repeat themselves, tables of characters are not code, and the rest is not in every Python
 SKIPPED_FOLDERS = {
     *("site-packages", "dist-packages", "test", "tests", "__pycache__", "__phello__"),
     *("encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "turtledemo"),
@@ -53,15 +53,12 @@ def read_corpus(num_files: int | None = None, folder: Path | None = None) -> Cor
     # a few modules show off other encodings
     sources = {name: (folder / name).read_text("utf-8", "replace") for name in names}
     held_out = [
-        [(Path(name).stem, part) for part in passages(sources.pop(name))]
-        for name in HELD_OUT
-        if name in sources
+        [(Path(name).stem, part) for part in passages(sources.pop(name, ""))] for name in HELD_OUT
     ]
-    if not sources or not held_out:
+    if not sources:
         raise ValueError(
-            f"The standard library in {folder} has {len(sources)} source files to train on and "
-            f"{len(held_out)} to hold out; expected some of both. Use a Python that comes with its "
-            "source, or give `target` and `dataset`."
+            f"The standard library in {folder} has {len(sources)} source files to train on; use a"
+            " Python that comes with its source, or give `target` and `dataset`."
         )
     in_turn = [passage for turn in zip_longest(*held_out) for passage in turn if passage]
     return Corpus(list(sources.values())[:num_files], in_turn)
@@ -84,15 +81,16 @@ def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int) 
 
     A row starts with BOS wherever it was cut, as a prompt does.
     """
-    start, end = (
-        [] if token is None else [token]
+    bos, eos = (
+        [token] if token is not None else []
         for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)
     )
     encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
-    ids = [token for document in encoded for token in (*document, *end)]
-    size = length - len(start)
-    cuts = range(0, len(ids) - size + 1, size)
-    return Dataset.from_dict({"input_ids": [[*start, *ids[cut : cut + size]] for cut in cuts]})
+    ids = [token for document in encoded for token in (*document, *eos)]
+    size = length - len(bos)
+    starts = range(0, len(ids) - size + 1, size)
+    rows = [[*bos, *ids[start : start + size]] for start in starts]  # (rows, length)
+    return Dataset.from_dict({"input_ids": rows})
 
 
 def training_rows(settings: DemoSettings, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -120,16 +118,11 @@ def held_out_prompts(settings: DemoSettings) -> list[Prompt]:
 def split_dataset(settings: DemoSettings) -> DatasetDict:
     """Return a dataset's rows to train on and to hold out."""
     rows = load_conversations(str(settings.dataset))
-    if len(rows) <= settings.num_prompts:
-        raise ValueError(
-            f"`dataset` has {len(rows)} rows, of which `num_prompts` = {settings.num_prompts} are "
-            "held out; give more rows or ask for fewer prompts."
-        )
     return rows.train_test_split(test_size=settings.num_prompts, seed=settings.seed)
 
 
 def prompt_of_row(row: dict, name: str) -> Prompt:
-    """Return a conversation up to its last answered question, or the start of a text."""
+    """Return a conversation up to its last answered user turn, or the start of a text."""
     if row.get("text") is not None:
         return Prompt("held-out", name, text=first_lines(row["text"]))
     return Prompt("held-out", name, tuple(asked_messages(to_messages(row))))

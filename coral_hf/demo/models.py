@@ -15,6 +15,7 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from rich.console import Console
 from transformers import (
+    DataCollatorForLanguageModeling,
     GPT2Tokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -23,7 +24,6 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
-    default_data_collator,
     set_seed,
 )
 
@@ -46,24 +46,19 @@ SMALL_VOCAB = 8192
 SMALL_VOCAB_GROUPS: dict[str, Any] = {"num_groups": 8, "num_active_groups": 4}
 # a small machine verifies fewer nodes
 TREE = {"tree_depth": 6, "tree_top_k": 8, "tree_nodes": 32}
-
-
-# settings that all training runs depend on
-TRAINED = ("own_target", "num_files", "target_budget", "row_length", "seed")
+# settings on which no weights depend; of a target and a dataset it is their content that counts
+NOT_TRAINED = ("output", "target", "dataset", "fresh", "pad_layers", "max_new_tokens", "cache_dir")
 
 
 def cached(
-    settings: DemoSettings,
-    console: Console,
-    name: str,
-    depends_on: Any,
-    train: Callable[[Path], None],
+    settings: DemoSettings, console: Console, name: str, train: Callable[[Path], None]
 ) -> Path:
-    """Return the folder of a model and what it depends on, filled by `train` if it is not there."""
-    root = settings.cache_dir or Path(HF_HOME) / "coral_hf"
+    """Return the folder of a trained model, which `train` fills unless the cache has it."""
+    trained = {name: value for name, value in vars(settings).items() if name not in NOT_TRAINED}
+    given = [last_change(settings.target), last_change(settings.dataset)]
     # the Python whose source is read is the one that runs
-    key = [platform.python_version(), *(getattr(settings, name) for name in TRAINED), depends_on]
-    folder = root / f"{name}-{digest(key)[:12]}"
+    key = digest([platform.python_version(), trained, given])[:12]
+    folder = (settings.cache_dir or Path(HF_HOME) / "coral_hf") / f"{name}-{key}"
     if settings.fresh or not folder.is_dir():
         console.rule(f"Training the {name}")
         with new_folder(folder) as unfinished:
@@ -101,22 +96,21 @@ def train_target(settings: DemoSettings, device: str, folder: Path) -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    model = LlamaForCausalLM(config)
     trainer = Trainer(
-        model=model,
+        model=LlamaForCausalLM(config),
         args=TrainingArguments(
             **common_arguments(settings, settings.target_budget, folder, device),
             per_device_train_batch_size=TARGET_BATCH_SIZE,
             weight_decay=0.1,
             adam_beta2=0.95,
         ),
-        train_dataset=rows.map(lambda row: {"labels": row["input_ids"]}, desc="Labelling"),
-        data_collator=default_data_collator,
+        train_dataset=rows,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        processing_class=tokenizer,
         callbacks=[BudgetCallback(settings.target_budget)],
     )
     trainer.train()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    trainer.save_model()
 
 
 def train_drafter(
@@ -132,8 +126,7 @@ def train_drafter(
     drafter.generation_config.update(**TREE)
     is_small = target.config.get_text_config().vocab_size < SMALL_VOCAB
     groups = SMALL_VOCAB_GROUPS if is_small else {}
-    budgets = {"drafter": settings.drafter_budget, "router": settings.router_budget}
-    for stage, budget in budgets.items():
+    for stage, budget in (("drafter", settings.drafter_budget), ("router", settings.router_budget)):
         trainer = CoralTrainer(
             model=drafter,
             target_model=target,
@@ -174,8 +167,6 @@ def common_arguments(
 
 def bf16_pays(device: str) -> bool:
     """Measure whether a product in bf16 is clearly faster than in fp32: some CPUs emulate it."""
-    if device not in ("cpu", "cuda"):
-        return False
     seconds = {}
     for dtype in (torch.bfloat16, torch.float32):
         matrix = torch.ones(512, 512, dtype=dtype, device=device)  # (rows, columns)

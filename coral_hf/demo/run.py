@@ -1,11 +1,12 @@
 """The demo: train a small target and a drafter for it, then generate with and without the drafter.
 
 In: DemoSettings. Out: a DemoResult; the drafter, reports and plots in the output folder; a table
-and coloured texts in the terminal. What was trained is cached, so a second run only generates.
+and coloured answers in the terminal. Trained models are cached, so a second run only generates.
 """
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +30,7 @@ from ..measure.settings import BenchmarkSettings
 from ..measure.summary import OVERALL
 from . import DemoSettings
 from .corpus import held_out_prompts
-from .models import cached, last_change, train_drafter, train_target
+from .models import cached, train_drafter, train_target
 
 NUM_SHOWN_TEXTS = 2
 ACCEPTED_STYLE = "bold green"
@@ -46,7 +47,7 @@ COLUMNS = {
 
 
 class DemoResult(NamedTuple):
-    """What a demo made."""
+    """Reports and files of a demo run."""
 
     reports: list[Report]  # at the target's own depth, then padded
     drafter: Path  # the folder of the drafter and the tokenizer
@@ -59,21 +60,17 @@ def run_demo(settings: DemoSettings | None = None, console: Console | None = Non
     Args:
         settings: the defaults where None: no network, at most six minutes on two CPU cores the
             first time, one minute from the cache.
-        console: where tables and texts go; the terminal if None.
+        console: where tables and answers go; the terminal if None.
     """
     settings, console = settings or DemoSettings(), console or Console()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    source = settings.target
-    if source is None:
-        train = partial(train_target, settings, device)
-        source = str(cached(settings, console, "target", None, train))
-    target = AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    # as many rows of a dataset are held out as there are prompts
-    numbers = [settings.drafter_budget, settings.router_budget, settings.num_prompts]
-    depends_on = [numbers, last_change(source), last_change(settings.dataset)]
+    if settings.target is None:
+        own = cached(settings, console, "target", partial(train_target, settings, device))
+        settings = replace(settings, target=str(own))  # on which the drafter depends
+    target = AutoModelForCausalLM.from_pretrained(settings.target, dtype="auto").to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(settings.target)
     train = partial(train_drafter, settings, target, tokenizer)
-    trained = cached(settings, console, "drafter", depends_on, train)
+    trained = cached(settings, console, "drafter", train)
     folder = settings.output / "drafter"
     shutil.copytree(trained, folder, dirs_exist_ok=True)
     drafter = AutoModel.from_pretrained(folder, dtype=target.dtype).to(device)
@@ -82,7 +79,8 @@ def run_demo(settings: DemoSettings | None = None, console: Console | None = Non
     console.rule(f"{len(prompts)} held-out prompts, {settings.max_new_tokens} new tokens each")
     measured = BenchmarkSettings(max_new_tokens=settings.max_new_tokens, seed=settings.seed)
     targets = [target]
-    if target.config.get_text_config().num_hidden_layers < settings.pad_layers:
+    depth = target.config.get_text_config().num_hidden_layers
+    if depth < settings.pad_layers:
         targets.append(pad_target(target, settings.pad_layers))
     reports = [run_benchmark(one, drafter, tokenizer, prompts, measured) for one in targets]
     answers = {call.prompt: call for call in reports[0].calls if call.method == "coral"}
@@ -90,10 +88,9 @@ def run_demo(settings: DemoSettings | None = None, console: Console | None = Non
         console.print(accepted_text(tokenizer, prompt, answers[prompt.id]))
         console.rule(Text("coloured: proposed by the drafter, accepted", ACCEPTED_STYLE))
     console.print(results_table(reports).to_rich())
-    folders = [settings.output / f"{r.environment.num_target_layers}-layers" for r in reports]
-    for report, own_folder in zip(reports, folders, strict=True):
-        report.write(own_folder)
-    acceptance = folders[0] / "acceptance.png"
+    for report in reports:
+        report.write(settings.output / f"{report.environment.num_target_layers}-layers")
+    acceptance = settings.output / f"{depth}-layers" / "acceptance.png"
     console.print(f"Acceptance by depth: {acceptance}\nDrafter: {folder}", soft_wrap=True)
     return DemoResult(reports, folder, acceptance)
 
