@@ -70,7 +70,7 @@ def test_a_full_disk_keeps_the_old_file_and_is_named_with_the_file(tmp_path, old
     assert [path.read_text() for path in tmp_path.iterdir()] == [old] * (old is not None)
 
 
-def test_an_error_of_the_writer_keeps_the_old_file_and_is_its_own(tmp_path):
+def test_an_error_while_writing_keeps_the_old_file_and_is_raised_unchanged(tmp_path):
     write_text(tmp_path / "a.txt", "old")
     with pytest.raises(FileNotFoundError, match="weights.bin"), new_file(tmp_path / "a.txt"):
         (tmp_path / "weights.bin").read_bytes()
@@ -87,7 +87,7 @@ def test_a_writer_sees_the_suffix_of_its_file(tmp_path):
 
 
 @forking
-def test_a_kill_leaves_the_old_file_and_its_remains_go_with_the_next_writer(tmp_path):
+def test_a_kill_leaves_the_old_file_and_the_next_writer_removes_partial_files(tmp_path):
     write_text(tmp_path / "a.txt", "old")
 
     def work():
@@ -159,7 +159,7 @@ def test_a_folder_that_cannot_be_filled_or_moved_stays_as_it_was(tmp_path, monke
 
 
 @forking
-def test_a_kill_among_the_files_of_a_folder_leaves_none_that_counts_as_complete(tmp_path):
+def test_a_kill_while_replacing_a_folder_leaves_it_incomplete(tmp_path):
     for moves in range(6):
         folder = tmp_path / f"run{moves}"
         folder.mkdir()
@@ -187,7 +187,7 @@ def test_a_kill_among_the_files_of_a_folder_leaves_none_that_counts_as_complete(
 # Writers
 
 
-def test_a_second_writer_is_refused_and_told_of_the_first(tmp_path):
+def test_a_second_writer_is_refused_and_the_first_is_named(tmp_path):
     with sole_writer(tmp_path / "run"):
         with pytest.raises(ValueError, match=f"run is in use: process {os.getpid()} on .* since"):
             with sole_writer(tmp_path / "run"):
@@ -198,7 +198,7 @@ def test_a_second_writer_is_refused_and_told_of_the_first(tmp_path):
         pass
 
 
-def test_of_many_writers_at_once_one_gets_the_output(tmp_path):
+def test_only_one_of_many_simultaneous_writers_gets_the_output(tmp_path):
     barrier, outcomes = threading.Barrier(8), []
 
     def work():
@@ -233,7 +233,7 @@ def test_the_lock_of_a_killed_writer_is_free(tmp_path):
         pass
 
 
-def test_on_a_full_disk_the_lock_alone_has_to_do(tmp_path):
+def test_the_lock_works_on_a_full_disk(tmp_path):
     with full_disk(0), sole_writer(tmp_path):
         with pytest.raises(ValueError, match="another run writes to it"):
             with sole_writer(tmp_path):
@@ -243,7 +243,7 @@ def test_on_a_full_disk_the_lock_alone_has_to_do(tmp_path):
 # Settings and lines
 
 
-def test_an_output_keeps_the_settings_that_it_began_with(tmp_path):
+def test_an_output_is_continued_with_its_first_settings_alone(tmp_path):
     path = tmp_path / "settings.json"
     for _ in range(2):
         keep_settings(path, {"seed": 0, "names": ("a",)}, "out.jsonl")

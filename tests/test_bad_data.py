@@ -111,7 +111,7 @@ def test_a_row_of_100k_tokens_is_cut_with_one_warning(warnings: list[str]) -> No
     ]
 
 
-def test_a_column_named_as_our_notes_is_no_matter() -> None:
+def test_columns_may_have_the_names_of_internal_ones() -> None:
     assert len(prepare([{"problem": "1 + 1", "num_lost": "x", "messages": CHAT}])) == 1
 
 
@@ -136,7 +136,7 @@ def test_parts_of_text_are_trained_as_their_text(template: str) -> None:
         ("hi", "'hi'"),
     ],
 )
-def test_parts_that_are_no_text_are_refused_by_row_and_turn(
+def test_content_other_than_text_is_refused_by_row_and_turn(
     tmp_path: Path, part: Any, message: str
 ) -> None:
     bad = [CHAT[0], {"role": "assistant", "content": [part]}]
@@ -171,19 +171,19 @@ def test_tool_calls_are_trained_and_their_results_are_not(call: dict[str, Any]) 
         (PLAIN_TEMPLATE.replace("m.content", "m.content.strip()"), "cannot render .*content"),
     ],
 )
-def test_a_template_without_tools_is_refused_by_the_row(template: str, what: str) -> None:
+def test_a_template_that_leaves_out_tools_is_refused(template: str, what: str) -> None:
     with pytest.raises(ValueError, match=f"Row 1: The chat template {what}"):
         prepare([{"messages": CHAT}, {"messages": TOOL_CHAT}], template)
 
 
-def test_arguments_that_a_table_adds_are_left_out() -> None:
+def test_null_arguments_added_by_a_table_are_left_out() -> None:
     calls = [{"name": "clock", "arguments": arguments} for arguments in ({"a": 1}, {"b": "x"})]
     chats = [[CHAT[0], {"role": "assistant", "tool_calls": [call]}] for call in calls]
     rows = datasets.Dataset.from_list([{"messages": chat} for chat in chats])
     assert [to_messages(row)[1]["tool_calls"] for row in rows] == [[call] for call in calls]
 
 
-def test_tools_that_are_no_list_are_refused() -> None:
+def test_tools_other_than_a_list_are_refused() -> None:
     for tools, message in (("{oops", "'{oops'"), ('{"name": "clock"}', "{'name': 'clock'}")):
         with pytest.raises(ValueError, match=f"`tools` is {message}.* expected a list"):
             tokenize({"messages": CHAT, "tools": tools}, tiny_tokenizer(), 100)
@@ -232,13 +232,13 @@ def test_a_bad_array_is_named_by_its_line(tmp_path: Path) -> None:
         load_conversations(file)
 
 
-def test_a_table_that_is_none_is_named_with_its_file(tmp_path: Path) -> None:
+def test_an_invalid_csv_file_is_named(tmp_path: Path) -> None:
     file = write(tmp_path / "a.csv", b"text\na\nb,c,d\n")
     with pytest.raises(ValueError, match="a.csv cannot be read: .*line 3"):
         load_conversations(file)
 
 
-def test_a_gzip_file_that_is_cut_off_is_named(tmp_path: Path) -> None:
+def test_a_truncated_gzip_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINE * 9)[:-20])
     with pytest.raises(ValueError, match="a.jsonl.gz is not a whole gzip file"):
         load_conversations(tmp_path / "a.jsonl.gz")
@@ -250,7 +250,7 @@ def test_an_empty_file_is_named(tmp_path: Path, name: str) -> None:
         load_conversations(write(tmp_path / name, b"\n"))
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path) -> None:
     bom = b"\xef\xbb\xbf"
     assert load_conversations(write(tmp_path / "a.txt", bom + b"One."))["text"][:] == ["One."]
     chats = load_conversations(write(tmp_path / "a.jsonl", bom + LINE))
@@ -280,7 +280,7 @@ def test_files_of_a_folder_are_checked_by_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.yaml", "a.jsonl.zst", "a"])
-def test_a_file_of_an_unknown_ending_is_told_the_known_ones(tmp_path: Path, name: str) -> None:
+def test_an_unknown_file_type_is_refused_with_the_known_ones(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name} has the ending .* expected one of \.json, "):
         load_conversations(write(tmp_path / name, LINE))
 
@@ -293,7 +293,7 @@ def test_ndjson_is_jsonl(tmp_path: Path, name: str) -> None:
         load_conversations(write(tmp_path / name, LINE + b"\n{oops"))
 
 
-def test_files_whose_turns_have_other_keys_are_read_together(tmp_path: Path) -> None:
+def test_files_whose_turns_have_different_keys_are_joined(tmp_path: Path) -> None:
     named = [{**CHAT[0], "name": "Ada"}, {**CHAT[1], "tool_calls": [{"name": "clock"}]}]
     chats = {"a": {"messages": CHAT}, "b": {"id": 3, "messages": named}, "c": {"text": "abc"}}
     paths = [str(tmp_path / f"{name}.jsonl") for name in chats]
@@ -306,7 +306,7 @@ def test_files_whose_turns_have_other_keys_are_read_together(tmp_path: Path) -> 
     assert rows[2]["text"] == "abc"
 
 
-def test_files_that_hold_other_values_under_a_key_are_named(tmp_path: Path) -> None:
+def test_files_with_different_types_under_a_key_are_named(tmp_path: Path) -> None:
     one = write(tmp_path / "a.jsonl", LINE)
     other = write(tmp_path / "b.jsonl", json.dumps({"messages": [{"content": 3}]}).encode())
     message = r"a.jsonl, .*b.jsonl hold different kinds .* content .* string vs int64"
@@ -339,12 +339,12 @@ def test_a_tokenizer_larger_than_its_target_is_refused_before_any_row_is_read(
         make_trainer(tmp_path, [{"messages": CHAT}], tokenizer, size)
 
 
-def test_a_tokenizer_smaller_than_its_target_trains(tmp_path: Path) -> None:
+def test_a_tokenizer_smaller_than_its_target_is_accepted(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, [{"messages": CHAT}], tiny_tokenizer(), 300)
     assert len(trainer.train_dataset) == 1
 
 
-def test_a_tokenizer_with_other_marks_than_its_target_is_warned_of(
+def test_a_bos_or_eos_other_than_the_targets_is_a_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found: list[str] = []

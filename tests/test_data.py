@@ -148,7 +148,7 @@ def test_a_tool_call_needs_no_content_and_empty_keys_are_left_out() -> None:
         ({"instruction": "q"}, r"Found the columns \['instruction'\]; rename"),
     ],
 )
-def test_a_row_that_is_no_conversation_is_refused(row: dict[str, Any], message: str) -> None:
+def test_a_row_other_than_a_conversation_is_refused(row: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         to_messages(row)
 
@@ -209,7 +209,7 @@ def test_an_empty_answer_that_renders_to_nothing_trains_nothing() -> None:
     assert trained_text(tokenize(row, tokenizer, 100), tokenizer) == ".........yes"
 
 
-def test_thinking_that_the_template_drops_is_not_looked_for() -> None:
+def test_thinking_that_the_template_drops_is_not_required() -> None:
     turns = [
         CHAT[0],
         {"role": "assistant", "content": "hm/thinkyes"},
@@ -292,7 +292,7 @@ def test_a_text_gets_only_the_special_tokens_that_exist() -> None:
     assert tokenizer.decode(tokenize({"text": "ab"}, tokenizer, 100)["input_ids"]) == "<s>ab"
 
 
-def test_ids_without_labels_are_all_trained_but_for_their_padding() -> None:
+def test_token_ids_without_labels_are_trained_except_for_padding() -> None:
     row = {"input_ids": [0, 5, 6, 7, 8], "attention_mask": [0, 1, 1, 1, 1]}
     assert tokenize(row, tiny_tokenizer(), 3) == {
         "input_ids": [5, 6, 7],
@@ -349,7 +349,7 @@ def test_rows_cut_before_their_first_label_are_dropped_and_counted(
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, PLAIN_TEMPLATE])
-def test_a_conversation_without_answers_is_refused_by_its_row(template: str) -> None:
+def test_a_conversation_without_answers_is_refused(template: str) -> None:
     with pytest.raises(ValueError, match=r"Row 1: No token of \['user'\] is trained; .*filter"):
         prepare([{"messages": CHAT}, {"messages": CHAT[:1]}], template)
 
@@ -359,7 +359,7 @@ def test_a_template_with_an_empty_generation_block_is_refused() -> None:
         prepare([{"messages": CHAT}], PLAIN_TEMPLATE.replace("<user>", f"<user>{BLOCK}{END}"))
 
 
-def test_a_conversation_trained_throughout_is_refused_by_its_row() -> None:
+def test_a_conversation_of_trained_tokens_alone_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Row 0: Every token of \['user', 'assistant', "):
         prepare([{"messages": CHAT}], f"{BLOCK}{PLAIN_TEMPLATE}{END}")
 
@@ -373,13 +373,13 @@ def test_plain_text_needs_no_chat_template() -> None:
     assert len(prepare([{"text": "abc"}], template=None)) == 1
 
 
-def test_what_the_template_refuses_is_named_by_its_row() -> None:
+def test_an_error_of_the_template_names_the_row() -> None:
     picky = "{% if messages[0].role != 'user' %}{{ raise_exception('users first') }}{% endif %}"
     with pytest.raises(ValueError, match=r"Row 1: The chat template cannot .*: users first"):
         prepare([{"messages": CHAT}, {"messages": CHAT[1:]}], picky + TEMPLATE)
 
 
-def test_an_unknown_role_is_named_by_its_row() -> None:
+def test_an_unknown_role_is_refused_with_its_row() -> None:
     with pytest.raises(ValueError, match="Row 1: Turn 0 has role 'wizard'"):
         prepare([{"messages": CHAT}, {"messages": [{"role": "wizard", "content": "q"}]}])
 
@@ -395,7 +395,7 @@ def test_an_empty_dataset_is_refused(rows: dict[str, list[str]]) -> None:
         prepare_dataset(datasets.Dataset.from_dict(rows), tiny_tokenizer(), 100)
 
 
-def test_a_stream_is_prepared_lazily_and_alike() -> None:
+def test_a_stream_is_prepared_lazily_to_the_same_rows() -> None:
     rows = [{"messages": CHAT}, {"messages": [*CHAT[2:], *CHAT]}]
     dataset = datasets.Dataset.from_list(rows)
     stream = prepare_dataset(dataset.to_iterable_dataset(), tiny_tokenizer(), 100)
@@ -408,7 +408,7 @@ def test_a_stream_that_does_not_know_its_columns_is_prepared() -> None:
     assert list(prepared) == [tokenize({"messages": CHAT}, tiny_tokenizer(), 100)]
 
 
-def test_a_stream_names_the_row_it_fails_at() -> None:
+def test_an_error_of_a_stream_names_the_row() -> None:
     rows = [{"messages": CHAT}, {"messages": CHAT[:1]}]
     stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
     with pytest.raises(ValueError, match="Row 1: No token"):
@@ -443,13 +443,13 @@ def test_saved_folders_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".txt.gz"])
-def test_a_text_file_is_cut_at_its_marks(tmp_path: Path, suffix: str) -> None:
+def test_a_text_file_is_split_at_its_separators(tmp_path: Path, suffix: str) -> None:
     file, text = tmp_path / f"stories{suffix}", "\nOne.\n\nStill one.\n<|endoftext|>\nTwo.\n"
     file.write_bytes(gzip.compress(text.encode()) if suffix.endswith(".gz") else text.encode())
     assert load_conversations(file)["text"][:] == ["One.\n\nStill one.", "Two."]
 
 
-def test_paragraphs_without_marks_are_joined_to_documents(tmp_path: Path) -> None:
+def test_paragraphs_without_separators_are_joined_to_documents(tmp_path: Path) -> None:
     paragraphs = [f"{i} " + "x" * (DOCUMENT_CHARACTERS // 2) for i in range(5)]
     (tmp_path / "book.txt").write_text("\n \n".join(paragraphs) + "\n", encoding="utf-8")
     documents = load_conversations(tmp_path / "book.txt")["text"][:]

@@ -184,7 +184,7 @@ def test_the_same_command_writes_the_same_bytes(target, rows, tmp_path):
     assert one == two and len(one) > 5
 
 
-def test_a_shard_that_nobody_noted_is_written_again(target, rows, tmp_path):
+def test_a_shard_missing_from_the_index_is_written_again(target, rows, tmp_path):
     whole = write_features(target, rows, tmp_path, shard_bytes=2000)
     lines = (tmp_path / SHARDS).read_bytes()
     (tmp_path / SHARDS).write_bytes(lines[: lines.rstrip().rfind(b"\n") + 9])  # a kill within one
@@ -215,7 +215,7 @@ def test_a_full_disk_keeps_the_shards_that_are_whole(target, rows, tmp_path, mon
         assert len(CachedFeatures(cache, checksums=True)) == len(rows)
 
 
-def test_a_disk_that_was_full_from_the_start_leaves_no_index(target, rows, tmp_path, monkeypatch):
+def test_a_disk_full_from_the_start_leaves_no_index(target, rows, tmp_path, monkeypatch):
     with small_disk(tmp_path / "disk") as folder:
         (folder / "cache").mkdir()
         with pytest.raises(OSError, match="No space left"):
@@ -239,7 +239,7 @@ def test_an_index_that_cannot_be_read_is_named_and_deleted(target, rows, tmp_pat
     assert not (tmp_path / "cache").exists()
 
 
-def test_what_does_not_fit_is_refused(target, rows, tmp_path):
+def test_a_folder_with_other_content_is_refused(target, rows, tmp_path):
     write_features(target, rows, tmp_path / "cache", shard_bytes=2000)
     with pytest.raises(ValueError, match="written with format = 'bfloat16', now it is 'int8'"):
         write_features(target, rows, tmp_path / "cache", format="int8")
@@ -294,9 +294,7 @@ def test_a_file_is_compared_with_its_checksum_once(target, rows, tmp_path, monke
     assert compared == [shard.file for shard in index.shards]
 
 
-def test_a_half_written_cache_is_not_finished_by_another_target_of_its_name(
-    target, rows, tmp_path, monkeypatch
-):
+def test_another_target_of_the_same_name_cannot_finish_a_cache(target, rows, tmp_path, monkeypatch):
     interrupted(target, rows, tmp_path / "cache", monkeypatch, after=2)
     with pytest.raises(ValueError, match="written with digest = .* choose another"):
         write_features(fine_tuned(target), rows, tmp_path / "cache", shard_bytes=2000)
@@ -306,7 +304,7 @@ def test_a_half_written_cache_is_not_finished_by_another_target_of_its_name(
     write_features(target, rows, tmp_path / "cache", shard_bytes=2000)
 
 
-def test_the_features_before_a_fine_tuning_are_refused(target, rows, tmp_path):
+def test_features_from_before_a_fine_tuning_are_refused(target, rows, tmp_path):
     write_features(target, rows, tmp_path / "cache")
     cached = CachedFeatures(tmp_path / "cache")
     assert cached._is_first_row_of(fine_tuned(target))  # too near for features alone to tell
@@ -325,7 +323,7 @@ def test_the_same_weights_under_another_config_are_another_target(target, rows, 
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_a_quantised_target_reads_the_features_of_its_whole_self(target, rows, tmp_path):
+def test_a_quantised_target_reads_the_features_of_its_unquantised_self(target, rows, tmp_path):
     quantization = pytest.importorskip("torchao.quantization")
     write_features(target, rows, tmp_path / "cache")
     packed, tuned = copy.deepcopy(target), fine_tuned(target)
@@ -339,19 +337,19 @@ def test_a_quantised_target_reads_the_features_of_its_whole_self(target, rows, t
 
 
 @pytest.mark.parametrize("option", ["--batch-size", "--shard-megabytes", "--max-length"])
-def test_sizes_of_nothing_are_refused(tmp_path, option):
+def test_sizes_of_zero_are_refused(tmp_path, option):
     command = ["features", "--target", "x", "--dataset", "y", "--output", str(tmp_path / "z")]
     result = invoke(*command, option, "0")
     assert result.exit_code == 2 and f"argument {option}: 0 is too small" in printed(result)
 
 
-def test_a_batch_of_nothing_is_refused_from_python_too(target, rows, tmp_path):
+def test_a_batch_size_of_zero_is_refused_in_python_too(target, rows, tmp_path):
     with pytest.raises(ValueError, match="`batch_size` is 0; use at least 1"):
         write_features(target, rows, tmp_path / "cache", batch_size=0)
     assert not list(tmp_path.iterdir())
 
 
-def test_deleting_leaves_what_is_not_the_caches(target, rows, tmp_path):
+def test_deleting_a_cache_leaves_other_files(target, rows, tmp_path):
     write_features(target, rows, tmp_path / "cache", shard_bytes=2000)
     (tmp_path / "cache" / "notes.txt").touch()
     assert delete_features(tmp_path / "cache") > 0
@@ -377,7 +375,7 @@ def test_rows_are_grouped_by_length_without_opening_a_shard(
     assert orders[0][0] != sorted(orders[0][0]) and sorted(orders[0][1]) == list(range(len(rows)))
 
 
-def test_a_training_reads_rows_that_are_grouped_by_length(target, rows, tmp_path):
+def test_training_reads_rows_grouped_by_length(target, rows, tmp_path):
     write_features(target, rows, tmp_path / "cache", shard_bytes=2000)
     cached = CachedFeatures(tmp_path / "cache")
     assert [row["input_ids"] for row in cached] == rows["input_ids"]
@@ -388,7 +386,7 @@ def test_a_training_reads_rows_that_are_grouped_by_length(target, rows, tmp_path
     ).train()
 
 
-def test_rows_beyond_the_limit_are_refused(target, rows, tmp_path):
+def test_cached_rows_longer_than_max_length_are_refused(target, rows, tmp_path):
     write_features(target, rows, tmp_path / "cache")
     with pytest.raises(
         ValueError, match="a row of the cache in .* has 11 tokens; pass max_length=11"
@@ -411,7 +409,7 @@ def test_another_size_of_shards_cannot_be_resumed(target, rows, tmp_path):
         write_features(target, rows, tmp_path, shard_bytes=3000)
 
 
-def test_deleting_takes_what_a_kill_left(target, rows, tmp_path):
+def test_deleting_removes_partial_files_of_a_killed_run(target, rows, tmp_path):
     write_features(target, rows, tmp_path / "cache")
     (tmp_path / "cache" / ".partial-1a2b3c4d-features-00007.safetensors").touch()
     delete_features(tmp_path / "cache")

@@ -73,7 +73,7 @@ def test_targets_of_any_kind_have_orders(rows, grouping, family):
 
 
 @pytest.mark.parametrize("grouping", MADE)
-def test_what_pads_the_vocabulary_comes_last(target, rows, grouping):
+def test_padding_of_the_vocabulary_comes_last(target, rows, grouping):
     order = group_order(grouping, target, rows, 6, num_tokens=35)
     assert order[35:].tolist() == [35, 36, 37, 38, 39]
     check_order(order, VOCAB)
@@ -97,14 +97,14 @@ def test_a_grouping_that_counts_needs_rows(target, rows, grouping):
         ({"grouping": "random"}, "'random'; use 'contiguous' or one of .*'kmeans'"),
     ],
 )
-def test_what_cannot_be_grouped_is_refused(target, fields, message):
+def test_invalid_arguments_are_refused(target, fields, message):
     given = {"grouping": "kmeans", "target": target, "rows": None, "num_groups": 4, **fields}
     with pytest.raises(ValueError, match=message):
         group_order(**given)
 
 
 @pytest.mark.parametrize("grouping", ["kmeans", "coactivation"])
-def test_a_head_whose_rows_cannot_be_read_makes_no_similar_groups(rows, grouping):
+def test_groups_by_similarity_need_a_readable_head(rows, grouping):
     pytest.importorskip("torchao")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -140,7 +140,7 @@ def test_balanced_groups_are_nearly_the_best():
     assert 0.99 * best <= found <= best + 1e-3
 
 
-def test_who_would_lose_most_keeps_its_group():
+def test_the_token_that_would_lose_most_keeps_its_group():
     scores = torch.tensor([[5.0, 4.0], [5.0, 0.0], [5.0, 3.0], [5.0, 4.0]])
     assert balanced_groups(scores, torch.tensor([2, 2])).tolist() == [1, 0, 0, 1]
     begun = torch.tensor([0, 1, 1, 0])
@@ -170,13 +170,13 @@ TOP = TargetTopK(
 SIZES = torch.tensor([3, 3])
 
 
-def test_coactivation_puts_tokens_together_that_compete():
+def test_coactivation_groups_tokens_that_compete():
     rows = torch.zeros(6, 4)
     groups = coactivation_groups(TOP, rows, torch.tensor([0, 0, 0, 1, 1, 1]), SIZES)
     assert groups[0] == groups[3] != groups[1] == groups[4]
 
 
-def test_tokens_that_are_nowhere_likely_stay_with_similar_ones():
+def test_tokens_that_are_likely_nowhere_stay_with_similar_ones():
     rows = torch.zeros(6, 4)
     rows[[2, 1, 4], 0] = 1.0
     rows[[5, 0, 3], 0] = -1.0
@@ -229,13 +229,13 @@ def test_no_more_positions_are_read_than_were_asked_for(target, rows, max_tokens
     torch.testing.assert_close(float(top.counts.sum()), float(len(top.tokens)))
 
 
-def test_a_stream_is_counted_as_its_rows_are(target, rows):
+def test_a_stream_has_the_counts_of_its_rows(target, rows):
     stream = rows.to_iterable_dataset()
     counts = token_counts(target, rows)
     torch.testing.assert_close(token_counts(target, stream), counts, rtol=1e-4, atol=1e-6)
 
 
-def test_cached_features_are_counted_as_computed_ones(rows, tmp_path):
+def test_cached_features_have_the_counts_of_computed_ones(rows, tmp_path):
     model = tiny_target("llama", torch.float32).bfloat16()
     write_features(model, rows, tmp_path)
     target, cached = as_target(model), CachedFeatures(tmp_path)

@@ -176,7 +176,7 @@ for revision in revisions:
         offline.close()
 
 
-def test_a_broken_download_goes_on_where_it_stopped(hub, client, stranger, tmp_path):
+def test_an_interrupted_download_resumes_where_it_stopped(hub, client, stranger, tmp_path):
     # the client writes ten megabytes at a time, and goes on from what it has written
     sizes = {"hidden_size": 800, "intermediate_size": 800, "num_attention_heads": 8}
     drafter = tmp_path / "drafter"
@@ -189,7 +189,7 @@ def test_a_broken_download_goes_on_where_it_stopped(hub, client, stranger, tmp_p
     assert hub.asked(r"GET /large/\w+ bytes=[1-9]\d*-") == 1
 
 
-def test_a_private_drafter_is_seen_by_its_owner_alone(hub, client, stranger, drafter):
+def test_only_its_owner_sees_a_private_drafter(hub, client, stranger, drafter):
     publish(client, drafter, "org/private", private=True)
     client.run(IS_LOADED, folder=drafter, repo="org/private")
     with pytest.raises(RuntimeError, match="(?s)private.*hf auth login"):
@@ -291,7 +291,7 @@ snapshot_download("org/target", local_dir=source)
     stranger.run(snippet_of(card))
 
 
-def test_a_card_that_somebody_wrote_on_the_hub_stays(hub, client, drafter):
+def test_a_card_written_by_hand_on_the_hub_is_kept(hub, client, drafter):
     publish(client, drafter, "org/edited")
     by_hand = "---\nlicense: mit\n---\n# By hand\n"
     hub.repos["org/edited"].commit("main", {"README.md": by_hand.encode()})

@@ -79,7 +79,7 @@ def test_each_branch_keeps_its_own_card(hub, client, drafter):  # noqa: F811
     assert hub.files("org/branches", "new")["README.md"] == b"# Main\n"
 
 
-def test_a_card_of_ours_keeps_its_metadata_and_one_that_was_edited_stays(
+def test_a_generated_card_keeps_its_metadata_and_an_edited_one_is_kept(
     hub,
     client,
     drafter,  # noqa: F811
@@ -132,13 +132,13 @@ def test_a_variant_stands_beside_the_weights_and_neither_deletes_the_other(hub, 
     assert {"model.safetensors", "model.fp16.safetensors"} <= set(hub.files("org/variant"))
 
 
-def test_a_name_without_its_owner_is_protected_too(hub, client):  # noqa: F811
+def test_a_repository_named_without_its_owner_is_protected_too(hub, client):  # noqa: F811
     hub.put_files("org/my-own", {"model.gguf": b"w"})
     with pytest.raises(RuntimeError, match="org/my-own holds another model's model.gguf"):
         client.run(MAKE + "drafter.push_to_hub('my-own')")
 
 
-def test_a_folder_of_the_author_is_named_by_its_id_or_not_at_all(hub, client, drafter):  # noqa: F811
+def test_a_local_target_is_named_by_its_hub_id_or_not_at_all(hub, client, drafter):  # noqa: F811
     config = json.loads((drafter / "config.json").read_text())
     config["target_name_or_path"] = str(drafter.parent)
     (drafter / "config.json").write_text(json.dumps(config))
@@ -171,7 +171,7 @@ def test_a_push_with_another_tokenizer_leaves_nothing_on_the_hub(hub, client):  
     assert "org/mistaken" not in hub.repos
 
 
-def test_a_push_takes_the_keywords_of_transformers_own(hub, client):  # noqa: F811
+def test_a_push_takes_the_keywords_of_transformers(hub, client):  # noqa: F811
     client.run(MAKE + "drafter.push_to_hub('org/tagged', tags='tiny', commit_message='First')")
     assert metadata_of(card_of(hub, "org/tagged"))["tags"][-1] == "tiny"
 
@@ -199,7 +199,7 @@ def test_weights_that_are_not_finite_are_not_published(hub, client, drafter):  #
     assert "org/nan" not in hub.repos
 
 
-def test_a_card_without_a_target_says_what_to_fill_in(hub, client, drafter):  # noqa: F811
+def test_a_card_without_a_target_names_what_to_fill_in(hub, client, drafter):  # noqa: F811
     config = json.loads((drafter / "config.json").read_text())
     (drafter / "config.json").write_text(json.dumps(config | {"target_name_or_path": None}))
     publish(client, drafter, "org/nameless")

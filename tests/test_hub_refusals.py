@@ -14,7 +14,7 @@ from test_hub import (  # noqa: F401  fixtures
 )
 
 
-def test_a_refusal_of_the_hub_is_what_the_user_reads(hub, client, drafter):  # noqa: F811
+def test_the_hubs_own_error_reaches_the_user(hub, client, drafter):  # noqa: F811
     hub.faults = [Fault("POST /api/repos/create", 403, message="read-only token")]
     with pytest.raises(RuntimeError, match="(?s)HfHubHTTPError.*read-only token"):
         publish(client, drafter, "org/refused")
@@ -24,7 +24,7 @@ def test_a_refusal_of_the_hub_is_what_the_user_reads(hub, client, drafter):  # n
         client.run(MAKE + "drafter.push_to_hub('org/refused')")
 
 
-def test_an_upload_is_tried_again_where_the_hub_fails_once(hub, client, drafter):  # noqa: F811
+def test_an_upload_is_repeated_after_one_failure(hub, client, drafter):  # noqa: F811
     hub.faults = [Fault("POST .*/preupload/", 503), Fault("PUT /large/", 500)]
     publish(client, drafter, "org/retried")
     assert hub.asked("^POST .*/preupload/") == 2 and hub.asked("^PUT /large/") == 2
@@ -40,7 +40,7 @@ def test_another_model_is_not_overwritten(hub, client, drafter):  # noqa: F811
     assert hub.files("org/target") == before
 
 
-def test_somebody_elses_name_is_refused_and_a_dataset_of_that_name_is_left_alone(
+def test_another_owners_name_is_refused_and_a_dataset_of_that_name_is_kept(
     hub,
     client,
     drafter,  # noqa: F811
@@ -55,7 +55,7 @@ def test_somebody_elses_name_is_refused_and_a_dataset_of_that_name_is_left_alone
         publish(client, drafter, "no/such/name")
 
 
-def test_loading_what_is_not_there_says_what_to_do(hub, client, stranger, drafter):  # noqa: F811
+def test_loading_a_missing_drafter_is_a_helpful_error(hub, client, stranger, drafter):  # noqa: F811
     load = "from transformers import AutoModel; import coral_hf; AutoModel.from_pretrained(*a, **k)"
     with pytest.raises(RuntimeError, match="(?s)is not a valid model identifier.*hf auth login"):
         stranger.run(load, a=["org/not-there"], k={})

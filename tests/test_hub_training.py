@@ -48,7 +48,7 @@ def train(client, folder, output, repo, **settings):  # noqa: F811
     client.run(TRAIN, folder=folder, output=output, repo=repo, settings=settings, **steer)
 
 
-def test_a_trained_drafter_is_pushed_with_a_card_that_says_what_it_cost(
+def test_a_trained_drafter_is_pushed_with_its_training_record_in_the_card(
     hub,
     client,
     stranger,
@@ -86,7 +86,7 @@ def test_a_trained_drafter_is_pushed_with_a_card_that_says_what_it_cost(
     assert json.loads(loaded) == [record]
 
 
-def test_checkpoints_are_pushed_as_training_goes_and_hold_no_token(
+def test_checkpoints_are_pushed_while_training_and_hold_no_token(
     hub,
     client,
     folder,  # noqa: F811
@@ -105,7 +105,7 @@ def test_checkpoints_are_pushed_as_training_goes_and_hold_no_token(
     assert not any(TOKEN.encode() in content for content in files.values())
 
 
-def test_a_push_that_fails_stops_no_training_and_is_told_of(hub, client, folder, tmp_path):  # noqa: F811
+def test_a_failed_push_is_logged_and_training_continues(hub, client, folder, tmp_path):  # noqa: F811
     # of large files huggingface_hub raises an error whose cause alone has the reason
     hub.faults = [Fault("PUT /large/", 403, times=2, message="read-only token")]
     train(client, folder, tmp_path, "org/failing", hub_strategy="every_save", save_steps=2)
@@ -114,7 +114,7 @@ def test_a_push_that_fails_stops_no_training_and_is_told_of(hub, client, folder,
     assert (tmp_path / "checkpoint-2" / "model.safetensors").exists()
 
 
-def test_a_training_that_may_not_push_stops_before_it_begins(hub, client, folder, tmp_path):  # noqa: F811
+def test_a_run_that_may_not_push_stops_before_its_first_step(hub, client, folder, tmp_path):  # noqa: F811
     with pytest.raises(RuntimeError, match="holds a llama model"):
         train(client, folder, tmp_path, "org/target")
     hub.faults = [Fault("POST /api/repos/create", 401)]
@@ -123,7 +123,7 @@ def test_a_training_that_may_not_push_stops_before_it_begins(hub, client, folder
     assert not (tmp_path / "checkpoint-1").exists()
 
 
-def test_what_a_training_cost_adds_up_when_it_is_resumed(hub, client, folder, tmp_path):  # noqa: F811
+def test_the_training_record_adds_up_over_a_resumed_run(hub, client, folder, tmp_path):  # noqa: F811
     # pushed by name at the end: in the background the last push may find the one before it going
     pushed = {"hub_strategy": "end", "pushes": True}
     train(client, folder, tmp_path / "whole", "org/whole", **pushed)
@@ -139,7 +139,7 @@ def test_what_a_training_cost_adds_up_when_it_is_resumed(hub, client, folder, tm
     assert records[1][0]["seconds"] >= first["seconds"]
 
 
-def test_folders_of_this_machine_are_not_told_of(hub, client, folder, tmp_path):  # noqa: F811
+def test_local_folders_are_not_named_in_the_card(hub, client, folder, tmp_path):  # noqa: F811
     where = str(folder / "target")
     train(client, folder, tmp_path, "org/local", hub_strategy="checkpoint", name=where)
     files = hub.files("org/local")
@@ -150,7 +150,7 @@ def test_folders_of_this_machine_are_not_told_of(hub, client, folder, tmp_path):
     assert "last-checkpoint/config.json" in files
 
 
-def test_a_card_that_somebody_wrote_stays(hub, client, folder, tmp_path):  # noqa: F811
+def test_a_card_written_by_hand_in_the_folder_is_kept(hub, client, folder, tmp_path):  # noqa: F811
     (tmp_path / "README.md").write_text("# Mine\n")
     train(client, folder, tmp_path, "org/mine", hub_strategy="end", pushes=True)
     assert card_of(hub, "org/mine") == "# Mine\n"
@@ -193,7 +193,7 @@ run(name, words)
     stranger.run(snippet_of(card))
 
 
-def test_a_card_that_somebody_wrote_on_the_hub_outlives_a_training(hub, client, folder, tmp_path):  # noqa: F811
+def test_a_training_run_keeps_a_card_written_by_hand_on_the_hub(hub, client, folder, tmp_path):  # noqa: F811
     hub.put_files("org/by-hand", {"README.md": b"# By hand\n"})
     train(client, folder, tmp_path / "run", "org/by-hand", save_steps=2)
     assert hub.files("org/by-hand")["README.md"] == b"# By hand\n"

@@ -28,7 +28,7 @@ def rows(**columns) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def test_rows_are_told_apart_by_all_that_is_trained_on():
+def test_the_digest_of_rows_depends_on_all_token_columns():
     ids, labels = [[5, 6], [7]], [[-100, 6], [7]]
     different = [
         rows(input_ids=ids),
@@ -42,7 +42,7 @@ def test_rows_are_told_apart_by_all_that_is_trained_on():
     assert len({rows_digest(part) for part in different}) == len(different)
 
 
-def test_equal_rows_have_one_digest_however_they_are_stored():
+def test_equal_rows_have_one_digest_whatever_their_storage():
     ids = [[5, 6], [], [7]]
     long = Features({"input_ids": Sequence(Value("int64")), "id": Value("string")})
     short = Features({"input_ids": Sequence(Value("int16"))})
@@ -55,7 +55,7 @@ def test_equal_rows_have_one_digest_however_they_are_stored():
     assert len({rows_digest(part) for part in same}) == 1
 
 
-def test_seeds_of_neighbours_have_nothing_in_common():
+def test_neighbouring_rows_have_unrelated_seeds():
     seeds = [seed_of(seed, row, turn) for seed in range(4) for row in range(9) for turn in range(4)]
     assert len(set(seeds)) == len(seeds)
     torch.Generator().manual_seed(max(seeds))
@@ -80,7 +80,7 @@ def test_any_change_of_a_weight_changes_the_digest(change):
     assert weights_digest(target) != before
 
 
-def test_a_target_is_one_by_its_weights_and_another_by_its_dtype():
+def test_targets_of_the_same_weights_differ_by_their_dtype():
     target = tiny_target("llama", torch.float32).bfloat16()
     one, other = identify(target), identify(target.float())
     assert one.digest == other.digest
@@ -115,7 +115,7 @@ def test_the_digest_of_an_offloaded_target_is_that_of_the_whole_one(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_an_adapter_counts_by_its_weights_and_by_whether_it_acts():
+def test_an_adapter_counts_by_its_weights_and_by_whether_it_is_active():
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     target = tiny_target("llama", torch.float32)
     digests = {weights_digest(target)}

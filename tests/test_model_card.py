@@ -80,7 +80,7 @@ def test_a_card_shows_a_reports_own_numbers_by_benchmark_and_by_depth(drafter, r
     assert "Not measured" not in card and "Speed was measured" in card
 
 
-def test_what_is_not_known_is_said_to_be_unknown():
+def test_unknown_facts_are_called_unknown():
     drafter = CoralDrafter.from_target(tiny_target("llama"))
     card = make_card(drafter, CardFacts("fresh"))
     assert card.data.to_dict() == {
@@ -99,7 +99,7 @@ def test_what_is_not_known_is_said_to_be_unknown():
         assert line in card.content
 
 
-def test_a_folder_here_is_no_target_that_others_can_load(tmp_path):
+def test_a_local_folder_is_not_a_hub_id(tmp_path):
     assert hub_id(str(tmp_path)) is None and hub_id("a/b/c") is None and hub_id(None) is None
     assert hub_id("org/llama") == "org/llama"
 
@@ -114,7 +114,7 @@ def test_a_folder_here_is_no_target_that_others_can_load(tmp_path):
         ),
     ],
 )
-def test_a_report_that_says_nothing_of_a_drafter_is_refused(report_file, change, reason):
+def test_a_report_without_a_drafter_is_refused(report_file, change, reason):
     with pytest.raises(ValueError, match=reason):
         read_results(changed(report_file, change))
 
@@ -162,9 +162,7 @@ def test_paths_are_cut_down_to_their_last_part(monkeypatch, tmp_path):
     assert command_line() == "coral-hf --target=target x.jsonl x.jsonl org/drafter --limit=3 -1"
 
 
-def test_an_earlier_card_of_ours_keeps_its_license_but_not_its_results(
-    drafter, report_file, tmp_path
-):
+def test_a_rewritten_card_keeps_its_license_but_not_its_results(drafter, report_file, tmp_path):
     facts = CardFacts("org/x", license="mit", tags=["tiny"], datasets=["org/talk"])
     assert write_card(tmp_path, drafter, facts, [read_results(report_file)])
     assert write_card(tmp_path, drafter, CardFacts("org/x"))

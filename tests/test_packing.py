@@ -43,13 +43,13 @@ def test_no_document_is_cut_or_lost(packed):
     assert all(len(row["input_ids"]) <= ROOM for row in packed)
 
 
-def test_a_document_goes_where_it_leaves_the_least_room():
+def test_a_document_goes_where_it_leaves_the_least_space():
     assert best_fit([7, 3, 12, 5, 4, 9], 16) == [[2, 4], [5, 0], [3, 1]]
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=40))
-def test_every_document_has_one_place_within_the_room(lengths):
+def test_every_document_is_in_one_row_and_no_row_is_too_long(lengths):
     rows = best_fit(lengths, 50)
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     assert all(sum(lengths[index] for index in row) <= 50 for row in rows)
@@ -73,7 +73,7 @@ def test_targets_of_transformers_keep_packed_documents_apart(family):
 
 
 @pytest.mark.parametrize("family", ["bloom", "falcon_alibi", "gpt_neo", "lfm2", "recurrent_gemma"])
-def test_a_target_that_looks_across_documents_reads_them_one_by_one(family):
+def test_a_target_that_attends_across_documents_reads_them_one_by_one(family):
     target = make_target(OTHERS[family], torch.float32)
     features = TargetFeatures(target)
     batch = CoralCollator()(list(pack_dataset(Dataset.from_list(make_rows()), ROOM)))
@@ -126,7 +126,7 @@ def test_labels_of_a_documents_first_two_tokens_are_never_trained():
         assert (batch["labels"] != -100).sum() == sum(length - 2 for length in LENGTHS)
 
 
-def test_a_stream_without_names_is_packed_once(tmp_path):
+def test_a_stream_without_column_names_is_packed_once(tmp_path):
     def rows():
         yield from make_rows()
 
@@ -156,7 +156,7 @@ def test_held_out_rows_are_not_packed(tmp_path):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_token_rows_beyond_the_limit_are_refused(tmp_path, packing):
+def test_token_rows_longer_than_max_length_are_refused(tmp_path, packing):
     target = tiny_target("llama", torch.float32)
     with pytest.raises(ValueError, match="`max_length` is 8, but a row of `dataset` has 12 tokens"):
         make_trainer(target, make_rows(), tmp_path, packing=packing, max_length=8)

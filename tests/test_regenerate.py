@@ -76,7 +76,7 @@ def answer_alone(target: Any, messages: list[Any], max_new_tokens: int = 10):
     return tokenizer.decode(new[: new.index(END)] if END in new else new), END in new
 
 
-def test_every_answer_is_the_targets_own_and_follows_from_its_others(target, tmp_path):
+def test_every_answer_is_the_targets_greedy_continuation(target, tmp_path):
     done = run(target, tmp_path / "out.jsonl")
     found, dataset = read(tmp_path / "out.jsonl"), chats()
     assert done.num_rows == len(found) == 6
@@ -96,7 +96,7 @@ def test_every_answer_is_the_targets_own_and_follows_from_its_others(target, tmp
             assert len(row["messages"]) == len(dataset[number]["messages"])
 
 
-def test_the_output_is_read_by_training_without_an_end_that_nobody_wrote(target, tmp_path):
+def test_training_adds_no_end_to_an_answer_that_was_cut_off(target, tmp_path):
     run(target, tmp_path / "out.jsonl")
     for template in (TEMPLATE, PLAIN_TEMPLATE):
         tokenizer = tiny_tokenizer(template)
@@ -107,7 +107,7 @@ def test_the_output_is_read_by_training_without_an_end_that_nobody_wrote(target,
             assert text.removesuffix("<end>").endswith(row["messages"][-1]["content"])
 
 
-def test_unfinished_answers_are_dropped_with_all_that_follows(target, tmp_path):
+def test_unfinished_answers_are_dropped_with_all_later_turns(target, tmp_path):
     kept, dropped = tmp_path / "kept.jsonl", tmp_path / "dropped.jsonl"
     run(target, kept)
     done = run(target, dropped, unfinished="drop")
@@ -160,7 +160,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(target, tmp_path, monkeypa
     assert broken.read_bytes().startswith(written[: written[:-9].rfind(b"\n") + 1])
 
 
-def test_a_batch_of_which_a_row_is_lost_is_answered_as_a_whole(target, tmp_path, monkeypatch):
+def test_a_batch_with_a_lost_row_is_answered_again_as_a_whole(target, tmp_path, monkeypatch):
     output, sizes = tmp_path / "out.jsonl", []
     run(target, output, batch_size=3)
     output.write_bytes(output.read_bytes()[:-9])
@@ -182,7 +182,7 @@ def test_a_target_without_chat_template_is_refused_before_the_first_answer(targe
     assert not list(tmp_path.iterdir())
 
 
-def test_a_finished_run_asks_the_target_nothing_more(target, tmp_path, monkeypatch):
+def test_a_finished_run_does_not_call_the_target(target, tmp_path, monkeypatch):
     first = run(target, tmp_path / "out.jsonl", unfinished="drop")
     killed_after(target, 0, monkeypatch)
     assert run(target, tmp_path / "out.jsonl", unfinished="drop") == first
@@ -198,7 +198,7 @@ def test_answers_do_not_depend_on_their_batch(target, tmp_path):
     assert read(tmp_path / "other.jsonl") != found[0]
 
 
-def test_draws_follow_the_targets_distribution():
+def test_samples_follow_the_targets_distribution():
     target = tiny_target("llama", torch.float64)
     prompt, count = [2, 7, 8, 3], 4000
     target.generation_config.eos_token_id = None
@@ -215,7 +215,7 @@ def test_draws_follow_the_targets_distribution():
     assert (shares - expected).abs().max() < 4 * (0.25 / count) ** 0.5
 
 
-def test_noise_of_a_row_is_that_of_its_seed():
+def test_each_row_draws_noise_from_its_own_seed():
     noise = GumbelNoise([5, 6], torch.device("cpu"))(torch.zeros(2, 1), torch.zeros(2, 9))
     alone = GumbelNoise([6], torch.device("cpu"))(torch.zeros(1, 1), torch.zeros(1, 9))
     assert torch.equal(noise[1:], alone) and not torch.equal(noise[:1], alone)
@@ -296,7 +296,7 @@ def test_rows_without_room_or_answers_are_left_out_with_the_reason(target, tmp_p
         ({"rows": chats(5)}, "with dataset = '"),
     ],
 )
-def test_an_output_of_other_settings_is_never_mixed(target, tmp_path, change, message):
+def test_an_output_with_other_settings_is_refused(target, tmp_path, change, message):
     run(target, tmp_path / "out.jsonl")
     before = (tmp_path / "out.jsonl").read_bytes()
     with pytest.raises(ValueError, match=message):
@@ -304,14 +304,14 @@ def test_an_output_of_other_settings_is_never_mixed(target, tmp_path, change, me
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
-def test_a_target_in_another_dtype_is_never_mixed(target, tmp_path):
+def test_an_output_of_the_target_in_another_dtype_is_refused(target, tmp_path):
     rounded = copy.deepcopy(target).bfloat16()
     run(rounded.float(), tmp_path / "out.jsonl")
     with pytest.raises(ValueError, match="with dtype = 'float32', now it is 'bfl"):
         run(rounded.bfloat16(), tmp_path / "out.jsonl")
 
 
-def test_a_drafter_that_samples_is_never_mixed_with_another(target, tmp_path):
+def test_an_output_sampled_with_another_drafter_is_refused(target, tmp_path):
     torch.manual_seed(0)
     one, other = (CoralDrafter.from_target(target).eval() for _ in range(2))
     for temperature, output in ((0.0, tmp_path / "greedy.jsonl"), (1.0, tmp_path / "drawn.jsonl")):
@@ -323,7 +323,7 @@ def test_a_drafter_that_samples_is_never_mixed_with_another(target, tmp_path):
             run(target, tmp_path / "drawn.jsonl", drafter=drafter, temperature=1.0)
 
 
-def test_a_target_that_was_trained_in_one_place_is_never_mixed(target, tmp_path):
+def test_an_output_of_a_target_with_one_other_weight_is_refused(target, tmp_path):
     run(target, tmp_path / "out.jsonl")
     other = copy.deepcopy(target)
     with torch.no_grad():
@@ -332,7 +332,7 @@ def test_a_target_that_was_trained_in_one_place_is_never_mixed(target, tmp_path)
         run(other, tmp_path / "out.jsonl")
 
 
-def test_another_target_or_file_is_never_mixed(target, tmp_path):
+def test_an_output_of_another_target_or_program_is_refused(target, tmp_path):
     run(target, tmp_path / "out.jsonl")
     other = tiny_target("llama", torch.float64, seed=5, vocab_size=len(tiny_tokenizer()))
     with pytest.raises(ValueError, match="with target = '"):

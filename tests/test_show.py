@@ -32,7 +32,7 @@ def test_marks_stand_around_trained_tokens_and_between_all() -> None:
     assert text.plain == "<s>│<user>│a│ y│b│<end>│<bot>│⟦…│é│↵\n│<end>⟧"
 
 
-def test_colours_say_what_is_trained() -> None:
+def test_colours_tell_trained_tokens_from_others() -> None:
     tokenizer = tiny_tokenizer()
     text = render_mask(ROW, tokenizer)
     spans = [(text.plain[span.start : span.end], str(span.style)) for span in text.spans]
@@ -44,7 +44,7 @@ def test_colours_say_what_is_trained() -> None:
     assert special == ["<s>", "<user>", "<end>", "<bot>", "<end>"]
 
 
-def test_without_colour_the_meaning_survives() -> None:
+def test_without_colour_marks_show_what_is_trained() -> None:
     for options in ({}, {"force_terminal": True, "no_color": True}):
         text = printed([ROW], **options)
         text = re.sub("\x1b[^m]*m", "", text)  # bold and underlined stay
@@ -60,7 +60,7 @@ def test_a_bad_row_is_named_and_the_next_one_follows() -> None:
     assert text.rstrip().endswith("2 rows: 22 tokens, 8 trained (36.4%)")
 
 
-def test_the_lost_tokens_of_a_cut_row_are_counted() -> None:
+def test_the_tokens_cut_from_a_row_are_counted() -> None:
     console = Console(file=io.StringIO(), width=80)
     show([(7, ROW)], tiny_tokenizer(), max_length=9, console=console)
     assert "Row 7: 9 tokens, 2 trained (22.2%); 2 more are cut" in console.file.getvalue()
@@ -72,7 +72,7 @@ def test_control_characters_are_written_out() -> None:
     assert "\\x1b" in render_mask(row, tiny_tokenizer()).plain
 
 
-def test_spaces_of_a_decoder_that_strips_them_are_shown() -> None:
+def test_spaces_that_a_decoder_strips_are_shown() -> None:
     core = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1, "?": 2}, unk_token="?"))
     core.pre_tokenizer = pre_tokenizers.Metaspace()
     core.decoder = decoders.Metaspace()
