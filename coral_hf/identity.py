@@ -123,7 +123,7 @@ def identify(target: PreTrainedModel) -> TargetIdentity:
 
 
 def _quantization(target: PreTrainedModel) -> str | None:
-    """The quantisation config of a target, or the classes of its packed weights."""
+    """Describe the quantisation of a target: its config, or the classes of its packed weights."""
     config = target.config.to_dict().get("quantization_config")
     if config is not None:
         return json.dumps(config, sort_keys=True, default=str)
@@ -164,14 +164,14 @@ def _active_adapters(model: PreTrainedModel) -> str:
 
 
 def _own_weights(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters and buffers of a module, without those of its submodules."""
+    """Yield parameters and buffers, of any shape, of a module without its submodules."""
     return chain(
         module.named_parameters(prefix, recurse=False), module.named_buffers(prefix, recurse=False)
     )
 
 
 def _plain_parts(weight: Tensor) -> Iterator[Tensor]:
-    """Yield the tensors that a weight consists of: packed numbers and scales if it is quantised."""
+    """Yield the tensors of a weight, of any shape: packed numbers and scales if it is quantised."""
     if isinstance(weight, DTensor):
         yield weight.full_tensor()
     elif is_traceable_wrapper_subclass(weight):
@@ -182,7 +182,7 @@ def _plain_parts(weight: Tensor) -> Iterator[Tensor]:
 
 
 def _summary(weight: Tensor) -> bytes:
-    """Integer sums over blocks, which no order of adding changes, and samples, as bytes."""
+    """Sum a weight of any shape over blocks, in integers that no order changes, and sample it."""
     is_wide = weight.is_floating_point() and weight.element_size() > 1
     values = weight.bfloat16() if is_wide else weight
     bits = values.contiguous().flatten().view(torch.uint8)
@@ -190,7 +190,7 @@ def _summary(weight: Tensor) -> bytes:
         bits = bits.clone()
     whole = len(bits) - len(bits) % BLOCK
     words = bits[:whole].view(torch.int64)
-    sums = words.view(-1, BLOCK // 8).sum(-1)
+    sums = words.view(-1, BLOCK // 8).sum(-1)  # (blocks,)
     sample = words[:: max(len(words) // SAMPLES, 1)]
     parts = (sums, sample, bits[whole:])
     return b"".join(part.cpu().numpy().tobytes() for part in parts)

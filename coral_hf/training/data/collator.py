@@ -1,4 +1,4 @@
-"""Batches from rows of different lengths.
+"""A collator that pads rows of different lengths to a batch.
 
 In: rows of `prepare_dataset`. Out: tensors (batch, length), padded on the right.
 """
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .dataset import COLUMNS
 from .encoding import IGNORED
 from .messages import Row
 
@@ -34,15 +33,12 @@ class CoralCollator:
         Returns:
             (batch, length) each, `features` (batch, length, hidden).
         """
-        if not COLUMNS.keys() <= rows[0].keys():
-            raise ValueError(f"Rows have {[*rows[0]]}, not {[*COLUMNS]}; use `prepare_dataset`.")
+        pads = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
+        if not pads.keys() <= rows[0].keys():
+            raise ValueError(f"Rows have {[*rows[0]]}, not {[*pads]}; use `prepare_dataset`.")
         multiple = self.pad_to_multiple_of or 1
         length = -(-max(len(row["input_ids"]) for row in rows) // multiple) * multiple
-        fills: dict[str, Sequence[int]] = {
-            "input_ids": [self.pad_token_id] * length,
-            "attention_mask": [0] * length,
-            "labels": [IGNORED] * length,
-        }
+        fills: dict[str, Sequence[int]] = {name: [pad] * length for name, pad in pads.items()}
         if "position_ids" in rows[0]:
             fills["position_ids"] = range(length)  # padding is a document of its own
         batch = {

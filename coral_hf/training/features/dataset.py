@@ -1,4 +1,4 @@
-"""A feature cache as a dataset of the trainer, read from where it lies on disk.
+"""A feature cache as a memory-mapped dataset of the trainer.
 
 In: a folder of `write_features`. Out: rows of tokens, labels and features.
 """

@@ -19,7 +19,7 @@ from ...atomic import PARTIAL, WRITER, JsonLines
 from ...identity import file_digest
 
 INDEX, SHARDS = "features.json", "features.jsonl"
-# of a number, and of a token beside its numbers
+# bytes of a number, and of a token beside its numbers
 FORMAT_BYTES = {"bfloat16": (2, 0), "int8": (1, 4)}
 
 

@@ -41,6 +41,7 @@ class TargetFeatures:
         return self._read_by_document(ids, positions)
 
     def _is_packed_readable(self, device: torch.device) -> bool:
+        """Test once whether the target keeps documents of packed rows (batch, length) apart."""
         if self._reads_packed_rows is None:
             self._reads_packed_rows = reads_packed_rows(self._target, device)
         return self._reads_packed_rows

@@ -24,22 +24,22 @@ READ_SHARE = 1 / 16
 SIMILARITY = 2.0
 
 
-def coactivation_groups(top: TargetTopK, rows: Tensor, groups: Tensor, sizes: Tensor) -> Tensor:
+def coactivation_groups(top: TargetTopK, vectors: Tensor, groups: Tensor, sizes: Tensor) -> Tensor:
     """Improve groups in turns: which groups each position reads, then where each token is best.
 
     Args:
         top: the target's most probable tokens.
-        rows: (tokens, hidden), fp32.
+        vectors: (tokens, hidden), rows of the LM head in fp32.
         groups: (tokens,), to start from.
         sizes: (groups,), tokens of each group.
 
     Returns:
         (tokens,), int64.
     """
-    rows = rows - rows.mean(0)
-    weight = SIMILARITY / max(float(rows.square().sum(-1).mean()), 1e-12)
+    vectors = vectors - vectors.mean(0)
+    weight = SIMILARITY / max(float(vectors.square().sum(-1).mean()), 1e-12)
     for _ in range(MAX_TURNS):
-        alike = similarity(rows, centroids_of(rows, groups, len(sizes)))  # (tokens, groups)
+        alike = similarity(vectors, centroids_of(vectors, groups, len(sizes)))  # (tokens, groups)
         read = read_groups(top, groups, len(sizes))
         before = groups
         scores = gain(top, read, alike.shape).add_(alike, alpha=weight)  # (tokens, groups)

@@ -1,6 +1,6 @@
 """Balanced k-means: groups of given sizes, of tokens with similar rows of the LM head.
 
-In: rows of the LM head. Out: the group of each token. Rows keep their lengths, which tell common
+In: rows of the LM head. Out: the group of each token. Rows keep their norms, which tell common
 tokens from rare ones: a router needs them as much as directions.
 """
 
@@ -15,11 +15,11 @@ BATCH_SIZE = 4096
 MAX_PASSES = 2
 
 
-def kmeans_groups(rows: Tensor, sizes: Tensor, seed: int = 0) -> Tensor:
-    """Group similar rows: k-means, then turns of balanced assignment and new centroids.
+def kmeans_groups(vectors: Tensor, sizes: Tensor, seed: int = 0) -> Tensor:
+    """Group similar vectors: k-means, then turns of balanced assignment and new centroids.
 
     Args:
-        rows: (tokens, hidden), fp32.
+        vectors: (tokens, hidden), rows of the LM head in fp32.
         sizes: (groups,), tokens of each group.
         seed: of the first centroids.
 
@@ -30,44 +30,44 @@ def kmeans_groups(rows: Tensor, sizes: Tensor, seed: int = 0) -> Tensor:
 
     clustering = MiniBatchKMeans(
         len(sizes), batch_size=BATCH_SIZE, n_init=1, random_state=seed, compute_labels=False
-    ).fit(rows.numpy())
+    ).fit(vectors.numpy())
     centroids = torch.from_numpy(clustering.cluster_centers_)  # (groups, hidden)
-    groups = balanced_groups(similarity(rows, centroids), sizes)
+    groups = balanced_groups(similarity(vectors, centroids), sizes)
     for _ in range(MAX_TURNS):
         before = groups
-        centroids = centroids_of(rows, groups, len(sizes))
-        groups = balanced_groups(similarity(rows, centroids), sizes, groups)
+        centroids = centroids_of(vectors, groups, len(sizes))
+        groups = balanced_groups(similarity(vectors, centroids), sizes, groups)
         if (groups != before).float().mean() <= SETTLED:
             break
     return groups
 
 
-def centroids_of(rows: Tensor, groups: Tensor, num_groups: int) -> Tensor:
-    """Average the rows of each group.
+def centroids_of(vectors: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """Average the vectors of each group.
 
     Args:
-        rows: (tokens, hidden).
+        vectors: (tokens, hidden).
         groups: (tokens,).
         num_groups: none of them empty.
 
     Returns:
         (groups, hidden).
     """
-    sums = rows.new_zeros(num_groups, rows.shape[-1]).index_add_(0, groups, rows)
+    sums = vectors.new_zeros(num_groups, vectors.shape[-1]).index_add_(0, groups, vectors)
     return sums / torch.bincount(groups, minlength=num_groups)[:, None]
 
 
-def similarity(rows: Tensor, centroids: Tensor) -> Tensor:
-    """Score rows by |row|² - |row - centroid|².
+def similarity(vectors: Tensor, centroids: Tensor) -> Tensor:
+    """Score vectors by |vector|² - |vector - centroid|².
 
     Args:
-        rows: (tokens, hidden).
+        vectors: (tokens, hidden).
         centroids: (groups, hidden).
 
     Returns:
         (tokens, groups).
     """
-    return 2 * rows @ centroids.T - centroids.square().sum(-1)
+    return 2 * vectors @ centroids.T - centroids.square().sum(-1)
 
 
 def balanced_groups(scores: Tensor, sizes: Tensor, groups: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Orders of the vocabulary, of which groups are equal slices.
+"""Orders of the vocabulary, whose equal slices are groups.
 
 In: a target and its training rows. Out: (vocab,) token ids, those that pad the vocabulary last.
 """
@@ -72,19 +72,19 @@ def group_order(
 
 
 def _frequency(target: Target, rows: Any, sizes: Tensor, seed: int, max_tokens: int) -> Tensor:
-    """The tokens group by group, of shape (tokens,), for `sizes` (groups,)."""
+    """Order tokens group by group, of shape (tokens,), for `sizes` (groups,)."""
     counts = token_counts(target, rows, max_tokens, seed=seed)
     return most_frequent_first(counts[: int(sizes.sum())])
 
 
 def _kmeans(target: Target, rows: Any, sizes: Tensor, seed: int, max_tokens: int) -> Tensor:
-    """The tokens group by group, of shape (tokens,), for `sizes` (groups,)."""
+    """Order tokens group by group, of shape (tokens,), for `sizes` (groups,)."""
     weight = _head_rows(target, int(sizes.sum()))
     return kmeans_groups(weight, sizes, seed).argsort(stable=True)
 
 
 def _coactivation(target: Target, rows: Any, sizes: Tensor, seed: int, max_tokens: int) -> Tensor:
-    """The tokens group by group, of shape (tokens,), for `sizes` (groups,)."""
+    """Order tokens group by group, of shape (tokens,), for `sizes` (groups,)."""
     weight = _head_rows(target, int(sizes.sum()))
     top = read_top_k(target, rows, max_tokens, seed).below(len(weight))
     groups = kmeans_groups(weight, sizes, seed)
@@ -101,7 +101,7 @@ ORDERS: dict[str, Order] = {
 
 
 def _head_rows(target: Target, num_tokens: int) -> Tensor:
-    """The first rows of the LM head in fp32 on the CPU, (tokens, hidden)."""
+    """Copy the first rows of the LM head to fp32 on the CPU, (tokens, hidden)."""
     if not target.head.is_readable:
         raise ValueError(
             f"The rows of the target's LM head ({type(target.head.module).__name__}) cannot be"

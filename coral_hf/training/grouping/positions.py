@@ -112,6 +112,7 @@ def trained_features(
 
 
 def _shuffled(rows: Any, seed: int) -> Iterable[dict]:
+    """Order rows at random if their number is known; the draw has shape (rows,)."""
     if not hasattr(rows, "__len__"):
         return rows
     generator = torch.Generator().manual_seed(seed)

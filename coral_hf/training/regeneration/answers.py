@@ -132,7 +132,7 @@ class AnswerGenerator:
         )
 
     def _trim(self, tokens: list[int]) -> Answer:
-        """Cut generated tokens, (new,), before the first end token."""
+        """Cut generated tokens before the first end token."""
         end = next((i for i, token in enumerate(tokens) if token in self._ends), None)
         return Answer(tokens[:end], end is not None)
 
@@ -146,6 +146,7 @@ class GumbelNoise(LogitsProcessor):
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device):
+        # a generator for each row of scores (batch, vocab)
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
