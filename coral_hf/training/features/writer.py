@@ -5,7 +5,6 @@ with an index. An interrupted run resumes with the next shard.
 """
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,31 +149,24 @@ def _write_shard(
     target: PreTrainedModel, rows: Any, path: Path, format: str, batch_size: int
 ) -> Shard:
     """Compute and store the features of some rows, (tokens, hidden)."""
+    reader, collate = TargetFeatures(target.eval()), CoralCollator()
     parts: list[dict[str, Tensor]] = []
     squares = lost = 0.0
-    for row, features in _features_of(target, rows, batch_size):
-        stored = encode(features, format)
-        squares += float(features.double().square().sum())
-        lost += float((features.double() - decode(**stored).double()).square().sum())
-        tokens = {name: torch.tensor(row[name]).int() for name in TOKEN_COLUMNS if name in row}
-        parts.append({**tokens, **stored})
+    for start in range(0, len(rows), batch_size):
+        batch = [rows[row] for row in range(start, min(start + batch_size, len(rows)))]
+        inputs = {name: part.to(target.device) for name, part in collate(batch).items()}
+        for row, padded in zip(batch, reader.read(inputs).cpu(), strict=True):
+            features = padded[: len(row["input_ids"])]  # (length, hidden)
+            stored = encode(features, format)
+            squares += float(features.double().square().sum())
+            lost += float((features.double() - decode(**stored).double()).square().sum())
+            tokens = {name: torch.tensor(row[name]).int() for name in TOKEN_COLUMNS if name in row}
+            parts.append({**tokens, **stored})
     with new_file(path) as partial:
         save_file({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, partial)
         size, sha256 = partial.stat().st_size, file_digest(partial)
     lengths = [len(part["input_ids"]) for part in parts]
     return Shard(path.name, lengths, size, sha256, squares, lost)
-
-
-def _features_of(
-    target: PreTrainedModel, rows: Any, batch_size: int
-) -> Iterator[tuple[dict[str, Any], Tensor]]:
-    """Yield each row and its features, (length, hidden), on the CPU."""
-    reader, collate = TargetFeatures(target.eval()), CoralCollator()
-    for start in range(0, len(rows), batch_size):
-        batch = [rows[row] for row in range(start, min(start + batch_size, len(rows)))]
-        inputs = {name: part.to(target.device) for name, part in collate(batch).items()}
-        for row, features in zip(batch, reader.read(inputs).cpu(), strict=True):
-            yield row, features[: len(row["input_ids"])]
 
 
 def _gigabytes(count: int) -> str:
