@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic on literal calls, its report, and one run of the whole."""
+"""Arithmetic of the benchmark on literal calls, its report, and one complete run."""
 
 import json
 import subprocess
@@ -139,7 +139,7 @@ def test_repeats_of_an_item_count_once_in_the_speedup():
     assert summarise_tasks(CALLS[:2] + repeats)[-1].speedup == 2.0
 
 
-def test_acceptance_by_depth_is_of_all_rounds_and_of_those_that_got_there():
+def test_acceptance_by_depth_is_a_share_of_all_rounds_and_of_those_that_reach_it():
     depths = [
         (entry.depth, entry.share, entry.share_given_parent) for entry in accepted_depths(CALLS)
     ]
@@ -152,7 +152,7 @@ def test_the_first_difference_counts_missing_tokens():
     assert first_difference([1, 2, 3], [1, 2]) == 2
 
 
-def test_the_gap_is_of_the_logits_after_the_shared_tokens(target):
+def test_the_gap_is_between_the_logits_after_the_shared_tokens(target):
     ids = torch.tensor([[1, 2]])
     logits = target(torch.tensor([[1, 2, 3]])).logits[0, -1].sort(descending=True).values
     assert top2_gap(target, ids, [3]) == pytest.approx((logits[0] - logits[1]).item(), abs=1e-5)
@@ -207,7 +207,7 @@ def test_later_turns_are_asked_after_the_targets_own_answer(report):
     assert lengths == {0: 2, 1: 2 + 12 + 1}
 
 
-def test_a_drafter_that_always_agrees_is_measured_as_such(target, tokenizer):
+def test_a_drafter_that_agrees_with_the_target_has_a_high_tau(target, tokenizer):
     ids = torch.tensor([[5]])
     tokens = target.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)[0]
     drafter = BigramDrafter.from_texts([tokens], VOCAB, top_k=8)
@@ -240,7 +240,7 @@ def test_json_holds_every_call_and_the_numbers_that_are_computed_from_them(repor
     assert found["environment"]["num_padded_layers"] == 2
 
 
-def test_markdown_tells_hardware_versions_dtype_seed_and_both_depths(report):
+def test_markdown_lists_hardware_versions_dtype_seed_and_both_depths(report):
     text, environment = report.to_markdown(), report.environment
     assert environment.hardware in text
     assert f"torch {torch.__version__}" in text and f"coral_hf {coral_hf.__version__}" in text
@@ -256,7 +256,7 @@ def test_markdown_lists_mismatches_with_their_gap(target):
     assert "| chat | 7 | 0 | coral | 12 | 1.5e-07 |" in report.to_markdown()
 
 
-def test_a_report_writes_json_markdown_and_pictures(report, tmp_path):
+def test_a_report_writes_json_markdown_and_plots(report, tmp_path):
     report.write(tmp_path / "new" / "folder")
     files = {path.name: path.read_bytes() for path in (tmp_path / "new" / "folder").iterdir()}
     assert set(files) == {"report.json", "report.md", "acceptance.png", "speedup.png"}
@@ -276,7 +276,7 @@ def test_the_terminal_table_has_a_row_for_each_task_and_method(report):
         ({"temperature": -1.0}, "`temperature` is -1.0"),
     ],
 )
-def test_settings_that_measure_nothing_are_refused(fields, message):
+def test_invalid_benchmark_settings_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         BenchmarkSettings(**fields)
 

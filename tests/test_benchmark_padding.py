@@ -82,17 +82,19 @@ def test_a_target_padded_to_its_own_depth_is_no_deeper(target):
 
 
 def test_a_target_cannot_be_padded_to_fewer_layers():
-    with pytest.raises(ValueError, match="`num_layers` is 1, but the target has 2"):
+    with pytest.raises(ValueError, match="`num_layers` is 1, but LlamaForCausalLM has a list of 2"):
         pad_target(build_target("Llama"), 1)
 
 
 def test_targets_not_built_like_llama_are_refused():
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50))
-    with pytest.raises(ValueError, match="no `layers` list"):
+    with pytest.raises(
+        ValueError, match="has a list of 0 `layers`; choose a target built like Llama"
+    ):
         pad_target(gpt2, 4)
     opt = transformers.OPTConfig(
         hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=2,
         num_attention_heads=4, vocab_size=50, init_std=0.5,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="o_proj and down_proj"):
+    with pytest.raises(ValueError, match="'o_proj', 'down_proj'"):
         pad_target(transformers.OPTForCausalLM(opt).eval(), 4)

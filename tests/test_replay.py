@@ -92,7 +92,7 @@ def test_on_the_targets_own_text_the_rounds_are_those_of_chain_decoding(target, 
     assert len(set(replayed)) >= 4  # some rounds accept nothing, some a whole chain
 
 
-def test_from_every_prefix_a_chain_gets_as_far_as_its_diagonal_says(target, drafter, texts):
+def test_from_every_prefix_a_chain_is_accepted_as_far_as_its_diagonal(target, drafter, texts):
     text = texts[:1]
     predicted, features = unrolled(target, drafter, text)
     trained = torch.ones(1, text.shape[1] - 2, dtype=torch.bool)
@@ -117,7 +117,7 @@ def test_a_chain_is_a_diagonal_and_stops_at_the_first_disagreement():
     assert accepted_chains(agreed).tolist() == [[3, 1, 3, 0, 1]]
 
 
-def test_a_walk_goes_from_root_to_root_and_ends_with_each_stretch():
+def test_rounds_lead_from_root_to_root_and_end_with_each_stretch():
     trained = [False, False, False, True, True, True, True, True, False, False, True, True, True]
     accepted = [9, 9, 1, 9, 3, 9, 9, 9, 9, 0, 0]
     # root x3 accepts x4 and gives x5; root x5 would accept three, two are left;
@@ -125,7 +125,7 @@ def test_a_walk_goes_from_root_to_root_and_ends_with_each_stretch():
     assert list(walk(accepted, trained)) == [2, 2, 1, 1]
 
 
-def test_a_chain_never_runs_into_another_document(target, drafter, texts):
+def test_a_chain_ends_with_its_document(target, drafter, texts):
     """Two texts in a row: the two tokens that nothing predicts keep them apart."""
     row = texts[:2].reshape(1, -1)
     labels = row.clone()

@@ -1,4 +1,4 @@
-"""A sweep's arithmetic on literal calls, its batches and contexts, and one run of the whole."""
+"""Arithmetic of a sweep on literal calls, its batches and contexts, and one complete run."""
 
 import json
 from dataclasses import replace
@@ -102,7 +102,7 @@ def test_the_speedup_is_the_median_over_batches_of_the_medians_of_their_repeats(
     assert (coral.num_items, coral.num_tokens) == (3, 27)
 
 
-def test_a_batch_that_needs_no_round_has_no_tau():
+def test_a_batch_without_rounds_has_no_tau():
     calls = [
         literal_call(method, 2.0, tokens=[[7], [7]], num_rounds=0, round_lengths=[])
         for method in ("plain", "coral")
@@ -112,7 +112,7 @@ def test_a_batch_that_needs_no_round_has_no_tau():
         assert row.speedup == 1.0
 
 
-def test_a_round_is_compared_with_a_plain_token():
+def test_the_cost_of_a_round_is_compared_with_a_plain_token():
     one_row = {"prompt_length": 512, "tokens": [[7] * 11]}
     row = summarise_context(
         [
@@ -126,7 +126,7 @@ def test_a_round_is_compared_with_a_plain_token():
     assert (row["round_milliseconds"], row["break_even"], row["tau"]) == (350, 0.7, 2.0)
 
 
-def test_both_methods_answer_alike_and_each_row_ends_at_its_own_stop(target, own_drafter):
+def test_both_methods_give_the_same_tokens_and_each_row_ends_at_its_own_stop(target, own_drafter):
     batch = left_padded([torch.tensor([5, 6, 7]), torch.tensor([9])], 0)
     arguments = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
     free = call_generate(target, batch, {**arguments, "eos_token_id": VOCAB})
@@ -156,14 +156,14 @@ def test_every_size_is_measured_with_both_methods_in_turn(report):
     assert first == ["plain", "coral"] * 2
 
 
-def test_no_stop_ends_the_answer_behind_a_context(report):
+def test_no_stop_token_ends_the_answer_after_a_context(report):
     assert [row["context"] for row in report.numbers["contexts"]] == [5, 40]
     calls = [call for call in report.calls if call.task == "context"]
     assert {(call.num_tokens, call.num_equal_rows) for call in calls} == {(10, 1)}
     assert all(row["round_milliseconds"] > 0 for row in report.numbers["contexts"])
 
 
-def test_a_sweep_writes_json_markdown_and_pictures(report, tmp_path):
+def test_a_sweep_writes_json_markdown_and_plots(report, tmp_path):
     report.write(tmp_path / "new")
     files = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
     assert set(files) == {"report.json", "report.md", "batches.png", "contexts.png"}
@@ -190,7 +190,7 @@ def test_a_sweep_of_contexts_alone_has_no_table_of_batches(report):
         ({"contexts": [8], "repeats": 0}, "`repeats` is 0"),
     ],
 )
-def test_settings_of_a_sweep_that_cannot_work_are_refused(fields, message):
+def test_invalid_sweep_settings_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         SweepSettings(**fields)
 

@@ -1,8 +1,7 @@
-"""One way to call `generate` and count: benchmark, sweep, autotune, and the reports of them.
+"""Measurements of drafters: benchmark, sweep over batch sizes and contexts, autotune, reports.
 
-`read_prompts` → `run_benchmark`, or by batch size and context `run_sweep` → `Report`. One call
-alone: `call_generate` → `Call`. Names are imported when they are first
-asked for, so that the settings alone cost no import of torch.
+`read_prompts` → `run_benchmark` or `run_sweep` → `Report`. One call alone: `call_generate` →
+`Call`. Names are imported when they are first used: the settings alone import no torch.
 """
 
 import importlib
@@ -10,20 +9,20 @@ from typing import Any
 
 _HOMES = {
     "benchmark": ["run_benchmark"],
-    "calls": ["AnswerSettings", "Bench", "Call", "call_generate", "decoded_rounds"],
+    "calls": ["Call", "call_generate"],
     "padding": ["pad_target"],
     "prompts": ["Prompt", "encode", "left_padded", "read_prompts"],
     "report": ["Report"],
     "settings": ["BenchmarkSettings", "SweepSettings"],
     "sweep": ["run_sweep"],
 }
-_LAZY = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_LAZY)
+__all__ = sorted(sum(_HOMES.values(), []))
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, from the file that has it."""
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    """Import a public name."""
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

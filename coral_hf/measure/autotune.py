@@ -117,16 +117,12 @@ def search(start: Tree, trials: Sequence[Trial]) -> Iterator[Tree]:
         start: a tree; only the settings that it has are searched.
         trials: all measurements so far; the caller appends to them after each tree.
     """
-    candidates = {name: values for name, values in CANDIDATES.items() if name in start}
-    with logging.tqdm(total=1 + sum(map(len, candidates.values())), desc="autotune") as bar:
-        yield start
-        bar.update()
-        for name, values in candidates.items():
-            best = ranking(trials)[0]
-            for value in values:
-                if value != best[name]:
-                    yield best | {name: value}
-                    bar.update()
+    yield start
+    changes = [{name: value} for name in start for value in CANDIDATES[name]]
+    for change in logging.tqdm(changes, desc="autotune"):
+        best = ranking(trials)
+        if best[0] | change not in best:
+            yield best[0] | change
     while True:
         yield from ranking(trials)[:FINALISTS]
 

@@ -33,7 +33,7 @@ Batch = Mapping[str, Tensor]  # `input_ids` and `attention_mask`, (batch, length
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """What one call of `generate` emitted and cost, and which call it was."""
+    """The output and cost of one call of `generate`, and which call it was."""
 
     tokens: list[list[int]]  # new tokens of each row, up to its own end
     # tokens that each row emitted in each round; the prefill and its tokens are left out
@@ -84,7 +84,7 @@ class Call:
         return self.round_seconds / num_tokens
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry of a report: counts in place of tokens."""
+        """Return the entry of a report: counts in place of tokens."""
         counts = {"num_rows": self.num_rows, "num_tokens": self.num_tokens}
         fields = asdict(self)
         del fields["tokens"]
@@ -121,7 +121,7 @@ class Bench(NamedTuple):
             return replace(call_generate(self.target, batch, self.methods[method]), method=method)
 
     def warm_up(self, batches: Sequence[Batch]) -> None:
-        """Call every method on the first batches untimed: allocators and kernels settle."""
+        """Call every method on the first batches untimed, until allocators and kernels are warm."""
         for number in range(self.warmup):
             for method in self.methods:
                 self.call(method, batches[number % len(batches)], self.seed)

@@ -1,4 +1,4 @@
-"""A padded target: a deep model's cost with a small one's function, tokens and tau.
+"""Padding of a target with layers: the cost of a deep model with the output of a small one.
 
 In: a target. Out: a new one whose appended decoder layers add nothing, because the matrices that
 write into the residual stream are zero. The original layers are shared, the appended ones own their
@@ -16,16 +16,16 @@ WRITERS = ("o_proj", "down_proj")
 
 
 def pad_target(target: PreTrainedModel, num_layers: int) -> PreTrainedModel:
-    """A new target of `num_layers` layers that computes the same: those appended add nothing."""
+    """Build a target of `num_layers` layers that computes the same: those appended add nothing.
+
+    Raises:
+        ValueError: for fewer layers than the target has, and a target that is not built like Llama.
+    """
     num_own = len(decoder_layers(target))
-    if not num_own:
+    if not 0 < num_own <= num_layers:
         raise ValueError(
-            f"{type(target).__name__} has no `layers` list in its decoder; "
-            "padding needs a target built like Llama."
-        )
-    if num_layers < num_own:
-        raise ValueError(
-            f"`num_layers` is {num_layers}, but the target has {num_own}; give that many or more."
+            f"`num_layers` is {num_layers}, but {type(target).__name__} has a list of {num_own}"
+            " `layers`; choose a target built like Llama and no fewer layers."
         )
     # its modules and config are its own, its tensors those of the target
     tensors = [*target.parameters(), *target.buffers()]
@@ -39,7 +39,7 @@ def pad_target(target: PreTrainedModel, num_layers: int) -> PreTrainedModel:
 
 
 def num_padded_layers(target: PreTrainedModel) -> int:
-    """How many of a target's last layers add nothing."""
+    """Count the last layers of a target that add nothing."""
     count = 0
     for layer in reversed(decoder_layers(target)):
         writers = writing_parameters(layer)
@@ -50,7 +50,7 @@ def num_padded_layers(target: PreTrainedModel) -> int:
 
 
 def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's list of layers; an empty one where a family keeps them elsewhere."""
+    """Return the decoder's list of layers; an empty one where a family keeps them elsewhere."""
     layers = dict(target.get_decoder().named_children()).get("layers")
     return layers if isinstance(layers, nn.ModuleList) else nn.ModuleList()
 
@@ -65,7 +65,10 @@ def extend_config(config: PreTrainedConfig, num_layers: int) -> None:
 
 
 def silent_copy(layer: nn.Module, index: int) -> nn.Module:
-    """A copy of a layer that adds nothing to the residual stream, with its own cache index."""
+    """Copy a layer so that it adds nothing to the residual stream, with its own cache index.
+
+    The weights that write into the stream, (hidden, width), become zero.
+    """
     copy = deepcopy(layer)
     for parameter in writing_parameters(copy):
         parameter.data.zero_()
@@ -77,7 +80,7 @@ def silent_copy(layer: nn.Module, index: int) -> nn.Module:
 
 
 def writing_parameters(layer: nn.Module) -> list[nn.Parameter]:
-    """The parameters that write into the residual stream, biases and fused experts included."""
+    """List the weights (hidden, width) that write into the residual stream, with their biases."""
     return [
         parameter
         for name, parameter in layer.named_parameters()
@@ -87,7 +90,7 @@ def writing_parameters(layer: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def check_same_function(target: PreTrainedModel, padded: PreTrainedModel) -> None:
-    """Raise where the padding shows: a family that writes elsewhere, or rescales its layers."""
+    """Raise a ValueError if padding changes logits: the family writes elsewhere, or rescales."""
     vocab = target.config.get_text_config().vocab_size
     ids = torch.arange(1, 9, device=target.device)[None] % vocab  # (1, 8)
     expected, found = (
@@ -96,7 +99,6 @@ def check_same_function(target: PreTrainedModel, padded: PreTrainedModel) -> Non
     difference = (expected - found).abs().max().item()
     if not difference <= 1e-6 * max(1.0, expected.abs().max().item()):
         raise ValueError(
-            f"padding {type(target).__name__} changed its logits by {difference:.3g}: its layers "
-            f"write into the residual stream by more than {' and '.join(WRITERS)}; "
-            "choose a target built like Llama."
+            f"Padding {type(target).__name__} changes its logits by {difference:.3g}: it writes"
+            f" into the residual stream by more than {WRITERS}; choose a target built like Llama."
         )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from .calls import ROUND_STAGES
 from .summary import AcceptedDepth, Row
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Line(NamedTuple):
 def new_figure(
     num_panels: int = 1, width: float = 5.0, height: float = 3.6
 ) -> tuple["Figure", list["Axes"]]:
-    """A figure with panels side by side, each `width` wide."""
+    """Make a figure with panels side by side, each `width` inches wide."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * num_panels, height), dpi=150, layout="constrained")
@@ -71,7 +72,7 @@ def save(figure: "Figure", path: str | Path) -> Path:
 def bar_figure(
     bars: Bars, text: Callable[[str, Any], str] = lambda name, group: "", **labels: Any
 ) -> "Figure":
-    """A figure of bars side by side, for each group one of each series.
+    """Draw bars side by side, in each group one of each series.
 
     Args:
         text: gives what is written above the bar of a series and group.
@@ -92,7 +93,7 @@ def bar_figure(
 
 
 def line_figure(lines: Sequence[Line], **labels: str) -> "Figure":
-    """A figure of curves; `labels` are `title`, `xlabel`, `ylabel`."""
+    """Draw a figure of curves; `labels` are `title`, `xlabel`, `ylabel`."""
     figure, (axes,) = new_figure()
     draw_lines(axes, lines)
     axes.set(**labels)
@@ -100,7 +101,7 @@ def line_figure(lines: Sequence[Line], **labels: str) -> "Figure":
 
 
 def draw_lines(axes: "Axes", lines: Iterable[Line]) -> None:
-    """Draw curves and their legend; a curve of one point would not be seen, so it is a dot."""
+    """Draw curves and their legend; a curve of a single point becomes a dot."""
     for index, (label, x, y, style, colour) in enumerate(lines):
         style = "." if len(x) == 1 and style == "-" else style
         colour = colour or COLOURS[index % len(COLOURS)]
@@ -109,7 +110,7 @@ def draw_lines(axes: "Axes", lines: Iterable[Line]) -> None:
 
 
 def bars_of(rows: Iterable[Any], group: str, height: str) -> dict[str, dict[Any, float]]:
-    """The bars of each method; `group` and `height` are fields of the rows."""
+    """Collect the bars of each method; `group` and `height` are fields of the rows."""
     bars: dict[str, dict[Any, float]] = {}
     for row in rows:
         bars.setdefault(row.method, {})[vars(row)[group]] = vars(row)[height]
@@ -117,7 +118,7 @@ def bars_of(rows: Iterable[Any], group: str, height: str) -> dict[str, dict[Any,
 
 
 def acceptance_figure(depths: Sequence[AcceptedDepth], title: str) -> "Figure":
-    """Bars: share of all rounds that accept a node at a depth; dots: of those that got so far."""
+    """Draw the share of rounds that accept a node at a depth; as dots, of those that reach it."""
     labels: dict[str, Any] = {"title": title, "xlabel": "depth in the tree"}
     labels |= {"ylabel": "rounds that accept a node", "ylim": (0, 1.05)}
     figure = bar_figure(bars_of(depths, "depth", "share"), **labels)
@@ -133,7 +134,7 @@ def acceptance_figure(depths: Sequence[AcceptedDepth], title: str) -> "Figure":
 
 
 def speedup_figure(rows: Sequence[Row], title: str) -> "Figure":
-    """Bars: median speed-up of each method over plain `generate`, by task."""
+    """Draw the median speed-up of each method over plain `generate`, by task."""
     bars = bars_of((row for row in rows if row.method != "plain"), "task", "speedup")
     labels = {"title": title, "ylabel": "speed-up, median over prompts"}
     figure = bar_figure(bars, lambda name, task: f"{bars[name][task]:.2f}", **labels)
@@ -143,7 +144,7 @@ def speedup_figure(rows: Sequence[Row], title: str) -> "Figure":
 
 
 def batch_figure(rows: Sequence[Row], title: str) -> "Figure":
-    """Bars: tokens per second of both methods by batch size, the drafter's with its speed-up."""
+    """Draw tokens per second of both methods by batch size, the drafter's with its speed-up."""
     speedups = bars_of(rows, "batch_size", "speedup")
     labels = {"title": title, "xlabel": "batch size", "ylabel": "tokens/s of all rows"}
     return bar_figure(
@@ -154,10 +155,10 @@ def batch_figure(rows: Sequence[Row], title: str) -> "Figure":
 
 
 def context_figure(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":
-    """Stacked bars: the stages of a round by context; dots: a plain token."""
+    """Draw the stages of a round by context as stacked bars, and a plain token as dots."""
     figure, (axes,) = new_figure(width=max(5.0, 1.2 * len(rows)))
     x, bottoms = range(len(rows)), [0.0] * len(rows)
-    for stage, colour in zip(("draft", "verify", "other"), COLOURS, strict=False):
+    for stage, colour in zip(ROUND_STAGES, COLOURS, strict=False):
         own = [row[f"{stage}_milliseconds"] for row in rows]
         axes.bar(x, own, BAR_ROOM / 2, bottom=bottoms, color=colour, label=stage)
         bottoms = [bottom + height for bottom, height in zip(bottoms, own, strict=True)]

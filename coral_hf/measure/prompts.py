@@ -1,4 +1,4 @@
-"""Prompts of a benchmark, read from the files as they are published.
+"""Prompts of a benchmark, read from the published files.
 
 In: a question file of MT-bench, Spec-Bench or EAGLE (`turns`), HumanEval (`prompt`), GSM8K
 (`question`), dialogues (`messages`), or plain text; JSON lines may be gzipped. Out: a list of
@@ -26,7 +26,7 @@ END_OF_DOCUMENT = "<|endoftext|>"
 
 
 class Prompt(NamedTuple):
-    """What a model is asked: messages of a conversation, or a text to continue."""
+    """A prompt: messages of a conversation, or a text to continue."""
 
     task: str
     id: str
@@ -35,7 +35,7 @@ class Prompt(NamedTuple):
     turns: tuple[str, ...] = ()  # the user turns that follow once the first is answered
 
     def follow_up(self, answer: str) -> "Prompt":
-        """The same conversation one turn on: the answer and the next user turn appended."""
+        """Return the conversation with the answer and the next user turn appended."""
         asked = ({"role": "assistant", "content": answer}, user_message(self.turns[0]))
         return self._replace(messages=self.messages + asked, turns=self.turns[1:])
 
@@ -47,7 +47,6 @@ def user_message(content: str) -> Message:
 def read_prompts(
     path: str | Path,
     limit: int | None = None,
-    skip: int = 0,
     last: int | None = None,
     user_turn: int = -1,
     num_words: int = 32,
@@ -57,29 +56,29 @@ def read_prompts(
     Args:
         path: a `.jsonl`, `.jsonl.gz` or `.txt` file.
         limit: keep at most so many prompts.
-        skip: leave out so many from the start.
-        last: look only at the last so many rows of the file (a held-out tail), then `skip`.
+        last: read only the last so many rows of the file (a held-out tail).
         user_turn: which of a dialogue's answered user turns is asked, as a Python index, the
             nearest one where the dialogue is shorter. The last one (-1) is often a goodbye.
         num_words: how many words of a plain-text document are the prompt; shorter documents leave
             nothing to continue and are left out.
+
+    Raises:
+        ValueError: for another format, naming the row, and a file without a prompt.
     """
     path = Path(path)
-    if path.name.endswith(".txt"):
+    if path.suffix == ".txt":
         prompts = read_documents(path, num_words)
     else:
-        rows = read_rows(path)
-        prompts = [prompt_from_row(row, index, path, user_turn) for index, row in enumerate(rows)]
+        rows = enumerate(read_rows(path))
+        prompts = [prompt_from_row(row, index, path, user_turn) for index, row in rows]
     if not prompts:
-        raise ValueError(
-            f"`path` is {path}, which holds no prompt; give a file with at least one row."
-        )
-    tail = prompts if last is None else prompts[max(len(prompts) - last, 0) :]
-    return tail[skip:] if limit is None else tail[skip : skip + limit]
+        raise ValueError(f"`path` is {path}, which holds no prompt; give a file with one or more.")
+    first = 0 if last is None else max(len(prompts) - last, 0)
+    return prompts[first:][:limit]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The JSON objects of a `.jsonl` or `.jsonl.gz` file, one a line."""
+    """Read the JSON objects of a `.jsonl` or `.jsonl.gz` file, one a line."""
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise ValueError(f"`path` ends in {path.suffix!r}; expected .jsonl, .jsonl.gz or .txt.")
     opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
@@ -88,7 +87,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def prompt_from_row(row: Row, index: int, path: Path, user_turn: int = -1) -> Prompt:
-    """One prompt from a row, its format told by the field that holds the question."""
+    """Make a prompt of a row, whose format follows from the field that holds the question."""
     if "turns" in row:
         first, *later = row["turns"]
         task, id_ = question_task(row, path), row.get("question_id", index)
@@ -107,36 +106,31 @@ def prompt_from_row(row: Row, index: int, path: Path, user_turn: int = -1) -> Pr
 
 
 def question_task(row: Row, path: Path) -> str:
-    """Spec-Bench's task of a question row; the file's name where it is from elsewhere."""
+    """Return Spec-Bench's task of a row with `turns`; the file's name for other benchmarks."""
     if row.get("category") in SPEC_BENCH_TASKS:
         return row["category"]
     return "mt_bench" if len(row["turns"]) == 2 else file_task(path)
 
 
 def file_task(path: Path) -> str:
-    """What a file is called; its folder where it is only called `question`, `test` or `train`."""
+    """Return a file's name, or its folder's where it is only called `question`, `test`, `train`."""
     name = path.name.split(".")[0]
     return path.absolute().parent.name if re.match(r"(question|test|train)(_|$)", name) else name
 
 
 def asked_messages(messages: Sequence[Message], user_turn: int = -1) -> list[Message]:
-    """A dialogue up to and including an answered user turn, or its last user turn if none is."""
-    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    """Cut a dialogue after an answered user turn, or after its last user turn if none is."""
+    roles = [message["role"] for message in messages]
+    users = [i for i, role in enumerate(roles) if role == "user"]
     if not users:
-        raise ValueError(
-            f"a dialogue of {len(messages)} messages has no user turn; give one with `role` user."
-        )
-    followed = [
-        i for i in users if i + 1 < len(messages) and messages[i + 1]["role"] == "assistant"
-    ]
-    if not followed:
-        return list(messages[: users[-1] + 1])
-    index = user_turn if user_turn >= 0 else len(followed) + user_turn
-    return list(messages[: followed[min(max(index, 0), len(followed) - 1)] + 1])
+        raise ValueError(f"A dialogue has the roles {roles}; give one with a user turn.")
+    answered = [i for i in users if roles[i + 1 : i + 2] == ["assistant"]] or users[-1:]
+    nearest = min(max(user_turn, -len(answered)), len(answered) - 1)
+    return list(messages[: answered[nearest] + 1])
 
 
 def read_documents(path: Path, num_words: int) -> list[Prompt]:
-    """The first words of each document; blank lines part them where no end-of-text mark does."""
+    """Read the first words of documents, separated by end-of-text marks or else by blank lines."""
     text = path.read_text(encoding="utf-8")
     parted = text.split(END_OF_DOCUMENT) if END_OF_DOCUMENT in text else re.split(r"\n\s*\n", text)
     heads = (re.match(rf"(\S+\s+){{{num_words - 1}}}\S+(?=\s+\S)", part.strip()) for part in parted)
@@ -145,19 +139,17 @@ def read_documents(path: Path, num_words: int) -> list[Prompt]:
 
 
 def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Token ids of a prompt, (1, length): messages by the chat template, if the tokenizer has one.
+    """Return the token ids of a prompt, (1, length), by the tokenizer's chat template.
 
-    Text starts with BOS if the tokenizer knows one; a chat template decides that by itself.
+    Without a template, and for plain text, they start with BOS if the tokenizer has one.
     """
     if prompt.messages and tokenizer.chat_template is not None:
         encoded = tokenizer.apply_chat_template(
             list(prompt.messages), add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
         return encoded["input_ids"]
-    if prompt.text is not None:
-        text = prompt.text
-    else:
-        text = "\n".join(message["content"] for message in prompt.messages)
+    texts = [message["content"] for message in prompt.messages]
+    text = "\n".join(texts) if prompt.text is None else prompt.text
     ids = tokenizer(text, return_tensors="pt")["input_ids"].long()  # (1, length)
     bos = tokenizer.bos_token_id
     if bos is None or (ids.shape[1] and ids[0, 0] == bos):
@@ -166,7 +158,7 @@ def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 
 def as_batch(ids: Tensor) -> dict[str, Tensor]:
-    """The arguments of `generate` for one prompt (1, length), both (1, length)."""
+    """Make `input_ids` and `attention_mask` of one prompt (1, length), both (1, length)."""
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -175,7 +167,7 @@ def left_padded(
     pad_token: int,
     device: torch.device | None = None,
 ) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` (batch, longest) of prompts, each (length,)."""
+    """Make `input_ids` and `attention_mask`, (batch, longest), of prompts, each (length,)."""
     rows = [torch.as_tensor(prompt) for prompt in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad_token, padding_side="left")
     ones = [torch.ones_like(row) for row in rows]

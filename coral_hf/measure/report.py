@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Table(NamedTuple):
-    """A header and rows of as many cells, for Markdown and for the terminal alike."""
+    """A header and lines of as many cells, for Markdown and the terminal."""
 
     title: str
     header: Sequence[str]
@@ -43,7 +43,7 @@ class Table(NamedTuple):
     legend: str = ""
 
     def to_markdown(self) -> str:
-        """A heading, the table, the legend."""
+        """Return the heading, the table and the legend."""
         heading = f"## {self.title}\n\n" if self.title else ""
         lines = [self.header, ["---"] * len(self.header), *self.rows]
         escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
@@ -51,7 +51,7 @@ class Table(NamedTuple):
         return f"{heading}{body}" + (f"\n{self.legend}" if self.legend else "")
 
     def to_rich(self) -> "RichTable":
-        """A table for the terminal, numbers to the right."""
+        """Return a table for the terminal, numbers to the right."""
         from rich.table import Table as RichTable
 
         table = RichTable(title=self.title)
@@ -188,13 +188,13 @@ class Report:
     figures: Mapping[str, Callable[[], "Figure"]]  # by file name, drawn when they are written
 
     def to_json(self) -> str:
-        """Settings, environment, calls, and the numbers that are computed from the calls."""
+        """Return settings, environment, calls, and the numbers that are computed from the calls."""
         parts = self.numbers | {"settings": self.settings, "environment": self.environment}
         calls = {"calls": [call.to_dict() for call in self.calls]}
         return json.dumps(parts | calls, indent=1, ensure_ascii=False, default=_as_json)
 
     def to_markdown(self) -> str:
-        """Every table with its legend, environment and settings."""
+        """Return every table with its legend, environment and settings."""
         versions = ", ".join(map(" ".join, self.environment.versions.items()))
         shown = {"versions": versions, "command": f"`{self.environment.command}`"}
         facts = {"Environment": asdict(self.environment) | shown, "Settings": asdict(self.settings)}
@@ -216,5 +216,5 @@ class Report:
 
 
 def _as_json(value: Any) -> Any:
-    """A dataclass as an object, a path as text."""
+    """Write a dataclass as an object, a path as text."""
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)

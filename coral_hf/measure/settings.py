@@ -14,7 +14,7 @@ DRAFTING = ("tree_depth", "tree_top_k", "tree_nodes", "draft_head", "verificatio
 
 
 def option(help: str, default: Any = MISSING, **metadata: Any) -> Any:
-    """A dataclass field with a help text.
+    """Make a dataclass field with a help text.
 
     Metadata: `least`, its lower bound; `flag`, the option's name; `needs` and `excludes`, names of
     other fields that it goes with and does not go with; `positional`, an argument without a name.
@@ -46,7 +46,7 @@ class TreeSettings:
         check_least(self)
 
     def drafting(self) -> dict[str, Any]:
-        """The keywords of `generate` for a drafter, of what was chosen."""
+        """Return the keywords of `generate` for a drafter that were chosen."""
         chosen = {name: vars(self).get(name) for name in DRAFTING}
         return {name: value for name, value in chosen.items() if value is not None}
 

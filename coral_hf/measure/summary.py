@@ -1,4 +1,4 @@
-"""The numbers of a report: tau, speed-up, time by stage, acceptance by depth.
+"""Statistics of calls: tau, speed-up, time by stage, acceptance by depth.
 
 In: calls. Out: a Row for each method and group of calls, an AcceptedDepth for each method and
 depth.
@@ -23,7 +23,7 @@ Cost = Callable[[Call], float | None]
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one group of calls; None where there is nothing to divide by."""
+    """The numbers of one method on one group of calls; None where nothing was counted."""
 
     task: str
     batch_size: int
@@ -50,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True)
 class AcceptedDepth:
-    """How often a node at this depth of the tree was accepted."""
+    """How often a method accepted a node at one depth of the tree."""
 
     method: str
     depth: int  # 1 is a child of the root
@@ -59,12 +59,12 @@ class AcceptedDepth:
 
 
 def summarise_tasks(calls: Sequence[Call]) -> list[Row]:
-    """Rows by task and method, the overall ones last."""
+    """Summarise calls by task and method, the overall rows last."""
     return summarise([*calls, *(replace(call, task=OVERALL) for call in calls)], "task")
 
 
 def summarise(calls: Sequence[Call], group: Literal["task", "num_rows"]) -> list[Row]:
-    """Rows by group in the order of the calls, in each by method, plain first."""
+    """Summarise calls by group in their order, and in each group by method, plain first."""
     name = attrgetter(group)
     groups = (
         by_method(call for call in calls if name(call) == value)
@@ -74,7 +74,7 @@ def summarise(calls: Sequence[Call], group: Literal["task", "num_rows"]) -> list
 
 
 def summarise_method(method: str, calls: dict[str, list[Call]]) -> Row:
-    """The row of one method; `calls` of a group by method."""
+    """Summarise one method; `calls` are those of a group by method."""
     own, plain = calls[method], calls["plain"]
     tau = tau_per_token(call.round_lengths for call in own)
     speedup = median(ratios(plain, own, lambda call: call.seconds_per_token))
@@ -102,32 +102,32 @@ def summarise_method(method: str, calls: dict[str, list[Call]]) -> Row:
 
 
 def by_method(calls: Iterable[Call]) -> dict[str, list[Call]]:
-    """Calls by method, plain first."""
+    """Group calls by method, plain first."""
     calls = sorted(calls, key=lambda call: call.method != "plain")
     names = dict.fromkeys(call.method for call in calls)
     return {name: [call for call in calls if call.method == name] for name in names}
 
 
 def tau_per_token(round_lengths: Iterable[Sequence[int]]) -> float | None:
-    """Tokens of all rounds over all rounds: long answers weigh more."""
+    """Divide the tokens of all rounds by the rounds: long answers weigh more."""
     lengths = [length for call in round_lengths for length in call]
     return fmean(lengths) if lengths else None
 
 
 def tau_per_item(round_lengths: Iterable[Sequence[int]]) -> float | None:
-    """The mean of each answer's own ratio: every answer weighs the same."""
+    """Average the ratios of the answers: every answer weighs the same."""
     taus = [fmean(call) for call in round_lengths if call]
     return fmean(taus) if taus else None
 
 
 def ratios(plain: Sequence[Call], calls: Sequence[Call], cost: Cost) -> list[float]:
-    """For each item: plain's cost / the method's, each the median of its repeats."""
+    """Divide plain's cost of each item by the method's, each the median of its repeats."""
     expected, found = cost_by_item(plain, cost), cost_by_item(calls, cost)
     return [expected[item] / found[item] for item in found if item in expected]
 
 
 def cost_by_item(calls: Sequence[Call], cost: Cost) -> dict[int, float]:
-    """The median cost of each item's repeats."""
+    """Return the median cost of each item over its repeats."""
     items: dict[int, list[float]] = {}
     for call in calls:
         if (value := cost(call)) is not None:
@@ -136,7 +136,7 @@ def cost_by_item(calls: Sequence[Call], cost: Cost) -> dict[int, float]:
 
 
 def stage_milliseconds(calls: Sequence[Call]) -> dict[str, float]:
-    """Mean time of the prefill in a call, and of each other stage in a round."""
+    """Average the time of the prefill in a call, and of each other stage in a round."""
     num_rounds = sum(call.num_rounds for call in calls)
     stages = dict.fromkeys(stage for call in calls for stage in call.stage_seconds)
     counts = {stage: len(calls) if stage == "prefill" else num_rounds for stage in stages}
@@ -148,13 +148,13 @@ def stage_milliseconds(calls: Sequence[Call]) -> dict[str, float]:
 
 
 def peak_mebibytes(calls: Iterable[Call]) -> float | None:
-    """The highest peak of GPU memory."""
+    """Return the highest peak of GPU memory."""
     peaks = [call.peak_bytes / 2**20 for call in calls if call.peak_bytes is not None]
     return max(peaks, default=None)
 
 
 def accepted_depths(calls: Sequence[Call]) -> list[AcceptedDepth]:
-    """How far down the tree the rounds of each method went; one cut short counts as emitted."""
+    """Count how deep the rounds of each method accept; one cut short counts by what it emitted."""
     found = []
     for method, own in by_method(calls).items():
         accepted = [length - 1 for call in own for length in call.round_lengths]

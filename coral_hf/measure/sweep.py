@@ -155,7 +155,7 @@ def sized_batches(
     prompts: Sequence[Prompt],
     settings: SweepSettings,
 ) -> list[tuple[str, list[list[Tensor]]]]:
-    """Make the batches of each size and context, with their task: lists of ids (length,)."""
+    """Make the batches of each size and context, with their task: ids of shape (length,) each."""
     rows = [encode(prompt, tokenizer)[0] for prompt in prompts]
     room = (max_positions(text_config(target)) or float("inf")) - settings.max_new_tokens
     fitting = [row for row in rows if len(row) <= room]

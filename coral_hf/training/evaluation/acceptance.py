@@ -57,7 +57,7 @@ class Evaluation:
             self._routing.add(self._drafter, self._target, trained.predicted, trained.target)
 
     def metrics(self, dataset: Iterable, accelerator: Accelerator) -> dict[str, float]:
-        """The metrics by name, the same in every process; each decodes its share of the prompts.
+        """Compute the metrics, the same in every process; each decodes its share of the prompts.
 
         Args:
             dataset: the rows that were evaluated.
@@ -78,7 +78,7 @@ class Evaluation:
         return found
 
     def _decode(self, dataset: Iterable, accelerator: Accelerator) -> Tensor:
-        """Rounds of this process's share of the prompts: shape (depth + 2,), see `count_rounds`."""
+        """Count rounds of this process's prompts: shape (depth + 2,), see `count_rounds`."""
         args, plugin = self._args, accelerator.state.deepspeed_plugin
         if accelerator.distributed_type == "FSDP" or (plugin and plugin.zero_stage == 3):
             # processes decode different numbers of rounds: none can wait for another's weights
@@ -130,14 +130,14 @@ def check_best_metric(args: CoralTrainingArguments, dataset: Any, drafter: Coral
 
 
 def tree_depth(drafter: CoralDrafter) -> int:
-    """Levels of a drafter's own trees; older checkpoints leave them to the defaults."""
+    """Return the levels of a drafter's own trees; older checkpoints leave them to the defaults."""
     return getattr(drafter.generation_config, "tree_depth", TREE_DEFAULTS["tree_depth"])
 
 
 def held_out_prompts(
     dataset: Iterable, target: Target, args: CoralTrainingArguments
 ) -> list[list[int]]:
-    """Token ids of up to `eval_prompts` prompts, from rows spread evenly over a dataset.
+    """Collect token ids of up to `eval_prompts` prompts, from rows spread evenly over a dataset.
 
     A prompt is what precedes the first trained token, and of plain text, of which everything is
     trained, its first `eval_prompt_length` tokens. Rows that hold no more than their prompt, or
@@ -164,7 +164,7 @@ def _spread(dataset: Any, count: int) -> Iterator[Any]:
 
 
 def first_document(row: Any) -> dict[str, list[int]]:
-    """`input_ids` and `labels` of a row, of a packed one those of its first document."""
+    """Cut `input_ids` and `labels` of a row, of shape (length,), after its first document."""
     ids, labels = (torch.as_tensor(row[name]).tolist() for name in ("input_ids", "labels"))
     positions = list(row.get("position_ids", range(len(ids))))
     end = next((i for i in range(1, len(ids)) if positions[i] == 0), len(ids))
@@ -172,7 +172,7 @@ def first_document(row: Any) -> dict[str, list[int]]:
 
 
 def prompt_of(row: Any, text_length: int) -> list[int]:
-    """The prompt of a row of `input_ids` and `labels`; `text_length` tokens of a plain text."""
+    """Return the prompt of `input_ids` and `labels`; of plain text its first `text_length` tokens."""
     ids, labels = row["input_ids"], row["labels"]
     first = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
     # of everything the third token is the first that can be trained
@@ -188,13 +188,13 @@ def count_rounds(rounds: list[int], depth: int) -> Tensor:
 
 
 def acceptance_length(counts: Tensor) -> float:
-    """τ, tokens per round, of counts of shape (depth + 2,); 0 if there was no round."""
+    """Compute τ, tokens per round, of counts of shape (depth + 2,); 0 if there was no round."""
     tokens = (counts * torch.arange(len(counts))).sum()
     return float(tokens / counts.sum().clamp(min=1))
 
 
 def acceptance_by_depth(counts: Tensor) -> dict[str, float]:
-    """The share of the rounds that came to a depth and accept one level more, by depth.
+    """Compute the share of the rounds that reach a depth and accept one level more, by depth.
 
     `counts` has shape (depth + 2,), see `count_rounds`.
 

@@ -7,7 +7,7 @@ starts with the root x3 is the diagonal marked *.
     token                 x0    x1    x2    x3    x4    x5    x6    x7
     label                 -     -     -     x3    x4    x5    x6    x7        trained: 3 … 7
     position t            0     1     2     3     4     5
-    a step there says     x2    x3    x4    x5    x6    x7                    by reading x1 … x6
+    a step there predicts x2    x3    x4    x5    x6    x7                    by reading x1 … x6
     step 1                            *                                       x4 after root x3
     step 2                                  *                                 x5 after x4, f̂¹_3
     step 3                                        *                           x6 after x5, f̂²_4
@@ -33,7 +33,7 @@ CHUNK = 256  # rows of logits held at a time
 
 
 def replayed_rounds(drafter: CoralDrafter, target: Target, unrolled: Unrolled) -> list[int]:
-    """Tokens that each round of greedy chain decoding would emit, row after row.
+    """Count the tokens that each round of greedy chain decoding would emit, row after row.
 
     Args:
         drafter: whose draft head is read.
@@ -53,7 +53,7 @@ def replayed_rounds(drafter: CoralDrafter, target: Target, unrolled: Unrolled) -
 def agreement(
     drafter: CoralDrafter, target: Target, predicted: Tensor, features: Tensor, trained: Tensor
 ) -> Tensor:
-    """Where the drafter's first choice is the target's: (steps, batch, positions).
+    """Mark where the drafter's first choice is the target's: (steps, batch, positions).
 
     Args:
         drafter, target: see `replayed_rounds`.
@@ -70,12 +70,12 @@ def agreement(
 
 
 def _by_chunk(choose: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
-    """(rows, hidden) → (rows,)"""
+    """Apply a function to a few features at a time: (rows, hidden) → (rows,)."""
     return torch.cat([choose(rows) for rows in features.split(CHUNK)])
 
 
 def first_choices(drafter: CoralDrafter, target: Target, features: Tensor) -> Tensor:
-    """The best child of each node of a chain, by the drafter's own head: (rows, hidden) → (rows,).
+    """Choose the best child of each node by the drafter's own head: (rows, hidden) → (rows,).
 
     A level of a chain has one node, so each row reads what it wants itself.
     """
@@ -88,7 +88,7 @@ def first_choices(drafter: CoralDrafter, target: Target, features: Tensor) -> Te
 
 
 def accepted_chains(agreed: Tensor) -> Tensor:
-    """How many guesses of a chain are accepted, by where its first one stands.
+    """Count the accepted guesses of each chain, by the position of its first one.
 
     Args:
         agreed: (steps, batch, positions).
@@ -102,7 +102,7 @@ def accepted_chains(agreed: Tensor) -> Tensor:
 
 
 def walk(accepted: list[int], trained: list[bool]) -> Iterator[int]:
-    """Tokens of each round of a row: from root to root, through each stretch of trained tokens.
+    """Count the tokens of each round of a row, from root to root through each trained stretch.
 
     The first token of a stretch is that of the prompt's pass; the last round ends with the stretch.
 

@@ -18,7 +18,7 @@ NAMES = ("router_top_1_recall", f"router_top_{TOP}_recall", "router_mass")
 
 
 class RoutingCounts:
-    """Sums over positions, of each step."""
+    """Sums over positions, for each step of the unroll."""
 
     def __init__(self, steps: int):
         self.sums = torch.zeros(steps, len(NAMES), dtype=torch.float64)  # (steps, names)
@@ -43,7 +43,7 @@ class RoutingCounts:
         self.positions += len(features)
 
     def metrics(self, totals: Tensor) -> dict[str, float]:
-        """Shares by name and depth.
+        """Compute shares by name and depth.
 
         Args:
             totals: shape (steps · names + 1,), `flat` of all processes, added up.
@@ -56,12 +56,12 @@ class RoutingCounts:
         }
 
     def flat(self) -> Tensor:
-        """All sums and the count, shape (steps · names + 1,), to be added up over processes."""
+        """Flatten all sums and the count, shape (steps · names + 1,), to add up over processes."""
         return torch.cat([self.sums.flatten(), self.sums.new_tensor([self.positions])])
 
 
 def _held(drafter: CoralDrafter, target: Target, predicted: Tensor, probs: Tensor) -> Tensor:
-    """What the active groups of one step hold, summed over positions: (names,).
+    """Sum over positions what the active groups of one step hold: (names,).
 
     Args:
         predicted: (positions, hidden).
