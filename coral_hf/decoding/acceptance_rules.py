@@ -26,7 +26,9 @@ class Chance:
 
     def accept(self, chances: Tensor) -> Tensor:
         """Accept with the given probabilities, of shape (batch,): bool of the same shape."""
-        return torch.rand(chances.shape, device=chances.device) < chances
+        # in explicit precision: torch's default dtype may be a coarse one
+        uniform = torch.rand(chances.shape, device=chances.device, dtype=torch.float64)
+        return uniform < chances
 
     def draw(self, probs: Tensor) -> Tensor:
         """A token of each distribution: (batch, vocab) → (batch,)."""
@@ -34,7 +36,7 @@ class Chance:
 
     def is_accepted(self, chance: float) -> bool:
         """Draw one answer: the `Accept` of the rules over lists, which reads no tensor."""
-        return float(torch.rand(())) < chance
+        return float(torch.rand((), dtype=torch.float64)) < chance
 
 
 class Outcome(NamedTuple):

@@ -34,7 +34,8 @@ class Verdict(NamedTuple):
     def tokens(self, tree: DraftTree) -> Tensor:
         """The tokens that come out: (batch, depth + 1), anything behind `lengths`."""
         drafted = tree.tokens.gather(1, self.path.roll(-1, dims=1))
-        return drafted.scatter(1, self.lengths[:, None] - 1, self.next_token[:, None])
+        last = self.next_token[:, None].to(drafted.dtype)  # ids may be of any integer type
+        return drafted.scatter(1, self.lengths[:, None] - 1, last)
 
 
 class Accepted(NamedTuple):

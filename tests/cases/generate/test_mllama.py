@@ -73,8 +73,11 @@ def test_text_about_an_image_equals_plain_generate(compare, mllama, words, setti
     assert compare(mllama, given, **settings) == "equal"
 
 
-@empty
-@shapes
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(TREE, marks=empty), pytest.param(CHAIN, marks=empty), PLAIN],
+    ids=["tree", "chain", "never"],
+)
 def test_text_without_an_image_equals_plain_generate(compare, mllama, words, settings):
     given = {"input_ids": words, "attention_mask": torch.ones_like(words)}
     assert compare(mllama, given, **settings) == "equal"
