@@ -22,7 +22,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria
 from coral_hf import CoralDrafter
 from coral_hf.decoding import verifier as verifier_module
 from coral_hf.decoding.acceptance_rules import Chance
-from coral_hf.decoding.draft_policy import AlwaysDraft
+from coral_hf.decoding.draft_policy import DraftPolicy
 from coral_hf.decoding.drafting import TreeShape
 from coral_hf.decoding.loop import DecodingLoop, Plan
 from coral_hf.decoding.sequences import Sequences
@@ -140,7 +140,7 @@ def chances_of_all_texts(target, drafter, shape, rule=token_step) -> torch.Tenso
             TargetRunner(bound, takes_tree=True, layers=(-1,)),
             sequences,
             collector,
-            AlwaysDraft(shape),
+            DraftPolicy(shape),
             Plan(Rule("token", is_drawn=False), end),
         )
         branch = loop.verifier = Branch(sequences, collector, "token").follow(text, rule)

@@ -25,7 +25,7 @@ class Chance:
     """Where the draws of a verification come from; tests put every possible answer in its place."""
 
     def accept(self, chances: Tensor) -> Tensor:
-        """Accept with the given probabilities, of shape (batch,): bool of the same shape."""
+        """Accept with the given probabilities, of shape (batch,), independently of each other."""
         # in explicit precision: torch's default dtype may be a coarse one
         uniform = torch.rand(chances.shape, device=chances.device, dtype=torch.float64)
         return uniform < chances

@@ -1,7 +1,7 @@
-"""Going on with a text: the cache that a call takes over, and the one that it hands back.
+"""Caches of a continued sequence: the one a call takes over, and the one it returns.
 
 In: the caller's cache, if any. Out: a `RaggedCache` with what can be used of it, and after the call
-a cache that a later call, with or without a drafter, goes on from.
+a cache that a later call, with or without a drafter, continues from.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ MEMORY = "drafter_memory"
 
 
 def is_user_cache(cache: Cache | None) -> bool:
-    """Whether the caller has passed a cache, and so may go on with it after the call."""
+    """Whether the caller has passed a cache, and so may continue from it after the call."""
     return cache is not None and (
         getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0
     )
@@ -30,7 +30,7 @@ def is_user_cache(cache: Cache | None) -> bool:
 def continued_cache(
     given: Cache | None, windows: Sequence[int | None], length: int, whole: int
 ) -> RaggedCache:
-    """What a call goes on with: an empty cache where it starts at the first token.
+    """Adopt the cache of a call, or make an empty one where it starts at the first token.
 
     Args:
         given: the call's own.
@@ -86,7 +86,7 @@ def returned_cache(given: Cache | None, cache: RaggedCache) -> Cache:
 
 
 def part_of(cache: RaggedCache, row: int) -> RaggedCache:
-    """The committed slots of one row of a batch, in a cache of its own."""
+    """Copy the committed slots of one row of a batch to another cache."""
     part = RaggedCache([layer.window for layer in cache.layers])
     part.set_recording(True)
     for layer, own in zip(part.layers, cache.layers, strict=True):
@@ -98,7 +98,10 @@ def part_of(cache: RaggedCache, row: int) -> RaggedCache:
 
 
 def join(parts: list[tuple[list[int], RaggedCache]]) -> RaggedCache:
-    """One cache of several, each of some rows of the batch; zeros fill what a row lacks."""
+    """Join caches, each of some rows of the batch, along it; zeros fill what a row lacks.
+
+    Keys and values are (rows, kv_heads, slots, head_dim).
+    """
     order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
     whole = RaggedCache([layer.window for layer in parts[0][1].layers])
     whole.set_recording(True)

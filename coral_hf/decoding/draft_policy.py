@@ -183,13 +183,12 @@ class MeasuredCosts(CostModel):
 
 
 class DraftPolicy:
-    """What the loop asks before a round, and reports to after it; by default nothing changes."""
+    """What the loop asks before a round, and reports to after it; here nothing changes."""
 
-    is_plain = False  # whether the drafter is done with this call
-
-    def __init__(self, shape: TreeShape):
-        """`shape`: the largest tree."""
-        self._shape = shape
+    def __init__(self, shape: TreeShape, is_plain: bool = False):
+        """`shape`: the largest tree, which is drafted in every round, or never if `is_plain`."""
+        self._shape = shape._replace(depth=0) if is_plain else shape
+        self.is_plain = is_plain  # whether the drafter is done with this call
 
     def plan(self, rows: int) -> TreeShape:
         """The largest tree of the next round; of depth 0 for a plain round."""
@@ -197,19 +196,6 @@ class DraftPolicy:
 
     def note(self, sample: RoundSample) -> None:
         """Take a round into account."""
-
-
-class AlwaysDraft(DraftPolicy):
-    """Drafts the largest tree in every round."""
-
-
-class NeverDraft(DraftPolicy):
-    """Leaves the drafter alone."""
-
-    is_plain = True
-
-    def __init__(self, shape: TreeShape):
-        super().__init__(shape._replace(depth=0))
 
 
 class AdaptiveDraft(DraftPolicy):
@@ -293,6 +279,6 @@ def choose_policy(
     if speculation not in SPECULATION:
         raise ValueError(f"`speculation` is {speculation!r}; use one of {SPECULATION}.")
     if speculation != "adaptive":
-        return AlwaysDraft(shape) if speculation == "always" else NeverDraft(shape)
+        return DraftPolicy(shape, is_plain=speculation == "never")
     costs = Costs(**(stored or {}))
     return AdaptiveDraft(shape, CostModel(costs) if do_sample else MeasuredCosts(model, costs))

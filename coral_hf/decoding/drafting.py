@@ -50,7 +50,7 @@ class DraftTree(NamedTuple):
     branching: int = 0  # most children of a node; 0: not known
 
     def to(self, device: torch.device) -> "DraftTree":
-        """The same tree on a device."""
+        """Copy the tree, whose tensors begin with (batch, nodes), to a device."""
         parts = self._asdict().items()
         return self._replace(**{n: p.to(device) for n, p in parts if isinstance(p, Tensor)})
 
@@ -62,9 +62,9 @@ class DraftTree(NamedTuple):
         return self.levels or int(self.depths.max())
 
     def ancestry(self) -> Tensor:
-        """Whether the second node is on the path from the root to the first.
+        """Find which nodes lie on the path from the root to each: (batch, nodes, nodes), bool.
 
-        (batch, nodes, nodes), bool; a node is on its own path.
+        [b, i, j] tells whether j is on the path to i; a node is on its own path.
         """
         batch, nodes = self.tokens.shape
         seen = torch.eye(nodes, dtype=torch.bool, device=self.tokens.device).repeat(batch, 1, 1)
@@ -76,16 +76,20 @@ class DraftTree(NamedTuple):
         return seen
 
     def children_of(self, node: Tensor) -> Tensor:
-        """Which nodes are children of each row's `node` (batch,): (batch, nodes), bool."""
+        """Find the children of each row's `node`, of shape (batch,): (batch, nodes), bool."""
         is_child = self.parents == node[:, None]
         is_child[:, 0] = False
         return is_child
 
 
 def root_only(tokens: Tensor) -> DraftTree:
-    """A tree of one node per row, which makes a round a plain decoding step: `tokens` (batch,)."""
-    zeros = torch.zeros_like(tokens)[:, None]
-    return DraftTree(tokens[:, None], zeros, zeros)
+    """Make trees of one node, which turn a round into a plain decoding step.
+
+    `tokens`: of shape (batch,).
+    """
+    tokens = tokens[:, None].long()  # a prompt's may be of another integer type
+    zeros = torch.zeros_like(tokens)
+    return DraftTree(tokens, zeros, zeros)
 
 
 class Drafting(Protocol):
@@ -135,7 +139,7 @@ class Drafting(Protocol):
         ...
 
     def select(self, rows: Tensor) -> None:
-        """Go on with some rows of the batch only, (rows,), on the CPU."""
+        """Keep some rows of the batch only; `rows`, of shape (kept,), is on the CPU."""
         ...
 
     def memory(self) -> object | None:

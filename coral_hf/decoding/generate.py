@@ -9,7 +9,8 @@ import functools
 import inspect
 from collections.abc import Callable
 from copy import copy
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from transformers import (
@@ -34,7 +35,7 @@ from .continuation import (
     whole_length,
 )
 from .draft_policy import choose_policy
-from .drafting import family_of, family_options
+from .drafting import Family, family_of, family_options
 from .loop import CoralGenerateOutput, DecodingLoop, Plan
 from .sequences import Sequences
 from .settings import (
@@ -52,16 +53,16 @@ from .target_runner import OutputCollector, TargetRunner
 
 def install() -> None:
     """Let `GenerationMixin.generate` take a CORAL drafter as `assistant_model`; once is enough."""
-    plain = GenerationMixin.generate
     if is_installed():
         return
+    plain, signature = GenerationMixin.generate, inspect.signature(GenerationMixin.generate)
 
     @functools.wraps(plain)
     def generate(self, *args, **kwargs):
-        drafter = _assistant(plain, self, args, kwargs)
-        if family_of(drafter) is None:
+        call = signature.bind_partial(self, *args, **kwargs).arguments
+        if family_of(call.get("assistant_model")) is None:
             return plain(self, *args, **kwargs)
-        return _generate_with(plain, drafter, self, args, kwargs)
+        return _generate_with_drafter(plain, {**call.pop("kwargs", {}), **call})
 
     vars(generate)["is_coral_door"] = True
     GenerationMixin.generate = generate
@@ -89,22 +90,9 @@ def _without_wrapper(drafter: PreTrainedModel) -> PreTrainedModel:
     return drafter.get_base_model() if hasattr(drafter, "get_base_model") else drafter
 
 
-def _assistant(plain: Callable, model: PreTrainedModel, args: tuple, kwargs: dict) -> Any:
-    """The `assistant_model` of a call, given by keyword or by position."""
-    if not args:
-        return kwargs.get("assistant_model")
-    call = inspect.signature(plain).bind_partial(model, *args, **kwargs)
-    return call.arguments.get("assistant_model")
-
-
-def _generate_with(
-    plain: Callable, drafter: PreTrainedModel, model: PreTrainedModel, args: tuple, kwargs: dict
-):
-    """Call plain `generate` with our loop as its decoding method."""
-    call = inspect.signature(plain).bind(model, *args, **kwargs).arguments
-    call.pop("assistant_model")
-    call.pop("self")
-    call |= call.pop("kwargs", {})
+def _generate_with_drafter(plain: Callable, call: dict[str, Any]):
+    """Call plain `generate` with our loop as its decoding method; `call` is by keyword."""
+    model, drafter = call.pop("self"), call.pop("assistant_model")
     if call.get("custom_generate") is not None:
         raise ValueError(
             "`custom_generate` and a CORAL `assistant_model` are two decoding loops; pass one of"
@@ -124,22 +112,19 @@ def _generate_with(
 
 
 def _with_stop_strings(call: dict, own: GenerationConfig) -> StoppingCriteriaList | None:
-    """The call's criteria, with the one for `stop_strings`, of the call or of its target's `own`.
+    """Add the criterion of `stop_strings`, of the call or of its target's `own` settings.
 
     `generate` cannot build it: it passes no tokenizer on when a callable decodes.
     """
-    criteria = call.get("stopping_criteria")
-    strings = call.pop("stop_strings", None)
-    config = call.get("generation_config")
-    if config is not None and config.stop_strings is not None:
-        strings = config.stop_strings if strings is None else strings
-        call["generation_config"] = copy(config)
-        call["generation_config"].stop_strings = None
-    if own.stop_strings is not None:
-        strings = own.stop_strings if strings is None else strings
-        call["stop_strings"] = None  # nothing else keeps `generate` from taking the target's own
+    criteria, config = call.get("stopping_criteria"), call.get("generation_config") or own
+    given = call.get("stop_strings"), config.stop_strings, own.stop_strings
+    strings = next((strings for strings in given if strings is not None), None)
     if strings is None:
         return criteria
+    if config is not own:
+        call["generation_config"] = copy(config)
+        call["generation_config"].stop_strings = None
+    call["stop_strings"] = None  # nothing else keeps `generate` from taking the target's own
     if call.get("tokenizer") is None:
         raise ValueError(
             "`stop_strings` was passed without `tokenizer`; pass the target's tokenizer to"
@@ -148,59 +133,74 @@ def _with_stop_strings(call: dict, own: GenerationConfig) -> StoppingCriteriaLis
     return StoppingCriteriaList([*(criteria or []), StopStringCriteria(call["tokenizer"], strings)])
 
 
-class Call(NamedTuple):
-    """One call of `generate`: its drafter, its settings, and what `generate` has prepared."""
+@dataclass(frozen=True)
+class BoundDrafter:
+    """A drafter with the settings of a call: the decoding loop, as `custom_generate` takes one."""
 
     drafter: PreTrainedModel
-    settings: Settings  # of the call, by keyword
-    options: dict[str, Any]  # of the drafter's family, by keyword
+    family: Family
+    settings: Settings  # by keyword, the options of the drafter's family included
     streamer: BaseStreamer | None
-    model: PreTrainedModel  # the target
-    input_ids: Tensor  # (batch, length)
-    processors: LogitsProcessorList
-    criteria: StoppingCriteriaList
-    config: GenerationConfig
-    model_kwargs: dict[str, Any]
 
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs,
+    ) -> Tensor | CoralGenerateOutput:
+        """Decode what `generate` has prepared for the target: `input_ids` are (batch, length)."""
+        watchers = logits_processor, stopping_criteria
+        loop = self.build_loop(model, input_ids, *watchers, generation_config, model_kwargs)
+        loop.run(model_kwargs)
+        cache = returned_cache(model_kwargs.get(CACHE), loop.target.whole_cache())
+        setattr(cache, MEMORY, loop.memory())
+        return loop.output(cache)
 
-def build_loop(call: Call) -> DecodingLoop:
-    """Everything that a call needs for its rounds, checked against each other."""
-    model, config, settings = call.model, call.config, call.settings
-    check_call(model, call.input_ids, config, call.model_kwargs)
-    own = getattr(call.drafter, "generation_config", None)
-    defaults: Settings = {
-        name: getattr(own, name, TREE_DEFAULTS.get(name)) for name in DECODING_KEYWORDS
-    }
-    rule = choose_rule(config.do_sample, defaults, settings)
-    shape, takes_tree = choose_shape(model, defaults, settings, rule)
-    sequences = Sequences(
-        call.input_ids,
-        call.processors,
-        call.criteria,
-        call.streamer,
-        pad_token(config),
-        is_lockstep=not takes_tree,
-    )
-    check_rule(rule, sequences)
-    given, windows = call.model_kwargs.get(CACHE), sliding_windows(model)
-    # who gets a cache may go on with it
-    keep_cache = config.return_dict_in_generate or is_user_cache(given)
-    batch, length = call.input_ids.shape
-    cache = continued_cache(given, windows, length, whole_length(call.input_ids, call.model_kwargs))
-    target, family = read_target(model), family_of(call.drafter)
-    assert family is not None, "decoder() has looked it up"
-    memory = getattr(given, MEMORY, None)
-    drafting = family.start(call.drafter, target, memory=memory, **call.options)
-    collector = OutputCollector(config, batch, windows)
-    runner = TargetRunner(
-        target, takes_tree, drafting.layers, cache, collector.extras, keeps_rows=keep_cache
-    )
-    speculation = settings.get("speculation") or defaults.get("speculation")
-    costs = getattr(own, "draft_costs", None)
-    policy = choose_policy(model, shape, speculation, costs, config.do_sample)
-    longest = max_length_of(model, call.criteria)
-    plan = Plan(rule, longest, keep_cache, config.prefill_chunk_size)
-    return DecodingLoop(drafting, runner, sequences, collector, policy, plan)
+    def build_loop(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+    ) -> DecodingLoop:
+        """Make what a call needs for its rounds, checked against each other.
+
+        Args:
+            input_ids: (batch, length), of the prompts.
+        """
+        check_call(model, input_ids, config, model_kwargs)
+        own, settings = getattr(self.drafter, "generation_config", None), self.settings
+        defaults: Settings = {
+            name: getattr(own, name, TREE_DEFAULTS.get(name)) for name in DECODING_KEYWORDS
+        }
+        rule = choose_rule(config.do_sample, defaults, settings)
+        shape, takes_tree = choose_shape(model, defaults, settings, rule)
+        pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+        sequences = Sequences(input_ids, processors, criteria, self.streamer, pad, not takes_tree)
+        check_rule(rule, sequences)
+        given, windows = model_kwargs.get(CACHE), sliding_windows(model)
+        # who gets a cache may go on with it
+        keep_cache = config.return_dict_in_generate or is_user_cache(given)
+        batch, length = input_ids.shape
+        cache = continued_cache(given, windows, length, whole_length(input_ids, model_kwargs))
+        options = {name: settings[name] for name in self.family.options if name in settings}
+        target, memory = read_target(model), getattr(given, MEMORY, None)
+        drafting = self.family.start(self.drafter, target, memory=memory, **options)
+        collector = OutputCollector(config, batch, windows)
+        runner = TargetRunner(
+            target, takes_tree, drafting.layers, cache, collector.extras, keeps_rows=keep_cache
+        )
+        speculation = settings.get("speculation") or defaults["speculation"]
+        costs = getattr(own, "draft_costs", None)
+        policy = choose_policy(model, shape, speculation, costs, config.do_sample)
+        longest = max_length_of(model, criteria)
+        plan = Plan(rule, longest, keep_cache, config.prefill_chunk_size)
+        return DecodingLoop(drafting, runner, sequences, collector, policy, plan)
 
 
 def decoder(
@@ -208,8 +208,8 @@ def decoder(
     streamer: BaseStreamer | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     **settings,
-) -> Callable:
-    """The decoding loop as a callable, for `generate(..., custom_generate=decoder(drafter))`.
+) -> BoundDrafter:
+    """Return the decoding loop, for `generate(..., custom_generate=decoder(drafter))`.
 
     Args:
         drafter: a drafter of the target, of a family that is registered, or one in a `PeftModel`.
@@ -227,34 +227,9 @@ def decoder(
             f"`drafter` is a {type(drafter).__name__}, which is no drafter of a registered family;"
             " pass a drafter, or call `coral_hf.register_drafting` for its `model_type` first."
         )
-    unknown = sorted(set(settings) - {*DECODING_KEYWORDS, *family.options})
-    if unknown:
-        raise ValueError(
-            f"Unknown settings {unknown}; use {[*DECODING_KEYWORDS, *family.options]}."
-        )
+    known = [*DECODING_KEYWORDS, *family.options]
+    if unknown := sorted(settings.keys() - known):
+        raise ValueError(f"Unknown settings {unknown}; use {known}.")
     if tokenizer is not None:
         check_tokenizer(tokenizer, drafter.config)
-    options = {name: settings.pop(name) for name in family.options if name in settings}
-
-    def decode(
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        **model_kwargs,
-    ) -> Tensor | CoralGenerateOutput:
-        prepared = input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
-        loop = build_loop(Call(drafter, settings, options, streamer, model, *prepared))
-        loop.run(model_kwargs)
-        cache = returned_cache(model_kwargs.get(CACHE), loop.target.whole_cache())
-        setattr(cache, MEMORY, loop.memory())
-        return loop.output(cache)
-
-    return decode
-
-
-def pad_token(config: GenerationConfig) -> int:
-    """The token that fills rows which have ended."""
-    prepared = config._pad_token_tensor
-    return 0 if prepared is None else int(prepared)
+    return BoundDrafter(drafter, family, settings, streamer)

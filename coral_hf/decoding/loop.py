@@ -92,6 +92,7 @@ def timed(stage: str, lap: str | None = None) -> Callable:
     return wrap
 
 
+@dataclass
 class DecodingLoop:
     """One call of `generate` with a drafter.
 
@@ -99,26 +100,19 @@ class DecodingLoop:
     target's pass, as in trees, outputs and `kept`.
     """
 
-    def __init__(
-        self,
-        drafting: Drafting,
-        target: TargetRunner,
-        sequences: Sequences,
-        collector: OutputCollector,
-        policy: DraftPolicy,
-        plan: Plan,
-    ):
-        self.drafting = drafting
-        self.target = target
-        self.sequences = sequences
-        self.collector = collector
-        self.policy = policy
-        self.verifier = Verifier(sequences, collector, plan.rule.name)
-        self.warp = sequences.warp if plan.rule.is_drawn else None
-        self.max_length, self.chunk_size = plan.max_length, plan.chunk_size
-        self.keep_memory = plan.keep_memory
-        self.stats = DecodingStats()
-        self.lap: dict[str, float] = {}  # seconds of the parts of a round
+    drafting: Drafting
+    target: TargetRunner
+    sequences: Sequences
+    collector: OutputCollector
+    policy: DraftPolicy
+    plan: Plan
+    stats: DecodingStats = field(default_factory=DecodingStats)
+    lap: dict[str, float] = field(default_factory=dict)  # seconds of the parts of a round
+
+    def __post_init__(self):
+        self.verifier = Verifier(self.sequences, self.collector, self.plan.rule.name)
+        self.warp = self.sequences.warp if self.plan.rule.is_drawn else None
+        self.keep_memory = self.plan.keep_memory
 
     def run(self, model_kwargs: dict) -> None:
         """Decode until every row has ended; `model_kwargs` are what `generate` prepared."""
@@ -131,10 +125,10 @@ class DecodingLoop:
 
     @timed("prefill")
     def prefill(self, model_kwargs: dict) -> None:
-        """Read the prompts, emit each row's first token, and start the drafter."""
+        """Read the prompts (batch, length), emit each row's first token, start the drafter."""
         prompts, is_plain = self.sequences.ids, self.policy.is_plain
-        output = self.target.prefill(prompts, model_kwargs, self.chunk_size, not is_plain)
-        self.collector.add_prompt(output)
+        output = self.target.prefill(prompts, model_kwargs, self.plan.chunk_size, not is_plain)
+        self.collector.prompt = output
         rows = self.sequences.active
         first = self.verifier.verify(root_only(prompts[:, -1]), output)
         kept = self.kept(rows)
@@ -175,7 +169,7 @@ class DecodingLoop:
         A node of depth d is followed by one more token, so d + 1 of them must fit.
         """
         shortest = min(self.sequences.lengths[row] for row in self.sequences.active)
-        depth = min(shape.depth, self.max_length - shortest - 1)
+        depth = min(shape.depth, self.plan.max_length - shortest - 1)
         return shape._replace(depth=max(depth, 0))
 
     @timed("verify", lap="decode")
@@ -188,7 +182,7 @@ class DecodingLoop:
     def commit(
         self, rows: list[int], tree: DraftTree, output: TargetOutput, accepted: Accepted
     ) -> list[int]:
-        """Keep what was accepted, go on with the rows that have not ended, and return those."""
+        """Keep what was accepted, drop the rows that have ended, and return the others."""
         self.stats.num_rounds += 1
         self.stats.num_levels += tree.levels
         self.stats.num_nodes += tree.tokens.shape[1]
@@ -211,7 +205,7 @@ class DecodingLoop:
         feature         f_root   f_a      f_b
         new token       a        b        next        each is paired with the feature before it
 
-        `features`: (batch, nodes, layers · hidden).
+        `features`: (batch, nodes, width), of the drafter's layers side by side.
         """
         # at the end of all sequences it reads on if they may be continued
         rows = kept or (list(range(len(accepted.tokens))) if self.keep_memory else [])
@@ -238,7 +232,7 @@ class DecodingLoop:
         return [index for index, row in enumerate(rows) if not self.sequences.is_stopped[row]]
 
     def drop(self, rows: list[int], kept: list[int]) -> None:
-        """Go on without the rows that have ended: they cost nothing any more."""
+        """Drop the rows that have ended, so that they cost nothing any more."""
         if kept and len(kept) < len(rows):
             self.target.select(kept)
             if not self.policy.is_plain:

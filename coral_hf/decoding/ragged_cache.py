@@ -1,4 +1,4 @@
-"""A key-value cache whose rows have lengths of their own, and that drops rejected tokens in place.
+"""KV cache whose rows differ in length, and that drops rejected tokens in place.
 
 In: keys and values of a model, and which of them are kept. Out: views of buffers, masks, positions.
 Rows of a batch accept different numbers of tokens, so each has its own number of committed slots;
@@ -141,7 +141,7 @@ class RaggedLayer(DynamicLayer):
         return is_writable and self.keys.data_ptr() == self._buffers[0].data_ptr()
 
     def _grow(self, key_states: Tensor, value_states: Tensor, needed: int) -> None:
-        """Move what is held to buffers of a little more than `needed` slots."""
+        """Move what is held to buffers (batch, kv_heads, capacity, head_dim), a little larger."""
         held, capacity = self.held, needed + (SLACK if self.is_sliding else GROWTH)
         buffers = []
         for old, new in ((self.keys, key_states), (self.values, value_states)):
@@ -174,7 +174,7 @@ class RaggedCache(Cache):
         self.begin(0)
 
     def begin(self, batch: int, device: torch.device | None = None) -> None:
-        """Forget which slots belong to whom, before `append` says it for all of them."""
+        """Forget which slots, of (batch, width), belong to whom; `append` comes next."""
         self.positions = torch.empty(batch, 0, dtype=torch.long, device=device)
         self.ends = self.next_positions = self.positions.new_zeros(batch)
         self.lengths, self._is_padded = [0] * batch, [False] * batch
@@ -250,7 +250,7 @@ class RaggedCache(Cache):
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only some rows of the batch."""
-        index = torch.tensor(rows)  # of the CPU, which indexes tensors of any device
+        index = torch.tensor(rows)  # of shape (kept,), on the CPU: it indexes tensors of any device
         self.lengths = [self.lengths[row] for row in rows]
         self._is_padded = [self._is_padded[row] for row in rows]
         self.positions, self.next_positions = self.positions[index], self.next_positions[index]

@@ -10,7 +10,7 @@ row at a time. Where it may look at the whole batch, they grow in lockstep, as i
 
 import copy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -95,14 +95,10 @@ class Sequences:
         self._streamer = streamer
         self._criteria = stopping_criteria
         self._end_tokens = _end_tokens(stopping_criteria)
-        self.is_lockstep = batch > 1 and (is_lockstep or self._watches_the_batch())
-
-    def _watches_the_batch(self) -> bool:
-        return (
-            self._streamer is not None
-            or not self.is_row_wise
-            or any(type(one) not in ROW_WISE_CRITERIA for one in self._criteria)
-        )
+        self._limit = stopping_criteria.max_length or sys.maxsize  # tokens of a row
+        sees_batch = any(type(one) not in ROW_WISE_CRITERIA for one in stopping_criteria)
+        sees_batch |= streamer is not None or not self.is_row_wise
+        self.is_lockstep = batch > 1 and (is_lockstep or sees_batch)
 
     @property
     def is_row_wise(self) -> bool:
@@ -125,8 +121,8 @@ class Sequences:
         return self._buffer[:, : self.longest]
 
     def last(self, rows: list[int]) -> Tensor:
-        """The newest token of some rows after the prompt's, of shape (len(rows),)."""
-        return self._buffer.new_tensor([self._newest[row] for row in rows])
+        """The newest token of some rows after the prompt's, of shape (len(rows),), in int64."""
+        return torch.tensor([self._newest[row] for row in rows], device=self._buffer.device)
 
     @property
     def is_free(self) -> bool:
@@ -167,11 +163,8 @@ class Sequences:
             every = logits.new_zeros(len(self.lengths), logits.shape[1])
             every[rows] = logits
             return self._processors(self.ids.clone(), every)[rows]
-        return torch.cat([self._scores_of(row, one) for row, one in zip(rows, logits, strict=True)])
-
-    def _scores_of(self, row: int, logits: Tensor) -> Tensor:
-        """(vocab,) → (1, vocab)"""
-        return self._processors_of(row)(self._row(row).clone(), logits[None])
+        alone = zip(rows, logits[:, None], strict=True)  # each (1, vocab)
+        return torch.cat([self._process(row, self._row(row).clone(), one) for row, one in alone])
 
     def warp(self, logits: Tensor) -> Tensor:
         """A drafter's logits (rows, vocab) after the processors that look at nothing else."""
@@ -185,17 +178,16 @@ class Sequences:
         if self.is_prefix_free:
             return self.process_free(logits)
         logits, text = logits.to(torch.float32, copy=True), self._row(row)
-        prefixes, scores = [text], []  # parents come before their children
+        prefixes = [text]  # parents come before their children
         for token, parent in zip(tokens[1:], parents[1:], strict=True):
             drafted = text.new_tensor([[token]])
             prefixes.append(torch.cat([prefixes[max(parent, 0)], drafted], dim=1))
-        for prefix, one in zip(prefixes, logits, strict=True):
-            scores.append(self._processors_of(row)(prefix, one[None]))
-        return torch.cat(scores)
+        pairs = zip(prefixes, logits[:, None], strict=True)
+        return torch.cat([self._process(row, prefix, one) for prefix, one in pairs])
 
-    def _processors_of(self, row: int) -> LogitsProcessorList:
-        """The call's processors as if the row were the whole batch."""
-        return LogitsProcessorList(_of_row(one, row) for one in self._processors)
+    def _process(self, row: int, prefix: Tensor, logits: Tensor) -> Tensor:
+        """Process the logits (1, vocab) after a prefix (1, length), as if a row were the batch."""
+        return LogitsProcessorList(_of_row(one, row) for one in self._processors)(prefix, logits)
 
     def _row(self, row: int) -> Tensor:
         """(1, length)"""
@@ -214,29 +206,28 @@ class Sequences:
             self.lengths[row] += 1
         if self._streamer is not None:
             self._streamer.put(self.ids[:, -1].cpu())
-        is_done: Mapping[int, bool] | list[bool]
         if self._end_tokens is not None:
-            longest = self._criteria.max_length or sys.maxsize
-            is_done = {
-                row: token in self._end_tokens or self.lengths[row] >= longest
-                for row, token in zip(rows, tokens, strict=True)
-            }
-        elif self.is_lockstep:
-            is_done = self._criteria(self.ids, scores()).tolist()
-        else:
-            is_done = {row: bool(self._criteria(self._row(row), scores()).all()) for row in rows}
+            for row, token in zip(rows, tokens, strict=True):
+                is_full = self.lengths[row] >= self._limit
+                self.is_stopped[row] = is_full or token in self._end_tokens
+            return
+        is_done = self._criteria(self.ids, scores()).tolist() if self.is_lockstep else None
         for row in rows:
-            self.is_stopped[row] = is_done[row]
+            done = is_done[row] if is_done else self._criteria(self._row(row), scores()).all()
+            self.is_stopped[row] = bool(done)
 
     def emit(self, tokens: list[list[int]]) -> list[list[int]]:
-        """Append tokens of each active row, and give back those up to its end; where `is_free`."""
+        """Append tokens of each active row, and return those up to its end; where `is_free`.
+
+        On the device they are one block (rows, new), padded on the right.
+        """
         ends, rows = self._end_tokens or (), self.active
-        longest = self._criteria.max_length or sys.maxsize
         for index, row in enumerate(rows):
             stops = [place for place, token in enumerate(tokens[index]) if token in ends]
             count = stops[0] + 1 if stops else len(tokens[index])
-            tokens[index] = tokens[index][: min(count, longest - self.lengths[row])]
-            self.is_stopped[row] = bool(stops) or self.lengths[row] + len(tokens[index]) >= longest
+            tokens[index] = tokens[index][: min(count, self._limit - self.lengths[row])]
+            is_full = self.lengths[row] + len(tokens[index]) >= self._limit
+            self.is_stopped[row] = is_full or bool(stops)
         new = max(map(len, tokens))
         self._reserve(self.longest + new)
         padded = [row + [self._pad_token] * (new - len(row)) for row in tokens]
@@ -277,8 +268,9 @@ def _end_tokens(criteria: StoppingCriteriaList) -> set[int] | None:
 
 
 def _of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
-    """A row-wise processor without what it knows of other rows."""
-    ignored = getattr(processor, "prompt_ignore_length", None)  # (batch,) in newer versions
+    """Return a row-wise processor without what it knows of other rows."""
+    # of shape (batch,) in newer versions
+    ignored = getattr(processor, "prompt_ignore_length", None)
     if not isinstance(ignored, Tensor):
         return processor
     processor = copy.copy(processor)

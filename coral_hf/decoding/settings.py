@@ -4,6 +4,8 @@ In: settings by name, a target, what `generate` has prepared. Out: a `TreeShape`
 ValueError that says what does not fit; nothing is silently done another way.
 """
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -131,68 +133,56 @@ def check_call(
     Raises:
         ValueError: with the setting, its value and what to do.
     """
-    _check_mode(model, config)
-    _check_target(model)
-    if model_kwargs.get("inputs_embeds") is not None:
-        raise ValueError(
-            "`inputs_embeds` was passed, but a drafter reads tokens; pass `input_ids` alone, or"
-            " drop `assistant_model`."
-        )
-    _check_input(model, input_ids, model_kwargs.get("attention_mask"))
-    _check_cache(config)
+    inputs = _input_problems(model, input_ids, model_kwargs)
+    problem = next(chain(_mode_problems(model, config), inputs), None)
+    if problem is not None:
+        raise ValueError(problem)
 
 
-def _check_mode(model: PreTrainedModel, config: GenerationConfig) -> None:
+def _mode_problems(model: PreTrainedModel, config: GenerationConfig) -> Iterator[str]:
+    """Yield what of a call's mode, target or cache does not go with a drafter."""
+    name, mode = type(model).__name__, config.get_generation_mode()
     if config.prompt_lookup_num_tokens is not None:
-        raise ValueError(
-            "`prompt_lookup_num_tokens` and a CORAL drafter both draft; pass one of them."
-        )
-    mode = config.get_generation_mode()
+        yield "`prompt_lookup_num_tokens` and a CORAL drafter both draft; pass one of them."
     if mode not in DECODING_MODES:
-        raise ValueError(
+        yield (
             "A CORAL drafter works with greedy search and sampling; the call asks for"
             f" {mode.value}. Set num_beams=1 and leave out penalty_alpha, dola_layers and"
             " constraints, or drop `assistant_model`."
         )
     if not config.use_cache:
-        raise ValueError(
-            "`use_cache` is False, but a drafter needs the target's cache; pass use_cache=True."
+        yield "`use_cache` is False, but a drafter needs the target's cache; pass use_cache=True."
+    if config.cache_implementation not in KNOWN_CACHES:
+        yield (
+            f"`cache_implementation` is {config.cache_implementation!r}; a drafter works with the"
+            " default cache."
         )
     if model.config.is_encoder_decoder:
-        raise ValueError(
-            f"The target {type(model).__name__} is an encoder-decoder; a CORAL drafter needs a"
-            " decoder."
+        yield f"The target {name} is an encoder-decoder; a CORAL drafter needs a decoder."
+    elif obstacle := cache_obstacle(model) or adapter_obstacle(model) or sharding_obstacle(model):
+        yield f"The target {name} cannot take a drafter: {obstacle}."
+
+
+def _input_problems(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict) -> Iterator[str]:
+    """Yield what of a call's prompts, (batch, length), a drafter cannot continue."""
+    length, limit = input_ids.shape[1], position_limit(model)
+    mask = model_kwargs.get("attention_mask")
+    if model_kwargs.get("inputs_embeds") is not None:
+        yield (
+            "`inputs_embeds` was passed, but a drafter reads tokens; pass `input_ids` alone, or"
+            " drop `assistant_model`."
         )
-
-
-def _check_input(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> None:
-    length = input_ids.shape[1]
-    if length == 0:
-        raise ValueError("The prompt is empty; pass at least one token, such as the BOS token.")
-    if mask is not None and not mask[:, -1].all():
-        raise ValueError(
+    elif length == 0:
+        yield "The prompt is empty; pass at least one token, such as the BOS token."
+    elif mask is not None and not mask[:, -1].all():
+        yield (
             "`attention_mask` ends with 0 in some row, but text goes on at the right end of a row;"
             " pad on the left: tokenizer.padding_side = 'left'."
         )
-    limit = position_limit(model)
-    if limit is not None and length > limit:
-        raise ValueError(
+    elif limit is not None and length > limit:
+        yield (
             f"The prompt has {length} tokens, but the target has {limit} positions; shorten the"
             " prompt."
-        )
-
-
-def _check_target(model: PreTrainedModel) -> None:
-    obstacle = cache_obstacle(model) or adapter_obstacle(model) or sharding_obstacle(model)
-    if obstacle is not None:
-        raise ValueError(f"The target {type(model).__name__} cannot take a drafter: {obstacle}.")
-
-
-def _check_cache(config: GenerationConfig) -> None:
-    if config.cache_implementation not in KNOWN_CACHES:
-        raise ValueError(
-            f"`cache_implementation` is {config.cache_implementation!r}; a drafter works with the"
-            " default cache."
         )
 
 

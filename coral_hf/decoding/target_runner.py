@@ -1,4 +1,4 @@
-"""The target's side of a call: the pass over the prompts, and one pass over each draft tree.
+"""Forward passes of the target: over the prompts, and over each draft tree.
 
 In: prompts, then trees. Out: `TargetOutput`: the target's logits and features of each node. A tree
 reaches the target as a 4-D float mask and position ids; a chain is plain causal text.
@@ -54,14 +54,11 @@ class TargetRunner:
         extras: tuple[str, ...] = (),
         keeps_rows: bool = False,
     ):
-        self._target = target
-        self._takes_tree = takes_tree
-        self._layers = layers
+        self._target, self._takes_tree, self._layers = target, takes_tree, layers
         self._takes_positions = "position_ids" in signature(target.model.forward).parameters
         self._limit = position_limit(target.model)
         self._windows = sliding_windows(target.model)
-        self._extras = extras
-        self._keeps_rows = keeps_rows
+        self._extras, self._keeps_rows = extras, keeps_rows
         self._rows: list[int] = []  # of the call, that are in the cache
         self._ended: list[tuple[list[int], RaggedCache]] = []  # rows that have left it
         self.cache = cache or RaggedCache(self._windows)
@@ -125,8 +122,8 @@ class TargetRunner:
     def select(self, kept: list[int]) -> None:
         """Go on with some rows of the last pass only, by their index in it."""
         if self._keeps_rows:
-            for index in sorted(set(range(len(self._rows))) - set(kept)):
-                self._ended.append(([self._rows[index]], part_of(self.cache, index)))
+            ended = [index for index in range(len(self._rows)) if index not in kept]
+            self._ended += [([self._rows[index]], part_of(self.cache, index)) for index in ended]
         self._rows = [self._rows[index] for index in kept]
         self.cache.select(kept)
 
@@ -137,6 +134,7 @@ class TargetRunner:
         return join([*self._ended, (self._rows, self.cache)])
 
     def _forward(self, with_features: bool, **inputs) -> TargetOutput:
+        """Run the target over `input_ids` (batch, new)."""
         if CACHE not in inputs:
             inputs |= {CACHE: self.cache, "use_cache": True}
         wants_all = "output_hidden_states" in self._extras
@@ -184,9 +182,9 @@ def _named_states(layers: tuple[int, ...]) -> bool | int | list[int]:
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The additive float form of a bool mask (…), True where a query attends.
+    """Turn a bool mask of any shape, True where a query attends, into an additive float one.
 
-    Float, not bool: eager attention adds the mask to the scores.
+    Eager attention adds the mask to the scores.
     """
     added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     return added.masked_fill_(~mask, torch.finfo(dtype).min)
@@ -209,29 +207,22 @@ class OutputCollector:
     """
 
     def __init__(self, config: GenerationConfig, batch: int, windows: Sequence[int | None] = ()):
-        def wanted(name: str) -> bool:
-            return bool(config.return_dict_in_generate and getattr(config, name))
-
         self.returns_dict = bool(config.return_dict_in_generate)
-        self.keeps_scores = wanted("output_scores")
-        self.keeps_logits = wanted("output_logits")
+        names = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
+        wanted = [name for name in names if self.returns_dict and getattr(config, name)]
+        self.keeps_scores, self.keeps_logits = (name in wanted for name in names[:2])
         # what the target's passes must give
-        self.extras = tuple(
-            name for name in ("output_hidden_states", "output_attentions") if wanted(name)
-        )
+        self.extras = tuple(name for name in names[2:] if name in wanted)
         self._windows = windows
         self._scores: list[list[Tensor]] = [[] for _ in range(batch)]  # (vocab,) a token
         self._logits: list[list[Tensor]] = [[] for _ in range(batch)]
         self._hidden: list[list[ByLayer]] = [[] for _ in range(batch)]  # (1, hidden) by layer
         self._attentions: list[list[ByLayer]] = [[] for _ in range(batch)]  # (heads, 1, slots)
-        self._prompt = TargetOutput(torch.empty(0), torch.empty(0))
-
-    def add_prompt(self, output: TargetOutput) -> None:
-        """The pass over the prompts, which counts as the first token's."""
-        self._prompt = output
+        # the pass over the prompts, which counts as the first token's
+        self.prompt = TargetOutput(torch.empty(0), torch.empty(0))
 
     def add(self, row: int, logits: Tensor, processed: Tensor) -> None:
-        """A token's logits and processed scores, (vocab,) each."""
+        """Keep a token's logits and processed scores, each of shape (vocab,)."""
         if self.keeps_logits:
             self._logits[row].append(logits.to(torch.float32, copy=True))
         if self.keeps_scores:
@@ -246,32 +237,23 @@ class OutputCollector:
             path: node by node from the root.
         """
         for depth, node in enumerate(path, start=1):
-            if output.hidden_states:
-                self._hidden[row].append(tuple(s[index, node, None] for s in output.hidden_states))
-            if output.attentions:
-                layers = zip(output.attentions, self._windows, strict=True)
-                self._attentions[row].append(
-                    tuple(
-                        _attended(weights[index], path[:depth], output.lengths, index, window)
-                        for weights, window in layers
-                    )
-                )
+            self._hidden[row].append(tuple(s[index, node, None] for s in output.hidden_states))
+            windows = self._windows if output.attentions else ()  # which may not be asked for
+            layers = zip(output.attentions, windows, strict=True)
+            prefix = path[:depth], output.lengths, index
+            self._attentions[row].append(tuple(_attended(w[index], *prefix, x) for w, x in layers))
 
     def scores(self) -> tuple[Tensor, ...] | None:
-        """Each (batch, vocab), one a token."""
+        """Each (batch, vocab), one a token; None if the caller does not want them."""
         return _by_token(self._scores) or None
-
-    def seen_scores(self) -> tuple[Tensor, ...] | None:
-        """What stopping criteria see: scores only if the caller wants them."""
-        return self.scores() if self.keeps_scores else None
 
     def outputs(self) -> dict[str, tuple | None]:
         """By the names of `GenerateDecoderOnlyOutput`."""
         return {
             "scores": self.scores(),
             "logits": _by_token(self._logits) or None,
-            "hidden_states": self._states(self._prompt.hidden_states, self._hidden),
-            "attentions": self._states(self._prompt.attentions, self._attentions),
+            "hidden_states": self._states(self.prompt.hidden_states, self._hidden),
+            "attentions": self._states(self.prompt.attentions, self._attentions),
         }
 
     @staticmethod
@@ -301,7 +283,7 @@ def _attended(
 
 
 def _by_token(rows: list[list[Tensor]]) -> tuple[Tensor, ...]:
-    """Stack the rows' entries of each token; a row that has none left gives zeros."""
+    """Stack the rows' entries of each token along (batch, …); zeros where a row has none left."""
     longest = max(rows, key=len)
     return tuple(
         torch.stack([row[i] if i < len(row) else torch.zeros_like(longest[i]) for row in rows])

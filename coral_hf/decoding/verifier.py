@@ -60,7 +60,7 @@ class Siblings(NamedTuple):
     most: int = 0  # children of a node; 0: not known
 
     def with_token(self, token: Tensor) -> Tensor:
-        """The first child that has a token (batch,), 0 if none has: (batch,)."""
+        """Find the first child that has a `token`, 0 if none has; both have shape (batch,)."""
         return _first(self.is_child & (self.tokens == token[:, None]))
 
 
@@ -119,7 +119,7 @@ def verify_token(
 
 
 def siblings_at(tree: DraftTree, node: Tensor, rows: Sequence[int] | None = None) -> Siblings:
-    """The children of each row's `node`, (batch,); of some rows only where `rows` says so."""
+    """List the children of each row's `node`, of shape (batch,); of all rows or of `rows`."""
     every: Tensor | list[int] = list(range(len(node))) if rows is None else list(rows)
     draft = None if tree.draft_probs is None else tree.draft_probs[every, node[every]]
     is_independent = tree.draws == "independent"
@@ -163,7 +163,7 @@ def token_step(siblings: Siblings, target_probs: Tensor, chance: Chance) -> Step
 
 
 def _first(mask: Tensor) -> Tensor:
-    """The first node that is True in each row of (batch, nodes), 0 if none is: (batch,)."""
+    """Find the first True of each row of a mask (batch, nodes), 0 if there is none: (batch,)."""
     return mask.to(torch.uint8).argmax(1)
 
 
@@ -208,7 +208,10 @@ class Verifier:
         return verify_token(tree, lambda node: process(logits[rows, node]).softmax(-1), self.chance)
 
     def _walk(self, tree: DraftTree, output: TargetOutput) -> Accepted:
-        """Append one token of each row at a time, until each leaves its tree or ends."""
+        """Append one token of each row at a time, until each leaves its tree or ends.
+
+        The path that is returned has shape (batch, longest).
+        """
         sequences, active = self.sequences, self.sequences.active
         kind = PrecomputedPath if self.rule in WHOLE_TREE else StepwiseWalk
         walk, going = kind(self, tree, output.logits), list(range(len(active)))
@@ -218,7 +221,7 @@ class Verifier:
             for row, token in zip(going, tokens, strict=True):
                 path[row].append(walk.nodes[row])
                 accepted[row].append(token)
-            sequences.append([active[row] for row in going], tokens, self.collector.seen_scores)
+            sequences.append([active[row] for row in going], tokens, self.collector.scores)
             unstopped = [row for row in going if not sequences.is_stopped[active[row]]]
             going = [row for row in unstopped if walk.follow(row)]
             if sequences.is_lockstep and len(going) < len(unstopped):
@@ -267,30 +270,27 @@ class PrecomputedPath(StepwiseWalk):
     """Hands out what a rule decided with the scores of every node."""
 
     def __init__(self, verifier: Verifier, tree: DraftTree, logits: Tensor):
+        """Decide all rows at once; `logits`: (batch, nodes, vocab)."""
         super().__init__(verifier, tree, logits)
-        self._paths, self._tokens, self._scores = [], [], []  # type: ignore[var-annotated]
+        # of each row: a path, the tokens after its nodes, and the scores (nodes, vocab)
+        self._decided: list[tuple[list[int], list[int], Tensor]] = []
         chance, is_independent = verifier.chance, tree.draws == "independent"
         pairs = zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True)
         for row, (tokens, parents) in enumerate(pairs):
-            drafted = self._active[row], tokens, parents
-            scores = verifier.sequences.scores_after(*drafted, logits[row])
-            draft = None if tree.draft_probs is None else tree.draft_probs[row]
-            probs = scores.softmax(-1)
-            path, probs = traversal(
-                tokens, parents, probs, draft, chance.is_accepted, is_independent
-            )
-            self._paths.append(path)
-            self._tokens.append([*(tokens[n] for n in path[1:]), int(chance.draw(probs[None]))])
-            self._scores.append(scores)  # (nodes, vocab)
+            active, draft = self._active[row], tree.draft_probs
+            scores = verifier.sequences.scores_after(active, tokens, parents, logits[row])
+            probs = scores.softmax(-1), None if draft is None else draft[row]
+            path, rest = traversal(tokens, parents, *probs, chance.is_accepted, is_independent)
+            emitted = [*(tokens[n] for n in path[1:]), int(chance.draw(rest[None]))]
+            self._decided.append((path, emitted, scores))
 
     def next_tokens(self, going: list[int]) -> list[int]:
         """See [`StepwiseWalk`]."""
         found = []
         for row in going:
-            node, path = self.nodes[row], self._paths[row]
-            logits, scores = self._logits[row, node], self._scores[row][node]
-            self._verifier.collector.add(self._active[row], logits, scores)
+            node, (path, tokens, scores) = self.nodes[row], self._decided[row]
+            self._verifier.collector.add(self._active[row], self._logits[row, node], scores[node])
             place = path.index(node)
-            found.append(self._tokens[row][place])
+            found.append(tokens[place])
             self._children[row] = [*path, 0][place + 1]
         return found
