@@ -50,11 +50,10 @@ def __getattr__(name: str):
 def register() -> None:
     """Register the drafters with the Auto classes and wrap `generate`; importing does so."""
     from .decoding import install
-    from .drafters import bigram, coral  # noqa: F401  each registers itself
-    from .drafters.publisher import register_publisher
+    from .drafters import bigram, coral  # noqa: F401  both register themselves
 
     install()
-    register_publisher(lambda: importlib.import_module(f"{__name__}.hub"))
+    coral.CoralDrafter.publisher = staticmethod(lambda: importlib.import_module(f"{__name__}.hub"))
 
 
 def _is_command_line() -> bool:

@@ -307,7 +307,9 @@ def test_an_adapter_is_merged_first(target, tmp_path):
 
     drafter = make_drafter(target)
     get_peft_model(drafter, lora(2))
-    with pytest.raises(ValueError, match="fc.weight: expected .*found None.*Merge an adapter fir"):
+    with pytest.raises(
+        ValueError, match="as vllm would load it .*missing: fc.weight.*Merge an adapter"
+    ):
         export_drafter(drafter, "vllm", tmp_path / "out")
 
 
@@ -382,20 +384,20 @@ def test_the_tokens_of_a_frequency_head_are_sglangs_map(target, tmp_path):
     ("engine", "tokens", "said"),
     [
         ("vllm", [1, 2], "`hot_tokens` are read by SGLang only"),
-        ("sglang", [1, 1], "`hot_tokens` has 2 ids, 1 of them repeated and 0 outside"),
-        ("sglang", [1, VOCAB], "1 outside of the vocabulary of 40"),
-        ("sglang", [], "has 0 ids"),
-        ("sglang", [1.5, 2.5], "'float' object cannot be interpreted as an integer"),
+        ("sglang", [1, 1], r"`hot_tokens` has shape \(2,\) .* names 1 different tokens"),
         (
             "sglang",
-            torch.tensor([1.0, 2.0]),
-            "only integer tensors .* converted to an index",
+            [1, VOCAB],
+            "names 1 different tokens; expected some different ids from 0 to 39",
         ),
-        ("sglang", torch.tensor([3, 3]), "has 2 ids, 1 of them repeated"),
+        ("sglang", [], r"has shape \(0,\)"),
+        ("sglang", [1.5, 2.5], "dtype torch.float32"),
+        ("sglang", torch.tensor([1.0, 2.0]), "dtype torch.float32"),
+        ("sglang", torch.tensor([3, 3]), "names 1 different tokens"),
     ],
 )
 def test_invalid_hot_tokens_are_refused(target, tmp_path, engine, tokens, said):
-    with pytest.raises((ValueError, TypeError), match=said):
+    with pytest.raises(ValueError, match=said):
         export_drafter(make_drafter(target), engine, tmp_path / "out", hot_tokens=tokens)
 
 

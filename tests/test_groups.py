@@ -43,9 +43,9 @@ def test_groups_behind_the_last_token_are_not_filled(vocab_size, num_groups):
     [
         (torch.arange(9), r"has shape \(9,\)"),
         (torch.arange(10.0), "dtype torch.float32"),
-        (torch.arange(1, 11), "names 9 of the tokens; expected each token id from 0 to 9 once"),
-        (torch.arange(10) - 1, "names 9 of the tokens"),
-        (torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 8]), "names 9 of the tokens"),
+        (torch.arange(1, 11), "names 9 different tokens; expected 10 different ids from 0 to 9"),
+        (torch.arange(10) - 1, "names 9 different tokens"),
+        (torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 8]), "names 9 different tokens"),
     ],
 )
 def test_an_order_that_does_not_cover_the_vocabulary_is_refused(order, message):

@@ -185,13 +185,13 @@ def test_groups_of_neighbours_copy_nothing(target, drafter):
     "tokens", [HOT.new_tensor([]), HOT.new_tensor([1, 1]), HOT.new_tensor([VOCAB]), HOT[None]]
 )
 def test_frequent_tokens_are_different_ids_of_the_vocabulary(drafter, tokens):
-    with pytest.raises(ValueError, match=f"expected .read,. different token ids .* {VOCAB - 1}"):
+    with pytest.raises(ValueError, match=f"expected some different ids from 0 to {VOCAB - 1}"):
         drafter.heads.add_frequency_head(tokens)
     assert drafter.config.num_hot_tokens is None
 
 
 def test_groups_that_do_not_cover_the_vocabulary_are_refused(drafter):
-    with pytest.raises(ValueError, match="does not cover the vocabulary"):
+    with pytest.raises(ValueError, match=f"`order` has .* expected {VOCAB} different ids"):
         drafter.heads.add_router(6, 2, ORDER.clamp(min=1))
     assert drafter.heads.router is None
 
@@ -215,7 +215,7 @@ def test_a_checkpoint_whose_groups_miss_a_token_is_not_loaded(target, drafter, t
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["heads.router.order"][0] = tensors["heads.router.order"][1]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="does not cover the vocabulary"):
+    with pytest.raises(ValueError, match=f"`order` has .* expected {VOCAB} different ids"):
         AutoModel.from_pretrained(tmp_path)
 
 
@@ -234,7 +234,7 @@ def test_hot_tokens_of_a_checkpoint_are_tokens(target, drafter, tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["heads.hot_tokens"][0] = VOCAB
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="Hot tokens have shape"):
+    with pytest.raises(ValueError, match="`hot_tokens` has shape"):
         AutoModel.from_pretrained(tmp_path)
 
 

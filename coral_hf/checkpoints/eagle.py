@@ -131,13 +131,19 @@ def _refuse_eagle3(folder: Path, found: str) -> NoReturn:
     )
 
 
-def check_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor], what: str) -> None:
+def check_tensors(
+    found: dict[str, Tensor],
+    wanted: dict[str, Tensor],
+    what: str,
+    remedy: str = "Start from another source, or from random weights.",
+) -> None:
     """Raise a ValueError that names each tensor that does not fit.
 
     Args:
         found: tensors of a checkpoint or a layer.
         wanted: tensors of the names and shapes that there should be.
         what: the checkpoint or layer, as the message begins.
+        remedy: how the message ends.
     """
     both = sorted(wanted.keys() & found.keys())
     problems = {
@@ -152,7 +158,4 @@ def check_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor], what: str
     }
     listed = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
     if listed:
-        raise ValueError(
-            f"{what} does not fit the drafter, which has EAGLE-1's shape; {'; '.join(listed)}."
-            " Start from another source, or from random weights."
-        )
+        raise ValueError(f"{what} has other tensors than expected; {'; '.join(listed)}. {remedy}")

@@ -9,7 +9,7 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -21,14 +21,18 @@ from ..atomic import write_json
 from ..drafters.coral.configuration import CoralConfig
 from ..drafters.coral.modeling import CoralDrafter
 from ..drafters.fit import check_target
+from ..heads.groups import check_token_ids
 from ..target import Scales, Target, may_scale, read_scales, read_target
 from .copies import SCALED_TABLES, scale_embeddings, table_scale
-from .eagle import EMBEDDINGS
+from .eagle import EMBEDDINGS, check_tensors
 from .engines import ENGINES, HEAD_BIAS, engine_config, engine_shapes, obstacles
 from .files import WEIGHTS, OutputFolder, config_folder, read_config, read_dtype
-from .hot_tokens import HOT_TOKENS, check_hot_tokens
+from .hot_tokens import HOT_TOKENS
 
 BODY = ("fc.", "layers.")
+REMEDY = (
+    "Merge an adapter first: model.merge_and_unload(); load a quantised drafter in full precision."
+)
 HOT_KEY = "heads.hot_tokens"  # of a frequency head, in a checkpoint
 
 
@@ -66,11 +70,11 @@ def export_drafter(
         ValueError: if the drafter would predict something else in the engine, naming each reason,
             or if `output` holds something else. Nothing is written then.
     """
-    check_engine(engine)
+    if engine not in ENGINES:
+        raise ValueError(f"`engine` is {engine!r}; use one of {ENGINES}.")
     config, dtype = drafter.config, read_dtype(dtype or drafter.dtype)
-    sources = [drafter.name_or_path, config.target_name_or_path]
-    sources += [] if target is None else [target.name_or_path]
-    place = OutputFolder(output, overwrite, export_files(engine), tuple(sources))
+    read = (drafter.name_or_path, config.target_name_or_path, getattr(target, "name_or_path", None))
+    place = OutputFolder(output, overwrite, export_files(engine), read)
     place.check()
     if target is not None:
         check_target(config, target)
@@ -86,8 +90,7 @@ def export_drafter(
     if reasons:
         raise ValueError(f"The drafter cannot be exported for {engine}: {'; '.join(reasons)}.")
     fields = engine_config(config, scales, engine, has_fc_bias)
-    tensors = _for_engine(scale_embeddings(body, scales.embedding), engine, has_fc_bias)
-    _check_tensors(tensors, engine_shapes(fields), engine)
+    tensors = _for_engine(scale_embeddings(body, scales.embedding), engine, fields, has_fc_bias)
     if bound is not None and engine != "sglang":
         tensors[EMBEDDINGS] = bound.embeddings.weight
     tensors = _to_save(tensors, dtype)
@@ -100,12 +103,6 @@ def export_drafter(
     left = sorted(state.keys() - body.keys() - (set() if hot_tokens is None else {HOT_KEY}))
     notes = _notes(left, scales.embedding, engine, hot_tokens)
     return Exported(Path(output), notes, _command(config, engine, Path(output), hot_tokens))
-
-
-def check_engine(engine: str) -> None:
-    """Raise a ValueError for an unknown engine."""
-    if engine not in ENGINES:
-        raise ValueError(f"`engine` is {engine!r}; use one of {ENGINES}.")
 
 
 def export_files(engine: str) -> tuple[str, ...]:
@@ -158,39 +155,35 @@ def _hot_tokens(
     drafter: CoralDrafter, engine: str, given: Sequence[int] | None
 ) -> list[int] | None:
     """Return the token ids that go along: what was given, or what a frequency head reads anyway."""
-    if given is not None and engine != "sglang":
-        raise ValueError(f"`hot_tokens` are read by SGLang only; leave them out for {engine}.")
     if given is not None:
-        return check_hot_tokens(given, drafter.config.vocab_size)
+        if engine != "sglang":
+            raise ValueError(f"`hot_tokens` are read by SGLang only; leave them out for {engine}.")
+        ids = torch.as_tensor(given)  # of shape (read,)
+        check_token_ids("hot_tokens", ids, drafter.config.vocab_size)
+        return ids.tolist()
     if engine != "sglang" or drafter.config.draft_head != "frequency":
         return None
     assert drafter.heads.hot_tokens is not None, "the config says that there is such a head"
     return drafter.heads.hot_tokens.tolist()
 
 
-def _for_engine(body: dict[str, Tensor], engine: str, has_fc_bias: bool) -> dict[str, Tensor]:
-    """Add or drop the bias of `fc`, of shape (hidden,), as an engine reads it."""
+def _for_engine(
+    body: dict[str, Tensor], engine: str, fields: dict[str, Any], has_fc_bias: bool
+) -> dict[str, Tensor]:
+    """Add or drop the bias of `fc`, of shape (hidden,), and compare all with what is loaded.
+
+    An engine may skip tensors of wrong names silently.
+    """
     tensors = dict(body)
     if engine == "sglang" and "fc.bias" not in tensors:
         # SGLang would keep random numbers where a checkpoint has none
         tensors["fc.bias"] = torch.zeros_like(body["fc.weight"][:, 0])
     elif engine != "sglang" and not has_fc_bias:
         tensors.pop("fc.bias", None)
+    shapes = engine_shapes(fields).items()
+    wanted = {name: torch.empty(shape, device="meta") for name, shape in shapes}
+    check_tensors(tensors, wanted, f"The drafter as {engine} would load it", REMEDY)
     return tensors
-
-
-def _check_tensors(
-    tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], engine: str
-) -> None:
-    """Compare names and shapes with what an engine builds; SGLang skips wrong names silently."""
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wrong = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
-    if wrong:
-        listed = (f"{n}: expected {expected.get(n)}, found {found.get(n)}" for n in wrong)
-        raise ValueError(
-            f"The drafter has not the tensors that {engine} builds ({'; '.join(listed)}). Merge an"
-            " adapter first: model.merge_and_unload(); load a quantised drafter in full precision."
-        )
 
 
 def _to_save(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

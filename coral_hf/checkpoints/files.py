@@ -151,7 +151,7 @@ def check_dense(tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def read_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """Return a dtype by its name or itself; a ValueError for one that weights cannot have."""
+    """Return a dtype by its name or itself; a ValueError if weights of any shape cannot have it."""
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise ValueError(f"`dtype` is {dtype}; use one of {', '.join(DTYPES)}.")

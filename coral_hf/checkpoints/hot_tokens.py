@@ -5,7 +5,6 @@ first (FR-Spec, Zhao et al. 2025). Other tokens are lost to the drafter, never t
 """
 
 from collections.abc import Iterable, Sequence
-from operator import index
 
 import torch
 from torch import Tensor
@@ -80,15 +79,3 @@ def check_size(size: int, vocab_size: int, always: Sequence[int] = ()) -> None:
             f"`size` is {size}; use more than the {len(always)} tokens that are always kept, and"
             f" at most the {vocab_size} of the vocabulary."
         )
-
-
-def check_hot_tokens(tokens: Sequence[int], vocab_size: int) -> list[int]:
-    """Return ids as integers; a ValueError if any is not, is repeated, or is out of range."""
-    ids = [index(token) for token in tokens]  # a TypeError for what would have to be rounded
-    outside = [token for token in ids if not 0 <= token < vocab_size]
-    if outside or len(set(ids)) != len(ids) or not ids:
-        raise ValueError(
-            f"`hot_tokens` has {len(ids)} ids, {len(ids) - len(set(ids))} of them repeated"
-            f" and {len(outside)} outside of the vocabulary of {vocab_size}; pass each id once."
-        )
-    return ids

@@ -1,4 +1,4 @@
-"""A drafter that needs no training: a bigram table, counted on text.
+"""Bigram drafter: a table of successors, counted on text, that needs no training.
 
 In: token ids of some text. Out: a BigramDrafter, whose trees have the shape of the learned
 drafter's and cost next to nothing. What it reaches, a learned drafter has to beat.
@@ -68,10 +68,11 @@ class BigramDrafter(PreTrainedModel):
         Where fewer than `top_k` successors were seen, the most frequent tokens of all fill up.
         """
         texts = [text.long() for text in texts]
-        seen = torch.cat([pair_codes(text[:-1], text[1:], vocab_size) for text in texts])
+        # a pair of tokens is one number
+        seen = torch.cat([text[:-1] * vocab_size + text[1:] for text in texts])
         frequent = torch.cat(texts).bincount(minlength=vocab_size).topk(top_k).indices
-        every = torch.arange(vocab_size)
-        filling = pair_codes(every[:, None], frequent, vocab_size).flatten()  # (vocab * top_k,)
+        every = torch.arange(vocab_size)[:, None]
+        filling = (every * vocab_size + frequent).flatten()  # (vocab * top_k,)
         weights = torch.cat([torch.ones(len(seen)), torch.full((len(filling),), UNSEEN_WEIGHT)])
         drafter = cls(BigramConfig(vocab_size=vocab_size, top_k=top_k)).eval()
         pairs = best_pairs(torch.cat([seen, filling]), weights, vocab_size, top_k)
@@ -93,16 +94,16 @@ class BigramDrafting:
         self.table = [part.to(target.device) for part in (drafter.successors, drafter.log_probs)]
 
     def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
-        """See [`coral_hf.decoding.drafting.Drafting`]."""
+        """Read nothing of prompts (batch, length); see [`coral_hf.decoding.Drafting`]."""
 
     def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
-        """See [`coral_hf.decoding.drafting.Drafting`]."""
+        """Read nothing of new tokens (batch, new); see [`coral_hf.decoding.Drafting`]."""
 
     def select(self, rows: Tensor) -> None:
-        """See [`coral_hf.decoding.drafting.Drafting`]."""
+        """Keep nothing of any row; see [`coral_hf.decoding.Drafting`]."""
 
     def memory(self) -> None:
-        """See [`coral_hf.decoding.drafting.Drafting`]."""
+        """Return None; see [`coral_hf.decoding.Drafting`]."""
 
     def propose(self, root: Tensor, shape: TreeShape, warp: Warp | None = None) -> DraftTree:
         """Draft the most probable paths of the bigram chain below `root` (batch,)."""
@@ -115,11 +116,6 @@ class BigramDrafting:
                 break
             tokens = beam.tokens
         return builder.build()
-
-
-def pair_codes(first: Tensor, second: Tensor, vocab_size: int) -> Tensor:
-    """One number for each pair of tokens, of the broadcast shape of both."""
-    return first * vocab_size + second
 
 
 def best_pairs(

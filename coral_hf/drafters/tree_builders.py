@@ -1,4 +1,4 @@
-"""How drafters grow trees: chosen by confidence, or sampled from the drafter's distribution.
+"""Builders of draft trees: chosen by confidence, or sampled from the drafter's distribution.
 
 In: for each level, children of the nodes that were expanded, or the distribution after them. Out: a
 `DraftTree`.
@@ -46,6 +46,7 @@ class TreeBuilder:
         self._tokens: list[Tensor] = []  # each (batch, nodes of a level)
         self._log_paths: list[Tensor] = []
         self._parents: list[Tensor] = []  # pool indices, the root is -1
+        self._depths: list[Tensor] = []
         self._size = 0
         # (batch, beam), pool indices of the newest beam
         self._beam_nodes = torch.full_like(root, -1)[:, None]
@@ -62,6 +63,7 @@ class TreeBuilder:
         self._tokens.append(tokens)
         self._log_paths.append(log_paths)
         self._parents.append(self._beam_nodes.repeat_interleave(top_k, dim=1))
+        self._depths.append(torch.full_like(tokens, len(self._tokens)))
         best, index = log_paths.topk(min(self._shape.top_k, log_paths.shape[1]), dim=1)
         self._beam_nodes, self._beam_log_path = self._size + index, best
         self._size += tokens.shape[1]
@@ -84,15 +86,14 @@ class TreeBuilder:
         chosen = order[:, :kept].sort(dim=1).values  # (batch, kept)
         parents = self._renumber(torch.cat(self._parents, dim=1).gather(1, chosen), chosen)
         tokens = torch.cat(self._tokens, dim=1).gather(1, chosen)
+        depths = torch.cat(self._depths, dim=1).gather(1, chosen)
         root = torch.zeros_like(self._root)[:, None]
-        depths = _depths(torch.cat([root, parents], dim=1), len(self._tokens))
         # a head that read few tokens has fewer children than were asked for
         is_node = log_paths.gather(1, chosen) > float("-inf")
-        parents = torch.cat([root, parents.masked_fill(~is_node, PADDING)], dim=1)
         return DraftTree(
             torch.cat([self._root[:, None], tokens], dim=1),
-            parents,
-            depths,
+            torch.cat([root, parents.masked_fill(~is_node, PADDING)], dim=1),
+            torch.cat([root, depths], dim=1),
             levels=len(self._tokens),
             branching=self._shape.top_k,
         )
@@ -112,16 +113,6 @@ class TreeBuilder:
         ids = torch.arange(1, chosen.shape[1] + 1, device=chosen.device).expand_as(chosen)
         node_of.scatter_(1, chosen + 1, ids)
         return node_of.gather(1, parents + 1)
-
-
-def _depths(parents: Tensor, max_depth: int) -> Tensor:
-    """How many steps each node (batch, nodes) is below the root."""
-    depths = torch.zeros_like(parents)
-    ancestor = torch.arange(parents.shape[1], device=parents.device).expand_as(parents)
-    for _ in range(max_depth):
-        depths = depths + (ancestor > 0)
-        ancestor = parents.gather(1, ancestor)
-    return depths
 
 
 class Level(NamedTuple):
@@ -190,7 +181,7 @@ class SampledTreeBuilder:
         self._children, self._most = children, max(children, self._most)
 
     def build(self) -> DraftTree:
-        """All nodes that were drawn, level by level, siblings in the order of the draws."""
+        """Join all levels, siblings in the order of the draws; q is (batch, nodes, vocab)."""
         batch, _, vocab = self._expanded[0][1].shape
         draft_probs = self._expanded[0][1].new_zeros(batch, self._size, vocab)
         for nodes, probs in self._expanded:

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..lm_head import CachedTensor, LMHead
 from .group_logits import has_kernel
-from .groups import check_order, order_hash
+from .groups import check_order, check_token_ids, order_hash
 from .routed_head import RoutedHead
 from .router import Router, Routing
 from .settings import DRAFT_HEADS, HEAD_FIELDS, HEAD_SIZES
@@ -84,8 +84,8 @@ class DraftHeads(nn.Module):
             raise ValueError(f"`draft_head` is {name!r}; use one of {DRAFT_HEADS}.")
         if name == "full":
             return FullHead(head)
-        is_missing = getattr(self.config, HEAD_SIZES[name]) is None
-        if is_missing or (name == "routed" and not self.config.is_router_trained):
+        is_trained = name != "routed" or self.config.is_router_trained
+        if getattr(self.config, HEAD_SIZES[name]) is None or not is_trained:
             raise ValueError(
                 f"`draft_head` is {name!r}, but this drafter has no {REMEDIES[name]}, or use"
                 " draft_head='full'."
@@ -116,10 +116,8 @@ class DraftHeads(nn.Module):
     def _frequent(self, head: LMHead) -> DraftHead:
         tokens, weight = self.hot_tokens, head.weight
         assert tokens is not None, "`bind` checks this"
-        rows = self._hot_rows.get(
-            [weight, tokens], lambda: weight.detach()[tokens]
-        )  # (hot, hidden)
-        return FrequencyHead(head, tokens, rows)
+        hot = self._hot_rows.get([weight, tokens], lambda: weight.detach()[tokens])  # (hot, hidden)
+        return FrequencyHead(head, tokens, hot)
 
     def _low_rank(self, head: LMHead) -> DraftHead:
         low_rank, weight = self.low_rank, head.weight
@@ -141,7 +139,7 @@ class DraftHeads(nn.Module):
         cover the vocabulary.
         """
         if self.hot_tokens is not None:
-            self._check_tokens(self.hot_tokens)
+            check_token_ids("hot_tokens", self.hot_tokens, self.config.vocab_size)
         order = None if self.router is None else self.router.order
         if order is None:
             return
@@ -202,19 +200,9 @@ class DraftHeads(nn.Module):
                 `coral_hf.training.grouping.most_frequent_first`.
         """
         tokens = torch.as_tensor(tokens)
-        self._check_tokens(tokens)
+        check_token_ids("tokens", tokens, self.config.vocab_size)
         self.configure(num_hot_tokens=len(tokens), draft_head="frequency")
         self.hot_tokens = tokens.to(device=self._placement.device, dtype=torch.long).clone()
-
-    def _check_tokens(self, tokens: Tensor) -> None:
-        """Raise a ValueError unless tokens, of shape (read,), are different ids of tokens."""
-        vocab_size, unique = self.config.vocab_size, tokens.unique()
-        is_inside = bool(((tokens >= 0) & (tokens < vocab_size)).all())
-        if tokens.ndim != 1 or not len(tokens) or not is_inside or len(unique) < len(tokens):
-            raise ValueError(
-                f"Hot tokens have shape {tuple(tokens.shape)} and {len(unique)} different values;"
-                f" expected (read,) different token ids from 0 to {vocab_size - 1}."
-            )
 
     def add_low_rank_head(self, rank: int, head: LMHead) -> None:
         """Let the drafter read `rank` channels of a head (vocab, hidden), at first the largest.
@@ -227,18 +215,19 @@ class DraftHeads(nn.Module):
                 "A low-rank head starts from the rows of the target's LM head, which is quantised,"
                 " offloaded or adapted; load the target with a plain LM head."
             )
-        before = {name: getattr(self.config, name) for name in ("head_rank", "draft_head")}
-        self.configure(head_rank=rank, draft_head="low_rank")
-        try:
-            low_rank = LowRank(self.config.hidden_size, rank)
-            low_rank.start_from(head.weight.detach())
-        except BaseException:
-            self.configure(**before)
-            raise
+        fields = {"head_rank": rank, "draft_head": "low_rank"}
+        self._check_fields(fields)
+        low_rank = LowRank(self.config.hidden_size, rank)
+        low_rank.start_from(head.weight.detach())  # takes long: only now the config changes
         self.low_rank = low_rank.to(self._placement)
+        self.configure(**fields)
 
     def configure(self, **fields) -> None:
         """Set fields of the config after checking that they fit together."""
-        type(self.config).from_dict({**self.config.to_dict(), **fields})  # raises if they clash
+        self._check_fields(fields)
         for name, value in fields.items():
             setattr(self.config, name, value)
+
+    def _check_fields(self, fields: dict[str, Any]) -> None:
+        """Make a config with other fields, which raises a ValueError if they do not fit."""
+        type(self.config).from_dict({**self.config.to_dict(), **fields})

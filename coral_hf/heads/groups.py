@@ -55,17 +55,20 @@ class Groups(NamedTuple):
         return places if self.order is None else self.order[places]
 
 
+def check_token_ids(name: str, ids: Tensor, vocab_size: int, num: int | None = None) -> None:
+    """Raise a ValueError unless `ids`, of shape (read,), are different token ids, `num` of them."""
+    is_vector = ids.ndim == 1 and len(ids) > 0 and not ids.is_floating_point()
+    named = len(ids[(ids >= 0) & (ids < vocab_size)].unique())
+    if not is_vector or named < len(ids) or num not in (None, named):
+        raise ValueError(
+            f"`{name}` has shape {tuple(ids.shape)} and dtype {ids.dtype}, and names {named}"
+            f" different tokens; expected {num or 'some'} different ids from 0 to {vocab_size - 1}."
+        )
+
+
 def check_order(order: Tensor, vocab_size: int) -> None:
     """Raise a ValueError unless an order of shape (vocab,) names each token once."""
-    is_ids = order.shape == (vocab_size,) and not order.is_floating_point()
-    ids = torch.arange(vocab_size, device=order.device)
-    if not is_ids or not bool((order.sort().values == ids).all()):
-        named = len(set(order.flatten().tolist()) & set(range(vocab_size)))
-        raise ValueError(
-            f"`order` does not cover the vocabulary: it has shape {tuple(order.shape)} and dtype"
-            f" {order.dtype}, and names {named} of the tokens; expected each token id from 0 to"
-            f" {vocab_size - 1} once."
-        )
+    check_token_ids("order", order, vocab_size, vocab_size)
 
 
 def order_hash(order: Tensor) -> str:

@@ -8,6 +8,14 @@ ROUTINGS = ("shared", "union", "per_node")
 
 # the field that a draft head needs
 HEAD_SIZES = {"routed": "num_groups", "frequency": "num_hot_tokens", "low_rank": "head_rank"}
+# size → the field that is its largest value
+SIZE_LIMITS = {
+    "num_groups": "vocab_size",
+    "num_hot_tokens": "vocab_size",
+    "head_rank": "hidden_size",
+    "num_active_groups": "num_groups",
+    "max_active_groups": "num_groups",
+}
 # the fields that say which heads there are and how they are read
 HEAD_FIELDS = (
     "draft_head",
@@ -33,36 +41,24 @@ def check_head_fields(config: PreTrainedConfig) -> None:
     needed = HEAD_SIZES.get(config.draft_head)
     if needed is not None and getattr(config, needed) is None:
         raise ValueError(f"`draft_head` is {config.draft_head!r}, but `{needed}` is None; set it.")
-    _check_size(config, "num_groups", "vocab_size")
-    _check_size(config, "num_hot_tokens", "vocab_size")
-    _check_size(config, "head_rank", "hidden_size")
-    if config.num_groups is not None:
-        _check_size(config, "num_active_groups", "num_groups")
-        _check_size(config, "max_active_groups", "num_groups")
-        _check_grouping(config)
+    for name, limit in SIZE_LIMITS.items():
+        value, most = getattr(config, name), getattr(config, limit)
+        if value is not None and most is not None and not 1 <= value <= most:
+            raise ValueError(f"`{name}` is {value}; use a value from 1 to `{limit}` = {most}.")
     if config.active_mass is not None and not 0 < config.active_mass <= 1:
         raise ValueError(
             f"`active_mass` is {config.active_mass}; use a share above 0, at most 1, or None."
         )
-
-
-def _check_grouping(config: PreTrainedConfig) -> None:
-    if (config.grouping == "contiguous") != (config.grouping_hash is None):
+    has_router, is_ordered = config.num_groups is not None, config.grouping != "contiguous"
+    if has_router and is_ordered == (config.grouping_hash is None):
         raise ValueError(
             f"`grouping` is {config.grouping!r} and `grouping_hash` {config.grouping_hash}: all"
             " groupings but 'contiguous' come with an order of the vocabulary. Leave both out"
             " and call drafter.heads.add_router(num_groups, num_active_groups, order), or train"
             " with CoralTrainingArguments(stage='router', grouping=...)."
         )
-    if config.max_active_groups is not None and config.routing != "union":
+    if has_router and config.max_active_groups is not None and config.routing != "union":
         raise ValueError(
             f"`max_active_groups` is {config.max_active_groups}, which is for routing='union',"
             f" but `routing` is {config.routing!r}; leave it out."
         )
-
-
-def _check_size(config: PreTrainedConfig, name: str, limit: str) -> None:
-    """Raise a ValueError unless a field is None or from 1 to another field's value."""
-    value, most = getattr(config, name), getattr(config, limit)
-    if value is not None and not 1 <= value <= most:
-        raise ValueError(f"`{name}` is {value}; use a value from 1 to `{limit}` = {most}.")

@@ -118,7 +118,7 @@ class LowRank(nn.Module):
         self.down.weight.copy_(directions.T)
 
 
-class LowRankHead:
+class LowRankHead(FullHead):
     """Reads a few channels of all tokens: (W up)(down h), with W up computed once.
 
     Args:
@@ -126,13 +126,9 @@ class LowRankHead:
     """
 
     def __init__(self, head: LMHead, low_rank: LowRank, weight: Tensor):
-        self.head = head
+        super().__init__(head)
         self.low_rank = low_rank
         self.weight = weight
-
-    def children(self, features: Tensor, log_path: Tensor, top_k: int) -> Children:
-        """Rank the children of features (batch, nodes, hidden); see [`DraftHead`]."""
-        return _best(self.logits(features, log_path), top_k)
 
     def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
         """Compute approximate logits, (batch, nodes, vocab); see [`DraftHead`]."""

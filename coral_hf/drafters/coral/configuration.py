@@ -142,26 +142,27 @@ def _has_qkv_bias(text: PreTrainedConfig) -> bool:
     return bool(getattr(text, "attention_bias", False)) or text.model_type in QKV_BIAS
 
 
-def _field(text: PreTrainedConfig, name: str) -> Any:
-    """A field of a config, None where it is missing; the last layer's own where layers differ."""
-    try:
-        return getattr(text, name, None)
-    except RuntimeError:  # newer versions of transformers name no one value for such layers
-        return getattr(text.per_layer_config[text.num_hidden_layers - 1], name)
+def _field(text: PreTrainedConfig, *names: str) -> Any:
+    """Read the first of some fields that is set; the last layer's own value where layers differ."""
+    for name in names:
+        try:
+            value = getattr(text, name, None)
+        except RuntimeError:  # newer versions of transformers name no one value for such layers
+            value = getattr(text.per_layer_config[text.num_hidden_layers - 1], name)
+        if value is not None:
+            return value
+    return None
 
 
 def _sizes(text: PreTrainedConfig) -> dict:
-    """The widths, heads and limits of a target's text config."""
+    """Read the widths, heads and limits of a target's text config."""
     heads = getattr(text, "num_attention_heads", None)
     if heads is None:
         raise ValueError(
             f"The target's config, {type(text).__name__}, has no attention heads; a CORAL drafter"
             " needs a target with attention."
         )
-    epsilons = (
-        getattr(text, name, None)
-        for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
-    )
+    epsilon = _field(text, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
     return {
         "vocab_size": text.vocab_size,
         "hidden_size": text.hidden_size,
@@ -171,27 +172,21 @@ def _sizes(text: PreTrainedConfig) -> dict:
         "head_dim": _field(text, "head_dim") or text.hidden_size // heads,
         "max_position_embeddings": max_positions(text) or CoralConfig.max_position_embeddings,
         "initializer_range": float(getattr(text, "initializer_range", 0.02)),
-        "rms_norm_eps": float(next((epsilon for epsilon in epsilons if epsilon is not None), 1e-6)),
+        "rms_norm_eps": float(1e-6 if epsilon is None else epsilon),
     }
 
 
 def _intermediate_size(text: PreTrainedConfig) -> int:
-    """GPT-2 calls it `n_inner` and leaves it unset for four times the width.
+    """Read the width of a feed-forward block, which GPT-2 leaves unset for four times the width.
 
     Gemma 3n lists one for each layer; the drafter takes the widest.
     """
-    for name in ("intermediate_size", "n_inner"):
-        size = _field(text, name)
-        if size is not None:
-            return max(size) if isinstance(size, (list, tuple)) else size
-    return 4 * text.hidden_size
+    size = _field(text, "intermediate_size", "n_inner") or 4 * text.hidden_size
+    return max(size) if isinstance(size, (list, tuple)) else size
 
 
 def _rope(text: PreTrainedConfig) -> dict | None:
-    """The target's rotary parameters, None without RoPE.
-
-    Where layer types differ, those of full attention.
-    """
+    """Read the target's rotary parameters, of full attention where layers differ; None without."""
     rope = getattr(text, "rope_parameters", None)
     if not rope:
         return None

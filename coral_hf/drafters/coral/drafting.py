@@ -1,9 +1,9 @@
-"""The drafting side of a call: the drafter, its cache, and the trees it proposes.
+"""CORAL's side of a call: the drafter, its KV cache, and the trees it proposes.
 
-In: tokens that are certain and the target's features of them. Out: a `DraftTree` a round. The loop
+In: committed tokens and the target's features of them. Out: a `DraftTree` a round. The loop
 knows a drafter by the protocol `Drafting` and nothing else.
 
-    certain tokens       x0       x1       x2       x3
+    committed tokens     x0       x1       x2       x3
     target features      f0       f1       f2
     begin reads          (x1,f0)  (x2,f1)  (x3,f2)        the last output, f̂3, gives level 1
     a level reads        (node, its parent's f̂)           and gives the next level
@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from ...decoding.drafting import DraftTree, TreeShape, Warp
 from ...decoding.ragged_cache import HIDDEN, RaggedCache
-from ...heads.simple import Children
 from ...target import FEATURE, Target
 from ..fit import check_target
 from ..tree_builders import Beam, SampledTreeBuilder, TreeBuilder, plan_levels
@@ -27,7 +26,7 @@ from .modeling import CoralDrafter
 
 
 class DrafterMemory(NamedTuple):
-    """What a drafter has read of texts that may go on: it travels with the target's cache."""
+    """What a drafter has read of sequences that may continue; it travels with their cache."""
 
     drafter: weakref.ref
     cache: RaggedCache
@@ -40,7 +39,7 @@ class DrafterMemory(NamedTuple):
         return DrafterMemory(self.drafter, deepcopy(self.cache, memo))
 
     def fits(self, drafter: CoralDrafter, positions: Tensor) -> bool:
-        """Whether a text at (batch, length) `positions` goes on where this one ends."""
+        """Whether sequences at (batch, length) `positions` continue where these end."""
         ends = self.cache.next_positions
         return (
             self.drafter() is drafter
@@ -58,7 +57,7 @@ class CacheContext:
         self.mask: Tensor | None = None
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See [`coral_hf.drafters.coral.layers.Context`]."""
+        """Append to the cache and attend to it: (batch, heads, length, head_dim)."""
         is_prompt = self.mask is None and query.shape[2] > 1
         keys, values = self.cache.update(key, value, layer_idx)
         return F.scaled_dot_product_attention(
@@ -73,7 +72,7 @@ class CoralDrafting:
         drafter: shared by calls; all state of this call is here.
         target: what the drafter reads of its target.
         draft_head: one of `DRAFT_HEADS`; the drafter's own choice by default.
-        memory: of an earlier call; left aside where the text does not go on from it.
+        memory: of an earlier call; ignored where the sequences do not continue it.
 
     Example:
 
@@ -100,24 +99,22 @@ class CoralDrafting:
         self.head = drafter.heads.bind(target.head, draft_head)
         self._memory = memory
 
-    def _use(self, cache: RaggedCache) -> None:
-        self._cache, self._context = cache, CacheContext(cache)
-
     def memory(self) -> DrafterMemory:
         """What was read so far, for a call that goes on with the same sequences."""
         return DrafterMemory(weakref.ref(self.drafter), self._cache)
 
     def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
-        """See [`coral_hf.decoding.drafting.Drafting`]."""
+        """Read prompts or what continues them, (batch, length); see [`Drafting`]."""
         device = self.drafter.fc.weight.device
         # each feature is read with the token after it
         tokens, positions = tokens[:, 1:].to(device), positions.to(device)
         if self._memory is not None and self._memory.fits(self.drafter, positions):
-            self._use(self._memory.cache)
-            self._cache.truncate()  # a call may have broken off
+            cache = self._memory.cache
+            cache.truncate()  # a call may have broken off
         else:
-            self._use(RaggedCache([None] * self.drafter.config.num_hidden_layers))
-            self._cache.begin(len(tokens), device)
+            cache = RaggedCache([None] * self.drafter.config.num_hidden_layers)
+            cache.begin(len(tokens), device)
+        self._cache, self._context = cache, CacheContext(cache)
         mask = None  # a prompt without padding is plainly causal
         seen = positions != HIDDEN
         if self._cache.width or not seen.all():
@@ -130,7 +127,7 @@ class CoralDrafting:
         self._feature = predicted[:, -1:]
 
     def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
-        """See [`coral_hf.decoding.drafting.Drafting`]."""
+        """Read tokens (batch, new) and keep the first `counts` of each row; see [`Drafting`]."""
         # prompts may stay on the CPU, and a target's last layer may be on another device
         device = self.drafter.fc.weight.device
         tokens, new = tokens.to(device), tokens.shape[1]
@@ -146,7 +143,7 @@ class CoralDrafting:
         self._feature = predicted.gather(1, last.expand(-1, -1, predicted.shape[2]))
 
     def select(self, rows: Tensor) -> None:
-        """See [`coral_hf.decoding.drafting.Drafting`]."""
+        """Keep rows of the batch, of shape (kept,); see [`Drafting`]."""
         self._cache.select(rows.tolist())
         self._feature = self._feature[rows]
 
@@ -160,11 +157,11 @@ class CoralDrafting:
     def _draw(self, root: Tensor, shape: TreeShape, warp: Warp) -> DraftTree:
         """A tree of draws without replacement among siblings, below `root` (batch,)."""
         builder, features = SampledTreeBuilder(root), self._feature
-        seen = root.new_zeros(len(root), 1, 0, dtype=torch.bool)  # as in `_choose`
+        seen: Tensor | None = None  # as in `_choose`
         for depth, level in enumerate(plan_levels(shape)):
             beam = builder.best(level.families)
             if depth > 0:
-                seen = self._see_itself(seen, beam, is_first=depth == 1)
+                seen = self._see_itself(seen, beam)
                 features = self._expand(beam, features, seen, depth - 1)
             logits = self.head.logits(features, beam.log_path)  # (batch, families, vocab)
             probs = warp(logits.flatten(0, 1)).softmax(-1).view_as(logits)
@@ -173,34 +170,29 @@ class CoralDrafting:
 
     def _choose(self, root: Tensor, shape: TreeShape) -> DraftTree:
         """The most confident nodes below `root` (batch,) (Li et al. 2024, sections 4.1 and 4.2)."""
-        builder = TreeBuilder(root, shape)
-        features = self._feature
+        builder, features = TreeBuilder(root, shape), self._feature
+        top_k = min(shape.top_k, self.drafter.config.vocab_size)
         log_path = features.new_zeros(features.shape[:2], dtype=torch.float32)
-        beam = builder.add_level(*self._children(features, log_path, shape))
-        # (batch, beam, tree rows)
-        seen = beam.tokens.new_zeros(*beam.tokens.shape, 0, dtype=torch.bool)
+        beam = builder.add_level(*self.head.children(features, log_path, top_k))
+        seen: Tensor | None = None  # (batch, beam, nodes that were expanded)
         for depth in range(1, shape.depth):
             if not builder.is_worth_more(beam):
                 break
-            seen = self._see_itself(seen, beam, is_first=depth == 1)
+            seen = self._see_itself(seen, beam)
             features = self._expand(beam, features, seen, depth - 1)
-            beam = builder.add_level(*self._children(features, beam.log_path, shape))
+            beam = builder.add_level(*self.head.children(features, beam.log_path, top_k))
         return builder.build()
 
-    def _children(self, features: Tensor, log_path: Tensor, shape: TreeShape) -> Children:
-        """Of each beam node: features (batch, beam, hidden), log-confidences (batch, beam)."""
-        top_k = min(shape.top_k, self.drafter.config.vocab_size)
-        return self.head.children(features, log_path, top_k)
-
     @staticmethod
-    def _see_itself(seen: Tensor, beam: Beam, is_first: bool) -> Tensor:
-        """Which tree rows each new beam node sees: those its parent sees, and itself.
+    def _see_itself(seen: Tensor | None, beam: Beam) -> Tensor:
+        """Let each new beam node see the expanded nodes that its parent sees, and itself.
 
-        (batch, parents, rows) → (batch, beam, rows + beam)
+        (batch, parents, expanded) → (batch, beam, expanded + beam); None if the parent is the root.
         """
         batch, width = beam.tokens.shape
-        itself = torch.eye(width, dtype=torch.bool, device=seen.device).expand(batch, -1, -1)
-        if is_first:  # the parents are the root, which is no tree row
+        itself = torch.eye(width, dtype=torch.bool, device=beam.tokens.device)
+        itself = itself.expand(batch, -1, -1)
+        if seen is None:
             return itself
         inherited = seen.gather(1, beam.parents[..., None].expand(-1, -1, seen.shape[2]))
         return torch.cat([inherited, itself], dim=2)

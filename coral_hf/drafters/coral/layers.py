@@ -1,4 +1,4 @@
-"""The layers of a drafter: Llama's, with attention over whatever a context holds.
+"""Layers of a CORAL drafter: Llama's, with attention over whatever a context holds.
 
 In: hidden states, rotary positions, a context (a cache in decoding, past steps in training). Out:
 hidden states of the same shape.
@@ -33,10 +33,10 @@ class Context(Protocol):
 
 
 class CausalContext:
-    """No context: each position sees itself and the positions before it."""
+    """No context: each position attends to itself and the positions before it."""
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See [`Context`]."""
+        """Attend causally, (batch, heads, length, head_dim); see [`Context`]."""
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 

@@ -12,8 +12,9 @@ held here.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import CommitInfo
@@ -32,13 +33,10 @@ from ...atomic import write_json
 from ...decoding.settings import TREE_DEFAULTS
 from ...heads.collection import DraftHeads
 from ...lm_head import execution_device
-from ..publisher import publisher
 from .configuration import CoralConfig
 from .layers import CausalContext, Context, CoralLayer
 
 TRAINING_RECORD = "training_record.json"  # beside the weights
-# how the fields and weights begin that only the first layout of this package saved
-FIRST_LAYOUT = ("training_record", "router.", "hot_tokens", "low_rank.")
 
 
 class CoralDrafter(PreTrainedModel, GenerationMixin):
@@ -61,6 +59,8 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
     # modules that are called on their own need FSDP hooks of their own
     _no_split_modules = ["CoralLayer", "Router", "LowRank"]
     _supports_sdpa = True
+    # finds the package that publishes, which imports this one; `import coral_hf` sets it
+    publisher: ClassVar[Callable[[], Any]]
 
     def __init__(self, config: CoralConfig):
         super().__init__(config)
@@ -120,8 +120,7 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if the checkpoint cannot be read, lacks a tensor, or has one of another
                 shape or name, for which transformers would fill in random numbers and only warn;
-                if its groups do not cover the vocabulary, or are not those of its router; if an
-                earlier layout of this package wrote it.
+                if its groups do not cover the vocabulary, or are not those of its router.
         """
         kwargs["ignore_mismatched_sizes"] = True  # they are named below
         try:
@@ -133,13 +132,6 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
                 f"The weights of {pretrained_model_name_or_path} cannot be read ({error}). Download"
                 " or save them again."
             ) from error
-        names = [*vars(drafter.config), *info["unexpected_keys"]]
-        if earlier := sorted(name for name in names if name.startswith(FIRST_LAYOUT)):
-            raise ValueError(
-                "This drafter was saved by an earlier version of coral_hf, whose layout"
-                f" ({', '.join(earlier)}) this one does not read; train it again, or use it with"
-                " the version that saved it."
-            )
         for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if info[kind]:
                 keys = ", ".join(sorted(map(_with_shapes, info[kind])))
@@ -210,11 +202,12 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
             ValueError: if another model is at `repo_id`, or a public repository and `private` is
                 asked for; if `tokenizer` is not the one that the drafter was trained with.
         """
-        return publisher().push(self, repo_id, tokenizer, **kwargs)
+        return type(self).publisher().push(self, repo_id, tokenizer, **kwargs)
 
     def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):
         # `save_pretrained(push_to_hub=True)` calls it when all files are saved
-        return publisher().upload_saved(self, working_dir, repo_id, files_timestamps, **kwargs)
+        files = working_dir, repo_id, files_timestamps
+        return type(self).publisher().upload_saved(self, *files, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -244,6 +237,3 @@ def _read_record(name: str | Path, options: dict[str, Any]) -> list[dict[str, An
 def _with_shapes(key: str | tuple) -> str:
     """Name a tensor, and for one of a wrong shape both shapes."""
     return key if isinstance(key, str) else f"{key[0]} {tuple(key[1])} for {tuple(key[2])}"
-
-
-__all__ = ["CoralDrafter"]
