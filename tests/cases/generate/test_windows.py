@@ -49,16 +49,3 @@ def test_a_sliding_layer_reads_no_more_than_its_window_and_the_tree(target, spec
     target.model.layers[0].self_attn.register_forward_pre_hook(note, with_kwargs=True)
     run(target, speculation)
     assert len(widths) > 1 and max(widths[1:]) <= ROOM  # the first pass is over the prompt
-
-
-class Clock:
-    """A streamer that notes when tokens come."""
-
-    def __init__(self):
-        self.times = []
-
-    def put(self, value):
-        self.times.append(time.process_time())
-
-    def end(self):
-        pass
