@@ -172,7 +172,7 @@ def first_document(row: Any) -> dict[str, list[int]]:
 
 
 def prompt_of(row: Any, text_length: int) -> list[int]:
-    """Return the prompt of `input_ids` and `labels`; else its first `text_length` tokens."""
+    """Return the prompt of a row with `labels`; of plain text its first `text_length` tokens."""
     ids, labels = row["input_ids"], row["labels"]
     first = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
     # of everything the third token is the first that can be trained
