@@ -1,4 +1,4 @@
-"""Talk to a target with a drafter: each turn reads only what is new.
+"""Chat with a target and a drafter: each turn reads only its new tokens.
 
 python examples/chat.py --target org/my-llama --drafter org/coral-my-llama "Hi." "And then?"
 """
@@ -14,7 +14,7 @@ def main(target_name: str, drafter_name: str, turns: list[str], max_new_tokens: 
     tokenizer = AutoTokenizer.from_pretrained(target_name)
     target = AutoModelForCausalLM.from_pretrained(target_name).eval()
     drafter = AutoModel.from_pretrained(drafter_name, dtype=target.dtype).eval()
-    messages, memory = [], {}
+    messages, cache = [], {}
     for turn in turns:
         messages.append({"role": "user", "content": turn})
         inputs = tokenizer.apply_chat_template(
@@ -23,15 +23,15 @@ def main(target_name: str, drafter_name: str, turns: list[str], max_new_tokens: 
         output = target.generate(
             **inputs,
             assistant_model=drafter,
-            **memory,
+            **cache,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             return_dict_in_generate=True,
         )
-        # carries what target and drafter have read; the next turn goes on from it
+        # holds what target and drafter have read; the next turn continues from it
         name = "cache" if "cache" in output else "past_key_values"  # before transformers 5.24
-        memory = {name: output[name]}
-        start = inputs["input_ids"].shape[1]
+        cache = {name: output[name]}
+        start = inputs["input_ids"].shape[1]  # (1, length)
         reply = tokenizer.decode(output.sequences[0, start:], skip_special_tokens=True)
         messages.append({"role": "assistant", "content": reply})
         print(f"> {turn}\n{reply}\n[{output.stats.acceptance_length:.2f} tokens per target pass]")

@@ -1,10 +1,10 @@
-"""The recipe table of docs/training.md from the files that it was made of, in one go.
+"""Reproduce the recipe table of docs/results/training.md.
 
 python examples/compare_recipes.py --target coral-bench --dialogues sgd_train.jsonl.gz \
     --mt-bench mt_bench/question.jsonl --gsm8k gsm8k/question_eagle.jsonl --output recipes
 
-Trained on every fourth dialogue but for the last 200, of which every sixth is a prompt, as is every
-fifth question of the other two. It goes on where it stopped: what was measured is in
+The drafters are trained on every fourth dialogue, without the last 200. The prompts are every sixth
+of those 200 and every fifth question of the other two files. An interrupted run resumes from
 OUTPUT/results.jsonl. Other trials: `--trial "coral csra_weight=0.5"`, see `coral-hf compare`.
 """
 
@@ -28,7 +28,7 @@ TREE = {"tree_depth": 6, "tree_top_k": 8, "tree_nodes": 32}
 
 
 def features(target, tokenizer, dialogues: str, every: int, folder: Path) -> CachedFeatures:
-    """The target's features of the dialogues to train on, computed once."""
+    """Store the target's features of the training dialogues."""
     rows = load_conversations(dialogues)
     rows = rows.select(range(0, len(rows) - HELD_OUT, every))
     max_length = parse_arguments(folder, OPTIONS.split()).max_length
@@ -37,7 +37,7 @@ def features(target, tokenizer, dialogues: str, every: int, folder: Path) -> Cac
 
 
 def chosen_prompts(options: argparse.Namespace) -> list[Prompt]:
-    """First turns of questions, second ones of held-out dialogues."""
+    """Return first turns of questions and second turns of held-out dialogues."""
     asked = [read_prompts(options.mt_bench)[::5], read_prompts(options.gsm8k)[::5]]
     dialogues = read_prompts(options.dialogues, last=HELD_OUT, user_turn=1)[::6]
     return [prompt for part in (*asked, dialogues) for prompt in part[: options.limit]]
@@ -65,8 +65,8 @@ if __name__ == "__main__":
     parser.add_argument("--gsm8k", required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--trial", action="append", help="a recipe and settings")
-    parser.add_argument("--steps", type=int, action="append", help="of each training: 320")
+    parser.add_argument("--steps", type=int, action="append", help="of each training run: 320")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--every", type=int, default=4, help="dialogues, of which one is read")
+    parser.add_argument("--every", type=int, default=4, help="train on one dialogue in so many")
     parser.add_argument("--limit", type=int, default=12, help="prompts of each kind")
     main(parser.parse_args())

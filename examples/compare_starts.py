@@ -1,11 +1,11 @@
-"""Train a drafter from several starts with the same data, seed and settings, and compare them.
+"""Compare initial weights of a drafter: one training run each, same data, seed and settings.
 
 python examples/compare_starts.py --target org/my-llama --dataset talk.jsonl --hold-out 200 \
     --start random --start layer --start a-drafter --start lora8:a-drafter --output_dir runs
 
 A start is `random`; `layer`, the target's last layer, also with another `fc` (`layer=0.5,0.5`,
-`layer=random`); a folder of a drafter or an EAGLE checkpoint; `loraR:` and a drafter, of which an
-adapter of rank R is trained. All other options are those of CoralTrainingArguments.
+`layer=random`); the folder of a drafter or an EAGLE checkpoint; or `loraR:FOLDER`, which trains an
+adapter of rank R on a drafter. All other options are those of CoralTrainingArguments.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def drafter_from(start: str, target) -> CoralDrafter:
 
 
 def acceptance_length(target, drafter, prompts: list[list[int]]) -> float:
-    """τ: tokens per pass of the target over all prompts, greedily."""
+    """Return τ, greedy: tokens per target pass over all prompts."""
     drafter.generation_config.update(tree_depth=6, tree_top_k=8, tree_nodes=32)
     read = read_target(target)
     rounds = decoded_rounds(drafter.eval(), read, prompts, max_new_tokens=64, batch_size=1)
@@ -96,9 +96,11 @@ if __name__ == "__main__":
     parser.add_argument("--target", required=True)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--start", action="append", required=True)
-    parser.add_argument("--hold-out", type=int, default=200, help="last rows, not trained on")
-    parser.add_argument("--num-prompts", type=int, default=20, help="of those, to measure τ on")
-    parser.add_argument("--user-turn", type=int, default=-1, help="the turn that is answered")
+    parser.add_argument(
+        "--hold-out", type=int, default=200, help="last rows, not used for training"
+    )
+    parser.add_argument("--num-prompts", type=int, default=20, help="held-out rows to measure τ on")
+    parser.add_argument("--user-turn", type=int, default=-1, help="the user turn that is answered")
     options, rest = parser.parse_known_args()
     pinned = ["--dataloader_pin_memory", str(torch.cuda.is_available())]
     defaults = ["--report_to", "none", "--save_strategy", "no", "--logging_steps", "1", *pinned]

@@ -1,4 +1,4 @@
-"""Fine-tune a target on conversations, all of its weights, as a case for `compare_starts.py`.
+"""Fine-tune all weights of a target on conversations, as a case for `compare_starts.py`.
 
 python examples/fine_tune.py --target org/my-llama --dataset code.json --hold-out 200 \
     --output_dir my-llama-code --max_steps 200 --learning_rate 1e-3
@@ -39,7 +39,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", required=True)
     parser.add_argument("--dataset", required=True)
-    parser.add_argument("--hold-out", type=int, default=200, help="last rows, not trained on")
+    parser.add_argument(
+        "--hold-out", type=int, default=200, help="last rows, not used for training"
+    )
     parser.add_argument("--max-length", type=int, default=256)
     options, rest = parser.parse_known_args()
     pinned = ["--dataloader_pin_memory", str(torch.cuda.is_available())]

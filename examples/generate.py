@@ -1,4 +1,4 @@
-"""Generate with a drafter: the target's own text, in fewer passes.
+"""Generate with a drafter: the target's own text in fewer forward passes.
 
 python examples/generate.py --target org/my-llama --drafter org/coral-my-llama "Tell a story."
 """

@@ -1,4 +1,4 @@
-"""Measure a drafter, put its report into its card, and publish both.
+"""Measure a drafter and publish it with the report in its model card.
 
 hf auth login
 python examples/publish.py --target org/my-llama --drafter my-drafter --prompts mt_bench.jsonl

@@ -1,4 +1,4 @@
-"""Take a drafter that EAGLE or HASS trained, and write it for vLLM and SGLang.
+"""Convert an EAGLE or HASS drafter, and export it for vLLM and SGLang.
 
 python examples/serve.py --target meta-llama/Meta-Llama-3-8B-Instruct
     --eagle yuhuili/EAGLE-LLaMA3-Instruct-8B
@@ -30,7 +30,7 @@ def main(target_name: str, eagle: str, output: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", required=True)
-    parser.add_argument("--eagle", required=True, help="a folder or an id of the Hub")
+    parser.add_argument("--eagle", required=True, help="a folder or a Hub id")
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     main(given.target, given.eagle, given.output)

@@ -1,9 +1,9 @@
-"""Time the full LM head against routed ones, without a model, on random weights and features.
+"""Time the full LM head against routed heads, on random weights and features.
 
     OMP_NUM_THREADS=2 python examples/time_heads.py --groups 64 --share 4 --share 8 --share 16
 
-A timed call is a level of the draft tree of one sequence: router, logits, ranking. What a head
-costs follows from the weights that it reads, never from their values.
+A timed call is one level of one sequence's draft tree: router, logits, ranking. The cost of a head
+depends on which weights it reads, not on their values.
 """
 
 import argparse
@@ -24,12 +24,12 @@ SHAPES = ("Llama-3-8B:128256:4096", "Qwen2.5-7B:152064:3584", "Gemma-2-2B:256000
 
 
 def heads_of(head: LMHead, options: argparse.Namespace) -> dict:
-    """The full head and routed ones of the same weight, by name, each with the MiB it reads."""
+    """Return the full head and routed heads of the same weight, by name, with the MiB they read."""
     vocab, hidden = head.weight.shape
     row = hidden * head.weight.element_size() / 2**20
     heads = {"all: full head": (FullHead(head), vocab * row)}
     order = torch.randperm(vocab, device=options.device) if options.random_groups else None
-    # as a drafter does: rows that no kernel reads through an order are copied into it, once
+    # as a drafter does: without a kernel, the weight is copied once in the order of the groups
     weight = None if order is None or has_kernel(head.weight) else head.weight[order]
     for groups in options.groups or [16, 32]:
         router = Router(hidden, groups).to(options.device, head.weight.dtype)
@@ -42,14 +42,14 @@ def heads_of(head: LMHead, options: argparse.Namespace) -> dict:
 
 
 def times(heads: dict, features: torch.Tensor, options: argparse.Namespace) -> dict:
-    """Milliseconds of each head, turn by turn in changing order; features are (1, rows, hidden)."""
+    """Return milliseconds of each head, called in shuffled order; features (1, rows, hidden)."""
     log_path = torch.zeros(features.shape[:2], device=features.device)
     call = f"head.children(features, log_path, {options.top_k})"
     threads, found = torch.get_num_threads(), {name: [] for name in heads}
     for _ in range(options.repeats):
         for name in random.sample(list(heads), len(heads)):
             names = {"head": heads[name][0], "features": features, "log_path": log_path}
-            # the timer warms up on other features, so that no cache holds the groups of the new
+            # new features for each call, so that no cache holds the groups that they choose
             timer = Timer(call, "features.normal_()", globals=names, num_threads=threads)
             found[name].append(1000 * timer.timeit(1).median)
     return found

@@ -1,4 +1,4 @@
-"""Train a drafter and its router on conversations, and save them to be published.
+"""Train a drafter and its router on conversations, and save them ready to publish.
 
 python examples/train.py --target org/my-llama --dataset conversations.jsonl --output my-drafter
 """

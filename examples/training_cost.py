@@ -1,4 +1,4 @@
-"""Tokens per second and peak memory of a training step, against a straightforward implementation.
+"""Throughput and peak memory of a training step, against a straightforward implementation.
 
     python examples/training_cost.py --vocab-size 152064 --length 512 --length 2048
 
@@ -32,7 +32,7 @@ STEPS, TEMPERATURE = 3, 0.07
 
 
 def library_loss(drafter, embeddings, features, goal, logits_of):
-    """The loss as the trainer computes it."""
+    """Compute the loss as the trainer does; embeddings and features (1, length, hidden)."""
     predicted = unroll(drafter, embeddings, features, STEPS, attention=mixed_attention)
     predicted = predicted.flatten(1, 2)
     loss = (
@@ -42,7 +42,7 @@ def library_loss(drafter, embeddings, features, goal, logits_of):
 
 
 def straightforward_loss(drafter, embeddings, features, goal, logits_of):
-    """The same loss, written down as it is defined."""
+    """Compute the same loss from its definition; embeddings and features (1, length, hidden)."""
     predicted = unroll(drafter, embeddings, features, STEPS, attention=plain_mixed_attention)
     predicted = predicted.flatten(1, 2)
     probs = logits_of(goal).float().softmax(-1)
@@ -63,7 +63,7 @@ LOSSES = {"library": library_loss, "straightforward": straightforward_loss}
 
 
 def measure(name: str, vocab_size: int, length: int, hidden_size: int, repeats: int) -> str:
-    """Seconds of a step and megabytes beyond the models, as text."""
+    """Return the seconds of a step, megabytes beyond the models, and the loss, as text."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -91,7 +91,7 @@ def measure(name: str, vocab_size: int, length: int, hidden_size: int, repeats: 
 
 
 def resident(name: str) -> float:
-    """Megabytes of this process now (VmRSS) or at most (VmHWM); Linux."""
+    """Return the megabytes of this process now (VmRSS) or at most (VmHWM), on Linux."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"{name}:\s*(\d+) kB", status)[1]) / 1024
 

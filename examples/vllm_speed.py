@@ -1,8 +1,8 @@
-"""Compare vLLM with and without drafters: the same prompts, engines in turn, greedy.
+"""Compare vLLM with and without drafters on the same prompts, greedy, engines in turn.
 
 python examples/vllm_speed.py --target T --drafter D [--drafter D2] --prompts FILE --batch-size 8
 
-Needs an environment with vLLM and coral_hf, see docs/serving.md.
+Needs an environment with vLLM and coral_hf (docs/serving.md).
 """
 
 import argparse
@@ -26,14 +26,14 @@ def start(options: argparse.Namespace, drafter: str | None) -> LLM:
         max_model_len=options.max_length,
         max_num_seqs=options.batch_size,
         enforce_eager=True,
-        enable_prefix_caching=False,  # else a second run would not read its prompts
-        disable_log_stats=False,  # else there are no metrics
+        enable_prefix_caching=False,  # so that repeated runs read their prompts again
+        disable_log_stats=False,  # keeps the metrics
         speculative_config=None if drafter is None else {**method, "model": drafter},
     )
 
 
 def answer(engine: LLM, prompts: list[list[int]], max_tokens: int) -> tuple[list, float]:
-    """The new tokens of each prompt, and the seconds for all of them."""
+    """Return the new tokens of each prompt, and the seconds for all prompts."""
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
     begin = time.perf_counter()
@@ -43,7 +43,7 @@ def answer(engine: LLM, prompts: list[list[int]], max_tokens: int) -> tuple[list
 
 
 def acceptance(engine: LLM) -> str:
-    """τ and the share of rounds that accept a token at each position, from vLLM's own counts."""
+    """Return τ and the share of rounds that accept each position, from vLLM's own counters."""
     metrics = {metric.name: metric for metric in engine.get_metrics()}
     if DRAFTS not in metrics:
         return ""
@@ -62,20 +62,20 @@ def main(options: argparse.Namespace) -> None:
     for name in [None, *options.drafter]:
         engines[name] = engine = start(options, name)
         answer(engine, prompts, options.max_new_tokens)  # warm-up
-        accepted[name] = acceptance(engine)  # now: the next engine takes the counters away
+        accepted[name] = acceptance(engine)  # read now, since the next engine resets the counters
     seconds: dict[str | None, list[float]] = {name: [] for name in engines}
-    texts = {}
+    answers = {}
     for _ in range(options.repeats):
         for name, engine in engines.items():
-            texts[name], taken = answer(engine, prompts, options.max_new_tokens)
+            answers[name], taken = answer(engine, prompts, options.max_new_tokens)
             seconds[name].append(taken)
     for name in engines:
-        tokens = sum(map(len, texts[name]))
+        tokens = sum(map(len, answers[name]))
         ratio = statistics.median(a / b for a, b in zip(seconds[None], seconds[name], strict=True))
-        same = sum(map(lambda a, b: a == b, texts[name], texts[None]))
+        same = sum(map(lambda a, b: a == b, answers[name], answers[None]))
         speed = tokens / statistics.median(seconds[name])
         print(f"{name or 'no drafter'}: {speed:.1f} tokens/s, {ratio:.2f} times plain")
-        print(f"    {same} of {len(prompts)} texts equal. {accepted[name]}")
+        print(f"    {same} of {len(prompts)} answers equal. {accepted[name]}")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def run(monkeypatch, name: str, *arguments: object) -> None:
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
-def test_train_and_generate(folder, monkeypatch, capsys):
+def test_train_generate_and_chat(folder, monkeypatch, capsys):
     names = ["--target", folder / "target", "--dataset", folder / "talk.jsonl"]
     run(monkeypatch, "train.py", *names, "--output", folder / "drafter", "--max-steps", 2)
     names = ["--target", folder / "target", "--drafter", folder / "drafter"]
@@ -60,7 +60,7 @@ def test_train_and_generate(folder, monkeypatch, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep:FutureWarning")
-def test_fine_tune_a_target_and_compare_the_starts_of_its_drafters(folder, monkeypatch, capsys):
+def test_a_target_is_fine_tuned_and_starts_of_its_drafter_compared(folder, monkeypatch, capsys):
     data = ["--dataset", folder / "talk.jsonl", "--hold-out", 1]
     short = ["--max_steps", 1, "--use_cpu", True, "--disable_tqdm", True]
     names = ["--target", folder / "target", "--output_dir", folder / "tuned"]
@@ -76,9 +76,7 @@ def test_fine_tune_a_target_and_compare_the_starts_of_its_drafters(folder, monke
     assert all(float(cell) >= 1 for line in table[2:] for cell in line.split("|")[3:6:2])
 
 
-def test_recipes_are_compared_from_files_of_questions_and_dialogues(
-    folder, tmp_path, monkeypatch, capsys
-):
+def test_recipes_are_compared_and_a_second_run_resumes(folder, tmp_path, monkeypatch, capsys):
     talk = (folder / "talk.jsonl").read_text().splitlines()[0]
     (tmp_path / "talks.jsonl").write_text(f"{talk}\n" * 204)
     (tmp_path / "mt.jsonl").write_text(json.dumps({"turns": ["Hi.", "And?"]}))
@@ -93,7 +91,7 @@ def test_recipes_are_compared_from_files_of_questions_and_dialogues(
     assert len((tmp_path / "recipes" / "results.jsonl").read_text().splitlines()) == 1
 
 
-def test_the_cost_of_a_training_step_is_that_of_the_same_loss(capsys, monkeypatch):
+def test_training_cost_compares_two_implementations_of_one_loss(capsys, monkeypatch):
     sizes = ["--vocab-size", 50, "--length", 20, "--hidden-size", 64, "--repeats", 1]
     run(monkeypatch, "training_cost.py", *sizes)
     rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
@@ -102,7 +100,7 @@ def test_the_cost_of_a_training_step_is_that_of_the_same_loss(capsys, monkeypatc
 
 
 @pytest.mark.parametrize("groups", [[], ["--random-groups"]])
-def test_heads_are_timed_and_what_they_read_is_counted(groups, monkeypatch, capsys):
+def test_heads_are_timed_and_their_reads_counted(groups, monkeypatch, capsys):
     sizes = ["--shape", "tiny:96000:8", "--groups", 4, "--share", 2, "--share", 4, *groups]
     sizes += ["--rows", 3, "--dtype", "float32", "--repeats", 2, "--top-k", 3, "--device", "cpu"]
     run(monkeypatch, "time_heads.py", *sizes)
@@ -113,7 +111,7 @@ def test_heads_are_timed_and_what_they_read_is_counted(groups, monkeypatch, caps
     assert rows[0][6] == "1.00x" and all(float(row[5].split()[0]) > 0 for row in rows)
 
 
-def test_an_eagle_drafter_is_written_for_the_engines(folder, tmp_path, monkeypatch, capsys):
+def test_an_eagle_drafter_is_exported_for_vllm_and_sglang(folder, tmp_path, monkeypatch, capsys):
     target = AutoModelForCausalLM.from_pretrained(folder / "target").config
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
     config = {name: getattr(target, name) for name in (*sizes, "num_key_value_heads")}
@@ -128,7 +126,7 @@ def test_an_eagle_drafter_is_written_for_the_engines(folder, tmp_path, monkeypat
         assert (tmp_path / "served" / name / "model.safetensors").is_file()
 
 
-def test_publish_a_measured_drafter(folder, tmp_path):
+def test_a_measured_drafter_is_published(folder, tmp_path):
     target = AutoModelForCausalLM.from_pretrained(folder / "target")
     drafter = CoralDrafter.from_target(target, target_name_or_path="org/target")
     drafter.save_pretrained(tmp_path / "drafter")

@@ -205,5 +205,5 @@ def test_the_example_says_how_fast_vllm_is_with_and_without_a_drafter(python, tm
     options |= {"--limit": 2, "--batch-size": 2, "--max-new-tokens": 8, "--dtype": "float32"}
     flat = [part for option in options.items() for part in option]
     said = run(python, ROOT / "examples" / "vllm_speed.py", *flat, env=environment()).stdout
-    assert said.count("2 of 2 texts equal") == 2
+    assert said.count("2 of 2 answers equal") == 2
     assert "no drafter: " in said and "by position 0." in said
