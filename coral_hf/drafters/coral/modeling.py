@@ -37,6 +37,8 @@ from .configuration import CoralConfig
 from .layers import CausalContext, Context, CoralLayer
 
 TRAINING_RECORD = "training_record.json"  # beside the weights
+# prefixes of fields and weights that only the first layout of this package saved
+FIRST_LAYOUT = ("training_record", "router.", "hot_tokens", "low_rank.")
 
 
 class CoralDrafter(PreTrainedModel, GenerationMixin):
@@ -120,7 +122,8 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if the checkpoint cannot be read, lacks a tensor, or has one of another
                 shape or name, for which transformers would fill in random numbers and only warn;
-                if its groups do not cover the vocabulary, or are not those of its router.
+                if its groups do not cover the vocabulary, or are not those of its router; if an
+                earlier layout of this package wrote it.
         """
         kwargs["ignore_mismatched_sizes"] = True  # they are named below
         try:
@@ -132,6 +135,12 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
                 f"The weights of {pretrained_model_name_or_path} cannot be read ({error}). Download"
                 " or save them again."
             ) from error
+        names = [*vars(drafter.config), *info["unexpected_keys"]]
+        if earlier := sorted(name for name in names if name.startswith(FIRST_LAYOUT)):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} was saved by an earlier version of coral_hf, whose"
+                f" layout ({', '.join(earlier)}) this one does not read; train the drafter again."
+            )
         for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if info[kind]:
                 keys = ", ".join(sorted(map(_with_shapes, info[kind])))
