@@ -138,8 +138,8 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
         names = [*vars(drafter.config), *info["unexpected_keys"]]
         if earlier := sorted(name for name in names if name.startswith(FIRST_LAYOUT)):
             raise ValueError(
-                f"{pretrained_model_name_or_path} was saved by an earlier version of coral_hf, whose"
-                f" layout ({', '.join(earlier)}) this one does not read; train the drafter again."
+                f"{pretrained_model_name_or_path} was saved by an earlier version of coral_hf in a"
+                f" layout ({', '.join(earlier)}) that is no longer read; train the drafter again."
             )
         for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if info[kind]:
