@@ -146,7 +146,7 @@ def test_results_of_other_settings_are_not_mixed(names, tmp_path):
         found = invoke("compare", *names, *other)
         assert found.exit_code != 0 and said in printed(found)
     found = invoke("compare", *names, "--keep", 1)
-    assert found.exit_code != 0 and "one seed" in found.output
+    assert found.exit_code != 0 and "--keep does not go with --seeds" in found.output
 
 
 def test_results_of_another_target_at_the_same_path_are_not_mixed(folder, names, tmp_path):  # noqa: F811

@@ -50,7 +50,7 @@ def num_padded_layers(target: PreTrainedModel) -> int:
 
 
 def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
-    """Return the decoder's list of layers; an empty one where a family keeps them elsewhere."""
+    """Return the layers of the decoder, (batch, length, hidden) in and out; none if elsewhere."""
     layers = dict(target.get_decoder().named_children()).get("layers")
     return layers if isinstance(layers, nn.ModuleList) else nn.ModuleList()
 

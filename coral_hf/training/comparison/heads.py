@@ -148,13 +148,9 @@ class HeadComparison:
         if trial.head in STAGES:
             self._train(drafter, trial)
         elif trial.head == "frequency":
+            drafter.heads.configure(**trial.made_with)  # raises beyond the vocabulary
             tokens = most_frequent_first(token_counts(read_target(self._target), self._rows))
-            number = trial.made_with["num_hot_tokens"]
-            if number > len(tokens):
-                raise ValueError(
-                    f"`num_hot_tokens` is {number}; use a value up to the target's {len(tokens)}."
-                )
-            drafter.heads.add_frequency_head(tokens[:number])
+            drafter.heads.add_frequency_head(tokens[: trial.made_with["num_hot_tokens"]])
         return drafter
 
     def _train(self, drafter: CoralDrafter, trial: HeadTrial) -> None:
@@ -202,7 +198,7 @@ def head_table(title: str, rows: Rows, configs: dict[str, dict[str, Any]]) -> Ta
 
 
 def heat_maps(rows: Rows, configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, DataFrame]]:
-    """Arrange both numbers of the routed heads of each grouping and routing: (shares, groups)."""
+    """Arrange the maps of the routed heads of each grouping and routing, (shares, groups) each."""
     cells = DataFrame(
         {
             "family": f"{config['grouping']}-{config['routing']}",

@@ -39,36 +39,29 @@ class Trial(NamedTuple):
     Those of the drafter's config have a prefix: `coral drafter.num_hidden_layers=2`.
     """
 
-    settings: tuple[str, ...]  # `name=value` each
+    name: str  # as it was typed
+    options: list[str]  # of training, as on a command line
+    drafter_fields: dict[str, Any]
 
     @classmethod
     def parse(cls, text: str) -> "Trial":
-        """Read `recipe name=value …`; the recipe may be left out."""
-        words = text.split()
+        """Read `recipe name=value …`; the recipe may be left out.
+
+        Raises:
+            ValueError: for another form, and for fields of the drafter that its config lacks.
+        """
+        words = text.removeprefix("recipe=").split()
+        typed = words[:]
         if words and "=" not in words[0]:
-            words[0] = f"recipe={words[0]}"
-        if not words or any("=" not in word.strip("=") for word in words):
+            typed[0] = f"recipe={words[0]}"
+        if not typed or any("=" not in word.strip("=") for word in typed):
             raise ValueError(
                 f"A trial is {text!r}; write a recipe and settings: 'coral csra_weight=0.5'."
             )
-        return cls(tuple(words))
-
-    @property
-    def name(self) -> str:
-        """The trial as it was typed."""
-        return " ".join(word.removeprefix("recipe=") for word in self.settings)
-
-    @property
-    def options(self) -> list[str]:
-        """The training settings as options of a command line."""
-        own = [word for word in self.settings if not word.startswith(DRAFTER)]
-        return [part for word in own for part in f"--{word}".split("=", 1)]
-
-    @property
-    def drafter_fields(self) -> dict[str, Any]:
-        """The settings of the drafter's config; see [`config_fields`]."""
-        own = [word for word in self.settings if word.startswith(DRAFTER)]
-        return config_fields(word.removeprefix(DRAFTER) for word in own)
+        own = [word.removeprefix(DRAFTER) for word in typed if word.startswith(DRAFTER)]
+        others = [word for word in typed if not word.startswith(DRAFTER)]
+        options = [part for word in others for part in f"--{word}".split("=", 1)]
+        return cls(" ".join(words), options, config_fields(own))
 
 
 def config_fields(words: Iterable[str]) -> dict[str, Any]:
