@@ -35,12 +35,12 @@ CHUNK = 1 << 24  # bytes of a file that are read at a time
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a plain value as JSON with sorted keys; what JSON cannot write counts by `str`."""
+    """Hash a plain value as JSON (SHA-256, keys sorted); what JSON cannot write counts by `str`."""
     return sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def file_digest(path: str | Path) -> str:
-    """SHA-256 of the bytes of a file."""
+    """Compute the SHA-256 of the bytes of a file."""
     found = sha256()
     with Path(path).open("rb") as file:
         for chunk in iter(partial(file.read, CHUNK), b""):
@@ -49,7 +49,7 @@ def file_digest(path: str | Path) -> str:
 
 
 def rows_digest(rows: Dataset) -> str:
-    """SHA-256 of the token columns of a dataset, whatever integer type they are stored in.
+    """Compute the SHA-256 of a dataset's token columns, whatever integer type stores them.
 
     They are read as Arrow arrays: lists of Python numbers would take minutes.
     """
@@ -70,12 +70,12 @@ def seed_of(*parts: int) -> int:
 
 
 def full_name(name: str) -> str | None:
-    """A target's Hub id, or the absolute path of its folder; None without a name."""
+    """Return a target's Hub id, or the absolute path of its folder; None without a name."""
     return os.path.abspath(name) if os.path.isdir(name) else name or None
 
 
 def cached_commit(name: str) -> str | None:
-    """The commit of a model of the Hub according to the local cache; None for a folder.
+    """Look up the commit of a Hub model in the local cache; None for a folder.
 
     Newer versions of transformers keep no commit in a config. Where the cache holds several
     commits, nothing tells which of them was loaded: None.
@@ -93,7 +93,7 @@ def cached_commit(name: str) -> str | None:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of a tokenizer's map from tokens to ids, the part that a drafter depends on."""
+    """Compute the SHA-256 of a tokenizer's map from tokens to ids, on which a drafter depends."""
     table = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
     return sha256(table.encode()).hexdigest()
 
@@ -133,7 +133,7 @@ def _quantization(target: PreTrainedModel) -> str | None:
 
 @torch.no_grad()
 def weights_digest(model: PreTrainedModel) -> str:
-    """SHA-256 of sums over all weights and of samples of them; any training changes it.
+    """Compute the SHA-256 of sums over all weights and of samples; any training changes it.
 
     Weights are read as bf16 rounds them, so a checkpoint has one digest in float32 and bfloat16,
     on every device. Quantised weights are read as they are packed, offloaded ones module by module,
@@ -146,7 +146,8 @@ def weights_digest(model: PreTrainedModel) -> str:
     kept = model.state_dict().keys()  # computed tables differ by rounding between devices
     for prefix, module in model.named_modules():
         with align_module_device(module):
-            for name, weight in _own_weights(module, prefix):
+            own = module.named_parameters(prefix, recurse=False)
+            for name, weight in chain(own, module.named_buffers(prefix, recurse=False)):
                 if name in kept:
                     found.update(f"{name} {tuple(weight.shape)}".encode())
                     for part in _plain_parts(weight):
@@ -161,13 +162,6 @@ def _active_adapters(model: PreTrainedModel) -> str:
 
     status = get_model_status(model)
     return f"{status.enabled} {status.active_adapters} {status.merged_adapters}"
-
-
-def _own_weights(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters and buffers, of any shape, of a module without its submodules."""
-    return chain(
-        module.named_parameters(prefix, recurse=False), module.named_buffers(prefix, recurse=False)
-    )
 
 
 def _plain_parts(weight: Tensor) -> Iterator[Tensor]:

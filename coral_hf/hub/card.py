@@ -103,7 +103,7 @@ def _metadata(
 
 
 def is_by_hand(text: str) -> bool:
-    """Whether a card holds anything that neither we nor transformers' template wrote."""
+    """Check whether a card holds anything that neither we nor transformers' template wrote."""
     if not text.strip() or GENERATED in text:
         return False
     body, _, end = text.rpartition(MARK)
@@ -113,7 +113,7 @@ def is_by_hand(text: str) -> bool:
 
 
 def has_card_by_hand(folder: str | Path) -> bool:
-    """Whether the README.md in a folder was written by hand."""
+    """Check whether the README.md in a folder was written by hand."""
     path = Path(folder) / CARD
     return path.exists() and is_by_hand(path.read_text(encoding="utf-8"))
 

@@ -116,12 +116,11 @@ def upload_saved(
     folder, branch = Path(folder), Branch(repo_id, None, token)
     branch.check_vacant()
     _prepare(folder, drafter, branch, CardFacts(repo_id))
-    written = [
-        path
-        for path in folder.iterdir()
-        if path.name == TRAINING_RECORD or path.stat().st_mtime > timestamps.get(path.name, 0)
-    ]
-    return branch.upload({path.name: path for path in written if path.is_file()}, **commit)
+    files = {path.name: path for path in folder.iterdir() if path.is_file()}
+    for name in files.keys() - {TRAINING_RECORD}:
+        if files[name].stat().st_mtime <= timestamps.get(name, 0):
+            del files[name]
+    return branch.upload(files, **commit)
 
 
 def _with_tokenizer(

@@ -71,9 +71,8 @@ class Branch(NamedTuple):
         """Name what a repository holds that is neither a drafter nor an adapter of one."""
         model_type = (found.config or {}).get("model_type")
         names = [sibling.rfilename for sibling in found.siblings or []]
-        if model_type == CoralConfig.model_type:
-            return None
-        if ADAPTER_CONFIG_NAME in names and self._adapts_drafter():
+        is_drafter = model_type == CoralConfig.model_type
+        if is_drafter or (ADAPTER_CONFIG_NAME in names and self._adapts_drafter()):
             return None
         if model_type is not None:
             return f"a {model_type} model"
@@ -81,7 +80,7 @@ class Branch(NamedTuple):
         return f"another model's {weights[0]}" if weights else None
 
     def _adapts_drafter(self) -> bool:
-        """Whether the repository's adapter is of a drafter, as PEFT writes down."""
+        """Check whether the repository's adapter is of a drafter, as PEFT writes down."""
         adapted = json.loads(Branch(self.repo_id, None, self.token).read_text(ADAPTER_CONFIG_NAME))
         return str((adapted.get("auto_mapping") or {}).get("parent_library")).startswith("coral_hf")
 

@@ -74,7 +74,7 @@ def prepare_dataset(
 
 @functools.cache
 def code_version() -> str:
-    """Digest of this folder's code and the version of transformers.
+    """Hash this folder's code and the version of transformers.
 
     `datasets` knows a function by its name alone, so its cache would outlive an edit.
     """

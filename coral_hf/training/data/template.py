@@ -37,7 +37,7 @@ def render(
 
 
 def has_generation_block(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None) -> bool:
-    """Whether a template marks itself what the target writes."""
+    """Check whether a template itself marks what the target writes."""
     return bool(GENERATION_BLOCK.search(tokenizer.get_chat_template(tools=tools)))
 
 

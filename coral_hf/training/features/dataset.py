@@ -103,7 +103,7 @@ class CachedFeatures(Dataset):
         )
 
     def _is_first_row_of(self, target: PreTrainedModel) -> bool:
-        """Whether a target has nearly the stored features of the first row."""
+        """Check that a target's features of the first row are nearly the stored ones."""
         batch = {name: part.to(target.device) for name, part in CoralCollator()([self[0]]).items()}
         found = batch.pop("features").float()  # (1, length, hidden)
         expected = TargetFeatures(target).read(batch).float()

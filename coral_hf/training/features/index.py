@@ -67,7 +67,7 @@ class FeatureIndex:
 
     @property
     def lost(self) -> float:
-        """Root mean square of what storing changed, as a share of that of the features."""
+        """Root mean square of the storage error, relative to that of the features."""
         total = sum(shard.squares for shard in self.shards)
         return (sum(shard.lost for shard in self.shards) / total) ** 0.5 if total else 0.0
 
@@ -120,7 +120,7 @@ def damaged(path: Path, what: str) -> ValueError:
     """Make the error for a file of a cache that is not as it was written."""
     return ValueError(
         f"{path} {what}; delete the cache with `coral-hf features --delete` and write it again"
-        " (`--check` looks at every file)."
+        " (`--check` reads every file)."
     )
 
 

@@ -76,7 +76,7 @@ class AnswerGenerator:
         self._drafter, self._settings = drafter, settings
 
     def identity(self) -> dict[str, Any]:
-        """What the answers depend on beside their prompts, as plain values by name."""
+        """Collect what the answers depend on beside their prompts, as plain values by name."""
         settings, target = asdict(self._settings), identify(self._target)._asdict()
         del settings["batch_size"]
         # a drafter changes no greedy answer

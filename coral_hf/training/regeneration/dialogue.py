@@ -120,7 +120,7 @@ class Dialogue:
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _text_prompt(self) -> list[int]:
-        """The first tokens of a plain text, (length,), after BOS where there is one."""
+        """Take the first tokens of a plain text, (length,), after BOS where there is one."""
         text, bos = self._messages[0]["content"], self._tokenizer.bos_token_id
         ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         opening = [] if bos is None else [bos]
