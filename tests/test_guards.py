@@ -61,7 +61,7 @@ def test_a_loss_that_is_not_finite_is_named_with_its_batch(tmp_path):
     trainer.step = BrokenStep(trainer.target, trainer.args)
     weights = Weights()
     trainer.add_callback(weights)
-    expected = r"loss \(tokens, total\) of rows 0 \[.* number 2 of optimizer step 3"
+    expected = r"loss \(tokens, total\) of rows 0 \[.* batch 2 of optimizer step 3"
     with pytest.raises(FloatingPointError, match=expected):
         trainer.train()
     for found, before in zip(trainer.model.parameters(), weights.found, strict=True):

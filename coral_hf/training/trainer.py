@@ -30,8 +30,8 @@ from .distributed import GiveBack, place_target, sharded_copy, shards_weights
 from .evaluation import Evaluation, PlotCallback, check_best_metric
 from .losses.liger_loss import check_liger
 from .runs.checkpoints import AtomicCheckpoints
-from .runs.monitoring import FiniteGuard, RunCost, RunningAverages
-from .runs.publishing import DrafterPushes
+from .runs.monitoring import FiniteGuard, RunMeter
+from .runs.publishing import DrafterPushes, PushCallback
 from .runs.run_record import run_settings, run_summary
 from .stages import add_heads, announced, freeze_others
 from .steps import coral as coral  # registers the step of CORAL drafters
@@ -83,7 +83,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
             warn_of_other_ends(processing_class, target_model)
         self.target = read_target(target_model.eval().requires_grad_(False))
         self.step = training_step(model.config.model_type, self.target, args)
-        self.averages, self.cost = RunningAverages(), RunCost()
+        self.meter = RunMeter()
         self._entry: dict[str, Any] = {}  # of this run in the drafter's training record
         self._evaluation: Evaluation | None = None  # the one that is running
         set_seed(args.seed)  # `Trainer` does so too, after an adapter was drawn
@@ -102,8 +102,9 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
             freeze_others(model, args.stage)
         if self.compute_metrics is None:  # else only a run can tell what there will be
             check_best_metric(args, self.eval_dataset, model)
-        self._guard = FiniteGuard(args.process_index, self.gather_flags)
+        self._guard = FiniteGuard(self.gather_flags)
         self.add_callback(self._guard)
+        self.add_callback(PushCallback(self))
         if args.plots:
             self.add_callback(PlotCallback(self.callback_handler))
         if shards_weights(self):
@@ -125,7 +126,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
 
     def train(self, *args, **kwargs):
         """See [`~transformers.Trainer.train`]; a draft head that it trains is read from then on."""
-        self.cost.start()
+        self.meter.start()
         with announced(self.drafter.config, self.args.stage):
             output = super().train(*args, **kwargs)
         self.before_checkpoint()
@@ -138,14 +139,13 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
 
     def stateful(self) -> dict[str, Any]:
         """See [`AtomicCheckpoints.stateful`]."""
-        return {"averages": self.averages, "noise": self.step.noise, "cost": self.cost}
+        return {"meter": self.meter, "noise": self.step.noise}
 
     def before_checkpoint(self) -> None:
         """Write what the run did so far into the drafter's training record."""
-        tokens = torch.tensor(self.cost.tokens, device=self.args.device)  # of shape ()
+        tokens = torch.tensor(self.meter.tokens, device=self.args.device)  # of shape ()
         tokens = int(self.accelerator.reduce(tokens))
-        what = (self.args, self.state, self.train_dataset, self.processing_class)
-        self._entry.update(run_summary(*what, tokens, self.cost.seconds))
+        self._entry.update(run_summary(self, tokens, self.meter.seconds))
         record = self.drafter.training_record
         if not any(entry is self._entry for entry in record):
             record.append(self._entry)
@@ -162,8 +162,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         losses = self.step.losses(self.drafter, trained)
         loss = losses.total * num_processes / num_items
         if model.training:
-            self.averages.add(losses.notes, len(trained.target))
-            self.cost.tokens += len(trained.target)
+            self.meter.add(losses.notes, len(trained.target))
             self._guard.watch(inputs, trained.target, {**losses.terms, "total": loss})
         return (loss, {"loss": loss}) if return_outputs else loss
 
@@ -217,7 +216,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         Adds the averages since the last entry: losses, agreement, similarity of the steps.
         """
         if "loss" in logs:
-            logs |= self.averages.take(self.accelerator.reduce)
+            logs |= self.meter.take(self.accelerator.reduce)
         super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):

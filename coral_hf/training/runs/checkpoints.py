@@ -8,10 +8,10 @@ In: what `Trainer` writes. Out: folders that appear in one move, when all is on 
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch
@@ -25,24 +25,25 @@ from transformers.trainer_utils import (
     sort_checkpoints,
 )
 
-from ...atomic import SoleWriter
+from ...atomic import sole_writer, write_json
 from .monitoring import check_weights
-from .run_record import check_resume, check_vacant, write_run
+from .run_record import RUN, check_resume, check_vacant
 
 # uploads to the Hub leave out what begins with an underscore
 INCOMPLETE = "_incomplete"
+T = TypeVar("T")
 
 
 class AtomicCheckpoints(Trainer):
     """A `Trainer` that alone writes to its folder and never shows a half-written checkpoint.
 
-    A class that inherits it says what decides a run (`run_settings`), what its checkpoints keep
-    beside the states of `Trainer` (`stateful`), and what to do before one is written.
+    A subclass says which settings decide the outcome of a run (`run_settings`), what checkpoints
+    hold beside the states of `Trainer` (`stateful`), and what to do before one is written.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._run: tuple[str, dict[str, Any]] = ("", {})  # id and settings
+        self._run: dict[str, Any] = {}  # `run`, the same in all its checkpoints, and `settings`
         self._resumed_from: Path | None = None
         self._is_staging = False
         self.add_callback(_OnTrainBegin(self._load_own_state))
@@ -62,9 +63,8 @@ class AtomicCheckpoints(Trainer):
         """See [`~transformers.Trainer.train`].
 
         Raises:
-            ValueError: if another run writes to `output_dir`, if a new run would begin among the
-                checkpoints of an earlier one, and if one would resume with other settings, rows or
-                target than it began with.
+            ValueError: if another run writes to `output_dir`, if it holds checkpoints and the run
+                does not resume, or if the run began with other settings, rows or target.
         """
         folder = self.args.output_dir
         with sole_run(folder, self.is_world_process_zero()):
@@ -73,30 +73,26 @@ class AtomicCheckpoints(Trainer):
             self.accelerator.wait_for_everyone()
             last = resume_from_checkpoint
             last = get_last_checkpoint(folder) if last is True else last
-            # `Trainer` says what is wrong where there is none
+            # `Trainer` raises an error where there is no checkpoint
             self._resumed_from = Path(last) if last and Path(last).is_dir() else None
             self._run = self._identify(bool(resume_from_checkpoint), trial)
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def _identify(self, is_resumed: bool, trial) -> tuple[str, dict[str, Any]]:
-        """Id and settings of the run that begins or resumes; every process returns, or raises."""
+    def _identify(self, is_resumed: bool, trial) -> dict[str, Any]:
+        """Return the id and the settings of a run that begins or resumes."""
         settings, folder = self.run_settings(), Path(self._get_output_dir(trial))
-        run_id, refusal = uuid4().hex, None
-        if self.is_world_process_zero():
-            try:
-                if not is_resumed:
-                    check_vacant(folder)
-                elif self._resumed_from is not None:
-                    run_id = check_resume(self._resumed_from, settings, folder) or run_id
-            except (ValueError, OSError) as error:
-                refusal = str(error)
-        run_id, refusal = broadcast_object_list([run_id, refusal])
-        if refusal is not None:
-            raise ValueError(refusal)
-        return run_id, settings
+
+        def run_id() -> str:
+            if not is_resumed:
+                check_vacant(folder)
+            first = self._resumed_from
+            known = None if first is None else check_resume(first, settings, folder)
+            return known or uuid4().hex
+
+        return {"run": call_in_main(run_id, self.is_world_process_zero()), "settings": settings}
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """See [`~transformers.Trainer.get_batch_samples`]; a finished run takes no step more."""
+        """See [`~transformers.Trainer.get_batch_samples`]; a finished run takes no further step."""
         if self.state.global_step >= self.state.max_steps:
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -106,7 +102,7 @@ class AtomicCheckpoints(Trainer):
         return os.path.join(folder, INCOMPLETE) if self._is_staging else folder
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Write a checkpoint aside, then let it appear, and only then delete older ones."""
+        """Write a checkpoint to a hidden folder, publish it in one move, then delete older ones."""
         check_weights(model, self.gather_flags)
         self.before_checkpoint()
         folder = Path(self._get_output_dir(trial))
@@ -134,7 +130,7 @@ class AtomicCheckpoints(Trainer):
             own = {"loss": self._tr_loss, "last_logged": self._globalstep_last_logged, **parts}
             torch.save(own, staged / self._state_name)
         if self.args.should_save:
-            write_run(staged, *self._run)
+            write_json(staged / RUN, self._run)
         best = self.state.best_model_checkpoint
         if best is not None and Path(best) == staged:
             self.state.best_model_checkpoint = str(whole)
@@ -162,7 +158,7 @@ class AtomicCheckpoints(Trainer):
         ) from error
 
     def _drop_old(self, folder: Path, limit: int) -> None:
-        """Delete what is beyond the limit, aside, so that none is ever seen half deleted."""
+        """Delete checkpoints beyond a limit, in another folder, so that none looks half deleted."""
         best = self.state.best_model_checkpoint
         # oldest first, but the best one stands just before the newest
         checkpoints = sort_checkpoints(str(folder), use_mtime=True, best_model_checkpoint=best)
@@ -210,27 +206,36 @@ class _OnTrainBegin(TrainerCallback):
 
 @contextmanager
 def sole_run(folder: str | Path, is_main: bool) -> Iterator[None]:
-    """Hold a folder for a run; every process of the run enters, the main one holds the lock.
+    """Lock a folder for a run; every process of the run enters, the main one holds the lock.
 
     Raises:
         ValueError: if another run holds it, in every process.
     """
-    refusal, writer = None, None
+    with ExitStack() as stack:
+        call_in_main(lambda: stack.enter_context(sole_writer(folder)), is_main)
+        yield
+
+
+def call_in_main(function: Callable[[], T], is_main: bool) -> T:
+    """Call a function in the main process; every process returns its result.
+
+    Raises:
+        ValueError: in every process, if the function raises a ValueError or an OSError.
+    """
+    result, refusal = None, None
     if is_main:
-        writer = SoleWriter(folder)
-        refusal = writer.refusal()
-    (refusal,) = broadcast_object_list([refusal])
+        try:
+            result = function()
+        except (ValueError, OSError) as error:
+            refusal = str(error)
+    result, refusal = broadcast_object_list([result, refusal])
     if refusal is not None:
         raise ValueError(refusal)
-    try:
-        yield
-    finally:
-        if writer is not None:
-            writer.release()
+    return result
 
 
 def _publish(staged: Path, whole: Path) -> None:
-    """Let a checkpoint appear under its name, once the disk has all of it."""
+    """Move a checkpoint to its final name, once all of it is on the disk."""
     for path in [*staged.rglob("*"), staged]:
         flush(path)
     if whole.exists():  # of this run, which was resumed from before that point
@@ -241,7 +246,7 @@ def _publish(staged: Path, whole: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have a file or a folder written to the disk, so that a power failure leaves it whole."""
+    """Flush a file or a folder to the disk, so that it is whole after a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -250,7 +255,7 @@ def flush(path: Path) -> None:
 
 
 def write_error(what: str, folder: Path, reason: str, remedy: str) -> OSError:
-    """The error for what could not be written into a folder."""
+    """Return the error for something that could not be written into a folder."""
     free = shutil.disk_usage(folder).free / 2**20
     return OSError(
         f"{what} could not be written to {folder} ({reason}). {free:.0f} MiB are free there."

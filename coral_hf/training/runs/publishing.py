@@ -1,6 +1,7 @@
-"""Pushing a drafter to the Hub during and after training, with a card that says what is known.
+"""Pushes of a drafter to the Hub during and after training, with a model card.
 
-In: what `Trainer` pushes. Out: the same with our card and record, and warnings of failed pushes.
+In: the files that `Trainer` pushes. Out: the same files with our card and training record, and
+warnings of failed pushes.
 """
 
 import logging
@@ -17,11 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class DrafterPushes(Trainer):
-    """A `Trainer` whose `push_to_hub` and `hub_strategy` publish drafters."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.add_callback(_PushCallback(self))
+    """A `Trainer` whose `push_to_hub` and `hub_strategy` publish drafters; see [`PushCallback`]."""
 
     def init_hf_repo(self, token: str | None = None, **kwargs) -> None:
         """See [`~transformers.Trainer.init_hf_repo`].
@@ -63,25 +60,25 @@ class DrafterPushes(Trainer):
             )
         if not self.is_world_process_zero():
             return
+        folder = self.args.output_dir
         repo_id = getattr(self, "hub_model_id", None) or model_name
         facts = CardFacts(
-            repo_id=repo_id or Path(self.args.output_dir).absolute().name,
+            repo_id=repo_id or Path(folder).absolute().name,
             base_model=finetuned_from,
             license=license,
             language=language,
             datasets=_as_list(dataset_tags),
             tags=_as_list(tags),
         )
-        folder = self.args.output_dir
         if not write_card(folder, self.drafter, facts):
             logger.warning("%s/README.md was written by hand and stays as it is.", folder)
         finish_config(self.drafter.config, folder, finetuned_from)
 
 
-class _PushCallback(TrainerCallback):
+class PushCallback(TrainerCallback):
     """Completes the files of each checkpoint that is pushed, and warns of pushes that failed.
 
-    `Trainer` pushes in the background and looks at no result.
+    `Trainer` pushes in the background and ignores the results.
     """
 
     def __init__(self, trainer: DrafterPushes):
@@ -94,9 +91,9 @@ class _PushCallback(TrainerCallback):
         self._report()
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if not trainer.is_in_train or is_adapted(trainer.drafter):
-            return  # `push_to_hub` writes a card itself, and PEFT has its own
+            return  # `push_to_hub` writes a card itself, and PEFT has another
         trainer.create_model_card()
-        if checkpoint.is_dir():  # from where `Trainer` copies the config, and which it may push
+        if checkpoint.is_dir():  # `Trainer` copies its config, and may push all of it
             finish_config(trainer.drafter.config, checkpoint)
         write_json(Path(args.output_dir, TRAINING_RECORD), trainer.drafter.training_record)
 

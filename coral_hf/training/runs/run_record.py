@@ -1,7 +1,7 @@
 """Identity and summary of a training run.
 
-In: the settings, rows and target of a run. Out: `coral_run.json` in each checkpoint, with which a
-run resumes or is refused; and what a run did, for `training_record.json` beside the weights.
+In: the settings, rows and target of a run. Out: what a checkpoint's `coral_run.json` holds, with
+which a run resumes or is refused; the entry of a run in `training_record.json`.
 """
 
 import json
@@ -12,11 +12,10 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
-from ...atomic import write_json
 from ...drafters.coral.configuration import CoralConfig
 from ...identity import identify, rows_digest
 from ...measure.report import hardware_name
@@ -25,7 +24,7 @@ from ..features import CachedFeatures
 
 logger = logging.get_logger(__name__)
 
-RUN = "coral_run.json"
+RUN = "coral_run.json"  # in each checkpoint: `run`, an id, and `settings`
 SETTINGS = (
     # of the losses
     *("stage", *Recipe._fields, "top_k", "router_weight", "feature_noise"),
@@ -45,18 +44,8 @@ SHOWN_DIGITS = 16  # of a SHA-256, enough to tell datasets and targets apart
 HUB_DATASET = "hf://datasets/"
 
 
-def write_run(checkpoint: Path, run_id: str, settings: Mapping[str, Any]) -> None:
-    """Save in a checkpoint which run it belongs to.
-
-    Args:
-        run_id: the same in all checkpoints of a run, however often it was interrupted.
-        settings: of `run_settings`.
-    """
-    write_json(checkpoint / RUN, {"run": run_id, "settings": settings})
-
-
 def _read_run(checkpoint: Path) -> dict[str, Any] | None:
-    """What `write_run` saved; None where another trainer wrote the checkpoint."""
+    """Return id and settings of a checkpoint's run; None where another trainer wrote it."""
     file = checkpoint / RUN
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
@@ -64,7 +53,7 @@ def _read_run(checkpoint: Path) -> dict[str, Any] | None:
 def run_settings(
     args: CoralTrainingArguments, rows: Any, target: PreTrainedModel, config: CoralConfig
 ) -> dict[str, Any]:
-    """What decides the outcome of a run, by name, as plain values; all processes call it.
+    """Return what decides the outcome of a run, by name, as plain values; all processes call it.
 
     Args:
         rows: the training rows.
@@ -89,39 +78,34 @@ def run_settings(
 
 
 def rows_identity(rows: Any) -> str:
-    """The number of rows and a digest of their tokens, labels and positions.
+    """Describe rows by their number and a digest of their tokens, labels and positions.
 
-    A stream has neither; of rows that are no `datasets.Dataset` or feature cache the number alone
-    is known.
+    A stream has neither; other rows than a `datasets.Dataset` or a feature cache have no digest.
     """
     if not isinstance(rows, Sized):
         return "a stream"
-    digest = None
     if isinstance(rows, CachedFeatures):
         digest = rows.index.fingerprint
     elif isinstance(rows, Dataset) and "input_ids" in rows.column_names:
         digest = rows_digest(rows)
-    return f"{len(rows)} rows" + ("" if digest is None else f", SHA-256 {digest[:SHOWN_DIGITS]}")
+    else:
+        return f"{len(rows)} rows"
+    return f"{len(rows)} rows, SHA-256 {digest[:SHOWN_DIGITS]}"
 
 
 def check_vacant(folder: Path) -> None:
-    """Refuse to begin a run among checkpoints: a later resume would mix two runs.
-
-    Raises:
-        ValueError: if there are any.
-    """
-    found = [Path(path).name for path in sort_checkpoints(str(folder))]
+    """Raise a ValueError for a folder with checkpoints: a later resume would mix two runs."""
+    found = sort_checkpoints(str(folder))
     if found:
-        names = found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
         raise ValueError(
-            f"`output_dir` {folder} holds {names} of an earlier run, and a new run would be mixed"
-            " with it. Resume that run (resume_from_checkpoint=True, on the command line --resume),"
-            " use another folder, or delete its checkpoints."
+            f"`output_dir` {folder} holds {Path(found[-1]).name} of an earlier run. Resume that run"
+            " (resume_from_checkpoint=True, on the command line --resume), use another folder, or"
+            " delete its checkpoints."
         )
 
 
 def check_resume(checkpoint: Path, settings: Mapping[str, Any], folder: Path) -> str | None:
-    """The id of a checkpoint's run, to be resumed with `settings` and checkpoints in `folder`.
+    """Return the id of a checkpoint's run, which resumes with `settings` and writes to `folder`.
 
     Raises:
         ValueError: if it began with other settings, or `folder` holds checkpoints of other runs.
@@ -129,16 +113,15 @@ def check_resume(checkpoint: Path, settings: Mapping[str, Any], folder: Path) ->
     run = _read_run(checkpoint)
     if run is None:
         logger.warning(
-            f"{checkpoint} does not say with which settings its run began; make sure that they are"
-            " the same."
+            f"{checkpoint} does not name the settings of its run; make sure that they are the same."
         )
         return None
     for path in map(Path, sort_checkpoints(str(folder))):
         other = _read_run(path)
         if other is not None and other["run"] != run["run"]:
             raise ValueError(
-                f"`output_dir` {folder} holds {path.name}, which is not of the run of {checkpoint}."
-                " Delete or move the checkpoints of one of them, or use another folder."
+                f"`output_dir` {folder} holds {path.name} of another run than {checkpoint}. Delete"
+                " or move the checkpoints of one of them, or use another folder."
             )
     then = run["settings"]
     changed = {
@@ -150,34 +133,29 @@ def check_resume(checkpoint: Path, settings: Mapping[str, Any], folder: Path) ->
     is_share = 0 < settings["warmup_steps"] < 1  # of the whole run
     if length and (settings["lr_scheduler_type"] not in STEADY or is_share):
         logger.warning(
-            f"The run of {checkpoint} resumes with another length ({'; '.join(length)}): from here"
-            " on its learning rate is that of the new length's schedule."
+            f"The run of {checkpoint} resumes with another length ({'; '.join(length)}): its"
+            " learning rate now follows the schedule of the new length."
         )
     if changed:
         raise ValueError(
-            f"{checkpoint} is of a run that began otherwise: {'; '.join(changed.values())}. Resume"
-            " it with what it began with. To train with something else, begin a run in another"
-            " folder with the drafter of this checkpoint (on the command line --drafter)."
+            f"The run of {checkpoint} began otherwise: {'; '.join(changed.values())}. Resume it"
+            " with the former values, or begin a run in another folder with the drafter of this"
+            " checkpoint (on the command line --drafter)."
         )
     return run["run"]
 
 
-def run_summary(
-    args: CoralTrainingArguments,
-    state: TrainerState,
-    rows: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    tokens: int,
-    seconds: float,
-) -> dict[str, Any]:
-    """What a run did and cost so far, as plain values: recipe, data, steps, hardware.
+def run_summary(trainer: Trainer, tokens: int, seconds: float) -> dict[str, Any]:
+    """Return what a run did and cost so far, as plain values: recipe, data, steps, hardware.
 
     Args:
         tokens: trained positions in all processes.
     """
+    args, state = trainer.args, trainer.state
+    rows, tokenizer = trainer.train_dataset, trainer.processing_class
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     name = "eval_acceptance_length"
-    lengths = [entry[name] for entry in state.log_history if name in entry]
+    lengths = [entry[name] for entry in state.log_history if name in entry] or [None]
     recipe = {"recipe": args.recipe, "weights": args.resolved._asdict()}
     hardware = hardware_name(args.device)
     if args.world_size > 1:
@@ -189,12 +167,12 @@ def run_summary(
         "max_length": args.max_length,
         **(recipe if args.stage in ("drafter", "joint") else {}),
         "datasets": hub_datasets(rows),
-        "rows": len(rows) if isinstance(rows, Sized) else None,  # a stream has no length
+        "rows": len(rows) if isinstance(rows, Sized) else None,  # of a stream
         "has_chat_template": bool(tokenizer is not None and tokenizer.chat_template),
         "steps": state.global_step,
         "epochs": round(state.epoch or 0.0, 3),
         "batch": batch,
-        name: lengths[-1] if lengths else None,
+        name: lengths[-1],
         "trained_tokens": tokens,
         "seconds": round(seconds, 1),
         "hardware": hardware,
@@ -203,7 +181,7 @@ def run_summary(
 
 
 def hub_datasets(rows: Any) -> list[str]:
-    """Ids of the Hub's datasets that rows come from; files of this machine are not named.
+    """Return the ids of the Hub datasets that rows come from; local files are left out.
 
     `datasets` notes where it downloaded from: hf://datasets/org/name@commit/file.
     """
