@@ -7,14 +7,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..identity import full_name
-from ..target import stream_obstacle, text_config
+from ..target import adapter_obstacle, stream_obstacle, text_config
 
 logger = logging.get_logger(__name__)
 
 
 def check_target(config: PreTrainedConfig, model: PreTrainedModel) -> None:
-    """Raise a ValueError if a drafter with `config` was made for a target of other sizes, naming
-    the field, or if the target has no single feature a token.
+    """Raise a ValueError if a drafter with `config` does not fit a target.
+
+    It was made for a target of other sizes, the target has no single feature per token, or the
+    target has an adapter that no drafter can follow.
     """
     text = text_config(model)
     for name in ("hidden_size", "vocab_size"):
@@ -25,7 +27,7 @@ def check_target(config: PreTrainedConfig, model: PreTrainedModel) -> None:
                 f" {expected} ({config.target_name_or_path or 'unnamed'}). Use the drafter's own"
                 " target, or train a drafter for this one with CoralDrafter.from_target(target)."
             )
-    obstacle = stream_obstacle(model)
+    obstacle = stream_obstacle(model) or adapter_obstacle(model)
     if obstacle is not None:
         raise ValueError(f"The target {type(model).__name__} cannot take a drafter: {obstacle}.")
     _warn_of_other_target(model.config, config)

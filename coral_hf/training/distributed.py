@@ -1,7 +1,7 @@
-"""Placement of target and drafter when several processes train.
+"""Placement of target and drafter on the devices of a training run.
 
-In: a target and a drafter as the user has them, and accelerate's settings. Out: both on the devices
-of the run; after a sharded run, the user's drafter with the trained weights.
+In: a target and a drafter, and accelerate's settings. Out: both on the devices of the run; after a
+sharded run, the user's drafter with the trained weights.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import copy
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -23,10 +22,10 @@ def shards_weights(trainer: Trainer) -> bool:
 
 
 def sharded_copy(drafter: PreTrainedModel) -> PreTrainedModel:
-    """A copy to be sharded, so that the user's drafter stays whole for the next stage.
+    """Copy a drafter before it is sharded, so that the user's own stays whole for the next stage.
 
-    Both share their config and training record. All processes begin with the weights of the first
-    one, as under DDP.
+    Both share their config and training record. All processes start with the weights of the first
+    one, of any shape, as under DDP.
     """
     shared = (drafter.config, drafter.generation_config, drafter.training_record)
     copied = copy.deepcopy(drafter, {id(part): part for part in shared})
@@ -46,7 +45,7 @@ class GiveBack(TrainerCallback):
 
     @torch.no_grad()
     def on_train_end(self, args, state, control, model, **kwargs) -> None:
-        """See [`~transformers.TrainerCallback.on_train_end`]."""
+        """See [`~transformers.TrainerCallback.on_train_end`]; weights may be of any shape."""
         weights = dict(extract_model_from_parallel(model).named_parameters())
         whole: contextlib.AbstractContextManager = contextlib.nullcontext()
         if is_deepspeed_zero3_enabled():
@@ -71,38 +70,29 @@ def place_target(target: PreTrainedModel, trainer: Trainer) -> None:
             " each process holds a part of its weights; load the target first. It stays whole in"
             " every process; to shard it, use FSDP2."
         )
-    if any(weight.is_meta for weight in target.parameters()) and not _is_offloaded(target):
+    if getattr(target, "hf_device_map", None) is not None:
+        return  # accelerate's hooks, or a quantiser, have placed it; offloaded weights are meta
+    if any(weight.is_meta for weight in target.parameters()):
         raise ValueError(
             "The target has weights on the meta device, so this process has not loaded it; set"
-            " `fsdp_cpu_ram_efficient_loading: false` for accelerate, or load it without"
-            " `device='meta'`."
+            " `fsdp_cpu_ram_efficient_loading: false` for accelerate."
         )
-    if getattr(target, "hf_device_map", None) is not None:
-        return  # accelerate's hooks, or a quantiser, have placed it
     if trainer.is_fsdp_enabled and trainer.accelerator.is_fsdp2:
         _shard_layers(target, trainer.args.device)
     if target.device != trainer.args.device:  # some quantised targets cannot be moved at all
         target.to(trainer.args.device)
 
 
-def _is_offloaded(target: PreTrainedModel) -> bool:
-    return bool({"cpu", "disk"} & set(map(str, getattr(target, "hf_device_map", {}).values())))
-
-
 def _shard_layers(target: PreTrainedModel, device: torch.device) -> None:
+    """Shard the blocks that transformers would not split over devices.
+
+    A target that an earlier stage has sharded has none left: sharding renames their class.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for layer in _layers(target):
-        # torch takes each layer for a root of its own, which it would leave whole after a pass
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-
-
-def _layers(target: PreTrainedModel) -> list[nn.Module]:
-    """The blocks that transformers would not split over devices.
-
-    Of a target that an earlier stage has sharded there are none: sharding renames their class.
-    """
     kinds = set(target._no_split_modules or ())
-    return [module for module in target.modules() if type(module).__name__ in kinds]
+    for layer in [module for module in target.modules() if type(module).__name__ in kinds]:
+        # each layer is a root of FSDP, which by default stays gathered after a forward pass
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)

@@ -1,7 +1,7 @@
-"""Training pipeline: the drafter or an adapter of it, then its router, then one folder to publish.
+"""Training pipeline: the stages of a drafter one after the other, then one folder to publish.
 
-In: a target, its tokenizer, conversations. Out: a checkpoint that `AutoModel.from_pretrained`
-loads.
+In: a target, its tokenizer, conversations, the arguments of each stage. Out: a checkpoint that
+`AutoModel.from_pretrained` loads.
 """
 
 import os
@@ -40,16 +40,16 @@ def train(
         stages: usually one with `stage="drafter"` and one with `stage="router"`, each with its own
             `output_dir`.
         drafter: to be trained further; by default a fresh one in fp32, drawn with the first stage's
-            seed. Of one in a `PeftModel` (see `with_adapter`) the adapter is trained, saved in the
+            seed. If it is a `PeftModel` (see `with_adapter`), its adapter is trained, saved in the
             first stage's folder, and merged.
-        resume: resume each stage from its last checkpoint, where it has one; else a stage refuses a
-            folder with checkpoints.
+        resume: resume each stage from its last checkpoint, where it has one; otherwise a folder
+            with checkpoints is refused.
         eval_dataset: held-out conversations, for arguments with an `eval_strategy`.
     """
     if drafter is None:
         set_seed(stages[0].seed)
         drafter = CoralDrafter.from_target(target).float()
-    for args in stages:  # now, and not when a stage's turn comes
+    for args in stages:  # before the first stage is trained
         check_head_settings(drafter, args)
         if not resume:
             check_vacant(Path(args.output_dir))
@@ -74,7 +74,7 @@ def train(
 def save(drafter: CoralDrafter, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write drafter, router, tokenizer and settings into one folder, ready for the Hub.
 
-    A drafter that is there is replaced once all of the new one is on the disk.
+    An existing drafter is replaced once all of the new one is on the disk.
 
     Raises:
         OSError: if it cannot be written, such as to a full disk.
@@ -89,7 +89,14 @@ def save(drafter: CoralDrafter, tokenizer: PreTrainedTokenizerBase, folder: str 
         drafter.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         names = [path.name for path in aside.iterdir()]
-        _move_up(aside)
+        files = [path for path in aside.rglob("*") if path.is_file()]
+        for path in files:  # all are on the disk before the first is moved
+            flush(path)
+        for path in files:
+            place = folder / path.relative_to(aside)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
+        flush(folder)
         for name in stale_files(os.listdir(folder), names):
             (folder / name).unlink()
     except Exception as error:  # a full disk raises errors of tokenizers and safetensors too
@@ -97,15 +104,3 @@ def save(drafter: CoralDrafter, tokenizer: PreTrainedTokenizerBase, folder: str 
         raise write_error("The drafter", folder, repr(error), remedy) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _move_up(aside: Path) -> None:
-    """Move files into the folder above, once all of them are on the disk."""
-    files = [path for path in aside.rglob("*") if path.is_file()]
-    for path in files:
-        flush(path)
-    for path in files:
-        place = aside.parent / path.relative_to(aside)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, place)
-    flush(aside.parent)

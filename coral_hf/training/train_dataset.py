@@ -1,6 +1,6 @@
-"""Datasets of the trainer, from whatever it is given.
+"""Preparation of the datasets that a trainer is given.
 
-In: conversations, rows of tokens, or a feature cache. Out: rows that the collator takes.
+In: conversations, rows of token ids, or a feature cache. Out: rows that the collator takes.
 """
 
 from collections.abc import Iterable
@@ -16,16 +16,16 @@ from .data.vocabulary import check_rows
 from .features import CachedFeatures
 
 
-def training_rows(
+def prepare_rows(
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     args: CoralTrainingArguments,
     target: Target,
     packing: bool = False,
 ) -> Any:
-    """Rows of a dataset as token ids and labels, or of a cache of this target's features.
+    """Return rows of token ids and labels, or a cache of this target's features.
 
-    Without a tokenizer, rows hold token ids already.
+    Without a tokenizer, the dataset holds token ids already.
     """
     vocab_size = text_config(target.model).vocab_size
     if isinstance(dataset, CachedFeatures):
@@ -39,7 +39,7 @@ def training_rows(
         return dataset
     if tokenizer is None:
         check_rows(dataset, vocab_size)
-        # nobody cuts rows of tokens; a stream is not read
+        # rows of token ids are not cut; a stream is not read
         if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
             batches = dataset.with_format(None).select_columns("input_ids").iter(batch_size=1000)
             lengths = (len(ids) for batch in batches for ids in batch["input_ids"])
@@ -56,7 +56,7 @@ def training_rows(
 
 
 def lengths_only(dataset: Any) -> Any:
-    """What samplers read of a dataset: of a feature cache the lengths of its rows alone."""
+    """Return what a sampler needs of a dataset: of a feature cache, rows of the same lengths."""
     if isinstance(dataset, CachedFeatures):
         return [{"input_ids": range(length)} for length in dataset.lengths]
     return dataset

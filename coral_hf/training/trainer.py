@@ -21,7 +21,7 @@ from ..drafters.coral.modeling import CoralDrafter
 from ..drafters.fit import check_target
 from ..identity import check_tokenizer, tokenizer_hash
 from ..target import read_target
-from .adapters import check_target_adapter, is_adapted, with_adapter
+from .adapters import is_adapted, with_adapter
 from .arguments import CoralTrainingArguments
 from .data import CoralCollator
 from .data.encoding import IGNORED
@@ -36,7 +36,7 @@ from .runs.run_record import run_settings, run_summary
 from .stages import add_heads, announced, freeze_others
 from .steps import coral as coral  # registers the step of CORAL drafters
 from .steps import training_step
-from .train_dataset import lengths_only, training_rows
+from .train_dataset import lengths_only, prepare_rows
 
 
 class CoralTrainer(AtomicCheckpoints, DrafterPushes):
@@ -74,7 +74,6 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         **kwargs,
     ):
         check_target(model.config, target_model)
-        check_target_adapter(target_model)
         if args.use_liger_kernel:
             check_liger(args)
         if processing_class is not None:
@@ -117,7 +116,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
             return {name: self._rows(part, packing) for name, part in dataset.items()}
         if dataset is None:
             return None
-        return training_rows(dataset, self.processing_class, self.args, self.target, packing)
+        return prepare_rows(dataset, self.processing_class, self.args, self.target, packing)
 
     @property
     def drafter(self) -> CoralDrafter:

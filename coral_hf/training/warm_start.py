@@ -1,6 +1,6 @@
 """Warm starts: initial weights of a drafter from the target's last layer or another drafter.
 
-In: a target and a source: the target's own last layer, a drafter of another target, or a folder.
+In: a target and a source: "layer", a drafter of another target, or the folder of a checkpoint.
 Out: a drafter for the target, in fp32, to be trained. A tensor that fits nowhere is an error.
 
     the target    embedding → layers → input norm → the last layer → final norm → feature
@@ -22,7 +22,7 @@ from ..target import text_config
 from .adapters import is_adapted
 
 LAYER = "layer"
-# what makes up the drafter itself; all else in its config follows from the target
+# fields that the weights of a drafter depend on; the others follow from the target
 OWN_SHAPE = (
     "intermediate_size",
     "num_hidden_layers",
@@ -35,7 +35,7 @@ OWN_SHAPE = (
     "attention_bias",
     "fc_bias",
 )
-# the first layer of a drafter reads what `fc` gives it as it is
+# the first layer of a drafter does not normalise the output of `fc`
 INPUT_NORM = "input_layernorm.weight"
 
 
@@ -44,17 +44,16 @@ def warm_start(
     source: str | Path | CoralDrafter,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> CoralDrafter:
-    """A drafter for `target` that starts from `source`, in fp32 and on the target's device.
+    """Make a drafter for `target` that starts from `source`, in fp32 on the target's device.
 
     Args:
         source: `"layer"` for the target's own last layer; a drafter of another target of the same
             width, or its folder or Hub id; the folder or Hub id of an EAGLE-1 or EAGLE-2
             checkpoint.
-        tokenizer: the target's; a drafter's draft heads are kept where they were made for the same
-            one.
+        tokenizer: the target's; draft heads of the source are kept if they were made for it.
 
     Raises:
-        ValueError: if a tensor of the source has no place in the drafter, or the other way round.
+        ValueError: if a tensor of the source has no place in the drafter, or the reverse.
     """
     if isinstance(source, CoralDrafter):
         return from_drafter(target, source, tokenizer)
@@ -70,16 +69,24 @@ def warm_start(
 def from_drafter(
     target: PreTrainedModel, other: CoralDrafter, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> CoralDrafter:
-    """A drafter with the weights of another target's; see [`warm_start`]."""
+    """Make a drafter with the weights of another target's drafter; see [`warm_start`]."""
     if is_adapted(other):
         raise ValueError(
             "The drafter to start from has an adapter; merge it first: model.merge_and_unload()."
         )
-    keeps_heads = _is_same_vocabulary(target, other.config, tokenizer)
-    shape = {name: getattr(other.config, name) for name in ("hidden_size", *OWN_SHAPE)}
-    drafter = _fresh(target, shape, other.name_or_path or "that was passed")
-    if keeps_heads:
-        drafter.heads.adopt(other.config)
+    config, text = other.config, text_config(target)
+    if config.hidden_size != text.hidden_size:
+        raise ValueError(
+            f"`hidden_size` of the target is {text.hidden_size}, but the drafter"
+            f" {other.name_or_path} has {config.hidden_size}, so none of its weights fit; use"
+            " warm_start(target, 'layer')."
+        )
+    shape = {name: getattr(config, name) for name in OWN_SHAPE}
+    drafter = CoralDrafter.from_target(target, **shape).float()
+    # tokens of a router's groups are those of its tokenizer
+    is_same_size = tokenizer is not None and config.vocab_size == text.vocab_size
+    if is_same_size and config.tokenizer_hash == tokenizer_hash(tokenizer):
+        drafter.heads.adopt(config)
     kept = drafter.state_dict().keys()
     drafter.load_state_dict({k: v for k, v in other.state_dict().items() if k in kept})
     return drafter
@@ -88,12 +95,13 @@ def from_drafter(
 def from_layer(
     target: PreTrainedModel, fc: tuple[float, float] | None = (0.0, 1.0)
 ) -> CoralDrafter:
-    """A drafter with the weights of the target's last layer, in the units of features.
+    """Make a drafter with the weights of the target's last layer, in the units of features.
 
     Args:
-        fc: a and b of fc(embedding, feature) = a · embedding + b · feature; `None` draws it.
+        fc: a and b of fc(embedding, feature) = a · embedding + b · feature, whose weight has shape
+            (hidden, 2 * hidden); `None` for a random one.
     """
-    drafter, decoder = _fresh(target, {}, LAYER), target.get_decoder()
+    drafter, decoder = CoralDrafter.from_target(target).float(), target.get_decoder()
     _check_layers(target, decoder, drafter.config)
     theirs, final_gain = decoder.layers[-1], decoder.norm.weight.detach().float()
     tensors = {name: tensor.float() for name, tensor in theirs.state_dict().items()}
@@ -103,18 +111,22 @@ def from_layer(
     tensors = in_feature_units(tensors, input_gain, final_gain, _stream_size(target))
     drafter.layers[0].load_state_dict(tensors)
     if fc is not None:
-        _pass_through(drafter.fc, *fc)
+        unit = torch.eye(drafter.config.hidden_size, device=drafter.fc.weight.device)
+        weights = {"weight": torch.cat([factor * unit for factor in fc], dim=1)}
+        if drafter.fc.bias is not None:
+            weights["bias"] = torch.zeros_like(drafter.fc.bias)
+        drafter.fc.load_state_dict(weights)
     return drafter
 
 
 def in_feature_units(
     tensors: dict[str, Tensor], input_gain: Tensor, final_gain: Tensor, size: float
 ) -> dict[str, Tensor]:
-    """The weights of a layer, so that it reads and adds to features and needs no input norm.
+    """Rescale the weights of a layer so that it reads features and adds to them.
 
     A target's layer reads its stream x, of root mean square `size`, as g_in · x / size; a feature
-    is g_final · x / size. So what reads is multiplied by g_in / g_final, and what is added to the
-    stream by g_final / size.
+    is g_final · x / size. So projections that read are multiplied by g_in / g_final, and those
+    whose outputs are added to the stream by g_final / size; no input norm is needed.
 
     Args:
         tensors: of the layer, without its input norm; matrices (out, in).
@@ -135,7 +147,7 @@ def in_feature_units(
 
 @torch.no_grad()
 def _stream_size(target: PreTrainedModel, num_tokens: int = 64) -> float:
-    """The root mean square of what the target's last layer reads, the median over any tokens."""
+    """Measure the root mean square of the last layer's input, the median over random tokens."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(text_config(target).vocab_size, (1, num_tokens), generator=generator)
     device = target.get_decoder().device
@@ -144,28 +156,11 @@ def _stream_size(target: PreTrainedModel, num_tokens: int = 64) -> float:
     return float(stream.square().mean(-1).sqrt().median())
 
 
-def _fresh(target: PreTrainedModel, shape: dict, source: object) -> CoralDrafter:
-    """A random drafter of a shape, for a target whose width it must have."""
-    width, expected = shape.pop("hidden_size", None), text_config(target).hidden_size
-    if width not in (None, expected):
-        raise ValueError(
-            f"`hidden_size` of the target is {expected}, but the drafter {source} has {width}; no"
-            " weight of it fits. Start from the target's own layer: warm_start(target, 'layer')."
-        )
-    return CoralDrafter.from_target(target, **shape).float()
-
-
-def _is_same_vocabulary(
-    target: PreTrainedModel, config: CoralConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> bool:
-    """Whether the groups of a router mean the same tokens for a target."""
-    if tokenizer is None or config.vocab_size != text_config(target).vocab_size:
-        return False
-    return config.tokenizer_hash == tokenizer_hash(tokenizer)
-
-
 def _check_layers(target: PreTrainedModel, decoder: nn.Module, config: CoralConfig) -> None:
-    """Refuse layers that compute something else from tensors of the same names."""
+    """Raise a ValueError for layers that compute something else from tensors of the same names.
+
+    Tensors may have any shape, such as (hidden, hidden); shapes are checked later.
+    """
     text, reason = text_config(target), None
     assert config.head_dim, "the config fills it in"
     layers, scale = getattr(decoder, "layers", None), config.head_dim**-0.5
@@ -188,15 +183,6 @@ def _check_layers(target: PreTrainedModel, decoder: nn.Module, config: CoralConf
         reason = "its last layer is offloaded"
     if reason is not None:
         raise ValueError(
-            f"The target {type(target).__name__} cannot lend its last layer: {reason}; start from"
-            " random weights, or from a drafter."
+            f"The last layer of {type(target).__name__} cannot start a drafter: {reason}; start"
+            " from random weights, or from another drafter."
         )
-
-
-def _pass_through(fc: nn.Linear, embedding: float, feature: float) -> None:
-    """Make `fc` (hidden, 2 hidden) add up scaled embedding and feature, channel by channel."""
-    unit = torch.eye(fc.out_features, dtype=fc.weight.dtype, device=fc.weight.device)
-    with torch.no_grad():
-        fc.weight.copy_(torch.cat([embedding * unit, feature * unit], dim=1))
-        if fc.bias is not None:
-            fc.bias.zero_()
