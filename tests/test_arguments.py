@@ -24,7 +24,7 @@ def test_the_defaults_are_the_papers_where_they_are_known(tmp_path):
         ({"stage": "head"}, "`stage` is 'head'; use one of"),
         ({"num_steps": 0, "csra_weight": 0.0}, "`num_steps` is 0; use 1 or more"),
         ({"num_steps": 1}, "`csra_weight` is 0.1, but with `num_steps` 1"),
-        ({"csra_temperature": 0.0}, "`csra_temperature` is 0.0; use a value above 0"),
+        ({"csra_temperature": 0.0}, "`csra_temperature` is 0.0; use 0.001 or more"),
         ({"regression_weight": -1.0}, "`regression_weight` is -1.0; use 0 or more"),
         ({"classification_weight": -0.1}, "`classification_weight` is -0.1"),
         ({"csra_negatives": "all"}, "`csra_negatives` is 'all'; use one of"),
@@ -35,7 +35,7 @@ def test_the_defaults_are_the_papers_where_they_are_known(tmp_path):
         ({"csra_gradient": "none"}, "`csra_gradient` is 'none'"),
         ({"feature_noise": -1.0}, "`feature_noise` is -1.0; use 0 or more"),
         ({"max_length": -100}, "`max_length` is -100; use 3 or more"),
-        ({"regression_weight": 0.0, "classification_weight": 0.0}, "nothing ties the drafter"),
+        ({"regression_weight": 0.0, "classification_weight": 0.0}, "the drafter would not learn"),
     ],
 )
 def test_a_contradiction_raises_and_names_the_setting(tmp_path, settings, said):

@@ -105,5 +105,5 @@ def test_a_liger_without_the_kernel_is_refused(tmp_path, monkeypatch):
     "settings", [{"recipe": "hass"}, {"classification_weight": 0.0}], ids=["top_k", "no weight"]
 )
 def test_the_kernel_is_refused_for_losses_that_it_does_not_compute(tmp_path, settings):
-    with pytest.raises(ValueError, match="`use_liger_kernel` is of the classification loss alone"):
+    with pytest.raises(ValueError, match="`use_liger_kernel` computes the classification loss"):
         CoralTrainingArguments(output_dir=str(tmp_path), use_liger_kernel=True, **settings)

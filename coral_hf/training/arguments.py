@@ -1,10 +1,10 @@
-"""Settings of a training run, beside those of every `Trainer`.
+"""Settings of a training run, in addition to those of every `Trainer`.
 
-In: what a user sets, in Python or as options of a command. Out: `CoralTrainingArguments`; steps
-and weights that are not set come from a recipe, those of a published method.
+In: settings in Python, or options of a command. Out: `CoralTrainingArguments`; steps and weights
+that are not set come from a recipe, the values of a published method.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,9 +47,10 @@ LEAST = {
     **dict.fromkeys(("router_weight", "feature_noise", "eval_prompts", "eval_temperature"), 0),
     **dict.fromkeys(("num_steps", "top_k", "eval_prompt_length"), 1),
     **dict.fromkeys(("num_groups", "num_active_groups", "head_rank"), 1),
+    "csra_temperature": 1e-3,
     # nothing predicts the first two tokens of a row
     "max_length": 3,
-    # a round of decoding follows the token of the prompt's pass, so an answer needs two
+    # the first token of an answer comes from the prefill, the second from a round of decoding
     "eval_max_new_tokens": 2,
 }
 
@@ -73,68 +74,53 @@ class CoralTrainingArguments(TrainingArguments):
 
     stage: str = _setting(
         "drafter",
-        "'drafter' trains the drafter; 'router' or 'low_rank' that head with the rest frozen;"
-        " 'joint' the drafter and its router.",
+        "'drafter' trains the drafter; 'router' or 'low_rank' that head, the rest frozen; 'joint'"
+        " the drafter and its router.",
     )
-    recipe: str = _setting(
-        "coral", "'eagle', 'hass' or 'coral': the steps and weights that are not set."
-    )
+    recipe: str = _setting("coral", "'eagle', 'hass' or 'coral': values of unset steps, weights.")
     num_steps: int | None = _setting(None, "Steps of the unroll (N of CORAL and HASS).")
     regression_weight: float | None = _setting(None, "Weight of the smooth L1 loss on features.")
-    classification_weight: float | None = _setting(
-        None, "Weight of the soft cross-entropy on tokens."
-    )
-    top_k_weight: float | None = _setting(
-        None, "Weight of the soft cross-entropy on the target's most probable tokens (HASS)."
-    )
-    top_k: int = _setting(10, "How many tokens that are.")
+    classification_weight: float | None = _setting(None, "Weight of the cross-entropy on tokens.")
+    top_k_weight: float | None = _setting(None, "The same for the target's top k tokens (HASS).")
+    top_k: int = _setting(10, "Tokens of the top-k loss at each position.")
     csra_weight: float | None = _setting(None, "Weight of cross-step representation alignment.")
     csra_temperature: float = _setting(0.07, "Temperature of CSRA.")
     csra_negatives: str = _setting(
         "sequence",
-        "What CSRA tells a feature from: its own 'sequence', all of the 'batch' of a device, whose"
-        " cost grows with the square of its tokens, or 'gathered' from all devices.",
+        "Negatives of CSRA: features of the same 'sequence', of the device's 'batch', at a cost"
+        " that grows with the square of its tokens, or 'gathered' from all devices.",
     )
     csra_positives: str = _setting(
-        "steps",
-        "What CSRA pulls a feature to: the other 'steps', or 'steps_and_target', the target's"
-        " feature too.",
+        "steps", "Positives of CSRA: the other 'steps', or 'steps_and_target', its feature too."
     )
     csra_gradient: str = _setting(
-        "all_steps",
-        "'all_steps' learn from CSRA, or the 'later_steps' alone, while the first stands still.",
+        "all_steps", "'all_steps' learn from CSRA, or the 'later_steps' but not the first."
     )
-    feature_noise: float = _setting(
-        0.0, "Uniform noise on the target's features as inputs, at most this much (EAGLE: 0.1)."
-    )
+    feature_noise: float = _setting(0.0, "Largest uniform noise on input features (EAGLE: 0.1).")
     num_groups: int | None = _setting(
-        None, "Groups of the vocabulary of a new router: 64 by default, fewer of a small one."
+        None, "Groups of a new router: 64 by default, fewer for a small vocabulary."
     )
     num_active_groups: int | None = _setting(
         None, "Groups that the routed head reads at a time: an eighth of them by default."
     )
     grouping: str | None = _setting(
         None,
-        "What the groups of a new router have in common: 'contiguous' token ids, similar rows of"
-        " the LM head ('kmeans', the default), 'frequency', or competing for the same places"
+        "Tokens of a group of a new router: 'contiguous' ids, similar rows of the LM head"
+        " ('kmeans', the default), of like 'frequency', or with the same contexts"
         " ('coactivation').",
     )
     router_weight: float = _setting(0.1, "Weight of the router's loss in the joint stage.")
     head_rank: int | None = _setting(None, "Channels of a new low-rank head: 64 by default.")
     max_length: int = _setting(2048, "Tokens after which a conversation is cut.")
-    packing: bool = _setting(
-        False, "Put several conversations into each row of `max_length`; none sees another."
-    )
-    eval_prompts: int = _setting(
-        32, "Held-out prompts that an evaluation answers with the drafter; 0: none."
-    )
+    packing: bool = _setting(False, "Pack several documents into each row of `max_length`.")
+    eval_prompts: int = _setting(32, "Held-out prompts that an evaluation decodes, or 0.")
     eval_max_new_tokens: int = _setting(64, "Tokens of each of these answers at most.")
     eval_prompt_length: int = _setting(16, "Tokens of a plain text that are its prompt.")
     eval_temperature: float = _setting(0.0, "Temperature of these answers; 0 is greedy.")
-    plots: bool = _setting(True, "Draw what was logged into `output_dir`, as PNG files.")
-    # all that a step trains is used in every batch
+    plots: bool = _setting(True, "Plot what was logged into `output_dir`, as PNG files.")
+    # every trained weight is used in every batch
     ddp_find_unused_parameters: bool | None = _setting(False, "DDP looks for unused parameters.")
-    # `forward` of a drafter names neither the columns of a batch nor its labels
+    # the `forward` of a drafter does not name the columns of a batch
     remove_unused_columns: bool = _setting(False, "Leave it: the collator picks the columns.")
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
 
@@ -147,19 +133,17 @@ class CoralTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"`{name}` is {value}; use {least} or more.")
-        if (self.num_active_groups or 0) > (self.num_groups or MOST_GROUPS):
+        most = self.num_groups or MOST_GROUPS
+        if (self.num_active_groups or 0) > most:
             raise ValueError(
-                f"`num_active_groups` is {self.num_active_groups}; use a value from 1 to"
-                f" `num_groups` = {self.num_groups or MOST_GROUPS}."
+                f"`num_active_groups` is {self.num_active_groups}; use 1 to `num_groups` = {most}."
             )
-        if self.csra_temperature <= 0:
-            raise ValueError(f"`csra_temperature` is {self.csra_temperature}; use a value above 0.")
         if self.stage in ("drafter", "joint"):
             self._check_losses()
 
     @property
     def resolved(self) -> Recipe:
-        """Steps and weights of the run: what was set, and for the rest what the recipe gives."""
+        """Steps and weights of the run: those that were set, the others from the recipe."""
         found = {name: getattr(self, name) for name in Recipe._fields}
         given = {name: value for name, value in found.items() if value is not None}
         return RECIPES[self.recipe]._replace(**given)
@@ -168,24 +152,22 @@ class CoralTrainingArguments(TrainingArguments):
         recipe = self.resolved
         if recipe.num_steps == 1 and recipe.csra_weight:
             raise ValueError(
-                f"`csra_weight` is {recipe.csra_weight}, but with `num_steps` 1 there are no steps"
-                " to align; use num_steps of at least 2, or csra_weight=0."
+                f"`csra_weight` is {recipe.csra_weight}, but with `num_steps` 1 no steps can be"
+                " aligned; use more steps, or csra_weight=0."
             )
         if not (recipe.regression_weight or recipe.classification_weight or recipe.top_k_weight):
             raise ValueError(
-                "`regression_weight`, `classification_weight` and `top_k_weight` are all 0, so that"
-                " nothing ties the drafter to its target; give one of them a weight."
+                "`regression_weight`, `classification_weight` and `top_k_weight` are all 0, so the"
+                " drafter would not learn from its target; set one of them."
             )
         if self.use_liger_kernel and (recipe.top_k_weight or not recipe.classification_weight):
             raise ValueError(
-                f"`use_liger_kernel` is of the classification loss alone, but `top_k_weight` is"
-                f" {recipe.top_k_weight} and `classification_weight`"
-                f" {recipe.classification_weight}; leave it out, or use top_k_weight=0 and a"
-                " classification_weight above 0."
+                "`use_liger_kernel` computes the classification loss alone; leave it out, or use"
+                " `top_k_weight` 0 and a `classification_weight` above 0."
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        # `Trainer` pickles its arguments beside every checkpoint, and uploads them
+        # `Trainer` pickles its arguments into every checkpoint, and uploads them
         return {**vars(self), "hub_token": None}
 
     def to_dict(self) -> dict[str, Any]:
@@ -196,15 +178,11 @@ class CoralTrainingArguments(TrainingArguments):
 def parse_arguments(
     output_dir: str | Path, options: Sequence[str], **fields: Any
 ) -> CoralTrainingArguments:
-    """Parse options as they are typed (`--num_steps 3`); `fields` win over them."""
-    defaults = {"output_dir": output_dir, "report_to": "none"}
-    defaults["dataloader_pin_memory"] = torch.cuda.is_available()  # else torch warns of it
-    typed = [*_options(defaults), *options, *_options(fields)]
-    # the usage that argparse makes itself names all of two hundred options
+    """Parse options of the command line, such as `--num_steps 3`; `fields` replace them."""
+    # the usage that argparse writes would list two hundred options
     usage = "[options of CoralTrainingArguments]"
     parser = HfArgumentParser(CoralTrainingArguments, prog="coral-hf", usage=usage)
-    return parser.parse_args_into_dataclasses(typed)[0]
-
-
-def _options(fields: Mapping[str, Any]) -> list[str]:
-    return [part for name, value in fields.items() for part in (f"--{name}", str(value))]
+    # pinned memory without CUDA makes torch warn
+    has_cuda = torch.cuda.is_available()
+    parser.set_defaults(output_dir=output_dir, report_to="none", dataloader_pin_memory=has_cuda)
+    return CoralTrainingArguments(**{**vars(parser.parse_args(options)), **fields})
