@@ -83,11 +83,6 @@ def test_csra_is_small_where_the_steps_agree_and_large_where_they_are_mixed_up()
     assert csra_loss(agreeing, 0.07) < csra_loss(mixed, 0.07)
 
 
-def test_csra_of_one_step_raises():
-    with pytest.raises(ValueError, match="has 1 of them, use at least 2"):
-        csra_loss(randn(1, POSITIONS, HIDDEN), 0.07)
-
-
 def test_csra_with_others_has_them_as_negatives_only():
     predicted, _ = features()
     others = randn(5, HIDDEN, seed=3)

@@ -412,8 +412,8 @@ def test_lengths_of_rounds_become_metrics():
 
 def test_similarity_of_steps_is_the_cosine_with_step_one():
     predicted = torch.tensor([[[1.0, 0], [0, 2]], [[3, 0], [0, 1]], [[0, 1], [0, -1]]])
-    assert step_similarity(predicted).tolist() == [2.0, -1.0]
-    assert step_similarity(predicted[:1]).tolist() == []
+    assert step_similarity(predicted) == [2.0, -1.0]
+    assert step_similarity(predicted[:1]) == []
 
 
 def test_losses_and_similarity_are_logged_by_step(target, rows, tmp_path):

@@ -17,7 +17,7 @@ def csra_loss(
     target: Tensor | None = None,
     chunk_size: int = 1024,
 ) -> Tensor:
-    """Cross-step representation alignment: InfoNCE between the steps of a position (CORAL, CSRA).
+    """Compute the alignment loss: InfoNCE between the steps of a position (CORAL, CSRA).
 
     -1/|P(i)| Σ_{p ∈ P(i)} log( e^{z_i·z_p/τ} / Σ_{a ≠ i} e^{z_i·z_a/τ} ) for each feature i, z the
     normalised features, P(i) the same position at the other steps; all other features of the same
@@ -35,10 +35,6 @@ def csra_loss(
         (), averaged over steps and summed over positions.
     """
     steps, positions, hidden = predicted.shape
-    if steps < 2:
-        raise ValueError(
-            f"CSRA compares steps with each other; `predicted` has {steps} of them, use at least 2."
-        )
     unit = F.normalize(predicted.float(), dim=-1)
     keys = unit if target is None else torch.cat([unit, F.normalize(target.float(), dim=-1)[None]])
     foreign = unit.new_zeros(0, hidden) if others is None else F.normalize(others.float(), dim=-1)
@@ -52,7 +48,7 @@ def csra_loss(
             normalisers = normalisers + checkpoint(
                 _log_normaliser, chunk, against, start, temperature, use_reentrant=False
             )
-    # a device without positions of its own takes part in the gradient of the others' all the same
+    # a device without positions takes part in the backward pass of the gathering too
     normalisers = normalisers + 0 * foreign.sum()
     # Σ_{p ∈ P(i)} z_i·z_p is z_i·(Σ over steps) less z_i·z_i
     together = keys.sum(0)
@@ -61,7 +57,7 @@ def csra_loss(
 
 
 def _log_normaliser(chunk: Tensor, against: Tensor, start: int, temperature: float) -> Tensor:
-    """log Σ_{a ≠ i} e^{z_i·z_a/τ} summed over a chunk of rows, which are `against` from `start` on.
+    """Sum log Σ_{a ≠ i} e^{z_i·z_a/τ} over a chunk of rows, the part of `against` at `start`.
 
     chunk: (rows, hidden); against: (total, hidden).
     """
@@ -73,13 +69,13 @@ def _log_normaliser(chunk: Tensor, against: Tensor, start: int, temperature: flo
 
 
 def of_other_devices(rows: Tensor) -> Tensor | None:
-    """The rows of all other devices, through which gradients flow back to where they come from.
+    """Gather the rows of all other devices; gradients flow back to the devices of their rows.
 
     Args:
-        rows: (rows, hidden), of which each device may have another number.
+        rows: (rows, hidden), whose number may differ between devices.
 
     Returns:
-        (rows of the others, hidden), or None where there is one device.
+        (rows of the others, hidden), or None with a single device.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return None

@@ -1,11 +1,11 @@
-"""The classification loss of a chunk of logits by a kernel of Liger, on GPUs.
+"""Classification loss of a chunk of logits with a Triton kernel of Liger, on GPUs.
 
-In: logits (rows, vocab) and the target's probabilities. Out: what `TorchChunkLoss` gives, while the
+In: logits (rows, vocab) and the target's probabilities. Out: the result of `TorchChunkLoss`; the
 logits are read three times and written once, in their own dtype.
 
-The kernel is the one inside of `LigerFusedLinearKLDivLoss`, without the LM head around it:
-agreement needs the logits too, and so the head runs only once. KL(p ‖ q) is the cross-entropy less
-the entropy of p, and has the same gradient.
+The kernel is the one inside `LigerFusedLinearKLDivLoss`, without the LM head around it: agreement
+needs the logits too, and this way the head runs only once. KL(p ‖ q) is the cross-entropy less the
+entropy of p, and has the same gradient.
 """
 
 import os
@@ -30,7 +30,7 @@ class LigerChunkLoss:
         self._entropy = torch.zeros(())  # shape (), of the goal's probabilities over all rows
 
     def __call__(self, logits: Tensor, goal: Goal, weights: TokenWeights) -> Chunk:
-        """The loss of (rows, vocab) logits, in whose place the gradient is written."""
+        """Compute the loss of (rows, vocab) logits, which the gradient overwrites."""
         import liger_kernel.functional  # noqa: F401  names the kernels
         from liger_kernel.backends import dispatch
 
@@ -45,7 +45,7 @@ class LigerChunkLoss:
 
 
 def check_liger(args: CoralTrainingArguments) -> None:
-    """That a run with `use_liger_kernel` can have what it asks for.
+    """Check that a run can use the kernel, which may read logits of any shape.
 
     Raises:
         ImportError: without a Liger that has the kernel.
@@ -55,6 +55,5 @@ def check_liger(args: CoralTrainingArguments) -> None:
     if args.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             "`use_liger_kernel` is True, but training runs on the CPU, for which Triton compiles no"
-            " kernel; leave it out, or train on a GPU. (With TRITON_INTERPRET=1 in the environment"
-            " Triton interprets kernels, very slowly.)"
+            " kernel; leave it out, or train on a GPU."
         )

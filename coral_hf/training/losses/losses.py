@@ -1,4 +1,4 @@
-"""The losses on features and of a router; those on tokens and across steps have their own files.
+"""The regression loss on features and the loss of a router.
 
 In: predicted features of all steps at the trained positions, and the target's features there. Out:
 sums over positions, to be divided by the number of trained tokens.
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 def regression_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Smooth L1 between predicted and target features, averaged over channels (EAGLE, section 3.3).
+    """Compute smooth L1 of predicted features, averaged over channels (EAGLE, section 3.3).
 
     Args:
         predicted: (steps, positions, hidden).
@@ -29,7 +29,8 @@ def regression_loss(predicted: Tensor, target: Tensor) -> Tensor:
 def router_loss(
     log_mass: Tensor, target: Tensor, mass_of: Callable[[Tensor], Tensor], chunk_size: int = 128
 ) -> Tensor:
-    """Cross-entropy of the router's group mass against the target's (CORAL, LM head router).
+    """Compute the cross-entropy of the router's group mass and the target's (CORAL, section on
+    the LM head router).
 
     Args:
         log_mass: (steps, positions, groups), the router's log-probabilities.

@@ -1,7 +1,7 @@
-"""The losses on tokens: the target's distribution of the next token, distilled into the drafter's.
+"""Losses on tokens: distillation of the target's distribution of the next token.
 
 In: predicted features of all steps at the trained positions, the target's features there, its LM
-head. Out: sums over positions. No more logits than those of one chunk ever exist.
+head. Out: sums over positions. Logits exist for one chunk of positions at a time.
 """
 
 from collections.abc import Callable
@@ -102,7 +102,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
 
 
 class Goal(NamedTuple):
-    """The target's side of a chunk."""
+    """The distribution of the target at the positions of a chunk."""
 
     probs: Tensor  # (rows, vocab)
     first: Tensor  # (rows,), the most probable token
@@ -111,7 +111,7 @@ class Goal(NamedTuple):
 
 
 def make_goal(logits: Tensor, weights: TokenWeights) -> Goal:
-    """The target's side of logits (rows, vocab), which its probabilities overwrite."""
+    """Make the goal of target logits (rows, vocab), which its probabilities overwrite."""
     first = logits.argmax(-1)
     probs = torch.softmax(logits, -1, out=logits)
     k = min(weights.k, logits.shape[-1]) if weights.top_k else 0
@@ -141,7 +141,7 @@ class TorchChunkLoss:
         self._buffer: Tensor | None = None  # (rows, vocab)
 
     def __call__(self, logits: Tensor, goal: Goal, weights: TokenWeights) -> Chunk:
-        """The losses of (rows, vocab) logits, and in the buffer their gradient."""
+        """Compute the losses of (rows, vocab) logits, and in the buffer their gradient."""
         self._buffer = _refill(self._buffer, logits)
         logits = self._buffer[: len(logits)]
         highest, first = logits.max(-1, keepdim=True)
@@ -159,7 +159,7 @@ class TorchChunkLoss:
 
 
 def _refill(buffer: Tensor | None, logits: Tensor) -> Tensor:
-    """`logits` (rows, vocab) in fp32, in the first rows of `buffer` where there is one.
+    """Copy `logits` (rows, vocab) in fp32 to the first rows of `buffer`, or to a new one.
 
     The first chunk is the longest, so the others fit.
     """
@@ -175,7 +175,7 @@ def plain_token_loss(
     logits_of: LogitsOf,
     weights: TokenWeights = CLASSIFICATION,
 ) -> TokenLoss:
-    """`token_loss` in plain terms, for reading and for tests."""
+    """`token_loss`, shapes too, without chunks and with gradients of torch, for tests."""
     probs = logits_of(target).float().softmax(-1)
     log_probs = logits_of(predicted).float().log_softmax(-1)  # (steps, positions, vocab)
     classification = -(probs * log_probs).sum((-1, -2))

@@ -1,6 +1,6 @@
-"""Training steps: from a batch to its losses, one class a family of drafters, by model type.
+"""Training steps: from a batch to its losses, one class per family of drafters.
 
-In: a drafter's `model_type`. Out: the step that the trainer runs. A family joins with
+In: a drafter's `model_type`. Out: the step that the trainer runs. A new family is added with
 `register_step(model_type, factory)`.
 """
 
@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ...target import Target
@@ -44,18 +45,16 @@ class Unrolled(NamedTuple):
     position_ids: Tensor | None  # (batch, length), of packed rows
 
     def trained(self) -> Trained:
-        """The positions whose token, t + 2, is trained; the last has no such token."""
-        is_trained = torch.zeros_like(self.labels[:, 1:], dtype=torch.bool)  # (batch, length - 1)
-        is_trained[:, :-1] = self.labels[:, 2:] != IGNORED
-        target = self.features[:, 1:][is_trained]
-        return Trained(self.predicted[:, is_trained], target, self._lengths(is_trained))
-
-    def _lengths(self, is_trained: Tensor) -> list[int]:
-        """Trained positions of each document: (batch, length - 1) → a number for each."""
+        """Select the positions whose token, t + 2, is trained; the last has no such token."""
+        # (batch, length - 1)
+        is_trained = F.pad(self.labels[:, 2:] != IGNORED, (0, 1))
         if self.position_ids is None:
-            return is_trained.sum(1).tolist()
-        document = (self.position_ids[:, :-1] == 0).flatten().cumsum(0) - 1
-        return torch.bincount(document[is_trained.flatten()]).tolist()
+            lengths = is_trained.sum(1)
+        else:
+            document = (self.position_ids[:, :-1] == 0).flatten().cumsum(0) - 1
+            lengths = torch.bincount(document[is_trained.flatten()])
+        target = self.features[:, 1:][is_trained]
+        return Trained(self.predicted[:, is_trained], target, lengths.tolist())
 
 
 class Losses(NamedTuple):
@@ -89,7 +88,7 @@ class TrainingStep(Protocol):
         ...
 
     def losses(self, drafter: PreTrainedModel, trained: Trained) -> Losses:
-        """The losses of the stage; `drafter` is without wrappers, and its draft heads are read."""
+        """Compute the losses of the stage; `drafter` has no wrappers, and may run its heads."""
         ...
 
 
@@ -98,12 +97,12 @@ _FACTORIES: dict[str, Factory] = {}
 
 
 def register_step(model_type: str, factory: Factory) -> None:
-    """Have drafters of a `model_type` trained by the step that `factory(target, args)` makes."""
+    """Train drafters of a `model_type` with the step that `factory(target, args)` makes."""
     _FACTORIES[model_type] = factory
 
 
 def training_step(model_type: str, target: Target, args: CoralTrainingArguments) -> TrainingStep:
-    """The step of a family of drafters.
+    """Make the step of a family of drafters.
 
     Raises:
         ValueError: if none is registered for it.

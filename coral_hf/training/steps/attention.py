@@ -1,7 +1,7 @@
 """Attention of a step of the unroll: the target's features far back, the drafter's own nearby.
 
-In: queries, keys and values of one document. Out: what each position gathered. The steps share the
-keys and values of the steps before them; nothing is projected twice.
+In: queries, keys and values of one document. Out: the attention of each position. A step reuses the
+keys and values of the steps before it.
 
     at the step with `own` of length s = 2, position t attends to
 
@@ -19,7 +19,7 @@ KeysValues = tuple[Tensor, Tensor]  # (batch, kv_heads, length, head_dim) each
 
 
 def mixed_attention(query: Tensor, target: KeysValues, own: list[KeysValues]) -> Tensor:
-    """Attention over the target's features, shifted, and one position of each later step.
+    """Compute attention over the target's features and one position of each later step.
 
     With s = len(own), position t attends to target positions up to t - s and to the k-th of `own`
     (from 1) at position t - (s - k) (HASS, harmonized context alignment).
@@ -40,7 +40,7 @@ def mixed_attention(query: Tensor, target: KeysValues, own: list[KeysValues]) ->
 
 
 def plain_mixed_attention(query: Tensor, target: KeysValues, own: list[KeysValues]) -> Tensor:
-    """`mixed_attention`, shapes too, with one mask over all keys: target's, first own, second, …"""
+    """`mixed_attention`, shapes too, with one mask over all keys: target's, first own, second…"""
     length, steps, group = query.shape[2], len(own), query.shape[1] // target[0].shape[1]
     u = torch.arange(length, device=query.device)
     t = u[:, None]
@@ -58,24 +58,17 @@ def _merged(query: Tensor, target: KeysValues, own: list[KeysValues]) -> Tensor:
     group = query.shape[1] // target[0].shape[1]
     far = [part.repeat_interleave(group, dim=1) for part in target]
     lags = torch.arange(len(own) - 1, -1, -1)
-    near_keys, near_values = (
-        [
-            _delay(part, lag).repeat_interleave(group, dim=1)
-            for part, lag in zip(parts, lags.tolist(), strict=True)
-        ]
-        for parts in zip(*own, strict=True)
-    )
+    delayed = [  # position t holds what was at t - lag
+        [F.pad(part, (0, 0, lag, -lag)).repeat_interleave(group, dim=1) for part in pair]
+        for pair, lag in zip(own, lags.tolist(), strict=True)
+    ]
+    near_keys, near_values = zip(*delayed, strict=True)
     scaled = query * query.shape[-1] ** -0.5
     scores = torch.stack([(scaled * keys).sum(-1) for keys in near_keys], dim=-1)
     hidden = torch.arange(query.shape[2])[:, None] < lags
     # (batch, heads, length, steps)
     scores = scores.masked_fill(hidden, float("-inf"))
     return _MergedAttention.apply(query, *far, scores, *near_values)
-
-
-def _delay(states: Tensor, lag: int) -> Tensor:
-    """Move (batch, heads, length, dim) right by `lag`: position t holds what was at t - lag."""
-    return states if lag == 0 else F.pad(states, (0, 0, lag, 0))[:, :, : states.shape[2]]
 
 
 class _MergedAttention(torch.autograd.Function):
@@ -99,9 +92,8 @@ class _MergedAttention(torch.autograd.Function):
         total[:, :, shift:] = torch.logaddexp(total[:, :, shift:], normaliser)
         weights = (scores.to(total.dtype) - total[..., None]).exp_().to(query.dtype)
         out = sum(weights[..., k, None] * near for k, near in enumerate(near_values))
-        out[:, :, shift:] += far * (normaliser - total[:, :, shift:]).exp_()[..., None].to(
-            far.dtype
-        )
+        share = (normaliser - total[:, :, shift:]).exp_()[..., None]
+        out[:, :, shift:] += far * share.to(far.dtype)
         ctx.save_for_backward(query, keys, values, out, total, weights, *near_values)
         return out
 

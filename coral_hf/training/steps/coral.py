@@ -1,7 +1,7 @@
-"""The training step of CORAL drafters: target features → multi-step unroll → losses.
+"""Training step of CORAL drafters: target features → multi-step unroll → losses.
 
-In: batches of the collator. Out: what the drafter predicts of them, and its losses. The target runs
-without gradient; `Unrolled` draws how tokens, features and predictions are shifted.
+In: batches of the collator. Out: predicted features of every step, and their losses. The target
+runs without gradient; `Unrolled` draws how tokens, features and predictions are shifted.
 """
 
 import torch
@@ -38,12 +38,12 @@ class CoralStep:
         embeddings = self.target.embed(batch["input_ids"][:, 1:])
         position_ids = batch.get("position_ids")
         positions = None if position_ids is None else position_ids[:, :-1]
-        # frozen weights make no graph, and DDP prepares its gradients in this very forward pass
+        # not under no_grad in a head's stage: DDP prepares its gradients in this forward pass
         predicted = unroll(model, embeddings, read, num_steps, positions)
         return Unrolled(predicted, features, batch["labels"], position_ids)
 
     def losses(self, drafter: CoralDrafter, trained: Trained) -> Losses:
-        """The losses of the stage: of the drafter, its router, its low-rank head."""
+        """Compute the losses of the stage: of the drafter, its router, its low-rank head."""
         stage, head = self.args.stage, self.target.head
         if stage == "low_rank":
             assert drafter.heads.low_rank is not None, "the stage has added one"
@@ -65,8 +65,8 @@ class CoralStep:
 class FeatureNoise:
     """Uniform noise on the features that a drafter reads in training (EAGLE, data augmentation).
 
-    `Trainer` gives all processes one seed, which they need to agree on the order of the data, so
-    each process draws its noise from a generator of its own.
+    All processes share the seed of `Trainer`, to agree on the order of the data, so each process
+    draws its noise from another generator.
 
     Args:
         scale: the largest magnitude; 0 leaves features as they are.
@@ -87,11 +87,11 @@ class FeatureNoise:
         return features + noise.uniform_(-self._scale, self._scale, generator=self._generator)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state of the generator, bytes of shape (any,)."""
+        """Return the state of the generator, of shape (bytes,)."""
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Resume from a `state_dict`."""
+        """Resume from a `state_dict`, of shape (bytes,)."""
         self._generator.set_state(state["generator"])
 
 

@@ -3,6 +3,8 @@
 In: the trained positions of a batch. Out: losses and notes for the log, summed over positions.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,7 +20,7 @@ from . import Losses, Trained
 
 
 def drafter_losses(trained: Trained, args: CoralTrainingArguments, head: LMHead) -> Losses:
-    """L_reg, L_cls and L_topk of all steps, and L_csra, each with its weight."""
+    """Compute L_reg, L_cls and L_topk of all steps, and L_csra, each with its weight."""
     recipe = args.resolved
     predicted, target, _ = trained
     weights = TokenWeights(recipe.classification_weight, recipe.top_k_weight, args.top_k)
@@ -42,24 +44,23 @@ def drafter_losses(trained: Trained, args: CoralTrainingArguments, head: LMHead)
     return Losses(terms, notes)
 
 
-def by_step(name: str, totals: Tensor, first: int = 1) -> dict[str, Tensor]:
-    """A note for each step from `first` on: of shape (steps,) → () each."""
+def by_step(name: str, totals: Iterable[Tensor], first: int = 1) -> dict[str, Tensor]:
+    """Name a note for each step from `first` on; a tensor of shape (steps,) → () each."""
     return {f"{name}_{step}": total for step, total in enumerate(totals, start=first)}
 
 
-def step_similarity(predicted: Tensor) -> Tensor:
-    """Cosine similarity of the later steps' predictions with step one's, summed over positions.
+@torch.no_grad()
+def step_similarity(predicted: Tensor) -> list[Tensor]:
+    """Compare each later step's predictions with those of the first step.
 
-    (steps, positions, hidden) → (steps - 1,)
+    (steps, positions, hidden) → cosine similarity of each, of shape (), summed over positions
     """
-    with torch.no_grad():
-        first = predicted[0].float()
-        later = [F.cosine_similarity(first, one.float(), -1).sum() for one in predicted[1:]]
-        return torch.stack(later) if later else first.new_zeros(0)
+    first = predicted[0].float()
+    return [F.cosine_similarity(first, one.float(), -1).sum() for one in predicted[1:]]
 
 
 def _csra(trained: Trained, args: CoralTrainingArguments) -> Tensor:
-    """L_csra of predictions (steps, positions, hidden), with the settings of the run: → ()."""
+    """Compute L_csra with the settings of the run: (steps, positions, hidden) → ()."""
     predicted, target, lengths = trained
     if args.csra_gradient == "later_steps":
         predicted = torch.cat([predicted[:1].detach(), predicted[1:]])
@@ -74,9 +75,9 @@ def _csra(trained: Trained, args: CoralTrainingArguments) -> Tensor:
 
 
 def router_losses(
-    log_mass: Tensor, target: Tensor, head: LMHead, groups: Groups, weight: float = 1.0
+    log_mass: Tensor, target: Tensor, head: LMHead, groups: Groups, weight: float
 ) -> Losses:
-    """Cross-entropy of the router's group mass against the target's, averaged over steps.
+    """Compute the cross-entropy of the router's group mass and the target's, averaged over steps.
 
     Args:
         log_mass: (steps, positions, groups), the router's.
@@ -93,7 +94,7 @@ def router_losses(
 
 
 def low_rank_losses(trained: Trained, head: LMHead) -> Losses:
-    """Cross-entropy of the low-rank head's tokens against the target's, averaged over steps.
+    """Compute the cross-entropy of the low-rank head and the target's, averaged over steps.
 
     Args:
         trained: with `predicted` (steps, positions, hidden) after the low-rank projection.

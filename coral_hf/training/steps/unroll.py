@@ -1,4 +1,4 @@
-"""The multi-step unroll: the drafter run N times on its own predictions, as when it drafts.
+"""Multi-step unroll: N forward passes of the drafter on its own predictions, as when it drafts.
 
 In: a target's features and the embeddings of the tokens after them. Out: the predicted features of
 every step. Context mixing of HASS (Zhang et al. 2024, harmonized context alignment) with -inf
@@ -16,6 +16,7 @@ masks. A step's inputs are detached; the graph of all steps is kept, since CSRA 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,42 +25,32 @@ from .attention import KeysValues, mixed_attention
 
 # keys and values of every step so far, by layer and step
 Seen = dict[tuple[int, int], KeysValues]
-# of queries over the target's keys and values and those of later steps, as `mixed_attention`
+# the signature of `mixed_attention`
 Attention = Callable[[Tensor, KeysValues, list[KeysValues]], Tensor]
 # lengths of the documents of each row, adding up to the row's
 Documents = list[list[int]]
 
 
+@dataclass
 class UnrollContext:
-    """What one step of the unroll attends to: the keys and values of the steps before it."""
+    """Context of one step of the unroll: the keys and values of the steps before it."""
 
-    def __init__(
-        self,
-        step: int,
-        seen: Seen,
-        documents: Documents | None = None,
-        attention: Attention = mixed_attention,
-    ):
-        """`step` counts from 0; `seen` is shared by the steps of an unroll."""
-        self._step = step
-        self._seen = seen
-        self._documents = documents
-        self._attention = attention
+    step: int  # from 0
+    seen: Seen  # shared by the steps of an unroll
+    documents: Documents | None
+    attention: Attention
 
-    # what was seen changes with every step: torch.compile would compile each of them anew
+    # `seen` changes with every step, and torch.compile would compile each of them again
     @torch.compiler.disable
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See [`coral_hf.drafters.coral.layers.Context`]."""
-        # gradient checkpointing runs a step twice; the first run's tensors stay
-        self._seen.setdefault((layer_idx, self._step), (key, value))
-        if self._step == 0:
-            target, own = (key, value), []
-        else:
-            target = self._seen[layer_idx, 0]
-            own = [self._seen[layer_idx, step] for step in range(1, self._step)] + [(key, value)]
-        if self._documents is None:
-            return self._attention(query, target, own)
-        return _by_document(self._attention, self._documents, query, target, own)
+        """See [`coral_hf.drafters.coral.layers.Context`]; (batch, heads, length, head_dim)."""
+        # gradient checkpointing runs a step twice; the tensors of the first run stay
+        self.seen.setdefault((layer_idx, self.step), (key, value))
+        before = [self.seen[layer_idx, step] for step in range(self.step)]
+        target, *own = [*before, (key, value)]
+        if self.documents is None:
+            return self.attention(query, target, own)
+        return _by_document(self.attention, self.documents, query, target, own)
 
 
 def _by_document(
@@ -69,7 +60,7 @@ def _by_document(
     target: KeysValues,
     own: list[KeysValues],
 ) -> Tensor:
-    """Attention within each document of packed rows: no document sees another.
+    """Compute attention within each document of packed rows: no document sees another.
 
     Args:
         query: (batch, heads, length, head_dim).
@@ -91,7 +82,7 @@ def _by_document(
 
 
 def document_lengths(position_ids: Tensor) -> Documents:
-    """Lengths of the documents of each row: a document begins where a position is 0.
+    """Return the lengths of each row's documents: a document begins where a position is 0.
 
     position_ids (batch, length)     0  1  2  0  1  2  3  0  1
     lengths                          3        4           2
@@ -115,9 +106,9 @@ def unroll(
         drafter: a [`CoralDrafter`], wrapped or not.
         embeddings: (batch, length, hidden), of the token after each feature.
         features: (batch, length, hidden), the target's.
-        num_steps: N of the papers, at least 1.
+        num_steps: N of CORAL and HASS, at least 1.
         position_ids: (batch, length), of packed rows: they begin at 0 with each document, and
-            documents do not see each other.
+            documents do not attend to each other.
         attention: `mixed_attention`, or its plain form for comparison.
 
     Returns:
