@@ -54,17 +54,11 @@ def train(
         if not resume:
             check_vacant(Path(args.output_dir))
     for args in stages:
-        trainer = CoralTrainer(
-            model=drafter,
-            target_model=target,
-            args=args,
-            train_dataset=dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-        )
-        folder = args.output_dir
-        can_resume = resume and Path(folder).is_dir()
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if can_resume else None)
+        datasets = {"train_dataset": dataset, "eval_dataset": eval_dataset}
+        trainer = CoralTrainer(drafter, target, args, tokenizer, **datasets)
+        can_resume = resume and Path(args.output_dir).is_dir()
+        last = get_last_checkpoint(args.output_dir) if can_resume else None
+        trainer.train(resume_from_checkpoint=last)
         if isinstance(trainer.drafter, PeftModel):
             trainer.save_model()
             drafter = trainer.drafter.merge_and_unload()

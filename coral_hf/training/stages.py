@@ -13,6 +13,7 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..drafters.coral.configuration import CoralConfig
 from ..drafters.coral.modeling import CoralDrafter
@@ -41,19 +42,20 @@ def add_heads(
     args: CoralTrainingArguments,
     target: Target,
     rows,
-    num_tokens: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
     """Add the draft head that a stage trains; an existing one is trained further.
 
     Args:
         rows: the training rows, from which groupings are counted.
-        num_tokens: of the tokenizer; ids from there on pad the vocabulary.
+        tokenizer: the target's; ids beyond its tokens pad the vocabulary.
     """
     check_head_settings(drafter, args)
     head = HEAD_OF[args.stage]
     if head == "router" and drafter.heads.router is None:
-        number = args.num_groups or default_groups(drafter.config.vocab_size)
-        grouping = args.grouping or "kmeans"
+        vocab_size = drafter.config.vocab_size
+        number, grouping = args.num_groups or default_groups(vocab_size), args.grouping or "kmeans"
+        num_tokens = None if tokenizer is None else min(len(tokenizer), vocab_size)
         order = group_order(grouping, target, rows, number, args.seed, num_tokens)
         active = args.num_active_groups or max(number // 8, 1)
         drafter.heads.add_router(number, active, order, grouping)

@@ -25,8 +25,15 @@ def prepare_rows(
 ) -> Any:
     """Return rows of token ids and labels, or a cache of this target's features.
 
-    Without a tokenizer, the dataset holds token ids already.
+    Args:
+        dataset: conversations; rows of token ids, if there is no tokenizer; a cache; several of
+            them by name; or None.
     """
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        parts = dataset.items()
+        return {name: prepare_rows(part, tokenizer, args, target, packing) for name, part in parts}
     vocab_size = text_config(target.model).vocab_size
     if isinstance(dataset, CachedFeatures):
         if packing and not dataset.is_packed:

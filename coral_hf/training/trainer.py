@@ -32,7 +32,7 @@ from .losses.liger_loss import check_liger
 from .runs.checkpoints import AtomicCheckpoints
 from .runs.monitoring import FiniteGuard, RunMeter
 from .runs.publishing import DrafterPushes, PushCallback
-from .runs.run_record import run_settings, run_summary
+from .runs.run_record import run_summary
 from .stages import add_heads, announced, freeze_others
 from .steps import coral as coral  # registers the step of CORAL drafters
 from .steps import training_step
@@ -48,7 +48,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         args: [`CoralTrainingArguments`]; `stage="router"` trains the router of a trained drafter,
             `stage="low_rank"` its low-rank head, `stage="joint"` drafter and router at once.
         train_dataset, eval_dataset: conversations in any form that `prepare_dataset` takes, or
-            token ids.
+            rows of token ids.
         processing_class: the target's tokenizer.
         peft_config: of PEFT, to train a new adapter of the drafter instead of the drafter itself.
 
@@ -83,6 +83,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         self.target = read_target(target_model.eval().requires_grad_(False))
         self.step = training_step(model.config.model_type, self.target, args)
         self.meter = RunMeter()
+        self.stateful = {"meter": self.meter, "noise": self.step.noise}
         self._entry: dict[str, Any] = {}  # of this run in the drafter's training record
         self._evaluation: Evaluation | None = None  # the one that is running
         set_seed(args.seed)  # `Trainer` does so too, after an adapter was drawn
@@ -95,11 +96,9 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         self.train_dataset = self._rows(kwargs.get("train_dataset"), args.packing)
         self.eval_dataset = self._rows(kwargs.get("eval_dataset"))
         if not is_adapted(model):
-            size = model.config.vocab_size
-            num_tokens = size if processing_class is None else min(len(processing_class), size)
-            add_heads(model, args, self.target, self.train_dataset, num_tokens)
+            add_heads(model, args, self.target, self.train_dataset, processing_class)
             freeze_others(model, args.stage)
-        if self.compute_metrics is None:  # else only a run can tell what there will be
+        if self.compute_metrics is None:  # a function of the user may add any metric
             check_best_metric(args, self.eval_dataset, model)
         self._guard = FiniteGuard(self.gather_flags)
         self.add_callback(self._guard)
@@ -111,11 +110,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
             self.add_callback(GiveBack(model))
 
     def _rows(self, dataset, packing: bool = False):
-        """The rows of a dataset, or of each of several by name, checked against the target."""
-        if isinstance(dataset, dict):
-            return {name: self._rows(part, packing) for name, part in dataset.items()}
-        if dataset is None:
-            return None
+        """Return the rows of a dataset, or of several by name, checked against the target."""
         return prepare_rows(dataset, self.processing_class, self.args, self.target, packing)
 
     @property
@@ -124,24 +119,15 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         return self.accelerator.unwrap_model(self.model)
 
     def train(self, *args, **kwargs):
-        """See [`~transformers.Trainer.train`]; a draft head that it trains is read from then on."""
+        """See [`~transformers.Trainer.train`]; the drafter then reads the head that it trained."""
         self.meter.start()
         with announced(self.drafter.config, self.args.stage):
             output = super().train(*args, **kwargs)
         self.before_checkpoint()
         return output
 
-    def run_settings(self) -> dict[str, Any]:
-        """See [`AtomicCheckpoints.run_settings`]."""
-        target, config = self.target.model, self.drafter.config
-        return run_settings(self.args, self.train_dataset, target, config)
-
-    def stateful(self) -> dict[str, Any]:
-        """See [`AtomicCheckpoints.stateful`]."""
-        return {"meter": self.meter, "noise": self.step.noise}
-
     def before_checkpoint(self) -> None:
-        """Write what the run did so far into the drafter's training record."""
+        """Update the entry of this run in the drafter's training record."""
         tokens = torch.tensor(self.meter.tokens, device=self.args.device)  # of shape ()
         tokens = int(self.accelerator.reduce(tokens))
         self._entry.update(run_summary(self, tokens, self.meter.seconds))
@@ -150,12 +136,12 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
             record.append(self._entry)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of a batch, (): a sum over trained positions over `num_items_in_batch`."""
+        """Compute the loss of a batch, of shape (), a sum divided by `num_items_in_batch`."""
         num_items, num_processes = num_items_in_batch, 1
         if num_items is None:
             num_items = (inputs["labels"] != IGNORED).sum()
         elif self.args.average_tokens_across_devices:
-            # the items are those of all processes, over which DDP averages once more
+            # the items are those of all processes, and DDP averages over processes again
             num_processes = self.accelerator.num_processes
         trained = self.step.unroll(model, inputs, self.args.resolved.num_steps).trained()
         losses = self.step.losses(self.drafter, trained)
@@ -186,9 +172,9 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         """See [`~transformers.Trainer.evaluate`]; adds acceptance lengths to its metrics.
 
         Args:
-            eval_dataset: conversations, as when the trainer is made, or several by name.
+            eval_dataset: conversations, in the form of the constructor, or several by name.
         """
-        # of several, by name or as a dict, `Trainer` evaluates each on its own
+        # `Trainer` evaluates each of several datasets by another call
         if not isinstance(eval_dataset, dict | str):
             eval_dataset = self._rows(eval_dataset)
         device = self.args.device

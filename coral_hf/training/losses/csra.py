@@ -4,6 +4,7 @@ In: predicted features of all steps at the trained positions. Out: a sum over po
 """
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, distributed
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -81,11 +82,8 @@ def of_other_devices(rows: Tensor) -> Tensor | None:
         return None
     from torch.distributed.nn.functional import all_gather
 
-    count = torch.tensor(len(rows), device=rows.device)
-    counts = [torch.zeros_like(count) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(counts, count)
-    most = max(int(other) for other in counts)
-    gathered = all_gather(F.pad(rows, (0, 0, 0, most - len(rows))))
-    others = [part[: int(n)] for part, n in zip(gathered, counts, strict=True)]
+    counts = gather_object([len(rows)])
+    gathered = all_gather(F.pad(rows, (0, 0, 0, max(counts) - len(rows))))
+    others = [part[:count] for part, count in zip(gathered, counts, strict=True)]
     del others[distributed.get_rank()]
     return torch.cat(others) if others else None

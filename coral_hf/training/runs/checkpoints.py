@@ -27,7 +27,7 @@ from transformers.trainer_utils import (
 
 from ...atomic import sole_writer, write_json
 from .monitoring import check_weights
-from .run_record import RUN, check_resume, check_vacant
+from .run_record import RUN, check_resume, check_vacant, run_settings
 
 # uploads to the Hub leave out what begins with an underscore
 INCOMPLETE = "_incomplete"
@@ -37,9 +37,11 @@ T = TypeVar("T")
 class AtomicCheckpoints(Trainer):
     """A `Trainer` that alone writes to its folder and never shows a half-written checkpoint.
 
-    A subclass says which settings decide the outcome of a run (`run_settings`), what checkpoints
-    hold beside the states of `Trainer` (`stateful`), and what to do before one is written.
+    A subclass has the `target` and the `drafter` of the run, and sets `stateful`: what each process
+    saves with a checkpoint and loads on resume, by name.
     """
+
+    stateful: Mapping[str, Stateful]
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -47,14 +49,6 @@ class AtomicCheckpoints(Trainer):
         self._resumed_from: Path | None = None
         self._is_staging = False
         self.add_callback(_OnTrainBegin(self._load_own_state))
-
-    def run_settings(self) -> dict[str, Any]:
-        """What a run must share with the one that it resumes."""
-        return {}
-
-    def stateful(self) -> Mapping[str, Stateful]:
-        """What each process saves with a checkpoint and loads on resume, by name."""
-        return {}
 
     def before_checkpoint(self) -> None:
         """Called by every process before a checkpoint is written."""
@@ -80,7 +74,7 @@ class AtomicCheckpoints(Trainer):
 
     def _identify(self, is_resumed: bool, trial) -> dict[str, Any]:
         """Return the id and the settings of a run that begins or resumes."""
-        settings, folder = self.run_settings(), Path(self._get_output_dir(trial))
+        settings, folder = run_settings(self), Path(self._get_output_dir(trial))
 
         def run_id() -> str:
             if not is_resumed:
@@ -125,7 +119,7 @@ class AtomicCheckpoints(Trainer):
         finally:
             self._is_staging = False
         if not self.args.save_only_model:
-            parts = {name: part.state_dict() for name, part in self.stateful().items()}
+            parts = {name: part.state_dict() for name, part in self.stateful.items()}
             # the loss, of shape (), since the last log entry
             own = {"loss": self._tr_loss, "last_logged": self._globalstep_last_logged, **parts}
             torch.save(own, staged / self._state_name)
@@ -189,7 +183,7 @@ class AtomicCheckpoints(Trainer):
         state = torch.load(file, map_location="cpu", weights_only=True)
         self._tr_loss = state["loss"].to(self.args.device)
         self._globalstep_last_logged = state["last_logged"]
-        for name, part in self.stateful().items():
+        for name, part in self.stateful.items():
             part.load_state_dict(state[name])
 
 

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
-from ...drafters.coral.configuration import CoralConfig
 from ...identity import identify, rows_digest
 from ...measure.report import hardware_name
-from ..arguments import CoralTrainingArguments, Recipe
+from ..arguments import Recipe
 from ..features import CachedFeatures
 
 logger = logging.get_logger(__name__)
@@ -50,18 +49,11 @@ def _read_run(checkpoint: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def run_settings(
-    args: CoralTrainingArguments, rows: Any, target: PreTrainedModel, config: CoralConfig
-) -> dict[str, Any]:
-    """Return what decides the outcome of a run, by name, as plain values; all processes call it.
-
-    Args:
-        rows: the training rows.
-        target: wherever its weights are.
-        config: of the drafter.
-    """
+def run_settings(trainer: Trainer) -> dict[str, Any]:
+    """Return what decides the outcome of a run, by name, as plain values; all processes call it."""
+    args, config = trainer.args, trainer.drafter.config
     values, by_steps = args.to_dict(), args.max_steps > 0
-    found = identify(target)
+    found = identify(trainer.target.model)
     packed = "" if found.quantization is None else f", quantised by {found.quantization}"
     settings = {
         # older versions of transformers lack some of them
@@ -69,7 +61,7 @@ def run_settings(
         "max_steps": args.max_steps if by_steps else None,
         "num_train_epochs": None if by_steps else args.num_train_epochs,
         "processes": args.world_size,
-        "rows": rows_identity(rows),
+        "rows": rows_identity(trainer.train_dataset),
         "target": f"in {found.dtype}{packed}, SHA-256 {found.digest[:SHOWN_DIGITS]}",
     }
     if args.stage in ("router", "joint"):
