@@ -99,7 +99,7 @@ def test_a_checkpoint_of_an_adapter_names_its_drafter(target, rows, saved, tmp_p
     assert not torch.equal(one_step(load(saved)), trained)
 
 
-def test_an_interrupted_training_of_an_adapter_goes_on(target, rows, saved, tmp_path):
+def test_an_interrupted_run_of_an_adapter_resumes(target, rows, saved, tmp_path):
     settings = {"peft_config": lora(4), "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = make_trainer(target, rows, tmp_path, load(saved), **settings)
     whole.train()
@@ -109,7 +109,7 @@ def test_an_interrupted_training_of_an_adapter_goes_on(target, rows, saved, tmp_
     assert torch.equal(one_step(resumed.model), one_step(whole.model))
 
 
-def test_an_adapter_that_was_loaded_trains_on(target, rows, saved, tmp_path):
+def test_a_loaded_adapter_is_trained_further(target, rows, saved, tmp_path):
     adapted(saved).save_pretrained(tmp_path / "adapter")
     model = PeftModel.from_pretrained(load(saved), tmp_path / "adapter", is_trainable=True)
     before = one_step(model)

@@ -52,12 +52,12 @@ def test_a_contradiction_raises_and_names_the_setting(tmp_path, settings, said):
         {"num_groups": 8, "num_active_groups": 8},
     ],
 )
-def test_settings_that_fit_are_taken(tmp_path, settings):
+def test_consistent_settings_are_accepted(tmp_path, settings):
     args = make_arguments(tmp_path, **settings)
     assert {name: getattr(args, name) for name in settings} == settings
 
 
-def test_a_saved_run_gives_its_settings_back(tmp_path):
+def test_settings_are_part_of_to_dict(tmp_path):
     args = make_arguments(tmp_path, csra_weight=0.5, num_steps=4)
     assert args.to_dict()["csra_weight"] == 0.5
     assert args.to_dict()["num_steps"] == 4
@@ -71,7 +71,7 @@ def test_a_saved_run_gives_its_settings_back(tmp_path):
         ("coral", (3, 1.0, 0.1, 0.0, 0.1)),
     ],
 )
-def test_a_recipe_gives_the_settings_that_are_not_given(tmp_path, recipe, expected):
+def test_a_recipe_sets_what_is_not_set(tmp_path, recipe, expected):
     assert make_arguments(tmp_path, recipe=recipe).resolved == expected
     own = make_arguments(tmp_path, recipe=recipe, num_steps=4, classification_weight=1.0)
     assert own.resolved == (4, 1.0, 1.0, *expected[3:])
@@ -81,7 +81,7 @@ def weights(args: CoralTrainingArguments) -> tuple:
     return tuple(args.resolved)
 
 
-def test_a_changed_recipe_replaces_what_the_one_before_gave_and_nothing_else(tmp_path):
+def test_another_recipe_changes_only_what_is_not_set(tmp_path):
     coral = make_arguments(tmp_path, classification_weight=1.0)
     assert weights(dataclasses.replace(coral, recipe="hass")) == (3, 1.0, 1.0, 1.0, 0.0)
     assert weights(dataclasses.replace(coral, recipe="eagle")) == (1, 1.0, 1.0, 0.0, 0.0)

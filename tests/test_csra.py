@@ -60,7 +60,7 @@ def test_csra_is_the_same_in_chunks_in_value_and_gradient(chunk_size):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
-def test_csra_with_lengths_tells_a_feature_only_from_those_of_its_own_sequence():
+def test_csra_with_lengths_has_negatives_of_the_same_sequence_only():
     predicted, _ = features()
     lengths = [4, 0, 1, POSITIONS - 5]
     apart = sum(csra_loss(part, 0.1) for part in predicted.split(lengths, dim=1))

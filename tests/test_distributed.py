@@ -78,7 +78,7 @@ def test_two_processes_have_the_gradients_of_one_with_twice_the_batch(one, two, 
                 assert gradient.abs().max() > 1e-5  # so that equality says something
 
 
-def test_the_record_of_a_training_counts_the_tokens_of_all_processes(one, two):
+def test_the_training_record_counts_the_tokens_of_all_processes(one, two):
     expected = [entry["trained_tokens"] for entry in one["record"]]
     for process in two:
         record = process["plain"]["record"]
@@ -89,7 +89,7 @@ def test_the_record_of_a_training_counts_the_tokens_of_all_processes(one, two):
 
 @pytest.mark.parametrize("how", ["plain", "accumulated"])
 @pytest.mark.parametrize("stage", launched.STAGES)
-def test_two_processes_hold_equal_weights_that_one_would_have(one, two, how, stage):
+def test_two_processes_end_with_the_weights_of_one(one, two, how, stage):
     first, second = (process[how][stage]["weights"] for process in two)
     for name, weight in one[stage]["weights"].items():
         assert torch.equal(first[name], second[name])
@@ -135,7 +135,7 @@ def test_gathered_negatives_make_two_devices_one_batch(two, counts):
 
 
 @pytest.mark.slow
-def test_fsdp_shares_out_drafter_and_target_and_trains_the_same(one, tmp_path):
+def test_fsdp_shards_drafter_and_target_and_trains_the_same(one, tmp_path):
     launch("fsdp2.yaml", TESTS / "launched.py", tmp_path, "all_stages", SETTINGS)
     found = torch.load(tmp_path / "all_stages_1.pt")
     layer = len(list(launched.TARGET.model.layers[0].parameters()))
@@ -153,7 +153,7 @@ def test_fsdp_shares_out_drafter_and_target_and_trains_the_same(one, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed")
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_trains_the_same_and_goes_on_bit_for_bit(one, tmp_path, stage):
+def test_deepspeed_trains_the_same_and_resumes_bit_for_bit(one, tmp_path, stage):
     settings = json.dumps({**json.loads(SETTINGS), "use_cpu": False, "ddp_backend": "gloo"})
     launch(f"deepspeed_zero{stage}.yaml", TESTS / "launched.py", tmp_path, "zero", settings)
     first, second = (torch.load(tmp_path / f"zero_{process}.pt") for process in (0, 1))
@@ -170,7 +170,7 @@ def test_deepspeed_trains_the_same_and_goes_on_bit_for_bit(one, tmp_path, stage)
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("*.yaml")))
-def test_accelerate_reads_each_config_as_it_is_meant(config):
+def test_accelerate_reads_each_config_as_intended(config):
     from accelerate.commands.config.config_args import load_config_from_file
 
     read = load_config_from_file(str(CONFIGS / config))

@@ -1,4 +1,4 @@
-"""Training stops at what is not finite, says where, and leaves weights and checkpoints alone."""
+"""Losses that are not finite stop training, name their batch, and leave checkpoints whole."""
 
 import launched
 import pytest
@@ -70,7 +70,7 @@ def test_a_loss_that_is_not_finite_is_named_with_its_batch(tmp_path):
     assert saved == ["checkpoint-1", "checkpoint-2"]
 
 
-def test_a_batch_without_labels_is_no_zero_by_zero(tmp_path):
+def test_a_batch_without_labels_is_named(tmp_path):
     trainer = launched.make_trainer(tmp_path)
     trainer.train_dataset = trainer.train_dataset.map(lambda row: {"labels": [-100] * 14})
     with pytest.raises(FloatingPointError, match="Nothing is trained in rows 0 "):

@@ -76,7 +76,7 @@ def test_the_kernel_equals_the_plain_form_in_value_and_gradient(found, number):
 
 @needs_liger
 @pytest.mark.slow
-def test_a_training_with_the_kernel_logs_what_one_without_it_does(found, tmp_path):
+def test_a_run_with_the_kernel_logs_the_same_losses(found, tmp_path):
     rows = launched.make_rows(4)
     trainer = launched.make_trainer(tmp_path, eval_dataset=rows, max_steps=3, eval_prompts=0)
     trainer.train()

@@ -53,7 +53,7 @@ def test_the_routers_loss_is_the_cross_entropy_of_the_groups_mass():
     torch.testing.assert_close(gradient, -mass.expand_as(gradient))
 
 
-def test_a_batch_without_trained_positions_costs_nothing():
+def test_a_batch_without_trained_positions_has_zero_loss():
     predicted, target = torch.zeros(STEPS, 0, HIDDEN, requires_grad=True), torch.zeros(0, HIDDEN)
     logits_of = make_head().logits
     losses = [

@@ -1,4 +1,4 @@
-"""A training that dies at any moment goes on as if it had not, and keeps what is whole."""
+"""Runs that die at any moment resume as if they had not, and whole checkpoints stay."""
 
 import json
 import os
@@ -40,7 +40,7 @@ SETTINGS = {
 
 
 def start(folder: Path, name: str = "resumed", **settings) -> subprocess.Popen:
-    """A training in a process of its own."""
+    """A training run in another process."""
     paths = os.pathsep.join([str(Path(coral_hf.__file__).parents[1]), str(TESTS)])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(TESTS / "launched.py"), str(folder), name, json.dumps(settings)]
@@ -54,7 +54,7 @@ def checkpoints(folder: Path) -> list[str]:
 
 
 def assert_same(found: dict, expected: dict) -> None:
-    """Two runs, bit for bit, but for how long they took."""
+    """Compare two runs bit for bit, except for the time they took."""
     for ours, theirs in zip(found["logs"], expected["logs"], strict=True):
         kept = {name for name in theirs if not name.startswith("train_")}
         assert {name: ours[name] for name in kept} == {name: theirs[name] for name in kept}
@@ -64,12 +64,12 @@ def assert_same(found: dict, expected: dict) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The same run, which nothing disturbs."""
+    """The same run without interruptions."""
     return launched.resumed(tmp_path_factory.mktemp("whole"), **SETTINGS)
 
 
 @pytest.mark.parametrize("step", [3, 4])  # at the end of an epoch, and within one
-def test_a_killed_training_goes_on_bit_for_bit(whole, tmp_path, step):
+def test_a_killed_run_resumes_bit_for_bit(whole, tmp_path, step):
     process = start(tmp_path, kill_at=step, **SETTINGS)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, output
@@ -77,7 +77,7 @@ def test_a_killed_training_goes_on_bit_for_bit(whole, tmp_path, step):
     assert_same(launched.resumed(tmp_path, resume=True, **SETTINGS), whole)
 
 
-def test_a_training_killed_as_it_writes_a_checkpoint_goes_on_from_the_one_before(whole, tmp_path):
+def test_a_run_killed_while_writing_a_checkpoint_resumes_from_the_one_before(whole, tmp_path):
     process = start(tmp_path, kill_writing=4, save_total_limit=1, **SETTINGS)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, output
@@ -89,7 +89,7 @@ def test_a_training_killed_as_it_writes_a_checkpoint_goes_on_from_the_one_before
 
 
 @pytest.mark.slow
-def test_a_training_killed_again_and_again_comes_to_the_same_end(tmp_path):
+def test_a_run_killed_many_times_has_the_same_result(tmp_path):
     settings = {**SETTINGS, "max_steps": 16, "save_total_limit": 2}
     expected = launched.resumed(tmp_path / "whole", **settings)
     folder, moments, kills = tmp_path / "run", random.Random(0), 0
@@ -108,7 +108,7 @@ def test_a_training_killed_again_and_again_comes_to_the_same_end(tmp_path):
     assert_same(torch.load(tmp_path / "resumed_0.pt", weights_only=False), expected)
 
 
-def test_the_best_checkpoint_is_known_by_its_final_name_and_kept(tmp_path):
+def test_the_best_checkpoint_is_recorded_under_its_final_name_and_kept(tmp_path):
     settings = {**SETTINGS, "eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
     best["eval_prompts"] = 0
@@ -132,7 +132,7 @@ class SmallDisk(TrainerCallback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 
 
-def test_a_disk_that_cannot_take_a_checkpoint_leaves_the_one_before(tmp_path):
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     trainer = launched.make_trainer(tmp_path, **{**SETTINGS, "save_total_limit": 1})
     trainer.add_callback(SmallDisk(3))
@@ -173,7 +173,7 @@ def test_a_new_run_is_refused_among_the_checkpoints_of_an_earlier_one(begun, tmp
     assert len(checkpoints(tmp_path / "run")) == 4
 
 
-def test_a_run_that_goes_back_writes_its_later_checkpoints_again(begun, tmp_path):
+def test_a_run_resumed_from_an_earlier_checkpoint_replaces_the_later_ones(begun, tmp_path):
     shutil.copytree(begun, tmp_path / "run")
     mark = tmp_path / "run" / "checkpoint-2" / "mark"
     mark.touch()
@@ -183,7 +183,7 @@ def test_a_run_that_goes_back_writes_its_later_checkpoints_again(begun, tmp_path
     assert not (tmp_path / "run" / "_incomplete").exists()
 
 
-def test_a_run_does_not_go_on_among_checkpoints_of_another(begun, tmp_path):
+def test_a_run_does_not_resume_among_checkpoints_of_another(begun, tmp_path):
     other = launched.make_trainer(tmp_path / "run", max_steps=1, **EACH_STEP)
     other.train()
     shutil.copytree(begun / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
@@ -208,14 +208,14 @@ def test_a_run_does_not_go_on_among_checkpoints_of_another(begun, tmp_path):
         ({"max_length": 99}, "`max_length` was 2048, now it is 99"),
     ],
 )
-def test_a_run_with_other_settings_does_not_go_on(begun, changed, said):
+def test_a_run_with_other_settings_does_not_resume(begun, changed, said):
     trainer = launched.make_trainer(begun, **{"max_steps": 2, **EACH_STEP, **changed})
     with pytest.raises(ValueError, match=f"The run of .* began otherwise: .*{said}"):
         trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 0
 
 
-def test_a_run_with_other_rows_does_not_go_on(begun):
+def test_a_run_with_other_rows_does_not_resume(begun):
     trainer = launched.make_trainer(begun, max_steps=2, **EACH_STEP)
     trainer.train_dataset = trainer.train_dataset.select(range(23, -1, -1))
     said = "otherwise: `rows` was 24 rows, SHA-256 [0-9a-f]{16}, now it is 24 rows, SHA-256"
@@ -223,7 +223,7 @@ def test_a_run_with_other_rows_does_not_go_on(begun):
         trainer.train(resume_from_checkpoint=True)
 
 
-def test_a_run_of_another_target_does_not_go_on(begun):
+def test_a_run_of_another_target_does_not_resume(begun):
     for target, said in (
         (tiny_target("llama", torch.float32, seed=1), "in float32, SHA-256 .* in float32, SHA-256"),
         (tiny_target("llama", torch.bfloat16), "in float32, SHA-256 .* in bfloat16, SHA-256"),
@@ -233,7 +233,7 @@ def test_a_run_of_another_target_does_not_go_on(begun):
             trainer.train(resume_from_checkpoint=True)
 
 
-def test_a_run_that_is_over_takes_no_step_more(begun):  # in the middle of its first epoch
+def test_a_finished_run_takes_no_further_step(begun):  # in the middle of its first epoch
     trainer = launched.make_trainer(begun, max_steps=2, **EACH_STEP)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 2
@@ -246,7 +246,7 @@ def test_a_run_that_is_over_takes_no_step_more(begun):  # in the middle of its f
     assert entry["trained_tokens"] == before["trained_tokens"] > 0
 
 
-def test_a_run_grows_and_says_where_its_learning_rate_does_not_stay(tmp_path, caplog):
+def test_a_longer_run_warns_if_its_learning_rate_changes(tmp_path, caplog):
     settings = {**SETTINGS, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3}
     expected = launched.resumed(tmp_path / "whole", **settings)
     launched.resumed(tmp_path, **{**settings, "max_steps": 4})
@@ -259,9 +259,7 @@ def test_a_run_grows_and_says_where_its_learning_rate_does_not_stay(tmp_path, ca
     assert said in caplog.text
 
 
-def test_a_checkpoint_that_does_not_tell_its_settings_goes_on_with_a_warning(
-    begun, tmp_path, caplog
-):
+def test_a_checkpoint_without_settings_resumes_with_a_warning(begun, tmp_path, caplog):
     for name in checkpoints(begun):
         shutil.copytree(begun / name, tmp_path / name)
         (tmp_path / name / "coral_run.json").unlink()
@@ -272,7 +270,7 @@ def test_a_checkpoint_that_does_not_tell_its_settings_goes_on_with_a_warning(
     assert trainer.state.global_step == 3
 
 
-def test_rows_are_told_apart_by_what_is_trained_and_not_by_how_it_is_stored():
+def test_the_digest_of_rows_depends_on_what_is_trained_not_on_its_storage():
     rows = launched.make_rows()
     stored = rows.cast_column("input_ids", LargeList(Value("int16")))
     assert rows_identity(stored) == rows_identity(rows)
@@ -288,7 +286,7 @@ def test_rows_are_told_apart_by_what_is_trained_and_not_by_how_it_is_stored():
     assert rows_identity([{"input_ids": [1, 2]}]) == "1 rows"
 
 
-def test_a_disk_that_cannot_take_a_finished_drafter_leaves_the_one_before(tmp_path):
+def test_a_full_disk_keeps_the_finished_drafter_before(tmp_path):
     tokenizer, limits = tiny_tokenizer(), resource.getrlimit(resource.RLIMIT_FSIZE)
     first = launched.make_drafter()
     save(first, tokenizer, tmp_path)
@@ -318,7 +316,7 @@ def test_a_full_disk_leaves_the_lock_without_the_name_of_its_holder(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(tmp_path):
+def test_a_second_run_in_a_folder_is_refused_until_the_first_ends(tmp_path):
     process = start(tmp_path, "hold")
     try:
         assert "held\n" in process.stdout

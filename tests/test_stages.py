@@ -1,4 +1,4 @@
-"""The stages that train a draft head, and how well a router's groups hold what they should."""
+"""The stages that train a draft head, and the metrics of a router."""
 
 # ruff: noqa: F811  fixtures are imported
 
@@ -89,7 +89,7 @@ def test_a_stage_of_a_head_leaves_the_rest_frozen(
         assert parameter.requires_grad == name.startswith(head), name
 
 
-def test_a_drafter_trained_on_keeps_its_heads_as_they_are(
+def test_further_training_of_a_drafter_keeps_its_heads(
     target,
     rows,
     drafter,
@@ -117,7 +117,7 @@ def test_settings_of_a_new_head_are_refused_where_the_drafter_has_one(
     assert drafter.config.num_groups == 5
 
 
-def test_a_low_rank_head_of_any_rank_is_trained_on_without_being_told(
+def test_an_existing_low_rank_head_is_trained_further_with_its_rank(
     target, rows, drafter, tmp_path
 ):
     drafter.heads.add_low_rank_head(8, read_target(target).head)
@@ -127,7 +127,7 @@ def test_a_low_rank_head_of_any_rank_is_trained_on_without_being_told(
         make_trainer(target, rows, tmp_path, drafter, stage="low_rank", head_rank=4)
 
 
-def test_a_seed_makes_a_router(target, rows, trained, tmp_path):
+def test_a_seed_determines_a_new_router(target, rows, trained, tmp_path):
     def router(seed):
         torch.rand(3)
         own = copy_of(trained)
@@ -137,14 +137,14 @@ def test_a_seed_makes_a_router(target, rows, trained, tmp_path):
     assert router(1).equal(router(1)) and not router(1).equal(router(2))
 
 
-def test_a_stage_that_fails_leaves_no_head_to_read(target, rows, drafter, tmp_path):
+def test_a_failed_stage_does_not_mark_its_head_as_trained(target, rows, drafter, tmp_path):
     trainer = make_trainer(target, rows, tmp_path, drafter, stage="router", **GROUPS)
     with pytest.raises(ValueError, match="valid checkpoint"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "none"))
     assert not drafter.config.is_router_trained and drafter.config.draft_head == "full"
 
 
-def test_a_router_goes_on_with_its_own_groups_alone(target, rows, trained, tmp_path):
+def test_a_router_resumes_only_with_the_same_groups(target, rows, trained, tmp_path):
     def trainer(seed, **settings):
         own = copy_of(trained)
         fields = {
@@ -168,7 +168,7 @@ def test_a_router_goes_on_with_its_own_groups_alone(target, rows, trained, tmp_p
         other.train(resume_from_checkpoint=True)
 
 
-# ---- how well the active groups hold what they should
+# ---- metrics of a router
 
 
 @torch.no_grad()
@@ -198,7 +198,7 @@ def held_by_hand(target, drafter, row, depth):
 
 
 @pytest.mark.parametrize("grouping", ["contiguous", "custom"])
-def test_an_evaluation_tells_what_the_active_groups_hold(
+def test_an_evaluation_measures_what_the_active_groups_hold(
     target,
     rows,
     drafter,
@@ -222,7 +222,7 @@ def test_an_evaluation_tells_what_the_active_groups_hold(
             assert metrics[f"eval_{name}_depth_{depth}"] == pytest.approx(value, abs=1e-5)
 
 
-def test_a_drafter_without_a_router_is_not_asked(target, rows, drafter, tmp_path):
+def test_a_drafter_without_a_router_has_no_router_metrics(target, rows, drafter, tmp_path):
     trainer = make_trainer(target, rows, tmp_path, drafter, eval_prompts=0)
     metrics = trainer.evaluate(trainer.train_dataset)
     assert not any("router" in name for name in metrics)

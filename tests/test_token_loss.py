@@ -48,7 +48,7 @@ def test_plain_classification_is_the_soft_cross_entropy():
     )
 
 
-def test_what_is_for_the_log_carries_no_gradient():
+def test_logged_values_carry_no_gradient():
     found = token_loss(*features(), make_head().logits)
     assert found.loss.requires_grad
     assert not (found.classification.requires_grad or found.top_k.requires_grad)

@@ -1,4 +1,4 @@
-"""`CoralTrainer`: what a user of `Trainer` expects, on a tiny target and its own words."""
+"""`CoralTrainer` as a `Trainer`, on a tiny target and sequences that it generates."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def rows(target):
-    """The target's own words: 24 rows of 20 tokens, the first two not trained."""
+    """24 sequences of the target of 20 tokens, the first two not trained."""
     torch.manual_seed(0)
     prompts = torch.randint(2, VOCAB, (24, 4))
     texts = target.generate(
@@ -130,7 +130,7 @@ def test_a_family_of_drafters_trains_by_the_step_that_it_registers(target, tmp_p
     assert isinstance(training_step("coral", read, args), CoralStep)
 
 
-def test_the_target_stays_as_it_is(target, rows, tmp_path):
+def test_training_leaves_the_target_unchanged(target, rows, tmp_path):
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
     make_trainer(target, rows, tmp_path).train()
     assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
@@ -170,7 +170,7 @@ def test_accumulated_batches_equal_one_large_batch(target, rows, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")  # renamed in 5.23
-def test_gradient_checkpointing_gives_the_same_losses_without_a_word(
+def test_gradient_checkpointing_gives_the_same_losses_without_warnings(
     target, rows, tmp_path, caplog, monkeypatch
 ):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
@@ -215,7 +215,7 @@ class Interrupt(TrainerCallback):
 
 
 @pytest.mark.parametrize("extra", [{}, {"feature_noise": 0.1, "packing": True, "max_length": 45}])
-def test_an_interrupted_training_goes_on_with_the_same_losses(target, rows, tmp_path, extra):
+def test_an_interrupted_run_resumes_with_the_same_losses(target, rows, tmp_path, extra):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, **extra}
     whole = make_trainer(target, rows, tmp_path / "whole", **settings)
     whole.train()
@@ -351,7 +351,7 @@ def test_every_recipe_trains(target, rows, tmp_path, recipe):
     assert ("agreement_2" in entry) == (recipe != "eagle")
 
 
-def test_later_steps_alone_learn_from_csra_when_told_so(target, rows, tmp_path):
+def test_csra_of_later_steps_does_not_train_the_first(target, rows, tmp_path):
     trained = Trained(torch.randn(3, 5, 32, requires_grad=True), torch.randn(5, 32), [5])
     weights = {"regression_weight": 0.0, "classification_weight": 0.0, "top_k_weight": 1e-9}
     trainer = make_trainer(target, rows, tmp_path, csra_gradient="later_steps", **weights)
@@ -360,7 +360,7 @@ def test_later_steps_alone_learn_from_csra_when_told_so(target, rows, tmp_path):
     assert gradient[0].eq(0).all() and gradient[1:].abs().sum(-1).gt(0).all()
 
 
-def test_csra_pulls_to_the_targets_features_when_told_so(target, rows, tmp_path):
+def test_csra_can_pull_predictions_to_the_targets_features(target, rows, tmp_path):
     trained = Trained(torch.randn(3, 5, 32), torch.randn(5, 32), [5])
     trainer = make_trainer(target, rows, tmp_path, csra_positives="steps_and_target")
     expected = csra_loss(trained.predicted, 0.07, target=trained.target)

@@ -95,7 +95,7 @@ def test_the_first_step_is_the_drafter_on_the_targets_features():
     torch.testing.assert_close(unroll(drafter, *inputs, num_steps=3)[0], drafter(*inputs))
 
 
-def test_more_steps_leave_the_earlier_ones_as_they_are():
+def test_more_steps_leave_the_earlier_ones_unchanged():
     drafter, inputs = make_drafter(), make_inputs()
     assert unroll(drafter, *inputs, num_steps=2).equal(unroll(drafter, *inputs, num_steps=4)[:2])
 
@@ -133,7 +133,7 @@ def test_a_step_of_the_unroll_is_what_the_drafter_computes_when_it_feeds_on_itse
 
 
 @torch.no_grad()
-def test_the_steps_differ_so_that_their_agreement_above_means_something():
+def test_the_steps_compared_above_differ():
     predicted = unroll(make_drafter(), *make_inputs(), num_steps=3)
     for one, other in ((0, 1), (1, 2), (0, 2)):
         difference = (predicted[one, :, 2:] - predicted[other, :, 2:]).abs().amax(-1)
@@ -219,7 +219,7 @@ def test_padding_on_the_right_changes_no_position_before_it():
     torch.testing.assert_close(unroll(drafter, embeddings, features, 3)[:, :, :4], short)
 
 
-def test_a_text_of_one_token_unrolls():
+def test_a_sequence_of_one_token_unrolls():
     drafter, (embeddings, features) = make_drafter(), make_inputs()
     assert unroll(drafter, embeddings[:, :1], features[:, :1], 3).shape == (3, BATCH, 1, HIDDEN)
 

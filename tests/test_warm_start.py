@@ -1,4 +1,4 @@
-"""Where a fresh drafter's weights come from: a layer, another drafter, an EAGLE checkpoint."""
+"""Warm starts: initial weights from a layer, another drafter or an EAGLE checkpoint."""
 
 import json
 
@@ -40,7 +40,7 @@ def assert_same(ours: dict, theirs: dict) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
-def test_the_last_layer_does_in_a_drafter_what_it_does_in_the_target(family):
+def test_the_last_layer_computes_the_same_in_drafter_and_target(family):
     target = tiny_target(family, torch.float32)
     layer, norm = target.model.layers[-1], target.model.norm
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_fc_adds_up_the_embedding_and_the_feature(target, scales):
     torch.testing.assert_close(fc(torch.cat([embedding, feature], -1)), expected)
 
 
-def test_fc_may_be_drawn(target):
+def test_fc_may_be_random(target):
     assert from_layer(target, fc=None).fc.weight.std() < 0.1
 
 
@@ -126,13 +126,13 @@ def other(tokenizer):
     return drafter
 
 
-def test_all_of_another_drafter_fits_where_the_vocabulary_is_the_same(target, other, tokenizer):
+def test_all_weights_of_another_drafter_are_kept_for_the_same_vocabulary(target, other, tokenizer):
     drafter = warm_start(target, other, tokenizer)
     assert_same(drafter.state_dict(), other.state_dict())
     assert drafter.config.draft_head == "routed" and drafter.config.is_router_trained
 
 
-def test_a_router_is_left_behind_with_its_vocabulary(other, tokenizer):
+def test_a_router_is_dropped_for_another_vocabulary(other, tokenizer):
     target = tiny_target("llama", torch.float32, vocab_size=VOCAB + 8)
     drafter = from_drafter(target, other, tokenizer)
     assert drafter.heads.router is None and drafter.config.vocab_size == VOCAB + 8
@@ -144,7 +144,7 @@ def test_a_router_is_left_behind_with_its_vocabulary(other, tokenizer):
     assert torch.equal(drafted, target.generate(prompt, **settings))
 
 
-def test_a_router_is_left_behind_without_a_tokenizer_to_compare(target, other):
+def test_a_router_is_dropped_without_a_tokenizer(target, other):
     assert from_drafter(target, other).heads.router is None
 
 
@@ -172,7 +172,7 @@ def test_a_drafter_with_an_adapter_is_merged_first(target, tmp_path):
         warm_start(target, CoralDrafter.from_pretrained(tmp_path / "adapter"))
 
 
-def test_a_folder_that_is_none_is_refused(target, tmp_path):
+def test_a_path_without_a_checkpoint_is_refused(target, tmp_path):
     with pytest.raises(ValueError, match="no folder .*absent"):
         warm_start(target, tmp_path / "absent")
     with pytest.raises(ValueError, match="has no config.json"):
@@ -242,7 +242,7 @@ def test_an_eagle_checkpoint_that_does_not_fit_is_refused(target, tmp_path, chan
         warm_start(target, tmp_path)
 
 
-def test_a_target_that_is_saved_is_no_checkpoint_of_a_drafter(target, tmp_path):
+def test_the_folder_of_a_target_is_refused(target, tmp_path):
     target.save_pretrained(tmp_path)
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path), type(target))
     with pytest.raises(ValueError, match="missing: fc.weight.*unknown: model.embed"):
