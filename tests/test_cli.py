@@ -34,7 +34,7 @@ def test_train_saves_a_drafter_with_a_trained_router_and_its_tokenizer(drafter):
     assert (drafter / "tokenizer.json").exists()
 
 
-def test_generate_streams_the_text_and_prints_the_acceptance_length(drafter, folder):  # noqa: F811
+def test_generate_streams_the_text_and_says_how_it_went(drafter, folder):  # noqa: F811
     names = ["--target", folder / "target", "--drafter", drafter]
     result = invoke("generate", *names, "--max-new-tokens", 6, "--tree-depth", 2, "Hello")
     assert result.exit_code == 0, result.output
@@ -56,7 +56,7 @@ def test_benchmark_writes_its_report(drafter, folder):  # noqa: F811
     assert (folder / "report" / "acceptance.png").stat().st_size > 0
 
 
-def test_autotune_saves_the_tree_in_the_generation_config(drafter, folder, tmp_path):  # noqa: F811
+def test_autotune_keeps_the_tree_beside_the_drafter(drafter, folder, tmp_path):  # noqa: F811
     names = ["--target", folder / "target", "--drafter", drafter, "--limit", 1]
     result = invoke(
         "autotune",
@@ -80,13 +80,15 @@ def test_help_names_every_command():
     assert all(f"\n  {name} " in result.output for name in COMMANDS)
 
 
-def test_an_unknown_training_option_is_refused_by_name(folder):  # noqa: F811
-    arguments = ["--target", folder / "target", "--dataset", folder / "talk.jsonl"]
-    arguments += ["--output", folder / "wrong", "--no_such_option", "1"]
-    result = invoke("train", *arguments)
-    assert result.exit_code == 1
-    assert "Error: " in printed(result) and "no-such-option" in printed(result)
-    shown = invoke("--traceback", "train", *arguments)
+def test_a_wrong_training_option_is_refused_by_name(folder):  # noqa: F811
+    arguments = ["train", "--target", folder / "target", "--dataset", folder / "talk.jsonl"]
+    arguments += ["--output", folder / "wrong"]
+    unknown = invoke(*arguments, "--no_such_option", "1")
+    assert unknown.exit_code == 2
+    assert "unrecognized arguments: --no-such-option" in unknown.output
+    wrong = invoke(*arguments, "--num_steps", "0")
+    assert wrong.exit_code == 1 and "Error: `num_steps` is 0" in printed(wrong)
+    shown = invoke("--traceback", *arguments, "--num_steps", "0")
     assert isinstance(shown.exception, ValueError)
 
 
@@ -97,19 +99,19 @@ def test_a_training_option_with_a_wrong_value_is_named_in_two_lines(folder):  # 
     assert "learning_rate/--learning-rate: invalid float value: 'fast'" in result.output
 
 
-def test_an_option_is_read_with_dashes_or_underscores():
+def test_an_option_has_one_spelling_and_that_of_transformers_is_read_too():
     words = ["--output", "out", "--hold-out", "3", "--max_length", "7", "--delete"]
     for spelled in (words, [word.replace("max_l", "max-l") for word in words]):
         own = parse("features", COMMANDS["features"], spelled)["own"]
         assert (own.max_length, own.hold_out, own.output) == (7, 3, Path("out"))
 
 
-def test_usage_names_the_required_options():
+def test_usage_names_what_is_required():
     usage = invoke("export", "--help").output.split("\n\n")[0]
     assert usage == "usage: coral-hf export DRAFTER --to TO --output OUTPUT [options]"
 
 
-def test_trainer_options_are_passed_on_where_a_command_trains_and_refused_elsewhere():
+def test_options_of_the_trainer_are_passed_on_and_those_of_other_commands_refused():
     names = ["--target", "t", "--dataset", "d", "--output", "o"]
     arguments = parse("train", COMMANDS["train"], [*names, "--learning_rate", "1e-3", "--bf16"])
     assert arguments["training_options"] == ["--learning-rate", "1e-3", "--bf16"]
@@ -132,7 +134,7 @@ def test_help_imports_neither_torch_nor_transformers(name, tmp_path):
         assert not {"torch", "transformers", "numpy", "huggingface_hub"} & imported
 
 
-def test_a_closed_pipe_is_not_an_error(tmp_path):
+def test_a_reader_that_leaves_is_no_error(tmp_path):
     command = f"{sys.executable} -m coral_hf.cli --help | head -c 1"
     found = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
     assert (found.stdout, found.stderr) == ("u", "")
