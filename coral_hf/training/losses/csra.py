@@ -4,7 +4,6 @@ In: predicted features of all steps at the trained positions. Out: a sum over po
 """
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, distributed
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -82,7 +81,8 @@ def of_other_devices(rows: Tensor) -> Tensor | None:
         return None
     from torch.distributed.nn.functional import all_gather
 
-    counts = gather_object([len(rows)])
+    counts = [0] * distributed.get_world_size()
+    distributed.all_gather_object(counts, len(rows))
     gathered = all_gather(F.pad(rows, (0, 0, 0, max(counts) - len(rows))))
     others = [part[:count] for part, count in zip(gathered, counts, strict=True)]
     del others[distributed.get_rank()]
