@@ -62,8 +62,8 @@ def _obstacle(
     """Say why an adapter cannot be trained and what to do instead, or return None."""
     if stage != "drafter":
         return (
-            f"`stage` is {stage!r}, which trains a draft head itself and takes no adapter; merge it"
-            " first: drafter = trainer.model.merge_and_unload()."
+            f"`stage` is {stage!r}, which takes no adapter; merge it first: drafter ="
+            " trainer.model.merge_and_unload()."
         )
     if peft_config is not None and is_adapted(model):
         return (

@@ -84,7 +84,7 @@ def place_target(target: PreTrainedModel, trainer: Trainer) -> None:
 
 
 def _shard_layers(target: PreTrainedModel, device: torch.device) -> None:
-    """Shard the blocks that transformers would not split over devices.
+    """Shard the blocks, with weights of any shape, that transformers would not split over devices.
 
     A target that an earlier stage has sharded has none left: sharding renames their class.
     """

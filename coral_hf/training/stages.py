@@ -86,7 +86,7 @@ def check_head_settings(drafter: CoralDrafter | PeftModel, args: CoralTrainingAr
 
 
 def freeze_others(model: nn.Module, stage: str) -> None:
-    """Freeze everything that the stage does not train, such as `heads.router.fc.weight`."""
+    """Freeze the weights, of any shape, that the stage does not train."""
     for name, parameter in model.named_parameters():
         if name.startswith("heads."):
             parameter.requires_grad_(name.split(".")[1] == HEAD_OF[stage])

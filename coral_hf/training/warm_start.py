@@ -46,6 +46,8 @@ def warm_start(
 ) -> CoralDrafter:
     """Make a drafter for `target` that starts from `source`, in fp32 on the target's device.
 
+    All tensors of the source keep their shapes, such as (hidden, 2 * hidden) of `fc`.
+
     Args:
         source: `"layer"` for the target's own last layer; a drafter of another target of the same
             width, or its folder or Hub id; the folder or Hub id of an EAGLE-1 or EAGLE-2
@@ -77,9 +79,8 @@ def from_drafter(
     config, text = other.config, text_config(target)
     if config.hidden_size != text.hidden_size:
         raise ValueError(
-            f"`hidden_size` of the target is {text.hidden_size}, but the drafter"
-            f" {other.name_or_path} has {config.hidden_size}, so none of its weights fit; use"
-            " warm_start(target, 'layer')."
+            f"`hidden_size` of the target is {text.hidden_size}, but the drafter to start from has"
+            f" {config.hidden_size}; use warm_start(target, 'layer')."
         )
     shape = {name: getattr(config, name) for name in OWN_SHAPE}
     drafter = CoralDrafter.from_target(target, **shape).float()

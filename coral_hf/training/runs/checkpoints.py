@@ -176,7 +176,10 @@ class AtomicCheckpoints(Trainer):
         return f"coral_state_{self.args.process_index}.pth"
 
     def _load_own_state(self) -> None:
-        """Load what this process wrote into the checkpoint that the run resumes from."""
+        """Load the state of this process from the checkpoint that the run resumes from.
+
+        The loss since the last log entry has shape ().
+        """
         file = None if self._resumed_from is None else self._resumed_from / self._state_name
         if file is None or not file.is_file():
             return

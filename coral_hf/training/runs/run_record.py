@@ -39,7 +39,7 @@ GROUPS = ("num_groups", "grouping", "grouping_hash")  # of a router that is trai
 LENGTHS = ("max_steps", "num_train_epochs")
 # schedules that do not depend on the length of a run
 STEADY = ("constant", "constant_with_warmup")
-SHOWN_DIGITS = 16  # of a SHA-256, enough to tell datasets and targets apart
+SHOWN_DIGITS = 16  # of a SHA-256
 HUB_DATASET = "hf://datasets/"
 
 
