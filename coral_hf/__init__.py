@@ -1,7 +1,7 @@
 """CORAL: speculative decoding with learned drafters, for Hugging Face transformers.
 
 `import coral_hf` registers the drafters with the Auto classes and lets `generate` take them as
-`assistant_model`. In the program `coral-hf` that waits until a command runs: torch and transformers
+`assistant_model`. In the program `coral-hf` it does so when a command runs: torch and transformers
 take seconds to import, and `coral-hf --help` needs neither.
 """
 
@@ -11,39 +11,41 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .checkpoints import from_eagle
-    from .decoding import CoralGenerateOutput, decoder, install, register_drafting, uninstall
-    from .drafters.bigram import BigramConfig, BigramDrafter
-    from .drafters.coral import CoralConfig, CoralDrafter
-    from .hub import publish
-    from .measure.autotune import autotune
-    from .training import CoralTrainer, CoralTrainingArguments
+    from .checkpoints import from_eagle as from_eagle
+    from .decoding import CoralGenerateOutput as CoralGenerateOutput
+    from .decoding import decoder as decoder
+    from .decoding import install as install
+    from .decoding import register_drafting as register_drafting
+    from .decoding import uninstall as uninstall
+    from .drafters.bigram import BigramConfig as BigramConfig
+    from .drafters.bigram import BigramDrafter as BigramDrafter
+    from .drafters.coral import CoralConfig as CoralConfig
+    from .drafters.coral import CoralDrafter as CoralDrafter
+    from .hub import publish as publish
+    from .measure.autotune import autotune as autotune
+    from .training import CoralTrainer as CoralTrainer
+    from .training import CoralTrainingArguments as CoralTrainingArguments
 
 __version__ = "0.1.0"
 
 # public names, and the modules that are imported when they are first used
 _MODULES = {
-    "BigramConfig": "drafters.bigram",
-    "BigramDrafter": "drafters.bigram",
-    "CoralConfig": "drafters.coral",
-    "CoralDrafter": "drafters.coral",
-    "CoralGenerateOutput": "decoding",
-    "CoralTrainer": "training",
-    "CoralTrainingArguments": "training",
-    "autotune": "measure.autotune",
-    "decoder": "decoding",
-    "from_eagle": "checkpoints",
-    "install": "decoding",
-    "publish": "hub",
-    "register_drafting": "decoding",
-    "uninstall": "decoding",
+    "checkpoints": ["from_eagle"],
+    "decoding": ["CoralGenerateOutput", "decoder", "install", "register_drafting", "uninstall"],
+    "drafters.bigram": ["BigramConfig", "BigramDrafter"],
+    "drafters.coral": ["CoralConfig", "CoralDrafter"],
+    "hub": ["publish"],
+    "measure.autotune": ["autotune"],
+    "training": ["CoralTrainer", "CoralTrainingArguments"],
 }
+__all__ = sorted(sum(_MODULES.values(), []))
 
 
 def __getattr__(name: str):
     """Import a public name."""
-    if name in _MODULES:
-        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -66,20 +68,3 @@ def _is_command_line() -> bool:
 
 if not _is_command_line():
     register()
-
-__all__ = [
-    "BigramConfig",
-    "BigramDrafter",
-    "CoralConfig",
-    "CoralDrafter",
-    "CoralGenerateOutput",
-    "CoralTrainer",
-    "CoralTrainingArguments",
-    "autotune",
-    "decoder",
-    "from_eagle",
-    "install",
-    "publish",
-    "register_drafting",
-    "uninstall",
-]

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from itertools import chain
 
 from .data import data, features, regenerate
 from .measure import autotune, benchmark, compare, compare_heads, generate, sweep
@@ -24,11 +25,14 @@ GROUPS: dict[str, list[Command]] = {
     "measure": [benchmark, sweep, compare, compare_heads, autotune],
     "publish": [publish, import_, export],
 }
-COMMANDS = {
-    command.__name__.strip("_").replace("_", "-"): command
-    for group in GROUPS.values()
-    for command in group
-}
+
+
+def name_of(command: Command) -> str:
+    """Return the name by which a command is typed."""
+    return command.__name__.strip("_").replace("_", "-")
+
+
+COMMANDS = {name_of(command): command for command in chain(*GROUPS.values())}
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -74,10 +78,10 @@ def run(name: str, words: Sequence[str]) -> None:
 def overview() -> str:
     """Return the commands, a group at a time, each with the first line of its docstring."""
     lines = []
-    names = {command: name for name, command in COMMANDS.items()}
     for group, commands in GROUPS.items():
         lines.append(f"{group}:")
         for command in commands:
-            lines.append(f"  {names[command]:15}{(inspect.getdoc(command) or '').splitlines()[0]}")
+            first_line = (inspect.getdoc(command) or "").splitlines()[0]
+            lines.append(f"  {name_of(command):15}{first_line}")
         lines.append("")
     return "\n".join([*lines, "Options of a command: coral-hf COMMAND --help"])

@@ -51,11 +51,10 @@ def import_(own: ImportOptions) -> None:
     """Turn an EAGLE-1, EAGLE-2 or HASS checkpoint into a drafter."""
     from ..checkpoints import DRAFTER_FILES, OutputFolder, config_folder, from_eagle, read_shape
 
-    sources = (own.source, own.target)
-    place = OutputFolder(own.output, own.overwrite, DRAFTER_FILES, sources)
+    place = OutputFolder(own.output, own.overwrite, DRAFTER_FILES, (own.source, own.target))
     place.check()
-    names = ("revision", "cache_dir", "local_files_only")
-    download: Any = {name: getattr(own, name) for name in names}
+    download: Any = {"revision": own.revision, "cache_dir": own.cache_dir}
+    download["local_files_only"] = own.local_files_only
     read_shape(config_folder(own.source, **download))  # before the target, which takes longer
     target, tokenizer = own.load_target()
     with place.replaced() as folder:
@@ -74,9 +73,7 @@ class ExportOptions(DatasetOptions):
     output: Path = option("A new or an empty folder.")
     target: str | None = option("The target, whose embeddings are then copied or compared.", None)
     dtype: DTYPES = option("Precision that is written; the drafter's own by default.", "auto")
-    num_hot_tokens: int | None = option(
-        "For SGLang: tokens that may be proposed.", None, needs="target dataset"
-    )
+    num_hot_tokens: int | None = option("How many SGLang may draft.", None, needs="target dataset")
     dataset: list[str] = option("Where proposals are counted.", [], needs="num_hot_tokens")
     limit: int = option("Rows counted of each.", 200, least=1, needs="num_hot_tokens")
     overwrite: bool = option(OVERWRITE, False)

@@ -10,7 +10,6 @@ from .options import DatasetOptions, TargetOptions
 from .parser import refuse
 
 STAGES = Literal["drafter", "joint", "router", "low_rank"]
-STAGES_OF_HEADS = ("router", "low_rank")
 
 
 def demo(settings: DemoSettings) -> None:
@@ -25,13 +24,11 @@ class TrainOptions(TargetOptions, DatasetOptions):
     """What is trained, from where, and in which stages."""
 
     output: Path = option("Folder of the finished drafter.")
-    eval_dataset: list[str] = option("Evaluated with --eval-strategy, not the held-out rows.", [])
+    eval_dataset: list[str] = option("For --eval-strategy, in place of --hold-out.", [])
     layers: int = option("Layers of a fresh drafter.", 1, least=1, excludes="drafter warm_start")
     drafter: str | None = option("A drafter of this target, to be trained further.", None)
     warm_start: str | None = option(
-        "Start from 'layer', the target's last, or from a drafter or EAGLE checkpoint.",
-        None,
-        excludes="drafter",
+        "Initial weights: 'layer' (the target's last) or a drafter.", None, excludes="drafter"
     )
     lora_r: int | None = option("Train a LoRA of this rank instead.", None, needs="drafter")
     lora_alpha: int | None = option("Its alpha; twice its rank by default.", None, needs="lora_r")
@@ -42,7 +39,7 @@ class TrainOptions(TargetOptions, DatasetOptions):
     resume: bool = option("Continue from the last checkpoint.", False)
 
     def __post_init__(self) -> None:
-        is_headless = self.drafter is None and self.stage[0] in STAGES_OF_HEADS
+        is_headless = self.drafter is None and self.stage[0] in ("router", "low_rank")
         refuse(is_headless, f"--stage {self.stage[0]} goes with --drafter.")
 
     def arguments(self, typed: list[str]) -> list:
@@ -70,8 +67,6 @@ class TrainOptions(TargetOptions, DatasetOptions):
 
     def first_drafter(self, target, tokenizer):
         """Return the drafter that training starts from, in fp32, with its adapter if it has one."""
-        import torch
-
         from ..drafters.coral import CoralDrafter
         from ..training.adapters import lora, with_adapter
         from ..training.warm_start import warm_start
@@ -80,7 +75,7 @@ class TrainOptions(TargetOptions, DatasetOptions):
             return warm_start(target, self.warm_start, tokenizer)
         if self.drafter is None:
             return CoralDrafter.from_target(target, num_hidden_layers=self.layers).float()
-        drafter = CoralDrafter.from_pretrained(self.drafter, dtype=torch.float32)
+        drafter = CoralDrafter.from_pretrained(self.drafter, dtype="float32")
         if self.fresh_head and {"router", "joint"} & set(self.stage):
             drafter.heads.remove_router()
         if self.fresh_head and "low_rank" in self.stage:
@@ -105,7 +100,7 @@ def train(own: TrainOptions, training_options: list[str]) -> None:
     stages = own.arguments(training_options)
     args = stages[0]
     is_nameless = args.push_to_hub and args.hub_model_id is None
-    refuse(is_nameless, "--push-to-hub goes with --hub-model-id organisation/name.")
+    refuse(is_nameless, "--push-to-hub needs --hub-model-id organisation/name.")
     rows = own.rows()
     eval_rows = own.eval_rows() if args.eval_strategy != "no" else None
     # each process of a run has a GPU of its own, to which its trainer moves the target
