@@ -157,9 +157,10 @@ def accepted_depths(calls: Sequence[Call]) -> list[AcceptedDepth]:
     """Count how deep the rounds of each method accept; one cut short counts by what it emitted."""
     found = []
     for method, own in by_method(calls).items():
-        accepted = [length - 1 for call in own for length in call.round_lengths]
-        reached = [sum(n >= depth for n in accepted) for depth in range(max([0, *accepted]) + 1)]
-        for depth in range(1, len(reached)):
-            shares = reached[depth] / reached[0], reached[depth] / reached[depth - 1]
+        lengths = [length for call in own for length in call.round_lengths]
+        # at a depth: the rounds that accepted so many nodes, and emitted one token more
+        rounds = [sum(n > depth for n in lengths) for depth in range(max(lengths, default=0))]
+        for depth in range(1, len(rounds)):
+            shares = rounds[depth] / rounds[0], rounds[depth] / rounds[depth - 1]
             found.append(AcceptedDepth(method, depth, *shares))
     return found
