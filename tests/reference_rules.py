@@ -17,7 +17,6 @@ from coral_hf.decoding.acceptance_rules import (
     Outcome,
     Remainder,
     list_children,
-    remainder_of,
 )
 
 
@@ -132,3 +131,10 @@ def block(
             return Outcome(chain[: place + 1], prefixes[place].target)
         prefixes[place - 1] = prefixes[place - 1].reject(tokens[chain[place]])
     return Outcome([0], prefixes[0].target)
+
+
+def remainder_of(
+    node: int, reach: float, target_probs: Tensor, draft_probs: Tensor | None
+) -> Remainder:
+    """A node with its own rows of `target_probs` and `draft_probs` (nodes, vocab)."""
+    return Remainder(reach, target_probs[node], None if draft_probs is None else draft_probs[node])

@@ -99,7 +99,7 @@ def test_a_plain_calls_cache_is_continued_with_a_drafter_that_starts_cold(family
 @pytest.mark.parametrize("family", ["mistral_window", "gemma2", "gemma3", "gpt_oss"])
 @pytest.mark.parametrize("turns", ["drafted plain drafted", "plain drafted drafted plain"])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_a_text_far_longer_than_the_window_goes_on_turn_after_turn(family, turns, rows):
+def test_a_text_far_longer_than_the_window_continues_over_many_turns(family, turns, rows):
     target, cache = tiny_target(family, torch.float64), None
     drafter = CoralDrafter.from_target(target).eval()
     text = words(5 * rows, 0).view(rows, 5)
@@ -148,7 +148,7 @@ def test_one_cache_can_be_copied_and_continued_twice(target, drafter):
         assert out.sequences.equal(reply(target, text).sequences)
 
 
-def test_new_tokens_alone_go_on_with_the_mask_of_the_whole_text(target, drafter):
+def test_new_tokens_alone_continue_a_text_with_the_mask_of_all_of_it(target, drafter):
     assistant = {"assistant_model": drafter, **TREE}
     first = reply(target, words(7, 0), **assistant)
     text = torch.cat([first.sequences, words(5, 1)], dim=1)
@@ -162,7 +162,7 @@ def test_new_tokens_alone_go_on_with_the_mask_of_the_whole_text(target, drafter)
     assert out[0, 6:].equal(reply(target, text).sequences[0, text.shape[1] :])
 
 
-def test_a_text_that_is_all_in_the_cache_goes_on(target, drafter):
+def test_a_text_whose_tokens_are_all_cached_continues(target, drafter):
     assistant = {"assistant_model": drafter, **TREE}
     text = words(9, 0)
     cache = target(text, use_cache=True)[CACHE]
@@ -170,7 +170,7 @@ def test_a_text_that_is_all_in_the_cache_goes_on(target, drafter):
     assert out.sequences.equal(reply(target, text).sequences)
 
 
-def test_a_batch_goes_on_from_its_cache(target, drafter):
+def test_a_batch_continues_from_its_cache(target, drafter):
     assistant = {"assistant_model": drafter, **TREE}
     prompts = words(14, 3).view(2, 7)
     first = reply(target, prompts, **assistant)
@@ -187,7 +187,7 @@ def test_the_drafter_of_another_call_starts_cold(target, drafter):
     assert out.sequences.equal(reply(target, text).sequences)
 
 
-def test_memory_fits_only_where_the_text_goes_on(target, drafter):
+def test_memory_fits_only_where_the_text_continues(target, drafter):
     first = reply(target, words(7, 0), assistant_model=drafter, **TREE)
     memory = first[CACHE].drafter_memory
     end = first.sequences.shape[1] - 1

@@ -181,7 +181,7 @@ def test_an_untrained_drafter_is_left_alone_after_a_while(target, drafter, monke
     assert out[CACHE].drafter_memory is None
 
 
-def test_a_drafter_that_knows_the_text_goes_on(target, drafter, monkeypatch):
+def test_a_drafter_that_knows_the_text_keeps_drafting(target, drafter, monkeypatch):
     text = target.generate(PROMPT, do_sample=False, max_new_tokens=60)
     drafting = TheTargetItself(text)
     monkeypatch.setattr(
@@ -229,7 +229,7 @@ def test_tokens_are_the_targets_own_under_any_policy(speculation, rows, family):
     assert torch.equal(out.sequences, plain)
 
 
-def test_a_text_goes_on_after_a_call_that_was_decoded_plainly(target, drafter):
+def test_a_text_continues_after_a_call_that_was_decoded_plainly(target, drafter):
     first = generate(target, drafter, speculation="never", max_new_tokens=10)
     plain = target.generate(PROMPT, do_sample=False, max_new_tokens=30)
     second = generate(

@@ -225,7 +225,7 @@ def test_the_returned_cache_is_that_of_all_but_the_last_token(target, drafter):
             torch.testing.assert_close(ours.values, theirs.values)
 
 
-def test_plain_generation_goes_on_with_the_returned_cache(target, drafter):
+def test_plain_generation_continues_from_the_returned_cache(target, drafter):
     plain, drafted = plain_and_drafted(target, drafter, max_new_tokens=12)
     more = target.generate(
         drafted.sequences,

@@ -77,7 +77,7 @@ def test_random_updates_crops_and_batch_operations_give_what_the_dynamic_layer_g
         assert_same(*layers)
 
 
-def test_committed_rows_are_not_copied_while_there_is_room():
+def test_committed_slots_are_not_copied_while_there_is_room():
     layer = filled(10)
     address = layer.keys.data_ptr(), layer.values.data_ptr()
     for step in range(GROWTH):
@@ -123,7 +123,7 @@ def test_rows_written_after_a_commit_follow_the_kept_ones():
     assert layer.keys.equal(torch.cat([make_rows(6)[0][:, :, [0, 1, 3, 5]], keys], dim=2))
 
 
-def test_rows_of_a_batch_keep_columns_of_their_own():
+def test_rows_of_a_batch_keep_their_own_slots():
     layer = filled(4)
     keys, values = make_rows(3, seed=1)
     layer.update(keys, values)
@@ -198,7 +198,7 @@ def test_a_copy_shares_nothing_with_its_original():
     assert twin.update(*make_rows(1))[0].data_ptr() == address  # the copy has room of its own
 
 
-def test_a_cache_filled_in_inference_mode_goes_on_outside_of_it():
+def test_a_cache_filled_in_inference_mode_can_be_extended_outside_of_it():
     with torch.inference_mode():
         layer = filled(10)
     keys, _ = layer.update(*make_rows(2, seed=1))
@@ -242,7 +242,7 @@ def test_truncating_to_the_length_it_has_changes_nothing():
     assert cache.layers[0].keys.equal(make_rows(8)[0])
 
 
-def test_rows_commit_numbers_of_tokens_of_their_own():
+def test_rows_commit_different_numbers_of_tokens():
     cache = filled_cache([None], count=3, new=4, padded=1)
     cache.commit([3, 1], torch.tensor([[0, 2, 3], [0, 0, 0]]))
     assert cache.lengths == [6, 4] and cache.width == 6
@@ -322,7 +322,7 @@ def test_a_long_prompt_leaves_a_window_and_no_more_memory():
     assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes
 
 
-def test_a_sliding_layer_refuses_to_crop_what_it_can_no_longer_go_on_from():
+def test_a_sliding_layer_refuses_a_crop_that_needs_dropped_slots():
     layer = RaggedLayer(window=16)
     layer.update(*make_rows(100))
     layer.crop(0)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from reference_rules import greedy_walk, token_choice, token_walk
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from coral_hf.decoding.drafting import DraftTree
 from coral_hf.decoding.verifier import verify_greedy
@@ -57,11 +58,9 @@ def chances_asked(node: int, *children: str) -> tuple[list[float], Tensor]:
 
 def test_greedy_takes_the_path_of_the_targets_argmaxes():
     tokens, best = running_example(), [int(target_probs(node).argmax()) for node in range(8)]
-    path = greedy_walk(tokens, PARENTS, best)
+    path = path_of_both(tokens, PARENTS, best)
     assert path == [0, 1, 3, 7]
     assert [WORDS[best[node]] for node in path] == GREEDY
-    logits = torch.stack([target_probs(node) for node in range(8)])[None]
-    assert greedy_path([tokens], [PARENTS], logits) == [path]
 
 
 def test_the_first_child_is_accepted_with_its_probability_the_next_with_what_is_left():
@@ -117,6 +116,14 @@ def greedy_path(tokens, parents, logits) -> list[list[int]]:
     return paths
 
 
+def path_of_both(tokens: list[int], parents: list[int], best: list[int]) -> list[int]:
+    """The path of one tree, by the plain rule and by the tensor rule alike."""
+    path = greedy_walk(tokens, parents, best)
+    logits = one_hot(torch.tensor(best), max(*tokens, *best) + 1)  # (nodes, vocab)
+    assert greedy_path([tokens], [parents], logits[None]) == [path]
+    return path
+
+
 def make_tree(tokens: list[list[int]], parents: list[list[int]]) -> DraftTree:
     depths = torch.zeros(len(tokens), len(tokens[0]), dtype=torch.long)
     for row, family in enumerate(parents):
@@ -144,19 +151,19 @@ def test_the_tensor_rule_takes_the_paths_of_the_greedy_walk(seed, are_distinct):
 
 
 def test_the_target_never_accepts_draft_tokens():
-    assert greedy_walk(running_example(), PARENTS, [WORDS.index("cat")] * 8) == [0]
+    assert path_of_both(running_example(), PARENTS, [WORDS.index("cat")] * 8) == [0]
 
 
 def test_the_target_always_accepts_draft_tokens():
-    assert greedy_walk([5, 6, 7], [0, 0, 1], [6, 7, 8]) == [0, 1, 2]
+    assert path_of_both([5, 6, 7], [0, 0, 1], [6, 7, 8]) == [0, 1, 2]
 
 
 def test_the_root_alone_is_a_path():
-    assert greedy_walk([3], [0], [4]) == [0]
+    assert path_of_both([3], [0], [4]) == [0]
 
 
-def test_padding_is_no_child():
-    assert greedy_walk([3, 4, 4], [0, -1, 0], [4, 9, 9]) == [0, 2]
+def test_a_padding_node_is_never_accepted():
+    assert path_of_both([3, 4, 4], [0, -1, 0], [4, 9, 9]) == [0, 2]
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -169,7 +176,7 @@ def test_greedy_accepts_the_longest_path_that_agrees(seed):
         for path in list(agreeing):
             if path[-1] == parents[node] and tokens[node] == best[parents[node]]:
                 agreeing.append([*path, node])
-    assert greedy_walk(tokens, parents, best) == max(agreeing, key=len)
+    assert path_of_both(tokens, parents, best) == max(agreeing, key=len)
 
 
 def random_tree(

@@ -115,7 +115,8 @@ def traversal(
         """The path from this node on, if it or one below it is accepted."""
         if reach == 0:
             return None
-        left = remainder_of(node, reach, target_probs, draft_probs)
+        draft = None if draft_probs is None else draft_probs[node]
+        left = Remainder(reach, target_probs[node], draft)
         for child in children[node]:
             below = visit(child, left.chance(tokens[child]))
             if below is not None:
@@ -126,13 +127,6 @@ def traversal(
     outcome = visit(0, 1.0)
     assert outcome is not None, "the root is always accepted"
     return outcome
-
-
-def remainder_of(
-    node: int, reach: float, target_probs: Tensor, draft_probs: Tensor | None
-) -> Remainder:
-    """A node with its own rows of `target_probs` and `draft_probs` (nodes, vocab)."""
-    return Remainder(reach, target_probs[node], None if draft_probs is None else draft_probs[node])
 
 
 def _without(probs: Tensor | None, token: int) -> Tensor | None:
