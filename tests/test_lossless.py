@@ -308,7 +308,7 @@ def processors():
 @pytest.mark.parametrize("rule", RULES)
 @torch.no_grad()
 def test_samples_of_every_rule_fit_the_target(pair, rule):
-    counts = sample_texts(*pair, seed=0, count=5_000, batch=500, **RULES[rule])
+    counts = sample_texts(*pair, seed=1, count=5_000, batch=500, **RULES[rule])
     assert p_value(counts, own_chances(pair[0])) > 1e-3
 
 
