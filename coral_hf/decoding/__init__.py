@@ -4,18 +4,3 @@ from .drafting import Drafting, DraftTree, TreeShape, Warp, register_drafting, r
 from .generate import decoder, install, uninstall
 from .loop import CoralGenerateOutput, DecodingStats
 from .ragged_cache import RaggedCache
-
-__all__ = [
-    "CoralGenerateOutput",
-    "DecodingStats",
-    "DraftTree",
-    "Drafting",
-    "RaggedCache",
-    "TreeShape",
-    "Warp",
-    "decoder",
-    "install",
-    "register_drafting",
-    "root_only",
-    "uninstall",
-]

@@ -5,5 +5,3 @@ protocol and the registry.
 """
 
 from .tree_builders import Beam, SampledTreeBuilder, TreeBuilder, plan_levels
-
-__all__ = ["Beam", "SampledTreeBuilder", "TreeBuilder", "plan_levels"]

@@ -5,17 +5,3 @@ from .card import CardFacts, make_card, write_card
 from .drafter_folder import finish_config
 from .publish import bring_card, publish, push, upload_saved
 from .repository import Branch
-
-__all__ = [
-    "Branch",
-    "CardFacts",
-    "Results",
-    "bring_card",
-    "finish_config",
-    "make_card",
-    "publish",
-    "push",
-    "read_results",
-    "upload_saved",
-    "write_card",
-]

@@ -10,5 +10,3 @@ from .modeling import CoralDrafter
 AutoConfig.register(CoralConfig.model_type, CoralConfig, exist_ok=True)
 AutoModel.register(CoralConfig, CoralDrafter, exist_ok=True)
 register_drafting(CoralConfig.model_type, CoralDrafting, options=("draft_head",))
-
-__all__ = ["CoralConfig", "CoralDrafter", "CoralDrafting"]

@@ -8,17 +8,3 @@ from ...measure.settings import ComparisonSettings, HeadComparisonSettings
 from .heads import HeadComparison, HeadTrial
 from .tables import compare, comparison_table, halve, search
 from .trials import Comparison, Result, Trial
-
-__all__ = [
-    "Comparison",
-    "ComparisonSettings",
-    "HeadComparison",
-    "HeadComparisonSettings",
-    "HeadTrial",
-    "Result",
-    "Trial",
-    "compare",
-    "comparison_table",
-    "halve",
-    "search",
-]

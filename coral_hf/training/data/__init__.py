@@ -12,15 +12,3 @@ from .loading import join_datasets, load_conversations
 from .messages import to_messages
 from .packing import pack_dataset
 from .show import render_mask, show
-
-__all__ = [
-    "CoralCollator",
-    "join_datasets",
-    "load_conversations",
-    "pack_dataset",
-    "prepare_dataset",
-    "render_mask",
-    "show",
-    "to_messages",
-    "tokenize",
-]

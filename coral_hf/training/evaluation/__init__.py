@@ -5,11 +5,3 @@ decoded rounds, or chain decoding replayed over a text â†’ acceptance metrics â†
 
 from .acceptance import Evaluation, check_best_metric
 from .curves import PlotCallback, compare_runs, plot_run
-
-__all__ = [
-    "Evaluation",
-    "PlotCallback",
-    "check_best_metric",
-    "compare_runs",
-    "plot_run",
-]

@@ -7,11 +7,3 @@ trainer.
 from .dataset import CachedFeatures
 from .index import INDEX, delete_features
 from .writer import plan_features, write_features
-
-__all__ = [
-    "INDEX",
-    "CachedFeatures",
-    "delete_features",
-    "plan_features",
-    "write_features",
-]

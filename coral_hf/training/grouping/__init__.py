@@ -11,5 +11,3 @@ few groups hold the likely next tokens at any position.
 
 from .frequency import most_frequent_first, token_counts
 from .order import group_order
-
-__all__ = ["group_order", "most_frequent_first", "token_counts"]
