@@ -119,74 +119,52 @@ def _partial(path: Path, prefix: str = PARTIAL) -> Path:
     return path.with_name(f"{prefix}{uuid4().hex[:8]}-{path.name}")
 
 
-class SoleWriter:
-    """A lock on a folder, or on one file of it, that vanishes with its process however that ends.
+@contextmanager
+def sole_writer(folder: str | Path, file: str = "") -> Iterator[None]:
+    """Keep every other process away from an output while the `with` block runs.
+
+    The lock vanishes with its process, however that ends. What an interrupted writer left
+    half-written is deleted.
 
     Args:
         folder: where the output is written; it is created. The lock lies in it, under a name that
             uploads to the Hub leave out.
         file: the name of the output where it is one file, beside which others may be written.
-    """
-
-    def __init__(self, folder: str | Path, file: str = ""):
-        self._folder, self._file = Path(folder), file
-        name = f"{WRITER}.{file}" if file else WRITER
-        self._holder = self._folder / f"{name}.json"
-        self._lock = FileLock(self._folder / f"{name}.lock", timeout=0)
-
-    def refusal(self) -> str | None:
-        """Take the lock and return None, or return who holds it.
-
-        What an interrupted writer left half-written is deleted.
-        """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire()
-        except Timeout:
-            return (
-                f"{self._folder / self._file} is in use: {self._describe_holder()}. Wait for it,"
-                " stop it, or choose another output."
-            )
-        for partial in self._folder.glob(f"{PARTIAL}*-{escape(self._file)}*"):
-            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-        since = datetime.now().isoformat(" ", "seconds")
-        holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
-        with suppress(OSError):  # on a full disk the lock alone has to do
-            self._holder.write_text(json.dumps(holder))
-        return None
-
-    def release(self) -> None:
-        """Give the lock back."""
-        self._holder.unlink(missing_ok=True)
-        self._lock.release()
-
-    def _describe_holder(self) -> str:
-        try:
-            found = json.loads(self._holder.read_text())
-        except (OSError, ValueError):  # it has just begun or ended, or could not write
-            return "another run writes to it"
-        return f"process {found['process']} on {found['host']} writes to it since {found['since']}"
-
-
-@contextmanager
-def sole_writer(folder: str | Path, file: str = "") -> Iterator[None]:
-    """Keep every other process away from an output while the `with` block runs.
-
-    Args:
-        folder: see [`SoleWriter`].
-        file: see [`SoleWriter`].
 
     Raises:
         ValueError: if another process writes to it, naming that process.
     """
-    writer = SoleWriter(folder, file)
-    refusal = writer.refusal()
-    if refusal is not None:
-        raise ValueError(refusal)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{WRITER}.{file}" if file else WRITER
+    holder, lock = folder / f"{name}.json", FileLock(folder / f"{name}.lock", timeout=0)
     try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"{folder / file} is in use: {_describe(holder)}. Wait for it, stop it, or choose"
+            " another output."
+        ) from None
+    try:
+        for partial in folder.glob(f"{PARTIAL}*-{escape(file)}*"):
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        since = datetime.now().isoformat(" ", "seconds")
+        who = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
+        with suppress(OSError):  # on a full disk the lock alone has to do
+            holder.write_text(json.dumps(who))
         yield
     finally:
-        writer.release()
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _describe(holder: Path) -> str:
+    """Describe the process that holds a lock."""
+    try:
+        found = json.loads(holder.read_text())
+    except (OSError, ValueError):  # it has just begun or ended, or could not write
+        return "another run writes to it"
+    return f"process {found['process']} on {found['host']} writes to it since {found['since']}"
 
 
 def keep_settings(path: str | Path, settings: Mapping[str, Any], output: str | Path) -> None:
