@@ -16,7 +16,6 @@ masks. A step's inputs are detached; the graph of all steps is kept, since CSRA 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +30,16 @@ Attention = Callable[[Tensor, KeysValues, list[KeysValues]], Tensor]
 Documents = list[list[int]]
 
 
-@dataclass
 class UnrollContext:
-    """Context of one step of the unroll: the keys and values of the steps before it."""
+    """Context of one step of the unroll: the keys and values of the steps before it.
 
-    step: int  # from 0
-    seen: Seen  # shared by the steps of an unroll
-    documents: Documents | None
-    attention: Attention
+    Not a dataclass: FSDP copies those that it passes on, and `seen` has to stay shared.
+    """
+
+    def __init__(self, step: int, seen: Seen, documents: Documents | None, attention: Attention):
+        """`step` counts from 0; `seen` is shared by the steps of an unroll."""
+        self.step, self.seen = step, seen
+        self.documents, self.attention = documents, attention
 
     # `seen` changes with every step, and torch.compile would compile each of them again
     @torch.compiler.disable
