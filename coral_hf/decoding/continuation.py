@@ -136,7 +136,7 @@ def whole_length(input_ids: Tensor, model_kwargs: dict) -> int:
 def whole_positions(seen: Tensor, given: Tensor | None) -> Tensor:
     """Positions of all tokens, `HIDDEN` where padded: (batch, read + new) bool → the same shape.
 
-    `given`: what the target is told, (batch or 1, read + new), where there is one for each token;
+    `given`: the target's position ids, (batch or 1, read + new), where each token has one;
         with a leading axis for time, height and width, which agree for text.
     """
     given = given[-1] if given is not None and given.dim() == 3 else given

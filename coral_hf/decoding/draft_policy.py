@@ -245,7 +245,7 @@ class AdaptiveDraft(DraftPolicy):
             self._settle_doubts(sample.rows)
 
     def _settle_doubts(self, rows: int) -> None:
-        """Once plain passes are known afresh, step back, or go on if recent rounds still pay."""
+        """Once plain passes are known afresh, step back, or continue if recent rounds still pay."""
         if self._doubted is None or self._model.lacks_plain(rows):
             return
         self._cost *= self._doubted / self._model.plain(rows)

@@ -103,14 +103,14 @@ class Drafting(Protocol):
     layers: tuple[int, ...]
 
     def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
-        """Start at prompts, or go on with sequences that were read before.
+        """Start at prompts, or continue sequences that were read before.
 
             position     0     1     2     3
             token        x0    x1    x2    x3       x3 was just emitted, the target has not read it
             feature      f0    f1    f2             f_i has read x_0 … x_i
 
         Args:
-            tokens: (batch, length + 1), all of them, or of sequences that go on those from the
+            tokens: (batch, length + 1), all of them, or of continued sequences those from the
                 first unread feature on.
             features: (batch, length, len(layers) · hidden), the target's.
             positions: (batch, length), of the features; negative where the prompt is padded.
@@ -143,7 +143,7 @@ class Drafting(Protocol):
         ...
 
     def memory(self) -> object | None:
-        """What to hand to a later call that goes on with the same sequences, if anything."""
+        """Return what a later call with the same sequences may continue from, if anything."""
         ...
 
 

@@ -184,7 +184,7 @@ class BoundDrafter:
         sequences = Sequences(input_ids, processors, criteria, self.streamer, pad, not takes_tree)
         check_rule(rule, sequences)
         given, windows = model_kwargs.get(CACHE), sliding_windows(model)
-        # who gets a cache may go on with it
+        # a caller who gets a cache may continue from it
         keep_cache = config.return_dict_in_generate or is_user_cache(given)
         batch, length = input_ids.shape
         cache = continued_cache(given, windows, length, whole_length(input_ids, model_kwargs))

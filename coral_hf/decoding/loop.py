@@ -33,7 +33,7 @@ class DecodingStats:
 
     # tokens that each round emitted, row after row in a batch
     round_lengths: list[int] = field(default_factory=list)
-    num_rounds: int = 0  # passes of the target over trees, each over all rows that go on
+    num_rounds: int = 0  # verification passes, each over all rows that have not ended
     num_levels: int = 0  # that were drafted, over all rounds; none in a plain round
     num_nodes: int = 0  # of a row, the root included, over all rounds
     is_stepped_back: bool = False  # whether drafting was given up, since it did not pay
@@ -199,7 +199,7 @@ class DecodingLoop:
 
     @timed("draft", lap="read")
     def read(self, kept: list[int], features: Tensor, accepted: Accepted) -> None:
-        """Let the drafter read the new tokens of the rows that go on, and the features before them.
+        """Let the drafter read the new tokens of unfinished rows, and the features before them.
 
         path            root     a        b
         feature         f_root   f_a      f_b
@@ -228,7 +228,7 @@ class DecodingLoop:
         return RoundSample(rows, levels, nodes, sum(accepted.counts) / rows, **self.lap)
 
     def kept(self, rows: list[int]) -> list[int]:
-        """Which of the pass's rows go on, by their index in it."""
+        """Return the rows of the pass that have not ended, by their index in it."""
         return [index for index, row in enumerate(rows) if not self.sequences.is_stopped[row]]
 
     def drop(self, rows: list[int], kept: list[int]) -> None:

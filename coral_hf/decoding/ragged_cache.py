@@ -113,7 +113,7 @@ class RaggedLayer(DynamicLayer):
         self._buffers = []
 
     def holds(self, length: int) -> bool:
-        """Whether a text of `length` slots can go on with what is held."""
+        """Whether a sequence of `length` slots can continue with what is held."""
         return self.start <= (0 if self.window is None else max(length - self.window + 1, 0))
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -79,7 +79,7 @@ class TargetRunner:
         whole = whole_length(input_ids, model_kwargs)
         mask = model_kwargs.get("attention_mask")
         mask = input_ids.new_ones(batch, whole) if mask is None else mask
-        # a sequence that goes on comes whole, or as what is new in it
+        # a continued sequence comes whole, or as its new tokens
         new_ids = input_ids[:, read:] if whole == length else input_ids
         self._rows = list(range(batch))
         cache.set_recording(False)

@@ -245,7 +245,7 @@ class StepwiseWalk:
         self._children = list(self.nodes)  # of each row, the node of its newest token; 0: none
 
     def next_tokens(self, going: list[int]) -> list[int]:
-        """The next token of each row that goes on."""
+        """Return the next token of each unfinished row."""
         rows = [self._active[row] for row in going]
         logits = self._logits[going, [self.nodes[row] for row in going]]  # (going, vocab)
         scores = self._verifier.sequences.scores(rows, logits)

@@ -5,7 +5,7 @@
                           └─ softmax over them all × their mass together: confidence
 
 The logits are those of the target's own head, whatever the groups' mass, so tokens are drawn with
-the probabilities that verification is told. The router's mass says how much is left unread, and not
+the probabilities that verification uses. The router's mass says how much is left unread, and not
 which of the tokens that were read is better: their logits do. From CORAL (LM head router).
 """
 

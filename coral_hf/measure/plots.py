@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-# of the Okabe-Ito palette, told apart by colour-blind readers and in grey
+# of the Okabe-Ito palette, distinguishable for colour-blind readers and in grey
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 PLAIN = COLOURS[-1]
 BAR_ROOM = 0.8  # of the distance between two groups of bars

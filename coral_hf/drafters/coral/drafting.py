@@ -100,7 +100,7 @@ class CoralDrafting:
         self._memory = memory
 
     def memory(self) -> DrafterMemory:
-        """What was read so far, for a call that goes on with the same sequences."""
+        """Return what was read so far, for a call that continues the same sequences."""
         return DrafterMemory(weakref.ref(self.drafter), self._cache)
 
     def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
@@ -110,7 +110,7 @@ class CoralDrafting:
         tokens, positions = tokens[:, 1:].to(device), positions.to(device)
         if self._memory is not None and self._memory.fits(self.drafter, positions):
             cache = self._memory.cache
-            cache.truncate()  # a call may have broken off
+            cache.truncate()  # an interrupted call may have left drafted slots
         else:
             cache = RaggedCache([None] * self.drafter.config.num_hidden_layers)
             cache.begin(len(tokens), device)

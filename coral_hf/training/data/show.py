@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from .encoding import IGNORED, encode
 from .messages import Row
 
-# two shades of each kind, in turn, so that neighbouring tokens can be told apart
+# two shades of each kind, in turn, so that neighbouring tokens are distinguishable
 TRAINED = ("black on green3", "black on pale_green1")
 UNTRAINED = ("white on grey15", "white on grey27")
 OPENING, CLOSING, BOUNDARY = "⟦", "⟧", "│"
