@@ -176,8 +176,8 @@ def _input_problems(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dic
         yield "The prompt is empty; pass at least one token, such as the BOS token."
     elif mask is not None and not mask[:, -1].all():
         yield (
-            "`attention_mask` ends with 0 in some row, but tokens are appended at the right end of a"
-            " row; pad on the left: tokenizer.padding_side = 'left'."
+            "`attention_mask` ends with 0 in some row, but tokens are appended on the right; pad on"
+            " the left: tokenizer.padding_side = 'left'."
         )
     elif limit is not None and length > limit:
         yield (
