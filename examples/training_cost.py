@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from coral_hf import CoralDrafter
+from coral_hf.training.losses import regression_loss
 from coral_hf.training.losses.csra import csra_loss
-from coral_hf.training.losses.losses import regression_loss
 from coral_hf.training.losses.token_loss import token_loss
 from coral_hf.training.steps.attention import mixed_attention, plain_mixed_attention
 from coral_hf.training.steps.unroll import unroll

@@ -10,8 +10,13 @@ from coral_hf.heads.groups import Groups, check_order
 from coral_hf.target import Target, read_target
 from coral_hf.training.features import CachedFeatures, write_features
 from coral_hf.training.grouping import group_order, most_frequent_first, token_counts
-from coral_hf.training.grouping.coactivation import coactivation_groups, gain, read_groups
-from coral_hf.training.grouping.kmeans import balanced_groups, kmeans_groups
+from coral_hf.training.grouping.clusters import (
+    balanced_groups,
+    coactivation_groups,
+    gain,
+    kmeans_groups,
+    read_groups,
+)
 from coral_hf.training.grouping.positions import TargetTopK, read_top_k
 
 MADE = ("kmeans", "frequency", "coactivation")

@@ -23,12 +23,12 @@ from transformers import (
 from coral_hf import CoralConfig
 from coral_hf.decoding.drafting import DraftTree
 from coral_hf.decoding.target_runner import TargetRunner
-from coral_hf.drafters.fit import check_target
 from coral_hf.identity import check_tokenizer, tokenizer_hash
 from coral_hf.target import (
     FEATURE,
     Target,
     cache_obstacle,
+    check_target,
     may_scale,
     read_features,
     read_scales,

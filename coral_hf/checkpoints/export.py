@@ -20,9 +20,8 @@ from transformers.utils import CONFIG_NAME
 from ..atomic import write_json
 from ..drafters.coral.configuration import CoralConfig
 from ..drafters.coral.modeling import CoralDrafter
-from ..drafters.fit import check_target
 from ..heads.groups import check_token_ids
-from ..target import Scales, Target, may_scale, read_scales, read_target
+from ..target import Scales, Target, check_target, may_scale, read_scales, read_target
 from .copies import SCALED_TABLES, scale_embeddings, table_scale
 from .eagle import EMBEDDINGS, check_tensors
 from .engines import ENGINES, HEAD_BIAS, engine_config, engine_shapes, obstacles

@@ -14,9 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..drafters.coral.configuration import CoralConfig
 from ..drafters.coral.modeling import CoralDrafter
-from ..drafters.fit import check_target
 from ..identity import tokenizer_hash
-from ..target import read_target
+from ..target import check_target, read_target
 from .copies import check_copies, scale_embeddings, table_scale
 from .eagle import check_tensors, read_eagle, read_shape
 from .files import Download, config_folder, read_dtype, weights_folder

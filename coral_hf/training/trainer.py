@@ -18,9 +18,8 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, set_seed
 
 from ..drafters.coral.modeling import CoralDrafter
-from ..drafters.fit import check_target
 from ..identity import check_tokenizer, tokenizer_hash
-from ..target import read_target
+from ..target import check_target, read_target
 from .adapters import is_adapted, with_adapter
 from .arguments import CoralTrainingArguments
 from .data import CoralCollator

@@ -19,8 +19,7 @@ from torch.nn import functional as F
 
 from ...decoding.drafting import DraftTree, TreeShape, Warp
 from ...decoding.ragged_cache import HIDDEN, RaggedCache
-from ...target import FEATURE, Target
-from ..fit import check_target
+from ...target import FEATURE, Target, check_target
 from ..tree_builders import Beam, SampledTreeBuilder, TreeBuilder, plan_levels
 from .modeling import CoralDrafter
 

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ...heads.groups import Groups, check_order
 from ...target import Target, text_config
-from .coactivation import coactivation_groups
+from .clusters import coactivation_groups, kmeans_groups
 from .frequency import MAX_TOKENS, most_frequent_first, token_counts
-from .kmeans import kmeans_groups
 from .positions import read_top_k
 
 

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from ...heads.groups import Groups
 from ...lm_head import LMHead
 from ..arguments import CoralTrainingArguments
+from ..losses import regression_loss, router_loss
 from ..losses.csra import csra_loss, of_other_devices
 from ..losses.liger_loss import LigerChunkLoss
-from ..losses.losses import regression_loss, router_loss
 from ..losses.token_loss import TokenWeights, token_loss
 from . import Losses, Trained
 
