@@ -179,7 +179,7 @@ run(name, words)
     go = ["train", "--target", "org/target", "--dataset", folder / "talk.jsonl"]
     go += ["--output", tmp_path, "--router-epochs", 1, "--max_steps", 2, "--use_cpu", True]
     go += ["--push_to_hub", True, "--plots", False]
-    with pytest.raises(RuntimeError, match="--push-to-hub goes with --hub-model-id"):
+    with pytest.raises(RuntimeError, match="--push-to-hub needs --hub-model-id"):
         client.run(command, arguments=go)
     client.run(command, arguments=[*go, "--hub_model_id", "org/command2"])
     config = json.loads(hub.files("org/command2")["config.json"])
