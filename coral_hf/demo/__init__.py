@@ -4,7 +4,7 @@
 standard library. This file imports no torch, since `coral-hf demo --help` reads it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,6 @@ class DemoSettings:
     """What the demo trains, and on what it measures.
 
     Args:
-        own_target: sizes of the target that the demo trains itself, as `LlamaConfig` names them.
         num_files: files of the standard library that are trained on; None for all.
         row_length: tokens of a training row.
         pad_layers: depth of the padded target; a deeper one is measured as it is.
@@ -34,16 +33,7 @@ class DemoSettings:
     target: str | None = option("A target of your own; a small one is trained by default.", None)
     dataset: str | None = option("Conversations or text of your own.", None)
     fresh: bool = option("Train again what the cache holds.", False)
-    # suits two CPU cores
-    own_target: dict[str, int] = field(
-        default_factory=lambda: {
-            "vocab_size": 2048,
-            "hidden_size": 128,
-            "intermediate_size": 352,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-        }
-    )
+    # in Python alone
     num_files: int | None = None
     target_budget: Budget = Budget(max_steps=10_000, max_seconds=150)
     drafter_budget: Budget = Budget(max_steps=3000, max_seconds=95)

@@ -6,7 +6,7 @@ time; no prompt is cut from what is trained on.
 
 import re
 import sysconfig
-from itertools import zip_longest
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,37 +34,30 @@ class Corpus(NamedTuple):
     """Python source in a fixed order."""
 
     documents: list[str]  # one file each, to train on
-    passages: list[tuple[str, str]]  # held-out file, function or class: from each file in turn
+    prompts: list[Prompt]  # the start of a function or class of each held-out file
 
 
-def read_corpus(num_files: int | None = None, folder: Path | None = None) -> Corpus:
-    """Read the standard library.
-
-    Args:
-        num_files: files to train on; None for all.
-        folder: of the source; the running interpreter's own if None.
+def read_corpus() -> Corpus:
+    """Read the standard library of the running interpreter.
 
     Raises:
         ValueError: for a Python that comes without its source.
     """
-    folder = folder or Path(sysconfig.get_paths()["stdlib"])
+    folder = Path(sysconfig.get_paths()["stdlib"])
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.py"))
     names = [name for name in names if not SKIPPED_FOLDERS & set(name.split("/"))]
     # a few modules show off other encodings
     sources = {name: (folder / name).read_text("utf-8", "replace") for name in names}
-    held_out = [
-        [(Path(name).stem, part) for part in passages(sources.pop(name, ""))] for name in HELD_OUT
-    ]
+    prompts = []
+    for name in HELD_OUT:
+        for text in long_parts(sources.pop(name, ""))[:1]:
+            prompts.append(Prompt("stdlib", Path(name).stem, text=first_lines(text)))
     if not sources:
-        raise ValueError(
-            f"The standard library in {folder} has {len(sources)} source files to train on; use a"
-            " Python that comes with its source, or give `target` and `dataset`."
-        )
-    in_turn = [passage for turn in zip_longest(*held_out) for passage in turn if passage]
-    return Corpus(list(sources.values())[:num_files], in_turn)
+        raise ValueError(f"{folder} has no source files; give --target and --dataset.")
+    return Corpus(list(sources.values()), prompts)
 
 
-def passages(source: str) -> list[str]:
+def long_parts(source: str) -> list[str]:
     """Return the top-level functions and classes that are long enough to be cut in two."""
     parts = re.split(r"\n(?=(?:def|class) )", source)
     return [part for part in parts[1:] if len(part) > 2 * PROMPT_CHARACTERS]
@@ -81,43 +74,37 @@ def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int) 
 
     A row starts with BOS wherever it was cut, as a prompt does.
     """
-    bos, eos = (
-        [token] if token is not None else []
-        for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    )
-    encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
-    ids = [token for document in encoded for token in (*document, *eos)]
+    ended = [text + (tokenizer.eos_token or "") for text in documents]
+    encoded = tokenizer(ended, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = list(chain.from_iterable(encoded))
+    bos = [] if tokenizer.bos_token is None else [tokenizer.bos_token_id]
     size = length - len(bos)
     starts = range(0, len(ids) - size + 1, size)
-    rows = [[*bos, *ids[start : start + size]] for start in starts]  # (rows, length)
-    return Dataset.from_dict({"input_ids": rows})
+    return Dataset.from_dict({"input_ids": [[*bos, *ids[i : i + size]] for i in starts]})
 
 
 def training_rows(settings: DemoSettings, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Return as many rows as the drafter's training can use up, shuffled."""
     if settings.dataset is None:
-        rows = pack(read_corpus(settings.num_files).documents, tokenizer, settings.row_length)
+        documents = read_corpus().documents[: settings.num_files]
+        rows = pack(documents, tokenizer, settings.row_length)
     else:
-        rows = split_dataset(settings)["train"]
+        rows = split(settings.dataset, settings)["train"]
     most = settings.drafter_budget.max_steps * DRAFTER_BATCH_SIZE
     return rows.shuffle(seed=settings.seed).select(range(min(most, len(rows))))
 
 
 def held_out_prompts(settings: DemoSettings) -> list[Prompt]:
     """Return prompts from text that is in no training row."""
-    if settings.dataset is not None:
-        rows = split_dataset(settings)["test"]
-        return [prompt_of_row(dict(row), str(index)) for index, row in enumerate(rows)]
-    chosen = read_corpus().passages[: settings.num_prompts]
-    return [
-        Prompt("stdlib", f"{name}-{index}", text=first_lines(text))
-        for index, (name, text) in enumerate(chosen)
-    ]
+    if settings.dataset is None:
+        return read_corpus().prompts[: settings.num_prompts]
+    rows = split(settings.dataset, settings)["test"]
+    return [prompt_of_row(dict(row), str(index)) for index, row in enumerate(rows)]
 
 
-def split_dataset(settings: DemoSettings) -> DatasetDict:
+def split(dataset: str, settings: DemoSettings) -> DatasetDict:
     """Return a dataset's rows to train on and to hold out."""
-    rows = load_conversations(str(settings.dataset))
+    rows = load_conversations(dataset)
     return rows.train_test_split(test_size=settings.num_prompts, seed=settings.seed)
 
 

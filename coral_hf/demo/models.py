@@ -35,17 +35,10 @@ from ..training.pipeline import save
 from . import Budget, DemoSettings
 from .corpus import DRAFTER_BATCH_SIZE, pack, read_corpus, training_rows
 
-LEARNING_RATE = 4e-3
-TARGET_BATCH_SIZE = 4  # rows; large logits are slow to allocate on a CPU
 WARMUP_STEPS = 20
-MAX_POSITIONS = 1024
-# three times the usual: so narrow a model starts to learn much sooner
-INITIALIZER_RANGE = 0.06
 SMALL_VOCAB = 8192
 # likely tokens lie in many groups of a small vocabulary: half of it is read, not an eighth
 SMALL_VOCAB_GROUPS: dict[str, Any] = {"num_groups": 8, "num_active_groups": 4}
-# a small machine verifies fewer nodes
-TREE = {"tree_depth": 6, "tree_top_k": 8, "tree_nodes": 32}
 # settings on which no weights depend; of a target and a dataset it is their content that counts
 NOT_TRAINED = ("output", "target", "dataset", "fresh", "pad_layers", "max_new_tokens", "cache_dir")
 
@@ -82,15 +75,19 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def train_target(settings: DemoSettings, device: str, folder: Path) -> None:
-    """Train tokenizer and Llama, and save both in `folder`."""
-    documents = read_corpus(settings.num_files).documents
-    tokenizer = train_tokenizer(documents, settings.own_target["vocab_size"])
-    rows = pack(documents, tokenizer, settings.row_length)
+    """Train tokenizer and Llama, in sizes that suit two CPU cores, and save both in `folder`."""
+    documents = read_corpus().documents[: settings.num_files]
+    tokenizer = train_tokenizer(documents, vocab_size=2048)
     set_seed(settings.seed)
     config = LlamaConfig(
-        **{**settings.own_target, "vocab_size": len(tokenizer)},
-        max_position_embeddings=MAX_POSITIONS,
-        initializer_range=INITIALIZER_RANGE,
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        # three times the usual: so narrow a model starts to learn much sooner
+        initializer_range=0.06,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -100,11 +97,11 @@ def train_target(settings: DemoSettings, device: str, folder: Path) -> None:
         model=LlamaForCausalLM(config),
         args=TrainingArguments(
             **common_arguments(settings, settings.target_budget, folder, device),
-            per_device_train_batch_size=TARGET_BATCH_SIZE,
+            per_device_train_batch_size=4,  # large logits are slow to allocate on a CPU
             weight_decay=0.1,
             adam_beta2=0.95,
         ),
-        train_dataset=rows,
+        train_dataset=pack(documents, tokenizer, settings.row_length),
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         processing_class=tokenizer,
         callbacks=[BudgetCallback(settings.target_budget)],
@@ -123,26 +120,20 @@ def train_drafter(
     rows = training_rows(settings, tokenizer)
     # fp32, whatever the target's dtype: small updates vanish in lower ones
     drafter = CoralDrafter.from_target(target).float()
-    drafter.generation_config.update(**TREE)
-    is_small = target.config.get_text_config().vocab_size < SMALL_VOCAB
-    groups = SMALL_VOCAB_GROUPS if is_small else {}
+    # a small machine verifies fewer nodes
+    drafter.generation_config.update(tree_depth=6, tree_top_k=8, tree_nodes=32)
+    is_small = drafter.config.vocab_size < SMALL_VOCAB
     for stage, budget in (("drafter", settings.drafter_budget), ("router", settings.router_budget)):
-        trainer = CoralTrainer(
-            model=drafter,
-            target_model=target,
-            args=CoralTrainingArguments(
-                **common_arguments(settings, budget, folder, target.device.type),
-                **groups,
-                stage=stage,
-                classification_weight=1.0,
-                max_length=settings.row_length,
-                per_device_train_batch_size=DRAFTER_BATCH_SIZE,
-            ),
-            train_dataset=rows,
-            processing_class=tokenizer,
-            callbacks=[BudgetCallback(budget)],
+        args = CoralTrainingArguments(
+            **common_arguments(settings, budget, folder, target.device.type),
+            **(SMALL_VOCAB_GROUPS if is_small else {}),
+            stage=stage,
+            classification_weight=1.0,
+            max_length=settings.row_length,
+            per_device_train_batch_size=DRAFTER_BATCH_SIZE,
         )
-        trainer.train()
+        given = {"train_dataset": rows, "callbacks": [BudgetCallback(budget)]}
+        CoralTrainer(drafter, target, args, tokenizer, **given).train()
     save(drafter, tokenizer, folder)
 
 
@@ -153,7 +144,7 @@ def common_arguments(
     return {
         "output_dir": str(folder),
         "max_steps": budget.max_steps,
-        "learning_rate": LEARNING_RATE,
+        "learning_rate": 4e-3,
         "lr_scheduler_type": "constant",  # `BudgetCallback` is the schedule
         "bf16": bf16_pays(device),
         "use_cpu": device == "cpu",
@@ -167,13 +158,13 @@ def common_arguments(
 
 def bf16_pays(device: str) -> bool:
     """Measure whether a product in bf16 is clearly faster than in fp32: some CPUs emulate it."""
-    seconds = {}
-    for dtype in (torch.bfloat16, torch.float32):
+
+    def seconds(dtype: torch.dtype) -> float:
         matrix = torch.ones(512, 512, dtype=dtype, device=device)  # (rows, columns)
         # reading a number waits for the device; the fastest, since others may use the machine
-        product = "(matrix @ matrix)[0, 0].item()"
-        seconds[dtype] = min(repeat(product, number=1, repeat=20, globals={"matrix": matrix}))
-    return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
+        return min(repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=20))
+
+    return seconds(torch.bfloat16) < 0.7 * seconds(torch.float32)
 
 
 class BudgetCallback(TrainerCallback):
@@ -181,7 +172,6 @@ class BudgetCallback(TrainerCallback):
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
-        self.start = time.monotonic()
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Start the clock: what lies before is not training."""

@@ -114,12 +114,12 @@ def _pieces(
     special = {i for i, token in added if token.special} | {*tokenizer.all_special_ids}
     pieces = [
         Piece(_visible(text), label != IGNORED, i in special)
-        for i, label, text in zip(ids, labels, _token_texts(ids, tokenizer), strict=True)
+        for i, label, text in zip(ids, labels, token_texts(ids, tokenizer), strict=True)
     ]
     return pieces, len(whole["input_ids"]) - len(ids)
 
 
-def _token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Decode each token; a character of several tokens is the text of the last of them."""
 
     def decode(tokens: list[int]) -> str:
