@@ -1,22 +1,26 @@
 """Checkpoints of EAGLE-1, EAGLE-2 (Li et al. 2024) and HASS (Zhang et al. 2024).
 
-In: a folder. Out: the sizes of the drafter, its tensors under our names, which are EAGLE's, and
-what the checkpoint repeats of its target.
+In: a folder. Out: the sizes of the drafter, and its tensors under our names, which are EAGLE's.
 
     embedding (hidden) ┐
                        ├ fc (hidden, 2 hidden) ─ layers.0 without an input norm ─ next feature
     feature   (hidden) ┘
+
+    EAGLE, vLLM and SGLang give fc the rows of the embedding table; we give it what the target's
+    first layer sees, which is `scale` times a row for Gemma or Granite. So fc differs by 1 / scale.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import CONFIG_NAME
 
 from ..drafters.coral.configuration import CoralConfig
+from ..target import Target
 from .files import check_dense, read_config, read_weights
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
@@ -30,24 +34,18 @@ DEFAULTS = {
 }
 ROPE_THETA = 10000.0
 EMBEDDINGS, HEAD = "embed_tokens.weight", "lm_head.weight"
-INVERSE_FREQUENCIES = "rotary_emb.inv_freq"
 # where the config does not say whether there is a bias, these tensors do
 BIASES = {"fc_bias": "fc.bias", "attention_bias": "layers.0.self_attn.q_proj.bias"}
 # what an EAGLE-3 drafter has and an EAGLE-1 drafter has not
 EAGLE3_TENSORS = ("d2t", "t2d", "midlayer.", "hidden_norm.", "layers.0.hidden_norm.")
+ROUNDING = 1e-2  # relative: a copy of the target's weights may be in half precision
 
 
-class EagleCheckpoint(NamedTuple):
-    """What a checkpoint holds."""
-
-    tensors: dict[str, Tensor]  # of the drafter
-    copies: dict[str, Tensor]  # (vocab, hidden) each, of the target: embeddings, LM head
-    frequencies: dict[str, Tensor]  # of shape (head_dim / 2,) each, of the rotary embedding
-    shape: dict[str, Any]  # fields of `CoralConfig`
-
-
-def read_eagle(folder: Path) -> EagleCheckpoint:
+def read_eagle(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a checkpoint, without checking that it fits a target.
+
+    Returns:
+        fields of `CoralConfig`, and all tensors, of any shapes.
 
     Raises:
         ValueError: if a file is damaged, a field makes no sense, a tensor cannot be used, or the
@@ -58,11 +56,7 @@ def read_eagle(folder: Path) -> EagleCheckpoint:
     if foreign:
         _refuse_eagle3(folder, ", ".join(foreign[:3]))
     check_dense(tensors, folder)
-    copies = {name: tensors.pop(name) for name in (EMBEDDINGS, HEAD) if name in tensors}
-    rotary = [name for name in tensors if name.endswith(INVERSE_FREQUENCIES)]
-    frequencies = {name: tensors.pop(name) for name in rotary}
-    shape = {field: name in tensors for field, name in BIASES.items()} | sizes
-    return EagleCheckpoint(tensors, copies, frequencies, shape)
+    return {field: name in tensors for field, name in BIASES.items()} | sizes, tensors
 
 
 def read_shape(folder: Path) -> dict[str, Any]:
@@ -87,18 +81,12 @@ def read_shape(folder: Path) -> dict[str, Any]:
         config = config["model"]  # an older layout of vLLM
     # transformers writes null where it means the default
     fields = {name: value for name, value in config.items() if value is not None}
-    missing = [name for name in SIZES if name not in fields]
-    if missing:
-        raise ValueError(
-            f"{folder / CONFIG_NAME} lacks {', '.join(missing)}, which an EAGLE drafter's config"
-            " has; add them, or give another checkpoint."
-        )
     try:
         return _checked_shape(fields)
     except Exception as error:  # transformers raises any, wherever it meets a field
         raise ValueError(
-            f"{folder / CONFIG_NAME} has a field that makes no sense ({type(error).__name__}:"
-            f" {error}). Correct it, or download the file again."
+            f"{folder / CONFIG_NAME} lacks a field, or has one that makes no sense"
+            f" ({type(error).__name__}: {error}). Correct it, or download the file again."
         ) from error
 
 
@@ -159,3 +147,41 @@ def check_tensors(
     listed = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
     if listed:
         raise ValueError(f"{what} has other tensors than expected; {'; '.join(listed)}. {remedy}")
+
+
+def is_plain(table: object) -> bool:
+    """Whether a table (vocab, hidden) can be read as numbers."""
+    return isinstance(table, Tensor) and table.is_floating_point() and not table.is_meta
+
+
+@torch.no_grad()
+def table_scale(target: Target, num_rows: int = 64) -> float:
+    """Measure what the target's first layer sees of a token, as a multiple of its table's row.
+
+    Raises:
+        ValueError: if it is not a multiple.
+    """
+    table = target.embeddings.weight
+    if not is_plain(table):
+        return target.embedding_scale
+    ids = torch.arange(min(num_rows, len(table)), device=table.device)
+    rows = table.detach()[ids].double()  # (rows, hidden)
+    seen = target.embed(ids[None])[0].double()  # (rows, hidden)
+    scale = float((seen * rows).sum() / rows.square().sum())
+    if not torch.allclose(seen, scale * rows, rtol=ROUNDING, atol=1e-6):
+        raise ValueError(
+            f"The target's embedding {type(target.embeddings).__name__} is not a multiple of its"
+            " table, which is all that other engines' drafters read; train a drafter for this"
+            " target with CoralTrainer, and serve it with transformers."
+        )
+    return 1.0 if abs(scale - 1.0) < 1e-3 else scale
+
+
+def scale_embeddings(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Multiply the first half of `fc.weight` (hidden, 2 hidden), which reads the embedding."""
+    if scale == 1.0:
+        return tensors
+    weight = tensors["fc.weight"].clone()
+    half = weight.shape[1] // 2
+    weight[:, :half] *= scale
+    return {**tensors, "fc.weight": weight}

@@ -1,7 +1,7 @@
 """Formats of vLLM, SGLang and EAGLE's own code: config fields, tensor names, limits.
 
-In: a drafter's config and its target's scales. Out: the config.json of an engine, the tensors that
-the engine builds from that config, and what it cannot express. From the engines' own sources: vLLM
+In: a drafter's config and its target's scales. Out: the config.json of an engine, and what the
+engine cannot express. From the engines' own sources: vLLM
 0.33 (`llama_eagle.py`), SGLang 0.5.23 (`llama_eagle.py`, `qwen2_eagle.py`), EAGLE 3.0
 (`cnets1.py`).
 
@@ -89,38 +89,6 @@ def _rotary_fields(config: CoralConfig, engine: str) -> dict[str, Any]:
         "rope_theta": theta,
         "rope_scaling": scaling,
     }
-
-
-def engine_shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of each tensor that an engine builds from its config.json.
-
-    Embeddings and LM head are left out: they are the target's.
-    """
-    hidden, inner = fields["hidden_size"], fields["intermediate_size"]
-    width = fields["num_attention_heads"] * fields["head_dim"]
-    kv_width = fields["num_key_value_heads"] * fields["head_dim"]
-    is_sglang = fields["architectures"][0].endswith("Eagle")
-    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (hidden, 2 * hidden)}
-    if is_sglang or fields.get("bias", False):
-        shapes["fc.bias"] = (hidden,)
-    for layer in range(fields["num_hidden_layers"]):
-        own = {
-            "self_attn.q_proj.weight": (width, hidden),
-            "self_attn.k_proj.weight": (kv_width, hidden),
-            "self_attn.v_proj.weight": (kv_width, hidden),
-            "self_attn.o_proj.weight": (hidden, width),
-            "mlp.gate_proj.weight": (inner, hidden),
-            "mlp.up_proj.weight": (inner, hidden),
-            "mlp.down_proj.weight": (hidden, inner),
-            "post_attention_layernorm.weight": (hidden,),
-        }
-        if layer > 0:
-            own["input_layernorm.weight"] = (hidden,)
-        if fields.get("qkv_bias", False) or fields["model_type"] == "qwen2":
-            own |= {"self_attn.q_proj.bias": (width,)}
-            own |= {f"self_attn.{name}_proj.bias": (kv_width,) for name in "kv"}
-        shapes |= {f"layers.{layer}.{name}": shape for name, shape in own.items()}
-    return shapes
 
 
 def obstacles(config: CoralConfig, scales: Scales, engine: str, has_fc_bias: bool) -> list[str]:

@@ -9,7 +9,7 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -17,15 +17,14 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-from ..atomic import write_json
+from ..atomic import new_folder, write_json
 from ..drafters.coral.configuration import CoralConfig
 from ..drafters.coral.modeling import CoralDrafter
 from ..heads.groups import check_token_ids
 from ..target import Scales, Target, check_target, may_scale, read_scales, read_target
-from .copies import SCALED_TABLES, scale_embeddings, table_scale
-from .eagle import EMBEDDINGS, check_tensors
-from .engines import ENGINES, HEAD_BIAS, engine_config, engine_shapes, obstacles
-from .files import WEIGHTS, OutputFolder, config_folder, read_config, read_dtype
+from .eagle import EMBEDDINGS, check_tensors, scale_embeddings, table_scale
+from .engines import ENGINES, HEAD_BIAS, engine_config, obstacles
+from .files import WEIGHTS, check_output, config_folder, read_config, read_dtype
 from .hot_tokens import HOT_TOKENS
 
 BODY = ("fc.", "layers.")
@@ -33,6 +32,8 @@ REMEDY = (
     "Merge an adapter first: model.merge_and_unload(); load a quantised drafter in full precision."
 )
 HOT_KEY = "heads.hot_tokens"  # of a frequency head, in a checkpoint
+# families of which transformers scales embeddings inside of the embedding module
+SCALED_TABLES = ("gemma", "vaultgemma", "minicpm3", "biogpt", "xglm")
 
 
 class Exported(NamedTuple):
@@ -73,8 +74,7 @@ def export_drafter(
         raise ValueError(f"`engine` is {engine!r}; use one of {ENGINES}.")
     config, dtype = drafter.config, read_dtype(dtype or drafter.dtype)
     read = (drafter.name_or_path, config.target_name_or_path, getattr(target, "name_or_path", None))
-    place = OutputFolder(output, overwrite, export_files(engine), read)
-    place.check()
+    check_output(output, overwrite, export_files(engine), read)
     if target is not None:
         check_target(config, target)
     bound = None if target is None else read_target(target)
@@ -89,12 +89,17 @@ def export_drafter(
     if reasons:
         raise ValueError(f"The drafter cannot be exported for {engine}: {'; '.join(reasons)}.")
     fields = engine_config(config, scales, engine, has_fc_bias)
-    tensors = _for_engine(scale_embeddings(body, scales.embedding), engine, fields, has_fc_bias)
+    _check_body(body, config, engine)
+    tensors = dict(scale_embeddings(body, scales.embedding))
+    if engine == "sglang":  # it would keep random numbers where a checkpoint has none
+        tensors.setdefault("fc.bias", torch.zeros_like(tensors["fc.weight"][:, 0]))
+    elif not has_fc_bias:
+        tensors.pop("fc.bias", None)
     if bound is not None and engine != "sglang":
         tensors[EMBEDDINGS] = bound.embeddings.weight
     tensors = _to_save(tensors, dtype)
     fields |= dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
-    with place.replaced() as folder:
+    with new_folder(output, last=CONFIG_NAME) as folder:
         write_json(folder / CONFIG_NAME, fields)
         _save(tensors, folder / export_files(engine)[1])
         if hot_tokens is not None:
@@ -166,23 +171,15 @@ def _hot_tokens(
     return drafter.heads.hot_tokens.tolist()
 
 
-def _for_engine(
-    body: dict[str, Tensor], engine: str, fields: dict[str, Any], has_fc_bias: bool
-) -> dict[str, Tensor]:
-    """Add or drop the bias of `fc`, of shape (hidden,), and compare all with what is loaded.
+def _check_body(body: dict[str, Tensor], config: CoralConfig, engine: str) -> None:
+    """Compare tensors of any shapes with those that a config gives.
 
     An engine may skip tensors of wrong names silently.
     """
-    tensors = dict(body)
-    if engine == "sglang" and "fc.bias" not in tensors:
-        # SGLang would keep random numbers where a checkpoint has none
-        tensors["fc.bias"] = torch.zeros_like(body["fc.weight"][:, 0])
-    elif engine != "sglang" and not has_fc_bias:
-        tensors.pop("fc.bias", None)
-    shapes = engine_shapes(fields).items()
-    wanted = {name: torch.empty(shape, device="meta") for name, shape in shapes}
-    check_tensors(tensors, wanted, f"The drafter as {engine} would load it", REMEDY)
-    return tensors
+    with torch.device("meta"):
+        whole = CoralDrafter(config).state_dict()
+    wanted = {name: tensor for name, tensor in whole.items() if name.startswith(BODY)}
+    check_tensors(body, wanted, f"The drafter as {engine} would load it", REMEDY)
 
 
 def _to_save(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -231,16 +228,9 @@ def _command(config: CoralConfig, engine: str, output: Path, hot_tokens: list[in
         return shlex.join(["vllm", "serve", target, "--speculative-config", json.dumps(settings)])
     parts = ["python", "-m", "sglang.launch_server", "--model-path", target]
     parts += ["--speculative-algorithm", "EAGLE", "--speculative-draft-model-path", folder]
-    parts += _sglang_tree(config.vocab_size if hot_tokens is None else len(hot_tokens))
+    top_k = min(8, config.vocab_size if hot_tokens is None else len(hot_tokens))
+    parts += ["--speculative-num-steps", "5", "--speculative-eagle-topk", str(top_k)]
+    parts += ["--speculative-num-draft-tokens", "32"]
     if hot_tokens is not None:
         parts += ["--speculative-token-map", str(output / HOT_TOKENS)]
     return shlex.join(parts)
-
-
-def _sglang_tree(num_tokens: int, steps: int = 5) -> list[str]:
-    """Return SGLang's usual tree, no larger than the tokens that its drafter may propose allow."""
-    top_k = min(8, num_tokens)
-    # each token of the first step, and each that is kept after a later one, has `top_k` children
-    num_nodes = 1 + top_k + (steps - 1) * top_k**2
-    sizes = {"num-steps": steps, "eagle-topk": top_k, "num-draft-tokens": min(32, num_nodes)}
-    return [word for name, size in sizes.items() for word in (f"--speculative-{name}", str(size))]

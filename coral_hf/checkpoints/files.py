@@ -4,15 +4,11 @@ In: a folder or Hub id. Out: a local folder with config.json and the weights in 
 of its tensors; or an error that names the file.
 """
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -21,40 +17,27 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ..atomic import new_folder
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 # in the order in which they are looked for; each may be split into shards that an index lists
 WEIGHTS = (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)
 INDEX = ".index.json"
+DOWNLOAD = {"revision", "cache_dir", "token", "local_files_only"}  # as in `from_pretrained`
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 
 
-class Download(TypedDict, total=False):
-    """How a Hub id is downloaded, as in `from_pretrained`."""
-
-    revision: str | None  # a branch, tag or commit
-    cache_dir: str | Path | None
-    token: str | bool | None
-    local_files_only: bool
-
-
-def source_folder(source: str | Path, **download: Unpack[Download]) -> Path:
+def source_folder(source: str | Path, **download: Any) -> Path:
     """Return a local folder with the config and weights of a folder or Hub id."""
     return weights_folder(source, config_folder(source, **download), **download)
 
 
-def config_folder(source: str | Path, **download: Unpack[Download]) -> Path:
+def config_folder(source: str | Path, **download: Any) -> Path:
     """Return a local folder with the config of a folder or Hub id; nothing else is downloaded."""
     return _local(source, [CONFIG_NAME], **download)
 
 
-def weights_folder(source: str | Path, folder: Path, **download: Unpack[Download]) -> Path:
+def weights_folder(source: str | Path, folder: Path, **download: Any) -> Path:
     """Add the weights to the folder of [`config_folder`], in the first format that there is."""
     # a folder of the Hub's cache is named after the commit that the config came from
-    at_commit: Download = {**download, "revision": folder.name}
+    at_commit = {**download, "revision": folder.name}
     for name in WEIGHTS:
         stem, suffix = name.split(".")
         _local(source, [f"{stem}*.{suffix}", name + INDEX], **at_commit)
@@ -63,10 +46,9 @@ def weights_folder(source: str | Path, folder: Path, **download: Unpack[Download
     return folder
 
 
-def _local(source: str | Path, patterns: list[str], **download: Unpack[Download]) -> Path:
+def _local(source: str | Path, patterns: list[str], **download: Any) -> Path:
     """Return the folder itself, or download the files of a Hub id whose names match."""
-    unknown = download.keys() - Download.__optional_keys__
-    if unknown:
+    if unknown := download.keys() - DOWNLOAD:
         raise TypeError(f"unexpected arguments: {', '.join(sorted(unknown))}")
     if Path(source).is_dir():
         return Path(source)
@@ -158,39 +140,35 @@ def read_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[name]
 
 
-@dataclass(frozen=True)
-class OutputFolder:
-    """A folder that a checkpoint is written to."""
+def check_output(
+    output: str | Path,
+    overwrite: bool,
+    files: tuple[str, ...],
+    sources: Iterable[str | Path | None],
+) -> None:
+    """Raise a ValueError unless a folder is new or empty, or may be overwritten.
 
-    path: str | Path
-    overwrite: bool = False  # replace an earlier checkpoint, one with a config.json
-    files: tuple[str, ...] = ()  # patterns of all names that such a checkpoint may hold
-    sources: tuple[str | Path | None, ...] = ()  # folders that are read, none of which may be it
-
-    def check(self) -> None:
-        """Raise a ValueError unless the folder is new or empty, or may be overwritten."""
-        folder = Path(self.path)
-        if not folder.exists():
-            return
-        if any(path and Path(path).is_dir() and folder.samefile(path) for path in self.sources):
-            raise ValueError(f"`output` {folder} is the folder of what is read; give another one.")
-        found = sorted(folder.iterdir())
-        foreign = [
-            path
-            for path in found
-            if not path.is_file() or not any(fnmatchcase(path.name, file) for file in self.files)
-        ]
-        if found and (not self.overwrite or foreign or not (folder / CONFIG_NAME).is_file()):
-            names = ", ".join(path.name for path in (foreign or found)[:5])
-            remedy = "another folder" if self.overwrite else "a new folder, or `overwrite`"
-            raise ValueError(
-                f"`output` {folder} holds {names}; give {remedy}. `overwrite` replaces an earlier"
-                f" checkpoint of the same kind only, with its {CONFIG_NAME}."
-            )
-
-    @contextmanager
-    def replaced(self) -> Iterator[Path]:
-        """Check again, and yield a folder that takes its place if the `with` block succeeds."""
-        self.check()
-        with new_folder(self.path, last=CONFIG_NAME) as folder:
-            yield folder
+    Args:
+        output: where a checkpoint is written to.
+        overwrite: replace an earlier checkpoint, one with a config.json.
+        files: patterns of all names that such a checkpoint may hold.
+        sources: folders that are read, none of which may be it.
+    """
+    folder = Path(output)
+    if not folder.exists():
+        return
+    if any(path and Path(path).is_dir() and folder.samefile(path) for path in sources):
+        raise ValueError(f"`output` {folder} is the folder of what is read; give another one.")
+    found = sorted(folder.iterdir())
+    foreign = [
+        path
+        for path in found
+        if not path.is_file() or not any(fnmatchcase(path.name, file) for file in files)
+    ]
+    if found and (not overwrite or foreign or not (folder / CONFIG_NAME).is_file()):
+        names = ", ".join(path.name for path in (foreign or found)[:5])
+        remedy = "another folder" if overwrite else "a new folder, or `overwrite`"
+        raise ValueError(
+            f"`output` {folder} holds {names}; give {remedy}. `overwrite` replaces an earlier"
+            f" checkpoint of the same kind only, with its {CONFIG_NAME}."
+        )

@@ -4,43 +4,48 @@ In: a target and a folder or Hub id. Out: a CORAL drafter with the predictions o
 Each tensor has its place, is compared with the target's own and dropped, or is an error.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..drafters.coral.configuration import CoralConfig
 from ..drafters.coral.modeling import CoralDrafter
 from ..identity import tokenizer_hash
-from ..target import check_target, read_target
-from .copies import check_copies, scale_embeddings, table_scale
-from .eagle import check_tensors, read_eagle, read_shape
-from .files import Download, config_folder, read_dtype, weights_folder
+from ..target import Target, check_target, read_target
+from .eagle import (
+    EMBEDDINGS,
+    HEAD,
+    ROUNDING,
+    check_tensors,
+    is_plain,
+    read_eagle,
+    read_shape,
+    scale_embeddings,
+    table_scale,
+)
+from .files import config_folder, read_dtype, weights_folder
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+logger = logging.get_logger(__name__)
 
+CHUNK = 4096  # rows that are compared at a time
 # patterns of the file names that saving a drafter and its target's tokenizer writes
 DRAFTER_FILES = (
     "config.json",
     "generation_config.json",
-    "model.safetensors",
+    "model.safetensors*",
     "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
     "training_record.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
+    "tokenizer*",
+    "*_tokens*.json",
     "chat_template.jinja",
     "vocab.*",
     "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
+    "*.model",
 )
 
 
@@ -50,7 +55,7 @@ def from_eagle(
     *,
     dtype: str | torch.dtype | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    **download: Unpack[Download],
+    **download: Any,
 ) -> CoralDrafter:
     """Make a drafter for `target` from an EAGLE-1, EAGLE-2 or HASS checkpoint, or from an export.
 
@@ -71,16 +76,60 @@ def from_eagle(
     dtype = target.dtype if dtype is None else read_dtype(dtype)
     folder = config_folder(source, **download)
     check_target(CoralConfig(**read_shape(folder)), target)
-    checkpoint = read_eagle(weights_folder(source, folder, **download))
-    drafter = CoralDrafter.from_target(target, **checkpoint.shape).to(dtype)
-    check_tensors(checkpoint.tensors, drafter.state_dict(), f"The EAGLE checkpoint {source}")
+    shape, tensors = read_eagle(weights_folder(source, folder, **download))
+    drafter = CoralDrafter.from_target(target, **shape).to(dtype)
     bound = read_target(target)
-    check_copies(checkpoint, bound, drafter)
-    # EAGLE's fc reads rows of the embedding table, ours what the target's first layer sees
-    drafter.load_state_dict(scale_embeddings(checkpoint.tensors, 1 / table_scale(bound)))
+    _drop_copies(tensors, bound, drafter)
+    check_tensors(tensors, drafter.state_dict(), f"The EAGLE checkpoint {source}")
+    drafter.load_state_dict(scale_embeddings(tensors, 1 / table_scale(bound)))
     if tokenizer is not None:
         drafter.config.tokenizer_hash = tokenizer_hash(tokenizer)
     is_local = Path(source).is_dir()  # a path of this machine means nothing elsewhere
     origin = (None, None) if is_local else (str(source), folder.name)
     drafter.training_record = [{"stage": "import", "source": origin[0], "revision": origin[1]}]
     return drafter.eval()
+
+
+def _drop_copies(tensors: dict[str, Tensor], target: Target, drafter: CoralDrafter) -> None:
+    """Take out of a checkpoint's tensors what is the target's own or follows from the config.
+
+    Raises:
+        ValueError: that names a tensor which differs, and how far it is off.
+    """
+    if EMBEDDINGS not in tensors and HEAD not in tensors:
+        logger.warning(
+            f"The EAGLE checkpoint has no `{EMBEDDINGS}`, so only its sizes say that it belongs to"
+            " this target. With another one few drafted tokens would be accepted."
+        )
+    for name, own in ((EMBEDDINGS, target.embeddings.weight), (HEAD, target.head.weight)):
+        if name in tensors:
+            _check_copy(name, tensors.pop(name), own)
+    frequencies = drafter.rotary_emb.inv_freq.cpu().float()  # of shape (head_dim / 2,)
+    for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
+        found = tensors.pop(name).float()
+        if found.shape != frequencies.shape or not found.allclose(frequencies, rtol=ROUNDING):
+            raise ValueError(
+                f"`{name}` of the EAGLE checkpoint is not what its config's `rope_theta` gives; set"
+                " `rope_theta` in config.json to what the drafter was trained with."
+            )
+
+
+def _check_copy(name: str, found: Tensor, own: Tensor) -> None:
+    """Raise a ValueError if a copy (vocab, hidden) differs from the target's own, beyond rounding.
+
+    A number is compared with its own size and the table's typical one: the median over rows of the
+    mean size, which a few large numbers do not move.
+    """
+    if not is_plain(own):
+        logger.info(f"`{name}` is not compared: the target's own is quantised or offloaded.")
+        return
+    parts = own.detach().split(CHUNK)
+    typical = float(torch.cat([part.float().abs().mean(-1) for part in parts]).median())
+    near = {"rtol": ROUNDING, "atol": ROUNDING * typical}
+    try:
+        assert_close(found.split(CHUNK), parts, check_device=False, check_dtype=False, **near)
+    except AssertionError as error:
+        raise ValueError(
+            f"`{name}` of the EAGLE checkpoint was made for another target. Use that one, or delete"
+            f" the tensor to import the rest all the same. {error}"
+        ) from error

@@ -49,16 +49,18 @@ class ImportOptions(TargetOptions):
 
 def import_(own: ImportOptions) -> None:
     """Turn an EAGLE-1, EAGLE-2 or HASS checkpoint into a drafter."""
-    from ..checkpoints import DRAFTER_FILES, OutputFolder, config_folder, from_eagle, read_shape
+    from ..atomic import new_folder
+    from ..checkpoints import DRAFTER_FILES, check_output, config_folder, from_eagle, read_shape
 
-    place = OutputFolder(own.output, own.overwrite, DRAFTER_FILES, (own.source, own.target))
-    place.check()
+    place = (own.output, own.overwrite, DRAFTER_FILES, (own.source, own.target))
+    check_output(*place)
     download: Any = {"revision": own.revision, "cache_dir": own.cache_dir}
     download["local_files_only"] = own.local_files_only
     read_shape(config_folder(own.source, **download))  # before the target, which takes longer
     target, tokenizer = own.load_target()
-    with place.replaced() as folder:
-        drafter = from_eagle(target, own.source, tokenizer=tokenizer, **download)
+    drafter = from_eagle(target, own.source, tokenizer=tokenizer, **download)
+    check_output(*place)  # again: the loading takes minutes
+    with new_folder(own.output, last="config.json") as folder:
         drafter.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     print(f"The drafter is in {own.output}.")
@@ -86,10 +88,10 @@ class ExportOptions(DatasetOptions):
 def export(own: ExportOptions) -> None:
     """Write a drafter as vLLM, SGLang or EAGLE's own code reads it."""
     from .. import CoralDrafter
-    from ..checkpoints import OutputFolder, check_drafter, export_drafter, export_files
+    from ..checkpoints import check_drafter, check_output, export_drafter, export_files
 
     sources = (own.drafter, own.target)
-    OutputFolder(own.output, own.overwrite, export_files(own.to), sources).check()
+    check_output(own.output, own.overwrite, export_files(own.to), sources)
     check_drafter(own.drafter)
     target, hot_tokens = None, None
     drafter = CoralDrafter.from_pretrained(own.drafter, dtype="auto")
