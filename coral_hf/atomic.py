@@ -137,34 +137,27 @@ def sole_writer(folder: str | Path, file: str = "") -> Iterator[None]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{WRITER}.{file}" if file else WRITER
-    holder, lock = folder / f"{name}.json", FileLock(folder / f"{name}.lock", timeout=0)
+    holder, lock = folder / f"{name}.txt", FileLock(folder / f"{name}.lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
+        who = ""
+        with suppress(OSError):  # it may have just begun or ended
+            who = holder.read_text()
         raise ValueError(
-            f"{folder / file} is in use: {_describe(holder)}. Wait for it, stop it, or choose"
-            " another output."
+            f"{folder / file} is in use: {who or 'another run'} writes to it. Wait for it, stop it,"
+            " or choose another output."
         ) from None
     try:
         for partial in folder.glob(f"{PARTIAL}*-{escape(file)}*"):
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         since = datetime.now().isoformat(" ", "seconds")
-        who = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
         with suppress(OSError):  # on a full disk the lock alone has to do
-            holder.write_text(json.dumps(who))
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {since},")
         yield
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
-
-
-def _describe(holder: Path) -> str:
-    """Describe the process that holds a lock."""
-    try:
-        found = json.loads(holder.read_text())
-    except (OSError, ValueError):  # it has just begun or ended, or could not write
-        return "another run writes to it"
-    return f"process {found['process']} on {found['host']} writes to it since {found['since']}"
 
 
 def keep_settings(path: str | Path, settings: Mapping[str, Any], output: str | Path) -> None:

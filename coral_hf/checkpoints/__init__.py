@@ -2,6 +2,6 @@
 
 from .eagle import check_tensors, read_eagle, read_shape
 from .export import check_drafter, export_drafter, export_files
-from .files import check_output, config_folder, read_config, source_folder
+from .files import check_output, config_folder, read_config
 from .hot_tokens import check_size, most_frequent, proposal_counts
 from .importing import DRAFTER_FILES, from_eagle

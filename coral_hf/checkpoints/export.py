@@ -1,7 +1,7 @@
 """Export of CORAL drafters to vLLM, SGLang and EAGLE's own code.
 
-In: a drafter. Out: a folder that the engine loads, whose tensors were compared with what the engine
-builds from its config before anything is written. The engines read the target's whole LM head (or
+In: a drafter. Out: a folder that the engine loads, whose tensors were compared with those that the
+drafter's config gives before anything is written. The engines read the target's whole LM head (or
 SGLang the hot tokens of it), so routers and other draft heads stay behind.
 """
 

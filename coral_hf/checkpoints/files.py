@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 # in the order in which they are looked for; each may be split into shards that an index lists
@@ -22,11 +23,6 @@ WEIGHTS = (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)
 INDEX = ".index.json"
 DOWNLOAD = {"revision", "cache_dir", "token", "local_files_only"}  # as in `from_pretrained`
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
-
-
-def source_folder(source: str | Path, **download: Any) -> Path:
-    """Return a local folder with the config and weights of a folder or Hub id."""
-    return weights_folder(source, config_folder(source, **download), **download)
 
 
 def config_folder(source: str | Path, **download: Any) -> Path:
@@ -60,16 +56,12 @@ def _local(source: str | Path, patterns: list[str], **download: Any) -> Path:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Read the fields of a drafter's config.json as they are written."""
-    file = folder / CONFIG_NAME
-    if not file.is_file():
+    if not (folder / CONFIG_NAME).is_file():
         raise ValueError(
             f"{folder} has no {CONFIG_NAME}; start from a folder of a drafter, or of an EAGLE"
             " checkpoint with its config. An adapter is merged first: model.merge_and_unload()."
         )
-    try:
-        return {**json.loads(file.read_text(encoding="utf-8"))}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is not a JSON object ({error}); download it again.") from error
+    return PreTrainedConfig.get_config_dict(folder)[0]
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

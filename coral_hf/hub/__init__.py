@@ -1,7 +1,6 @@
 """A drafter on the Hub: its repository, its model card, its code."""
 
-from .benchmark_results import Results, read_results
-from .card import CardFacts, make_card, write_card
+from .card import CardFacts, Results, bring_card, make_card, read_results, write_card
 from .drafter_folder import finish_config
-from .publish import bring_card, publish, push, upload_saved
+from .publish import publish, push, upload_saved
 from .repository import Branch

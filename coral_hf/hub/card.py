@@ -1,10 +1,13 @@
 """The model card of a drafter: what is known of it, and nothing else.
 
-In: a drafter, what its author adds, reports of a benchmark. Out: a `ModelCard` of huggingface_hub,
-made from card_template.md. What is not known is said to be not recorded or not measured.
+In: a drafter, what its author adds, report.json files of `coral-hf benchmark`. Out: a `ModelCard`
+of huggingface_hub, made from card_template.md. What is not known is said to be not recorded or not
+measured.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +16,10 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..decoding.settings import TREE_DEFAULTS
 from ..drafters.coral.modeling import CoralDrafter
-from .benchmark_results import Results
+from ..identity import weights_digest
+from ..measure.settings import DRAFTING
 from .drafter_folder import hub_id
-from .repository import CARD
+from .repository import CARD, Branch
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 LIBRARY = "coral_hf"
@@ -25,6 +29,7 @@ TAGS = ("coral", "speculative-decoding", "drafter")
 MARK = "<!-- Written by coral_hf from what the checkpoint and its reports hold. Edit it: it stays. "
 # in the card that transformers writes where there is none
 GENERATED = "This model card has been automatically generated"
+METHOD = "coral"  # of the drafter, in a benchmark's report
 
 
 class CardFacts(NamedTuple):
@@ -37,6 +42,16 @@ class CardFacts(NamedTuple):
     datasets: Sequence[str] = ()  # Hub ids, beside those in the training record
     tags: Sequence[str] = ()
     has_chat_template: bool | None = None  # of the tokenizer; None: see the training record
+
+
+class Results(NamedTuple):
+    """The parts of a report that a card shows."""
+
+    rows: list[dict[str, Any]]  # of the drafter, by benchmark, overall last
+    depths: list[dict[str, Any]]  # of the drafter
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    num_skipped: int  # prompts
 
 
 def make_card(
@@ -134,3 +149,68 @@ def write_card(
     earlier = ModelCard.load(path).data.to_dict() if path.exists() else None
     make_card(drafter, facts, results, earlier).save(path)
     return True
+
+
+def bring_card(folder: Path, branch: Branch) -> None:
+    """Fetch the Hub's card: one written by hand stays, and of ours the metadata are kept."""
+    text = branch.card()
+    if text is None or has_card_by_hand(folder):
+        return
+    if is_by_hand(text) or not (folder / CARD).exists():
+        (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def read_results(path: str | Path) -> Results:
+    """Read a report.json.
+
+    Raises:
+        ValueError: if it is no report of `coral-hf benchmark`, or measured no drafter.
+    """
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        settings = report["settings"]
+        # what the call chose; the rest are the drafter's own settings
+        drafting = {name: settings[name] for name in DRAFTING if settings.get(name) is not None}
+        results = Results(
+            rows=[row for row in report["rows"] if row["method"] == METHOD],
+            depths=[depth for depth in report["acceptance"] if depth["method"] == METHOD],
+            environment=report["environment"],
+            settings=settings | {"drafting": drafting},
+            num_skipped=len(report["skipped"]),
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a report of `coral-hf benchmark` ({error!r}). Pass the"
+            " report.json of its --output."
+        ) from error
+    if not results.rows:
+        raise ValueError(
+            f"{path} measured no drafter: the method {METHOD!r} is not in it. Run `coral-hf"
+            " benchmark --method plain --method coral`."
+        )
+    return results
+
+
+def check_results(results: Results, drafter: CoralDrafter, targets: Sequence[str | None]) -> None:
+    """Check that a report is of this drafter.
+
+    Args:
+        targets: names that the drafter's target goes by, ids and folders.
+
+    Raises:
+        ValueError: if other weights were measured, or another target.
+    """
+    environment = results.environment
+    found, own = environment["drafter_digest"], weights_digest(drafter)
+    # the digest rounds to bf16; float16 rounds differently before that
+    if found not in (own, weights_digest(deepcopy(drafter).half())):
+        raise ValueError(
+            f"The report measured a drafter with other weights ({environment['drafter']},"
+            f" {found[:8]}), this one's are {own[:8]}; measure this one."
+        )
+    names = {Path(target).name for target in targets if target is not None}
+    if names and Path(environment["target"]).name not in names:
+        raise ValueError(
+            f"The report was measured on the target {environment['target']}, and the drafter is"
+            f" for {' or '.join(sorted(names))}; measure it on its own target."
+        )

@@ -44,20 +44,17 @@ def read_drafter(folder: str | Path) -> CoralDrafter:
         ValueError: if something else is there, or two checkpoints, or weights that are not finite.
     """
     folder = Path(folder)
-    own, found = CoralConfig.model_type, None
     if not (folder / CONFIG_NAME).is_file():
-        is_adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
-        found = (
-            "an adapter; merge it into its drafter and save that" if is_adapter else "no drafter"
-        )
-    elif (model_type := CoralConfig.get_config_dict(folder)[0].get("model_type")) != own:
-        found = f"a {model_type} model, not a drafter"
-    elif all((folder / name).exists() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
-        found = f"two checkpoints, {SAFE_WEIGHTS_NAME} and shards; delete the older one"
-    if found is not None:
         raise ValueError(
-            f"{folder} holds {found}. Give the folder that `coral-hf train --output` or"
-            " `drafter.save_pretrained` wrote."
+            f"{folder} holds no drafter. Give the folder that `coral-hf train --output` or"
+            " `drafter.save_pretrained` wrote; if it is an adapter, merge it into its drafter."
+        )
+    model_type = CoralConfig.get_config_dict(folder)[0].get("model_type")
+    if model_type != CoralConfig.model_type:
+        raise ValueError(f"{folder} holds a {model_type} model, not a drafter.")
+    if all((folder / name).exists() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        raise ValueError(
+            f"{folder} holds two checkpoints, {SAFE_WEIGHTS_NAME} and shards; delete the older one."
         )
     drafter = CoralDrafter.from_pretrained(folder).eval()
     broken = [name for name, values in drafter.state_dict().items() if not values.isfinite().all()]

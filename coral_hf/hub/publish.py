@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..drafters.coral.modeling import TRAINING_RECORD, CoralDrafter
 from ..identity import check_tokenizer, tokenizer_hash
-from .benchmark_results import Results, check_results, read_results
-from .card import CardFacts, has_card_by_hand, is_by_hand, write_card
+from .card import CardFacts, Results, bring_card, check_results, read_results, write_card
 from .drafter_folder import finish_config, published_files, read_drafter, read_tokenizer
 from .repository import CARD, Branch
 
@@ -151,7 +150,7 @@ def _prepare(
         ValueError: if `results` have no place in a card that was written by hand.
     """
     bring_card(folder, branch)
-    if results and has_card_by_hand(folder):
+    if not write_card(folder, drafter, facts, results) and results:
         raise ValueError(
             f"{folder / CARD} was written by hand, so the report has no place in it; move it away,"
             " on the Hub too, and publish again, or publish without a report."
@@ -162,13 +161,3 @@ def _prepare(
             " (`--base-model`), its id on the Hub.",
             branch.repo_id,
         )
-    write_card(folder, drafter, facts, results)
-
-
-def bring_card(folder: Path, branch: Branch) -> None:
-    """Fetch the Hub's card: one written by hand stays, and of ours the metadata are kept."""
-    text = branch.card()
-    if text is None or has_card_by_hand(folder):
-        return
-    if is_by_hand(text) or not (folder / CARD).exists():
-        (folder / CARD).write_text(text, encoding="utf-8")

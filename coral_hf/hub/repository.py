@@ -6,7 +6,6 @@ In: a repo id, a branch, a token. Out: the card that is there, a refusal, or a c
 import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from huggingface_hub import (
@@ -17,12 +16,7 @@ from huggingface_hub import (
     ModelInfo,
     hf_hub_download,
 )
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import RepositoryNotFoundError
 from transformers.utils import ADAPTER_CONFIG_NAME
 
 from ..drafters.coral.configuration import CoralConfig
@@ -86,24 +80,20 @@ class Branch(NamedTuple):
 
     def read_text(self, name: str) -> str:
         """Read a small file as it is on the Hub now, whatever the cache holds of it."""
-        with TemporaryDirectory() as fresh:
-            options = {"revision": self.revision, "token": self.token, "cache_dir": fresh}
-            return Path(hf_hub_download(self.repo_id, name, **options)).read_text(encoding="utf-8")
+        options = {"revision": self.revision, "token": self.token, "force_download": True}
+        return Path(hf_hub_download(self.repo_id, name, **options)).read_text(encoding="utf-8")
 
     def card(self) -> str | None:
-        """Read the card of the branch, of `main` where there is no branch yet; None without one.
+        """Read the card of the branch, of `main` where the branch has none; None without one.
 
         Raises:
-            LocalEntryNotFoundError: if the Hub does not answer; there may be a card.
+            HfHubHTTPError: if the Hub does not answer; there may be a card.
         """
-        try:
-            return self.read_text(CARD)
-        except LocalEntryNotFoundError:
-            raise
-        except RevisionNotFoundError:
-            return None if self.revision is None else self._replace(revision=None).card()
-        except (RepositoryNotFoundError, EntryNotFoundError):
-            return None
+        api = HfApi(token=self.token)
+        for revision in (self.revision, None):
+            if api.file_exists(self.repo_id, CARD, revision=revision):
+                return self._replace(revision=revision).read_text(CARD)
+        return None
 
     def upload(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
-from ..checkpoints import check_tensors, from_eagle, read_config, source_folder
+from ..checkpoints import check_tensors, config_folder, from_eagle, read_config
 from ..drafters.coral.configuration import CoralConfig
 from ..drafters.coral.modeling import CoralDrafter
 from ..identity import tokenizer_hash
@@ -61,11 +61,10 @@ def warm_start(
         return from_drafter(target, source, tokenizer)
     if str(source) == LAYER:
         return from_layer(target)
-    folder = source_folder(source)
-    if read_config(folder).get("model_type") == CoralConfig.model_type:
-        other = CoralDrafter.from_pretrained(folder, dtype=torch.float32)
+    if read_config(config_folder(source)).get("model_type") == CoralConfig.model_type:
+        other = CoralDrafter.from_pretrained(source, dtype=torch.float32)
         return from_drafter(target, other, tokenizer)
-    return from_eagle(target, folder, dtype=torch.float32).train()
+    return from_eagle(target, source, dtype=torch.float32).train()
 
 
 def from_drafter(
