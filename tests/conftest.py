@@ -62,6 +62,13 @@ WINDOW = 8
 SHARED = Path(os.environ.get("CORAL_HF_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+def pytest_configure(config):
+    """Give each of several test processes one core, and the programs that it starts."""
+    if hasattr(config, "workerinput"):
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+
+
 class Invoked(NamedTuple):
     """What became of a command."""
 
