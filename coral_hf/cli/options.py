@@ -111,9 +111,10 @@ class MeasuredOptions(TargetOptions, PromptOptions):
     def show(self, report) -> None:
         """Write a report and print its tables."""
         from rich.console import Console
+        from rich.markdown import Markdown
 
         report.write(self.output)
-        Console().print(*(table.to_rich() for table in report.tables))
+        Console().print(*(Markdown(table.to_markdown()) for table in report.tables))
 
 
 def load_drafter(name: str, target):

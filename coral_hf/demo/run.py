@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.text import Text
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -70,7 +71,7 @@ def run_demo(settings: DemoSettings | None = None, console: Console | None = Non
         report.write(settings.output / f"{num_layers}-layers")
         padding = f"{report.environment.num_padded_layers} of them padding"
         console.rule(f"A target of {num_layers} layers, {padding}")
-        console.print(report.tables[0].to_rich())
+        console.print(Markdown(report.tables[0].to_markdown()))
     console.print(f"The drafter, reports and plots are in {settings.output}.", soft_wrap=True)
     return reports
 

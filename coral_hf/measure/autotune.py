@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..decoding.settings import TREE_DEFAULTS
 from ..target import tree_obstacle
 from .calls import ROUND_STAGES, Bench, Call, sampling_arguments
-from .prompts import as_batch
+from .prompts import Prompt, encode, left_padded
 
 CANDIDATES = {
     "tree_nodes": (8, 16, 32, 60, 100),
@@ -107,7 +107,7 @@ def _encode(prompt: Tensor | str, tokenizer: PreTrainedTokenizerBase | None) -> 
         return prompt
     if tokenizer is None:
         raise ValueError("`prompts` has texts, but `tokenizer` is None; give the target's.")
-    return tokenizer(prompt, return_tensors="pt").input_ids
+    return encode(Prompt("prompt", "0", text=prompt), tokenizer)
 
 
 def search(start: Tree, trials: Sequence[Trial]) -> Iterator[Tree]:
@@ -149,7 +149,7 @@ def compare(
     common = sampling_arguments(0.0, num_tokens) | {"assistant_model": drafter}
     plain, drafted = {"speculation": "never"}, {"speculation": "always", **tree}
     bench = Bench(target, {"plain": common | plain, "tree": common | drafted})
-    calls = bench.compare(as_batch(ids))
+    calls = bench.compare(left_padded(ids, 0))
     alone, call = (next(c for c in calls if c.method == method) for method in bench.methods)
     if not call.num_rounds:
         raise ValueError(

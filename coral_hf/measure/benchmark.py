@@ -8,40 +8,36 @@ latter with a small model of the target's vocabulary.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, zip_longest
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..decoding.settings import DECODING_KEYWORDS
-from ..target import max_positions, text_config
 from .calls import Arguments, Bench, Call, sampling_arguments
-from .plots import acceptance_figure, speedup_figure
-from .prompts import Prompt, as_batch, encode
-from .report import Environment, Report, describe_environment, tabulate
+from .plots import acceptance_figure, speed_figure
+from .prompts import Prompt, encode, left_padded, room_for_prompt
+from .report import Report, describe_environment, tabulate
 from .settings import BenchmarkSettings
 from .summary import accepted_depths, summarise_tasks
 
 logger = logging.getLogger(__name__)
 
-SPEED = {
-    "tokens/s": "{0.tokens_per_second:.1f}",
-    "speed-up": "{0.speedup:.2f}x",
-    "decoding alone": "{0.decoding_speedup:.2f}",
-}
-ENDS = {"GPU peak, MiB": "{0.peak_mebibytes:.0f}", "exact match": "{0.exact_match:.1%}"}
-RESULTS = {
-    "task": "{0.task}",
+COLUMNS = {
     "method": "{0.method}",
     "items": "{0.num_items}",
     "tau / token": "{0.tau_per_token:.2f}",
     "tau / item": "{0.tau_per_item:.2f}",
-    **SPEED,
+    "tokens/s": "{0.tokens_per_second:.1f}",
+    "speed-up": "{0.speedup:.2f}x",
+    "decoding alone": "{0.decoding_speedup:.2f}",
     "speed-up / tau": "{0.speedup_per_tau:.2f}",
     "draft + verify + other, ms a round": "{0.round_stages}",
-    **ENDS,
+    "GPU peak, MiB": "{0.peak_mebibytes:.0f}",
+    "exact match": "{0.exact_match:.1%}",
 }
 DEPTHS = {
     "method": "{0.method}",
@@ -58,8 +54,9 @@ MISMATCHES = {
     "top-2 logit gap there": "{0.top2_gap:.3g}",
 }
 LEGEND = """\
-tau: tokens for each target pass after the first, which is the prefill; by token (all tokens / all
-passes) and by item (mean of the items' ratios). Speed-up: seconds per token of plain `generate` /
+Items are turns of prompts, or batches. Tau: tokens of a row for each target pass that it took part
+in after the first, the prefill; by token (all tokens / all passes) and by item (mean of the items'
+ratios). Rounds: passes over all unfinished rows. Speed-up: seconds per token of plain `generate` /
 of the method, prefill included, the median over items. Speed-up / tau: what drafting and wider
 passes leave of tau. Exact match: answers whose tokens are all those of plain `generate`; a gap of
 about the dtype's rounding is a tie that fell the other way.
@@ -108,7 +105,7 @@ def run_benchmark(
     settings = settings or BenchmarkSettings()
     drafting = {"speculation": settings.speculation, **settings.drafting()}
     # a bigram table has no heads to choose from
-    headless = {name: value for name, value in drafting.items() if name in DECODING_KEYWORDS}
+    headless = {name: value for name, value in drafting.items() if name != "draft_head"}
     own: dict[str, Arguments] = {
         "plain": {},
         "coral": {"assistant_model": drafter, **drafting},
@@ -137,7 +134,7 @@ class Measured(NamedTuple):
 
 
 def benchmark_report(
-    settings: BenchmarkSettings, environment: Environment, measured: Measured
+    settings: BenchmarkSettings, environment: SimpleNamespace, measured: Measured
 ) -> Report:
     """Tabulate results by task and method, acceptance by depth, and mismatches if there are any."""
     calls, mismatches, skipped = measured
@@ -146,14 +143,14 @@ def benchmark_report(
     if skipped:
         legend += f"\nLonger than the target's context: {', '.join(skipped)}.\n"
     tables = [
-        tabulate("Results", RESULTS, rows, legend),
+        tabulate("Results", {"task": "{0.task}", **COLUMNS}, rows, legend),
         tabulate("Acceptance by depth", DEPTHS, depths),
         tabulate("Answers that differ from the target's own", MISMATCHES, mismatches),
     ]
     numbers = {"rows": rows, "acceptance": depths, "mismatches": mismatches, "skipped": skipped}
     figures: dict[str, Callable] = {
-        "acceptance": lambda: acceptance_figure(depths, environment.title),
-        "speedup": lambda: speedup_figure(rows, environment.title),
+        "acceptance": partial(acceptance_figure, depths),
+        "speedup": partial(speed_figure, rows, "task", "speedup", ylabel="speed-up, median"),
     }
     shown = [table for table in tables if table.rows]
     return Report(settings, environment, calls, numbers, shown, figures)
@@ -168,8 +165,7 @@ def measure_prompts(
         ValueError: if no prompt fits the target's context.
     """
     target = bench.target
-    context = max_positions(text_config(target)) or float("inf")
-    room = context - bench.methods["plain"]["max_new_tokens"]
+    room = room_for_prompt(target, bench.methods["plain"]["max_new_tokens"])
 
     def ids_of(prompt: Prompt) -> Tensor:  # (1, length)
         return encode(prompt, tokenizer).to(target.device)
@@ -180,7 +176,7 @@ def measure_prompts(
             f"none of the {len(prompts)} `prompts` fits the target's context; give a shorter one."
         )
     skipped = [f"{prompt.task}/{prompt.id}" for prompt in prompts if prompt not in fitting]
-    bench.warm_up([as_batch(ids_of(prompt)) for prompt in fitting[: bench.warmup]])
+    bench.warm_up([left_padded(ids_of(prompt), 0) for prompt in fitting[: bench.warmup]])
     measured = Measured([], [], skipped)
     items = count()
     for number, start in enumerate(fitting, start=1):
@@ -190,7 +186,7 @@ def measure_prompts(
             if ids.shape[1] > room:
                 break
             labels = {"task": prompt.task, "prompt": prompt.id, "turn": turn}
-            calls = bench.compare(as_batch(ids), next(items), **labels)
+            calls = bench.compare(left_padded(ids, 0), next(items), **labels)
             plain = next(call.tokens[0] for call in calls if call.method == "plain")
             measured.calls.extend(calls)
             measured.mismatches.extend(mismatches_of(target, ids, plain, calls))

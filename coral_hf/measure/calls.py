@@ -110,21 +110,17 @@ class Bench(NamedTuple):
         for repeat in range(self.repeats):
             first = (item + repeat) % len(names)
             for name in names[first:] + names[:first]:
-                call = self.call(name, batch, self.seed + repeat)
-                calls.append(replace(call, item=item, repeat=repeat, **labels))
+                # transformers samples from the global generator
+                with seeded(self.seed + repeat, self.target.device):
+                    call = call_generate(self.target, batch, self.methods[name])
+                calls.append(replace(call, method=name, item=item, repeat=repeat, **labels))
         expected = next(call for call in calls if call.method == "plain")
         return [replace(call, num_equal_rows=equal_rows(expected, call)) for call in calls]
-
-    def call(self, method: str, batch: Batch, seed: int) -> Call:
-        """Call one method; transformers samples from the global generator, which is restored."""
-        with seeded(seed, self.target.device):
-            return replace(call_generate(self.target, batch, self.methods[method]), method=method)
 
     def warm_up(self, batches: Sequence[Batch]) -> None:
         """Call every method on the first batches untimed, until allocators and kernels are warm."""
         for number in range(self.warmup):
-            for method in self.methods:
-                self.call(method, batches[number % len(batches)], self.seed)
+            self._replace(repeats=1).compare(batches[number % len(batches)])
 
 
 def equal_rows(expected: Call, call: Call) -> int | None:

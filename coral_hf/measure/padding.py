@@ -6,6 +6,7 @@ weights: reading them is what makes a deep target expensive.
 """
 
 from copy import deepcopy
+from itertools import takewhile
 
 import torch
 from torch import nn
@@ -40,13 +41,9 @@ def pad_target(target: PreTrainedModel, num_layers: int) -> PreTrainedModel:
 
 def num_padded_layers(target: PreTrainedModel) -> int:
     """Count the last layers of a target that add nothing."""
-    count = 0
-    for layer in reversed(decoder_layers(target)):
-        writers = writing_parameters(layer)
-        if not writers or any(parameter.any() for parameter in writers):
-            break
-        count += 1
-    return count
+    writers = map(writing_parameters, reversed(decoder_layers(target)))
+    silent = takewhile(lambda own: own and not any(one.any() for one in own), writers)
+    return len(list(silent))
 
 
 def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:

@@ -4,12 +4,13 @@ In: named series of numbers. Out: figures, saved as PNG. matplotlib is imported 
 drawn, and needs no display.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from pandas import DataFrame
 
 from .calls import ROUND_STAGES
 from .summary import AcceptedDepth, Row
@@ -17,7 +18,6 @@ from .summary import AcceptedDepth, Row
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from pandas import DataFrame
 
 # of the Okabe-Ito palette, distinguishable for colour-blind readers and in grey
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
@@ -25,8 +25,6 @@ PLAIN = COLOURS[-1]
 BAR_ROOM = 0.8  # of the distance between two groups of bars
 
 READABLE = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none"}  # text on any colour
-
-Bars = Mapping[str, Mapping[Any, float]]  # series → group → height
 
 
 class Line(NamedTuple):
@@ -69,27 +67,28 @@ def save(figure: "Figure", path: str | Path) -> Path:
     return path
 
 
-def bar_figure(
-    bars: Bars, text: Callable[[str, Any], str] = lambda name, group: "", **labels: Any
-) -> "Figure":
-    """Draw bars side by side, in each group one of each series.
+def bar_figure(heights: DataFrame, stacked: bool = False, **labels: Any) -> "Figure":
+    """Draw bars side by side or stacked, in each group one of each series.
 
     Args:
-        text: gives what is written above the bar of a series and group.
-        labels: `title`, `xlabel`, `ylabel`.
+        heights: (groups, series).
+        labels: `xlabel`, `ylabel`.
     """
-    groups = list(dict.fromkeys(group for heights in bars.values() for group in heights))
-    figure, (axes,) = new_figure(width=max(5.0, 1.2 * len(groups)))
-    width, colours = BAR_ROOM / max(len(bars), 1), cycle(COLOURS[:-1])
-    for index, (name, heights) in enumerate(bars.items()):
-        colour = PLAIN if name == "plain" else next(colours)
-        x = [groups.index(group) + (index - (len(bars) - 1) / 2) * width for group in heights]
-        drawn = axes.bar(x, list(heights.values()), width, color=colour, label=name)
-        axes.bar_label(drawn, [text(name, group) for group in heights], fontsize=8)
+    figure, (axes,) = new_figure(width=max(5.0, 1.2 * len(heights)))
+    own = cycle(COLOURS[:-1])
+    colours = [PLAIN if name == "plain" else next(own) for name in heights]
+    if not heights.empty:
+        heights.plot.bar(ax=axes, stacked=stacked, width=BAR_ROOM, color=colours, rot=0)
+    axes.grid(axis="y", linewidth=0.5, alpha=0.5)  # which pandas turns off
     axes.set(**labels)
-    axes.set_xticks(range(len(groups)), [str(group) for group in groups])
     add_legend(axes)
     return figure
+
+
+def bars_of(rows: Sequence[Any], group: str, height: str) -> DataFrame:
+    """Arrange the bars of each method, (groups, methods); the names are fields of the rows."""
+    lines = DataFrame(rows, columns=["method", group, height])
+    return lines.pivot_table(height, group, "method", sort=False)
 
 
 def line_figure(lines: Sequence[Line], **labels: str) -> "Figure":
@@ -109,68 +108,45 @@ def draw_lines(axes: "Axes", lines: Iterable[Line]) -> None:
     add_legend(axes)
 
 
-def bars_of(rows: Iterable[Any], group: str, height: str) -> dict[str, dict[Any, float]]:
-    """Collect the bars of each method; `group` and `height` are fields of the rows."""
-    bars: dict[str, dict[Any, float]] = {}
-    for row in rows:
-        bars.setdefault(row.method, {})[vars(row)[group]] = vars(row)[height]
-    return bars
-
-
-def acceptance_figure(depths: Sequence[AcceptedDepth], title: str) -> "Figure":
+def acceptance_figure(depths: Sequence[AcceptedDepth]) -> "Figure":
     """Draw the share of rounds that accept a node at a depth; as dots, of those that reach it."""
-    labels: dict[str, Any] = {"title": title, "xlabel": "depth in the tree"}
-    labels |= {"ylabel": "rounds that accept a node", "ylim": (0, 1.05)}
-    figure = bar_figure(bars_of(depths, "depth", "share"), **labels)
+    figure = bar_figure(bars_of(depths, "depth", "share"), xlabel="depth in the tree")
     (axes,) = figure.axes
+    axes.set(ylabel="rounds that accept a node", ylim=(0, 1.05))
     axes.yaxis.set_major_formatter("{x:.0%}")
     dots = bars_of(depths, "depth", "share_given_parent")
     for bars, (method, heights) in zip(axes.containers, dots.items(), strict=True):
         x, colour = [bar.get_center()[0] for bar in bars], bars[0].get_facecolor()
         label = f"{method}, of those whose parent was accepted"
-        axes.plot(x, list(heights.values()), "o", color=colour, mec="black", label=label)
+        axes.plot(x, heights, "o", color=colour, mec="black", label=label)
     add_legend(axes)
     return figure
 
 
-def speedup_figure(rows: Sequence[Row], title: str) -> "Figure":
-    """Draw the median speed-up of each method over plain `generate`, by task."""
-    bars = bars_of((row for row in rows if row.method != "plain"), "task", "speedup")
-    labels = {"title": title, "ylabel": "speed-up, median over prompts"}
-    figure = bar_figure(bars, lambda name, task: f"{bars[name][task]:.2f}", **labels)
-    figure.axes[0].axhline(1.0, color=PLAIN, linewidth=1, label="plain")
-    add_legend(figure.axes[0])
+def speed_figure(rows: Sequence[Row], group: str, height: str, **labels: Any) -> "Figure":
+    """Draw the speed of each method by group, with its median speed-up over plain `generate`."""
+    figure = bar_figure(bars_of(rows, group, height), **labels)
+    axes: Any = figure.axes[0]
+    speedups = bars_of(rows, group, "speedup").items()
+    for bars, (method, values) in zip(axes.containers, speedups, strict=True):
+        if method != "plain":
+            axes.bar_label(bars, [f"{value:.2f}x" for value in values], fontsize=8)
     return figure
 
 
-def batch_figure(rows: Sequence[Row], title: str) -> "Figure":
-    """Draw tokens per second of both methods by batch size, the drafter's with its speed-up."""
-    speedups = bars_of(rows, "batch_size", "speedup")
-    labels = {"title": title, "xlabel": "batch size", "ylabel": "tokens/s of all rows"}
-    return bar_figure(
-        bars_of(rows, "batch_size", "tokens_per_second"),
-        lambda name, size: "" if name == "plain" else f"{speedups[name][size]:.2f}x",
-        **labels,
-    )
-
-
-def context_figure(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":
+def context_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     """Draw the stages of a round by context as stacked bars, and a plain token as dots."""
-    figure, (axes,) = new_figure(width=max(5.0, 1.2 * len(rows)))
-    x, bottoms = range(len(rows)), [0.0] * len(rows)
-    for stage, colour in zip(ROUND_STAGES, COLOURS, strict=False):
-        own = [row[f"{stage}_milliseconds"] for row in rows]
-        axes.bar(x, own, BAR_ROOM / 2, bottom=bottoms, color=colour, label=stage)
-        bottoms = [bottom + height for bottom, height in zip(bottoms, own, strict=True)]
-    plain = [row["plain_milliseconds"] for row in rows]
-    axes.plot(x, plain, "o", color=PLAIN, mec="black", label="a plain token")
-    axes.set(title=title, xlabel="context, tokens", ylabel="ms a round")
-    axes.set_xticks(x, [str(row["context"]) for row in rows])
+    lines = DataFrame(rows).set_index("context")
+    stages = DataFrame({stage: lines[f"{stage}_milliseconds"] for stage in ROUND_STAGES})
+    figure = bar_figure(stages, stacked=True, xlabel="context, tokens", ylabel="ms a round")
+    (axes,) = figure.axes
+    plain = lines["plain_milliseconds"]
+    axes.plot(range(len(plain)), plain, "o", color=PLAIN, mec="black", label="a plain token")
     add_legend(axes)
     return figure
 
 
-def heat_maps(maps: Mapping[str, "DataFrame"]) -> "Figure":
+def heat_maps(maps: Mapping[str, DataFrame]) -> "Figure":
     """Draw a heat map for each title; the lightest cell is the best, the last map's the smallest.
 
     The index and columns of a table, (shares, groups), become its axes.

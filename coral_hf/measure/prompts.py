@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..target import max_positions, text_config
 
 Message = dict[str, str]
 Row = dict[str, Any]
@@ -90,8 +92,8 @@ def prompt_from_row(row: Row, index: int, path: Path, user_turn: int = -1) -> Pr
     """Make a prompt of a row, whose format follows from the field that holds the question."""
     if "turns" in row:
         first, *later = row["turns"]
-        task, id_ = question_task(row, path), row.get("question_id", index)
-        return Prompt(task, str(id_), (user_message(first),), turns=tuple(later))
+        id_ = str(row.get("question_id", index))
+        return Prompt(question_task(row, path), id_, (user_message(first),), turns=tuple(later))
     if "messages" in row:
         asked = tuple(asked_messages(row["messages"], user_turn))
         return Prompt(file_task(path), str(row.get("id", index)), asked)
@@ -157,11 +159,6 @@ def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return torch.cat([torch.tensor([[bos]]), ids], dim=1)
 
 
-def as_batch(ids: Tensor) -> dict[str, Tensor]:
-    """Make `input_ids` and `attention_mask` of one prompt (1, length), both (1, length)."""
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
 def left_padded(
     prompts: Sequence[Sequence[int] | Tensor],
     pad_token: int,
@@ -173,3 +170,8 @@ def left_padded(
     ones = [torch.ones_like(row) for row in rows]
     mask = pad_sequence(ones, batch_first=True, padding_side="left")
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def room_for_prompt(target: PreTrainedModel, max_new_tokens: int) -> float:
+    """Return how many tokens a prompt may have; infinity where the target names no limit."""
+    return (max_positions(text_config(target)) or float("inf")) - max_new_tokens

@@ -1,7 +1,7 @@
 """Reports of measurements: settings, environment, calls, tables and plots.
 
-In: settings, the environment, calls. Out: JSON, Markdown, terminal tables, PNG. Every number is
-computed from the calls.
+In: settings, the environment, calls. Out: JSON, Markdown, PNG. Every number is computed from the
+calls.
 """
 
 import json
@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from string import Formatter
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import transformers
 from transformers import PreTrainedModel
 
 from ..atomic import write_text
@@ -27,15 +27,13 @@ from ..identity import weights_digest
 from .calls import Call
 from .padding import num_padded_layers
 from .plots import save
-from .summary import OVERALL
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table as RichTable
 
 
 class Table(NamedTuple):
-    """A header and lines of as many cells, for Markdown and the terminal."""
+    """A header and lines of as many cells."""
 
     title: str
     header: Sequence[str]
@@ -43,23 +41,13 @@ class Table(NamedTuple):
     legend: str = ""
 
     def to_markdown(self) -> str:
-        """Return the heading, the table and the legend."""
+        """Return the heading, the table, its columns behind the second to the right, the legend."""
         heading = f"## {self.title}\n\n" if self.title else ""
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
-        escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
-        body = "".join(f"| {' | '.join(line)} |\n" for line in escaped)
+        sides = ["---" if index < 2 else "--:" for index in range(len(self.header))]
+        escaped = ([cell.replace("|", "\\|") for cell in line] for line in self.rows)
+        lines = [self.header, sides, *escaped]
+        body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
         return f"{heading}{body}" + (f"\n{self.legend}" if self.legend else "")
-
-    def to_rich(self) -> "RichTable":
-        """Return a table for the terminal, numbers to the right."""
-        from rich.table import Table as RichTable
-
-        table = RichTable(title=self.title)
-        for index, name in enumerate(self.header):
-            table.add_column(name, justify="left" if index < 2 else "right")
-        for cells in self.rows:
-            table.add_row(*cells, style="bold" if cells[0] == OVERALL else None)
-        return table
 
 
 class _Dashes(Formatter):
@@ -80,53 +68,29 @@ def tabulate(
     return Table(title, [*columns], cells, legend)
 
 
-@dataclass(frozen=True)
-class Environment:
-    """The machine, the libraries and the models of a measurement."""
-
-    hardware: str
-    num_cores: int
-    num_threads: int  # of torch
-    device: str
-    dtype: str
-    versions: dict[str, str]
-    target: str
-    num_target_layers: int
-    num_padded_layers: int  # layers that add nothing: depth without function, see `pad_target`
-    drafter: str | None
-    num_drafter_parameters: int | None
-    drafter_digest: str | None  # of its weights, whatever their dtype
-    assistant: str | None
-    process_peak_mebibytes: int  # of main memory, all models and methods together
-    command: str
-
-    @property
-    def title(self) -> str:
-        """The names of drafter and target."""
-        return f"{self.drafter or 'No drafter'} for {self.target}"
-
-
 def describe_environment(
     target: PreTrainedModel,
     drafter: PreTrainedModel | None = None,
     assistant: PreTrainedModel | None = None,
-) -> Environment:
+) -> SimpleNamespace:
     """Describe the machine, the libraries and the models, after all calls for the memory peak."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return Environment(
+    libraries = {name: version(name) for name in ("coral_hf", "transformers", "torch")}
+    return SimpleNamespace(
         hardware=hardware_name(target.device),
         num_cores=os.cpu_count() or 1,
         num_threads=torch.get_num_threads(),
         device=str(target.device),
         dtype=str(target.dtype).removeprefix("torch."),
-        versions=versions(),
+        versions=libraries | {"python": platform.python_version()},
         target=model_name(target),
         num_target_layers=target.config.get_text_config().num_hidden_layers,
-        num_padded_layers=num_padded_layers(target),
+        num_padded_layers=num_padded_layers(target),  # depth without function, see `pad_target`
         drafter=drafter and model_name(drafter),
         num_drafter_parameters=drafter and drafter.num_parameters(),
         drafter_digest=drafter and weights_digest(drafter),
         assistant=assistant and model_name(assistant),
+        # of main memory, all models and methods together
         process_peak_mebibytes=peak // (2**20 if sys.platform == "darwin" else 2**10),
         command=command_line(),
     )
@@ -153,17 +117,6 @@ def _without_folders(word: str) -> str:
     return f"{option}{equals}{Path(value).name if is_path else value}"
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of all libraries that influence speed."""
-
-    return {
-        "coral_hf": version("coral_hf"),
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def model_name(model: PreTrainedModel) -> str:
     """Return a model's Hub id, or the last part of its folder: reports are published."""
     name = model.config.name_or_path
@@ -181,29 +134,35 @@ class Report:
     """
 
     settings: Any  # a dataclass of `settings`
-    environment: Environment
+    environment: SimpleNamespace  # of `describe_environment`
     calls: list[Call]
     numbers: dict[str, Any]  # computed from the calls
     tables: list[Table]
     figures: Mapping[str, Callable[[], "Figure"]]  # by file name, drawn when they are written
 
+    @property
+    def title(self) -> str:
+        """The names of drafter and target."""
+        return f"{self.environment.drafter or 'No drafter'} for {self.environment.target}"
+
     def to_json(self) -> str:
         """Return settings, environment, calls, and the numbers that are computed from the calls."""
-        parts = self.numbers | {"settings": self.settings, "environment": self.environment}
+        parts = self.numbers | {"settings": self.settings, "environment": vars(self.environment)}
         calls = {"calls": [call.to_dict() for call in self.calls]}
         return json.dumps(parts | calls, indent=1, ensure_ascii=False, default=_as_json)
 
     def to_markdown(self) -> str:
         """Return every table with its legend, environment and settings."""
-        versions = ", ".join(map(" ".join, self.environment.versions.items()))
-        shown = {"versions": versions, "command": f"`{self.environment.command}`"}
-        facts = {"Environment": asdict(self.environment) | shown, "Settings": asdict(self.settings)}
+        environment = vars(self.environment)
+        libraries = ", ".join(map(" ".join, environment["versions"].items()))
+        shown = {"versions": libraries, "command": f"`{environment['command']}`"}
+        facts = {"Environment": environment | shown, "Settings": asdict(self.settings)}
         tables = list(self.tables)
         for title, part in facts.items():
             cells = [(name, str(value)) for name, value in part.items() if value not in (None, [])]
             tables.append(Table(title, ("name", "value"), cells))
         parts = [table.to_markdown() for table in tables]
-        return "\n".join([f"# {self.environment.title}\n", *parts])
+        return "\n".join([f"# {self.title}\n", *parts])
 
     def write(self, folder: str | Path) -> None:
         """Write report.json, report.md and the plots."""
@@ -212,7 +171,9 @@ class Report:
         write_text(folder / "report.json", self.to_json() + "\n")
         write_text(folder / "report.md", self.to_markdown())
         for name, draw in self.figures.items():
-            save(draw(), folder / f"{name}.png")
+            figure = draw()
+            figure.suptitle(self.title)
+            save(figure, folder / f"{name}.png")
 
 
 def _as_json(value: Any) -> Any:

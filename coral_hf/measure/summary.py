@@ -9,16 +9,17 @@ depth.
     accepted                      2            0        1       depth 1: 2 of 3, depth 2: 1 of 3
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
-from statistics import fmean, median
-from typing import Literal
+from math import isnan
+from statistics import fmean
+from typing import Any, Literal
+
+from pandas import DataFrame, Series
 
 from .calls import Call
 
 OVERALL = "overall"
-Cost = Callable[[Call], float | None]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Row:
     tau_per_item: float | None  # mean of that ratio over calls
     rounds_per_second: float | None  # passes of the target, without the prefill
     tokens_per_second: float  # all tokens / all seconds, prefill included
-    speedup: float  # median over items of plain's seconds per token / the method's
+    speedup: float | None  # median over items of plain's seconds per token / the method's
     decoding_speedup: float | None  # the same without the prefill and its tokens
     speedup_per_tau: float | None  # the share of tau that drafting and wider passes leave
     stage_milliseconds: dict[str, float]  # "prefill" a call; "draft", "verify", "other" a round
@@ -65,27 +66,30 @@ def summarise_tasks(calls: Sequence[Call]) -> list[Row]:
 
 def summarise(calls: Sequence[Call], group: Literal["task", "num_rows"]) -> list[Row]:
     """Summarise calls by group in their order, and in each group by method, plain first."""
-    name = attrgetter(group)
-    groups = (
-        by_method(call for call in calls if name(call) == value)
-        for value in dict.fromkeys(map(name, calls))
-    )
-    return [summarise_method(method, own) for own in groups for method in own]
+    plain_first = sorted(calls, key=lambda call: call.method != "plain")
+    groups = [grouped(own, "method") for own in grouped(plain_first, group).values()]
+    return [summarise_method(own, group["plain"]) for group in groups for own in group.values()]
 
 
-def summarise_method(method: str, calls: dict[str, list[Call]]) -> Row:
-    """Summarise one method; `calls` are those of a group by method."""
-    own, plain = calls[method], calls["plain"]
+def grouped(calls: Iterable[Call], name: str) -> dict[Any, list[Call]]:
+    """Group calls by a field or property, in the order of their first."""
+    groups: dict[Any, list[Call]] = {}
+    for call in calls:
+        groups.setdefault(getattr(call, name), []).append(call)
+    return groups
+
+
+def summarise_method(own: Sequence[Call], plain: Sequence[Call]) -> Row:
+    """Summarise the calls of one method in a group, beside those of plain `generate`."""
     tau = tau_per_token(call.round_lengths for call in own)
-    speedup = median(ratios(plain, own, lambda call: call.seconds_per_token))
-    decoding = ratios(plain, own, lambda call: call.decoding_seconds_per_token)
+    speedup = median_ratio(plain, own, "seconds_per_token")
     seconds = sum(call.round_seconds for call in own if "prefill" in call.stage_seconds)
     rounds = sum(call.num_rounds for call in own)
     equal = [call.num_equal_rows for call in own if call.num_equal_rows is not None]
     return Row(
         task=own[0].task,
         batch_size=own[0].num_rows,
-        method=method,
+        method=own[0].method,
         num_items=len({call.item for call in own}),
         num_tokens=sum(call.num_tokens for call in own if call.repeat == 0),
         tau_per_token=tau,
@@ -93,19 +97,12 @@ def summarise_method(method: str, calls: dict[str, list[Call]]) -> Row:
         rounds_per_second=rounds / seconds if rounds and seconds else None,
         tokens_per_second=sum(call.num_tokens for call in own) / sum(c.seconds for c in own),
         speedup=speedup,
-        decoding_speedup=median(decoding) if decoding else None,
-        speedup_per_tau=None if tau is None else speedup / tau,
+        decoding_speedup=median_ratio(plain, own, "decoding_seconds_per_token"),
+        speedup_per_tau=speedup / tau if speedup and tau else None,
         stage_milliseconds=stage_milliseconds(own),
         peak_mebibytes=peak_mebibytes(own),
         exact_match=sum(equal) / sum(call.num_rows for call in own) if equal else None,
     )
-
-
-def by_method(calls: Iterable[Call]) -> dict[str, list[Call]]:
-    """Group calls by method, plain first."""
-    calls = sorted(calls, key=lambda call: call.method != "plain")
-    names = dict.fromkeys(call.method for call in calls)
-    return {name: [call for call in calls if call.method == name] for name in names}
 
 
 def tau_per_token(round_lengths: Iterable[Sequence[int]]) -> float | None:
@@ -120,31 +117,28 @@ def tau_per_item(round_lengths: Iterable[Sequence[int]]) -> float | None:
     return fmean(taus) if taus else None
 
 
-def ratios(plain: Sequence[Call], calls: Sequence[Call], cost: Cost) -> list[float]:
-    """Divide plain's cost of each item by the method's, each the median of its repeats."""
-    expected, found = cost_by_item(plain, cost), cost_by_item(calls, cost)
-    return [expected[item] / found[item] for item in found if item in expected]
+def median_ratio(plain: Sequence[Call], own: Sequence[Call], cost: str) -> float | None:
+    """Divide plain's cost of each item by the method's, each the median of its repeats.
 
-
-def cost_by_item(calls: Sequence[Call], cost: Cost) -> dict[int, float]:
-    """Return the median cost of each item over its repeats."""
-    items: dict[int, list[float]] = {}
-    for call in calls:
-        if (value := cost(call)) is not None:
-            items.setdefault(call.item, []).append(value)
-    return {item: median(values) for item, values in items.items()}
+    Returns:
+        the median over items; None where no call has that cost, a property of `Call`.
+    """
+    expected, found = (
+        Series([getattr(call, cost) for call in calls], [call.item for call in calls], dtype=float)
+        .groupby(level=0)
+        .median()
+        for calls in (plain, own)
+    )
+    ratio = (expected / found).median()
+    return None if isnan(ratio) else ratio
 
 
 def stage_milliseconds(calls: Sequence[Call]) -> dict[str, float]:
     """Average the time of the prefill in a call, and of each other stage in a round."""
+    sums = DataFrame([call.stage_seconds for call in calls]).sum()
     num_rounds = sum(call.num_rounds for call in calls)
-    stages = dict.fromkeys(stage for call in calls for stage in call.stage_seconds)
-    counts = {stage: len(calls) if stage == "prefill" else num_rounds for stage in stages}
-    return {
-        stage: 1000 * sum(call.stage_seconds[stage] for call in calls) / count
-        for stage, count in counts.items()
-        if count
-    }
+    counts = {stage: len(calls) if stage == "prefill" else num_rounds for stage in sums.index}
+    return {stage: 1000 * sums[stage] / count for stage, count in counts.items() if count}
 
 
 def peak_mebibytes(calls: Iterable[Call]) -> float | None:
@@ -156,7 +150,7 @@ def peak_mebibytes(calls: Iterable[Call]) -> float | None:
 def accepted_depths(calls: Sequence[Call]) -> list[AcceptedDepth]:
     """Count how deep the rounds of each method accept; one cut short counts by what it emitted."""
     found = []
-    for method, own in by_method(calls).items():
+    for method, own in grouped(calls, "method").items():
         lengths = [length for call in own for length in call.round_lengths]
         # at a depth: the rounds that accepted so many nodes, and emitted one token more
         rounds = [sum(n > depth for n in lengths) for depth in range(max(lengths, default=0))]

@@ -5,36 +5,29 @@ work of a pass; what grows with the context is the cache that each pass reads.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..target import max_positions, text_config
-from .benchmark import ENDS, SPEED
+from ..target import text_config
+from .benchmark import COLUMNS, LEGEND
 from .calls import ROUND_STAGES, Bench, Call, sampling_arguments
-from .plots import batch_figure, context_figure
-from .prompts import Prompt, encode, left_padded
-from .report import Environment, Report, describe_environment, tabulate
+from .plots import context_figure, speed_figure
+from .prompts import Prompt, encode, left_padded, room_for_prompt
+from .report import Report, describe_environment, tabulate
 from .settings import SweepSettings
-from .summary import by_method, peak_mebibytes, summarise, tau_per_token
+from .summary import grouped, peak_mebibytes, summarise, tau_per_token
 
 logger = logging.getLogger(__name__)
 
-BATCHES = {
-    "batch size": "{0.batch_size}",
-    "method": "{0.method}",
-    "batches": "{0.num_items}",
-    "tokens": "{0.num_tokens}",
-    "tau": "{0.tau_per_token:.2f}",
-    "rounds/s": "{0.rounds_per_second:.2f}",
-    **SPEED,
-    **ENDS,
-}
+ROUNDS = {"rounds/s": "{0.rounds_per_second:.2f}"}
+BATCHES = {"batch size": "{0.batch_size}", **COLUMNS, **ROUNDS}
 CONTEXTS = {
     "context": "{0[context]}",
     "plain, ms a token": "{0[plain_milliseconds]:.2f}",
@@ -48,12 +41,6 @@ CONTEXTS = {
     "prefill, coral, ms": "{0[prefill_milliseconds]:.2f}",
     "GPU peak, MiB": "{0[peak_mebibytes]:.0f}",
 }
-BATCH_LEGEND = """\
-tau: tokens of a row for each target pass that it took part in, the prefill left out. Rounds are
-passes of the target over all unfinished rows; rounds/s without the prefill, tokens/s of all rows
-with it. Speed-up: seconds per token of plain `generate` on the same batch / of the method, the
-median over batches. Exact match: rows whose tokens are all those of plain `generate`.
-"""
 CONTEXT_LEGEND = """\
 Medians over repeats, one row, no stop. Break-even: what a round costs in plain tokens, the tau from
 which on drafting pays; tau here is that of a prompt joined from many.
@@ -65,7 +52,8 @@ def summarise_context(calls: Sequence[Call]) -> dict[str, Any]:
 
     All calls have rounds, as no stop token ends them.
     """
-    plain, own = by_method(calls).values()
+    methods = grouped(calls, "method")
+    plain, own = methods["plain"], methods["coral"]
 
     def middle(values: Iterable[float]) -> float:
         return 1000 * median(values)
@@ -114,11 +102,13 @@ def run_sweep(
     # the first id behind the vocabulary never comes, so it ends no answer early
     endless = {"eos_token_id": [text_config(target).vocab_size]}
     calls: list[Call] = []
-    for task, batches in sized_batches(target, tokenizer, prompts, settings):
+    rows = [encode(prompt, tokenizer)[0] for prompt in prompts]  # (length,) each
+    room = room_for_prompt(target, settings.max_new_tokens)
+    for task, batches in list(sized_batches(rows, room, settings)):
         common = greedy | (endless if task == "context" else {})
         methods = {"plain": common, "coral": common | drafting}
         bench = Bench(target, methods, settings.repeats, settings.warmup)
-        padded = [left_padded(rows, pad, target.device) for rows in batches]
+        padded = [left_padded(batch, pad, target.device) for batch in batches]
         bench.warm_up(padded[:1])
         for item, batch in enumerate(padded):
             calls += bench.compare(batch, item, task=task)
@@ -126,40 +116,37 @@ def run_sweep(
     return sweep_report(settings, describe_environment(target, drafter), calls)
 
 
-def sweep_report(settings: SweepSettings, environment: Environment, calls: list[Call]) -> Report:
+def sweep_report(
+    settings: SweepSettings, environment: SimpleNamespace, calls: list[Call]
+) -> Report:
     """Tabulate the numbers by batch size and by context; the task of a call says which."""
-    of_contexts = [call for call in calls if call.task == "context"]
-    batches = summarise([call for call in calls if call.task == "batch"], "num_rows")
-    contexts = [
-        summarise_context([call for call in of_contexts if call.prompt_length == length])
-        for length in dict.fromkeys(call.prompt_length for call in of_contexts)
-    ]
-    tables = [
-        tabulate("By batch size", BATCHES, batches, BATCH_LEGEND),
-        tabulate("By context", CONTEXTS, contexts, CONTEXT_LEGEND),
-    ]
-    numbers: dict[str, list] = {"batches": batches, "contexts": contexts}
-    draws: dict[str, Callable] = {"batches": batch_figure, "contexts": context_figure}
-    figures = {
-        name: partial(draws[name], lines, environment.title)
-        for name, lines in numbers.items()
-        if lines
-    }
-    shown = [table for table in tables if table.rows]
-    return Report(settings, environment, calls, numbers, shown, figures)
+    tasks = grouped(calls, "task")
+    batches = summarise(tasks.get("batch", []), "num_rows")
+    of_contexts = grouped(tasks.get("context", []), "prompt_length").values()
+    contexts = [summarise_context(own) for own in of_contexts]
+    tables, figures = [], dict[str, Callable]()
+    if batches:
+        tables.append(tabulate("By batch size", BATCHES, batches, LEGEND))
+        labels = {"xlabel": "batch size", "ylabel": "tokens/s of all rows"}
+        speed = partial(speed_figure, batches, "batch_size", "tokens_per_second", **labels)
+        figures["batches"] = speed
+    if contexts:
+        tables.append(tabulate("By context", CONTEXTS, contexts, CONTEXT_LEGEND))
+        figures["contexts"] = partial(context_figure, contexts)
+    numbers = {"batches": batches, "contexts": contexts}
+    return Report(settings, environment, calls, numbers, tables, figures)
 
 
 def sized_batches(
-    target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    settings: SweepSettings,
-) -> list[tuple[str, list[list[Tensor]]]]:
-    """Make the batches of each size and context, with their task: ids of shape (length,) each."""
-    rows = [encode(prompt, tokenizer)[0] for prompt in prompts]
-    room = (max_positions(text_config(target)) or float("inf")) - settings.max_new_tokens
+    rows: list[Tensor], room: float, settings: SweepSettings
+) -> Iterator[tuple[str, list[list[Tensor]]]]:
+    """Yield the batches of each size and context, with their task.
+
+    Args:
+        rows: ids of each prompt, (length,), as in the batches.
+        room: tokens that a prompt may have.
+    """
     fitting = [row for row in rows if len(row) <= room]
-    found = []
     for size in settings.batch_sizes:
         if size > len(fitting):
             raise ValueError(
@@ -167,13 +154,12 @@ def sized_batches(
                 " the target's context; give more of them, or a smaller batch."
             )
         starts = range(0, len(fitting) - size + 1, size)
-        found.append(("batch", [fitting[start : start + size] for start in starts]))
+        yield "batch", [fitting[start : start + size] for start in starts]
+    tokens = torch.cat(rows)
     for length in settings.contexts:
         if length > room:
             raise ValueError(
                 f"`contexts` has {length}, but the target's positions leave room for {room}"
                 f" tokens before `max_new_tokens` = {settings.max_new_tokens}."
             )
-        tokens = torch.cat(rows)
-        found.append(("context", [[tokens.repeat(-(-length // len(tokens)))[:length]]]))
-    return found
+        yield "context", [[tokens.repeat(-(-length // len(tokens)))[:length]]]
