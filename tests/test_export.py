@@ -250,10 +250,12 @@ def test_scaled_logits_are_refused_where_an_engine_leaves_them_as_they_are(tmp_p
     granite, gemma2 = (tiny_target(name, torch.float32) for name in ("granite", "gemma2"))
     drafter = make_drafter(granite)
     for engine in ("sglang", "eagle"):
-        with pytest.raises(ValueError, match="scales its logits by 0.5.*export it for vLLM"):
+        with pytest.raises(
+            ValueError, match="only vLLM's drafters scale logits, .* by 0.5.*Serve it with"
+        ):
             export_drafter(drafter, engine, tmp_path / "out", granite)
     drafter = make_drafter(gemma2, fc_bias=True)
-    with pytest.raises(ValueError, match="`fc.bias`.*caps its logits at 30.0.*for SGLang"):
+    with pytest.raises(ValueError, match="`fc.bias`.*only SGLang's drafters cap .* at 30.0"):
         export_drafter(drafter, "vllm", tmp_path / "out", gemma2)
     assert list(tmp_path.iterdir()) == []
 
@@ -269,9 +271,9 @@ LONG |= {"long_factor": [2.0] * 4, "factor": 2.0, "original_max_position_embeddi
         (
             "vllm",
             {"fc_bias": True},
-            "`fc.bias` is not 0, and vLLM's .* export it for SGLang, or tr",
+            "`fc.bias` is not 0, and vLLM's .*SGLang's do.*Serve it with",
         ),
-        ("vllm", {"hidden_act": "gelu"}, "`hidden_act` is 'gelu', and the.*serve it with transf"),
+        ("vllm", {"hidden_act": "gelu"}, "`hidden_act` is 'gelu', and the.*Serve it with transf"),
         ("sglang", {"rope_parameters": LONG}, "rotary embedding .*longrope.* is none of"),
         ("eagle", {"rope_parameters": DYNAMIC}, "rotates with a base of 10000.0.* with 500000.0"),
         ("eagle", {"head_dim": 16}, "`head_dim` is 16, and EAGLE's code takes `hidden_size` /"),

@@ -36,8 +36,6 @@ SIZES = (
 ROTARY = ("default", "linear", "dynamic", "yarn", "llama3")
 # EAGLE's own code rotates with this base whenever its `rope_scaling` is set
 EAGLE_BASE = 10000.0
-USE_TRANSFORMERS = "serve it with transformers: target.generate(..., assistant_model=drafter)"
-HEAD_BIAS = f"the target's LM head has a bias, which engines drop: {USE_TRANSFORMERS}"
 
 
 def engine_config(
@@ -84,43 +82,23 @@ def _rotary_fields(config: CoralConfig, engine: str) -> dict[str, Any]:
         if scaling is not None:
             scaling = {"type": scaling["rope_type"], "factor": float(scaling["factor"])}
         return {"rope_theta": theta, "rope_scaling": scaling}
-    return {
-        "rope_parameters": {**rope, "rope_theta": theta},
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-    }
+    both = {"rope_theta": theta, "rope_scaling": scaling}
+    return {"rope_parameters": {**rope, "rope_theta": theta}, **both}
 
 
 def obstacles(config: CoralConfig, scales: Scales, engine: str, has_fc_bias: bool) -> list[str]:
-    """List why a drafter would predict something else in an engine, each with what to do."""
+    """List why a drafter would predict something else in an engine."""
     found = []
     if engine == "vllm" and has_fc_bias:
-        found.append(
-            "`fc.bias` is not 0, and vLLM's drafters have none: export it for SGLang, or train one"
-            " with fc_bias=False"
-        )
+        found.append("`fc.bias` is not 0, and vLLM's drafters have none (SGLang's do)")
     if engine != "vllm" and scales.logit != 1.0:
-        found.append(
-            f"the target scales its logits by {scales.logit}, which the engine does not do for its"
-            f" drafter: export it for vLLM, or {USE_TRANSFORMERS}"
-        )
+        found.append(f"only vLLM's drafters scale logits, as the target does by {scales.logit}")
     if engine != "sglang" and scales.softcap is not None:
-        found.append(
-            f"the target caps its logits at {scales.softcap}, which the engine does not do for its"
-            f" drafter: export it for SGLang, or {USE_TRANSFORMERS}"
-        )
+        found.append(f"only SGLang's drafters cap logits, as the target does at {scales.softcap}")
     if engine != "eagle" and config.hidden_act != "silu":
-        found.append(
-            f"`hidden_act` is {config.hidden_act!r}, and the engine's drafters know 'silu' only:"
-            f" {USE_TRANSFORMERS}"
-        )
-    return found + _rotary_obstacles(config, engine)
-
-
-def _rotary_obstacles(config: CoralConfig, engine: str) -> list[str]:
+        found.append(f"`hidden_act` is {config.hidden_act!r}, and the engine's is 'silu'")
     assert config.rope_parameters, "the config fills them in"
-    rope, found = config.rope_parameters, []
-    kinds = ROTARY[:3] if engine == "eagle" else ROTARY
+    rope, kinds = config.rope_parameters, ROTARY[:3] if engine == "eagle" else ROTARY
     if rope["rope_type"] not in kinds or rope.get("partial_rotary_factor", 1.0) != 1.0:
         found.append(f"its rotary embedding {rope} is none of the engine's {kinds}")
     elif engine == "eagle" and rope["rope_type"] != "default" and rope["rope_theta"] != EAGLE_BASE:
@@ -133,4 +111,4 @@ def _rotary_obstacles(config: CoralConfig, engine: str) -> list[str]:
             f"`head_dim` is {config.head_dim}, and EAGLE's code takes `hidden_size` /"
             " `num_attention_heads`"
         )
-    return [f"{reason}: {USE_TRANSFORMERS}" for reason in found]
+    return found

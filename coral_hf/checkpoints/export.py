@@ -21,9 +21,9 @@ from ..atomic import new_folder, write_json
 from ..drafters.coral.configuration import CoralConfig
 from ..drafters.coral.modeling import CoralDrafter
 from ..heads.groups import check_token_ids
-from ..target import Scales, Target, check_target, may_scale, read_scales, read_target
+from ..target import Scales, check_target, may_scale, read_scales, read_target
 from .eagle import EMBEDDINGS, check_tensors, scale_embeddings, table_scale
-from .engines import ENGINES, HEAD_BIAS, engine_config, obstacles
+from .engines import ENGINES, engine_config, obstacles
 from .files import WEIGHTS, check_output, config_folder, read_config, read_dtype
 from .hot_tokens import HOT_TOKENS
 
@@ -31,7 +31,6 @@ BODY = ("fc.", "layers.")
 REMEDY = (
     "Merge an adapter first: model.merge_and_unload(); load a quantised drafter in full precision."
 )
-HOT_KEY = "heads.hot_tokens"  # of a frequency head, in a checkpoint
 # families of which transformers scales embeddings inside of the embedding module
 SCALED_TABLES = ("gemma", "vaultgemma", "minicpm3", "biogpt", "xglm")
 
@@ -75,19 +74,24 @@ def export_drafter(
     config, dtype = drafter.config, read_dtype(dtype or drafter.dtype)
     read = (drafter.name_or_path, config.target_name_or_path, getattr(target, "name_or_path", None))
     check_output(output, overwrite, export_files(engine), read)
-    if target is not None:
+    if target is None:
+        bound, scales = None, _named_scales(config)
+    else:
         check_target(config, target)
-    bound = None if target is None else read_target(target)
-    scales = _named_scales(config) if bound is None else _own_scales(bound)
+        bound = read_target(target)
+        scales = Scales(table_scale(bound), bound.head.scale, bound.head.softcap)
     hot_tokens = _hot_tokens(drafter, engine, hot_tokens)
     state = drafter.state_dict()
     body = {name: tensor for name, tensor in state.items() if name.startswith(BODY)}
     has_fc_bias = bool(body["fc.bias"].any()) if "fc.bias" in body else False
     reasons = obstacles(config, scales, engine, has_fc_bias)
     if bound is not None and bound.head.bias is not None:
-        reasons.append(HEAD_BIAS)
+        reasons.append("the target's LM head has a bias, which engines drop")
     if reasons:
-        raise ValueError(f"The drafter cannot be exported for {engine}: {'; '.join(reasons)}.")
+        raise ValueError(
+            f"The drafter cannot be exported for {engine}: {'; '.join(reasons)}. Serve it with"
+            " transformers: target.generate(..., assistant_model=drafter)."
+        )
     fields = engine_config(config, scales, engine, has_fc_bias)
     _check_body(body, config, engine)
     tensors = dict(scale_embeddings(body, scales.embedding))
@@ -104,7 +108,8 @@ def export_drafter(
         _save(tensors, folder / export_files(engine)[1])
         if hot_tokens is not None:
             torch.save(hot_tokens, folder / HOT_TOKENS)
-    left = sorted(state.keys() - body.keys() - (set() if hot_tokens is None else {HOT_KEY}))
+    written = body.keys() if hot_tokens is None else body.keys() | {"heads.hot_tokens"}
+    left = sorted(state.keys() - written)
     notes = _notes(left, scales.embedding, engine, hot_tokens)
     return Exported(Path(output), notes, _command(config, engine, Path(output), hot_tokens))
 
@@ -127,11 +132,6 @@ def check_drafter(source: str | Path) -> None:
             f" HASS checkpoint, import it first: coral-hf import {source} --target TARGET --output"
             " FOLDER. If it is a target, give its drafter."
         )
-
-
-def _own_scales(target: Target) -> Scales:
-    """Read a target's scales; that of the embeddings with what the embedding module itself does."""
-    return Scales(table_scale(target), target.head.scale, target.head.softcap)
 
 
 def _named_scales(config: CoralConfig) -> Scales:
