@@ -27,8 +27,8 @@ from coral_hf.training.runs.checkpoints import sole_run
 from coral_hf.training.runs.run_record import rows_identity
 
 TESTS = Path(__file__).parent
-# epochs are three optimizer steps, so checkpoints lie at their ends, within them, and between the
-# two steps of a log entry
+# epochs are three optimizer steps, so checkpoints lie at their ends and within them; each ends a
+# log entry
 SETTINGS = {
     "max_steps": 8,
     "gradient_accumulation_steps": 2,

@@ -21,17 +21,15 @@ from ..target import Target
 from .arguments import MOST_GROUPS, CoralTrainingArguments
 from .grouping import group_order
 
-# the draft head that a stage trains
-HEAD_OF = {"drafter": None, "router": "router", "low_rank": "low_rank", "joint": "router"}
+# the draft head that a stage trains; none of `drafter`
+HEAD_OF = {"router": "router", "low_rank": "low_rank", "joint": "router"}
 # the settings of a new head; the first is None in the config of a drafter without one
-HEAD_SETTINGS: dict[str | None, tuple[str, ...]] = {
-    None: (),
+HEAD_SETTINGS = {
     "router": ("num_groups", "num_active_groups", "grouping"),
     "low_rank": ("head_rank",),
 }
 # fields of the config of a drafter whose head is trained
-TRAINED: dict[str | None, dict[str, Any]] = {
-    None: {},
+TRAINED: dict[str, dict[str, Any]] = {
     "router": {"is_router_trained": True, "draft_head": "routed"},
     "low_rank": {"draft_head": "low_rank"},
 }
@@ -51,7 +49,7 @@ def add_heads(
         tokenizer: the target's; ids beyond its tokens pad the vocabulary.
     """
     check_head_settings(drafter, args)
-    head = HEAD_OF[args.stage]
+    head = HEAD_OF.get(args.stage)
     if head == "router" and drafter.heads.router is None:
         vocab_size = drafter.config.vocab_size
         number, grouping = args.num_groups or default_groups(vocab_size), args.grouping or "kmeans"
@@ -71,7 +69,7 @@ def default_groups(vocab_size: int) -> int:
 
 def check_head_settings(drafter: CoralDrafter | PeftModel, args: CoralTrainingArguments) -> None:
     """Raise a ValueError for a setting of a new head that differs from the head to be trained."""
-    names = HEAD_SETTINGS[HEAD_OF[args.stage]]
+    names = HEAD_SETTINGS.get(HEAD_OF.get(args.stage, ""), ())
     if not names or getattr(drafter.config, names[0]) is None:
         return
     for name in names:
@@ -89,7 +87,7 @@ def freeze_others(model: nn.Module, stage: str) -> None:
     """Freeze the weights, of any shape, that the stage does not train."""
     for name, parameter in model.named_parameters():
         if name.startswith("heads."):
-            parameter.requires_grad_(name.split(".")[1] == HEAD_OF[stage])
+            parameter.requires_grad_(name.split(".")[1] == HEAD_OF.get(stage))
         else:
             parameter.requires_grad_(stage in ("drafter", "joint"))
 
@@ -100,7 +98,7 @@ def announced(config: CoralConfig, stage: str) -> Iterator[None]:
 
     Evaluations and checkpoints during training need it; if the stage fails, it is undone.
     """
-    fields = TRAINED[HEAD_OF[stage]]
+    fields = TRAINED[HEAD_OF[stage]] if stage in HEAD_OF else {}
     before = {name: getattr(config, name) for name in fields}
     config.update(fields)
     try:

@@ -7,11 +7,8 @@ Of `Trainer`'s private names these are used, since nothing public does the same:
 
     _get_output_dir, _save_checkpoint      a checkpoint is written aside and appears in one move
     _push_from_checkpoint                  uploads in the background read it from its final place
-    _tr_loss, _globalstep_last_logged      a run resumed between two log entries logs the same
     _get_train_sampler, _get_eval_sampler  grouping by length would read all cached features
 """
-
-from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -29,9 +26,8 @@ from .distributed import GiveBack, place_target, sharded_copy, shards_weights
 from .evaluation import Evaluation, PlotCallback, check_best_metric
 from .losses.liger_loss import check_liger
 from .runs.checkpoints import AtomicCheckpoints
-from .runs.monitoring import FiniteGuard, RunMeter
+from .runs.monitoring import FiniteGuard
 from .runs.publishing import DrafterPushes, PushCallback
-from .runs.run_record import run_summary
 from .stages import add_heads, announced, freeze_others
 from .steps import coral as coral  # registers the step of CORAL drafters
 from .steps import training_step
@@ -81,9 +77,6 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
             warn_of_other_ends(processing_class, target_model)
         self.target = read_target(target_model.eval().requires_grad_(False))
         self.step = training_step(model.config.model_type, self.target, args)
-        self.meter = RunMeter()
-        self.stateful = {"meter": self.meter, "noise": self.step.noise}
-        self._entry: dict[str, Any] = {}  # of this run in the drafter's training record
         self._evaluation: Evaluation | None = None  # the one that is running
         set_seed(args.seed)  # `Trainer` does so too, after an adapter was drawn
         model = with_adapter(model, args.stage, peft_config)
@@ -119,20 +112,8 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
 
     def train(self, *args, **kwargs):
         """See [`~transformers.Trainer.train`]; the drafter then reads the head that it trained."""
-        self.meter.start()
         with announced(self.drafter.config, self.args.stage):
-            output = super().train(*args, **kwargs)
-        self.before_checkpoint()
-        return output
-
-    def before_checkpoint(self) -> None:
-        """Update the entry of this run in the drafter's training record."""
-        tokens = torch.tensor(self.meter.tokens, device=self.args.device)  # of shape ()
-        tokens = int(self.accelerator.reduce(tokens))
-        self._entry.update(run_summary(self, tokens, self.meter.seconds))
-        record = self.drafter.training_record
-        if not any(entry is self._entry for entry in record):
-            record.append(self._entry)
+            return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the loss of a batch, of shape (), a sum divided by `num_items_in_batch`."""

@@ -8,7 +8,7 @@ In: what `Trainer` writes. Out: folders that appear in one move, when all is on 
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,8 +16,7 @@ from uuid import uuid4
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from torch.distributed.checkpoint.stateful import Stateful
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
@@ -26,8 +25,8 @@ from transformers.trainer_utils import (
 )
 
 from ...atomic import sole_writer, write_json
-from .monitoring import check_weights
-from .run_record import RUN, check_resume, check_vacant, run_settings
+from .monitoring import RunMeter, check_weights
+from .run_record import RUN, check_resume, check_vacant, run_settings, run_summary
 
 # uploads to the Hub leave out what begins with an underscore
 INCOMPLETE = "_incomplete"
@@ -37,21 +36,16 @@ T = TypeVar("T")
 class AtomicCheckpoints(Trainer):
     """A `Trainer` that alone writes to its folder and never shows a half-written checkpoint.
 
-    A subclass has the `target` and the `drafter` of the run, and sets `stateful`: what each process
-    saves with a checkpoint and loads on resume, by name.
+    A subclass has the `target` and the `drafter` of the run.
     """
-
-    stateful: Mapping[str, Stateful]
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._run: dict[str, Any] = {}  # `run`, the same in all its checkpoints, and `settings`
-        self._resumed_from: Path | None = None
+        self._entry: dict[str, Any] = {}  # of this run in the drafter's training record
         self._is_staging = False
-        self.add_callback(_OnTrainBegin(self._load_own_state))
-
-    def before_checkpoint(self) -> None:
-        """Called by every process before a checkpoint is written."""
+        self.meter = RunMeter()
+        self.add_callback(self.meter)
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         """See [`~transformers.Trainer.train`].
@@ -65,25 +59,37 @@ class AtomicCheckpoints(Trainer):
             if self.is_local_process_zero():
                 shutil.rmtree(Path(folder, INCOMPLETE), ignore_errors=True)
             self.accelerator.wait_for_everyone()
-            last = resume_from_checkpoint
-            last = get_last_checkpoint(folder) if last is True else last
-            # `Trainer` raises an error where there is no checkpoint
-            self._resumed_from = Path(last) if last and Path(last).is_dir() else None
-            self._run = self._identify(bool(resume_from_checkpoint), trial)
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            self._begin(resume_from_checkpoint, trial)
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            self._update_record()
+            return output
 
-    def _identify(self, is_resumed: bool, trial) -> dict[str, Any]:
-        """Return the id and the settings of a run that begins or resumes."""
+    def _begin(self, resume_from: str | bool | None, trial) -> None:
+        """Identify a run that begins or resumes, and go on counting what it costs."""
         settings, folder = run_settings(self), Path(self._get_output_dir(trial))
+        last = get_last_checkpoint(self.args.output_dir) if resume_from is True else resume_from
 
-        def run_id() -> str:
-            if not is_resumed:
+        def earlier() -> dict[str, Any]:
+            if not resume_from:
                 check_vacant(folder)
-            first = self._resumed_from
-            known = None if first is None else check_resume(first, settings, folder)
-            return known or uuid4().hex
+            known = None
+            if last and Path(last).is_dir():  # else `Trainer` raises an error
+                known = check_resume(Path(last), settings, folder)
+            return known or {"run": uuid4().hex}
 
-        return {"run": call_in_main(run_id, self.is_world_process_zero()), "settings": settings}
+        is_main = self.is_world_process_zero()
+        before = call_in_main(earlier, is_main)
+        self._run = {"run": before["run"], "settings": settings}
+        self.meter.start(before.get("trained_tokens", 0) * is_main, before.get("seconds", 0.0))
+
+    def _update_record(self) -> None:
+        """Update the entry of this run in the drafter's training record; all processes call it."""
+        tokens = torch.tensor(self.meter.tokens, device=self.args.device)  # of shape ()
+        tokens = int(self.accelerator.reduce(tokens))
+        self._entry.update(run_summary(self, tokens, self.meter.seconds))
+        record = self.drafter.training_record
+        if not any(entry is self._entry for entry in record):
+            record.append(self._entry)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """See [`~transformers.Trainer.get_batch_samples`]; a finished run takes no further step."""
@@ -98,7 +104,7 @@ class AtomicCheckpoints(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         """Write a checkpoint to a hidden folder, publish it in one move, then delete older ones."""
         check_weights(model, self.gather_flags)
-        self.before_checkpoint()
+        self._update_record()
         folder = Path(self._get_output_dir(trial))
         whole = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staged = folder / INCOMPLETE / whole.name
@@ -118,13 +124,9 @@ class AtomicCheckpoints(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._is_staging = False
-        if not self.args.save_only_model:
-            parts = {name: part.state_dict() for name, part in self.stateful.items()}
-            # the loss, of shape (), since the last log entry
-            own = {"loss": self._tr_loss, "last_logged": self._globalstep_last_logged, **parts}
-            torch.save(own, staged / self._state_name)
         if self.args.should_save:
-            write_json(staged / RUN, self._run)
+            cost = {name: self._entry[name] for name in ("trained_tokens", "seconds")}
+            write_json(staged / RUN, {**self._run, **cost})
         best = self.state.best_model_checkpoint
         if best is not None and Path(best) == staged:
             self.state.best_model_checkpoint = str(whole)
@@ -170,35 +172,6 @@ class AtomicCheckpoints(Trainer):
     def gather_flags(self, flags: torch.Tensor) -> torch.Tensor:
         """Collect a tensor of every process, wherever it is: (any) → (processes * any)."""
         return self.accelerator.gather(flags.to(self.args.device))
-
-    @property
-    def _state_name(self) -> str:
-        return f"coral_state_{self.args.process_index}.pth"
-
-    def _load_own_state(self) -> None:
-        """Load the state of this process from the checkpoint that the run resumes from.
-
-        The loss since the last log entry has shape ().
-        """
-        file = None if self._resumed_from is None else self._resumed_from / self._state_name
-        if file is None or not file.is_file():
-            return
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        self._tr_loss = state["loss"].to(self.args.device)
-        self._globalstep_last_logged = state["last_logged"]
-        for name, part in self.stateful.items():
-            part.load_state_dict(state[name])
-
-
-class _OnTrainBegin(TrainerCallback):
-    """Calls a function once `Trainer` has loaded a checkpoint and reset its own counters."""
-
-    def __init__(self, function):
-        self._function = function
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """See [`~transformers.TrainerCallback.on_train_begin`]."""
-        self._function()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ tokens and seconds; an error that names the bad batch before the weights are upd
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -19,21 +19,30 @@ from ..data.encoding import IGNORED
 SHOWN_TOKENS = 8
 
 
-class RunMeter:
+class RunMeter(TrainerCallback):
     """Averages since the last log entry, and what a run has cost with all its interruptions.
 
-    Sums stay on their device until they are logged.
+    Sums stay on their device until they are logged. A checkpoint ends a log entry, so that a run
+    that resumes from it has none to continue.
     """
 
     def __init__(self) -> None:
-        self.tokens = 0  # trained positions of this process
-        self._sums: dict[str, Tensor] = {}  # of shape () each
-        self._count = 0  # of positions that are summed
         self.start()
 
-    def start(self) -> None:
-        """Start the clock; a run that resumes then loads the state of its checkpoint."""
-        self._start = time.perf_counter()
+    def start(self, tokens: int = 0, seconds: float = 0.0) -> None:
+        """Begin to count, from what the run has cost before it was interrupted."""
+        self.tokens = tokens  # trained positions of this process
+        self._start = time.perf_counter() - seconds
+        self._sums: dict[str, Tensor] = {}  # of shape () each
+        self._count = 0  # of positions that are summed
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """See [`~transformers.TrainerCallback`]."""
+        may_save = args.save_strategy == "best" and control.should_evaluate
+        if (control.should_save or may_save) and args.logging_strategy != "no":
+            control.should_log = True
+
+    on_epoch_end = on_step_end
 
     @property
     def seconds(self) -> float:
@@ -60,26 +69,6 @@ class RunMeter:
         self._sums, self._count = {}, 0
         return dict(zip(names, (sums[:-1] / sums[-1].clamp(min=1)).tolist(), strict=True))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the sums, of shape () each, their count, and the cost so far."""
-        sums = dict(self._sums)
-        return {"sums": sums, "count": self._count, "tokens": self.tokens, "seconds": self.seconds}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from a `state_dict`, whose sums are of shape () each."""
-        self._sums, self._count = dict(state["sums"]), state["count"]
-        self.tokens = state["tokens"]
-        self._start -= state["seconds"]
-
-
-class Watched(NamedTuple):
-    """The parts of a batch that are kept until its optimizer step."""
-
-    input_ids: Tensor  # (batch, length)
-    labels: Tensor  # (batch, length)
-    finite_features: Tensor  # (positions,), whether the target's feature is finite
-    finite_losses: dict[str, Tensor]  # of shape () each, whether the loss is finite
-
 
 class FiniteGuard(TrainerCallback):
     """Raises a `FloatingPointError` instead of an optimizer step on losses that are not finite.
@@ -91,7 +80,8 @@ class FiniteGuard(TrainerCallback):
     def __init__(self, gather: Callable[[Tensor], Tensor]):
         """`gather` joins a tensor of shape (1,) of every process to (processes,)."""
         self._gather = gather
-        self._watched: list[Watched] = []
+        # of each batch since the last step: ids, labels, which features and losses are finite
+        self._watched: list[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]] = []
 
     def watch(
         self, batch: Mapping[str, Any], features: Tensor, losses: Mapping[str, Tensor]
@@ -105,17 +95,17 @@ class FiniteGuard(TrainerCallback):
         """
         finite = {name: loss.isfinite() for name, loss in losses.items()}
         features = features.isfinite().all(-1)
-        self._watched.append(Watched(batch["input_ids"], batch["labels"], features, finite))
+        self._watched.append((batch["input_ids"], batch["labels"], features, finite))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         """See [`~transformers.TrainerCallback`]."""
         watched, self._watched = self._watched, []
-        finite = torch.stack([torch.stack([*b.finite_losses.values()]).all() for b in watched])
+        finite = torch.stack([torch.stack([*losses.values()]).all() for *_, losses in watched])
         if bool(self._gather(finite.all()[None]).all()):  # shape (1,) to (processes,)
             return
         step = state.global_step
         findings = [
-            f"{_finding(batch)} It is batch {index} of optimizer step {step + 1} in process"
+            f"{_finding(*batch)} It is batch {index} of optimizer step {step + 1} in process"
             f" {args.process_index}; the weights are still those of step {step}."
             for index, batch in enumerate(watched, start=1)
             if not finite[index - 1]
@@ -123,14 +113,20 @@ class FiniteGuard(TrainerCallback):
         raise FloatingPointError(gather_object(findings)[0])
 
 
-def _finding(batch: Watched) -> str:
-    """Describe what is not finite, and in which rows of a batch."""
+def _finding(ids: Tensor, labels: Tensor, features: Tensor, losses: Mapping[str, Tensor]) -> str:
+    """Describe what is not finite, and in which rows of a batch.
+
+    Args:
+        ids, labels: (batch, length).
+        features: (positions,), whether the target's feature is finite.
+        losses: whether each is finite, of shape ().
+    """
     # the first two labels of a row are never trained
-    lengths = (batch.labels[:, 2:] != IGNORED).sum(1).tolist()
-    spans = batch.finite_features.split(lengths)
+    lengths = (labels[:, 2:] != IGNORED).sum(1).tolist()
+    spans = features.split(lengths)
     broken = [row for row, span in enumerate(spans) if not bool(span.all())]
     rows = broken or range(len(lengths))
-    starts = [f"{row} {batch.input_ids[row, :SHOWN_TOKENS].tolist()}" for row in rows]
+    starts = [f"{row} {ids[row, :SHOWN_TOKENS].tolist()}" for row in rows]
     where = f"rows {', '.join(starts)} (first tokens)"
     if broken:
         return (
@@ -139,7 +135,7 @@ def _finding(batch: Watched) -> str:
         )
     if sum(lengths) == 0:
         return f"Nothing is trained in {where}; leave out rows without labels."
-    names = [name for name, is_finite in batch.finite_losses.items() if not is_finite]
+    names = [name for name, is_finite in losses.items() if not is_finite]
     return (
         f"The loss ({', '.join(names)}) of {where} is not finite, though the target's features are;"
         " lower `learning_rate` or `max_grad_norm`."

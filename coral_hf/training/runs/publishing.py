@@ -37,42 +37,29 @@ class DrafterPushes(Trainer):
             folder.mkdir(parents=True, exist_ok=True)
             bring_card(folder, branch)
 
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
+    def create_model_card(self, language=None, license=None, tags=None, **others) -> None:
         """See [`~transformers.Trainer.create_model_card`].
 
         A card that somebody wrote, in the folder or on the Hub, stays. `finetuned_from` is the
         target's id; `tasks`, `dataset` and `dataset_args` have no place on a drafter's card.
         """
         if is_adapted(self.drafter):  # PEFT's card: the adapter loads with PEFT
-            return super().create_model_card(
-                language=language, license=license, tags=tags, model_name=model_name
-            )
+            return super().create_model_card(language, license, tags, **others)
         if not self.is_world_process_zero():
             return
-        folder = self.args.output_dir
-        repo_id = getattr(self, "hub_model_id", None) or model_name
+        folder, target = self.args.output_dir, others.get("finetuned_from")
+        repo_id = getattr(self, "hub_model_id", None) or others.get("model_name")
         facts = CardFacts(
             repo_id=repo_id or Path(folder).absolute().name,
-            base_model=finetuned_from,
+            base_model=target,
             license=license,
             language=language,
-            datasets=_as_list(dataset_tags),
+            datasets=_as_list(others.get("dataset_tags")),
             tags=_as_list(tags),
         )
         if not write_card(folder, self.drafter, facts):
             logger.warning("%s/README.md was written by hand and stays as it is.", folder)
-        finish_config(self.drafter.config, folder, finetuned_from)
+        finish_config(self.drafter.config, folder, target)
 
 
 class PushCallback(TrainerCallback):
@@ -83,7 +70,6 @@ class PushCallback(TrainerCallback):
 
     def __init__(self, trainer: DrafterPushes):
         self._trainer = trainer
-        self._reported: set[int] = set()
 
     def on_push_begin(self, args, state, control, **kwargs) -> None:
         """See [`~transformers.TrainerCallback.on_push_begin`]."""
@@ -99,21 +85,19 @@ class PushCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """See [`~transformers.TrainerCallback.on_train_end`]."""
-        pushes = getattr(self._trainer, "push_in_progress", None)
-        if pushes is not None:
-            pushes.wait_until_done()
-        self._report()
+        self._report(is_last=True)
 
-    def _report(self) -> None:
-        trainer = self._trainer
-        pushes = getattr(trainer, "push_in_progress", None)
-        for job in pushes.jobs if pushes is not None else []:
-            if not job.done() or id(job) in self._reported:
-                continue
-            self._reported.add(id(job))
-            if (error := job.exception()) is not None:
-                # with its cause: of a large file the error itself only names the file
-                logger.warning("A push to %s failed", trainer.hub_model_id, exc_info=error)
+    def _report(self, is_last: bool = False) -> None:
+        """Warn of each push that failed, once; at last wait for those that go on."""
+        pushes = getattr(self._trainer, "push_in_progress", None)
+        jobs = [] if pushes is None else pushes.jobs
+        for job in [*jobs]:
+            if is_last or job.done():
+                jobs.remove(job)
+                if (error := job.exception()) is not None:
+                    # with its cause: of a large file the error itself only names the file
+                    name = self._trainer.hub_model_id
+                    logger.warning("A push to %s failed", name, exc_info=error)
 
 
 def _as_list(names: str | list[str] | None) -> list[str]:

@@ -23,7 +23,7 @@ from ..features import CachedFeatures
 
 logger = logging.get_logger(__name__)
 
-RUN = "coral_run.json"  # in each checkpoint: `run`, an id, and `settings`
+RUN = "coral_run.json"  # in each checkpoint: `run`, an id, `settings`, and the cost so far
 SETTINGS = (
     # of the losses
     *("stage", *Recipe._fields, "top_k", "router_weight", "feature_noise"),
@@ -44,7 +44,7 @@ HUB_DATASET = "hf://datasets/"
 
 
 def _read_run(checkpoint: Path) -> dict[str, Any] | None:
-    """Return id and settings of a checkpoint's run; None where another trainer wrote it."""
+    """Return id, settings and cost of a checkpoint's run; None where another trainer wrote it."""
     file = checkpoint / RUN
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
@@ -96,8 +96,10 @@ def check_vacant(folder: Path) -> None:
         )
 
 
-def check_resume(checkpoint: Path, settings: Mapping[str, Any], folder: Path) -> str | None:
-    """Return the id of a checkpoint's run, which resumes with `settings` and writes to `folder`.
+def check_resume(
+    checkpoint: Path, settings: Mapping[str, Any], folder: Path
+) -> dict[str, Any] | None:
+    """Return what a checkpoint says of its run, which resumes with `settings` in `folder`.
 
     Raises:
         ValueError: if it began with other settings, or `folder` holds checkpoints of other runs.
@@ -134,7 +136,7 @@ def check_resume(checkpoint: Path, settings: Mapping[str, Any], folder: Path) ->
             " with the former values, or begin a run in another folder with the drafter of this"
             " checkpoint (on the command line --drafter)."
         )
-    return run["run"]
+    return run
 
 
 def run_summary(trainer: Trainer, tokens: int, seconds: float) -> dict[str, Any]:

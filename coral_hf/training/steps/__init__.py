@@ -10,7 +10,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.stateful import Stateful
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -74,8 +73,6 @@ class Losses(NamedTuple):
 
 class TrainingStep(Protocol):
     """How the trainer trains one family of drafters."""
-
-    noise: Stateful  # drawn in training; its state travels with checkpoints
 
     def unroll(self, model: nn.Module, batch: dict[str, Tensor], num_steps: int) -> Unrolled:
         """Run the drafter on a batch; every forward pass goes through `model`.

@@ -24,7 +24,6 @@ class CoralStep:
         self.target = target
         self.args = args
         self.features = TargetFeatures(target.model)
-        self.noise = FeatureNoise(args.feature_noise, args.seed, args.process_index, args.device)
 
     def unroll(self, model: nn.Module, batch: dict[str, Tensor], num_steps: int) -> Unrolled:
         """Predict the feature after each pair of (next token, feature), `num_steps` times.
@@ -34,7 +33,9 @@ class CoralStep:
         and predicts         f̂1       f̂2       f̂3       f̂4
         """
         features = self.features.read(batch)  # (batch, length, hidden)
-        read = self.noise.on(features[:, :-1]) if model.training else features[:, :-1]
+        read = features[:, :-1]
+        if model.training:
+            read = add_noise(read, self.args.feature_noise, self.args.process_index)
         embeddings = self.target.embed(batch["input_ids"][:, 1:])
         position_ids = batch.get("position_ids")
         positions = None if position_ids is None else position_ids[:, :-1]
@@ -62,37 +63,26 @@ class CoralStep:
         return losses
 
 
-class FeatureNoise:
-    """Uniform noise on the features that a drafter reads in training (EAGLE, data augmentation).
+def add_noise(features: Tensor, scale: float, process: int) -> Tensor:
+    """Add uniform noise to features that a drafter reads in training (EAGLE, data augmentation).
 
-    All processes share the seed of `Trainer`, to agree on the order of the data, so each process
-    draws its noise from another generator.
+    Torch's own generator, whose state is in every checkpoint, draws the seed. It is the same in all
+    processes, to agree on the order of the data, so each process draws its noise from another one.
 
     Args:
+        features: (batch, length, hidden).
         scale: the largest magnitude; 0 leaves features as they are.
-        seed: of the training run.
         process: index of the process.
-        device: of the features.
+
+    Returns:
+        (batch, length, hidden).
     """
-
-    def __init__(self, scale: float, seed: int, process: int, device: torch.device):
-        self._scale = scale
-        self._generator = torch.Generator(device).manual_seed(seed_of(seed, process))
-
-    def on(self, features: Tensor) -> Tensor:
-        """Add noise to features: (batch, length, hidden) → the same shape."""
-        if not self._scale:
-            return features
-        noise = torch.empty_like(features)
-        return features + noise.uniform_(-self._scale, self._scale, generator=self._generator)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the state of the generator, of shape (bytes,)."""
-        return {"generator": self._generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Resume from a `state_dict`, of shape (bytes,)."""
-        self._generator.set_state(state["generator"])
+    if not scale:
+        return features
+    seed = seed_of(int(torch.randint(2**40, ())), process)
+    generator = torch.Generator(features.device).manual_seed(seed)
+    noise = torch.empty_like(features)
+    return features + noise.uniform_(-scale, scale, generator=generator)
 
 
 register_step("coral", CoralStep)
