@@ -14,6 +14,7 @@ import time
 from itertools import product
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -25,7 +26,7 @@ from coral_hf import CoralDrafter
 from coral_hf.training.losses import regression_loss
 from coral_hf.training.losses.csra import csra_loss
 from coral_hf.training.losses.token_loss import token_loss
-from coral_hf.training.steps.attention import mixed_attention, plain_mixed_attention
+from coral_hf.training.steps.attention import plain_mixed_attention
 from coral_hf.training.steps.unroll import unroll
 
 STEPS, TEMPERATURE = 3, 0.07
@@ -33,7 +34,7 @@ STEPS, TEMPERATURE = 3, 0.07
 
 def library_loss(drafter, embeddings, features, goal, logits_of):
     """Compute the loss as the trainer does; embeddings and features (1, length, hidden)."""
-    predicted = unroll(drafter, embeddings, features, STEPS, attention=mixed_attention)
+    predicted = unroll(drafter, embeddings, features, STEPS)
     predicted = predicted.flatten(1, 2)
     loss = (
         regression_loss(predicted, goal).sum() + token_loss(predicted, goal, logits_of).loss.sum()
@@ -43,7 +44,8 @@ def library_loss(drafter, embeddings, features, goal, logits_of):
 
 def straightforward_loss(drafter, embeddings, features, goal, logits_of):
     """Compute the same loss from its definition; embeddings and features (1, length, hidden)."""
-    predicted = unroll(drafter, embeddings, features, STEPS, attention=plain_mixed_attention)
+    with mock.patch("coral_hf.training.steps.unroll.mixed_attention", plain_mixed_attention):
+        predicted = unroll(drafter, embeddings, features, STEPS)
     predicted = predicted.flatten(1, 2)
     probs = logits_of(goal).float().softmax(-1)
     loss = regression_loss(predicted, goal).sum()

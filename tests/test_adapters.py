@@ -181,10 +181,13 @@ def test_generate_refuses_a_drafter_with_virtual_tokens(target, saved):
             LoraConfig(target_modules=r"heads\.router\..+"),
             "trains nothing of the drafter.*`target_modules",
         ),
-        (LoraConfig(task_type="CAUSAL_LM"), "`task_type` of the adapter.*Leave `task_type` out"),
+        (
+            LoraConfig(task_type="CAUSAL_LM"),
+            "LoraConfig whose .*leave `task_type` out",
+        ),
         (
             PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
-            "PromptTuningConfig, which learns virtual tokens",
+            "PromptTuningConfig whose .*Use an adapter of its layers",
         ),
     ],
 )

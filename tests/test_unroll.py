@@ -224,7 +224,7 @@ def test_a_sequence_of_one_token_unrolls():
     assert unroll(drafter, embeddings[:, :1], features[:, :1], 3).shape == (3, BATCH, 1, HIDDEN)
 
 
-def test_the_unroll_on_the_fast_path_is_the_plain_one_in_gradient_too():
+def test_the_unroll_on_the_fast_path_is_the_plain_one_in_gradient_too(monkeypatch):
     # not scattered: gradients through saturated weights would be all rounding
     torch.manual_seed(0)
     config = CoralConfig.from_target(tiny_config("llama"), num_hidden_layers=2)
@@ -232,7 +232,8 @@ def test_the_unroll_on_the_fast_path_is_the_plain_one_in_gradient_too():
     found = []
     for attention in (mixed_attention, plain_mixed_attention):
         drafter.zero_grad()
-        predicted = unroll(drafter, *inputs, 4, attention=attention)
+        monkeypatch.setattr("coral_hf.training.steps.unroll.mixed_attention", attention)
+        predicted = unroll(drafter, *inputs, 4)
         predicted.pow(2).sum().backward()
         found.append((predicted.detach(), *(p.grad for p in drafter.parameters())))
     torch.testing.assert_close(*found)

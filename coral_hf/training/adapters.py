@@ -77,15 +77,11 @@ def _obstacle(
             "AutoModel.from_pretrained(drafter), adapter, is_trainable=True)."
         )
     config = peft_config or model.active_peft_config
-    if config.is_prompt_learning:
+    if config.is_prompt_learning or config.task_type is not None:
         return (
-            f"The adapter is a {type(config).__name__}, which learns virtual tokens, but a drafter"
-            " reads features; use an adapter of its layers, such as LoraConfig."
-        )
-    if config.task_type is not None:
-        return (
-            f"`task_type` of the adapter is {config.task_type!r}, with which PEFT calls a model"
-            " with tokens; a drafter is called with features. Leave `task_type` out."
+            f"The adapter is a {type(config).__name__} whose `task_type` is {config.task_type!r},"
+            " with which PEFT calls a model with tokens, but a drafter reads features. Use an"
+            " adapter of its layers, such as LoraConfig, and leave `task_type` out."
         )
     return None
 

@@ -7,15 +7,12 @@ low_rank     its low-rank head              frozen
 joint        the drafter and its router     -
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..drafters.coral.configuration import CoralConfig
 from ..drafters.coral.modeling import CoralDrafter
 from ..target import Target
 from .arguments import MOST_GROUPS, CoralTrainingArguments
@@ -28,10 +25,11 @@ HEAD_SETTINGS = {
     "router": ("num_groups", "num_active_groups", "grouping"),
     "low_rank": ("head_rank",),
 }
-# fields of the config of a drafter whose head is trained
+# fields of the config of a drafter whose head a stage trains, so that it is read from now on
 TRAINED: dict[str, dict[str, Any]] = {
     "router": {"is_router_trained": True, "draft_head": "routed"},
     "low_rank": {"draft_head": "low_rank"},
+    "joint": {"is_router_trained": True, "draft_head": "routed"},
 }
 
 
@@ -90,19 +88,3 @@ def freeze_others(model: nn.Module, stage: str) -> None:
             parameter.requires_grad_(name.split(".")[1] == HEAD_OF.get(stage))
         else:
             parameter.requires_grad_(stage in ("drafter", "joint"))
-
-
-@contextmanager
-def announced(config: CoralConfig, stage: str) -> Iterator[None]:
-    """Note in a drafter's config which head a stage trains, so that it is read from now on.
-
-    Evaluations and checkpoints during training need it; if the stage fails, it is undone.
-    """
-    fields = TRAINED[HEAD_OF[stage]] if stage in HEAD_OF else {}
-    before = {name: getattr(config, name) for name in fields}
-    config.update(fields)
-    try:
-        yield
-    except BaseException:
-        config.update(before)
-        raise

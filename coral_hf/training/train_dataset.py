@@ -7,42 +7,36 @@ from collections.abc import Iterable
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import Trainer
 
-from ..target import Target, text_config
-from .arguments import CoralTrainingArguments
+from ..target import text_config
 from .data import pack_dataset, prepare_dataset
 from .data.vocabulary import check_rows
 from .features import CachedFeatures
 
 
-def prepare_rows(
-    dataset: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    args: CoralTrainingArguments,
-    target: Target,
-    packing: bool = False,
-) -> Any:
-    """Return rows of token ids and labels, or a cache of this target's features.
+def prepare_rows(dataset: Any, trainer: Trainer, packing: bool = False) -> Any:
+    """Return rows of token ids and labels, or a cache of features, checked against the target.
 
     Args:
         dataset: conversations; rows of token ids, if there is no tokenizer; a cache; several of
             them by name; or None.
+        trainer: with the `target` of the run.
     """
     if dataset is None:
         return None
     if isinstance(dataset, dict):
-        parts = dataset.items()
-        return {name: prepare_rows(part, tokenizer, args, target, packing) for name, part in parts}
-    vocab_size = text_config(target.model).vocab_size
+        return {name: prepare_rows(part, trainer, packing) for name, part in dataset.items()}
+    tokenizer, max_length = trainer.processing_class, trainer.args.max_length
+    vocab_size = text_config(trainer.target.model).vocab_size
     if isinstance(dataset, CachedFeatures):
         if packing and not dataset.is_packed:
             raise ValueError(
                 f"`packing` is True, but each row of the cache in {dataset.folder} is one document;"
                 " write the cache with packing, or pass packing=False."
             )
-        _check_lengths(dataset.lengths, args.max_length, f"the cache in {dataset.folder}")
-        dataset.check_target(target.model)
+        _check_lengths(dataset.lengths, max_length, f"the cache in {dataset.folder}")
+        dataset.check_target(trainer.target.model)
         return dataset
     if tokenizer is None:
         check_rows(dataset, vocab_size)
@@ -50,16 +44,16 @@ def prepare_rows(
         if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
             batches = dataset.with_format(None).select_columns("input_ids").iter(batch_size=1000)
             lengths = (len(ids) for batch in batches for ids in batch["input_ids"])
-            _check_lengths(lengths, args.max_length, "`dataset`")
+            _check_lengths(lengths, max_length, "`dataset`")
     elif not hasattr(dataset, "map"):
         raise ValueError(
             f"`dataset` is a {type(dataset).__name__}; give a `datasets.Dataset`, such as"
             " `Dataset.from_list(rows)`."
         )
     elif "position_ids" not in (dataset.column_names or ()):  # else it was packed before
-        dataset = prepare_dataset(dataset, tokenizer, args.max_length, vocab_size=vocab_size)
+        dataset = prepare_dataset(dataset, tokenizer, max_length, vocab_size=vocab_size)
     is_packed = "position_ids" in (getattr(dataset, "column_names", None) or ())
-    return pack_dataset(dataset, args.max_length) if packing and not is_packed else dataset
+    return pack_dataset(dataset, max_length) if packing and not is_packed else dataset
 
 
 def lengths_only(dataset: Any) -> Any:

@@ -28,7 +28,7 @@ from .losses.liger_loss import check_liger
 from .runs.checkpoints import AtomicCheckpoints
 from .runs.monitoring import FiniteGuard
 from .runs.publishing import DrafterPushes, PushCallback
-from .stages import add_heads, announced, freeze_others
+from .stages import TRAINED, add_heads, freeze_others
 from .steps import coral as coral  # registers the step of CORAL drafters
 from .steps import training_step
 from .train_dataset import lengths_only, prepare_rows
@@ -85,14 +85,14 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         # losses are sums over trained tokens, divided by their number over all accumulated batches
         self.model_accepts_loss_kwargs = True
         place_target(target_model, self)
-        self.train_dataset = self._rows(kwargs.get("train_dataset"), args.packing)
-        self.eval_dataset = self._rows(kwargs.get("eval_dataset"))
+        self.train_dataset = prepare_rows(kwargs.get("train_dataset"), self, args.packing)
+        self.eval_dataset = prepare_rows(kwargs.get("eval_dataset"), self)
         if not is_adapted(model):
             add_heads(model, args, self.target, self.train_dataset, processing_class)
             freeze_others(model, args.stage)
         if self.compute_metrics is None:  # a function of the user may add any metric
             check_best_metric(args, self.eval_dataset, model)
-        self._guard = FiniteGuard(self.gather_flags)
+        self._guard = FiniteGuard(self.accelerator)
         self.add_callback(self._guard)
         self.add_callback(PushCallback(self))
         if args.plots:
@@ -101,19 +101,24 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
             self.model = self.model_wrapped = sharded_copy(model)
             self.add_callback(GiveBack(model))
 
-    def _rows(self, dataset, packing: bool = False):
-        """Return the rows of a dataset, or of several by name, checked against the target."""
-        return prepare_rows(dataset, self.processing_class, self.args, self.target, packing)
-
     @property
     def drafter(self) -> CoralDrafter:
         """The drafter that is trained, without wrappers."""
         return self.accelerator.unwrap_model(self.model)
 
     def train(self, *args, **kwargs):
-        """See [`~transformers.Trainer.train`]; the drafter then reads the head that it trained."""
-        with announced(self.drafter.config, self.args.stage):
+        """See [`~transformers.Trainer.train`]; the drafter reads the head that the stage trains.
+
+        Evaluations and checkpoints during training need it; if the stage fails, it is undone.
+        """
+        config, fields = self.drafter.config, TRAINED.get(self.args.stage, {})
+        before = {name: getattr(config, name) for name in fields}
+        config.update(fields)
+        try:
             return super().train(*args, **kwargs)
+        except BaseException:
+            config.update(before)
+            raise
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the loss of a batch, of shape (), a sum divided by `num_items_in_batch`."""
@@ -156,7 +161,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         """
         # `Trainer` evaluates each of several datasets by another call
         if not isinstance(eval_dataset, dict | str):
-            eval_dataset = self._rows(eval_dataset)
+            eval_dataset = prepare_rows(eval_dataset, self)
         device = self.args.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             self._evaluation = Evaluation(self.drafter, self.target, self.args)
@@ -185,8 +190,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        return super()._get_train_sampler(lengths_only(dataset))
+        return super()._get_train_sampler(lengths_only(train_dataset))
 
     def _get_eval_sampler(self, eval_dataset):
         return super()._get_eval_sampler(lengths_only(eval_dataset))

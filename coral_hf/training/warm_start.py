@@ -10,7 +10,7 @@ Out: a drafter for the target, in fp32, to be trained. A tensor that fits nowher
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
@@ -102,7 +102,7 @@ def from_layer(
             (hidden, 2 * hidden); `None` for a random one.
     """
     drafter, decoder = CoralDrafter.from_target(target).float(), target.get_decoder()
-    _check_layers(target, decoder, drafter.config)
+    _check_layers(target, drafter.config)
     theirs, final_gain = decoder.layers[-1], decoder.norm.weight.detach().float()
     tensors = {name: tensor.float() for name, tensor in theirs.state_dict().items()}
     wanted = {**drafter.layers[0].state_dict(), INPUT_NORM: final_gain}
@@ -156,19 +156,17 @@ def _stream_size(target: PreTrainedModel, num_tokens: int = 64) -> float:
     return float(stream.square().mean(-1).sqrt().median())
 
 
-def _check_layers(target: PreTrainedModel, decoder: nn.Module, config: CoralConfig) -> None:
+def _check_layers(target: PreTrainedModel, config: CoralConfig) -> None:
     """Raise a ValueError for layers that compute something else from tensors of the same names.
 
     Tensors may have any shape, such as (hidden, hidden); shapes are checked later.
     """
-    text, reason = text_config(target), None
+    text, decoder, reason = text_config(target), target.get_decoder(), None
     assert config.head_dim, "the config fills it in"
-    layers, scale = getattr(decoder, "layers", None), config.head_dim**-0.5
+    scale = config.head_dim**-0.5
     activation = getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", None)
-    if layers is None:
-        reason = f"its decoder {type(decoder).__name__} has no `layers`"
-    elif not hasattr(decoder, "norm"):
-        reason = f"its decoder {type(decoder).__name__} has no `norm`"
+    if not hasattr(decoder, "layers") or not hasattr(decoder, "norm"):
+        reason = f"its decoder {type(decoder).__name__} has no `layers` or no `norm`"
     elif activation is None or type(ACT2FN[activation]) is not type(ACT2FN[config.hidden_act]):
         reason = f"its activation is {activation!r}, the drafter's {config.hidden_act!r}"
     elif getattr(text, "residual_multiplier", 1.0) != 1.0:
@@ -177,9 +175,7 @@ def _check_layers(target: PreTrainedModel, decoder: nn.Module, config: CoralConf
         reason = "it scales its attention (`attention_multiplier`)"
     elif not (getattr(text, "no_rope_layers", None) or [1])[-1]:
         reason = "its last layer has no rotary positions (`no_rope_layers`)"
-    elif not all(tensor.is_floating_point() for tensor in layers[-1].state_dict().values()):
-        reason = "its last layer is quantised"
-    elif any(tensor.is_meta for tensor in layers[-1].state_dict().values()):
+    elif any(tensor.is_meta for tensor in decoder.layers[-1].state_dict().values()):
         reason = "its last layer is offloaded"
     if reason is not None:
         raise ValueError(

@@ -11,18 +11,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    get_last_checkpoint,
-    sort_checkpoints,
-)
+from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from ...atomic import sole_writer, write_json
 from .monitoring import RunMeter, check_weights
@@ -30,7 +26,6 @@ from .run_record import RUN, check_resume, check_vacant, run_settings, run_summa
 
 # uploads to the Hub leave out what begins with an underscore
 INCOMPLETE = "_incomplete"
-T = TypeVar("T")
 
 
 class AtomicCheckpoints(Trainer):
@@ -80,7 +75,9 @@ class AtomicCheckpoints(Trainer):
         is_main = self.is_world_process_zero()
         before = call_in_main(earlier, is_main)
         self._run = {"run": before["run"], "settings": settings}
-        self.meter.start(before.get("trained_tokens", 0) * is_main, before.get("seconds", 0.0))
+        cost = before.get("entry", {"trained_tokens": 0, "seconds": 0.0})
+        # the tokens are those of all processes
+        self.meter.start(cost["trained_tokens"] if is_main else 0, cost["seconds"])
 
     def _update_record(self) -> None:
         """Update the entry of this run in the drafter's training record; all processes call it."""
@@ -103,10 +100,10 @@ class AtomicCheckpoints(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """Write a checkpoint to a hidden folder, publish it in one move, then delete older ones."""
-        check_weights(model, self.gather_flags)
+        check_weights(model, self.accelerator)
         self._update_record()
         folder = Path(self._get_output_dir(trial))
-        whole = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        whole = folder / f"checkpoint-{self.state.global_step}"
         staged = folder / INCOMPLETE / whole.name
         with self._failing_together(staged):
             self._stage(model, trial, staged, whole)
@@ -124,14 +121,12 @@ class AtomicCheckpoints(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._is_staging = False
-        if self.args.should_save:
-            cost = {name: self._entry[name] for name in ("trained_tokens", "seconds")}
-            write_json(staged / RUN, {**self._run, **cost})
         best = self.state.best_model_checkpoint
         if best is not None and Path(best) == staged:
             self.state.best_model_checkpoint = str(whole)
-            if self.args.should_save:
-                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+        if self.args.should_save:
+            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+            write_json(staged / RUN, {**self._run, "entry": self._entry})
 
     @contextmanager
     def _failing_together(self, staged: Path) -> Iterator[None]:
@@ -146,12 +141,9 @@ class AtomicCheckpoints(Trainer):
             return
         if self.is_local_process_zero():
             shutil.rmtree(staged, ignore_errors=True)
-        raise write_error(
-            f"The checkpoint of step {self.state.global_step}",
-            staged.parents[1],
-            reasons[0],
-            "Earlier checkpoints are whole; make room, then resume from the last one.",
-        ) from error
+        what = f"The checkpoint of step {self.state.global_step}"
+        remedy = "Earlier checkpoints are whole; make room, then resume from the last one."
+        raise write_error(what, staged.parents[1], reasons[0], remedy) from error
 
     def _drop_old(self, folder: Path, limit: int) -> None:
         """Delete checkpoints beyond a limit, in another folder, so that none looks half deleted."""
@@ -169,10 +161,6 @@ class AtomicCheckpoints(Trainer):
         if not self._is_staging:  # uploads run in the background, from the final place
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def gather_flags(self, flags: torch.Tensor) -> torch.Tensor:
-        """Collect a tensor of every process, wherever it is: (any) → (processes * any)."""
-        return self.accelerator.gather(flags.to(self.args.device))
-
 
 @contextmanager
 def sole_run(folder: str | Path, is_main: bool) -> Iterator[None]:
@@ -186,7 +174,7 @@ def sole_run(folder: str | Path, is_main: bool) -> Iterator[None]:
         yield
 
 
-def call_in_main(function: Callable[[], T], is_main: bool) -> T:
+def call_in_main(function: Callable[[], Any], is_main: bool) -> Any:
     """Call a function in the main process; every process returns its result.
 
     Raises:

@@ -5,10 +5,11 @@ tokens and seconds; an error that names the bad batch before the weights are upd
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -77,49 +78,46 @@ class FiniteGuard(TrainerCallback):
     losses of all accumulated batches are read from the device once a step.
     """
 
-    def __init__(self, gather: Callable[[Tensor], Tensor]):
-        """`gather` joins a tensor of shape (1,) of every process to (processes,)."""
-        self._gather = gather
-        # of each batch since the last step: ids, labels, which features and losses are finite
+    def __init__(self, accelerator: Accelerator):
+        self._accelerator = accelerator
+        # of each batch since the last step: ids, labels, which features are finite, losses
         self._watched: list[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]] = []
 
-    def watch(
-        self, batch: Mapping[str, Any], features: Tensor, losses: Mapping[str, Tensor]
-    ) -> None:
-        """Note which features and losses of a batch are finite.
+    def watch(self, batch: dict[str, Any], features: Tensor, losses: dict[str, Tensor]) -> None:
+        """Note the losses of a batch, and which of its features are finite.
 
         Args:
             batch: with `input_ids` and `labels`, (batch, length) each.
             features: (positions, hidden), the target's.
             losses: by name, of shape () each.
         """
-        finite = {name: loss.isfinite() for name, loss in losses.items()}
+        found = {name: loss.detach() for name, loss in losses.items()}
         features = features.isfinite().all(-1)
-        self._watched.append((batch["input_ids"], batch["labels"], features, finite))
+        self._watched.append((batch["input_ids"], batch["labels"], features, found))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         """See [`~transformers.TrainerCallback`]."""
         watched, self._watched = self._watched, []
-        finite = torch.stack([torch.stack([*losses.values()]).all() for *_, losses in watched])
-        if bool(self._gather(finite.all()[None]).all()):  # shape (1,) to (processes,)
+        losses = [loss for *_, found in watched for loss in found.values()]
+        if are_finite(losses, self._accelerator):
             return
         step = state.global_step
         findings = [
             f"{_finding(*batch)} It is batch {index} of optimizer step {step + 1} in process"
             f" {args.process_index}; the weights are still those of step {step}."
             for index, batch in enumerate(watched, start=1)
-            if not finite[index - 1]
+            if not all(loss.isfinite() for loss in batch[-1].values())
         ]
         raise FloatingPointError(gather_object(findings)[0])
 
 
-def _finding(ids: Tensor, labels: Tensor, features: Tensor, losses: Mapping[str, Tensor]) -> str:
+def _finding(ids: Tensor, labels: Tensor, features: Tensor, losses: dict[str, Tensor]) -> str:
     """Describe what is not finite, and in which rows of a batch.
 
     Args:
         ids, labels: (batch, length).
         features: (positions,), whether the target's feature is finite.
-        losses: whether each is finite, of shape ().
+        losses: by name, of shape () each.
     """
     # the first two labels of a row are never trained
     lengths = (labels[:, 2:] != IGNORED).sum(1).tolist()
@@ -135,25 +133,27 @@ def _finding(ids: Tensor, labels: Tensor, features: Tensor, losses: Mapping[str,
         )
     if sum(lengths) == 0:
         return f"Nothing is trained in {where}; leave out rows without labels."
-    names = [name for name, is_finite in losses.items() if not is_finite]
+    names = [name for name, loss in losses.items() if not loss.isfinite()]
     return (
         f"The loss ({', '.join(names)}) of {where} is not finite, though the target's features are;"
         " lower `learning_rate` or `max_grad_norm`."
     )
 
 
-def check_weights(model: nn.Module, gather: Callable[[Tensor], Tensor]) -> None:
+def are_finite(tensors: list[Tensor], accelerator: Accelerator) -> bool:
+    """Whether all numbers of tensors of any shape are finite, in all processes."""
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+    return bool(accelerator.gather(finite[None].to(accelerator.device)).all())  # of (processes,)
+
+
+def check_weights(model: nn.Module, accelerator: Accelerator) -> None:
     """Raise a `FloatingPointError`, in every process, if a trained weight is not finite.
 
     Losses can be finite while a gradient is not, and then a step spoils the weights.
-
-    Args:
-        gather: joins a tensor of shape (1,) of every process to (processes,).
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     shards = [w.to_local() if isinstance(w, DTensor) else w for w in trained]
-    finite = torch.stack([shard.detach().isfinite().all() for shard in shards]).all()
-    if not bool(gather(finite[None]).all()):
+    if not are_finite(shards, accelerator):
         raise FloatingPointError(
             "The drafter's weights are not finite, so no checkpoint is written. Train in another"
             " folder from the last one, with a lower `learning_rate` or `max_grad_norm`."

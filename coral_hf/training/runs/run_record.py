@@ -5,7 +5,7 @@ which a run resumes or is refused; the entry of a run in `training_record.json`.
 """
 
 import json
-from collections.abc import Mapping, Sized
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from ..features import CachedFeatures
 
 logger = logging.get_logger(__name__)
 
-RUN = "coral_run.json"  # in each checkpoint: `run`, an id, `settings`, and the cost so far
+# in each checkpoint: `run`, an id, `settings`, and `entry`, the `run_summary` so far
+RUN = "coral_run.json"
 SETTINGS = (
     # of the losses
     *("stage", *Recipe._fields, "top_k", "router_weight", "feature_noise"),
@@ -44,7 +45,7 @@ HUB_DATASET = "hf://datasets/"
 
 
 def _read_run(checkpoint: Path) -> dict[str, Any] | None:
-    """Return id, settings and cost of a checkpoint's run; None where another trainer wrote it."""
+    """Return what a checkpoint says of its run; None where another trainer wrote it."""
     file = checkpoint / RUN
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
@@ -96,9 +97,7 @@ def check_vacant(folder: Path) -> None:
         )
 
 
-def check_resume(
-    checkpoint: Path, settings: Mapping[str, Any], folder: Path
-) -> dict[str, Any] | None:
+def check_resume(checkpoint: Path, settings: dict, folder: Path) -> dict[str, Any] | None:
     """Return what a checkpoint says of its run, which resumes with `settings` in `folder`.
 
     Raises:

@@ -89,11 +89,10 @@ class TrainingStep(Protocol):
         ...
 
 
-Factory = Callable[[Target, CoralTrainingArguments], TrainingStep]
-_FACTORIES: dict[str, Factory] = {}
+_FACTORIES: dict[str, Callable[[Target, CoralTrainingArguments], TrainingStep]] = {}
 
 
-def register_step(model_type: str, factory: Factory) -> None:
+def register_step(model_type: str, factory: Callable[..., TrainingStep]) -> None:
     """Train drafters of a `model_type` with the step that `factory(target, args)` makes."""
     _FACTORIES[model_type] = factory
 

@@ -15,8 +15,6 @@ masks. A step's inputs are detached; the graph of all steps is kept, since CSRA 
                                         q²_3     its own input at t
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -24,8 +22,6 @@ from .attention import KeysValues, mixed_attention
 
 # keys and values of every step so far, by layer and step
 Seen = dict[tuple[int, int], KeysValues]
-# the signature of `mixed_attention`
-Attention = Callable[[Tensor, KeysValues, list[KeysValues]], Tensor]
 # lengths of the documents of each row, adding up to the row's
 Documents = list[list[int]]
 
@@ -36,10 +32,9 @@ class UnrollContext:
     Not a dataclass: FSDP copies those that it passes on, and `seen` has to stay shared.
     """
 
-    def __init__(self, step: int, seen: Seen, documents: Documents | None, attention: Attention):
+    def __init__(self, step: int, seen: Seen, documents: Documents | None):
         """`step` counts from 0; `seen` is shared by the steps of an unroll."""
-        self.step, self.seen = step, seen
-        self.documents, self.attention = documents, attention
+        self.step, self.seen, self.documents = step, seen, documents
 
     # `seen` changes with every step, and torch.compile would compile each of them again
     @torch.compiler.disable
@@ -50,16 +45,12 @@ class UnrollContext:
         before = [self.seen[layer_idx, step] for step in range(self.step)]
         target, *own = [*before, (key, value)]
         if self.documents is None:
-            return self.attention(query, target, own)
-        return _by_document(self.attention, self.documents, query, target, own)
+            return mixed_attention(query, target, own)
+        return _by_document(self.documents, query, target, own)
 
 
 def _by_document(
-    attention: Attention,
-    documents: Documents,
-    query: Tensor,
-    target: KeysValues,
-    own: list[KeysValues],
+    documents: Documents, query: Tensor, target: KeysValues, own: list[KeysValues]
 ) -> Tensor:
     """Compute attention within each document of packed rows: no document sees another.
 
@@ -75,7 +66,7 @@ def _by_document(
     for row, lengths in enumerate(documents):
         parts = zip(*(part[row : row + 1].split(lengths, dim=2) for part in tensors), strict=True)
         attended = [
-            attention(query, (keys, values), list(zip(rest[::2], rest[1::2], strict=True)))
+            mixed_attention(query, (keys, values), list(zip(rest[::2], rest[1::2], strict=True)))
             for query, keys, values, *rest in parts
         ]
         rows.append(torch.cat(attended, dim=2))
@@ -99,7 +90,6 @@ def unroll(
     features: Tensor,
     num_steps: int,
     position_ids: Tensor | None = None,
-    attention: Attention = mixed_attention,
 ) -> Tensor:
     """Run the drafter `num_steps` times, each time on its own last predictions.
 
@@ -110,7 +100,6 @@ def unroll(
         num_steps: N of CORAL and HASS, at least 1.
         position_ids: (batch, length), of packed rows: they begin at 0 with each document, and
             documents do not attend to each other.
-        attention: `mixed_attention`, or its plain form for comparison.
 
     Returns:
         (steps, batch, length, hidden): at [j, :, t] the step's prediction of feature t + 1.
@@ -122,7 +111,7 @@ def unroll(
     seen: Seen = {}
     inputs, predicted = features, []
     for step in range(num_steps):
-        context = UnrollContext(step, seen, documents, attention)
+        context = UnrollContext(step, seen, documents)
         predicted.append(drafter(embeddings, inputs, position_ids, context))
         # the first position has no prediction of its own and keeps the target's feature
         shifted = predicted[-1].detach().roll(1, dims=1)
