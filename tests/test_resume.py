@@ -88,6 +88,12 @@ def test_a_run_killed_while_writing_a_checkpoint_resumes_from_the_one_before(who
     assert not half.exists()
 
 
+def test_a_checkpoint_ends_a_log_entry(tmp_path):
+    settings = {**SETTINGS, "max_steps": 6, "save_steps": 3}
+    logs = launched.resumed(tmp_path, **settings)["logs"]
+    assert [entry["step"] for entry in logs if "loss" in entry] == [2, 3, 4, 6]
+
+
 @pytest.mark.slow
 def test_a_run_killed_many_times_has_the_same_result(tmp_path):
     settings = {**SETTINGS, "max_steps": 16, "save_total_limit": 2}

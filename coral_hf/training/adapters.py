@@ -34,9 +34,7 @@ def with_adapter(
     """
     if peft_config is None and not is_adapted(model):
         return model
-    obstacle = _obstacle(model, stage, peft_config)
-    if obstacle is not None:
-        raise ValueError(obstacle)
+    _check_adapter(model, stage, peft_config)
     if peft_config is not None:
         model = _wrapped(model, copy.deepcopy(peft_config))  # PEFT writes into it
     for name, parameter in model.named_parameters():
@@ -56,34 +54,33 @@ def is_adapted(model: CoralDrafter | PeftModel) -> bool:
     return isinstance(model, PeftModel) or model._hf_peft_config_loaded
 
 
-def _obstacle(
+def _check_adapter(
     model: CoralDrafter | PeftModel, stage: str, peft_config: PeftConfig | None
-) -> str | None:
-    """Say why an adapter cannot be trained and what to do instead, or return None."""
+) -> None:
+    """Raise a ValueError for an adapter that cannot be trained, with what to do instead."""
     if stage != "drafter":
-        return (
+        raise ValueError(
             f"`stage` is {stage!r}, which takes no adapter; merge it first: drafter ="
             " trainer.model.merge_and_unload()."
         )
     if peft_config is not None and is_adapted(model):
-        return (
+        raise ValueError(
             "`peft_config` was passed for a drafter that has an adapter already; pass one of them,"
             " or merge the first: model.merge_and_unload()."
         )
     if peft_config is None and not isinstance(model, PeftModel):
-        return (
+        raise ValueError(
             "The drafter was loaded from the folder of an adapter, which transformers cannot merge"
             " or train beside frozen weights. Load it with PeftModel.from_pretrained("
             "AutoModel.from_pretrained(drafter), adapter, is_trainable=True)."
         )
     config = peft_config or model.active_peft_config
     if config.is_prompt_learning or config.task_type is not None:
-        return (
+        raise ValueError(
             f"The adapter is a {type(config).__name__} whose `task_type` is {config.task_type!r},"
             " with which PEFT calls a model with tokens, but a drafter reads features. Use an"
             " adapter of its layers, such as LoraConfig, and leave `task_type` out."
         )
-    return None
 
 
 def _wrapped(model: CoralDrafter, config: PeftConfig) -> PeftModel:

@@ -75,9 +75,8 @@ def check_head_settings(drafter: CoralDrafter | PeftModel, args: CoralTrainingAr
         if given not in (None, own):
             raise ValueError(
                 f"`{name}` is {given!r}, but the drafter has a head with {own!r}, which this stage"
-                " trains further. Leave it out, or remove that head to get a new one:"
-                " drafter.heads.remove_router() or remove_low_rank_head(), --fresh-head on the"
-                " command line."
+                " trains further. Leave it out, or first call drafter.heads.remove_router() or"
+                " remove_low_rank_head() (on the command line --fresh-head)."
             )
 
 

@@ -112,10 +112,7 @@ def from_layer(
     drafter.layers[0].load_state_dict(tensors)
     if fc is not None:
         unit = torch.eye(drafter.config.hidden_size, device=drafter.fc.weight.device)
-        weights = {"weight": torch.cat([factor * unit for factor in fc], dim=1)}
-        if drafter.fc.bias is not None:
-            weights["bias"] = torch.zeros_like(drafter.fc.bias)
-        drafter.fc.load_state_dict(weights)
+        drafter.fc.load_state_dict({"weight": torch.cat([factor * unit for factor in fc], dim=1)})
     return drafter
 
 

@@ -81,9 +81,8 @@ class AtomicCheckpoints(Trainer):
 
     def _update_record(self) -> None:
         """Update the entry of this run in the drafter's training record; all processes call it."""
-        tokens = torch.tensor(self.meter.tokens, device=self.args.device)  # of shape ()
-        tokens = int(self.accelerator.reduce(tokens))
-        self._entry.update(run_summary(self, tokens, self.meter.seconds))
+        tokens = self.accelerator.reduce(torch.tensor(self.meter.tokens, device=self.args.device))
+        self._entry.update(run_summary(self, int(tokens), self.meter.seconds))
         record = self.drafter.training_record
         if not any(entry is self._entry for entry in record):
             record.append(self._entry)
