@@ -1,9 +1,15 @@
-"""Features and a head of small sizes for the tests of the losses."""
+"""Features and a head of small sizes, and the plain form of a loss, for the tests of the losses."""
 
 import torch
 from torch import Tensor, nn
 
 from coral_hf.lm_head import LMHead
+from coral_hf.training.losses.token_loss import (
+    CLASSIFICATION,
+    LogitsOf,
+    TokenLoss,
+    TokenWeights,
+)
 
 STEPS, POSITIONS, HIDDEN, VOCAB = 3, 11, 8, 50
 
@@ -21,3 +27,19 @@ def make_head(dtype: torch.dtype = torch.float32, **finish) -> LMHead:
     module = nn.Linear(HIDDEN, VOCAB, bias=False)
     module.weight.data = randn(VOCAB, HIDDEN, seed=2).to(dtype)
     return LMHead(module.requires_grad_(False), **finish)
+
+
+def plain_token_loss(
+    predicted: Tensor,
+    target: Tensor,
+    logits_of: LogitsOf,
+    weights: TokenWeights = CLASSIFICATION,
+) -> TokenLoss:
+    """`token_loss`, shapes too, without chunks and with gradients of torch, for tests."""
+    probs = logits_of(target).float().softmax(-1)
+    log_probs = logits_of(predicted).float().log_softmax(-1)  # (steps, positions, vocab)
+    classification = -(probs * log_probs).sum((-1, -2))
+    in_top = torch.zeros_like(probs).scatter_(-1, probs.topk(weights.k, dim=-1).indices, 1.0)
+    top_k = -(in_top * probs * log_probs).sum((-1, -2))
+    loss = weights.classification * classification + weights.top_k * top_k
+    return TokenLoss(loss, classification, top_k, log_probs.argmax(-1) == probs.argmax(-1))

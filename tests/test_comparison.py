@@ -30,14 +30,14 @@ def result(trial: str, seed: int, value: float, steps: int = 10) -> Result:
 @pytest.mark.parametrize(
     ("text", "name", "options"),
     [
-        ("hass", "hass", ["--recipe", "hass"]),
+        ("hass", "hass", ["--recipe=hass"]),
         (
             "coral csra_weight=0.5",
             "coral csra_weight=0.5",
-            ["--recipe", "coral", "--csra_weight", "0.5"],
+            ["--recipe=coral", "--csra_weight=0.5"],
         ),
-        ("num_steps=4", "num_steps=4", ["--num_steps", "4"]),
-        ("hass drafter.fc_bias=true", "hass drafter.fc_bias=true", ["--recipe", "hass"]),
+        ("num_steps=4", "num_steps=4", ["--num_steps=4"]),
+        ("hass drafter.fc_bias=true", "hass drafter.fc_bias=true", ["--recipe=hass"]),
     ],
 )
 def test_a_trial_is_a_recipe_and_settings(text, name, options):

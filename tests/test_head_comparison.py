@@ -15,11 +15,12 @@ from coral_hf.training.comparison.heads import read_share
 ROUTED = "routed grouping=contiguous num_groups=8 num_active_groups=2"
 
 
-def test_a_trial_separates_how_its_head_is_made_and_how_it_is_read():
+def test_the_key_of_a_trial_is_how_its_head_is_made_not_how_it_is_read():
     trial = HeadTrial.parse(f"{ROUTED} routing=union max_active_groups=3 active_mass=0.9")
     assert trial.head == "routed" and trial.key == "routed-contiguous-8"
-    assert trial.made_with == {"grouping": "contiguous", "num_groups": 8}
-    assert trial.read_with == {
+    assert trial.fields == {
+        "grouping": "contiguous",
+        "num_groups": 8,
         "num_active_groups": 2,
         "routing": "union",
         "max_active_groups": 3,

@@ -10,12 +10,12 @@ from pathlib import Path
 import launched
 import pytest
 import torch
-from loss_inputs import features, make_head
+from loss_inputs import features, make_head, plain_token_loss
 
 import coral_hf
 from coral_hf import CoralTrainingArguments
 from coral_hf.training.losses import liger_loss
-from coral_hf.training.losses.token_loss import TokenWeights, plain_token_loss
+from coral_hf.training.losses.token_loss import TokenWeights
 
 TESTS = Path(__file__).parent
 CASES = [

@@ -95,10 +95,9 @@ def test_on_the_targets_own_text_the_rounds_are_those_of_chain_decoding(target, 
 def test_from_every_prefix_a_chain_is_accepted_as_far_as_its_diagonal(target, drafter, texts):
     text = texts[:1]
     predicted, features = unrolled(target, drafter, text)
-    trained = torch.ones(1, text.shape[1] - 2, dtype=torch.bool)
     read = read_target(target)
-    agreed = agreement(drafter, read, predicted[:, :, :-1], features[:, 1:-1], trained)
-    accepted = accepted_chains(agreed)[0].tolist()
+    agreed = agreement(drafter, read, predicted[:, 0, :-1], features[0, 1:-1])
+    accepted = accepted_chains(agreed[:, None])[0].tolist()
     # the root is token t + 1, which the prompt's pass emits; its chain is that of position t
     for t in range(3, text.shape[1] - 2 - DEPTH):
         rounds = decoded_rounds(target, drafter, text[:, : t + 1], DEPTH + 2)

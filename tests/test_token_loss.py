@@ -4,11 +4,11 @@ import weakref
 
 import pytest
 import torch
-from loss_inputs import POSITIONS, STEPS, VOCAB, features, make_head
+from loss_inputs import POSITIONS, STEPS, VOCAB, features, make_head, plain_token_loss
 from torch import Tensor
 
 from coral_hf.lm_head import LMHead
-from coral_hf.training.losses.token_loss import TokenWeights, plain_token_loss, token_loss
+from coral_hf.training.losses.token_loss import TokenWeights, token_loss
 
 CHUNKS = [1, 4, 11, 128]
 

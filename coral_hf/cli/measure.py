@@ -144,8 +144,8 @@ def compare_heads(
     rows = own.rows()
     settings.options = training_options
     target, drafter, tokenizer, prompts = own.load()
-    comparison = HeadComparison(target, tokenizer, drafter, rows, settings)
-    own.show(comparison.report(trials, prompts))
+    comparison = HeadComparison(target, tokenizer, rows, prompts, settings, drafter)
+    own.show(comparison.report(trials))
 
 
 @dataclass(kw_only=True)

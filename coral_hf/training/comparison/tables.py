@@ -4,7 +4,6 @@ In: a comparison, trials. Out: Markdown, `table.md` and `scaling.png`.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from pandas import DataFrame, Series
@@ -28,7 +27,7 @@ def compare(
             for number in steps
         ]
         if len(steps) > 1:
-            plot_scaling([one for part in results for one in part], comparison.output)
+            plot_scaling([one for part in results for one in part], comparison.settings.output)
         return _write_tables(comparison, results)
 
 
@@ -55,7 +54,7 @@ def halve(
     rungs, left = [], list(trials)
     while True:
         results = [(comparison.result(trial, 0, steps), trial) for trial in left]
-        results.sort(key=lambda pair: -pair[0].mean_acceptance)
+        results.sort(key=lambda pair: -pair[0].cells["mean"])
         rungs.append([result for result, _ in results])
         if len(left) <= max(keep, 1):
             return rungs
@@ -66,7 +65,7 @@ def halve(
 def _write_tables(comparison: Comparison, parts: Sequence[Sequence[Result]]) -> str:
     """Write the tables of results by steps to `table.md`."""
     text = "\n".join(f"{part[0].steps} steps\n\n{comparison_table(part)}" for part in parts)
-    write_text(comparison.output / "table.md", text)
+    write_text(comparison.settings.output / "table.md", text)
     return text
 
 
@@ -90,12 +89,7 @@ def comparison_table(results: Sequence[Result]) -> str:
 
 def _table_of_runs(results: Sequence[Result]) -> DataFrame:
     """Make a line for each run: trial, seed, steps, num_tokens, τ by task and temperature, mean."""
-    runs = DataFrame(asdict(result) for result in results)
-    for temperature, tasks in results[0].acceptance.items():
-        for task in tasks:
-            values = [result.acceptance[temperature][task] for result in results]
-            runs[f"{task}, T={float(temperature):g}"] = values
-    runs["mean"] = [result.mean_acceptance for result in results]
+    runs = DataFrame([vars(result) | result.cells for result in results])
     return runs.drop(columns=["seconds", "losses", "acceptance"])
 
 
@@ -113,13 +107,11 @@ def _difference(gaps: Series | None) -> str:
 
 def plot_scaling(results: Sequence[Result], folder: Path) -> None:
     """Draw the mean τ over the tokens that were read: a line for each trial, a dot for each run."""
-    figure, (axes,) = plots.new_figure(width=6.0, height=4.0)
     lines: list[plots.Line] = []
-    for trial, own in _table_of_runs(results).groupby("trial", sort=False):
+    for index, (trial, own) in enumerate(_table_of_runs(results).groupby("trial", sort=False)):
         means = own.groupby("steps")[["num_tokens", "mean"]].mean()
-        colour = plots.COLOURS[len(lines) % len(plots.COLOURS)]
-        axes.scatter(own["num_tokens"], own["mean"], s=12, color=colour)
-        lines.append(plots.Line(trial, means["num_tokens"], means["mean"]))
-    plots.draw_lines(axes, lines)
-    axes.set(xscale="log", xlabel="tokens read in training", ylabel="τ, tokens per target pass")
-    plots.save(figure, folder / "scaling.png")
+        colour = plots.COLOURS[index % len(plots.COLOURS)]
+        lines.append(plots.Line("", own["num_tokens"], own["mean"], ".", colour))
+        lines.append(plots.Line(trial, means["num_tokens"], means["mean"], "-", colour))
+    labels = {"xlabel": "tokens read in training", "ylabel": "τ, tokens per target pass"}
+    plots.save(plots.line_figure(lines, xscale="log", **labels), folder / "scaling.png")

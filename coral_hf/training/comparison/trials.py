@@ -6,10 +6,10 @@ one JSON line each, so that an interrupted comparison resumes.
 
 import json
 import logging
+import re
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from statistics import mean
 from typing import Any, NamedTuple
@@ -50,18 +50,15 @@ class Trial(NamedTuple):
         Raises:
             ValueError: for another form, and for fields of the drafter that its config lacks.
         """
-        words = text.removeprefix("recipe=").split()
-        typed = words[:]
-        if words and "=" not in words[0]:
-            typed[0] = f"recipe={words[0]}"
-        if not typed or any("=" not in word.strip("=") for word in typed):
+        first, *rest = text.removeprefix("recipe=").split() or [""]
+        words = [first if "=" in first else f"recipe={first}", *rest]
+        if not all(re.fullmatch("[^=]+=.+", word) for word in words):
             raise ValueError(
                 f"A trial is {text!r}; write a recipe and settings: 'coral csra_weight=0.5'."
             )
-        own = [word.removeprefix(DRAFTER) for word in typed if word.startswith(DRAFTER)]
-        others = [word for word in typed if not word.startswith(DRAFTER)]
-        options = [part for word in others for part in f"--{word}".split("=", 1)]
-        return cls(" ".join(words), options, config_fields(own))
+        own = [word.removeprefix(DRAFTER) for word in words if word.startswith(DRAFTER)]
+        options = [f"--{word}" for word in words if not word.startswith(DRAFTER)]
+        return cls(" ".join([first, *rest]), options, config_fields(own))
 
 
 def config_fields(words: Iterable[str]) -> dict[str, Any]:
@@ -80,10 +77,9 @@ def config_fields(words: Iterable[str]) -> dict[str, Any]:
         name, _, value = word.partition("=")
         if name not in known:
             raise ValueError(f"`{name}` is no field of CoralConfig; use one of {', '.join(known)}.")
-        try:
+        fields[name] = value
+        with suppress(json.JSONDecodeError):
             fields[name] = json.loads(value)
-        except json.JSONDecodeError:
-            fields[name] = value
         try:
             setattr(config, name, fields[name])
         except StrictDataclassError as error:
@@ -104,20 +100,57 @@ class Result:
     acceptance: dict[str, dict[str, float]]  # temperature → task → τ
 
     @property
-    def mean_acceptance(self) -> float:
-        """The mean τ over tasks and temperatures."""
-        return mean(value for tasks in self.acceptance.values() for value in tasks.values())
+    def cells(self) -> dict[str, float]:
+        """The τ of each task and temperature, and their mean, by the heading of a table."""
+        found = {
+            f"{task}, T={float(temperature):g}": tau
+            for temperature, tasks in self.acceptance.items()
+            for task, tau in tasks.items()
+        }
+        return found | {"mean": mean(found.values())}
 
 
-def training_rows(dataset, tokenizer: PreTrainedTokenizerBase, settings: TrialSettings):
-    """Return the rows that all trials are trained on; those of a feature cache are ready."""
-    max_length = parse_arguments(settings.output, settings.options).max_length
-    if not hasattr(dataset, "column_names"):  # a feature cache
-        return dataset
-    return prepare_dataset(dataset, tokenizer, max_length)
+@dataclass
+class TrialRuns:
+    """What all trials of a comparison share, and how each is trained."""
+
+    target: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    dataset: Any  # in any form that `prepare_dataset` takes, or rows of a feature cache
+    prompts: Sequence[Prompt]
+    settings: TrialSettings
+
+    def __post_init__(self) -> None:
+        max_length = parse_arguments(self.settings.output, self.settings.options).max_length
+        if hasattr(self.dataset, "column_names"):  # rows of a feature cache are ready
+            self.dataset = prepare_dataset(self.dataset, self.tokenizer, max_length)
+
+    def keep_folder(self, **others: Any) -> None:
+        """Raise a ValueError if results in the folder depend on another target, rows or others.
+
+        Args:
+            others: what they also depend on, such as `options`.
+        """
+        own = {"target": identify(self.target), "rows": rows_identity(self.dataset)}
+        keep_settings(self.settings.output / "settings.json", own | others, self.settings.output)
+
+    def train(
+        self, drafter: CoralDrafter, options: Sequence[str] = (), **fields: Any
+    ) -> TrainerState:
+        """Train a drafter or its head, and write nothing; the options are added to all trials'."""
+        fields |= {"save_strategy": "no", "disable_tqdm": True, "plots": False}
+        fields["include_num_input_tokens_seen"] = "non_padding"
+        with tempfile.TemporaryDirectory() as folder:
+            args = parse_arguments(folder, [*self.settings.options, *options], **fields)
+            trainer = CoralTrainer(
+                drafter, self.target, args, self.tokenizer, train_dataset=self.dataset
+            )
+            trainer.train()
+        return trainer.state
 
 
-class Comparison:
+@dataclass
+class Comparison(TrialRuns):
     """Trains and measures trials; one that was measured before is not repeated.
 
     ```python
@@ -126,23 +159,15 @@ class Comparison:
     ```
     """
 
-    def __init__(
-        self,
-        target: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        dataset,
-        prompts: Sequence[Prompt],
-        settings: ComparisonSettings,
-    ):
-        """`dataset` in any form that `prepare_dataset` takes, or rows of a feature cache."""
-        self._target, self._settings = target, settings
-        self._prompts: dict[str, list[list[int]]] = {}
-        for prompt in prompts:
-            ids = encode(prompt, tokenizer)[0].tolist()
-            self._prompts.setdefault(prompt.task, []).append(ids)
-        self._rows = training_rows(dataset, tokenizer, settings)
-        self.output = settings.output
-        self._lines = JsonLines(settings.output / "results.jsonl")
+    settings: ComparisonSettings
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._lines = JsonLines(self.settings.output / "results.jsonl")
+        self._ids: dict[str, list[list[int]]] = {}  # of the prompts, by task
+        for prompt in self.prompts:
+            ids = encode(prompt, self.tokenizer)[0].tolist()
+            self._ids.setdefault(prompt.task, []).append(ids)
 
     @contextmanager
     def held(self, trials: Sequence[Trial], steps: Sequence[int]) -> Iterator[None]:
@@ -155,16 +180,12 @@ class Comparison:
         if min(steps) < 1:
             raise ValueError(f"`steps` is {min(steps)}; use 1 or more.")
         for trial in trials:
-            parse_arguments(self.output, [*self._settings.options, *trial.options])
-            CoralDrafter.from_target(self._target, **trial.drafter_fields)
-        depends_on = asdict(self._settings) | {
-            "target": identify(self._target),
-            "rows": rows_identity(self._rows),
-            "prompts": digest(self._prompts),
-        }
+            parse_arguments(self.settings.output, [*self.settings.options, *trial.options])
+            CoralDrafter.from_target(self.target, **trial.drafter_fields)
+        depends_on = asdict(self.settings)
         del depends_on["output"], depends_on["batch_size"]
-        with sole_writer(self.output):
-            keep_settings(self.output / "settings.json", depends_on, self.output)
+        with sole_writer(self.settings.output):
+            self.keep_folder(prompts=digest(self._ids), **depends_on)
             self._lines.mend()
             yield
 
@@ -173,55 +194,32 @@ class Comparison:
         for result in (Result(**fields) for fields in self._lines.read()):
             if (result.trial, result.seed, result.steps) == (trial.name, seed, steps):
                 return result
-        start = time.perf_counter()
-        drafter, state = self._train(trial, seed, steps)
+        set_seed(seed)
+        drafter = CoralDrafter.from_target(self.target, **trial.drafter_fields).float()
+        often = max(steps // 10, 1)
+        state = self.train(drafter, trial.options, max_steps=steps, seed=seed, logging_steps=often)
+        drafter = drafter.to(self.target.dtype).eval()
+        drafter.generation_config.update(**self.settings.drafting())
         logged = {name: value for entry in state.log_history for name, value in entry.items()}
         result = Result(
             trial=trial.name,
             seed=seed,
             steps=steps,
             num_tokens=int(state.num_input_tokens_seen),
-            seconds=time.perf_counter() - start,
+            seconds=logged["train_runtime"],
             losses={k: v for k, v in logged.items() if k.endswith("_loss") or "agreement" in k},
-            acceptance={
-                str(value): self._measure(drafter, value) for value in self._settings.temperatures
-            },
+            acceptance={str(t): self._measure(drafter, t) for t in self.settings.temperatures},
         )
         self._lines.append([asdict(result)])
-        logger.info(
-            f"{trial.name}, seed {seed}, {steps} steps: τ {result.mean_acceptance:.3f} after"
-            f" {result.seconds:.0f} s"
-        )
+        logger.info(f"{trial.name}, seed {seed}, {steps} steps: τ {result.cells['mean']:.3f}")
         return result
-
-    def _train(self, trial: Trial, seed: int, steps: int) -> tuple[CoralDrafter, TrainerState]:
-        """Train a drafter and return it in the target's dtype, with what was logged."""
-        with tempfile.TemporaryDirectory() as folder:
-            args = parse_arguments(
-                folder,
-                [*self._settings.options, *trial.options],
-                max_steps=steps,
-                seed=seed,
-                save_strategy="no",
-                logging_steps=max(steps // 10, 1),
-                disable_tqdm=True,
-            )
-            args.include_num_input_tokens_seen = "non_padding"
-            set_seed(seed)
-            drafter = CoralDrafter.from_target(self._target, **trial.drafter_fields).float()
-            trainer = CoralTrainer(
-                model=drafter, target_model=self._target, args=args, train_dataset=self._rows
-            )
-            trainer.train()
-        return drafter.to(self._target.dtype).eval(), trainer.state
 
     def _measure(self, drafter: CoralDrafter, temperature: float) -> dict[str, float]:
         """Measure the τ of each task."""
-        settings, target = self._settings, read_target(self._target)
-        drafter.generation_config.update(**settings.drafting())
-        sizes = settings.max_new_tokens, temperature, settings.batch_size
+        target = read_target(self.target)
+        sizes = self.settings.max_new_tokens, temperature, self.settings.batch_size
         return {
             # neighbours of similar length need little padding
             task: mean(decoded_rounds(drafter, target, sorted(prompts, key=len), *sizes))
-            for task, prompts in self._prompts.items()
+            for task, prompts in self._ids.items()
         }

@@ -6,7 +6,7 @@ In: held-out rows, and what the unroll predicts for them. Out: metrics by name, 
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..data.encoding import IGNORED
 from ..steps import Unrolled
 from .replay import replayed_rounds
 from .routing import NAMES as ROUTING
-from .routing import RoutingCounts
+from .routing import routing_metrics, routing_sums
 
 # names of metrics that evaluations give here; a trainer may add others of its own
 OURS = re.compile(r"(\w+_)?(loss|acceptance_length|[a-z0-9_]+_depth_\d+)")
@@ -45,16 +45,14 @@ class Evaluation:
         self._args = args
         self.depth = tree_depth(drafter)  # steps of the unroll that are counted
         self._replayed: list[int] = []  # tokens of each round
-        has_router = drafter.config.is_router_trained
-        self._routing = RoutingCounts(self.depth) if has_router else None
+        self._held = torch.zeros(self.depth, len(ROUTING) + 1, dtype=torch.float64)
 
     def add(self, unrolled: Unrolled) -> None:
         """Count a batch: replay chain decoding, and compare the router's groups."""
         unrolled = unrolled._replace(predicted=unrolled.predicted[: self.depth])
         self._replayed += replayed_rounds(self._drafter, self._target, unrolled)
-        if self._routing is not None:
-            trained = unrolled.trained()
-            self._routing.add(self._drafter, self._target, trained.predicted, trained.target)
+        if self._drafter.config.is_router_trained:
+            self._held += routing_sums(self._drafter, self._target, unrolled.trained())
 
     def metrics(self, dataset: Iterable, accelerator: Accelerator) -> dict[str, float]:
         """Compute the metrics, the same in every process; each decodes its share of the prompts.
@@ -69,8 +67,8 @@ class Evaluation:
 
         replayed = summed(count_rounds(self._replayed, self.depth))
         found = {"simulated_acceptance_length": acceptance_length(replayed)}
-        if self._routing is not None:
-            found |= self._routing.metrics(summed(self._routing.flat()))
+        if self._drafter.config.is_router_trained:
+            found |= routing_metrics(summed(self._held))
         if self._args.eval_prompts:
             counts = summed(self._decode(dataset, accelerator))
             found["acceptance_length"] = acceptance_length(counts)
@@ -83,21 +81,13 @@ class Evaluation:
         if accelerator.distributed_type == "FSDP" or (plugin and plugin.zero_stage == 3):
             # processes decode different numbers of rounds: none can wait for another's weights
             raise ValueError(
-                "`eval_prompts` needs the whole drafter in every process, but its weights are"
-                f" sharded ({accelerator.distributed_type}); pass eval_prompts=0, or train with"
-                " plain data parallelism."
+                f"`eval_prompts` needs a whole drafter, but {accelerator.distributed_type} shards"
+                " its weights; pass eval_prompts=0, or train with plain data parallelism."
             )
         prompts = held_out_prompts(dataset, self._target, args)
         own = prompts[accelerator.process_index :: accelerator.num_processes]
-        rounds = decoded_rounds(
-            self._drafter,
-            self._target,
-            own,
-            args.eval_max_new_tokens,
-            args.eval_temperature,
-            args.per_device_eval_batch_size,
-            args.seed,
-        )
+        sizes = args.eval_max_new_tokens, args.eval_temperature, args.per_device_eval_batch_size
+        rounds = decoded_rounds(self._drafter, self._target, own, *sizes, args.seed)
         return count_rounds(rounds, self.depth)
 
 
@@ -134,18 +124,20 @@ def tree_depth(drafter: CoralDrafter) -> int:
     return getattr(drafter.generation_config, "tree_depth", TREE_DEFAULTS["tree_depth"])
 
 
-def held_out_prompts(
-    dataset: Iterable, target: Target, args: CoralTrainingArguments
-) -> list[list[int]]:
+def held_out_prompts(dataset: Any, target: Target, args: CoralTrainingArguments) -> list[list[int]]:
     """Collect token ids of up to `eval_prompts` prompts, from rows spread evenly over a dataset.
 
     A prompt is what precedes the first trained token, and of plain text, of which everything is
     trained, its first `eval_prompt_length` tokens. Rows that hold no more than their prompt, or
     that leave the target no room to answer, are skipped. A stream gives its first rows.
     """
-    rows = [first_document(row) for row in _spread(dataset, args.eval_prompts)]
-    limit = max_positions(text_config(target.model))
-    room = float("inf") if limit is None else limit - args.eval_max_new_tokens
+    if isinstance(dataset, IterableDataset):
+        rows = [first_document(row) for row in islice(dataset, args.eval_prompts)]
+    else:
+        number = min(args.eval_prompts, len(dataset))
+        places = (index * len(dataset) // number for index in range(number))
+        rows = [first_document(dataset[place]) for place in places]
+    room = (max_positions(text_config(target.model)) or float("inf")) - args.eval_max_new_tokens
     found = [(prompt_of(row, args.eval_prompt_length), len(row["input_ids"])) for row in rows]
     prompts = [prompt for prompt, length in found if len(prompt) < length and len(prompt) <= room]
     if not prompts:
@@ -154,13 +146,6 @@ def held_out_prompts(
             " it; lower `eval_max_new_tokens` or `eval_prompt_length`, or pass eval_prompts=0."
         )
     return prompts
-
-
-def _spread(dataset: Any, count: int) -> Iterator[Any]:
-    if isinstance(dataset, IterableDataset):
-        return islice(dataset, count)
-    number = min(count, len(dataset))
-    return (dataset[index * len(dataset) // number] for index in range(number))
 
 
 def first_document(row: Any) -> dict[str, list[int]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from ...measure.plots import COLOURS, Line, add_legend, draw_lines, line_figure, new_figure, save
+from ...measure.plots import COLOURS, Line, draw_lines, line_figure, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 Entries = Sequence[Mapping[str, Any]]  # `state.log_history`
 Curve = tuple[list[int], list[float]]  # steps of the optimizer, values
 
-STATE = "trainer_state.json"
 OPTIMIZER_STEP = "step of the optimizer"
 # metric → its name, and the style of its line
 LENGTHS = {
@@ -74,10 +73,8 @@ def plot_run(state: str | Path, folder: str | Path | None = None) -> list[Path]:
         the files that were written.
     """
     file = _state_file(state)
-    drawn = figures(_read_log(file))
-    return [
-        save(figure, Path(folder or file.parent) / f"{name}.png") for name, figure in drawn.items()
-    ]
+    to = file.parent if folder is None else Path(folder)
+    return [save(figure, to / f"{name}.png") for name, figure in figures(_read_log(file)).items()]
 
 
 def compare_runs(states: Mapping[str, str | Path], path: str | Path) -> Path:
@@ -101,7 +98,7 @@ def compare_runs(states: Mapping[str, str | Path], path: str | Path) -> Path:
 
 
 def _state_file(state: str | Path) -> Path:
-    return Path(state) / STATE if Path(state).is_dir() else Path(state)
+    return Path(state) / "trainer_state.json" if Path(state).is_dir() else Path(state)
 
 
 def _read_log(state: Path) -> Entries:
@@ -163,10 +160,9 @@ def _step_lines(log: Entries, name: str) -> list[Line]:
 
 def _length_lines(log: Entries) -> list[Line]:
     """Draw the decoded and simulated acceptance length of each evaluated dataset."""
-    prefixes = eval_prefixes(log, "simulated_acceptance_length")
     return [
         Line(f"{prefix}, {means}", *values, style, COLOURS[index % len(COLOURS)])
-        for index, prefix in enumerate(prefixes)
+        for index, prefix in enumerate(eval_prefixes(log, "simulated_acceptance_length"))
         for name, (means, style) in LENGTHS.items()
         if (values := curve(log, f"{prefix}_{name}"))[0]
     ]
@@ -174,21 +170,20 @@ def _length_lines(log: Entries) -> list[Line]:
 
 def _depth_figure(log: Entries, prefixes: Sequence[str]) -> "Figure":
     """Draw a panel for each dataset, a line for each evaluation, the later the darker."""
-    from matplotlib.ticker import MaxNLocator
-
     figure, panels = new_figure(len(prefixes))
     for axes, prefix in zip(panels, prefixes, strict=True):
         name = f"{prefix}_acceptance_depth"
         entries = [entry for entry in log if f"{name}_1" in entry]
-        for index, entry in enumerate(entries):
+        lines = []
+        for number, entry in enumerate(entries, start=1):
             shares = {depth: ys[0] for depth, (_, ys) in curves_by_step([entry], name).items()}
             # the first and the last one in the legend imply the rest
-            label = f"step {entry['step']}" if index in (0, len(entries) - 1) else None
-            shade = (index + 1) / len(entries)
-            x, y = [*shares], [*shares.values()]
-            axes.plot(x, y, "o-", color=COLOURS[1], alpha=shade, label=label)
+            label = f"step {entry['step']}" if number in (1, len(entries)) else ""
+            # the last two digits are the opacity
+            shade = f"{COLOURS[1]}{255 * number // len(entries):02x}"
+            lines.append(Line(label, [*shares], [*shares.values()], "o-", shade))
+        draw_lines(axes, lines)
         axes.set(xlabel=f"depth in the tree ({prefix})", ylim=(0, 1.05))
         axes.set_ylabel("accepted, of rounds that reached it")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        add_legend(axes)
+        axes.locator_params("x", integer=True)
     return figure

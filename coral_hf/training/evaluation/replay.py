@@ -17,6 +17,7 @@ other text a round continues along the text where the target itself would have g
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import takewhile
 
 import torch
@@ -40,33 +41,27 @@ def replayed_rounds(drafter: CoralDrafter, target: Target, unrolled: Unrolled) -
         target: of the drafter.
         unrolled: of as many steps as a chain has levels.
     """
-    predicted, features, labels, _ = unrolled
-    trained = labels != IGNORED  # (batch, length)
-    trained[:, :2] = False
-    # position t predicts token t + 2
-    agreed = agreement(drafter, target, predicted[:, :, :-1], features[:, 1:-1], trained[:, 2:])
-    rows = zip(accepted_chains(agreed).tolist(), trained.tolist(), strict=True)
+    found, is_trained = unrolled.trained(), unrolled.labels != IGNORED  # (batch, length)
+    is_trained[:, :2] = False
+    shape = len(found.predicted), *is_trained[:, 2:].shape  # position t predicts token t + 2
+    agreed = torch.zeros(shape, dtype=torch.bool, device=is_trained.device)
+    agreed[:, is_trained[:, 2:]] = agreement(drafter, target, found.predicted, found.target)
+    rows = zip(accepted_chains(agreed).tolist(), is_trained.tolist(), strict=True)
     return [tokens for accepted, row in rows for tokens in walk(accepted, row)]
 
 
 @torch.no_grad()
-def agreement(
-    drafter: CoralDrafter, target: Target, predicted: Tensor, features: Tensor, trained: Tensor
-) -> Tensor:
-    """Mark where the drafter's first choice is the target's: (steps, batch, positions).
+def agreement(drafter: CoralDrafter, target: Target, predicted: Tensor, features: Tensor) -> Tensor:
+    """Mark where the drafter's first choice is the target's: (steps, positions).
 
     Args:
         drafter, target: see `replayed_rounds`.
-        predicted: (steps, batch, positions, hidden).
-        features: (batch, positions, hidden), what was to be predicted.
-        trained: (batch, positions), where to look; False elsewhere.
+        predicted: (steps, positions, hidden).
+        features: (positions, hidden), what was to be predicted.
     """
-    agreed = torch.zeros(predicted.shape[:3], dtype=torch.bool, device=trained.device)
-    best = _by_chunk(lambda rows: target.head.logits(rows).argmax(-1), features[trained])
-    for step, one in enumerate(predicted):
-        choices = _by_chunk(lambda rows: first_choices(drafter, target, rows), one[trained])
-        agreed[step][trained] = choices == best
-    return agreed
+    best = _by_chunk(lambda rows: target.head.logits(rows).argmax(-1), features)
+    choose = partial(first_choices, drafter, target)
+    return torch.stack([_by_chunk(choose, one) == best for one in predicted])
 
 
 def _by_chunk(choose: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def token_loss(
 
 
 class _ChunkedTokenLoss(torch.autograd.Function):
-    """`plain_token_loss` with the gradient computed chunk by chunk in the forward pass."""
+    """`token_loss` with the gradient computed chunk by chunk in the forward pass."""
 
     @staticmethod
     def forward(ctx, predicted, target, logits_of, weights, chunk_size, chunk_loss):
@@ -167,19 +167,3 @@ def _refill(buffer: Tensor | None, logits: Tensor) -> Tensor:
         return logits.to(torch.float32, copy=True)
     buffer[: len(logits)].copy_(logits)
     return buffer
-
-
-def plain_token_loss(
-    predicted: Tensor,
-    target: Tensor,
-    logits_of: LogitsOf,
-    weights: TokenWeights = CLASSIFICATION,
-) -> TokenLoss:
-    """`token_loss`, shapes too, without chunks and with gradients of torch, for tests."""
-    probs = logits_of(target).float().softmax(-1)
-    log_probs = logits_of(predicted).float().log_softmax(-1)  # (steps, positions, vocab)
-    classification = -(probs * log_probs).sum((-1, -2))
-    in_top = torch.zeros_like(probs).scatter_(-1, probs.topk(weights.k, dim=-1).indices, 1.0)
-    top_k = -(in_top * probs * log_probs).sum((-1, -2))
-    loss = weights.classification * classification + weights.top_k * top_k
-    return TokenLoss(loss, classification, top_k, log_probs.argmax(-1) == probs.argmax(-1))
