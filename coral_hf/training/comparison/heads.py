@@ -19,7 +19,7 @@ from ...drafters.coral.modeling import CoralDrafter
 from ...heads.groups import Groups
 from ...identity import weights_digest
 from ...measure import plots
-from ...measure.benchmark import ENDS, SPEED, measure_prompts
+from ...measure.benchmark import COLUMNS, measure_prompts
 from ...measure.calls import Bench, Call, sampling_arguments
 from ...measure.report import Report, Table, dashed, describe_environment
 from ...measure.settings import HeadComparisonSettings
@@ -140,8 +140,8 @@ class HeadComparison(TrialRuns):
 
 Rows = dict[tuple[str, str], Row]  # (trial, task) → its numbers at one temperature
 MAPS = ("τ, relative to the full head", "draft time, relative to the full head")
-COLUMNS = {"draft, ms a round": "{0.stage_milliseconds[draft]:.2f}", "of full": "{1:.0%}"}
-COLUMNS |= SPEED | ENDS
+ENDS = {"draft, ms a round": "{0.stage_milliseconds[draft]:.2f}", "of full": "{1:.0%}"}
+ENDS |= {name: COLUMNS[name] for name in ("speed-up", "decoding alone", "exact match")}
 
 
 def head_table(title: str, rows: Rows, configs: dict[str, dict[str, Any]]) -> Table:
@@ -152,9 +152,9 @@ def head_table(title: str, rows: Rows, configs: dict[str, dict[str, Any]]) -> Ta
         taus = [(rows[name, task].tau_per_token, tau_share(rows, name, task)) for task in tasks]
         cells = [dashed("{:.3f} ({:.1%})", *tau) for tau in taus]
         measured = rows[name, OVERALL], draft_share(rows, name)
-        cells += [dashed(form, *measured) for form in COLUMNS.values()]
+        cells += [dashed(form, *measured) for form in ENDS.values()]
         lines.append([name, f"{read_share(config):.1%}", *cells])
-    return Table(title, ["head", "read", *(f"τ, {task}" for task in tasks), *COLUMNS], lines)
+    return Table(title, ["head", "read", *(f"τ, {task}" for task in tasks), *ENDS], lines)
 
 
 def heat_maps(rows: Rows, configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, DataFrame]]:
