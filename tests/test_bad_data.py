@@ -24,7 +24,7 @@ from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
 from coral_hf.cli.options import DatasetOptions
 from coral_hf.training.data import dataset as dataset_module
 from coral_hf.training.data import load_conversations, prepare_dataset, to_messages, tokenize
-from coral_hf.training.data.vocabulary import warn_of_other_ends
+from coral_hf.training.data.dataset import warn_of_other_ends
 
 TOOL_TEMPLATE = (
     "{% for m in messages %}<{{ 'bot' if m.role == 'assistant' else 'user' }}>"
@@ -348,7 +348,7 @@ def test_a_bos_or_eos_other_than_the_targets_is_a_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found: list[str] = []
-    monkeypatch.setattr("coral_hf.training.data.vocabulary.logger.warning", found.append)
+    monkeypatch.setattr("coral_hf.training.data.dataset.logger.warning", found.append)
     tokenizer = tiny_tokenizer()  # <s> is 0, <end> is 1
     target = tiny_target("llama", torch.float32, bos_token_id=0, eos_token_id=3)
     warn_of_other_ends(tokenizer, target)

@@ -88,7 +88,7 @@ def features(own: FeaturesOptions) -> None:
     folder.
     """
     from ..training.data import pack_dataset, prepare_dataset
-    from ..training.data.vocabulary import warn_of_other_ends
+    from ..training.data.dataset import warn_of_other_ends
     from ..training.features import CachedFeatures, delete_features, plan_features, write_features
 
     output, shard_bytes = own.output, own.shard_megabytes * 10**6

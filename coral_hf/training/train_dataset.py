@@ -10,8 +10,8 @@ from datasets import Dataset
 from transformers import Trainer
 
 from ..target import text_config
-from .data import pack_dataset, prepare_dataset
-from .data.vocabulary import check_rows
+from .data import pack_dataset
+from .data.dataset import check_rows, prepare_dataset
 from .features import CachedFeatures
 
 

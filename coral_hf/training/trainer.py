@@ -20,8 +20,8 @@ from ..target import check_target, read_target
 from .adapters import is_adapted, with_adapter
 from .arguments import CoralTrainingArguments
 from .data import CoralCollator
+from .data.dataset import warn_of_other_ends
 from .data.encoding import IGNORED
-from .data.vocabulary import warn_of_other_ends
 from .distributed import GiveBack, place_target, sharded_copy, shards_weights
 from .evaluation import Evaluation, PlotCallback, check_best_metric
 from .losses.liger_loss import check_liger

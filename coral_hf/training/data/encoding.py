@@ -3,19 +3,23 @@
 In: a row and the target's tokenizer. Out: `input_ids`, `attention_mask`, `labels`, each (length,).
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from functools import partial
 from reprlib import repr as shortened
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .messages import Message, Row, layout_of, to_messages
-from .template import check_tools_are_rendered, has_generation_block, read_tools, render
+from .messages import Message, Row, layout_of, read_tools, render, to_messages
 
 Encoded = dict[str, list[int]]  # `input_ids` and `labels`, each (length,)
 
 IGNORED = -100  # the label that cross entropy and the trainer's count of items skip
+# with it a template itself marks what the target writes
+GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+# marks that are put into tool calls and results, to see whether a template renders them
+PROBES = {"_coral_call": "`tool_calls`", "_coral_result": "the content of `tool` turns"}
 
 
 def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
@@ -90,7 +94,7 @@ def _encode_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encode
     check_tools_are_rendered(messages, rendered)
     # not verbose: a warning of the length would come before the cut to `max_length`
     options = {"return_offsets_mapping": True, "verbose": False}
-    if has_generation_block(tokenizer, tools):
+    if GENERATION_BLOCK.search(tokenizer.get_chat_template(tools=tools)):
         full = rendered(messages, return_assistant_tokens_mask=True, tokenizer_kwargs=options)
         mask = full["assistant_masks"]
     else:
@@ -143,3 +147,38 @@ def _mask_by_prefixes(
             )
         spans.append((start, start + len(answer) - lost))
     return [any(a < stop and b > start for start, stop in spans) for a, b in offsets]
+
+
+def check_tools_are_rendered(messages: list[Message], render: Callable[..., Any]) -> None:
+    """Raise a ValueError if a template silently leaves out tool calls or their results.
+
+    The conversation is rendered with other names and results, which must show.
+    """
+    probed = [_probe(turn) for turn in messages]
+    if probed == messages:
+        return
+    text = render(probed, tokenize=False)
+    for probe, what in PROBES.items():
+        if probe in str(probed) and probe not in text:
+            raise ValueError(
+                f"The chat template leaves out {what}; set `tokenizer.chat_template` to one that"
+                " renders them, or drop such rows with `dataset.filter`."
+            )
+
+
+def _probe(turn: Message) -> Message:
+    """Put probes into the names of a turn's calls and the end of a tool's result."""
+    call, result = PROBES
+    calls = turn.get("tool_calls") or []
+    if not all(isinstance(one, Mapping) for one in calls):
+        raise ValueError(f"`tool_calls` is {shortened(calls)}; expected objects with a `function`.")
+    if calls:
+        # OpenAI's layout keeps the name under `function`, others at the top
+        renamed = [
+            {**one, "name": call, "function": {**one.get("function", {}), "name": call}}
+            for one in calls
+        ]
+        return {**turn, "tool_calls": renamed}
+    if turn["role"] == "tool" and turn.get("content"):
+        return {**turn, "content": turn["content"] + result}
+    return turn

@@ -1,11 +1,17 @@
-"""Chat messages, with `role` and `content`, from conversations of any layout.
+"""Chat messages, with `role` and `content`, from conversations of any layout, and chat templates.
 
-In: a row of a dataset. Out: a list of messages, as chat templates read them.
+In: a row of a dataset, a tokenizer. Out: a list of messages, as chat templates read them, and what
+`apply_chat_template` returns, or a ValueError that says what cannot be read or rendered.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from reprlib import repr as shortened
 from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
 Row = Mapping[str, Any]
 Message = dict[str, Any]
@@ -115,3 +121,31 @@ def count_empty_turns(row: Row) -> int:
     if layout in ("text", "input_ids"):
         return int(layout == "text" and not row["text"].strip())
     return sum(not (turn.get("tool_calls") or turn["content"].strip()) for turn in to_messages(row))
+
+
+def render(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None, **options
+) -> Any:
+    """Render messages; `options` are those of `apply_chat_template`.
+
+    Raises:
+        ValueError: if there is no template, or if it cannot render them.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, tools=tools, **options)
+    except (TemplateError, TypeError, KeyError) as error:
+        roles = [turn["role"] for turn in messages]
+        raise ValueError(f"The chat template cannot render {roles}: {error}") from error
+
+
+def read_tools(row: Row) -> list[Any] | None:
+    """Read the `tools` of a row, a list of JSON schemas or its JSON; None where it has none."""
+    tools = row.get("tools") or None
+    if isinstance(tools, str):
+        with suppress(json.JSONDecodeError):
+            tools = json.loads(tools)
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError(
+            f"`tools` is {shortened(tools)}; expected a list of JSON schemas, or its JSON."
+        )
+    return without_nulls(tools) or None

@@ -6,7 +6,6 @@ marks that say the same.
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 from rich.console import Console
 from rich.text import Text
@@ -22,19 +21,9 @@ OPENING, CLOSING, BOUNDARY = "⟦", "⟧", "│"
 PART_OF_CHARACTER, NO_TEXT = "…", "∅"
 
 
-class Piece(NamedTuple):
-    """One token as a reader sees it."""
-
-    text: str  # what it adds to the text; control characters are written out
-    is_trained: bool
-    is_special: bool
-
-
-LEGEND = [
-    Piece("trained", True, False),
-    Piece(" not trained ", False, False),
-    Piece("<special>", False, True),
-]
+# a token as a reader sees it: its text, whether it is trained, whether it is special
+Piece = tuple[str, bool, bool]
+LEGEND = [("trained", True, False), (" not trained ", False, False), ("<special>", False, True)]
 
 
 def show(
@@ -70,7 +59,7 @@ def show(
         except ValueError as error:
             write(Text(f"\nRow {number} cannot be read: {error}", style="red"))
             continue
-        counts.append((len(pieces), sum(piece.is_trained for piece in pieces)))
+        counts.append((len(pieces), sum(is_trained for _, is_trained, _ in pieces)))
         lost = f"; {num_lost} more are cut" if num_lost else ""
         write(Text(f"\nRow {number}: {_describe(*counts[-1])}{lost}", style="bold"))
         write(_render(pieces, has_marks))
@@ -113,7 +102,7 @@ def _pieces(
     added = tokenizer.added_tokens_decoder.items()
     special = {i for i, token in added if token.special} | {*tokenizer.all_special_ids}
     pieces = [
-        Piece(_visible(text), label != IGNORED, i in special)
+        (_visible(text), label != IGNORED, i in special)
         for i, label, text in zip(ids, labels, token_texts(ids, tokenizer), strict=True)
     ]
     return pieces, len(whole["input_ids"]) - len(ids)
@@ -149,11 +138,11 @@ def _render(pieces: list[Piece], has_marks: bool) -> Text:
     text, was_trained = Text(), False
     # by whether the token before is trained, and this one
     marks = {(False, True): BOUNDARY + OPENING, (True, False): CLOSING}
-    for index, piece in enumerate(pieces):
+    for index, (shown, is_trained, is_special) in enumerate(pieces):
         if has_marks:
-            mark = marks.get((was_trained, piece.is_trained), BOUNDARY)
+            mark = marks.get((was_trained, is_trained), BOUNDARY)
             text.append(mark if index else mark.removeprefix(BOUNDARY))
-        shade = (TRAINED if piece.is_trained else UNTRAINED)[index % 2]
-        text.append(piece.text, style=f"bold underline {shade}" if piece.is_special else shade)
-        was_trained = piece.is_trained
+        shade = (TRAINED if is_trained else UNTRAINED)[index % 2]
+        text.append(shown, style=f"bold underline {shade}" if is_special else shade)
+        was_trained = is_trained
     return text.append(CLOSING) if has_marks and was_trained else text

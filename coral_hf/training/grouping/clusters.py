@@ -12,6 +12,7 @@ places the tokens that no position has, and steadies those that few have.
 """
 
 import math
+from collections.abc import Callable
 from itertools import combinations
 
 import torch
@@ -47,28 +48,40 @@ def kmeans_groups(vectors: Tensor, sizes: Tensor, seed: int = 0) -> Tensor:
     ).fit(vectors.numpy())
     centroids = torch.from_numpy(clustering.cluster_centers_)  # (groups, hidden)
     groups = balanced_groups(similarity(vectors, centroids), sizes)
+    return _settle(groups, sizes, lambda groups: _alike(vectors, groups, sizes))
+
+
+def _settle(groups: Tensor, sizes: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+    """Score and assign tokens in turns, until few of them move.
+
+    Args:
+        groups: (tokens,), to start from.
+        sizes: (groups,), tokens of each group.
+        score: groups (tokens,) → scores (tokens, groups).
+
+    Returns:
+        (tokens,), int64.
+    """
     for _ in range(MAX_TURNS):
-        before = groups
-        centroids = centroids_of(vectors, groups, len(sizes))
-        groups = balanced_groups(similarity(vectors, centroids), sizes, groups)
+        before, groups = groups, balanced_groups(score(groups), sizes, groups)
         if (groups != before).float().mean() <= SETTLED:
             break
     return groups
 
 
-def centroids_of(vectors: Tensor, groups: Tensor, num_groups: int) -> Tensor:
-    """Average the vectors of each group.
+def _alike(vectors: Tensor, groups: Tensor, sizes: Tensor) -> Tensor:
+    """Score vectors by their similarity to the centroid of each group.
 
     Args:
         vectors: (tokens, hidden).
-        groups: (tokens,).
-        num_groups: none of them empty.
+        groups: (tokens,), none of them empty.
+        sizes: (groups,), tokens of each group.
 
     Returns:
-        (groups, hidden).
+        (tokens, groups).
     """
-    sums = vectors.new_zeros(num_groups, vectors.shape[-1]).index_add_(0, groups, vectors)
-    return sums / torch.bincount(groups, minlength=num_groups)[:, None]
+    sums = vectors.new_zeros(len(sizes), vectors.shape[-1]).index_add_(0, groups, vectors)
+    return similarity(vectors, sums / sizes[:, None])
 
 
 def similarity(vectors: Tensor, centroids: Tensor) -> Tensor:
@@ -98,7 +111,6 @@ def balanced_groups(scores: Tensor, sizes: Tensor, groups: Tensor | None = None)
     Returns:
         (tokens,), int64.
     """
-    assert int(sizes.sum()) == len(scores), "the groups hold all tokens"
     if groups is None:
         groups = torch.empty(len(scores), dtype=torch.int64)
         by_wish = scores.argmax(-1).argsort(stable=True)  # (tokens,)
@@ -154,15 +166,12 @@ def coactivation_groups(top: TargetTopK, vectors: Tensor, groups: Tensor, sizes:
     """
     vectors = vectors - vectors.mean(0)
     weight = SIMILARITY / max(float(vectors.square().sum(-1).mean()), 1e-12)
-    for _ in range(MAX_TURNS):
-        alike = similarity(vectors, centroids_of(vectors, groups, len(sizes)))  # (tokens, groups)
-        read = read_groups(top, groups, len(sizes))
-        before = groups
-        scores = gain(top, read, alike.shape).add_(alike, alpha=weight)  # (tokens, groups)
-        groups = balanced_groups(scores, sizes, groups)
-        if (groups != before).float().mean() <= SETTLED:
-            break
-    return groups
+
+    def score(groups: Tensor) -> Tensor:  # (tokens,) → (tokens, groups)
+        alike = _alike(vectors, groups, sizes)
+        return gain(top, read_groups(top, groups, len(sizes)), alike.shape) + weight * alike
+
+    return _settle(groups, sizes, score)
 
 
 def read_groups(top: TargetTopK, groups: Tensor, num_groups: int) -> Tensor:

@@ -1,21 +1,25 @@
-"""Orders of the vocabulary, whose equal slices are groups.
+"""Orders of the vocabulary, whose equal slices are groups, and expected counts of tokens.
 
-In: a target and its training rows. Out: (vocab,) token ids, those that pad the vocabulary last.
+In: a target and its training rows. Out: (vocab,) token ids, those that pad the vocabulary last; or
+how often the target generates each token.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast
 from torch import Tensor
+from torch.nn import functional as F
 
-from ...heads.groups import Groups, check_order
+from ...heads.groups import Groups
+from ...heads.settings import GROUPINGS
 from ...target import Target, text_config
 from .clusters import coactivation_groups, kmeans_groups
-from .frequency import MAX_TOKENS, most_frequent_first, token_counts
 from .positions import read_top_k
+
+# on a target of 32k tokens 10k positions made groups as good as 100k did
+MAX_TOKENS = 50_000
 
 
 def group_order(
@@ -49,8 +53,8 @@ def group_order(
         ValueError: if a grouping needs rows, of training or of the LM head, that cannot be read, or
             if there are more groups than tokens.
     """
-    if grouping not in ("contiguous", *ORDERS):
-        raise ValueError(f"`grouping` is {grouping!r}; use 'contiguous' or one of {[*ORDERS]}.")
+    if grouping not in GROUPINGS[:-1]:
+        raise ValueError(f"`grouping` is {grouping!r}; use one of {GROUPINGS[:-1]}.")
     vocab_size = text_config(target.model).vocab_size
     num_tokens = vocab_size if num_tokens is None else num_tokens
     for name, value in (("num_groups", num_groups), ("num_tokens", num_tokens)):
@@ -64,54 +68,77 @@ def group_order(
     size = Groups(vocab_size, num_groups).size
     sizes = torch.full((-(-num_tokens // size),), size)
     sizes[-1] -= int(sizes.sum()) - num_tokens
-    order = ORDERS[grouping](target, rows, sizes, seed, max_tokens)
-    order = _broadcast(torch.cat([order, torch.arange(num_tokens, vocab_size)]))
-    check_order(order, vocab_size)
-    return order
+    order = _order_of(grouping, target, rows, sizes, seed, max_tokens)
+    order = torch.cat([order, torch.arange(num_tokens, vocab_size)])
+    # the first process's: devices differ in the last bit
+    return broadcast(order.to(PartialState().device)).cpu()
 
 
-def _frequency(target: Target, rows: Any, sizes: Tensor, seed: int, max_tokens: int) -> Tensor:
+def _order_of(
+    grouping: str, target: Target, rows: Any, sizes: Tensor, seed: int, max_tokens: int
+) -> Tensor:
     """Order tokens group by group, of shape (tokens,), for `sizes` (groups,)."""
-    counts = token_counts(target, rows, max_tokens, seed=seed)
-    return most_frequent_first(counts[: int(sizes.sum())])
-
-
-def _kmeans(target: Target, rows: Any, sizes: Tensor, seed: int, max_tokens: int) -> Tensor:
-    """Order tokens group by group, of shape (tokens,), for `sizes` (groups,)."""
-    weight = _head_rows(target, int(sizes.sum()))
-    return kmeans_groups(weight, sizes, seed).argsort(stable=True)
-
-
-def _coactivation(target: Target, rows: Any, sizes: Tensor, seed: int, max_tokens: int) -> Tensor:
-    """Order tokens group by group, of shape (tokens,), for `sizes` (groups,)."""
-    weight = _head_rows(target, int(sizes.sum()))
-    top = read_top_k(target, rows, max_tokens, seed).below(len(weight))
-    groups = kmeans_groups(weight, sizes, seed)
-    return coactivation_groups(top, weight, groups, sizes).argsort(stable=True)
-
-
-# (target, rows, sizes (groups,), seed, max_tokens) → (tokens,) ids
-Order = Callable[[Target, Any, Tensor, int, int], Tensor]
-ORDERS: dict[str, Order] = {
-    "kmeans": _kmeans,
-    "frequency": _frequency,
-    "coactivation": _coactivation,
-}
-
-
-def _head_rows(target: Target, num_tokens: int) -> Tensor:
-    """Copy the first rows of the LM head to fp32 on the CPU, (tokens, hidden)."""
+    num_tokens = int(sizes.sum())
+    if grouping == "frequency":
+        counts = token_counts(target, rows, max_tokens, num_tokens, seed)
+        return most_frequent_first(counts[:num_tokens])
     if not target.head.is_readable:
         raise ValueError(
             f"The rows of the target's LM head ({type(target.head.module).__name__}) cannot be"
             " read: it is quantised, offloaded or adapted. Use grouping='frequency' or"
             " 'contiguous', or load the target with an LM head in floating point."
         )
-    return target.head.weight[:num_tokens].detach().float().cpu()
+    vectors = target.head.weight[:num_tokens].detach().float().cpu()  # (tokens, hidden)
+    groups = kmeans_groups(vectors, sizes, seed)
+    if grouping == "coactivation":
+        top = read_top_k(target, rows, max_tokens, seed, num_tokens=num_tokens)
+        groups = coactivation_groups(top, vectors, groups, sizes)
+    return groups.argsort(stable=True)
 
 
-def _broadcast(order: Tensor) -> Tensor:
-    """Send the first process's order, of shape (vocab,), to all: devices differ in the last bit."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return order
-    return broadcast(order.to(PartialState().device)).cpu()
+def token_counts(
+    target: Target,
+    rows: Any,
+    max_tokens: int = MAX_TOKENS,
+    num_tokens: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Sum the target's probabilities, (positions, vocab), over trained positions.
+
+    A position counts for all likely tokens, not for the one in the row, so fewer positions suffice,
+    tokens that are in no row are ranked too, and the rows need not be written by the target.
+
+    Args:
+        target: the target.
+        rows: as the trainer has them: token ids and labels, or `CachedFeatures`.
+        max_tokens: trained positions that are read at most.
+        num_tokens: of the tokenizer; ids from there on, which pad the vocabulary, count nothing.
+        seed: of the order in which rows are read.
+
+    Returns:
+        (vocab,), fp64, on the CPU.
+
+    Raises:
+        ValueError: if there are no rows, or if none of their tokens is trained.
+    """
+    counts = read_top_k(target, rows, max_tokens, seed, top_k=1, num_tokens=num_tokens).counts
+    return F.pad(counts, (0, text_config(target.model).vocab_size - len(counts)))
+
+
+def most_frequent_first(counts: Tensor) -> Tensor:
+    """Sort the tokens by their counts; equal counts keep the order of the ids.
+
+    The first of them make a frequency head, slices of them a grouping.
+
+    Args:
+        counts: (vocab,), of `token_counts`.
+
+    Returns:
+        (vocab,), token ids.
+    """
+    if counts.dim() != 1 or not torch.isfinite(counts).all():
+        raise ValueError(
+            f"`counts` has shape {tuple(counts.shape)} or holds values that are not finite;"
+            " expected one number for each token, as `token_counts` returns them."
+        )
+    return counts.argsort(descending=True, stable=True)

@@ -34,33 +34,35 @@ class TargetTopK(NamedTuple):
 
     tokens: Tensor  # (positions, top_k), int64, the most probable first
     probs: Tensor  # (positions, top_k), fp32
-    counts: Tensor  # (vocab,), fp64, probabilities of all tokens summed over positions
-
-    def below(self, num_tokens: int) -> "TargetTopK":
-        """Drop ids from `num_tokens` on; token 0 with probability 0 takes their places."""
-        outside = self.tokens >= num_tokens  # (positions, top_k)
-        tokens, probs = self.tokens.masked_fill(outside, 0), self.probs.masked_fill(outside, 0.0)
-        return TargetTopK(tokens, probs, self.counts[:num_tokens])
+    counts: Tensor  # (num_tokens,), fp64, probabilities of all tokens summed over positions
 
 
 @torch.no_grad()
 def read_top_k(
-    target: Target, rows: Any, max_tokens: int, seed: int = 0, top_k: int = TOP_K
+    target: Target,
+    rows: Any,
+    max_tokens: int,
+    seed: int = 0,
+    top_k: int = TOP_K,
+    num_tokens: int | None = None,
 ) -> TargetTopK:
     """Read a target's most probable tokens at up to `max_tokens` trained positions of its rows.
+
+    Ids from `num_tokens` on, which pad the vocabulary, are left out.
 
     Raises:
         ValueError: if there are no rows, or if none of their tokens is trained.
     """
-    vocab_size = text_config(target.model).vocab_size
-    counts = torch.zeros(vocab_size, dtype=torch.float64)
+    num_tokens = num_tokens or text_config(target.model).vocab_size
+    counts = torch.zeros(num_tokens, dtype=torch.float64)
     # allocated once: small tensors kept between large ones that come and go fragment the heap
-    shape = (max(max_tokens, 0), min(top_k, vocab_size))
+    shape = (max_tokens, min(top_k, num_tokens))
     tokens, probs, read = torch.empty(shape, dtype=torch.int64), torch.empty(shape), 0
     with tqdm(total=max_tokens, unit="token", desc="Reading the target") as progress:
         for features in trained_features(target, rows, max_tokens, seed):
             for chunk in features.split(CHUNK_SIZE):
                 all_probs = target.head.logits(chunk).float().softmax(-1)  # (chunk, vocab)
+                all_probs = all_probs[:, :num_tokens]
                 best = all_probs.topk(shape[1], dim=-1)
                 own = slice(read, read + len(chunk))
                 tokens[own], probs[own] = best.indices, best.values
@@ -94,11 +96,8 @@ def trained_features(
     Yields:
         (positions, hidden), `max_tokens` positions in all, or as many as there are.
     """
-    if rows is None or max_tokens < 1:
-        raise ValueError(
-            f"This needs training rows, and at least one token of them; `rows` is {rows!r} and"
-            f" `max_tokens` is {max_tokens}. Pass the training dataset."
-        )
+    if rows is None:
+        raise ValueError("This needs training rows, but `rows` is None; pass the training dataset.")
     reader, collate = TargetFeatures(target.model.eval()), CoralCollator()
     device, left = execution_device(target.head.module), max_tokens
     shuffled = iter(_shuffled(rows, seed))

@@ -29,8 +29,9 @@ from ...target import max_positions, text_config
 from . import RegenerationSettings
 
 # override the target's own generation config, which would change its distribution
-PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-PLAIN_SAMPLING = {"top_k": 0, "min_p": 0.0, "typical_p": 1.0}
+GREEDY = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+GREEDY |= {"do_sample": False, "temperature": 1.0, "top_p": 1.0}
+SAMPLED = {**GREEDY, "do_sample": True, "top_k": 0, "min_p": 0.0, "typical_p": 1.0}
 
 
 class Answer(NamedTuple):
@@ -77,14 +78,16 @@ class AnswerGenerator:
 
     def identity(self) -> dict[str, Any]:
         """Collect what the answers depend on beside their prompts, as plain values by name."""
-        settings, target = asdict(self._settings), identify(self._target)._asdict()
+        settings = asdict(self._settings)
         del settings["batch_size"]
+        digest, dtype, quantization = identify(self._target)
         # a drafter changes no greedy answer
         is_drafted = self._drafter is not None and self._settings.temperature > 0
         return {
             **settings,
-            "target": target.pop("digest"),
-            **target,
+            "target": digest,
+            "dtype": dtype,
+            "quantization": quantization,
             "drafter": weights_digest(self._drafter) if is_drafted else None,
             "tokenizer": tokenizer_hash(self._tokenizer),
             "chat_template": self._tokenizer.chat_template,
@@ -97,39 +100,30 @@ class AnswerGenerator:
             prompts: (batch, length), of different lengths.
             seeds: (batch,) of the draws. With a drafter, the first is that of the whole batch.
         """
-        batch = left_padded(prompts, self._pad, self._target.device)
-        with seeded(seeds[0], self._target.device):
-            output = self._target.generate(
-                **batch,
-                generation_config=self._config(),
-                logits_processor=self._processors(seeds),
-                assistant_model=self._drafter,
-            )
-        new = output[:, batch["input_ids"].shape[1] :]  # (batch, new)
-        return [self._trim(tokens) for tokens in new.tolist()]
-
-    def _config(self) -> GenerationConfig:
-        settings = self._settings
-        drawn = {**PLAIN_SAMPLING, "temperature": settings.temperature, "top_p": settings.top_p}
-        # alone, the target takes the largest score, to which GumbelNoise was added
-        is_drawn = self._drafter is not None and settings.temperature > 0
-        return GenerationConfig(
-            **PLAIN,
-            **(drawn if is_drawn else {"temperature": 1.0, "top_p": 1.0}),
-            do_sample=is_drawn,
+        settings, device = self._settings, self._target.device
+        temperature, top_p = settings.temperature, settings.top_p
+        choice, warpers = GREEDY, list[LogitsProcessor]()
+        if temperature > 0 and self._drafter is not None:
+            choice = {**SAMPLED, "temperature": temperature, "top_p": top_p}
+        elif temperature > 0:  # the largest score, after noise
+            warpers = [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)]
+            warpers.append(GumbelNoise(seeds, device))
+        config = GenerationConfig(
+            **choice,
             max_new_tokens=settings.max_new_tokens,
             eos_token_id=self._ends or None,
             pad_token_id=self._pad,
         )
-
-    def _processors(self, seeds: Sequence[int]) -> LogitsProcessorList:
-        temperature, top_p = self._settings.temperature, self._settings.top_p
-        if self._drafter is not None or temperature == 0:
-            return LogitsProcessorList()
-        noise = GumbelNoise(seeds, self._target.device)
-        return LogitsProcessorList(
-            [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p), noise]
-        )
+        batch = left_padded(prompts, self._pad, device)
+        with seeded(seeds[0], device):
+            output = self._target.generate(
+                **batch,
+                generation_config=config,
+                logits_processor=LogitsProcessorList(warpers),
+                assistant_model=self._drafter,
+            )
+        new = output[:, batch["input_ids"].shape[1] :]  # (batch, new)
+        return [self._trim(tokens) for tokens in new.tolist()]
 
     def _trim(self, tokens: list[int]) -> Answer:
         """Cut generated tokens before the first end token."""

@@ -14,8 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data.messages import Message, Row, layout_of, to_messages
-from ..data.template import read_tools, render
+from ..data.messages import Message, Row, layout_of, read_tools, render, to_messages
 from . import RegenerationSettings
 from .answers import Answer
 

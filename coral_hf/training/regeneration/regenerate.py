@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ...atomic import JsonLines, keep_settings, sole_writer
 from ...identity import seed_of
-from ..data.vocabulary import warn_of_other_ends
+from ..data.dataset import warn_of_other_ends
 from . import RegenerationSettings
 from .answers import AnswerGenerator
 from .dialogue import Dialogue
@@ -109,8 +109,6 @@ def _survey(
             ) from error
         digest.update(row.content.encode())
         sizes.append((row.num_turns, len(row.content)))
-    if not sizes:
-        raise ValueError("`dataset` has no rows; check its path, its split and its filters.")
     return sizes, digest.hexdigest()
 
 
