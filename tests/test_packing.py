@@ -13,7 +13,7 @@ from coral_hf.target import reads_packed_rows
 from coral_hf.training.data import CoralCollator, pack_dataset
 from coral_hf.training.data.packing import best_fit
 from coral_hf.training.evaluation.acceptance import first_document
-from coral_hf.training.features.online import TargetFeatures
+from coral_hf.training.features.dataset import TargetFeatures
 from coral_hf.training.steps.unroll import document_lengths, unroll
 
 LENGTHS = [7, 3, 12, 5, 4, 9]

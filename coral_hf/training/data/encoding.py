@@ -174,10 +174,8 @@ def _probe(turn: Message) -> Message:
         raise ValueError(f"`tool_calls` is {shortened(calls)}; expected objects with a `function`.")
     if calls:
         # OpenAI's layout keeps the name under `function`, others at the top
-        renamed = [
-            {**one, "name": call, "function": {**one.get("function", {}), "name": call}}
-            for one in calls
-        ]
+        named = {"name": call}
+        renamed = [{**one, **named, "function": one.get("function", {}) | named} for one in calls]
         return {**turn, "tool_calls": renamed}
     if turn["role"] == "tool" and turn.get("content"):
         return {**turn, "content": turn["content"] + result}

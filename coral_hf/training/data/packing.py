@@ -32,7 +32,6 @@ def pack_dataset(dataset: Data, max_length: int) -> Data:
         remove_columns=dataset.column_names or list(next(iter(dataset))),
         features=datasets.Features(dict.fromkeys((*COLUMNS, "position_ids"), ids)),
         fn_kwargs={"max_length": max_length},
-        **({"desc": "Packing"} if hasattr(dataset, "__len__") else {}),
     )
 
 

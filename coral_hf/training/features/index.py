@@ -78,8 +78,7 @@ class FeatureIndex:
         Raises:
             ValueError: if it has none, or one that cannot be read.
         """
-        if not (folder / INDEX).is_file():
-            raise _no_cache(folder)
+        _check_is_cache(folder)
         try:
             shards = [Shard(**shard) for shard in JsonLines(folder / SHARDS).read()]
             return cls(**json.loads((folder / INDEX).read_text(encoding="utf-8")), shards=shards)
@@ -134,8 +133,7 @@ def delete_features(folder: str | Path) -> int:
         ValueError: if the folder holds no feature cache.
     """
     folder = Path(folder)
-    if not (folder / INDEX).is_file():
-        raise _no_cache(folder)
+    _check_is_cache(folder)
     # the index last, so that an interrupted deletion can be run again
     kinds = ("features-*.safetensors", f"{PARTIAL}*-features*", f"{WRITER}.*", SHARDS, INDEX)
     files = [path for kind in kinds for path in folder.glob(kind)]
@@ -147,8 +145,9 @@ def delete_features(folder: str | Path) -> int:
     return size
 
 
-def _no_cache(folder: Path) -> ValueError:
-    return ValueError(
-        f"{folder} holds no {INDEX}, so it is no feature cache; write one with `coral-hf features"
-        " --output`."
-    )
+def _check_is_cache(folder: Path) -> None:
+    if not (folder / INDEX).is_file():
+        raise ValueError(
+            f"{folder} holds no {INDEX}, so it is no feature cache; write one with `coral-hf"
+            " features --output`."
+        )

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from ...atomic import JsonLines, keep_settings, new_file, sole_writer
 from ...identity import TOKEN_COLUMNS, file_digest, identify, rows_digest
 from ..data import CoralCollator
+from .dataset import TargetFeatures
 from .index import FORMAT_BYTES, INDEX, SHARDS, FeatureIndex, Shard, decode, encode
-from .online import TargetFeatures
 
 SHARD_BYTES = 1_000_000_000
 ID_BYTES = 4  # of a token id, a label or a position
@@ -75,14 +75,13 @@ def plan_features(
     shard_of = (lengths.cumsum() - lengths) // max(shard_bytes // token_bytes, 1)  # (rows,)
     existing = next(path for path in Path(folder, "x").absolute().parents if path.exists())
     shards = np.split(lengths, np.flatnonzero(np.diff(shard_of)) + 1)
-    weight_bytes = sum(weight.numel() * weight.element_size() for weight in target.parameters())
     return FeaturePlan(
         settings,
         [shard.tolist() for shard in shards],
         num_tokens=int(lengths.sum()),
         disk_bytes=int(lengths.sum()) * token_bytes,
         free_bytes=shutil.disk_usage(existing).free,
-        memory_bytes=weight_bytes + 2 * int(max(map(sum, shards))) * token_bytes,
+        memory_bytes=target.get_memory_footprint() + 2 * int(max(map(sum, shards))) * token_bytes,
     )
 
 
@@ -121,15 +120,13 @@ def write_features(
         done = FeatureIndex.read(folder)
         _check_disk(plan, done, folder)
         first, start = len(done.lengths), len(done.shards)
-        unit = {"unit": "token", "desc": "Features"}
-        with tqdm(total=plan.num_tokens, initial=sum(done.lengths), **unit) as bar:
-            for number, lengths in enumerate(plan.shards[start:], start):
-                part = rows.select(range(first, first + len(lengths)))
-                path = folder / f"features-{number:05}.safetensors"
-                shard = _write_shard(target, part, path, format, batch_size)
-                JsonLines(folder / SHARDS).append([shard._asdict()])
-                first += len(lengths)
-                bar.update(sum(lengths))
+        left = tqdm(plan.shards[start:], "Features", unit="file")
+        for number, lengths in enumerate(left, start):
+            part = rows.select(range(first, first + len(lengths)))
+            path = folder / f"features-{number:05}.safetensors"
+            shard = _write_shard(target, part, path, format, batch_size)
+            JsonLines(folder / SHARDS).append([shard._asdict()])
+            first += len(lengths)
         return FeatureIndex.read(folder)
 
 
