@@ -184,8 +184,8 @@ def test_null_arguments_added_by_a_table_are_left_out() -> None:
 
 
 def test_tools_other_than_a_list_are_refused() -> None:
-    for tools, message in (("{oops", "'{oops'"), ('{"name": "clock"}', "{'name': 'clock'}")):
-        with pytest.raises(ValueError, match=f"`tools` is {message}.* expected a list"):
+    for tools in ("{oops", '{"name": "clock"}'):
+        with pytest.raises(ValueError, match="Tools should either be a JSON schema"):
             tokenize({"messages": CHAT, "tools": tools}, tiny_tokenizer(), 100)
 
 

@@ -139,13 +139,12 @@ def render(
 
 
 def read_tools(row: Row) -> list[Any] | None:
-    """Read the `tools` of a row, a list of JSON schemas or its JSON; None where it has none."""
+    """Read the `tools` of a row, a list of JSON schemas or its JSON; None where it has none.
+
+    Rendering them refuses anything else.
+    """
     tools = row.get("tools") or None
     if isinstance(tools, str):
         with suppress(json.JSONDecodeError):
             tools = json.loads(tools)
-    if tools is not None and not isinstance(tools, list):
-        raise ValueError(
-            f"`tools` is {shortened(tools)}; expected a list of JSON schemas, or its JSON."
-        )
     return without_nulls(tools) or None

@@ -98,9 +98,7 @@ class CachedFeatures(Dataset):
                 " the command that writes them again, and it resumes."
             )
         for shard in shards:
-            shard.check_size(self.folder)
-            if checksums:
-                shard.check_bytes(self.folder)
+            shard.check(self.folder, checksums)
         self._files: dict[str, Any] = {}
         # (shards,), shared with the worker processes that read rows for this one
         self._is_checked = torch.full((len(shards),), checksums).share_memory_()
@@ -166,7 +164,7 @@ class CachedFeatures(Dataset):
         """Open the file of a shard, which holds features (tokens, hidden), and compare it once."""
         shard = self.index.shards[number]
         if not self._is_checked[number]:
-            shard.check_bytes(self.folder)
+            shard.check(self.folder, checksum=True)
             self._is_checked[number] = True
         if shard.file not in self._files:
             self._files[shard.file] = safe_open(self.folder / shard.file, "pt")

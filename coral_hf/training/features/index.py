@@ -33,17 +33,18 @@ class Shard(NamedTuple):
     squares: float  # sum of the squared features
     lost: float  # sum of the squares of what storing changed
 
-    def check_size(self, folder: Path) -> None:
-        """Raise a ValueError if the file lacks bytes."""
+    def check(self, folder: Path, checksum: bool = False) -> None:
+        """Raise a ValueError if the file lacks bytes or, by its checksum, has others.
+
+        Args:
+            checksum: compare it, which reads all of the file.
+        """
         path = folder / self.file
         size = path.stat().st_size if path.is_file() else None
         if size != self.num_bytes:
             raise damaged(path, f"should have {self.num_bytes} bytes and has {size}")
-
-    def check_bytes(self, folder: Path) -> None:
-        """Raise a ValueError if the file is not as it was written; this reads it all."""
-        if file_digest(folder / self.file) != self.sha256:
-            raise damaged(folder / self.file, "does not have the checksum that it was written with")
+        if checksum and file_digest(path) != self.sha256:
+            raise damaged(path, "does not have the checksum that it was written with")
 
 
 @dataclass(frozen=True)

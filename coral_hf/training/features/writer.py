@@ -33,14 +33,14 @@ class FeaturePlan:
 
     settings: dict[str, Any]  # of the FeatureIndex, without shards
     shards: list[list[int]]  # (shards, rows) tokens of each row
-    num_tokens: int  # of all rows
     disk_bytes: int  # of the cache
     free_bytes: int  # where it is written
     memory_bytes: int  # of the run: the target's weights, and the largest shard twice
 
     def __str__(self) -> str:
+        num_tokens = sum(map(sum, self.shards))
         return (
-            f"{self.settings['num_rows']} rows, {self.num_tokens} tokens,"
+            f"{self.settings['num_rows']} rows, {num_tokens} tokens,"
             f" {self.settings['format']}: {_gigabytes(self.disk_bytes)} on disk in"
             f" {len(self.shards)} shards ({_gigabytes(self.free_bytes)} free); about"
             f" {_gigabytes(self.memory_bytes)} of memory beside the activations"
@@ -78,7 +78,6 @@ def plan_features(
     return FeaturePlan(
         settings,
         [shard.tolist() for shard in shards],
-        num_tokens=int(lengths.sum()),
         disk_bytes=int(lengths.sum()) * token_bytes,
         free_bytes=shutil.disk_usage(existing).free,
         memory_bytes=target.get_memory_footprint() + 2 * int(max(map(sum, shards))) * token_bytes,
@@ -118,7 +117,15 @@ def write_features(
         keep_settings(folder / INDEX, plan.settings, folder)
         JsonLines(folder / SHARDS).mend()
         done = FeatureIndex.read(folder)
-        _check_disk(plan, done, folder)
+        for shard in done.shards:
+            shard.check(folder)
+        needed = plan.disk_bytes - sum(shard.num_bytes for shard in done.shards)
+        if needed > plan.free_bytes:
+            raise ValueError(
+                f"The features need {_gigabytes(needed)} more, but only"
+                f" {_gigabytes(plan.free_bytes)} are free; free some, use format='int8', or fewer"
+                " rows."
+            )
         first, start = len(done.lengths), len(done.shards)
         left = tqdm(plan.shards[start:], "Features", unit="file")
         for number, lengths in enumerate(left, start):
@@ -128,18 +135,6 @@ def write_features(
             JsonLines(folder / SHARDS).append([shard._asdict()])
             first += len(lengths)
         return FeatureIndex.read(folder)
-
-
-def _check_disk(plan: FeaturePlan, done: FeatureIndex, folder: Path) -> None:
-    """Check that what is written is there, and that the rest has room."""
-    for shard in done.shards:
-        shard.check_size(folder)
-    needed = plan.disk_bytes - sum(shard.num_bytes for shard in done.shards)
-    if needed > plan.free_bytes:
-        raise ValueError(
-            f"The features need {_gigabytes(needed)} more, but only {_gigabytes(plan.free_bytes)}"
-            " are free; free some, use format='int8', or fewer rows."
-        )
 
 
 def _write_shard(

@@ -23,7 +23,7 @@ from .positions import TargetTopK
 MAX_TURNS = 10
 SETTLED = 0.002  # the share of tokens that may still move
 BATCH_SIZE = 4096
-MAX_PASSES = 2
+NUM_PASSES = 2
 # the share of the groups that a position is taken to read
 READ_SHARE = 1 / 16
 # with less of it groups fit the training rows better, and rows of other kinds worse
@@ -117,31 +117,24 @@ def balanced_groups(scores: Tensor, sizes: Tensor, groups: Tensor | None = None)
         groups[by_wish] = torch.arange(len(sizes)).repeat_interleave(sizes)
     columns = scores.T.contiguous()  # (groups, tokens)
     members = [*groups.argsort(stable=True).split(sizes.tolist())]
-    for _ in range(MAX_PASSES):
-        exchanged = 0
-        for a, b in combinations(range(len(members)), 2):
-            exchanged += _exchange(columns, members, a, b)
-        if not exchanged:
-            break
+    for a, b in NUM_PASSES * [*combinations(range(len(members)), 2)]:
+        _exchange(columns, members, a, b)
     found = torch.empty_like(groups)
     found[torch.cat(members)] = torch.arange(len(sizes)).repeat_interleave(sizes)
     return found
 
 
-def _exchange(columns: Tensor, members: list[Tensor], a: int, b: int) -> int:
+def _exchange(columns: Tensor, members: list[Tensor], a: int, b: int) -> None:
     """Exchange tokens between two groups, those that gain most first.
 
     Args:
         columns: (groups, tokens), the scores.
         members: of each group (size,), its tokens; those of `a` and `b` are replaced.
-
-    Returns:
-        How many tokens left each of the two.
     """
     here, there = members[a], members[b]
     gains = columns[b][here] - columns[a][here], columns[a][there] - columns[b][there]
     if not len(here) or not len(there) or gains[0].max() + gains[1].max() <= 0:
-        return 0
+        return
     sorted_here, sorted_there = (gain.sort(descending=True, stable=True) for gain in gains)
     pairs = min(len(here), len(there))
     # both gains fall, so their sums do
@@ -149,7 +142,6 @@ def _exchange(columns: Tensor, members: list[Tensor], a: int, b: int) -> int:
     here, there = here[sorted_here.indices], there[sorted_there.indices]
     members[a] = torch.cat([there[:count], here[count:]])
     members[b] = torch.cat([here[:count], there[count:]])
-    return count
 
 
 def coactivation_groups(top: TargetTopK, vectors: Tensor, groups: Tensor, sizes: Tensor) -> Tensor:

@@ -57,12 +57,8 @@ def group_order(
         raise ValueError(f"`grouping` is {grouping!r}; use one of {GROUPINGS[:-1]}.")
     vocab_size = text_config(target.model).vocab_size
     num_tokens = vocab_size if num_tokens is None else num_tokens
-    for name, value in (("num_groups", num_groups), ("num_tokens", num_tokens)):
-        if not 1 <= value <= vocab_size:
-            raise ValueError(
-                f"`{name}` is {value}; use a value from 1 to the target's `vocab_size` ="
-                f" {vocab_size}."
-            )
+    if not 1 <= num_groups <= vocab_size:
+        raise ValueError(f"`num_groups` is {num_groups}; use 1 to `vocab_size` = {vocab_size}.")
     if grouping == "contiguous":
         return None
     size = Groups(vocab_size, num_groups).size
@@ -136,9 +132,6 @@ def most_frequent_first(counts: Tensor) -> Tensor:
     Returns:
         (vocab,), token ids.
     """
-    if counts.dim() != 1 or not torch.isfinite(counts).all():
-        raise ValueError(
-            f"`counts` has shape {tuple(counts.shape)} or holds values that are not finite;"
-            " expected one number for each token, as `token_counts` returns them."
-        )
+    if not torch.isfinite(counts).all():
+        raise ValueError("`counts` are not finite; expected those that `token_counts` returns.")
     return counts.argsort(descending=True, stable=True)

@@ -9,7 +9,7 @@ and the expected count of every token. The work is bounded by a number of positi
     feature         f1   f2                  from which the target predicts x2 and x3
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -100,7 +100,10 @@ def trained_features(
         raise ValueError("This needs training rows, but `rows` is None; pass the training dataset.")
     reader, collate = TargetFeatures(target.model.eval()), CoralCollator()
     device, left = execution_device(target.head.module), max_tokens
-    shuffled = iter(_shuffled(rows, seed))
+    shuffled = iter(rows)
+    if hasattr(rows, "__len__"):
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))  # (rows,)
+        shuffled = (rows[row] for row in order.tolist())
     while left > 0 and (part := [*islice(shuffled, batch_size)]):
         batch = {name: tensor.to(target.device) for name, tensor in collate(part).items()}
         trained = batch["labels"][:, 1:] != IGNORED  # (batch, length - 1)
@@ -108,11 +111,3 @@ def trained_features(
             features = reader.read(batch)[:, :-1]  # (batch, length - 1, hidden)
             yield features[trained.to(features.device)][:left].to(device)
             left -= int(trained.sum())
-
-
-def _shuffled(rows: Any, seed: int) -> Iterable[dict]:
-    """Order rows at random if their number is known; the draw has shape (rows,)."""
-    if not hasattr(rows, "__len__"):
-        return rows
-    generator = torch.Generator().manual_seed(seed)
-    return (rows[row] for row in torch.randperm(len(rows), generator=generator).tolist())

@@ -7,7 +7,7 @@ from a generator of its own, so no answer depends on the others of its batch.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -41,56 +41,50 @@ class Answer(NamedTuple):
     is_complete: bool  # whether the target ended it itself
 
 
+@dataclass
 class AnswerGenerator:
     """A target that answers batches of prompts.
-
-    Args:
-        target: the target, on its device.
-        tokenizer: the target's.
-        settings: how it answers.
-        drafter: a drafter of the target, to be faster.
 
     Raises:
         ValueError: if answers of `max_new_tokens` leave prompts no room in the target's positions.
     """
 
-    def __init__(
-        self,
-        target: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: RegenerationSettings,
-        drafter: PreTrainedModel | None = None,
-    ):
-        limit = max_positions(text_config(target)) or math.inf
-        self.max_prompt_length = limit - settings.max_new_tokens
+    target: PreTrainedModel  # on its device
+    tokenizer: PreTrainedTokenizerBase
+    settings: RegenerationSettings
+    drafter: PreTrainedModel | None = None  # to be faster
+
+    def __post_init__(self) -> None:
+        most_new = self.settings.max_new_tokens
+        limit = max_positions(text_config(self.target)) or math.inf
+        self.max_prompt_length = limit - most_new
         if self.max_prompt_length < 1:
             raise ValueError(
-                f"`max_new_tokens` is {settings.max_new_tokens}, but the target has {limit}"
-                " positions; leave some to the prompts."
+                f"`max_new_tokens` is {most_new}, but the target has {limit} positions; leave some"
+                " to the prompts."
             )
-        ends = target.generation_config.eos_token_id
-        ends = tokenizer.eos_token_id if ends is None else ends
+        ends = self.target.generation_config.eos_token_id
+        ends = self.tokenizer.eos_token_id if ends is None else ends
         self._ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        pads = [tokenizer.pad_token_id, *self._ends, 0]
+        pads = [self.tokenizer.pad_token_id, *self._ends, 0]
         self._pad = next(token for token in pads if token is not None)
-        self._target, self._tokenizer = target.eval(), tokenizer
-        self._drafter, self._settings = drafter, settings
+        self.target.eval()
 
     def identity(self) -> dict[str, Any]:
         """Collect what the answers depend on beside their prompts, as plain values by name."""
-        settings = asdict(self._settings)
+        settings = asdict(self.settings)
         del settings["batch_size"]
-        digest, dtype, quantization = identify(self._target)
+        digest, dtype, quantization = identify(self.target)
         # a drafter changes no greedy answer
-        is_drafted = self._drafter is not None and self._settings.temperature > 0
+        is_drafted = self.drafter is not None and self.settings.temperature > 0
         return {
             **settings,
             "target": digest,
             "dtype": dtype,
             "quantization": quantization,
-            "drafter": weights_digest(self._drafter) if is_drafted else None,
-            "tokenizer": tokenizer_hash(self._tokenizer),
-            "chat_template": self._tokenizer.chat_template,
+            "drafter": weights_digest(self.drafter) if is_drafted else None,
+            "tokenizer": tokenizer_hash(self.tokenizer),
+            "chat_template": self.tokenizer.chat_template,
         }
 
     def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Answer]:
@@ -100,10 +94,10 @@ class AnswerGenerator:
             prompts: (batch, length), of different lengths.
             seeds: (batch,) of the draws. With a drafter, the first is that of the whole batch.
         """
-        settings, device = self._settings, self._target.device
+        settings, device = self.settings, self.target.device
         temperature, top_p = settings.temperature, settings.top_p
         choice, warpers = GREEDY, list[LogitsProcessor]()
-        if temperature > 0 and self._drafter is not None:
+        if temperature > 0 and self.drafter is not None:
             choice = {**SAMPLED, "temperature": temperature, "top_p": top_p}
         elif temperature > 0:  # the largest score, after noise
             warpers = [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)]
@@ -116,11 +110,11 @@ class AnswerGenerator:
         )
         batch = left_padded(prompts, self._pad, device)
         with seeded(seeds[0], device):
-            output = self._target.generate(
+            output = self.target.generate(
                 **batch,
                 generation_config=config,
                 logits_processor=LogitsProcessorList(warpers),
-                assistant_model=self._drafter,
+                assistant_model=self.drafter,
             )
         new = output[:, batch["input_ids"].shape[1] :]  # (batch, new)
         return [self._trim(tokens) for tokens in new.tolist()]
