@@ -26,8 +26,10 @@ Data = TypeVar("Data", Dataset, IterableDataset)
 
 logger = logging.get_logger(__name__)
 
-COLUMNS = {"input_ids": "int32", "attention_mask": "int8", "labels": "int32"}
-NOTES = {"num_trained": "int64", "num_lost": "int64", "num_empty": "int64", "problem": "string"}
+IDS, MASK = datasets.Sequence(datasets.Value("int32")), datasets.Sequence(datasets.Value("int8"))
+COLUMNS = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS}
+COUNTS = dict.fromkeys(("num_trained", "num_lost", "num_empty"), datasets.Value("int64"))
+NOTES = {**COUNTS, "problem": datasets.Value("string")}
 
 
 def prepare_dataset(
@@ -67,9 +69,7 @@ def prepare_dataset(
     if isinstance(plain, IterableDataset):
         rows = plain.map(_tokenize_or_raise, with_indices=True, **same)
         return rows.filter(lambda row: any(label != IGNORED for label in row["labels"]))
-    lists = {name: datasets.Sequence(datasets.Value(kind)) for name, kind in COLUMNS.items()}
-    notes = {name: datasets.Value(kind) for name, kind in NOTES.items()}
-    features = datasets.Features({**lists, **notes})
+    features = datasets.Features({**COLUMNS, **NOTES})
     rows = plain.map(_tokenize, features=features, num_proc=num_proc, desc="Tokenizing", **same)
     return _drop_untrained(rows, max_length)
 

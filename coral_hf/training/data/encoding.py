@@ -80,9 +80,8 @@ def _encode_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     ids = tokenizer(text, verbose=False)["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     ids = [bos, *ids] if bos is not None and ids[:1] != [bos] else ids
-    ids = [*ids, eos] if eos is not None and ids[-1:] != [eos] else ids
-    if row.get("is_complete") is False and eos is not None:
-        ids = ids[:-1]
+    ids = ids[:-1] if ids[-1:] == [eos] else ids
+    ids = ids if eos is None or row.get("is_complete") is False else [*ids, eos]
     return {"input_ids": ids, "labels": ids}
 
 

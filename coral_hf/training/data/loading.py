@@ -49,8 +49,7 @@ def load_conversations(path: str | Path, split: str = "train") -> Dataset:
         )
     if reader == "text":
         return datasets.Dataset.from_dict({"text": _documents(file, split)})
-    source = {"path": name} if reader is None else {"path": reader, "data_files": name}
-    builder = datasets.load_dataset_builder(**source)
+    builder = datasets.load_dataset_builder(reader or name, data_files=name if reader else None)
     found = (builder.config.data_files or {}).get(split.partition("[")[0], [])
     files = [Path(local) for local in found if Path(local).is_file()]  # none of a Hub id
     for local in files:  # Arrow takes bytes that are not UTF-8

@@ -72,9 +72,8 @@ def _message(turn: Any, position: int) -> Message:
     """Rename ShareGPT's keys and roles; keep what else templates read (`tool_calls`, `name`)."""
     if not isinstance(turn, Mapping):
         raise ValueError(f"Turn {position} is {shortened(turn)}; expected `role` and `content`.")
-    names = {"from": "role", "value": "content"}
-    filled = {key: value for key, value in turn.items() if value is not None}
-    message: Message = {names.get(key, key): value for key, value in filled.items()}
+    names: Row = {"from": "role", "value": "content"}
+    message: Message = {names.get(k, k): part for k, part in turn.items() if part is not None}
     role = message.get("role")
     if role not in ROLES:
         raise ValueError(f"Turn {position} has role {role!r}; known are {[*ROLES]}. Rename it.")

@@ -12,7 +12,7 @@ from itertools import chain
 
 import datasets
 
-from .dataset import COLUMNS, Data
+from .dataset import COLUMNS, IDS, Data
 
 WINDOW = 1000  # rows that are packed together: the best fits are among a few hundred
 
@@ -23,26 +23,26 @@ def pack_dataset(dataset: Data, max_length: int) -> Data:
     Each goes into the fullest row that has room for it, the longest first (best fit decreasing),
     within windows of 1000 rows, so that a stream can be packed too.
     """
-    ids = datasets.Sequence(datasets.Value("int32"))
     return dataset.map(
         _pack,
         batched=True,
         batch_size=WINDOW,
         # a stream may not know its columns
         remove_columns=dataset.column_names or list(next(iter(dataset))),
-        features=datasets.Features(dict.fromkeys((*COLUMNS, "position_ids"), ids)),
+        features=datasets.Features({**COLUMNS, "position_ids": IDS}),
         fn_kwargs={"max_length": max_length},
     )
 
 
 def _pack(window: dict[str, list], max_length: int) -> dict[str, list]:
     lengths = [len(ids) for ids in window["input_ids"]]
-    packed: dict[str, list] = {name: [] for name in (*COLUMNS, "position_ids")}
-    for row in best_fit(lengths, max_length):
-        for name in COLUMNS:
-            packed[name].append(list(chain.from_iterable(window[name][i] for i in row)))
-        packed["position_ids"].append([p for i in row for p in range(lengths[i])])
-    return packed
+    columns = {name: window[name] for name in COLUMNS}
+    columns["position_ids"] = [range(length) for length in lengths]
+    rows = best_fit(lengths, max_length)
+    return {
+        name: [[*chain.from_iterable(documents[i] for i in row)] for row in rows]
+        for name, documents in columns.items()
+    }
 
 
 def best_fit(lengths: list[int], room: int) -> list[list[int]]:

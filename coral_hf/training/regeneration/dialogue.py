@@ -48,8 +48,7 @@ class Dialogue:
         self.num_turns = len(self._rest)
         self.content = json.dumps([self._rest, self._tools, self._is_text])
         self._start: list[int] = []  # (kept,) tokens of a plain text before its answer
-        self.num_answers = 0
-        self._num_kept = 0  # messages up to the last answer
+        self.num_kept = 0  # messages up to the last answer
         self._is_complete = True
         self.stopped: str | None = None  # why it ends before its last turn
 
@@ -82,21 +81,20 @@ class Dialogue:
             if self._settings.unfinished == "drop" or not text.strip():
                 return
         self._messages.append({"role": "assistant", "content": text})
-        self.num_answers += 1
-        self._num_kept = len(self._messages)
+        self.num_kept = len(self._messages)
         self._is_complete = answer.is_complete
 
     def result(self) -> dict[str, Any]:
         """Make the row to be written, with its number; without an answer, the `reason`."""
         row = {"row": self.number}
-        if not self.num_answers:
+        if not self.num_kept:
             return {**row, "reason": self.stopped or "no turn to answer"}
         if self._id is not None:
             row["id"] = self._id
         ending = {"is_complete": self._is_complete}
         if self._is_text:
             return {**row, "text": self._messages[-1]["content"], **ending}
-        kept = self._messages if self.stopped is None else self._messages[: self._num_kept]
+        kept = self._messages if self.stopped is None else self._messages[: self.num_kept]
         tools = {"tools": json.dumps(self._tools, ensure_ascii=False)} if self._tools else {}
         return {**row, "messages": kept, **tools, **ending}
 

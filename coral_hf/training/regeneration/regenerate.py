@@ -77,10 +77,9 @@ def regenerate(
                 f"`output` {output} exists and was not written by `regenerate`; choose another."
             )
         keep_settings(sidecar, {"dataset": digest, **generator.identity()}, output)
-        done = set()
         for file in (answers, left_out):
             file.mend()
-            done |= {row["row"] for row in file.read()}
+        done = {row["row"] for file in (answers, left_out) for row in file.read()}
         with tqdm(total=len(sizes), initial=len(done), unit="row", desc="Answering") as bar:
             for numbers in _batches(sizes, done, settings.batch_size):
                 rows = [Dialogue(n, dataset[n], tokenizer, settings) for n in numbers]
@@ -121,21 +120,17 @@ def _batches(
     """
     window = batch_size * WINDOW
     for start in range(0, len(sizes), window):
-        rows = range(start, min(start + window, len(sizes)))
-        alike = sorted(rows, key=lambda row: sizes[row])
+        alike = sorted(range(len(sizes))[start : start + window], key=lambda row: sizes[row])
         batches = (alike[at : at + batch_size] for at in range(0, len(alike), batch_size))
         yield from (batch for batch in batches if not done.issuperset(batch))
 
 
 def _answer(rows: Sequence[Dialogue], generator: AnswerGenerator, seed: int) -> None:
     """Answer all turns of a batch of rows."""
-    while True:
-        prompts = [(row, row.next_prompt(generator.max_prompt_length)) for row in rows]
-        asked = [(row, prompt) for row, prompt in prompts if prompt]
-        if not asked:
-            return
-        seeds = [seed_of(seed, row.number, row.num_answers) for row, _ in asked]
-        answers = generator.generate([prompt for _, prompt in asked], seeds)
+    longest = generator.max_prompt_length
+    while asked := [(row, ids) for row in rows if (ids := row.next_prompt(longest))]:
+        seeds = [seed_of(seed, row.number, row.num_kept) for row, _ in asked]
+        answers = generator.generate([ids for _, ids in asked], seeds)
         for (row, _), answer in zip(asked, answers, strict=True):
             row.take(answer)
 
