@@ -26,7 +26,6 @@ from coral_hf.measure import (
     run_benchmark,
 )
 from coral_hf.measure.benchmark import (
-    Measured,
     Mismatch,
     benchmark_report,
     first_difference,
@@ -253,8 +252,8 @@ def test_markdown_lists_hardware_versions_dtype_seed_and_both_depths(report):
 
 def test_markdown_lists_mismatches_with_their_gap(target):
     mismatch = Mismatch("chat", "7", 0, "coral", 12, 1.5e-7)
-    measured = Measured(CALLS, [mismatch], [])
-    report = benchmark_report(BenchmarkSettings(), describe_environment(target), measured)
+    environment = describe_environment(target)
+    report = benchmark_report(BenchmarkSettings(), environment, CALLS, [mismatch])
     assert "| chat | 7 | 0 | coral | 12 | 1.5e-07 |" in report.to_markdown()
 
 

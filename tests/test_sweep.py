@@ -198,7 +198,7 @@ def test_invalid_sweep_settings_are_refused(fields, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"batch_sizes": [8]}, "`batch_sizes` has 8, but 7 of the 7 `prompts` fit"),
+        ({"batch_sizes": [8]}, "`batch_sizes` has 8, but 7 `prompts` fit"),
         ({"contexts": [121]}, "`contexts` has 121, .* room for 118"),
     ],
 )

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count, zip_longest
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,30 +121,23 @@ def run_benchmark(
         methods[name] = common | own[name]
     bench = Bench(target, methods, settings.repeats, settings.warmup, settings.seed)
     measured = measure_prompts(bench, tokenizer, prompts, settings.max_turns)
-    return benchmark_report(settings, describe_environment(target, drafter, assistant), measured)
-
-
-class Measured(NamedTuple):
-    """The calls of all methods on prompts."""
-
-    calls: list[Call]
-    mismatches: list[Mismatch]
-    skipped: list[str]  # task/id of prompts beyond the target's context
+    return benchmark_report(settings, describe_environment(target, drafter, assistant), *measured)
 
 
 def benchmark_report(
-    settings: BenchmarkSettings, environment: SimpleNamespace, measured: Measured
+    settings: BenchmarkSettings,
+    environment: SimpleNamespace,
+    calls: list[Call],
+    mismatches: Sequence[Mismatch] = (),
+    skipped: Sequence[str] = (),
 ) -> Report:
-    """Tabulate results by task and method, acceptance by depth, and mismatches if there are any."""
-    calls, mismatches, skipped = measured
+    """Tabulate results by task and method, acceptance by depth, and other tables with a line."""
     rows, depths = summarise_tasks(calls), accepted_depths(calls)
-    legend = LEGEND
-    if skipped:
-        legend += f"\nLonger than the target's context: {', '.join(skipped)}.\n"
     tables = [
-        tabulate("Results", {"task": "{0.task}", **COLUMNS}, rows, legend),
+        tabulate("Results", {"task": "{0.task}", **COLUMNS}, rows, LEGEND),
         tabulate("Acceptance by depth", DEPTHS, depths),
         tabulate("Answers that differ from the target's own", MISMATCHES, mismatches),
+        tabulate("Longer than the target's context", {"prompt": "{0}"}, skipped),
     ]
     numbers = {"rows": rows, "acceptance": depths, "mismatches": mismatches, "skipped": skipped}
     figures: dict[str, Callable] = {
@@ -158,8 +150,11 @@ def benchmark_report(
 
 def measure_prompts(
     bench: Bench, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_turns: int = 1
-) -> Measured:
+) -> tuple[list[Call], list[Mismatch], list[str]]:
     """Call every method of a bench on every prompt in turn.
+
+    Returns:
+        the calls, the differences from "plain", and task/id of prompts beyond the target's context.
 
     Raises:
         ValueError: if no prompt fits the target's context.
@@ -172,12 +167,11 @@ def measure_prompts(
 
     fitting = [prompt for prompt in prompts if ids_of(prompt).shape[1] <= room]
     if not fitting:
-        raise ValueError(
-            f"none of the {len(prompts)} `prompts` fits the target's context; give a shorter one."
-        )
+        raise ValueError(f"none of the {len(prompts)} `prompts` fits the target; give others.")
     skipped = [f"{prompt.task}/{prompt.id}" for prompt in prompts if prompt not in fitting]
     bench.warm_up([left_padded(ids_of(prompt), 0) for prompt in fitting[: bench.warmup]])
-    measured = Measured([], [], skipped)
+    measured: list[Call] = []
+    mismatches: list[Mismatch] = []
     items = count()
     for number, start in enumerate(fitting, start=1):
         prompt = start
@@ -188,13 +182,13 @@ def measure_prompts(
             labels = {"task": prompt.task, "prompt": prompt.id, "turn": turn}
             calls = bench.compare(left_padded(ids, 0), next(items), **labels)
             plain = next(call.tokens[0] for call in calls if call.method == "plain")
-            measured.calls.extend(calls)
-            measured.mismatches.extend(mismatches_of(target, ids, plain, calls))
+            measured += calls
+            mismatches += mismatches_of(target, ids, plain, calls)
             if not prompt.turns:
                 break
             prompt = prompt.follow_up(tokenizer.decode(plain, skip_special_tokens=True))
         logger.info("%d of %d prompts: %s %s", number, len(fitting), start.task, start.id)
-    return measured
+    return measured, mismatches, skipped
 
 
 def mismatches_of(

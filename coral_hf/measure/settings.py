@@ -6,10 +6,12 @@ option of each field with a help text, so this file imports neither torch nor tr
 
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Method = Literal["plain", "coral", "bigram", "prompt_lookup", "assisted"]
-METHODS = ("plain", "coral", "bigram", "prompt_lookup", "assisted")
+METHODS = get_args(Method)
+Head = Literal["full", "routed", "frequency", "low_rank"]
+Rule = Literal["token", "traversal", "block"]
 DRAFTING = ("tree_depth", "tree_top_k", "tree_nodes", "draft_head", "verification", "drawn_tree")
 
 
@@ -55,21 +57,15 @@ class TreeSettings:
 class HeadSettings(TreeSettings):
     """The draft tree, and the head that it is read from."""
 
-    draft_head: Literal["full", "routed", "frequency", "low_rank"] | None = option(
-        "Draft head; the drafter's own by default.", None
-    )
+    draft_head: Head | None = option("Draft head; the drafter's own by default.", None)
 
 
 @dataclass(kw_only=True)
 class DraftingSettings(HeadSettings):
     """How tokens are drafted and verified."""
 
-    verification: Literal["token", "traversal", "block"] | None = option(
-        "Rule of acceptance when sampling.", None
-    )
-    drawn_tree: bool | None = option(
-        "When sampling, draw the tree's tokens instead of choosing the likeliest.", None
-    )
+    verification: Rule | None = option("Rule of acceptance when sampling.", None)
+    drawn_tree: bool | None = option("When sampling, draw the tree's tokens at random.", None)
 
 
 @dataclass(kw_only=True)
@@ -83,9 +79,7 @@ class BenchmarkSettings(DraftingSettings):
     repeats: int = option("Timed calls of each method on each prompt.", 1, least=1)
     warmup: int = option("Untimed calls of each method before them.", 1, least=0)
     seed: int = option("Seed of sampling; repeat r draws with seed + r.", 0)
-    max_turns: int = option(
-        "User turns of a prompt; later ones follow the target's own answer.", 1, least=1
-    )
+    max_turns: int = option("User turns; each follows the target's own answer.", 1, least=1)
     speculation: Literal["always", "adaptive"] = option(
         "'always' drafts in every round, 'adaptive' where it pays.", "always"
     )
@@ -94,10 +88,7 @@ class BenchmarkSettings(DraftingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if set(self.methods) - set(METHODS) or "plain" not in self.methods:
-            raise ValueError(
-                f"`methods` is {list(self.methods)}; give 'plain', which the others are measured "
-                f"against, and any of {', '.join(METHODS[1:])}."
-            )
+            raise ValueError(f"`methods` is {self.methods}; give 'plain' and any of {METHODS[1:]}.")
 
 
 @dataclass(kw_only=True)

@@ -11,6 +11,7 @@ depth.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import isnan
 from statistics import fmean
 from typing import Any, Literal
@@ -154,7 +155,6 @@ def accepted_depths(calls: Sequence[Call]) -> list[AcceptedDepth]:
         lengths = [length for call in own for length in call.round_lengths]
         # at a depth: the rounds that accepted so many nodes, and emitted one token more
         rounds = [sum(n > depth for n in lengths) for depth in range(max(lengths, default=0))]
-        for depth in range(1, len(rounds)):
-            shares = rounds[depth] / rounds[0], rounds[depth] / rounds[depth - 1]
-            found.append(AcceptedDepth(method, depth, *shares))
+        for depth, (before, here) in enumerate(pairwise(rounds), start=1):
+            found.append(AcceptedDepth(method, depth, here / rounds[0], here / before))
     return found

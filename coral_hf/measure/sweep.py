@@ -150,8 +150,7 @@ def sized_batches(
     for size in settings.batch_sizes:
         if size > len(fitting):
             raise ValueError(
-                f"`batch_sizes` has {size}, but {len(fitting)} of the {len(rows)} `prompts` fit"
-                " the target's context; give more of them, or a smaller batch."
+                f"`batch_sizes` has {size}, but {len(fitting)} `prompts` fit the target; give more."
             )
         starts = range(0, len(fitting) - size + 1, size)
         yield "batch", [fitting[start : start + size] for start in starts]
@@ -159,7 +158,6 @@ def sized_batches(
     for length in settings.contexts:
         if length > room:
             raise ValueError(
-                f"`contexts` has {length}, but the target's positions leave room for {room}"
-                f" tokens before `max_new_tokens` = {settings.max_new_tokens}."
+                f"`contexts` has {length}, but the target leaves room for {room} tokens; give less."
             )
         yield "context", [[tokens.repeat(-(-length // len(tokens)))[:length]]]

@@ -102,7 +102,7 @@ class HeadComparison(TrialRuns):
             methods = {name: drafting | {"assistant_model": own} for name, own in heads.items()}
             methods["plain"] = common
             bench = Bench(self.target, methods, settings.repeats, warmup=1, seed=settings.seed)
-            measured = measure_prompts(bench, self.tokenizer, self.prompts).calls
+            measured, *_ = measure_prompts(bench, self.tokenizer, self.prompts)
             rows = {(row.method, row.task): row for row in summarise_tasks(measured)}
             calls += measured
             tables.append(head_table(f"T = {temperature:g}", rows, configs))
