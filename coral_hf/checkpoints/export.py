@@ -31,6 +31,7 @@ BODY = ("fc.", "layers.")
 REMEDY = (
     "Merge an adapter first: model.merge_and_unload(); load a quantised drafter in full precision."
 )
+USE_TRANSFORMERS = "Serve it with transformers: target.generate(..., assistant_model=drafter)."
 # families of which transformers scales embeddings inside of the embedding module
 SCALED_TABLES = ("gemma", "vaultgemma", "minicpm3", "biogpt", "xglm")
 
@@ -88,29 +89,20 @@ def export_drafter(
     if bound is not None and bound.head.bias is not None:
         reasons.append("the target's LM head has a bias, which engines drop")
     if reasons:
-        raise ValueError(
-            f"The drafter cannot be exported for {engine}: {'; '.join(reasons)}. Serve it with"
-            " transformers: target.generate(..., assistant_model=drafter)."
-        )
+        why = "; ".join(reasons)
+        raise ValueError(f"The drafter cannot be exported for {engine}: {why}. {USE_TRANSFORMERS}")
     fields = engine_config(config, scales, engine, has_fc_bias)
-    _check_body(body, config, engine)
-    tensors = dict(scale_embeddings(body, scales.embedding))
-    if engine == "sglang":  # it would keep random numbers where a checkpoint has none
-        tensors.setdefault("fc.bias", torch.zeros_like(tensors["fc.weight"][:, 0]))
-    elif not has_fc_bias:
-        tensors.pop("fc.bias", None)
+    tensors = _for_engine(body, config, engine, has_fc_bias)
     if bound is not None and engine != "sglang":
         tensors[EMBEDDINGS] = bound.embeddings.weight
-    tensors = _to_save(tensors, dtype)
+    tensors = _to_save(scale_embeddings(tensors, scales.embedding), dtype)
     fields |= dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
     with new_folder(output, last=CONFIG_NAME) as folder:
         write_json(folder / CONFIG_NAME, fields)
         _save(tensors, folder / export_files(engine)[1])
         if hot_tokens is not None:
             torch.save(hot_tokens, folder / HOT_TOKENS)
-    written = body.keys() if hot_tokens is None else body.keys() | {"heads.hot_tokens"}
-    left = sorted(state.keys() - written)
-    notes = _notes(left, scales.embedding, engine, hot_tokens)
+    notes = _notes(state.keys() - body.keys(), scales.embedding, engine, hot_tokens)
     return Exported(Path(output), notes, _command(config, engine, Path(output), hot_tokens))
 
 
@@ -171,8 +163,10 @@ def _hot_tokens(
     return drafter.heads.hot_tokens.tolist()
 
 
-def _check_body(body: dict[str, Tensor], config: CoralConfig, engine: str) -> None:
-    """Compare tensors of any shapes with those that a config gives.
+def _for_engine(
+    body: dict[str, Tensor], config: CoralConfig, engine: str, has_fc_bias: bool
+) -> dict[str, Tensor]:
+    """Compare tensors with those that a config gives; add or drop the bias of `fc` (hidden,).
 
     An engine may skip tensors of wrong names silently.
     """
@@ -180,6 +174,12 @@ def _check_body(body: dict[str, Tensor], config: CoralConfig, engine: str) -> No
         whole = CoralDrafter(config).state_dict()
     wanted = {name: tensor for name, tensor in whole.items() if name.startswith(BODY)}
     check_tensors(body, wanted, f"The drafter as {engine} would load it", REMEDY)
+    tensors = dict(body)
+    if engine == "sglang":  # it would keep random numbers where a checkpoint has none
+        tensors.setdefault("fc.bias", torch.zeros_like(body["fc.weight"][:, 0]))
+    elif not has_fc_bias:
+        tensors.pop("fc.bias", None)
+    return tensors
 
 
 def _to_save(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -203,14 +203,16 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
 
 
-def _notes(left: list[str], scale: float, engine: str, hot_tokens: list[int] | None) -> list[str]:
+def _notes(left: set[str], scale: float, engine: str, hot_tokens: list[int] | None) -> list[str]:
     """Say what stays behind, and what moved."""
     notes = []
+    if hot_tokens is not None:
+        left = left - {"heads.hot_tokens"}  # they are in a file of their own
     if left:
         instead = "the target's whole LM head" if hot_tokens is None else HOT_TOKENS
         notes.append(
-            f"Left behind, since {engine} has no place for them: {', '.join(left)}. Its drafter"
-            f" reads {instead}."
+            f"Left behind, since {engine} has no place for them: {', '.join(sorted(left))}. Its"
+            f" drafter reads {instead}."
         )
     if scale != 1.0:
         notes.append(f"The target's embedding scale, {scale:.6g}, is in `fc.weight` now.")
