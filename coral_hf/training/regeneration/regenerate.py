@@ -64,8 +64,7 @@ def regenerate(
         ValueError: for rows that cannot be read, naming the first, and for an `output` that was
             written with other settings, of another dataset or by another target.
     """
-    settings = RegenerationSettings() if settings is None else settings
-    output = Path(output)
+    settings, output = settings or RegenerationSettings(), Path(output)
     sizes, digest = _survey(dataset, tokenizer, settings)
     warn_of_other_ends(tokenizer, target)
     generator = AnswerGenerator(target, tokenizer, settings, drafter)
