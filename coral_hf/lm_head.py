@@ -4,13 +4,14 @@ In: the target's output module. Out: logits exactly as the target computes them,
 of some rows or channels of the weight.
 """
 
-import weakref
 from collections.abc import Callable
+from operator import is_not
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -88,48 +89,28 @@ class CachedTensor:
     """A tensor computed from others, computed again only when one of them has changed.
 
     It is not part of a module's state: it is neither saved nor copied with the module, and is freed
-    with the first of its sources that is. A write through a source's `.data` goes unnoticed.
+    with the first of its sources. A write through a source's `.data` goes unnoticed.
     """
 
     def __init__(self) -> None:
-        self._cached: tuple[list[TensorVersion], Tensor] | None = None
+        # by the first source: the state of all, the others themselves, the tensor
+        self._cached = WeakTensorKeyDictionary()
 
     def get(self, sources: list[Tensor], compute: Callable[[], Tensor]) -> Tensor:
         """Return `compute()`, of any shape, from the cache where `sources` are unchanged."""
-        cached = self._cached
-        if cached is None or not all(map(TensorVersion.matches, cached[0], sources)):
-            versions = [read_version(source, self._drop) for source in sources]
-            # in one assignment, since threads may share a drafter
-            self._cached = cached = (versions, compute())
-        return cached[1]
-
-    def _drop(self, source: weakref.ref) -> None:
-        """Free the tensor when one of its sources is freed."""
-        cached = self._cached
-        if cached is not None and any(version.tensor is source for version in cached[0]):
-            self._cached = None
+        first, *others = sources
+        state = [(source.data_ptr(), source.dtype, _version(source)) for source in sources]
+        cached = self._cached.get(first)
+        if cached is None or cached[0] != state or any(map(is_not, cached[1], others)):
+            self._cached.clear()
+            # threads may share a drafter: what is returned is what was computed here
+            self._cached[first] = cached = (state, others, compute())
+        return cached[2]
 
     def __reduce__(self):
         return CachedTensor, ()
 
 
-class TensorVersion(NamedTuple):
-    """What tells a tensor of any shape from others, and from itself before it was written to."""
-
-    tensor: weakref.ref
-    address: int
-    dtype: torch.dtype
-    version: int | None
-
-    def matches(self, tensor: Tensor) -> bool:
-        """Whether `tensor`, of any shape, is the tensor of this version, unchanged since."""
-        # compared one by one: references to living tensors compare their numbers
-        return self.tensor() is tensor and self[1:] == read_version(tensor)[1:]
-
-
-def read_version(
-    tensor: Tensor, when_freed: Callable[[weakref.ref], None] | None = None
-) -> TensorVersion:
-    """Read the version of a tensor of any shape; `when_freed` is called when it is freed."""
-    version = None if tensor.is_inference() else tensor._version
-    return TensorVersion(weakref.ref(tensor, when_freed), tensor.data_ptr(), tensor.dtype, version)
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor of any shape was written to; not counted for those of inference mode."""
+    return None if tensor.is_inference() else tensor._version

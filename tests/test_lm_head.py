@@ -87,7 +87,7 @@ def test_a_cached_tensor_is_not_copied():
     cached = CachedTensor()
     cached.get([torch.ones(3)], lambda: torch.ones(2))
     for other in (copy.deepcopy(cached), pickle.loads(pickle.dumps(cached))):
-        assert other._cached is None
+        assert not other._cached
 
 
 def test_sources_of_inference_mode_can_be_cached_from():

@@ -97,30 +97,26 @@ class DecayedLine:
     """A straight line through points, of which older ones count less."""
 
     slope_before: float  # assumed until the points tell
-    weight: float = 0.0
-    x: float = 0.0  # weighted sums
-    y: float = 0.0
-    xx: float = 0.0
-    xy: float = 0.0
+    sums: tuple[float, ...] = (0.0,) * 5  # of the points' weights, and of x, y, xx and xy by weight
 
     def add(self, x: float, y: float) -> None:
         """Take the newest point."""
-        for name, value in (("weight", 1.0), ("x", x), ("y", y), ("xx", x * x), ("xy", x * y)):
-            setattr(self, name, FADING * getattr(self, name) + value)
+        newest = (1.0, x, y, x * x, x * y)
+        self.sums = tuple(FADING * old + new for old, new in zip(self.sums, newest, strict=True))
 
     @property
     def slope(self) -> float:
         """Slope of the best line, drawn towards the slope assumed; never falling."""
-        if self.weight == 0:
+        weight, x, y, xx, xy = self.sums
+        if weight == 0:
             return self.slope_before
-        spread = self.xx - self.x * self.x / self.weight + TRUST
-        together = self.xy - self.x * self.y / self.weight + TRUST * self.slope_before
-        return max(together / spread, 0.0)
+        together = xy - x * y / weight + TRUST * self.slope_before
+        return max(together / (xx - x * x / weight + TRUST), 0.0)
 
     def at_zero(self, otherwise: float) -> float:
         """The height at x = 0; `otherwise` without a point."""
-        height = (self.y - self.slope * self.x) / self.weight if self.weight else otherwise
-        return max(height, 0.0)
+        weight, x, y, *_ = self.sums
+        return max((y - self.slope * x) / weight if weight else otherwise, 0.0)
 
 
 @dataclass

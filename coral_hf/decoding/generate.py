@@ -152,28 +152,9 @@ class BoundDrafter:
         **model_kwargs,
     ) -> Tensor | CoralGenerateOutput:
         """Decode what `generate` has prepared for the target: `input_ids` are (batch, length)."""
-        watchers = logits_processor, stopping_criteria
-        loop = self.build_loop(model, input_ids, *watchers, generation_config, model_kwargs)
-        loop.run(model_kwargs)
-        cache = returned_cache(model_kwargs.get(CACHE), loop.target.whole_cache())
-        setattr(cache, MEMORY, loop.memory())
-        return loop.output(cache)
-
-    def build_loop(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
-        config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-    ) -> DecodingLoop:
-        """Make what a call needs for its rounds, checked against each other.
-
-        Args:
-            input_ids: (batch, length), of the prompts.
-        """
+        config, criteria = generation_config, stopping_criteria
         check_call(model, input_ids, config, model_kwargs)
+        # how trees are drafted and verified
         own, settings = getattr(self.drafter, "generation_config", None), self.settings
         defaults: Settings = {
             name: getattr(own, name, TREE_DEFAULTS.get(name)) for name in DECODING_KEYWORDS
@@ -181,8 +162,10 @@ class BoundDrafter:
         rule = choose_rule(config.do_sample, defaults, settings)
         shape, takes_tree = choose_shape(model, defaults, settings, rule)
         pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
-        sequences = Sequences(input_ids, processors, criteria, self.streamer, pad, not takes_tree)
+        watchers = logits_processor, criteria, self.streamer
+        sequences = Sequences(input_ids, *watchers, pad, not takes_tree)
         check_rule(rule, sequences)
+        # the two models, each with what it has read before the call
         given, windows = model_kwargs.get(CACHE), sliding_windows(model)
         # a caller who gets a cache may continue from it
         keep_cache = config.return_dict_in_generate or is_user_cache(given)
@@ -200,7 +183,11 @@ class BoundDrafter:
         policy = choose_policy(model, shape, speculation, costs, config.do_sample)
         longest = max_length_of(model, criteria)
         plan = Plan(rule, longest, keep_cache, config.prefill_chunk_size)
-        return DecodingLoop(drafting, runner, sequences, collector, policy, plan)
+        loop = DecodingLoop(drafting, runner, sequences, collector, policy, plan)
+        loop.run(model_kwargs)
+        filled = returned_cache(given, runner.whole_cache())
+        setattr(filled, MEMORY, loop.memory())
+        return loop.output(filled)
 
 
 def decoder(

@@ -5,9 +5,7 @@ and `DecodingStats`.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -73,25 +71,6 @@ class Plan(NamedTuple):
     chunk_size: int | None = None  # tokens of a prompt that are read in one pass
 
 
-def timed(stage: str, lap: str | None = None) -> Callable:
-    """Count the seconds of a method: in the stats as `stage`, and in this round as `lap`."""
-
-    def wrap(method: Callable) -> Callable:
-        @wraps(method)
-        def run(self: "DecodingLoop", *args):
-            start = time.perf_counter()
-            result = method(self, *args)
-            seconds, name = time.perf_counter() - start, f"{stage}_seconds"
-            setattr(self.stats, name, getattr(self.stats, name) + seconds)
-            if lap is not None:
-                self.lap[lap] = self.lap.get(lap, 0.0) + seconds
-            return result
-
-        return run
-
-    return wrap
-
-
 @dataclass
 class DecodingLoop:
     """One call of `generate` with a drafter.
@@ -107,23 +86,23 @@ class DecodingLoop:
     policy: DraftPolicy
     plan: Plan
     stats: DecodingStats = field(default_factory=DecodingStats)
-    lap: dict[str, float] = field(default_factory=dict)  # seconds of the parts of a round
 
     def __post_init__(self):
         self.verifier = Verifier(self.sequences, self.collector, self.plan.rule.name)
         self.warp = self.sequences.warp if self.plan.rule.is_drawn else None
         self.keep_memory = self.plan.keep_memory
+        self.lap_start = time.perf_counter()
 
     def run(self, model_kwargs: dict) -> None:
         """Decode until every row has ended; `model_kwargs` are what `generate` prepared."""
         self.prefill(model_kwargs)
+        self.lap("prefill_seconds")
         if self.policy.is_plain:
             self.stop_drafting()
         while self.sequences.active:
             self.round()
         self.sequences.end()
 
-    @timed("prefill")
     def prefill(self, model_kwargs: dict) -> None:
         """Read the prompts (batch, length), emit each row's first token, start the drafter."""
         prompts, is_plain = self.sequences.ids, self.policy.is_plain
@@ -141,18 +120,25 @@ class DecodingLoop:
 
     def round(self) -> None:
         """Draft, score and verify, commit, let the drafter read what was accepted."""
-        self.lap, rows, is_plain = {}, self.sequences.active, self.policy.is_plain
+        rows, is_plain = self.sequences.active, self.policy.is_plain
+        self.lap_start = time.perf_counter()
         tree = self.draft(rows)
+        draft = self.lap("draft_seconds")
         output, accepted = self.verify(tree)
+        decode = self.lap("verify_seconds")
         kept = self.commit(rows, tree, output, accepted)
+        decode += self.lap("other_seconds")
         if not is_plain:
             self.read(kept, output.features, accepted)
-        self.policy.note(self.sample(tree, accepted))
+        read = self.lap("draft_seconds")
+        batch, nodes = tree.tokens.shape
+        levels = tree.levels or min(nodes - 1, 1)  # not every tree tells
+        tokens = sum(accepted.counts) / batch
+        self.policy.note(RoundSample(batch, levels, nodes, tokens, draft, decode, read))
         if self.policy.is_plain and not is_plain:
             self.stats.is_stepped_back = True
             self.stop_drafting()
 
-    @timed("draft", lap="draft")
     def draft(self, rows: list[int]) -> DraftTree:
         """A tree for each row, or its root alone where drafting does not pay or nothing fits."""
         shape, root = self.budget(self.policy.plan(len(rows))), self.sequences.last(rows)
@@ -172,13 +158,11 @@ class DecodingLoop:
         depth = min(shape.depth, self.plan.max_length - shortest - 1)
         return shape._replace(depth=max(depth, 0))
 
-    @timed("verify", lap="decode")
     def verify(self, tree: DraftTree) -> tuple[TargetOutput, Accepted]:
         """One pass of the target over the tree, and what it accepts."""
         output = self.target.score(tree, not self.policy.is_plain)
         return output, self.verifier.verify(tree, output)
 
-    @timed("other", lap="decode")
     def commit(
         self, rows: list[int], tree: DraftTree, output: TargetOutput, accepted: Accepted
     ) -> list[int]:
@@ -197,7 +181,6 @@ class DecodingLoop:
         self.drop(rows, kept)
         return kept
 
-    @timed("draft", lap="read")
     def read(self, kept: list[int], features: Tensor, accepted: Accepted) -> None:
         """Let the drafter read the new tokens of unfinished rows, and the features before them.
 
@@ -221,11 +204,12 @@ class DecodingLoop:
         padded = torch.tensor([row + [0] * (new - len(row)) for row in tokens])
         self.drafting.commit(padded.to(features.device), paired, counts)
 
-    def sample(self, tree: DraftTree, accepted: Accepted) -> RoundSample:
-        """What the round did, for the policy."""
-        rows, nodes = tree.tokens.shape
-        levels = tree.levels or min(nodes - 1, 1)  # not every tree tells
-        return RoundSample(rows, levels, nodes, sum(accepted.counts) / rows, **self.lap)
+    def lap(self, stage: str) -> float:
+        """Count the seconds since the last lap to a stage of the stats, and return them."""
+        now = time.perf_counter()
+        seconds, self.lap_start = now - self.lap_start, now
+        setattr(self.stats, stage, getattr(self.stats, stage) + seconds)
+        return seconds
 
     def kept(self, rows: list[int]) -> list[int]:
         """Return the rows of the pass that have not ended, by their index in it."""

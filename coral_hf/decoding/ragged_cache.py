@@ -85,20 +85,17 @@ class RaggedLayer(DynamicLayer):
 
     def move(self, source: Tensor, destination: Tensor) -> None:
         """Copy slots `source` to slots `destination`, (batch, kept) each."""
+        rows = torch.arange(len(source), device=self.keys.device)[:, None]
+        source, destination = (part.to(rows.device) - self.start for part in (source, destination))
         for states in (self.keys, self.values):
-            # (batch, kv_heads, kept, head_dim); gathered before written: the two overlap
-            shape = (*states.shape[:2], -1, states.shape[-1])
-            index, target = (
-                (part.to(states.device) - self.start)[:, None, :, None].expand(shape)
-                for part in (source, destination)
-            )
-            states.scatter_(2, target, states.gather(2, index))
+            # (batch, kept, kv_heads, head_dim), gathered before written: the two overlap
+            states[rows, :, destination] = states[rows, :, source]
 
     def cut(self, length: int) -> None:
         """Keep the first `length` slots."""
-        if self.is_initialized and length < self.get_seq_length():
-            self.keys = self.keys.narrow(-2, 0, length - self.start)
-            self.values = self.values.narrow(-2, 0, length - self.start)
+        kept = length - self.start
+        if kept < self.held:
+            self.keys, self.values = self.keys.narrow(-2, 0, kept), self.values.narrow(-2, 0, kept)
 
     def release(self, first: int) -> None:
         """Drop the slots before `first`."""

@@ -27,9 +27,9 @@ class TargetOutput(NamedTuple):
 
     logits: Tensor  # (batch, nodes, vocab)
     features: Tensor  # (batch, nodes, layers · hidden), of the layers that the drafter reads
+    lengths: Sequence[int] = ()  # committed slots of each row before the pass
     hidden_states: tuple[Tensor, ...] = ()  # where asked for: by layer, (batch, nodes, hidden)
     attentions: tuple[Tensor, ...] = ()  # where asked for: (batch, heads, nodes, slots + nodes)
-    lengths: Sequence[int] = ()  # committed slots of each row before the pass
 
 
 class TargetRunner:
@@ -137,11 +137,12 @@ class TargetRunner:
         """Run the target over `input_ids` (batch, new)."""
         if CACHE not in inputs:
             inputs |= {CACHE: self.cache, "use_cache": True}
-        wants_all = "output_hidden_states" in self._extras
         layers = self._layers if with_features else ()
-        inputs["output_hidden_states"] = wants_all or _named_states(layers)
-        if "output_attentions" in self._extras:
-            inputs["output_attentions"] = True
+        names = [name.removeprefix("output_") for name in self._extras]
+        inputs |= {
+            "output_hidden_states": _named_states(layers),
+            **dict.fromkeys(self._extras, True),
+        }
         outputs = self._target.model(**inputs, return_dict=True)
         tokens = inputs["input_ids"]
         states = [outputs.hidden_states[layer] for layer in layers]
@@ -149,9 +150,8 @@ class TargetRunner:
         return TargetOutput(
             outputs.logits,
             states[0] if len(states) == 1 else torch.cat(states, dim=-1),
-            outputs.hidden_states if wants_all else (),
-            outputs.attentions if "output_attentions" in self._extras else (),
             list(self.cache.lengths),
+            **{name: outputs[name] for name in names},
         )
 
     def _masks(self, tree: DraftTree, positions: Tensor) -> Tensor | dict[str, Tensor]:

@@ -4,9 +4,9 @@ In: a `DraftTree` and the target's output of each node. Out: `Accepted`, appende
 
     at once       `verify_greedy`, `verify_token`: tensors over the batch, read once a round; where
                   scores follow from logits alone, and only end tokens and lengths stop a row
-    step by step  `StepwiseWalk`: scores are processed where the walk arrives, once, in order; where
-                  a processor or criterion needs order, or the caller wants scores of each token
-    whole tree    `PrecomputedPath`: rules that look at every node before the first token is decided
+    step by step  scores are processed where the walk arrives, once, in order; where a processor or
+                  criterion needs order, or the caller wants scores of each token
+    whole tree    rules that look at every node before the first token is decided
 """
 
 from collections.abc import Callable, Sequence
@@ -62,6 +62,14 @@ class Siblings(NamedTuple):
     def with_token(self, token: Tensor) -> Tensor:
         """Find the first child that has a `token`, 0 if none has; both have shape (batch,)."""
         return _first(self.is_child & (self.tokens == token[:, None]))
+
+
+class Move(NamedTuple):
+    """The next token of one row's walk, and where it leads."""
+
+    token: int
+    child: int  # the node that has the token; 0 where the walk leaves the tree
+    scores: Tensor  # (vocab,), processed, that the token was chosen by
 
 
 class Step(NamedTuple):
@@ -210,87 +218,63 @@ class Verifier:
     def _walk(self, tree: DraftTree, output: TargetOutput) -> Accepted:
         """Append one token of each row at a time, until each leaves its tree or ends.
 
-        The path that is returned has shape (batch, longest).
+        Rows are counted as in the pass. The path that is returned has shape (batch, longest).
         """
-        sequences, active = self.sequences, self.sequences.active
-        kind = PrecomputedPath if self.rule in WHOLE_TREE else StepwiseWalk
-        walk, going = kind(self, tree, output.logits), list(range(len(active)))
+        sequences, active, logits = self.sequences, self.sequences.active, output.logits
+        going, nodes = list(range(len(active))), [0] * len(active)  # where each walk stands
+        is_decided = self.rule in WHOLE_TREE
+        decided = [self._decide(tree, row, logits[row]) for row in going if is_decided]
         path, accepted = ([[0][:0] for _ in active] for _ in range(2))
         while going:
-            tokens = walk.next_tokens(going)
-            for row, token in zip(going, tokens, strict=True):
-                path[row].append(walk.nodes[row])
-                accepted[row].append(token)
+            if is_decided:
+                moves = [decided[row][nodes[row]] for row in going]
+            else:
+                moves = self._next_moves(tree, logits, nodes, going)
+            for row, move in zip(going, moves, strict=True):
+                self.collector.add(active[row], logits[row, nodes[row]], move.scores)
+                path[row].append(nodes[row])
+                accepted[row].append(move.token)
+                nodes[row] = move.child
+            tokens = [move.token for move in moves]
             sequences.append([active[row] for row in going], tokens, self.collector.scores)
             unstopped = [row for row in going if not sequences.is_stopped[active[row]]]
-            going = [row for row in unstopped if walk.follow(row)]
+            going = [row for row in unstopped if nodes[row] > 0]
             if sequences.is_lockstep and len(going) < len(unstopped):
                 break
         longest = max(map(len, path))
         padded = [nodes + [0] * (longest - len(nodes)) for nodes in path]
-        return Accepted(torch.tensor(padded, device=output.logits.device), accepted)
+        return Accepted(torch.tensor(padded, device=logits.device), accepted)
 
+    def _next_moves(
+        self, tree: DraftTree, logits: Tensor, nodes: list[int], going: list[int]
+    ) -> list[Move]:
+        """Decide token by token, with scores processed for the node where each walk stands.
 
-class StepwiseWalk:
-    """Decides token by token, with scores processed for the node where each walk stands.
-
-    Rows are counted as in the pass; `nodes` has, of each, the node that its next token follows.
-    """
-
-    def __init__(self, verifier: Verifier, tree: DraftTree, logits: Tensor):
-        """`logits`: (batch, nodes, vocab)."""
-        self.nodes = [0] * len(logits)
-        self._verifier, self._tree, self._logits = verifier, tree, logits
-        self._active = verifier.sequences.active
-        self._children = list(self.nodes)  # of each row, the node of its newest token; 0: none
-
-    def next_tokens(self, going: list[int]) -> list[int]:
-        """Return the next token of each unfinished row."""
-        rows = [self._active[row] for row in going]
-        logits = self._logits[going, [self.nodes[row] for row in going]]  # (going, vocab)
-        scores = self._verifier.sequences.scores(rows, logits)
-        for row, raw, processed in zip(rows, logits, scores, strict=True):
-            self._verifier.collector.add(row, raw, processed)
-        siblings = siblings_at(self._tree, torch.tensor(self.nodes, device=scores.device), going)
-        if self._verifier.rule == "greedy":
+        `logits`: (batch, nodes, vocab).
+        """
+        rows = [self.sequences.active[row] for row in going]
+        # (going, vocab)
+        scores = self.sequences.scores(rows, logits[going, [nodes[row] for row in going]])
+        siblings = siblings_at(tree, torch.tensor(nodes, device=scores.device), going)
+        if self.rule == "greedy":
             step = Step(token := scores.argmax(-1), siblings.with_token(token))
         else:
-            step = token_step(siblings, scores.softmax(-1), self._verifier.chance)
-        for row, child in zip(going, step.child.tolist(), strict=True):
-            self._children[row] = child
-        return step.token.tolist()
+            step = token_step(siblings, scores.softmax(-1), self.chance)
+        pairs = zip(step.token.tolist(), step.child.tolist(), scores, strict=True)
+        return [Move(*pair) for pair in pairs]
 
-    def follow(self, row: int) -> bool:
-        """Move to the node of a row's newest token; False if the tree has none."""
-        self.nodes[row] = self._children[row]
-        return self.nodes[row] > 0
+    def _decide(self, tree: DraftTree, row: int, logits: Tensor) -> dict[int, Move]:
+        """Decide a row by the scores of every node: the move from each node of the accepted path.
 
-
-class PrecomputedPath(StepwiseWalk):
-    """Hands out what a rule decided with the scores of every node."""
-
-    def __init__(self, verifier: Verifier, tree: DraftTree, logits: Tensor):
-        """Decide all rows at once; `logits`: (batch, nodes, vocab)."""
-        super().__init__(verifier, tree, logits)
-        # of each row: a path, the tokens after its nodes, and the scores (nodes, vocab)
-        self._decided: list[tuple[list[int], list[int], Tensor]] = []
-        chance, is_independent = verifier.chance, tree.draws == "independent"
-        pairs = zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True)
-        for row, (tokens, parents) in enumerate(pairs):
-            active, draft = self._active[row], tree.draft_probs
-            scores = verifier.sequences.scores_after(active, tokens, parents, logits[row])
-            probs = scores.softmax(-1), None if draft is None else draft[row]
-            path, rest = traversal(tokens, parents, *probs, chance.is_accepted, is_independent)
-            emitted = [*(tokens[n] for n in path[1:]), int(chance.draw(rest[None]))]
-            self._decided.append((path, emitted, scores))
-
-    def next_tokens(self, going: list[int]) -> list[int]:
-        """See [`StepwiseWalk`]."""
-        found = []
-        for row in going:
-            node, (path, tokens, scores) = self.nodes[row], self._decided[row]
-            self._verifier.collector.add(self._active[row], self._logits[row, node], scores[node])
-            place = path.index(node)
-            found.append(tokens[place])
-            self._children[row] = [*path, 0][place + 1]
-        return found
+        `logits`: (nodes, vocab), of the row.
+        """
+        tokens, parents = tree.tokens[row].tolist(), tree.parents[row].tolist()
+        draft = None if tree.draft_probs is None else tree.draft_probs[row]
+        scores = self.sequences.scores_after(self.sequences.active[row], tokens, parents, logits)
+        probs, is_independent = scores.softmax(-1), tree.draws == "independent"
+        path, rest = traversal(
+            tokens, parents, probs, draft, self.chance.is_accepted, is_independent
+        )
+        emitted = [*(tokens[node] for node in path[1:]), int(self.chance.draw(rest[None]))]
+        moves = zip(path, emitted, [*path[1:], 0], strict=True)
+        return {node: Move(token, child, scores[node]) for node, token, child in moves}

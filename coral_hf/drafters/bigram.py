@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from ..decoding.drafting import DraftTree, TreeShape, Warp, register_drafting
+from ..decoding.drafting import Drafting, DraftTree, TreeShape, Warp, register_drafting
 from ..target import Target, text_config
 from .tree_builders import TreeBuilder
 
@@ -80,8 +80,11 @@ class BigramDrafter(PreTrainedModel):
         return drafter
 
 
-class BigramDrafting:
-    """The drafting side of one call, which remembers nothing: a tree follows from its root."""
+class BigramDrafting(Drafting):
+    """The drafting side of one call.
+
+    It reads and remembers nothing, as the protocol's own methods: a tree follows from its root.
+    """
 
     layers: tuple[int, ...] = ()
 
@@ -92,18 +95,6 @@ class BigramDrafting:
                 f" {text_config(target.model).vocab_size}; count it with the target's tokenizer."
             )
         self.table = [part.to(target.device) for part in (drafter.successors, drafter.log_probs)]
-
-    def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
-        """Read nothing of prompts (batch, length); see [`coral_hf.decoding.Drafting`]."""
-
-    def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
-        """Read nothing of new tokens (batch, new); see [`coral_hf.decoding.Drafting`]."""
-
-    def select(self, rows: Tensor) -> None:
-        """Keep nothing of any row; see [`coral_hf.decoding.Drafting`]."""
-
-    def memory(self) -> None:
-        """Return None; see [`coral_hf.decoding.Drafting`]."""
 
     def propose(self, root: Tensor, shape: TreeShape, warp: Warp | None = None) -> DraftTree:
         """Draft the most probable paths of the bigram chain below `root` (batch,)."""

@@ -97,10 +97,7 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: for a draft head that has to be counted or trained first.
         """
-        heads = [
-            name for name in ("draft_head", "num_hot_tokens", "head_rank") if name in overrides
-        ]
-        if heads:
+        if heads := sorted({"draft_head", "num_hot_tokens", "head_rank"} & overrides.keys()):
             raise ValueError(
                 f"{heads} would name a draft head that has learned nothing; make the drafter, then"
                 " call add_frequency_head or add_low_rank_head of drafter.heads, or train one with"
