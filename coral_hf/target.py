@@ -6,6 +6,7 @@ which say what a target cannot do.
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -140,7 +141,7 @@ def reads_packed_rows(model: PreTrainedModel, device: torch.device) -> bool:
 
     Most models of transformers do; some take no positions, others attend across documents.
     """
-    if "position_ids" not in inspect.signature(model.get_decoder().forward).parameters:
+    if not takes_positions(model.get_decoder().forward):
         return False
     lengths = (5, 8)
     # (2, length): some kinds of attention tell documents apart in a single row only
@@ -156,6 +157,11 @@ def reads_packed_rows(model: PreTrainedModel, device: torch.device) -> bool:
     return bool((packed - alone).abs().mean() < 0.1 * (as_one - alone).abs().mean())
 
 
+def takes_positions(forward: Callable) -> bool:
+    """Whether a model's `forward` can be told the positions of its tokens."""
+    return "position_ids" in inspect.signature(forward).parameters
+
+
 def stream_obstacle(model: PreTrainedModel) -> str | None:
     """Say why a target has no single feature per token, or return None."""
     streams = getattr(text_config(model), "altup_num_inputs", 1)
@@ -169,9 +175,9 @@ def tree_obstacle(model: PreTrainedModel) -> str | None:
     attention, text = model.config._attn_implementation, text_config(model)
     if attention not in MASKED_ATTENTION:
         return f"its attention {attention!r} takes no 4-D mask (of {MASKED_ATTENTION})"
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if not takes_positions(model.forward):
         return "its forward takes no `position_ids`"
-    if _has_alibi(text):
+    if getattr(text, "alibi", False):
         return "its positions are ALiBi biases, which follow the order of the KV slots"
     foreign = sorted(set(getattr(text, "layer_types", None) or ()) - set(MASKED_LAYERS))
     if foreign:
@@ -229,9 +235,9 @@ def position_limit(model: PreTrainedModel) -> int | None:
     Rotary positions and ALiBi have no limit, as in plain `generate`.
     """
     text = text_config(model)
-    has_formula = getattr(text, "rope_parameters", None) is not None or _has_alibi(text)
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    return None if has_formula or not takes_positions else max_positions(text)
+    has_rope, has_alibi = getattr(text, "rope_parameters", None), getattr(text, "alibi", False)
+    is_looked_up = takes_positions(model.forward) and has_rope is None and not has_alibi
+    return max_positions(text) if is_looked_up else None
 
 
 def max_positions(text: PreTrainedConfig) -> int | None:
@@ -240,10 +246,6 @@ def max_positions(text: PreTrainedConfig) -> int | None:
         if getattr(text, name, None) is not None:
             return getattr(text, name)
     return None
-
-
-def _has_alibi(text: PreTrainedConfig) -> bool:
-    return getattr(text, "alibi", False)
 
 
 def sliding_windows(model: PreTrainedModel) -> list[int | None]:

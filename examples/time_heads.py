@@ -14,10 +14,9 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
+from coral_hf.heads.draft_heads import FullHead, RoutedHead
 from coral_hf.heads.group_logits import has_kernel
-from coral_hf.heads.routed_head import RoutedHead
 from coral_hf.heads.router import Router, Routing
-from coral_hf.heads.simple import FullHead
 from coral_hf.lm_head import LMHead
 
 SHAPES = ("Llama-3-8B:128256:4096", "Qwen2.5-7B:152064:3584", "Gemma-2-2B:256000:2304")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from head_inputs import HIDDEN, make_head, make_level
 
-from coral_hf.heads.simple import FrequencyHead, FullHead, LowRank, LowRankHead
+from coral_hf.heads.draft_heads import FrequencyHead, FullHead, LowRank, LowRankHead
 
 HOT = torch.tensor([7, 3, 40, 11, 2])
 FINISHES = [{}, {"scale": 0.3}, {"softcap": 1.5}]

@@ -6,7 +6,7 @@ from conftest import VOCAB, tiny_target
 from datasets import Dataset
 from head_inputs import SPLITS
 
-from coral_hf.heads.groups import Groups, check_order
+from coral_hf.heads.router import Groups, check_order
 from coral_hf.target import Target, read_target
 from coral_hf.training.features import CachedFeatures, write_features
 from coral_hf.training.grouping import group_order, most_frequent_first, token_counts

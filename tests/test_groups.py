@@ -4,9 +4,9 @@ import pytest
 import torch
 from head_inputs import SPLITS, make_order
 
-from coral_hf.heads.groups import Groups, check_order, order_hash
+from coral_hf.heads.router import Groups, check_order, order_hash
 
-ORDER = torch.tensor([7, 2, 9, 0, 1, 3, 8, 4, 5, 6])  # of the drawing in `groups.py`
+ORDER = torch.tensor([7, 2, 9, 0, 1, 3, 8, 4, 5, 6])  # of the drawing in `router.py`
 
 
 def test_the_groups_of_the_drawing():

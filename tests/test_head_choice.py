@@ -10,9 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from coral_hf import CoralDrafter
-from coral_hf.heads.groups import order_hash
-from coral_hf.heads.routed_head import RoutedHead
-from coral_hf.heads.simple import FrequencyHead, FullHead, LowRankHead
+from coral_hf.heads.draft_heads import FrequencyHead, FullHead, LowRankHead, RoutedHead
+from coral_hf.heads.router import order_hash
 from coral_hf.target import read_target
 
 ORDER = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))

@@ -4,7 +4,7 @@ import torch
 from loss_inputs import HIDDEN, POSITIONS, STEPS, features, make_head, randn
 from torch import Tensor
 
-from coral_hf.heads.groups import Groups
+from coral_hf.heads.router import Groups
 from coral_hf.training.losses import regression_loss, router_loss
 from coral_hf.training.losses.csra import csra_loss
 from coral_hf.training.losses.token_loss import token_loss

@@ -7,9 +7,8 @@ import torch
 from head_inputs import HIDDEN, SPLITS, make_head, make_level, make_order, make_router
 from torch import Tensor
 
-from coral_hf.heads.routed_head import RoutedHead
+from coral_hf.heads.draft_heads import FullHead, RoutedHead
 from coral_hf.heads.router import Router, Routing
-from coral_hf.heads.simple import FullHead
 from coral_hf.lm_head import LMHead
 
 

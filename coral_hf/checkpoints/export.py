@@ -20,7 +20,7 @@ from transformers.utils import CONFIG_NAME
 from ..atomic import new_folder, write_json
 from ..drafters.coral.configuration import CoralConfig
 from ..drafters.coral.modeling import CoralDrafter
-from ..heads.groups import check_token_ids
+from ..heads.router import check_token_ids
 from ..target import Scales, check_target, may_scale, read_scales, read_target
 from .eagle import EMBEDDINGS, check_tensors, scale_embeddings, table_scale
 from .engines import ENGINES, engine_config, obstacles

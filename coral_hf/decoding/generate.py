@@ -94,10 +94,7 @@ def _generate_with_drafter(plain: Callable, call: dict[str, Any]):
     """Call plain `generate` with our loop as its decoding method; `call` is by keyword."""
     model, drafter = call.pop("self"), call.pop("assistant_model")
     if call.get("custom_generate") is not None:
-        raise ValueError(
-            "`custom_generate` and a CORAL `assistant_model` are two decoding loops; pass one of"
-            " them."
-        )
+        raise ValueError("`custom_generate` and a CORAL drafter both decode; pass one of them.")
     if call.pop("synced_gpus", None):
         raise ValueError(
             "`synced_gpus` is True, but a drafter's rounds differ between ranks; generate on one"
@@ -126,10 +123,7 @@ def _with_stop_strings(call: dict, own: GenerationConfig) -> StoppingCriteriaLis
         call["generation_config"].stop_strings = None
     call["stop_strings"] = None  # nothing else keeps `generate` from taking the target's own
     if call.get("tokenizer") is None:
-        raise ValueError(
-            "`stop_strings` was passed without `tokenizer`; pass the target's tokenizer to"
-            " `generate` too."
-        )
+        raise ValueError("`stop_strings` came without `tokenizer`; pass the target's own too.")
     return StoppingCriteriaList([*(criteria or []), StopStringCriteria(call["tokenizer"], strings)])
 
 
@@ -178,8 +172,7 @@ class BoundDrafter:
         runner = TargetRunner(
             target, takes_tree, drafting.layers, cache, collector.extras, keeps_rows=keep_cache
         )
-        speculation = settings.get("speculation") or defaults["speculation"]
-        costs = getattr(own, "draft_costs", None)
+        speculation, costs = (defaults | settings)["speculation"], getattr(own, "draft_costs", None)
         policy = choose_policy(model, shape, speculation, costs, config.do_sample)
         longest = max_length_of(model, criteria)
         plan = Plan(rule, longest, keep_cache, config.prefill_chunk_size)
@@ -219,4 +212,5 @@ def decoder(
         raise ValueError(f"Unknown settings {unknown}; use {known}.")
     if tokenizer is not None:
         check_tokenizer(tokenizer, drafter.config)
-    return BoundDrafter(drafter, family, settings, streamer)
+    given = {name: value for name, value in settings.items() if value is not None}
+    return BoundDrafter(drafter, family, given, streamer)

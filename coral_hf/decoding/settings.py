@@ -35,7 +35,7 @@ DECODING_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # "static" asks for fixed shapes, which is about speed: the tokens are the same with ours
 KNOWN_CACHES = (None, "dynamic", "dynamic_full", "static")
 
-Settings = dict[str, Any]  # by keyword of `generate`; None where it is left open
+Settings = dict[str, Any]  # by keyword of `generate`
 
 
 class Rule(NamedTuple):
@@ -55,29 +55,23 @@ def choose_shape(
         settings: those of the call, which win; asking for a tree where only a chain is safe raises.
         rule: of which `"block"` takes chains only.
     """
-    given: Settings = {name: value for name, value in settings.items() if value is not None}
-    wanted = {name: int((given if name in given else defaults)[name]) for name in TREE_KEYWORDS}
+    wanted = {name: int((defaults | settings)[name]) for name in TREE_KEYWORDS}
     for name, value in wanted.items():
         if value < 1:
             raise ValueError(f"`{name}` is {value}; use a value of at least 1.")
-    shape, obstacle = TreeShape(*wanted.values()), chain_reason(model, rule)
-    if obstacle is None:
+    shape, obstacle = TreeShape(*wanted.values()), tree_obstacle(model)
+    if obstacle is None and rule.name != "block":
         return shape, True
-    if given.get("tree_top_k", 1) > 1:
+    reason = "verification='block' takes chains"
+    if obstacle is not None:
+        reason = f"this target cannot verify a tree: {obstacle}"
+    if settings.get("tree_top_k", 1) > 1:
         raise ValueError(
-            f"`tree_top_k` is {given['tree_top_k']}, but {obstacle}. Leave it out, or pass"
+            f"`tree_top_k` is {settings['tree_top_k']}, but {reason}. Leave it out, or pass"
             " tree_top_k=1 for a chain."
         )
-    logger.info(f"The target drafts in chains: {obstacle}.")
-    return TreeShape(shape.depth, 1, shape.depth + 1), tree_obstacle(model) is None
-
-
-def chain_reason(model: PreTrainedModel, rule: Rule) -> str | None:
-    """Why a call is held to chains, if it is."""
-    obstacle = tree_obstacle(model)
-    if obstacle is not None:
-        return f"this target cannot verify a tree: {obstacle}"
-    return "verification='block' takes chains" if rule.name == "block" else None
+    logger.info(f"The target drafts in chains: {reason}.")
+    return TreeShape(shape.depth, 1, shape.depth + 1), obstacle is None
 
 
 def choose_rule(do_sample: bool, defaults: Settings, settings: Settings) -> Rule:
@@ -87,21 +81,19 @@ def choose_rule(do_sample: bool, defaults: Settings, settings: Settings) -> Rule
         defaults: the drafter's own settings; those for sampling have no say in a greedy call.
         settings: those of the call, which must fit it.
     """
-    given = {name: settings.get(name) for name in RULE_KEYWORDS}
     if not do_sample:
-        for name, value in given.items():
-            if value not in (None, "greedy", False):
+        for name in RULE_KEYWORDS:
+            if settings.get(name) not in (None, "greedy", False):
                 raise ValueError(
-                    f"`{name}` is {value!r}, but the call is greedy; pass do_sample=True, or leave"
-                    " it out."
+                    f"`{name}` is {settings[name]!r}, but the call is greedy; pass do_sample=True,"
+                    " or leave it out."
                 )
         return Rule("greedy", False)
-    name = given["verification"] or defaults.get("verification") or "token"
+    chosen = defaults | settings
+    name = chosen.get("verification") or "token"
     if name not in RULES[1:]:
         raise ValueError(f"`verification` is {name!r}; use one of {RULES[1:]} when sampling.")
-    is_drawn = given["drawn_tree"]
-    if is_drawn is None:
-        is_drawn = defaults.get("drawn_tree")
+    is_drawn = chosen.get("drawn_tree")
     return Rule(name, name != "token" if is_drawn is None else bool(is_drawn))
 
 
@@ -152,11 +144,8 @@ def _mode_problems(model: PreTrainedModel, config: GenerationConfig) -> Iterator
         )
     if not config.use_cache:
         yield "`use_cache` is False, but a drafter needs the target's cache; pass use_cache=True."
-    if config.cache_implementation not in KNOWN_CACHES:
-        yield (
-            f"`cache_implementation` is {config.cache_implementation!r}; a drafter works with the"
-            " default cache."
-        )
+    if (cache := config.cache_implementation) not in KNOWN_CACHES:
+        yield f"`cache_implementation` is {cache!r}; leave it out: a drafter has the default cache."
     if model.config.is_encoder_decoder:
         yield f"The target {name} is an encoder-decoder; a CORAL drafter needs a decoder."
     elif obstacle := cache_obstacle(model) or adapter_obstacle(model) or sharding_obstacle(model):
@@ -180,10 +169,7 @@ def _input_problems(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dic
             " the left: tokenizer.padding_side = 'left'."
         )
     elif limit is not None and length > limit:
-        yield (
-            f"The prompt has {length} tokens, but the target has {limit} positions; shorten the"
-            " prompt."
-        )
+        yield f"The prompt has {length} tokens, but the target has {limit} positions; shorten it."
 
 
 def max_length_of(model: PreTrainedModel, criteria: StoppingCriteriaList) -> int:

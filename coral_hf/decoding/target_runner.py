@@ -9,14 +9,13 @@ reaches the target as a 4-D float mask and position ids; a chain is plain causal
 """
 
 from collections.abc import Sequence
-from inspect import signature
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..target import Target, position_limit, sliding_windows, text_config
+from ..target import Target, position_limit, sliding_windows, takes_positions, text_config
 from .continuation import CACHE, join, part_of, whole_length, whole_positions
 from .drafting import DraftTree
 from .ragged_cache import HIDDEN, RaggedCache
@@ -55,7 +54,7 @@ class TargetRunner:
         keeps_rows: bool = False,
     ):
         self._target, self._takes_tree, self._layers = target, takes_tree, layers
-        self._takes_positions = "position_ids" in signature(target.model.forward).parameters
+        self._takes_positions = takes_positions(target.model.forward)
         self._limit = position_limit(target.model)
         self._windows = sliding_windows(target.model)
         self._extras, self._keeps_rows = extras, keeps_rows

@@ -222,21 +222,21 @@ class Verifier:
         """
         sequences, active, logits = self.sequences, self.sequences.active, output.logits
         going, nodes = list(range(len(active))), [0] * len(active)  # where each walk stands
-        is_decided = self.rule in WHOLE_TREE
-        decided = [self._decide(tree, row, logits[row]) for row in going if is_decided]
+        looks_ahead = self.rule in WHOLE_TREE
+        decided = [self._decide(tree, row, logits[row]) for row in going] if looks_ahead else []
         path, accepted = ([[0][:0] for _ in active] for _ in range(2))
         while going:
-            if is_decided:
+            rows = [active[row] for row in going]
+            if looks_ahead:
                 moves = [decided[row][nodes[row]] for row in going]
             else:
-                moves = self._next_moves(tree, logits, nodes, going)
+                moves = self._next_moves(tree, logits, nodes, going, rows)
             for row, move in zip(going, moves, strict=True):
                 self.collector.add(active[row], logits[row, nodes[row]], move.scores)
                 path[row].append(nodes[row])
                 accepted[row].append(move.token)
                 nodes[row] = move.child
-            tokens = [move.token for move in moves]
-            sequences.append([active[row] for row in going], tokens, self.collector.scores)
+            sequences.append(rows, [move.token for move in moves], self.collector.scores)
             unstopped = [row for row in going if not sequences.is_stopped[active[row]]]
             going = [row for row in unstopped if nodes[row] > 0]
             if sequences.is_lockstep and len(going) < len(unstopped):
@@ -246,13 +246,21 @@ class Verifier:
         return Accepted(torch.tensor(padded, device=logits.device), accepted)
 
     def _next_moves(
-        self, tree: DraftTree, logits: Tensor, nodes: list[int], going: list[int]
+        self,
+        tree: DraftTree,
+        logits: Tensor,
+        nodes: list[int],
+        going: list[int],
+        rows: list[int],
     ) -> list[Move]:
         """Decide token by token, with scores processed for the node where each walk stands.
 
-        `logits`: (batch, nodes, vocab).
+        Args:
+            logits: (batch, nodes, vocab).
+            nodes: where the walk of each row of the pass stands.
+            going: rows of the pass whose walk goes on.
+            rows: the same rows, as the call counts them.
         """
-        rows = [self.sequences.active[row] for row in going]
         # (going, vocab)
         scores = self.sequences.scores(rows, logits[going, [nodes[row] for row in going]])
         siblings = siblings_at(tree, torch.tensor(nodes, device=scores.device), going)

@@ -46,7 +46,6 @@ class TreeBuilder:
         self._tokens: list[Tensor] = []  # each (batch, nodes of a level)
         self._log_paths: list[Tensor] = []
         self._parents: list[Tensor] = []  # pool indices, the root is -1
-        self._depths: list[Tensor] = []
         self._size = 0
         # (batch, beam), pool indices of the newest beam
         self._beam_nodes = torch.full_like(root, -1)[:, None]
@@ -63,7 +62,6 @@ class TreeBuilder:
         self._tokens.append(tokens)
         self._log_paths.append(log_paths)
         self._parents.append(self._beam_nodes.repeat_interleave(top_k, dim=1))
-        self._depths.append(torch.full_like(tokens, len(self._tokens)))
         best, index = log_paths.topk(min(self._shape.top_k, log_paths.shape[1]), dim=1)
         self._beam_nodes, self._beam_log_path = self._size + index, best
         self._size += tokens.shape[1]
@@ -86,7 +84,7 @@ class TreeBuilder:
         chosen = order[:, :kept].sort(dim=1).values  # (batch, kept)
         parents = self._renumber(torch.cat(self._parents, dim=1).gather(1, chosen), chosen)
         tokens = torch.cat(self._tokens, dim=1).gather(1, chosen)
-        depths = torch.cat(self._depths, dim=1).gather(1, chosen)
+        depths = _depths(self._tokens, first=1).gather(1, chosen)
         root = torch.zeros_like(self._root)[:, None]
         # a head that read few tokens has fewer children than were asked for
         is_node = log_paths.gather(1, chosen) > float("-inf")
@@ -113,6 +111,11 @@ class TreeBuilder:
         ids = torch.arange(1, chosen.shape[1] + 1, device=chosen.device).expand_as(chosen)
         node_of.scatter_(1, chosen + 1, ids)
         return node_of.gather(1, parents + 1)
+
+
+def _depths(levels: list[Tensor], first: int = 0) -> Tensor:
+    """The depth of each node of some levels, (batch, nodes of the level) each: (batch, nodes)."""
+    return torch.cat([torch.full_like(x, depth) for depth, x in enumerate(levels, first)], dim=1)
 
 
 class Level(NamedTuple):
@@ -145,7 +148,6 @@ class SampledTreeBuilder:
         zeros = torch.zeros_like(root)[:, None]
         self._tokens = [root[:, None]]  # each (batch, nodes of a level)
         self._parents = [zeros]
-        self._depths = [zeros]
         self._size, self._children, self._most = 1, 1, 1
         # (batch, nodes of the newest level): log-probability of the path; -inf for padding
         self._log_path = torch.zeros(root.shape, device=root.device)[:, None]
@@ -175,7 +177,6 @@ class SampledTreeBuilder:
         self._expanded.append((self._beam, probs))
         self._tokens.append(tokens.flatten(1))
         self._parents.append(parents.flatten(1))
-        self._depths.append(torch.full_like(self._tokens[-1], len(self._depths)))
         self._log_path = log_path.masked_fill(~is_node, float("-inf")).flatten(1)
         self._size += self._log_path.shape[1]
         self._children, self._most = children, max(children, self._most)
@@ -189,7 +190,7 @@ class SampledTreeBuilder:
         return DraftTree(
             torch.cat(self._tokens, dim=1),
             torch.cat(self._parents, dim=1),
-            torch.cat(self._depths, dim=1),
+            _depths(self._tokens),
             draft_probs,
             "without_replacement",
             levels=len(self._expanded),

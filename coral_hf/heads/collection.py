@@ -11,12 +11,10 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..lm_head import CachedTensor, LMHead
+from .draft_heads import DraftHead, FrequencyHead, FullHead, LowRank, LowRankHead, RoutedHead
 from .group_logits import has_kernel
-from .groups import check_order, check_token_ids, order_hash
-from .routed_head import RoutedHead
-from .router import Router, Routing
-from .settings import DRAFT_HEADS, HEAD_FIELDS, HEAD_SIZES
-from .simple import DraftHead, FrequencyHead, FullHead, LowRank, LowRankHead
+from .router import Router, Routing, check_order, check_token_ids, order_hash
+from .settings import DRAFT_HEADS, HEAD_FIELDS
 
 logger = logging.get_logger(__name__)
 
@@ -84,8 +82,9 @@ class DraftHeads(nn.Module):
             raise ValueError(f"`draft_head` is {name!r}; use one of {DRAFT_HEADS}.")
         if name == "full":
             return FullHead(head)
-        is_trained = name != "routed" or self.config.is_router_trained
-        if getattr(self.config, HEAD_SIZES[name]) is None or not is_trained:
+        router = self.router if self.config.is_router_trained else None
+        part = {"routed": router, "frequency": self.hot_tokens, "low_rank": self.low_rank}[name]
+        if part is None:
             raise ValueError(
                 f"`draft_head` is {name!r}, but this drafter has no {REMEDIES[name]}, or use"
                 " draft_head='full'."
@@ -95,13 +94,16 @@ class DraftHeads(nn.Module):
                 f"`draft_head` is {name!r}, but the target's LM head is quantised, offloaded or"
                 " adapted, so that no part of it can be read alone; use draft_head='full'."
             )
-        makers = {"routed": self._routed, "frequency": self._frequent, "low_rank": self._low_rank}
-        return makers[name](head)
+        if isinstance(part, Router):
+            return self._routed(head, part)
+        if isinstance(part, LowRank):
+            return self._low_rank(head, part)
+        rows = self._hot_rows.get([head.weight, part], lambda: head.weight.detach()[part])
+        return FrequencyHead(head, part, rows)  # (hot, hidden)
 
-    def _routed(self, head: LMHead) -> DraftHead:
+    def _routed(self, head: LMHead, router: Router) -> DraftHead:
         """Return the routed head; its own rows are (vocab, hidden) with each group in one piece."""
-        router, weight = self.router, head.weight
-        assert router is not None, "`bind` checks this"
+        weight = head.weight
         is_cpu = self._placement.device.type == "cpu"  # there its output is checked instead
         if not is_cpu and not all(weight.isfinite().all() for weight in router.parameters()):
             logger.warning_once(
@@ -113,16 +115,8 @@ class DraftHeads(nn.Module):
             rows = self._grouped_rows.get([weight, order], lambda: weight.detach()[order])
         return RoutedHead(head, router, Routing.from_config(self.config), rows)
 
-    def _frequent(self, head: LMHead) -> DraftHead:
-        tokens, weight = self.hot_tokens, head.weight
-        assert tokens is not None, "`bind` checks this"
-        hot = self._hot_rows.get([weight, tokens], lambda: weight.detach()[tokens])  # (hot, hidden)
-        return FrequencyHead(head, tokens, hot)
-
-    def _low_rank(self, head: LMHead) -> DraftHead:
-        low_rank, weight = self.low_rank, head.weight
-        assert low_rank is not None, "`bind` checks this"
-        up = low_rank.up.weight  # (hidden, rank)
+    def _low_rank(self, head: LMHead, low_rank: LowRank) -> DraftHead:
+        weight, up = head.weight, low_rank.up.weight  # (vocab, hidden), (hidden, rank)
         channels = self._channels.get(
             [weight, up], lambda: weight.detach() @ up.detach().to(weight.dtype)
         )  # (vocab, rank)

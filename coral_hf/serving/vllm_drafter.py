@@ -25,7 +25,7 @@ from ..checkpoints import check_tensors
 from ..drafters.coral.configuration import CoralConfig
 from ..drafters.coral.modeling import CoralDrafter
 from ..heads.collection import DraftHeads
-from ..heads.simple import DraftHead
+from ..heads.draft_heads import DraftHead
 from ..lm_head import LMHead
 from ..target import read_scales
 

@@ -122,7 +122,8 @@ class CoralConfig(PreTrainedConfig):
         fields = {
             **_sizes(text),
             "rope_parameters": _rope(text),
-            "attention_bias": _has_qkv_bias(text),
+            # Qwen2 has a bias in q, k and v without a field that says so
+            "attention_bias": bool(_field(text, "attention_bias")) or text.model_type == "qwen2",
             "target_name_or_path": full_name(target_config._name_or_path),
             "target_revision": getattr(target_config, "_commit_hash", None)
             or cached_commit(target_config._name_or_path),
@@ -132,14 +133,6 @@ class CoralConfig(PreTrainedConfig):
             "pad_token_id": text.pad_token_id,
         }
         return cls(**{**fields, **overrides})
-
-
-# families whose q, k and v always have a bias, without a field that says so
-QKV_BIAS = ("qwen2",)
-
-
-def _has_qkv_bias(text: PreTrainedConfig) -> bool:
-    return bool(getattr(text, "attention_bias", False)) or text.model_type in QKV_BIAS
 
 
 def _field(text: PreTrainedConfig, *names: str) -> Any:

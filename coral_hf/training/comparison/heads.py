@@ -16,7 +16,7 @@ from pandas import DataFrame
 from ...atomic import new_folder, sole_writer
 from ...drafters.coral.configuration import CoralConfig
 from ...drafters.coral.modeling import CoralDrafter
-from ...heads.groups import Groups
+from ...heads.router import Groups
 from ...identity import weights_digest
 from ...measure import plots
 from ...measure.benchmark import COLUMNS, measure_prompts

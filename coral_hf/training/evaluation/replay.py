@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...drafters.coral.modeling import CoralDrafter
-from ...heads.routed_head import RoutedHead
+from ...heads.draft_heads import RoutedHead
 from ...target import Target
 from ..data.encoding import IGNORED
 from ..steps import Unrolled

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...heads.groups import Groups
+from ...heads.router import Groups
 from ...heads.settings import GROUPINGS
 from ...target import Target, text_config
 from .clusters import coactivation_groups, kmeans_groups

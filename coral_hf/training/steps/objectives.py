@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...heads.groups import Groups
+from ...heads.router import Groups
 from ...lm_head import LMHead
 from ..arguments import CoralTrainingArguments
 from ..losses import regression_loss, router_loss

@@ -1,0 +1,245 @@
+"""Draft heads: full, frequency, low rank and routed, and what every draft head offers.
+
+In: features predicted by the drafter, (batch, nodes, hidden), and the target's LM head. Out:
+`Children`, the best next tokens of each node and how confident the drafter is of them, or logits to
+draw from. Which head is read changes what is proposed, never what is verified.
+
+Frequency: FR-Spec (Zhao et al. 2025), VocabTrim. Low rank: SlimSpec. Routed, from CORAL (LM head
+router), reads the groups of the LM head in which the router expects the next tokens:
+
+    features ── router ── mass of each group ── routing ── active groups
+        └─────────── logits of these groups alone ◀───────────┘
+                          └─ softmax over them all × their mass together: confidence
+
+Its logits are those of the target's own head, whatever the groups' mass, so tokens are drawn with
+the probabilities that verification uses. The router's mass says how much is left unread, and not
+which of the tokens that were read is better: their logits do.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..lm_head import LMHead
+from .group_logits import group_logits
+from .router import UNUSED, Router, Routing
+
+logger = logging.get_logger(__name__)
+
+
+class Children(NamedTuple):
+    """The best next tokens of each node of a tree level, best first."""
+
+    tokens: Tensor  # (batch, nodes, top_k)
+    log_confidence: Tensor  # (batch, nodes, top_k), at most 0: it ranks nodes and nothing else
+
+
+class DraftHead(Protocol):
+    """What the decoding loop asks of a draft head."""
+
+    def children(self, features: Tensor, log_path: Tensor, top_k: int) -> Children:
+        """Rank the next tokens of each node.
+
+        Args:
+            features: (batch, nodes, hidden), predicted by the drafter.
+            log_path: (batch, nodes), log-confidence of the path from the root to each node.
+            top_k: children of each node; there are fewer where fewer tokens were read.
+        """
+        ...
+
+    def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
+        """Compute logits to draw from, -inf for the part of the vocabulary that is not read.
+
+        Their softmax, after temperature and processors, is `draft_probs`: the q of verification,
+        normalised over the tokens that were read.
+
+        Args:
+            features, log_path: as in `children`.
+
+        Returns:
+            (batch, nodes, vocab), in fp32.
+        """
+        ...
+
+
+class FullHead:
+    """Reads the target's whole LM head."""
+
+    def __init__(self, head: LMHead):
+        self.head = head
+
+    def children(self, features: Tensor, log_path: Tensor, top_k: int) -> Children:
+        """Rank the children of features (batch, nodes, hidden); see [`DraftHead`]."""
+        return _best(self.logits(features, log_path), top_k)
+
+    def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
+        """Compute all logits, (batch, nodes, vocab); see [`DraftHead`]."""
+        return self.head.logits(features).float()
+
+
+class FrequencyHead:
+    """Reads the LM head's rows of the most frequent tokens.
+
+    Args:
+        tokens: their ids, of shape (read,).
+        weight: (read, hidden), their rows of the head.
+    """
+
+    def __init__(self, head: LMHead, tokens: Tensor, weight: Tensor):
+        self.head = head
+        self.tokens = tokens
+        self.weight = weight
+
+    def children(self, features: Tensor, log_path: Tensor, top_k: int) -> Children:
+        """Rank the children of features (batch, nodes, hidden); see [`DraftHead`].
+
+        Confidence is the probability among the tokens that are read.
+        """
+        places, log_confidence = _best(self._read(features), min(top_k, len(self.tokens)))
+        return Children(self.tokens[places], log_confidence)
+
+    def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
+        """Compute the logits of the frequent tokens, (batch, nodes, vocab); see [`DraftHead`]."""
+        read = self._read(features)
+        logits = read.new_full((*read.shape[:-1], self.head.weight.shape[0]), float("-inf"))
+        return logits.index_copy(-1, self.tokens, read)
+
+    def _read(self, features: Tensor) -> Tensor:
+        """(batch, nodes, hidden) → (batch, nodes, read)"""
+        return self.head.logits_from(features, self.weight, self.tokens).float()
+
+
+class LowRank(nn.Module):
+    """Projects features to a few channels and back: up(down(h)), (*batch, hidden) both."""
+
+    def __init__(self, hidden_size: int, rank: int):
+        super().__init__()
+        self.down = nn.Linear(hidden_size, rank, bias=False)  # (rank, hidden)
+        self.up = nn.Linear(rank, hidden_size, bias=False)  # (hidden, rank)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(*batch, hidden) → (*batch, hidden)"""
+        return self.up(self.down(features))
+
+    @torch.no_grad()
+    def start_from(self, head_weight: Tensor) -> None:
+        """Set the channels to the first singular directions of a head (vocab, hidden)."""
+        gram = sum(rows.float().T @ rows.float() for rows in head_weight.split(8192))
+        directions = torch.linalg.eigh(gram).eigenvectors[:, -self.down.out_features :]
+        self.up.weight.copy_(directions)
+        self.down.weight.copy_(directions.T)
+
+
+class LowRankHead(FullHead):
+    """Reads a few channels of all tokens: (W up)(down h), with W up computed once.
+
+    Args:
+        weight: (vocab, rank), the head's weight times `up`.
+    """
+
+    def __init__(self, head: LMHead, low_rank: LowRank, weight: Tensor):
+        super().__init__(head)
+        self.low_rank = low_rank
+        self.weight = weight
+
+    def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
+        """Compute approximate logits, (batch, nodes, vocab); see [`DraftHead`]."""
+        return self.head.logits_from(self.low_rank.down(features), self.weight).float()
+
+
+class RoutedHead:
+    """Reads the active groups of the LM head.
+
+    Args:
+        weight: (vocab, hidden), the head's rows in the order of the groups; None reads the head's
+            own, through the order where there is one.
+    """
+
+    def __init__(
+        self, head: LMHead, router: Router, routing: Routing, weight: Tensor | None = None
+    ):
+        self.head = head
+        self.router = router
+        self.routing = routing
+        self.groups = router.groups_of(head.weight.shape[0])
+        self._weight = head.weight if weight is None else weight
+        self._order = self.groups.order if weight is None else None
+        self._bias = head.bias
+        if head.bias is not None and weight is not None and self.groups.order is not None:
+            self._bias = head.bias[self.groups.order]
+
+    def by_node(self) -> "RoutedHead":
+        """Return the same head for nodes that are each alone in their level, as in a chain."""
+        weight = None if self._weight is self.head.weight else self._weight
+        return RoutedHead(self.head, self.router, self.routing.by_node(), weight)
+
+    def children(self, features: Tensor, log_path: Tensor, top_k: int) -> Children:
+        """Rank the children of features (batch, nodes, hidden); see [`DraftHead`].
+
+        A child's confidence is the router's mass of all that was read × its probability there; it
+        is 0 for what fills up the children where fewer tokens were read.
+        """
+        log_mass = self.router(features)  # (batch, nodes, groups)
+        if _is_nan(log_mass):
+            return FullHead(self.head).children(features, log_path, top_k)
+        active = self._choose(log_mass, log_path)
+        log_confidence = self._confidence(self._read(features, active), log_mass, active)
+        best, places = log_confidence.topk(min(top_k, log_confidence.shape[-1]))
+        slots, offsets = places // self.groups.size, places % self.groups.size
+        group = active.expand(-1, features.shape[1], -1).gather(2, slots)
+        return Children(self.groups.tokens(group, offsets), best)
+
+    def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
+        """Compute the target's logits in the active groups, (batch, nodes, vocab)."""
+        log_mass = self.router(features)
+        if _is_nan(log_mass):
+            return FullHead(self.head).logits(features, log_path)
+        active = self._choose(log_mass, log_path)
+        read = self._read(features, active)
+        offsets = torch.arange(self.groups.size, device=read.device)
+        tokens = self.groups.tokens(active[..., None], offsets).expand_as(read)
+        logits = read.new_full((*read.shape[:2], self.groups.vocab_size), float("-inf"))
+        # a place without a token stands for some other token, whose logit it must not overwrite
+        return logits.scatter_reduce_(2, tokens.flatten(2), read.flatten(2), "amax")
+
+    def _choose(self, log_mass: Tensor, log_path: Tensor) -> Tensor:
+        """Choose groups (batch, 1 or nodes, slots), see [`Routing`]; empty groups are left out."""
+        return self.routing.choose(log_mass[..., : self.groups.filled], log_path)
+
+    def _read(self, features: Tensor, active: Tensor) -> Tensor:
+        """Compute logits of the active groups, (batch, nodes, slots, size), -inf at no token."""
+        weight = self._weight
+        features = features.to(weight.dtype)
+        raw = group_logits(features, weight, active, self.groups.size, self._bias, self._order)
+        return self.head.finish(raw)
+
+    @staticmethod
+    def _confidence(logits: Tensor, log_mass: Tensor, active: Tensor) -> Tensor:
+        """Log of mass × probability among what was read, (batch, nodes, slots × size)."""
+        nodes, logits = log_mass.shape[1], logits.flatten(2)
+        is_unused = active == UNUSED  # (batch, 1 or nodes, slots)
+        groups = active.masked_fill(is_unused, 0).expand(-1, nodes, -1)
+        mass = log_mass.gather(2, groups).masked_fill(is_unused, float("-inf")).logsumexp(-1)
+        return logits + (mass - logits.logsumexp(-1))[..., None]
+
+
+def _best(logits: Tensor, top_k: int) -> Children:
+    """Rank logits (batch, nodes, read); `tokens` are places among what was read."""
+    best, places = logits.topk(top_k, dim=-1)
+    return Children(places, best - logits.logsumexp(-1, keepdim=True))
+
+
+def _is_nan(log_mass: Tensor) -> bool:
+    """Whether the router's output (batch, nodes, groups) is NaN; read on the CPU, where it is free.
+
+    Elsewhere the router's weights are checked once a call, see `DraftHeads.bind`.
+    """
+    is_nan = log_mass.device.type == "cpu" and bool(log_mass.isnan().any())
+    if is_nan:
+        logger.warning_once(
+            "The router's output is NaN: the whole LM head is read where that happens. Check the"
+            " drafter's weights and the target's features."
+        )
+    return is_nan
