@@ -230,7 +230,9 @@ class Verifier:
             if looks_ahead:
                 moves = [decided[row][nodes[row]] for row in going]
             else:
-                moves = self._next_moves(tree, logits, nodes, going, rows)
+                stands = [nodes[row] for row in going]
+                scores = sequences.scores(rows, logits[going, stands])  # (going, vocab)
+                moves = self._next_moves(tree, nodes, going, scores)
             for row, move in zip(going, moves, strict=True):
                 self.collector.add(active[row], logits[row, nodes[row]], move.scores)
                 path[row].append(nodes[row])
@@ -246,23 +248,12 @@ class Verifier:
         return Accepted(torch.tensor(padded, device=logits.device), accepted)
 
     def _next_moves(
-        self,
-        tree: DraftTree,
-        logits: Tensor,
-        nodes: list[int],
-        going: list[int],
-        rows: list[int],
+        self, tree: DraftTree, nodes: list[int], going: list[int], scores: Tensor
     ) -> list[Move]:
         """Decide token by token, with scores processed for the node where each walk stands.
 
-        Args:
-            logits: (batch, nodes, vocab).
-            nodes: where the walk of each row of the pass stands.
-            going: rows of the pass whose walk goes on.
-            rows: the same rows, as the call counts them.
+        `nodes`: of each row; `going`: rows whose walk goes on; `scores`: theirs, (going, vocab).
         """
-        # (going, vocab)
-        scores = self.sequences.scores(rows, logits[going, [nodes[row] for row in going]])
         siblings = siblings_at(tree, torch.tensor(nodes, device=scores.device), going)
         if self.rule == "greedy":
             step = Step(token := scores.argmax(-1), siblings.with_token(token))
