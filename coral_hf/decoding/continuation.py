@@ -28,22 +28,22 @@ def is_user_cache(cache: Cache | None) -> bool:
 
 
 def continued_cache(
-    given: Cache | None, windows: Sequence[int | None], length: int, whole: int
+    input_ids: Tensor, model_kwargs: dict, windows: Sequence[int | None]
 ) -> RaggedCache:
     """Adopt the cache of a call, or make an empty one where it starts at the first token.
 
     Args:
-        given: the call's own.
+        input_ids: (batch, length), whole sequences or only what is new in them.
+        model_kwargs: what `generate` has prepared, the call's own cache included.
         windows: attention window of each layer of the target, None for full attention.
-        length: tokens of `input_ids`, which are whole sequences or only what is new in them.
-        whole: tokens of the whole sequences.
 
     Raises:
         ValueError: if the cache has dropped slots and the sequences do not come whole.
     """
-    fresh = RaggedCache(windows)
+    given, fresh = model_kwargs.get(CACHE), RaggedCache(windows)
     if given is None or given.get_seq_length() == 0:
         return fresh
+    length, whole = input_ids.shape[1], whole_length(input_ids, model_kwargs)
     is_whole = length == whole
     # the last token at least is read, for its logits
     kept = min(given.get_seq_length(), length - 1 if is_whole else whole)

@@ -26,14 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..identity import check_tokenizer
 from ..target import read_target, sliding_windows
-from .continuation import (
-    CACHE,
-    MEMORY,
-    continued_cache,
-    is_user_cache,
-    returned_cache,
-    whole_length,
-)
+from .continuation import CACHE, MEMORY, continued_cache, is_user_cache, returned_cache
 from .draft_policy import choose_policy
 from .drafting import Family, family_of, family_options
 from .loop import CoralGenerateOutput, DecodingLoop, Plan
@@ -163,12 +156,11 @@ class BoundDrafter:
         given, windows = model_kwargs.get(CACHE), sliding_windows(model)
         # a caller who gets a cache may continue from it
         keep_cache = config.return_dict_in_generate or is_user_cache(given)
-        batch, length = input_ids.shape
-        cache = continued_cache(given, windows, length, whole_length(input_ids, model_kwargs))
+        cache = continued_cache(input_ids, model_kwargs, windows)
         options = {name: settings[name] for name in self.family.options if name in settings}
         target, memory = read_target(model), getattr(given, MEMORY, None)
         drafting = self.family.start(self.drafter, target, memory=memory, **options)
-        collector = OutputCollector(config, batch, windows)
+        collector = OutputCollector(config, len(input_ids), windows)
         runner = TargetRunner(
             target, takes_tree, drafting.layers, cache, collector.extras, keeps_rows=keep_cache
         )
