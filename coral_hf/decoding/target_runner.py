@@ -138,10 +138,8 @@ class TargetRunner:
             inputs |= {CACHE: self.cache, "use_cache": True}
         layers = self._layers if with_features else ()
         names = [name.removeprefix("output_") for name in self._extras]
-        inputs |= {
-            "output_hidden_states": _named_states(layers),
-            **dict.fromkeys(self._extras, True),
-        }
+        inputs["output_hidden_states"] = _named_states(layers)
+        inputs |= dict.fromkeys(self._extras, True)
         outputs = self._target.model(**inputs, return_dict=True)
         tokens = inputs["input_ids"]
         states = [outputs.hidden_states[layer] for layer in layers]
@@ -150,7 +148,7 @@ class TargetRunner:
             outputs.logits,
             states[0] if len(states) == 1 else torch.cat(states, dim=-1),
             list(self.cache.lengths),
-            **{name: outputs[name] for name in names},
+            **{name: getattr(outputs, name) for name in names},
         )
 
     def _masks(self, tree: DraftTree, positions: Tensor) -> Tensor | dict[str, Tensor]:
