@@ -2,16 +2,16 @@
 
 import io
 import json
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 
 import pytest
 import torch
-from rich.console import Console
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from coral_hf.demo import Budget, DemoSettings
-from coral_hf.demo.corpus import HELD_OUT, held_out_prompts, pack, read_corpus
-from coral_hf.demo.models import BudgetCallback, bf16_pays, cached, train_tokenizer
+from coral_hf.demo.corpus import HELD_OUT, documents, held_out_prompts, pack, read_library
+from coral_hf.demo.models import RECORD, BudgetCallback, bf16_pays, kept, train_tokenizer
 from coral_hf.demo.run import accepted_tokens, run_demo
 
 STEPS = Budget(max_steps=3, max_seconds=60)
@@ -33,9 +33,9 @@ CHAT_TEMPLATE = (
 
 def shown_by(settings: DemoSettings):
     """The reports of a demo and what the terminal shows."""
-    console = Console(file=io.StringIO(), width=200)
-    reports = run_demo(settings, console)
-    return reports, console.file.getvalue()
+    with redirect_stdout(io.StringIO()) as shown:
+        reports = run_demo(settings)
+    return reports, " ".join(shown.getvalue().split())
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(folder) -> DemoSettings:
-    return DemoSettings(output=folder / "out", cache_dir=folder / "cache", **TINY)
+    return DemoSettings(output=folder, **TINY)
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +55,14 @@ def first_run(settings):
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return train_tokenizer(read_corpus().documents[:3], 400)
+    return train_tokenizer(documents(3), 400)
 
 
 def test_the_demo_shows_both_depths_and_leaves_its_files(first_run, settings):
     reports, shown = first_run
     assert "Training the target" in shown and "Training the drafter" in shown
-    assert "2 layers, 0 of them padding" in shown and "3 layers, 1 of them padding" in shown
-    assert shown.count("Results") == len(reports) == 2
+    assert "2 layers (0 padding)" in shown and "3 layers (1 padding)" in shown
+    assert shown.count("exact match 100.0%") == len(reports) == 2
     assert (settings.output / "drafter" / "tokenizer.json").is_file()
     for depth in ("2-layers", "3-layers"):
         assert (settings.output / depth / "report.json").is_file()
@@ -92,36 +92,35 @@ def test_fresh_trains_again(first_run, settings):
     assert shown.count("Training") == 2
 
 
-def test_an_interrupted_training_run_leaves_nothing_in_the_cache(tmp_path):
+def test_an_interrupted_training_run_leaves_no_model(tmp_path):
     def interrupted(folder):
         (folder / "half").write_text("")
         raise KeyboardInterrupt
 
-    here = DemoSettings(cache_dir=tmp_path), Console(file=io.StringIO())
+    here = DemoSettings(output=tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        cached(*here, "model", interrupted)
-    folder = cached(*here, "model", lambda folder: (folder / "whole").touch())
-    assert [file.name for file in folder.iterdir()] == ["whole"]
+        kept(here, "model", interrupted)
+    folder = kept(here, "model", lambda folder: (folder / "whole").touch())
+    assert {file.name for file in folder.iterdir()} == {"whole", RECORD}
     assert list(tmp_path.iterdir()) == [folder]
 
 
-@pytest.mark.parametrize(("changed", "num_folders"), [("seed", 2), ("max_new_tokens", 1)])
-def test_only_a_setting_of_training_makes_another_folder(tmp_path, changed, num_folders):
-    here = DemoSettings(cache_dir=tmp_path)
-    console = Console(file=io.StringIO())
-    for settings in (here, replace(here, **{changed: 5})):
-        cached(settings, console, "model", lambda _: None)
-    assert len(list(tmp_path.iterdir())) == num_folders
-
-
-def test_a_changed_target_makes_another_folder(tmp_path):
-    (tmp_path / "target").mkdir()
-    settings = DemoSettings(cache_dir=tmp_path / "cache", target=str(tmp_path / "target"))
-    console, folders = Console(file=io.StringIO()), set()
-    for _ in range(2):
-        (tmp_path / "target" / "weights").write_text("changed")
-        folders.add(cached(settings, console, "drafter", lambda _: None))
-    assert len(folders) == 2
+@pytest.mark.parametrize(
+    ("changed", "read", "said"),
+    [
+        ({"seed": 5}, "weights", "was written with seed = 0, now it is 5"),
+        ({}, "other weights", "was written with target = 'weights', now it is 'other weights'"),
+        ({"seed": 5, "fresh": True}, "other weights", None),
+        ({"max_new_tokens": 5}, "weights", None),
+    ],
+)
+def test_a_model_is_kept_for_what_it_was_trained_with(tmp_path, changed, read, said):
+    here = DemoSettings(output=tmp_path)
+    trained = []
+    kept(here, "model", trained.append, target="weights")
+    with nullcontext() if said is None else pytest.raises(ValueError, match=said):
+        kept(replace(here, **changed), "model", trained.append, target=read)
+    assert len(trained) == 1 + ("fresh" in changed)
 
 
 def test_a_target_and_a_dataset_of_conversations_can_be_given(tmp_path, tokenizer):
@@ -131,10 +130,8 @@ def test_a_target_and_a_dataset_of_conversations_can_be_given(tmp_path, tokenize
     rows = "\n".join(json.dumps({"messages": turns}) for _ in range(8))
     (tmp_path / "chat.jsonl").write_text(rows)
     given = {"target": str(source), "dataset": str(tmp_path / "chat.jsonl")}
-    reports, shown = shown_by(
-        DemoSettings(**TINY, **given, output=tmp_path / "out", cache_dir=tmp_path / "cache")
-    )
-    assert shown.count("Training") == 1 and "2 layers, 0 of them padding" in shown
+    reports, shown = shown_by(DemoSettings(**TINY, **given, output=tmp_path / "out"))
+    assert shown.count("Training") == 1 and "2 layers (0 padding)" in shown
     assert {call.task for call in reports[0].calls} == {"held-out"}
 
 
@@ -165,16 +162,16 @@ def test_a_dataset_without_rows_to_train_on_is_refused(tmp_path):
 
 
 def test_prompts_come_from_files_that_are_not_trained_on():
-    corpus = read_corpus()
-    assert [f"{prompt.id}.py" for prompt in corpus.prompts] == [*HELD_OUT]
-    texts = [prompt.text for prompt in corpus.prompts]
-    assert not any(text in document for text in texts for document in corpus.documents)
+    prompts = held_out_prompts(DemoSettings())
+    assert [f"{prompt.id}.py" for prompt in prompts] == [*HELD_OUT]
+    texts = {prompt.text for prompt in prompts}
+    assert not any(text in document for text in texts for document in documents())
 
 
 def test_a_library_without_source_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": tmp_path})
     with pytest.raises(ValueError, match="has no source files; give --target and --dataset"):
-        read_corpus()
+        read_library()
 
 
 def test_rows_start_with_bos_and_hold_the_documents_in_order(tokenizer):
@@ -198,4 +195,4 @@ def test_the_learning_rate_falls_by_the_nearer_limit():
 
 
 def test_the_faster_precision_is_measured():
-    assert bf16_pays("cpu") in (True, False)
+    assert bf16_pays() in (True, False)

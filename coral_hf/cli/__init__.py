@@ -1,4 +1,4 @@
-"""The program `coral-hf`: its commands, grouped by what a user wants to do.
+"""The program `coral-hf`: its commands, in the order in which a user comes to them.
 
 In: the words of a command line. Out: what a command prints and writes. A command is a function of
 dataclasses, whose fields are its options; it imports torch when it runs.
@@ -10,36 +10,21 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from itertools import chain
 
-from .data import data, features, regenerate
 from .measure import autotune, benchmark, compare, compare_heads, generate, sweep
 from .parser import Command, parse
 from .publish import export, import_, publish
-from .train import demo, train
+from .train import data, demo, features, regenerate, train
 
-GROUPS: dict[str, list[Command]] = {
-    "try": [demo],
-    "train": [train, data, regenerate, features],
-    "use": [generate],
-    "measure": [benchmark, sweep, compare, compare_heads, autotune],
-    "publish": [publish, import_, export],
-}
-
-
-def name_of(command: Command) -> str:
-    """Return the name by which a command is typed."""
-    return command.__name__.strip("_").replace("_", "-")
-
-
-COMMANDS = {name_of(command): command for command in chain(*GROUPS.values())}
+_ORDER: list[Command] = [demo, train, data, regenerate, features, generate]
+_ORDER += [benchmark, sweep, compare, compare_heads, autotune, publish, import_, export]
+COMMANDS = {one.__name__.strip("_").replace("_", "-"): one for one in _ORDER}
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command that is named by `words`, those of the command line by default."""
     parser = argparse.ArgumentParser(
         "coral-hf",
-        usage="coral-hf [--traceback] COMMAND ...",
         description="Speculative decoding with CORAL drafters.",
         epilog=overview(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -76,12 +61,6 @@ def run(name: str, words: Sequence[str]) -> None:
 
 
 def overview() -> str:
-    """Return the commands, a group at a time, each with the first line of its docstring."""
-    lines = []
-    for group, commands in GROUPS.items():
-        lines.append(f"{group}:")
-        for command in commands:
-            first_line = (inspect.getdoc(command) or "").splitlines()[0]
-            lines.append(f"  {name_of(command):15}{first_line}")
-        lines.append("")
-    return "\n".join([*lines, "Options of a command: coral-hf COMMAND --help"])
+    """Return the commands, each with the first line of its docstring."""
+    lines = [f"  {name:15}{inspect.getdoc(one)}".splitlines()[0] for name, one in COMMANDS.items()]
+    return "\n".join(["commands (for their options: coral-hf COMMAND --help):", *lines])

@@ -5,31 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..measure.settings import (
-    BenchmarkSettings,
-    ComparisonSettings,
-    DraftingSettings,
-    HeadComparisonSettings,
-    SweepSettings,
-    option,
-)
-from .options import (
-    DRAFTER,
-    DatasetOptions,
-    MeasuredOptions,
-    PromptOptions,
-    TargetOptions,
-    load_drafter,
-)
-from .parser import refuse
+from .. import measure
+from ..measure.settings import ComparisonSettings, DraftingSettings, HeadComparisonSettings, option
+from .options import DatasetOptions, DrafterOptions, MeasuredOptions, PromptOptions, TargetOptions
 
 
 @dataclass(kw_only=True)
-class GenerateOptions(TargetOptions, DraftingSettings):
+class GenerateOptions(DrafterOptions, DraftingSettings):
     """The prompt, and how it is answered."""
 
     prompt: str = option("What to say to the target.", positional=True)
-    drafter: str = option(DRAFTER)
     max_new_tokens: int = option("Tokens to generate at most.", 256, least=1)
     temperature: float = option("0 is greedy.", 0.0, least=0)
 
@@ -38,13 +23,11 @@ def generate(own: GenerateOptions) -> None:
     """Generate with a drafter, streaming the text."""
     from transformers import TextStreamer
 
-    from ..measure.prompts import Prompt, encode, user_message
-
-    target, tokenizer = own.load_target()
-    prompt = Prompt("prompt", "0", (user_message(own.prompt),))
+    target, drafter, tokenizer = own.load_models()
+    prompt = measure.Prompt("prompt", "0", ({"role": "user", "content": own.prompt},))
     output = target.generate(
-        encode(prompt, tokenizer).to(target.device),
-        assistant_model=load_drafter(own.drafter, target),
+        measure.encode(prompt, tokenizer).to(target.device),
+        assistant_model=drafter,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         tokenizer=tokenizer,
         max_new_tokens=own.max_new_tokens,
@@ -67,10 +50,9 @@ class BenchmarkOptions(MeasuredOptions):
     bigram_hold_out: int = option("Last rows not counted.", 0, least=0, needs="bigram_dataset")
 
 
-def benchmark(own: BenchmarkOptions, settings: BenchmarkSettings) -> None:
+def benchmark(own: BenchmarkOptions, settings: measure.BenchmarkSettings) -> None:
     """Measure a drafter against plain generation, methods interleaved."""
     from ..drafters.bigram import BigramDrafter
-    from ..measure import run_benchmark
 
     target, drafter, tokenizer, prompts = own.load()
     others: dict[str, Any] = {}
@@ -79,16 +61,13 @@ def benchmark(own: BenchmarkOptions, settings: BenchmarkSettings) -> None:
     if own.bigram_dataset is not None:
         data = DatasetOptions(dataset=[own.bigram_dataset], hold_out=own.bigram_hold_out)
         texts = [ids[0] for ids in data.token_ids(tokenizer)]  # (length,) each
-        vocab_size = target.config.get_text_config().vocab_size
-        others["bigram"] = BigramDrafter.from_texts(texts, vocab_size)
-    own.show(run_benchmark(target, drafter, tokenizer, prompts, settings, **others))
+        others["bigram"] = BigramDrafter.from_texts(texts, drafter.config.vocab_size)
+    own.show(measure.run_benchmark(target, drafter, tokenizer, prompts, settings, **others))
 
 
-def sweep(own: MeasuredOptions, settings: SweepSettings) -> None:
+def sweep(own: MeasuredOptions, settings: measure.SweepSettings) -> None:
     """Measure a drafter by batch size and by length of the context."""
-    from ..measure import run_sweep
-
-    own.show(run_sweep(*own.load(), settings))
+    own.show(measure.run_sweep(*own.load(), settings))
 
 
 @dataclass(kw_only=True)
@@ -100,28 +79,25 @@ class CompareOptions(TargetOptions, DatasetOptions, PromptOptions):
     seeds: int = option("Runs of each trial.", 3, least=1)
     keep: int | None = option("Halve the trials to so many.", None, least=1, excludes="seeds")
 
-    def __post_init__(self) -> None:
-        is_grid = self.keep is not None and len(self.steps) > 1
-        refuse(is_grid, "--keep searches from one --steps on; give --steps once.")
-
 
 def compare(own: CompareOptions, settings: ComparisonSettings, training_options: list[str]) -> None:
     """Train drafters with different settings and compare their acceptance lengths.
 
     Every other option is one of CoralTrainingArguments, the same for all trials.
     """
-    from ..training.comparison import Comparison, Trial, search
-    from ..training.comparison import compare as compare_trials
+    from ..training import comparison
 
-    trials = [Trial.parse(text) for text in own.trial]
+    if own.keep is not None and len(own.steps) > 1:
+        raise ValueError("--keep searches from one --steps on; give --steps once.")
+    trials = [comparison.Trial.parse(text) for text in own.trial]
     rows, prompts = own.rows(), own.read_prompts()
     settings.options = training_options
     target, tokenizer = own.load_target()
-    comparison = Comparison(target, tokenizer, rows, prompts, settings)
+    whole = comparison.Comparison(target, tokenizer, rows, prompts, settings)
     if own.keep is None:
-        print(compare_trials(comparison, trials, own.steps, own.seeds))
+        print(comparison.compare(whole, trials, own.steps, own.seeds))
     else:
-        print(search(comparison, trials, own.steps[0], own.keep))
+        print(comparison.search(whole, trials, own.steps[0], own.keep))
 
 
 @dataclass(kw_only=True)
@@ -159,10 +135,9 @@ class AutotuneOptions(MeasuredOptions):
 def autotune(own: AutotuneOptions) -> None:
     """Find the fastest draft tree on this machine, and save it with the drafter."""
     from ..measure.autotune import autotune as find_tree
-    from ..measure.prompts import encode
 
     target, drafter, tokenizer, prompts = own.load()
-    ids = [encode(prompt, tokenizer) for prompt in prompts]  # (1, length) each
+    ids = [measure.encode(prompt, tokenizer) for prompt in prompts]  # (1, length) each
     tuning = find_tree(drafter, target, ids, max_seconds=own.max_seconds)
     drafter.generation_config.save_pretrained(own.output)
     shown = " ".join(f"{name}={value}" for name, value in tuning.tree.items())

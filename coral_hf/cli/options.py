@@ -5,15 +5,12 @@ to import is imported when it is needed.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from .. import measure
 from ..measure.settings import option
-from .parser import refuse
 
-COUNTED_LENGTH = 2048  # tokens of a conversation in which tokens are counted
-DRAFTER = "The drafter: a folder or a Hub id."
 DTYPES = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 
@@ -46,10 +43,12 @@ class DatasetOptions:
         from ..training.features import INDEX, CachedFeatures
 
         cached = [path for path in self.dataset if (Path(path) / INDEX).is_file()]
-        is_part = bool(cached) and (len(self.dataset) > 1 or self.hold_out > 0)
-        remedy = "give --hold-out and all datasets to `coral-hf features`."
-        refuse(is_part, f"{cached} is a feature cache, which is read alone and whole; {remedy}")
-        return CachedFeatures(cached[0]) if cached else self.conversations()
+        if not cached:
+            return self.conversations()
+        if len(self.dataset) > 1 or self.hold_out:
+            remedy = "give --hold-out and all datasets to `coral-hf features`."
+            raise ValueError(f"{cached} is a feature cache, read alone and whole; {remedy}")
+        return CachedFeatures(cached[0])
 
     def conversations(self, limit: int | None = None, held_out: bool = False):
         """Return the first conversations of each dataset, or the ones that are held out."""
@@ -59,19 +58,17 @@ class DatasetOptions:
         for path in self.dataset:
             rows = load_conversations(path)
             kept = range(len(rows) - self.hold_out)
-            message = f"--hold-out {self.hold_out} of the {len(rows)} rows of {path} leaves none."
-            refuse(not kept, message)
+            if not kept:
+                raise ValueError(f"--hold-out {self.hold_out} leaves no row of {path}.")
             parts.append(rows.select(range(len(kept), len(rows)) if held_out else kept[:limit]))
         return join_datasets(parts, self.dataset)
 
     def token_ids(self, tokenizer, limit: int | None = None) -> list:
         """Return the tokens of the first conversations of each dataset, (1, length) each."""
-        import torch
-
         from ..training.data import prepare_dataset
 
-        rows = prepare_dataset(self.conversations(limit), tokenizer, COUNTED_LENGTH)
-        return [torch.tensor([row["input_ids"]]) for row in rows]
+        rows = prepare_dataset(self.conversations(limit), tokenizer, max_length=2048)
+        return [row["input_ids"][None] for row in rows.with_format("torch")]
 
 
 @dataclass(kw_only=True)
@@ -85,28 +82,34 @@ class PromptOptions:
 
     def read_prompts(self) -> list:
         """Return the prompts of all files."""
-        from ..measure.prompts import read_prompts
-
-        read = partial(read_prompts, limit=self.limit, last=self.last, user_turn=self.user_turn)
-        return [prompt for path in self.prompts for prompt in read(path)]
+        part = (self.limit, self.last, self.user_turn)
+        return [prompt for path in self.prompts for prompt in measure.read_prompts(path, *part)]
 
 
 @dataclass(kw_only=True)
-class MeasuredOptions(TargetOptions, PromptOptions):
+class DrafterOptions(TargetOptions):
+    """A drafter and its target."""
+
+    drafter: str = option("The drafter: a folder or a Hub id.")
+
+    def load_models(self, pad_layers: int | None = None) -> tuple:
+        """Return the target, padded if that was asked for, the drafter and the tokenizer."""
+        target, tokenizer = self.load_target()
+        target = measure.pad_target(target, pad_layers) if pad_layers else target
+        return target, load_drafter(self.drafter, target), tokenizer
+
+
+@dataclass(kw_only=True)
+class MeasuredOptions(DrafterOptions, PromptOptions):
     """What is measured: a drafter with its target on prompts; and the folder of the results."""
 
-    drafter: str = option(DRAFTER)
     output: Path = option("Folder of report.json, report.md and the plots.")
     pad_layers: int | None = option("Measure on a target padded to so many layers.", None)
 
     def load(self) -> tuple:
         """Return the target, padded if that was asked for, drafter, tokenizer and prompts."""
-        from ..measure.padding import pad_target
-
         prompts = self.read_prompts()  # first, since loading models takes longer
-        target, tokenizer = self.load_target()
-        target = pad_target(target, self.pad_layers) if self.pad_layers else target
-        return target, load_drafter(self.drafter, target), tokenizer, prompts
+        return *self.load_models(self.pad_layers), prompts
 
     def show(self, report) -> None:
         """Write a report and print its tables."""

@@ -16,12 +16,6 @@ Command = Callable[..., None]
 EXTRA = "training_options"  # the parameter of a command that takes options of `Trainer` too
 
 
-def refuse(is_wrong: bool, message: str) -> None:
-    """Raise a ValueError for options that do not go together."""
-    if is_wrong:
-        raise ValueError(message)
-
-
 def parse(name: str, command: Command, words: Sequence[str]) -> dict[str, Any]:
     """Return the arguments of a command, by the names of its parameters.
 
@@ -31,12 +25,12 @@ def parse(name: str, command: Command, words: Sequence[str]) -> dict[str, Any]:
     parser = make_parser(name, command)
     # `--max-length` is our spelling; `--max_length`, that of transformers' scripts, is read as well
     words = [re.sub("^--[^=]+", lambda found: found[0].replace("_", "-"), word) for word in words]
-    arguments: dict[str, Any] = {}
+    known, others = parser.parse_known_args(words)
+    typed, arguments = vars(known), dict[str, Any]()
     if EXTRA in get_type_hints(command):
-        known, arguments[EXTRA] = parser.parse_known_args(words)
-    else:
-        known = parser.parse_args(words)
-    typed = vars(known)
+        arguments[EXTRA] = others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     for parameter, kind in settings_of(command).items():
         chosen = [one for one in fields(kind) if one.name in typed]
         for one in chosen:
@@ -47,16 +41,14 @@ def parse(name: str, command: Command, words: Sequence[str]) -> dict[str, Any]:
 
 def check(parser: argparse.ArgumentParser, one: Field[Any], typed: dict[str, Any]) -> None:
     """Exit with an error if an option is too small, lacks one that it needs, or excludes one."""
-    least, needed, excluded = (one.metadata.get(key) for key in ("least", "needs", "excludes"))
-    values = typed[one.name] if isinstance(typed[one.name], list) else [typed[one.name]]
-    if least is not None and min(values) < least:
-        parser.error(f"argument {flag(one)}: {min(values)} is too small; use {least} or more")
-    for other in (needed or "").split():
-        if other not in typed:
-            parser.error(f"{flag(one)} goes with --{other.replace('_', '-')}")
-    for other in (excluded or "").split():
-        if other in typed:
-            parser.error(f"{flag(one)} does not go with --{other.replace('_', '-')}")
+    rules, value = one.metadata, typed[one.name]
+    smallest = min(value) if isinstance(value, list) else value
+    if "least" in rules and smallest < rules["least"]:
+        parser.error(f"argument {flag(one)}: {smallest} is too small; use {rules['least']} or more")
+    for rule, verdict in {"needs": "goes with", "excludes": "does not go with"}.items():
+        for other in rules.get(rule, "").split():
+            if (other in typed) == (rule == "excludes"):
+                parser.error(f"{flag(one)} {verdict} --{other.replace('_', '-')}")
 
 
 def flag(one: Field[Any]) -> str:
@@ -109,9 +101,9 @@ def add_option(parser: argparse.ArgumentParser, one: Field[Any], kind: Any) -> a
 
 def help_text(one: Field[Any]) -> str:
     """Return the help of a field, with its default unless that says nothing."""
-    default = one.default if one.default_factory is MISSING else one.default_factory()
-    if isinstance(default, list):
-        default = " ".join(map(str, default))
+    default = one.default
+    if one.default_factory is not MISSING:
+        default = " ".join(map(str, one.default_factory()))
     says_nothing = default in (MISSING, None, "") or isinstance(default, bool)
     shown = "" if says_nothing else f" Default: {default}."
     repeated = " May be repeated." if str(one.type).startswith("list[") else ""

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..measure.settings import option
-from .options import DRAFTER, DTYPES, DatasetOptions, TargetOptions
-from .parser import refuse
+from .options import DTYPES, DatasetOptions, TargetOptions
 
 OVERWRITE = "Replace an earlier checkpoint in the output folder."
 
@@ -70,7 +69,7 @@ def import_(own: ImportOptions) -> None:
 class ExportOptions(DatasetOptions):
     """The drafter, and how it is written."""
 
-    drafter: str = option(DRAFTER, positional=True)
+    drafter: str = option("The drafter: a folder or a Hub id.", positional=True)
     to: Literal["vllm", "sglang", "eagle"] = option("The program that reads it.")
     output: Path = option("A new or an empty folder.")
     target: str | None = option("The target, whose embeddings are then copied or compared.", None)
@@ -80,16 +79,14 @@ class ExportOptions(DatasetOptions):
     limit: int = option("Rows counted of each.", 200, least=1, needs="num_hot_tokens")
     overwrite: bool = option(OVERWRITE, False)
 
-    def __post_init__(self) -> None:
-        is_unread = self.num_hot_tokens is not None and self.to != "sglang"
-        refuse(is_unread, "--num-hot-tokens goes with --to sglang.")
-
 
 def export(own: ExportOptions) -> None:
     """Write a drafter as vLLM, SGLang or EAGLE's own code reads it."""
     from .. import CoralDrafter
     from ..checkpoints import check_drafter, check_output, export_drafter, export_files
 
+    if own.num_hot_tokens is not None and own.to != "sglang":
+        raise ValueError("--num-hot-tokens goes with --to sglang.")
     sources = (own.drafter, own.target)
     check_output(own.output, own.overwrite, export_files(own.to), sources)
     check_drafter(own.drafter)
@@ -99,26 +96,23 @@ def export(own: ExportOptions) -> None:
         target, tokenizer = TargetOptions(target=own.target).load_target()
         drafter = drafter.to(target.device)
         if own.num_hot_tokens is not None:
-            hot_tokens = _hot_tokens(own, own.num_hot_tokens, drafter, target, tokenizer)
+            rows = own.token_ids(tokenizer, own.limit)
+            hot_tokens = _hot_tokens(own.num_hot_tokens, rows, drafter, target)
     dtype = None if own.dtype == "auto" else own.dtype
     done = export_drafter(drafter, own.to, own.output, target, dtype, hot_tokens, own.overwrite)
-    for note in done.notes:
-        print(note)
-    print(f"The drafter is in {done.folder}. Serve it with\n  {done.command}")
+    print(*done.notes, f"The drafter is in {done.folder}. Serve it with", sep="\n")
+    print(f"  {done.command}")
 
 
-def _hot_tokens(own: ExportOptions, size: int, drafter, target, tokenizer) -> list[int]:
-    """Return the tokens that a drafter proposes most in conversations, and its end tokens."""
+def _hot_tokens(size: int, rows: list, drafter, target) -> list[int]:
+    """Return the tokens that a drafter proposes most in rows (1, length), and its end tokens."""
     from ..checkpoints import check_size, most_frequent, proposal_counts
 
     ends = drafter.config.eos_token_id
     always = ends if isinstance(ends, list) else [] if ends is None else [ends]
     check_size(size, drafter.config.vocab_size, always)  # before counting, which takes long
-    counts = proposal_counts(target, drafter, own.token_ids(tokenizer, own.limit))  # (vocab,)
-    found = most_frequent(counts, size, always)
+    found = most_frequent(proposal_counts(target, drafter, rows), size, always)
     if len(found) < size:
-        print(
-            f"Only {len(found)} of {size} hot tokens: the drafter proposes no others in these"
-            " conversations. Count in more of them (--dataset, --limit)."
-        )
+        print(f"Only {len(found)} of {size} hot tokens: the drafter proposes no others in these")
+        print("conversations. Count in more of them (--dataset, --limit).")
     return found

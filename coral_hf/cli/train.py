@@ -1,4 +1,4 @@
-"""Commands that train a drafter."""
+"""Commands that train a drafter, and show, make and store what it is trained on."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Literal
 
 from ..demo import DemoSettings
 from ..measure.settings import option
-from .options import DatasetOptions, TargetOptions
-from .parser import refuse
+from ..training.regeneration import RegenerationSettings
+from .options import DatasetOptions, TargetOptions, load_drafter
 
 STAGES = Literal["drafter", "joint", "router", "low_rank"]
 
@@ -28,7 +28,7 @@ class TrainOptions(TargetOptions, DatasetOptions):
     layers: int = option("Layers of a fresh drafter.", 1, least=1, excludes="drafter warm_start")
     drafter: str | None = option("A drafter of this target, to be trained further.", None)
     warm_start: str | None = option(
-        "Initial weights: 'layer' (the target's last) or a drafter.", None, excludes="drafter"
+        "'layer', the target's, or a drafter.", None, excludes="drafter"
     )
     lora_r: int | None = option("Train a LoRA of this rank instead.", None, needs="drafter")
     lora_alpha: int | None = option("Its alpha; twice its rank by default.", None, needs="lora_r")
@@ -38,10 +38,6 @@ class TrainOptions(TargetOptions, DatasetOptions):
     router_epochs: float = option("Epochs of the router's stage; 0 trains no router.", 0.2)
     resume: bool = option("Continue from the last checkpoint.", False)
 
-    def __post_init__(self) -> None:
-        is_headless = self.drafter is None and self.stage[0] in ("router", "low_rank")
-        refuse(is_headless, f"--stage {self.stage[0]} goes with --drafter.")
-
     def arguments(self, typed: list[str]) -> list:
         """Return the arguments of each stage: the options of transformers that were typed."""
         from ..training import parse_arguments
@@ -50,19 +46,20 @@ class TrainOptions(TargetOptions, DatasetOptions):
         for name in self.stage:
             fields: dict[str, float] = {}
             if name == "router" and len(self.stage) > 1:
+                if self.router_epochs == 0:
+                    continue
                 # the options are for the drafter's stage, which is longer
                 fields = {"num_train_epochs": self.router_epochs, "max_steps": -1}
-            if fields.get("num_train_epochs") != 0:
-                is_adapter = name == "drafter" and self.lora_r is not None
-                folder = self.output / ("adapter" if is_adapter else name)
-                found.append(parse_arguments(folder, typed, stage=name, **fields))
+            folder = self.output / ("adapter" if name == "drafter" and self.lora_r else name)
+            found.append(parse_arguments(folder, typed, stage=name, **fields))
         return found
 
     def eval_rows(self):
         """Return the conversations that are evaluated."""
         if self.eval_dataset:
             return DatasetOptions(dataset=self.eval_dataset).rows()
-        refuse(not self.hold_out, "--eval-strategy goes with --hold-out or --eval-dataset.")
+        if not self.hold_out:
+            raise ValueError("--eval-strategy goes with --hold-out or --eval-dataset.")
         return self.conversations(held_out=True)
 
     def first_drafter(self, target, tokenizer):
@@ -93,14 +90,15 @@ def train(own: TrainOptions, training_options: list[str]) -> None:
     from transformers import set_seed
 
     from ..hub import publish
-    from ..training.pipeline import save
-    from ..training.pipeline import train as train_stages
+    from ..training import pipeline
     from ..training.runs.checkpoints import sole_run
 
+    if own.drafter is None and own.stage[0] in ("router", "low_rank"):
+        raise ValueError(f"--stage {own.stage[0]} goes with --drafter.")
     stages = own.arguments(training_options)
     args = stages[0]
-    is_nameless = args.push_to_hub and args.hub_model_id is None
-    refuse(is_nameless, "--push-to-hub needs --hub-model-id organisation/name.")
+    if args.push_to_hub and args.hub_model_id is None:
+        raise ValueError("--push-to-hub needs --hub-model-id organisation/name.")
     rows = own.rows()
     eval_rows = own.eval_rows() if args.eval_strategy != "no" else None
     # each process of a run has a GPU of its own, to which its trainer moves the target
@@ -108,11 +106,110 @@ def train(own: TrainOptions, training_options: list[str]) -> None:
     with sole_run(own.output, args.process_index == 0):
         set_seed(args.seed)  # before weights of a drafter or an adapter are drawn
         drafter = own.first_drafter(target, tokenizer)
-        trained = train_stages(target, tokenizer, rows, stages, drafter, own.resume, eval_rows)
-        save(trained, tokenizer, own.output)
+        inputs = (target, tokenizer, rows, stages, drafter, own.resume, eval_rows)
+        trained = pipeline.train(*inputs)
+        pipeline.save(trained, tokenizer, own.output)
         print(f"The drafter is in {own.output}.")
         if args.push_to_hub and args.process_index == 0:
             # each stage pushes its own checkpoints; here goes the drafter with all of its heads
             options = {"private": args.hub_private_repo, "token": args.hub_token}
             done = publish(own.output, args.hub_model_id, revision=args.hub_revision, **options)
             print(f"Published: {done.commit_url}")
+
+
+@dataclass(kw_only=True)
+class DataOptions:
+    """Rows of a dataset to be shown."""
+
+    action: Literal["show"] = option("What to do.", positional=True)
+    dataset: str = option("A file, a folder or a Hub id.")
+    target: str = option("The target or its tokenizer alone: a folder or a Hub id.")
+    row: int = option("The first row shown, from 0; -1 is the last.", 0)
+    limit: int = option("Rows shown.", 1, least=1)
+    max_length: int | None = option("Cut rows as training would.", None, least=1)
+
+
+def data(own: DataOptions) -> None:
+    """Show which tokens of a dataset are trained, in colour or, through a pipe, with marks."""
+    from transformers import AutoTokenizer
+
+    from ..training.data import load_conversations, show
+
+    rows = load_conversations(own.dataset)
+    chosen = range(len(rows))[own.row :][: own.limit]
+    if not chosen:
+        raise ValueError(f"--row is {own.row}, but the dataset has {len(rows)} rows, from 0.")
+    tokenizer = AutoTokenizer.from_pretrained(own.target)
+    show(((index, rows[index]) for index in chosen), tokenizer, own.max_length)
+
+
+@dataclass(kw_only=True)
+class RegenerateOptions(TargetOptions, DatasetOptions):
+    """What is answered, and where the answers go."""
+
+    output: Path = option("JSONL file of the answers.")
+    limit: int | None = option("Only the first rows.", None, least=1)
+    drafter: str | None = option("A drafter of the target, to be faster.", None)
+
+
+def regenerate(own: RegenerateOptions, settings: RegenerationSettings) -> None:
+    """Let the target answer a dataset's prompts itself; an interrupted run resumes."""
+    from ..training.regeneration.regenerate import regenerate as answer
+
+    rows = own.conversations(own.limit)
+    target, tokenizer = own.load_target()
+    drafter = load_drafter(own.drafter, target) if own.drafter else None
+    done = answer(target, tokenizer, rows, own.output, settings, drafter)
+    print(f"{done.num_rows} rows are in {own.output}; {done.num_unfinished} answers were cut off,")
+    print(f"{done.num_left_out} rows have no answer and are left out.")
+
+
+@dataclass(kw_only=True)
+class FeaturesOptions(TargetOptions, DatasetOptions):
+    """Which features are stored, and how."""
+
+    output: Path = option("Folder of the features.")
+    # not read by --check and --delete
+    target: str = option("The target: a folder or a Hub id.", "")
+    dataset: list[str] = option("Conversations: a file, a folder or a Hub id.", [])
+    max_length: int = option("Tokens after which a row is cut.", 2048, least=1)
+    packing: bool = option("Put several conversations in each row.", False)
+    format: Literal["bfloat16", "int8"] = option("'int8' takes half the space.", "bfloat16")
+    batch_size: int = option("Rows that are read at once.", 8, least=1)
+    shard_megabytes: int = option("Size of a file, about.", 1000, least=1)
+    plan: bool = option("Print time and space that it takes, and stop.", False)
+    check: bool = option("Compare files and checksums, and stop.", False)
+    delete: bool = option("Delete the features, and stop.", False)
+
+
+def features(own: FeaturesOptions) -> None:
+    """Store the target's features on disk, so that training runs need not compute them.
+
+    An interrupted run resumes where it stopped. Train with `coral-hf train --dataset` and this
+    folder.
+    """
+    from ..training.data import pack_dataset, prepare_dataset
+    from ..training.data.dataset import warn_of_other_ends
+    from ..training.features import CachedFeatures, delete_features, plan_features, write_features
+
+    output, shard_bytes = own.output, own.shard_megabytes * 10**6
+    if own.delete:
+        print(f"Deleted {delete_features(output) / 1e9:.3g} GB in {output}.")
+        return
+    if own.check:
+        index = CachedFeatures(output, checksums=True).index
+        print(f"{output} is whole: {index.num_rows} rows of {index.target}.")
+        return
+    if not own.target or not own.dataset:
+        raise ValueError("Writing features needs --target and --dataset.")
+    conversations = own.conversations()
+    target, tokenizer = own.load_target()
+    # the rows as the trainer would read them
+    warn_of_other_ends(tokenizer, target)
+    vocab_size = target.config.get_text_config(decoder=True).vocab_size
+    rows = prepare_dataset(conversations, tokenizer, own.max_length, vocab_size=vocab_size)
+    rows = pack_dataset(rows, own.max_length) if own.packing else rows
+    print(plan_features(target, rows, output, own.format, shard_bytes))
+    if not own.plan:
+        index = write_features(target, rows, output, own.format, own.batch_size, shard_bytes)
+        print(f"The features are in {output}. Storing them lost {index.lost:.2%} (RMS).")

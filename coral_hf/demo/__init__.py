@@ -26,13 +26,12 @@ class DemoSettings:
         num_files: files of the standard library that are trained on; None for all.
         row_length: tokens of a training row.
         pad_layers: depth of the padded target; a deeper one is measured as it is.
-        cache_dir: where trained models are kept; a folder in Hugging Face's own cache if None.
     """
 
-    output: Path = option("Folder of the drafter, the reports and plots.", Path("coral-demo"))
+    output: Path = option("Folder of models, reports and plots.", Path("coral-demo"))
     target: str | None = option("A target of your own; a small one is trained by default.", None)
     dataset: str | None = option("Conversations or text of your own.", None)
-    fresh: bool = option("Train again what the cache holds.", False)
+    fresh: bool = option("Train again what the folder holds.", False)
     # in Python alone
     num_files: int | None = None
     target_budget: Budget = Budget(max_steps=10_000, max_seconds=150)
@@ -42,5 +41,4 @@ class DemoSettings:
     pad_layers: int = 32
     num_prompts: int = 5
     max_new_tokens: int = 64
-    cache_dir: Path | None = None
     seed: int = 0

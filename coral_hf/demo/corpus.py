@@ -8,7 +8,6 @@ import re
 import sysconfig
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
@@ -22,23 +21,13 @@ SKIPPED_FOLDERS = {
     *("site-packages", "dist-packages", "test", "tests", "__pycache__", "__phello__"),
     *("encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "turtledemo"),
 }
-HELD_OUT = (
-    *("csv.py", "fractions.py", "heapq.py", "queue.py"),
-    *("shelve.py", "statistics.py", "textwrap.py", "zipfile.py"),
-)
+HELD_OUT = ("csv.py", "fractions.py", "heapq.py", "queue.py", "shelve.py")
 PROMPT_CHARACTERS = 300  # about 100 tokens
 DRAFTER_BATCH_SIZE = 2  # rows of a step: more steps in the same time
 
 
-class Corpus(NamedTuple):
-    """Python source in a fixed order."""
-
-    documents: list[str]  # one file each, to train on
-    prompts: list[Prompt]  # the start of a function or class of each held-out file
-
-
-def read_corpus() -> Corpus:
-    """Read the standard library of the running interpreter.
+def read_library() -> dict[str, str]:
+    """Read the source of the running interpreter's standard library, by file in a fixed order.
 
     Raises:
         ValueError: for a Python that comes without its source.
@@ -46,15 +35,15 @@ def read_corpus() -> Corpus:
     folder = Path(sysconfig.get_paths()["stdlib"])
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.py"))
     names = [name for name in names if not SKIPPED_FOLDERS & set(name.split("/"))]
-    # a few modules show off other encodings
-    sources = {name: (folder / name).read_text("utf-8", "replace") for name in names}
-    prompts = []
-    for name in HELD_OUT:
-        for text in long_parts(sources.pop(name, ""))[:1]:
-            prompts.append(Prompt("stdlib", Path(name).stem, text=first_lines(text)))
-    if not sources:
+    if not names:
         raise ValueError(f"{folder} has no source files; give --target and --dataset.")
-    return Corpus(list(sources.values()), prompts)
+    # a few modules show off other encodings
+    return {name: (folder / name).read_text("utf-8", "replace") for name in names}
+
+
+def documents(num_files: int | None = None) -> list[str]:
+    """Return the first files to train on, all by default."""
+    return [text for name, text in read_library().items() if name not in HELD_OUT][:num_files]
 
 
 def long_parts(source: str) -> list[str]:
@@ -69,12 +58,12 @@ def first_lines(text: str) -> str:
     return start[: start.rfind("\n") + 1] or start
 
 
-def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
-    """Cut documents, an EOS after each, into rows of `input_ids` (length,); no short last row.
+def pack(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
+    """Cut texts, an EOS after each, into rows of `input_ids` (length,); no short last row.
 
     A row starts with BOS wherever it was cut, as a prompt does.
     """
-    ended = [text + (tokenizer.eos_token or "") for text in documents]
+    ended = [text + (tokenizer.eos_token or "") for text in texts]
     encoded = tokenizer(ended, add_special_tokens=False, verbose=False)["input_ids"]
     ids = list(chain.from_iterable(encoded))
     bos = [] if tokenizer.bos_token is None else [tokenizer.bos_token_id]
@@ -86,8 +75,7 @@ def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int) 
 def training_rows(settings: DemoSettings, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Return as many rows as the drafter's training can use up, shuffled."""
     if settings.dataset is None:
-        documents = read_corpus().documents[: settings.num_files]
-        rows = pack(documents, tokenizer, settings.row_length)
+        rows = pack(documents(settings.num_files), tokenizer, settings.row_length)
     else:
         rows = split(settings.dataset, settings)["train"]
     most = settings.drafter_budget.max_steps * DRAFTER_BATCH_SIZE
@@ -96,10 +84,14 @@ def training_rows(settings: DemoSettings, tokenizer: PreTrainedTokenizerBase) ->
 
 def held_out_prompts(settings: DemoSettings) -> list[Prompt]:
     """Return prompts from text that is in no training row."""
-    if settings.dataset is None:
-        return read_corpus().prompts[: settings.num_prompts]
-    rows = split(settings.dataset, settings)["test"]
-    return [prompt_of_row(dict(row), str(index)) for index, row in enumerate(rows)]
+    if settings.dataset is not None:
+        rows = split(settings.dataset, settings)["test"]
+        return [prompt_of_row(dict(row), str(index)) for index, row in enumerate(rows)]
+    sources, prompts = read_library(), []
+    for name in HELD_OUT:
+        for text in long_parts(sources.get(name, ""))[:1]:
+            prompts.append(Prompt("stdlib", Path(name).stem, text=first_lines(text)))
+    return prompts[: settings.num_prompts]
 
 
 def split(dataset: str, settings: DemoSettings) -> DatasetDict:

@@ -1,10 +1,9 @@
-"""The demo's models: trained within a budget of time, and cached.
+"""The demo's models: trained within a budget of time, and kept.
 
-In: DemoSettings. Out: folders that `from_pretrained` loads, named by all that they depend on. The
-target is a small Llama with a byte-level tokenizer, the drafter is trained with its router.
+In: DemoSettings. Out: folders that `from_pretrained` loads, each with a record of what it depends
+on. The target is a small Llama with a byte-level tokenizer, the drafter is trained with its router.
 """
 
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,7 @@ from timeit import repeat
 from typing import Any
 
 import torch
-from huggingface_hub.constants import HF_HOME
-from rich.console import Console
+from rich import get_console
 from transformers import (
     DataCollatorForLanguageModeling,
     GPT2Tokenizer,
@@ -27,57 +25,53 @@ from transformers import (
     set_seed,
 )
 
-from ..atomic import new_folder
+from ..atomic import keep_settings, new_folder
 from ..drafters.coral import CoralDrafter
-from ..identity import digest
 from ..training import CoralTrainer, CoralTrainingArguments
 from ..training.pipeline import save
 from . import Budget, DemoSettings
-from .corpus import DRAFTER_BATCH_SIZE, pack, read_corpus, training_rows
+from .corpus import DRAFTER_BATCH_SIZE, documents, pack, training_rows
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARMUP_STEPS = 20
 SMALL_VOCAB = 8192
 # likely tokens lie in many groups of a small vocabulary: half of it is read, not an eighth
 SMALL_VOCAB_GROUPS: dict[str, Any] = {"num_groups": 8, "num_active_groups": 4}
-# settings on which no weights depend; of a target and a dataset it is their content that counts
-NOT_TRAINED = ("output", "target", "dataset", "fresh", "pad_layers", "max_new_tokens", "cache_dir")
+# settings on which no weights depend
+NOT_TRAINED = ("output", "fresh", "pad_layers", "max_new_tokens")
+RECORD = "demo.json"  # in the folder of a model
 
 
-def cached(
-    settings: DemoSettings, console: Console, name: str, train: Callable[[Path], None]
-) -> Path:
-    """Return the folder of a trained model, which `train` fills unless the cache has it."""
-    trained = {name: value for name, value in vars(settings).items() if name not in NOT_TRAINED}
-    given = [last_change(settings.target), last_change(settings.dataset)]
-    # the Python whose source is read is the one that runs
-    key = digest([platform.python_version(), trained, given])[:12]
-    folder = (settings.cache_dir or Path(HF_HOME) / "coral_hf") / f"{name}-{key}"
-    if settings.fresh or not folder.is_dir():
-        console.rule(f"Training the {name}")
-        with new_folder(folder) as unfinished:
+def kept(settings: DemoSettings, name: str, train: Callable[[Path], None], **read: str) -> Path:
+    """Return the folder of a trained model, which `train` fills unless there is one.
+
+    Args:
+        read: digests of what the model depends on beside the settings.
+
+    Raises:
+        ValueError: if there is one that depends on something else, unless all is trained afresh.
+    """
+    folder = settings.output / name
+    trained = {key: value for key, value in vars(settings).items() if key not in NOT_TRAINED}
+    if settings.fresh or not (folder / RECORD).is_file():
+        get_console().rule(f"Training the {name}")
+        with new_folder(folder, last=RECORD) as unfinished:
             train(unfinished)
+            keep_settings(unfinished / RECORD, trained | read, folder)
+    keep_settings(folder / RECORD, trained | read, folder)
     return folder
 
 
-def last_change(source: str | None) -> list[str | int | None]:
-    """Return a path and when it was last written to; a Hub id as it is."""
-    path = Path(source or "")
-    if source is None or not path.exists():
-        return [source]
-    files = [path, *path.rglob("*")]
-    return [str(path.resolve()), max(file.stat().st_mtime_ns for file in files)]
-
-
-def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerBase:
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBase:
     """Train byte-level BPE, in which no character is unknown."""
     empty = GPT2Tokenizer(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token=None)
-    return empty.train_new_from_iterator(documents, vocab_size, length=len(documents))
+    return empty.train_new_from_iterator(texts, vocab_size, length=len(texts))
 
 
-def train_target(settings: DemoSettings, device: str, folder: Path) -> None:
+def train_target(settings: DemoSettings, folder: Path) -> None:
     """Train tokenizer and Llama, in sizes that suit two CPU cores, and save both in `folder`."""
-    documents = read_corpus().documents[: settings.num_files]
-    tokenizer = train_tokenizer(documents, vocab_size=2048)
+    texts = documents(settings.num_files)
+    tokenizer = train_tokenizer(texts, vocab_size=2048)
     set_seed(settings.seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -96,12 +90,12 @@ def train_target(settings: DemoSettings, device: str, folder: Path) -> None:
     trainer = Trainer(
         model=LlamaForCausalLM(config),
         args=TrainingArguments(
-            **common_arguments(settings, settings.target_budget, folder, device),
+            **common_arguments(settings, settings.target_budget, folder),
             per_device_train_batch_size=4,  # large logits are slow to allocate on a CPU
             weight_decay=0.1,
             adam_beta2=0.95,
         ),
-        train_dataset=pack(documents, tokenizer, settings.row_length),
+        train_dataset=pack(texts, tokenizer, settings.row_length),
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         processing_class=tokenizer,
         callbacks=[BudgetCallback(settings.target_budget)],
@@ -125,7 +119,7 @@ def train_drafter(
     is_small = drafter.config.vocab_size < SMALL_VOCAB
     for stage, budget in (("drafter", settings.drafter_budget), ("router", settings.router_budget)):
         args = CoralTrainingArguments(
-            **common_arguments(settings, budget, folder, target.device.type),
+            **common_arguments(settings, budget, folder),
             **(SMALL_VOCAB_GROUPS if is_small else {}),
             stage=stage,
             classification_weight=1.0,
@@ -137,30 +131,27 @@ def train_drafter(
     save(drafter, tokenizer, folder)
 
 
-def common_arguments(
-    settings: DemoSettings, budget: Budget, folder: Path, device: str
-) -> dict[str, Any]:
+def common_arguments(settings: DemoSettings, budget: Budget, folder: Path) -> dict[str, Any]:
     """Return the arguments of `Trainer` that all training runs of the demo share."""
     return {
         "output_dir": str(folder),
         "max_steps": budget.max_steps,
         "learning_rate": 4e-3,
         "lr_scheduler_type": "constant",  # `BudgetCallback` is the schedule
-        "bf16": bf16_pays(device),
-        "use_cpu": device == "cpu",
-        "logging_steps": max(1, budget.max_steps // 10),
+        "bf16": bf16_pays(),
+        "use_cpu": DEVICE == "cpu",
         "save_strategy": "no",
         "report_to": "none",
-        "dataloader_pin_memory": device == "cuda",
+        "dataloader_pin_memory": DEVICE == "cuda",
         "seed": settings.seed,
     }
 
 
-def bf16_pays(device: str) -> bool:
+def bf16_pays() -> bool:
     """Measure whether a product in bf16 is clearly faster than in fp32: some CPUs emulate it."""
 
     def seconds(dtype: torch.dtype) -> float:
-        matrix = torch.ones(512, 512, dtype=dtype, device=device)  # (rows, columns)
+        matrix = torch.ones(512, 512, dtype=dtype, device=DEVICE)  # (rows, columns)
         # reading a number waits for the device; the fastest, since others may use the machine
         return min(repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=20))
 

@@ -1,78 +1,77 @@
 """The demo: train a small target and a drafter for it, then generate with and without the drafter.
 
-In: DemoSettings. Out: reports; the drafter, reports and plots in the output folder; tables and
-coloured answers in the terminal. Trained models are cached, so a second run only generates.
+In: DemoSettings. Out: reports; models, reports and plots in the output folder; results and coloured
+answers in the terminal. Models that the folder holds are not trained again.
 """
 
-import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 
-import torch
-from rich.console import Console
-from rich.markdown import Markdown
+from rich import get_console
 from rich.text import Text
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from ..identity import digest, weights_digest
 from ..measure.benchmark import run_benchmark
 from ..measure.calls import Call
 from ..measure.padding import pad_target
 from ..measure.prompts import Prompt, encode
-from ..measure.report import Report
+from ..measure.report import Report, dashed
 from ..measure.settings import BenchmarkSettings
+from ..training.data import load_conversations
 from ..training.data.show import token_texts
 from . import DemoSettings
 from .corpus import held_out_prompts
-from .models import cached, train_drafter, train_target
+from .models import DEVICE, kept, train_drafter, train_target
 
-NUM_SHOWN_TEXTS = 2
 ACCEPTED_STYLE = "bold green"
+# of a report's environment, and its numbers for the target alone and with the drafter
+RESULT = (
+    "{0.num_target_layers} layers ({0.num_padded_layers} padding): {1.tokens_per_second:.1f}"
+    " tokens/s alone, {2.tokens_per_second:.1f} with the drafter, {2.speedup:.2f}x;"
+    " {2.tau_per_token:.2f} tokens a round, exact match {2.exact_match:.1%}"
+)
 
 
-def run_demo(settings: DemoSettings | None = None, console: Console | None = None) -> list[Report]:
-    """Train what is not cached, load it back, measure it on held-out prompts and show the result.
+def run_demo(settings: DemoSettings) -> list[Report]:
+    """Train what is not there yet, load it, measure it on held-out prompts and show the result.
 
-    Args:
-        settings: the defaults where None: no network, at most six minutes on two CPU cores the
-            first time, one minute from the cache.
-        console: where tables and answers go; the terminal if None.
+    With the default settings it takes at most six minutes on two CPU cores the first time, one
+    minute after that, and no network.
 
     Returns:
         The reports at the target's own depth, and padded.
+
+    Raises:
+        ValueError: if the output folder holds models that were trained with other settings.
     """
-    settings, console = settings or DemoSettings(), console or Console()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if settings.target is None:
-        own = cached(settings, console, "target", partial(train_target, settings, device))
-        settings = replace(settings, target=str(own))  # on which the drafter depends
-    target = AutoModelForCausalLM.from_pretrained(settings.target, dtype="auto").to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(settings.target)
+    console = get_console()
+    source = settings.target or kept(settings, "target", partial(train_target, settings))
+    target = AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(DEVICE).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source)
     train = partial(train_drafter, settings, target, tokenizer)
-    trained = cached(settings, console, "drafter", train)
-    folder = settings.output / "drafter"
-    shutil.copytree(trained, folder, dirs_exist_ok=True)
-    drafter = AutoModel.from_pretrained(folder, dtype=target.dtype).to(device)
+    read = {"target": weights_digest(target)}
+    if settings.dataset is not None:
+        read["dataset"] = digest([*load_conversations(settings.dataset)])
+    folder = kept(settings, "drafter", train, **read)
+    drafter = AutoModel.from_pretrained(folder, dtype=target.dtype).to(DEVICE)
 
     prompts = held_out_prompts(settings)
     console.rule(f"{len(prompts)} held-out prompts, {settings.max_new_tokens} new tokens each")
     measured = BenchmarkSettings(max_new_tokens=settings.max_new_tokens, seed=settings.seed)
     targets = [target]
-    depth = target.config.get_text_config().num_hidden_layers
-    if depth < settings.pad_layers:
+    if target.config.get_text_config().num_hidden_layers < settings.pad_layers:
         targets.append(pad_target(target, settings.pad_layers))
     reports = [run_benchmark(one, drafter, tokenizer, prompts, measured) for one in targets]
     answers = {call.prompt: call for call in reports[0].calls if call.method == "coral"}
-    for prompt in [prompt for prompt in prompts if prompt.id in answers][:NUM_SHOWN_TEXTS]:
+    for prompt in [prompt for prompt in prompts if prompt.id in answers][:2]:
         console.print(accepted_text(tokenizer, prompt, answers[prompt.id]))
         console.rule(Text("coloured: proposed by the drafter, accepted", ACCEPTED_STYLE))
     for report in reports:
-        num_layers = report.environment.num_target_layers
-        report.write(settings.output / f"{num_layers}-layers")
-        padding = f"{report.environment.num_padded_layers} of them padding"
-        console.rule(f"A target of {num_layers} layers, {padding}")
-        console.print(Markdown(report.tables[0].to_markdown()))
-    console.print(f"The drafter, reports and plots are in {settings.output}.", soft_wrap=True)
+        report.write(settings.output / f"{report.environment.num_target_layers}-layers")
+        plain, coral = report.numbers["rows"][-2:]  # over all prompts
+        console.print(dashed(RESULT, report.environment, plain, coral))
+    console.print(f"Models, reports and plots are in {settings.output}.", soft_wrap=True)
     return reports
 
 
