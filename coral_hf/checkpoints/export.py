@@ -21,7 +21,7 @@ from ..atomic import new_folder, write_json
 from ..drafters.coral.configuration import CoralConfig
 from ..drafters.coral.modeling import CoralDrafter
 from ..heads.router import check_token_ids
-from ..target import Scales, check_target, may_scale, read_scales, read_target
+from ..target import Scales, Target, check_target, may_scale, read_scales, read_target
 from .eagle import EMBEDDINGS, check_tensors, scale_embeddings, table_scale
 from .engines import ENGINES, engine_config, obstacles
 from .files import WEIGHTS, check_output, config_folder, read_config, read_dtype
@@ -86,11 +86,7 @@ def export_drafter(
     body = {name: tensor for name, tensor in state.items() if name.startswith(BODY)}
     has_fc_bias = bool(body["fc.bias"].any()) if "fc.bias" in body else False
     reasons = obstacles(config, scales, engine, has_fc_bias)
-    if bound is not None and bound.head.bias is not None:
-        reasons.append("the target's LM head has a bias, which engines drop")
-    if reasons:
-        why = "; ".join(reasons)
-        raise ValueError(f"The drafter cannot be exported for {engine}: {why}. {USE_TRANSFORMERS}")
+    _check_reasons(reasons, engine, bound)
     fields = engine_config(config, scales, engine, has_fc_bias)
     tensors = _for_engine(body, config, engine, has_fc_bias)
     if bound is not None and engine != "sglang":
@@ -163,6 +159,15 @@ def _hot_tokens(
     return drafter.heads.hot_tokens.tolist()
 
 
+def _check_reasons(reasons: list[str], engine: str, target: Target | None) -> None:
+    """Raise a ValueError with all reasons why an engine would predict something else."""
+    if target is not None and target.head.bias is not None:
+        reasons = [*reasons, "the target's LM head has a bias, which engines drop"]
+    if reasons:
+        why = "; ".join(reasons)
+        raise ValueError(f"The drafter cannot be exported for {engine}: {why}. {USE_TRANSFORMERS}")
+
+
 def _for_engine(
     body: dict[str, Tensor], config: CoralConfig, engine: str, has_fc_bias: bool
 ) -> dict[str, Tensor]:
@@ -231,8 +236,10 @@ def _command(config: CoralConfig, engine: str, output: Path, hot_tokens: list[in
     parts = ["python", "-m", "sglang.launch_server", "--model-path", target]
     parts += ["--speculative-algorithm", "EAGLE", "--speculative-draft-model-path", folder]
     top_k = min(8, config.vocab_size if hot_tokens is None else len(hot_tokens))
+    # a tree holds its root, then as many nodes as 5 levels of it can have
+    nodes = min(32, 1 + top_k + 4 * top_k**2)
     parts += ["--speculative-num-steps", "5", "--speculative-eagle-topk", str(top_k)]
-    parts += ["--speculative-num-draft-tokens", "32"]
+    parts += ["--speculative-num-draft-tokens", str(nodes)]
     if hot_tokens is not None:
         parts += ["--speculative-token-map", str(output / HOT_TOKENS)]
     return shlex.join(parts)
