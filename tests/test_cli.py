@@ -10,7 +10,7 @@ from conftest import invoke, printed
 from test_examples import folder  # noqa: F401  a saved target and its conversations
 from transformers import AutoModel
 
-from coral_hf.cli import COMMANDS
+from coral_hf.cli import COMMANDS, GROUPS, name_of
 from coral_hf.cli.parser import parse
 
 ROOT = Path(__file__).parents[1]
@@ -74,10 +74,13 @@ def test_autotune_keeps_the_tree_beside_the_drafter(drafter, folder, tmp_path): 
     assert kept["draft_costs"].keys() == {"base", "level", "node"}
 
 
-def test_help_names_every_command():
+def test_help_names_every_command_in_its_group():
     result = invoke("--help")
     assert result.exit_code == 0
-    assert all(f"\n  {name} " in result.output for name in COMMANDS)
+    assert list(GROUPS) == ["try", "train", "use", "measure", "publish"]
+    for group, commands in GROUPS.items():
+        listed = result.output.split(f"\n{group}:\n")[1].split("\n\n")[0]
+        assert [line.split()[0] for line in listed.splitlines()] == [name_of(c) for c in commands]
 
 
 def test_a_wrong_training_option_is_refused_by_name(folder):  # noqa: F811

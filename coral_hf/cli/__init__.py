@@ -1,4 +1,4 @@
-"""The program `coral-hf`: its commands, in the order in which a user comes to them.
+"""The program `coral-hf`: its commands, grouped by what a user wants to do.
 
 In: the words of a command line. Out: what a command prints and writes. A command is a function of
 dataclasses, whose fields are its options; it imports torch when it runs.
@@ -16,9 +16,21 @@ from .parser import Command, parse
 from .publish import export, import_, publish
 from .train import data, demo, features, regenerate, train
 
-_ORDER: list[Command] = [demo, train, data, regenerate, features, generate]
-_ORDER += [benchmark, sweep, compare, compare_heads, autotune, publish, import_, export]
-COMMANDS = {one.__name__.strip("_").replace("_", "-"): one for one in _ORDER}
+GROUPS: dict[str, list[Command]] = {
+    "try": [demo],
+    "train": [train, data, regenerate, features],
+    "use": [generate],
+    "measure": [benchmark, sweep, compare, compare_heads, autotune],
+    "publish": [publish, import_, export],
+}
+
+
+def name_of(command: Command) -> str:
+    """Return the name by which a command is typed."""
+    return command.__name__.strip("_").replace("_", "-")
+
+
+COMMANDS = {name_of(command): command for commands in GROUPS.values() for command in commands}
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -61,6 +73,9 @@ def run(name: str, words: Sequence[str]) -> None:
 
 
 def overview() -> str:
-    """Return the commands, each with the first line of its docstring."""
-    lines = [f"  {name:15}{inspect.getdoc(one)}".splitlines()[0] for name, one in COMMANDS.items()]
-    return "\n".join(["commands (for their options: coral-hf COMMAND --help):", *lines])
+    """Return the commands, a group at a time, each with the first line of its docstring."""
+    lines = ["commands (for their options: coral-hf COMMAND --help):"]
+    for group, commands in GROUPS.items():
+        lines += ["", f"{group}:"]
+        lines += [f"  {name_of(one):15}{inspect.getdoc(one)}".splitlines()[0] for one in commands]
+    return "\n".join(lines)
