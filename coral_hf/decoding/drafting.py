@@ -92,6 +92,20 @@ def root_only(tokens: Tensor) -> DraftTree:
     return DraftTree(tokens, zeros, zeros)
 
 
+def with_padding(tree: DraftTree, rows: list[int], pad_token: int) -> DraftTree:
+    """Replace the trees of some rows, by their index, by chains of a padding token."""
+    if not rows or tree.tokens.shape[1] == 1:
+        return tree
+    nodes = torch.arange(tree.tokens.shape[1], device=tree.tokens.device)
+    is_chain = nodes <= tree.max_depth
+    parents = (nodes - 1).clamp(min=0).masked_fill(~is_chain, PADDING)
+    chain = {"tokens": pad_token, "parents": parents, "depths": nodes * is_chain}
+    parts = {name: getattr(tree, name).clone() for name in chain}
+    for name, value in chain.items():
+        parts[name][rows] = value
+    return tree._replace(**parts)
+
+
 class Drafting(Protocol):
     """The drafting side of one call of `generate`, for all rows of its batch.
 

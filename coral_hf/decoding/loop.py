@@ -15,7 +15,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .continuation import CACHE
 from .draft_policy import DraftPolicy, RoundSample
-from .drafting import Drafting, DraftTree, TreeShape, root_only
+from .drafting import Drafting, DraftTree, TreeShape, root_only, with_padding
 from .sequences import Sequences
 from .settings import Rule
 from .target_runner import OutputCollector, TargetOutput, TargetRunner
@@ -147,7 +147,10 @@ class DecodingLoop:
         tree = self.drafting.propose(root, shape, self.warp)
         # whatever a drafter puts there, the target reads the token that was committed
         root = root[:, None].to(tree.tokens.device)  # (batch, 1)
-        return tree._replace(tokens=torch.cat([root, tree.tokens[:, 1:]], dim=1))
+        tree = tree._replace(tokens=torch.cat([root, tree.tokens[:, 1:]], dim=1))
+        if padded := self.sequences.padded:
+            tree = with_padding(tree, padded, self.sequences.pad_token)
+        return tree
 
     def budget(self, shape: TreeShape) -> TreeShape:
         """The largest tree of which every accepted token may still come out.

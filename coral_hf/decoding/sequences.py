@@ -6,6 +6,7 @@ position once, with its own prefix.
 
 Rows of a batch grow by numbers of tokens of their own as long as whatever watches them looks at one
 row at a time. Where it may look at the whole batch, they grow in lockstep, as in plain `generate`.
+Where something outside counts rows, none leaves the batch before all have ended.
 """
 
 import copy
@@ -62,11 +63,10 @@ ROW_WISE_CRITERIA = (
     hf.EosTokenCriteria,
     hf.StopStringCriteria,
 )
-# processors that remember what they have seen
-STATEFUL = (
-    hf.SynthIDTextWatermarkLogitsProcessor,
-    hf.UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
+# criteria that end all rows at once, where all are equally long
+BATCH_CRITERIA = (MaxLengthCriteria, MaxTimeCriteria)
+# those that remember what they have seen
+STATEFUL = hf.SynthIDTextWatermarkLogitsProcessor, hf.UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 
 class Sequences:
@@ -80,17 +80,20 @@ class Sequences:
         streamer: BaseStreamer | None = None,
         pad_token: int = 0,
         is_lockstep: bool = False,
+        keeps_rows: bool = False,
     ):
         """Start at prompts, (batch, length).
 
-        `is_lockstep`: grow all rows alike, even where each could accept tokens on its own.
+        `is_lockstep`: grow all rows alike, even where each could accept tokens on its own;
+        `keeps_rows`: keep rows that have ended until all have.
         """
         batch, self.prompt_length = input_ids.shape
         self.lengths = [self.prompt_length] * batch
-        self.is_stopped = [False] * batch
+        self.is_stopped = [False] * batch  # rows that have left the batch
+        self.is_ended = [False] * batch  # rows that have come to their end
         self._newest = [0] * batch  # the last token of each row, on the host
         self._buffer = input_ids.clone()
-        self._pad_token = pad_token
+        self.pad_token = pad_token
         self._processors = logits_processor
         self._streamer = streamer
         self._criteria = stopping_criteria
@@ -98,7 +101,13 @@ class Sequences:
         self._limit = stopping_criteria.max_length or sys.maxsize  # tokens of a row
         sees_batch = any(type(one) not in ROW_WISE_CRITERIA for one in stopping_criteria)
         sees_batch |= streamer is not None or not self.is_row_wise
-        self.is_lockstep = batch > 1 and (is_lockstep or sees_batch)
+        # plain `generate` pads where a criterion knows end tokens; else a row goes on until all end
+        self._pads = any(hasattr(one, "eos_token_id") for one in stopping_criteria)
+        # what is not known may look at rows that have ended
+        known = (*STATELESS, *STATEFUL, *(ROW_WISE_CRITERIA if self._pads else BATCH_CRITERIA))
+        keeps_rows |= any(type(one) not in known for one in (*logits_processor, *stopping_criteria))
+        self.keeps_rows = batch > 1 and keeps_rows
+        self.is_lockstep = batch > 1 and (is_lockstep or sees_batch or self.keeps_rows)
 
     @property
     def is_row_wise(self) -> bool:
@@ -107,8 +116,14 @@ class Sequences:
 
     @property
     def active(self) -> list[int]:
-        """The rows that have not ended."""
+        """The rows of the next pass: those that have not ended, or all until the last one has."""
         return [row for row, is_stopped in enumerate(self.is_stopped) if not is_stopped]
+
+    @property
+    def padded(self) -> list[int]:
+        """The rows that have ended and stay, which go on with padding."""
+        is_padded = self.keeps_rows and self._pads
+        return [row for row in self.active if self.is_ended[row]] if is_padded else []
 
     @property
     def longest(self) -> int:
@@ -209,12 +224,20 @@ class Sequences:
         if self._end_tokens is not None:
             for row, token in zip(rows, tokens, strict=True):
                 is_full = self.lengths[row] >= self._limit
-                self.is_stopped[row] = is_full or token in self._end_tokens
+                self._end(row, is_full or token in self._end_tokens)
             return
         is_done = self._criteria(self.ids, scores()).tolist() if self.is_lockstep else None
         for row in rows:
             done = is_done[row] if is_done else self._criteria(self._row(row), scores()).all()
-            self.is_stopped[row] = bool(done)
+            self._end(row, bool(done))
+
+    def _end(self, row: int, is_ended: bool) -> None:
+        """Note whether a row ends; where rows stay, they leave together."""
+        self.is_ended[row] |= is_ended
+        if not self.keeps_rows:
+            self.is_stopped[row] = self.is_ended[row]
+        elif all(self.is_ended):
+            self.is_stopped = [True] * len(self.is_ended)
 
     def emit(self, tokens: list[list[int]]) -> list[list[int]]:
         """Append tokens of each active row, and return those up to its end; where `is_free`.
@@ -230,7 +253,7 @@ class Sequences:
             self.is_stopped[row] = is_full or bool(stops)
         new = max(map(len, tokens))
         self._reserve(self.longest + new)
-        padded = [row + [self._pad_token] * (new - len(row)) for row in tokens]
+        padded = [row + [self.pad_token] * (new - len(row)) for row in tokens]
         starts = torch.tensor([self.lengths[row] for row in rows])
         places = (starts[:, None] + torch.arange(new)).to(self._buffer.device)
         index_of_rows = torch.tensor(rows, device=self._buffer.device)[:, None]
@@ -251,7 +274,7 @@ class Sequences:
     def _reserve(self, length: int) -> None:
         batch, room = self._buffer.shape
         if length > room:
-            buffer = self._buffer.new_full((batch, max(length, 2 * room)), self._pad_token)
+            buffer = self._buffer.new_full((batch, max(length, 2 * room)), self.pad_token)
             buffer[:, :room] = self._buffer
             self._buffer = buffer
 

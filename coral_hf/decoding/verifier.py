@@ -233,6 +233,8 @@ class Verifier:
                 stands = [nodes[row] for row in going]
                 scores = sequences.scores(rows, logits[going, stands])  # (going, vocab)
                 moves = self._next_moves(tree, nodes, going, scores)
+            for row in sequences.padded:  # all rows are going
+                moves[row] = self._padding_move(tree, row, nodes[row], moves[row])
             for row, move in zip(going, moves, strict=True):
                 self.collector.add(active[row], logits[row, nodes[row]], move.scores)
                 path[row].append(nodes[row])
@@ -262,6 +264,13 @@ class Verifier:
         pairs = zip(step.token.tolist(), step.child.tolist(), scores, strict=True)
         return [Move(*pair) for pair in pairs]
 
+    def _padding_move(self, tree: DraftTree, row: int, node: int, move: Move) -> Move:
+        """What becomes of the `move` of a row that has ended and stays: its token is padding."""
+        token = self.sequences.pad_token
+        is_next = (tree.parents[row] == node) & (tree.tokens[row] == token)  # (nodes,)
+        is_next[0] = False
+        return move._replace(token=token, child=int(is_next.to(torch.uint8).argmax()))
+
     def _decide(self, tree: DraftTree, row: int, logits: Tensor) -> dict[int, Move]:
         """Decide a row by the scores of every node: the move from each node of the accepted path.
 
@@ -276,4 +285,7 @@ class Verifier:
         )
         emitted = [*(tokens[node] for node in path[1:]), int(self.chance.draw(rest[None]))]
         moves = zip(path, emitted, [*path[1:], 0], strict=True)
-        return {node: Move(token, child, scores[node]) for node, token, child in moves}
+        # a row that has ended and stays goes where its padding leads
+        others = enumerate(scores) if self.sequences.keeps_rows else ()
+        elsewhere = {node: Move(0, 0, one) for node, one in others}
+        return elsewhere | {node: Move(token, child, scores[node]) for node, token, child in moves}
