@@ -1,8 +1,7 @@
-"""Everything that is read from a target: features, embeddings, LM head, and what it supports.
+"""Everything that is read from a target: features, embeddings, LM head, positions, windows.
 
 In: any decoder of transformers, unmodified. Out: a `Target`, gathered when a call begins and never
-kept in a drafter, so that `state_dict` stays clean and threads can share a drafter; and obstacles,
-which say what a target cannot do.
+kept in a drafter, so that `state_dict` stays clean and threads can share a drafter.
 """
 
 import inspect
@@ -11,11 +10,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import logging
 
 from .identity import full_name
@@ -26,10 +22,6 @@ logger = logging.get_logger(__name__)
 # index of the feature in a target's `hidden_states`, taken after the final norm; given this index,
 # newer versions of transformers keep that one only and older ones keep them all
 FEATURE = -1
-# attention functions that add a float mask (batch, 1, queries, keys) to their scores
-MASKED_ATTENTION = ("eager", "sdpa")
-# layer types whose mask follows from positions alone
-MASKED_LAYERS = ("full_attention", "sliding_attention")
 
 
 class Scales(NamedTuple):
@@ -162,73 +154,6 @@ def takes_positions(forward: Callable) -> bool:
     return "position_ids" in inspect.signature(forward).parameters
 
 
-def stream_obstacle(model: PreTrainedModel) -> str | None:
-    """Say why a target has no single feature per token, or return None."""
-    streams = getattr(text_config(model), "altup_num_inputs", 1)
-    if streams == 1:
-        return None
-    return f"it has {streams} hidden states per token (`altup_num_inputs`), and a drafter reads one"
-
-
-def tree_obstacle(model: PreTrainedModel) -> str | None:
-    """Say why a target cannot verify a tree, from what it declares, or return None."""
-    attention, text = model.config._attn_implementation, text_config(model)
-    if attention not in MASKED_ATTENTION:
-        return f"its attention {attention!r} takes no 4-D mask (of {MASKED_ATTENTION})"
-    if not takes_positions(model.forward):
-        return "its forward takes no `position_ids`"
-    if getattr(text, "alibi", False):
-        return "its positions are ALiBi biases, which follow the order of the KV slots"
-    foreign = sorted(set(getattr(text, "layer_types", None) or ()) - set(MASKED_LAYERS))
-    if foreign:
-        return f"its layers of type {', '.join(foreign)} attend to other slots than a mask allows"
-    if "local" in getattr(text, "attention_layers", ()):  # GPT-Neo
-        return "the window of its local attention counts KV slots, not positions"
-    return None
-
-
-def cache_obstacle(model: PreTrainedModel) -> str | None:
-    """Say why a target's cache cannot drop rejected tokens, or return None."""
-    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    foreign = sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
-    if foreign:
-        kinds_found = ", ".join(foreign)
-        return f"its cache has layers of kind {kinds_found}, which cannot drop rejected tokens"
-    if model._is_stateful:
-        return "its recurrent state cannot drop rejected tokens"
-    return None
-
-
-def adapter_obstacle(model: PreTrainedModel) -> str | None:
-    """Say why a drafter cannot follow a target's PEFT adapter, or return None."""
-    # where PEFT learns a prompt, it replaces this method of the target for the time of a call
-    wrapper = getattr(model.prepare_inputs_for_generation, "__self__", model)
-    around = getattr(wrapper, "active_peft_config", None)
-    if around is not None and around.is_prompt_learning:
-        return f"its adapter ({around.peft_type.value}) puts virtual tokens before the prompt"
-    within = getattr(model, "peft_config", {}).values()
-    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in within):
-        return "its adapter (aLoRA) starts to act at a position in the sequence"
-    return None
-
-
-def sharding_obstacle(model: PreTrainedModel) -> str | None:
-    """Say why processes that each hold a shard of a target cannot draft, or return None.
-
-    They would run different numbers of forward passes, and wait for each other's weights.
-    """
-    # FSDP2 may wrap only a target's layers; ZeRO-3 marks the weights that it shards
-    is_sharded = (
-        is_fsdp_managed_module(model)
-        or any(isinstance(module, FSDPModule) for module in model.modules())
-        or any(hasattr(weight, "ds_id") for weight in model.parameters())
-    )
-    if not is_sharded:
-        return None
-    count = distributed.get_world_size() if distributed.is_initialized() else 1
-    return None if count == 1 else f"its weights are sharded over {count} processes"
-
-
 def position_limit(model: PreTrainedModel) -> int | None:
     """Return the number of positions of a target that looks them up in a table, else None.
 
@@ -257,8 +182,7 @@ def sliding_windows(model: PreTrainedModel) -> list[int | None]:
 def check_target(config: PreTrainedConfig, model: PreTrainedModel) -> None:
     """Raise a ValueError if a drafter with `config` does not fit a target.
 
-    It was made for a target of other sizes, the target has no single feature per token, or the
-    target has an adapter that no drafter can follow.
+    What a target must be for any drafter is the guard's to say, `decoding.guard.accept_target`.
     """
     text = text_config(model)
     for name in ("hidden_size", "vocab_size"):
@@ -269,9 +193,6 @@ def check_target(config: PreTrainedConfig, model: PreTrainedModel) -> None:
                 f" {expected} ({config.target_name_or_path or 'unnamed'}). Use the drafter's own"
                 " target, or train a drafter for this one with CoralDrafter.from_target(target)."
             )
-    obstacle = stream_obstacle(model) or adapter_obstacle(model)
-    if obstacle is not None:
-        raise ValueError(f"The target {type(model).__name__} cannot take a drafter: {obstacle}.")
     _warn_of_other_target(model.config, config)
 
 

@@ -39,12 +39,20 @@ LAZY = {"datasets", "peft", "matplotlib", "sklearn", "vllm", "transformers.train
 
 # name of transformers → the files that know it
 SEAMS = {
-    "GenerationMixin": ["decoding/generate.py", "drafters/coral/modeling.py"],
+    "GenerationMixin": [
+        "decoding/generate.py",
+        "decoding/guard/target.py",
+        "drafters/coral/modeling.py",
+    ],
     "get_input_embeddings": ["target.py"],
-    "get_output_embeddings": ["drafters/coral/modeling.py", "target.py"],
-    "_attn_implementation": ["target.py"],
-    "DynamicCache": ["target.py"],
-    "DynamicLayer": ["decoding/continuation.py", "decoding/ragged_cache.py", "target.py"],
+    "get_output_embeddings": [
+        "decoding/guard/target.py",
+        "drafters/coral/modeling.py",
+        "target.py",
+    ],
+    "_attn_implementation": ["decoding/guard/target.py"],
+    "DynamicCache": ["decoding/guard/target.py", "target.py"],
+    "DynamicLayer": ["decoding/continuation.py", "decoding/ragged_cache.py"],
 }
 
 

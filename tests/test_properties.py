@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from coral_hf import CoralDrafter
 from coral_hf.decoding.continuation import CACHE
+from coral_hf.decoding.guard import CHAIN, Judgement
 
 VOCAB = 12  # small, so that a random drafter is often right
 PAD = 0
@@ -141,9 +142,9 @@ def test_any_mask_positions_and_chunks_give_the_tokens_of_the_target_alone(
     batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     settings_ = {"do_sample": False, "max_new_tokens": 12}
     expected = target.generate(**batch, **settings_)
-    obstacle = "it is to draft in chains" if is_chain else None
+    way = Judgement(CHAIN, ("a test",)) if is_chain else Judgement()
     tree = {**tree, "tree_top_k": 1} if is_chain else tree
-    with mock.patch("coral_hf.decoding.settings.tree_obstacle", return_value=obstacle):
+    with mock.patch("coral_hf.decoding.generate.accept_target", return_value=way):
         out = target.generate(
             **batch, **settings_, **tree, assistant_model=drafter, prefill_chunk_size=chunk
         )

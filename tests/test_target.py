@@ -22,19 +22,18 @@ from transformers import (
 
 from coral_hf import CoralConfig
 from coral_hf.decoding.drafting import DraftTree
+from coral_hf.decoding.guard import CHAIN, REFUSED, TREE, accept_target, judge_target
 from coral_hf.decoding.target_runner import TargetRunner
 from coral_hf.identity import check_tokenizer, tokenizer_hash
 from coral_hf.target import (
     FEATURE,
     Target,
-    cache_obstacle,
     check_target,
     may_scale,
     read_features,
     read_scales,
     read_target,
     sliding_windows,
-    tree_obstacle,
 )
 
 # the parent of each node; down to depth 6, and with more rows than a window
@@ -136,10 +135,9 @@ def test_a_target_without_an_lm_head_raises():
 
 def test_a_target_of_several_hidden_states_a_token_raises():
     model = tiny_target("llama")
-    config = CoralConfig.from_target(model.config)
     model.config.altup_num_inputs = 4  # as Gemma 3n's
     with pytest.raises(ValueError, match="has 4 hidden states per token"):
-        check_target(config, model)
+        accept_target(model)
 
 
 def test_a_target_of_another_family_warns_and_one_of_another_name_does_not(caplog):
@@ -197,15 +195,14 @@ def test_a_drafter_that_remembers_no_tokenizer_takes_any():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_takes_trees_and_drops_rejected_tokens(family):
     model = tiny_target(family)
-    assert tree_obstacle(model) is None
-    assert cache_obstacle(model) is None
+    assert judge_target(model).way == TREE
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "llama4", "gpt_neo"])
 @torch.no_grad()
 def test_a_target_scores_each_node_as_the_text_that_ends_there_or_names_an_obstacle(name):
     model, text, tree = any_target(name), make_text(2 * WINDOW + 3), make_tree()
-    if tree_obstacle(model) is not None:
+    if judge_target(model).way != TREE:
         return
     runner = TargetRunner(bind(model), takes_tree=True, layers=(-1,))
     runner.prefill(text, {"use_cache": True})
@@ -228,31 +225,34 @@ def test_a_target_scores_each_node_as_the_text_that_ends_there_or_names_an_obsta
     ],
 )
 def test_a_target_that_cannot_tell_siblings_apart_names_its_obstacle(name, said):
-    assert said in (tree_obstacle(any_target(name)) or "none")
+    judgement = judge_target(any_target(name))
+    assert judgement.way < TREE and any(said in reason for reason in judgement.reasons)
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
 def test_an_attention_that_takes_no_float_mask_is_an_obstacle(attention):
     model = tiny_target("llama")
     model.config._attn_implementation = attention
-    assert repr(attention) in tree_obstacle(model)
+    judgement = judge_target(model)
+    assert judgement.way == CHAIN and repr(attention) in judgement.obstacle
 
 
 def test_eager_attention_takes_trees():
     model = AutoModelForCausalLM.from_config(
         tiny_target("llama").config, attn_implementation="eager"
     )
-    assert tree_obstacle(model) is None
+    assert judge_target(model).way == TREE
 
 
 @pytest.mark.parametrize("name", ["mamba", "recurrent_gemma"])
 def test_a_recurrent_state_cannot_drop_rejected_tokens(name):
-    assert "cannot drop rejected tokens" in cache_obstacle(any_target(name))
+    judgement = judge_target(any_target(name))
+    assert judgement.way == REFUSED and "cannot drop rejected tokens" in judgement.obstacle
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt", "falcon_alibi", "gpt_neo", "llama4"])
 def test_a_target_without_trees_may_still_take_chains(name):
-    assert cache_obstacle(any_target(name)) is None
+    assert judge_target(any_target(name)).way == CHAIN
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from coral_hf import CoralDrafter
 from coral_hf.decoding.continuation import CACHE
+from coral_hf.decoding.guard import CHAIN, Judgement
 
 PAD = 0
 NEW = 8
@@ -200,7 +201,8 @@ def test_a_mask_of_any_type_is_taken(target, drafter, dtype):
 def _shape(request, monkeypatch):
     """The same target as one that takes trees, and as one that takes chains only."""
     if request.param == "chain":
-        monkeypatch.setattr("coral_hf.decoding.settings.tree_obstacle", lambda model: "a test")
+        chain = Judgement(CHAIN, ("a test",))
+        monkeypatch.setattr("coral_hf.decoding.generate.accept_target", lambda model: chain)
         monkeypatch.setitem(TREE, "tree_top_k", 1)
 
 

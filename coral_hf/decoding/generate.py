@@ -29,13 +29,13 @@ from ..target import read_target, sliding_windows
 from .continuation import CACHE, MEMORY, continued_cache, is_user_cache, returned_cache
 from .draft_policy import choose_policy
 from .drafting import Family, family_of, family_options
+from .guard import accept_call, accept_target
 from .loop import CoralGenerateOutput, DecodingLoop, Plan
 from .sequences import Sequences
 from .settings import (
     DECODING_KEYWORDS,
     TREE_DEFAULTS,
     Settings,
-    check_call,
     check_rule,
     choose_rule,
     choose_shape,
@@ -140,14 +140,17 @@ class BoundDrafter:
     ) -> Tensor | CoralGenerateOutput:
         """Decode what `generate` has prepared for the target: `input_ids` are (batch, length)."""
         config, criteria = generation_config, stopping_criteria
-        check_call(model, input_ids, config, model_kwargs)
+        judgement = accept_target(model)
         # how trees are drafted and verified
         own, settings = getattr(self.drafter, "generation_config", None), self.settings
         defaults: Settings = {
             name: getattr(own, name, TREE_DEFAULTS.get(name)) for name in DECODING_KEYWORDS
         }
         rule = choose_rule(config.do_sample, defaults, settings)
-        shape, takes_tree = choose_shape(model, defaults, settings, rule)
+        judgement &= accept_call(
+            model, input_ids, config, model_kwargs, logits_processor, criteria, rule
+        )
+        shape, takes_tree = choose_shape(judgement.obstacle, defaults, settings, rule)
         pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
         watchers = logits_processor, criteria, self.streamer
         sequences = Sequences(input_ids, *watchers, pad, not takes_tree)

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..decoding.guard import TREE, judge_target
 from ..decoding.settings import TREE_DEFAULTS
-from ..target import tree_obstacle
 from .calls import ROUND_STAGES, Bench, Call, sampling_arguments
 from .prompts import Prompt, encode, left_padded
 
@@ -84,7 +84,7 @@ def autotune(
     base = target.get_base_model() if hasattr(target, "get_base_model") else target
     own = drafter.generation_config
     tree = {name: getattr(own, name, value) for name, value in TREE_DEFAULTS.items()}
-    if tree_obstacle(base) is not None:  # a chain has a depth and nothing else
+    if judge_target(base).way != TREE:  # a chain has a depth and nothing else
         tree = {"tree_depth": tree["tree_depth"]}
     ids = cycle(_encode(prompt, tokenizer).to(target.device) for prompt in prompts)
     end = time.perf_counter() + max_seconds

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ..decoding.drafting import family_of
-from ..target import Target, tree_obstacle
+from ..decoding.guard import TREE, judge_target
+from ..target import Target
 from .prompts import left_padded
 
 COUNTS = ("round_lengths", "num_rounds", "num_levels", "num_nodes")  # of `DecodingStats`
@@ -236,7 +237,7 @@ def decoded_rounds(
         batch_size: prompts that are answered at once, where the target verifies trees.
     """
     # where it does not, the rows of a batch wait for each other
-    size = batch_size if tree_obstacle(target.model) is None else 1
+    size = batch_size if judge_target(target.model).way == TREE else 1
     pad = drafter.config.pad_token_id or 0
     arguments = sampling_arguments(temperature, max_new_tokens)
     arguments |= {"assistant_model": drafter, "speculation": "always", "pad_token_id": pad}

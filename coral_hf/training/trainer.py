@@ -14,6 +14,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, set_seed
 
+from ..decoding.guard import accept_target
 from ..drafters.coral.modeling import CoralDrafter
 from ..identity import check_tokenizer, tokenizer_hash
 from ..target import check_target, read_target
@@ -68,6 +69,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         peft_config: PeftConfig | None = None,
         **kwargs,
     ):
+        accept_target(target_model)
         check_target(model.config, target_model)
         if args.use_liger_kernel:
             check_liger(args)

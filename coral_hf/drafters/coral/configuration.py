@@ -128,9 +128,10 @@ class CoralConfig(PreTrainedConfig):
             "target_revision": getattr(target_config, "_commit_hash", None)
             or cached_commit(target_config._name_or_path),
             "target_model_type": target_config.model_type,
-            "bos_token_id": _first(text.bos_token_id),
-            "eos_token_id": text.eos_token_id,
-            "pad_token_id": text.pad_token_id,
+            # CodeGen's config has no pad token at all
+            "bos_token_id": _first(getattr(text, "bos_token_id", None)),
+            "eos_token_id": getattr(text, "eos_token_id", None),
+            "pad_token_id": getattr(text, "pad_token_id", None),
         }
         return cls(**{**fields, **overrides})
 

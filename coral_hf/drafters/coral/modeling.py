@@ -30,6 +30,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import cached_file
 
 from ...atomic import write_json
+from ...decoding.guard import accept_target
 from ...decoding.settings import TREE_DEFAULTS
 from ...heads.collection import DraftHeads
 from ...lm_head import execution_device
@@ -95,8 +96,10 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
         after a stage has trained it.
 
         Raises:
-            ValueError: for a draft head that has to be counted or trained first.
+            ValueError: for a target that cannot take a drafter; for a draft head that has to be
+                counted or trained first.
         """
+        accept_target(target)
         if heads := sorted({"draft_head", "num_hot_tokens", "head_rank"} & overrides.keys()):
             raise ValueError(
                 f"{heads} would name a draft head that has learned nothing; make the drafter, then"

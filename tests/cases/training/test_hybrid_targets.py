@@ -2,14 +2,12 @@
 
 import logging
 
-import pytest
 import torch
 from conftest import any_target
 
 ROWS = [{"input_ids": [*range(20)], "labels": [*range(20)], "attention_mask": [1] * 20}]
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="nothing is said until `generate`")
 def test_what_generate_will_refuse_is_said_before_training(trainer_of, caplog, monkeypatch):
     for name in ("transformers", "coral_hf"):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)

@@ -1,0 +1,69 @@
+"""Ways to draft, and what is known of one thing that a target or a call may have.
+
+In: findings, each an `Entry` of a table. Out: a `Judgement`, in which the lowest way wins.
+"""
+
+from collections.abc import Iterable
+from enum import IntEnum
+from typing import NamedTuple
+
+
+class Way(IntEnum):
+    """How a call drafts; a lower way is the safer one."""
+
+    REFUSED = 0
+    CHAIN = 1
+    TREE = 2
+
+
+REFUSED, CHAIN, TREE = Way
+
+
+class Entry(NamedTuple):
+    """What is known of one thing that a target or a call may have."""
+
+    way: Way  # the highest that is exact
+    reason: str  # why it is safe, or what is unsafe; `{name}` stands for what was found
+    remedy: str = ""  # what to do instead
+    test: str = ""  # the test that holds it
+
+    def said(self, name: object = "") -> str:
+        """The reason and the remedy, of what was found."""
+        parts = [self.reason.format(name=name), self.remedy.format(name=name)]
+        return "; ".join(part for part in parts if part)
+
+
+class Judgement(NamedTuple):
+    """What a target or a call allows, and what its rounds need."""
+
+    way: Way = TREE
+    reasons: tuple[str, ...] = ()  # of all that holds it below a tree, the lowest way first
+    notes: tuple[str, ...] = ()  # what is true of the output, said once in a process
+    # whether rounds pass through the target's own preparation of inputs
+    needs_own_preparation: bool = False
+    switch_lengths: tuple[int, ...] = ()  # lengths of a sequence at which its positions change
+    keeps_rows: bool = False  # whether rows that have ended stay in the pass
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why no tree can be verified, if none can."""
+        return None if self.way == TREE else self.reasons[0]
+
+    def __and__(self, other: "Judgement") -> "Judgement":
+        """What two judgements allow together."""
+        both = sorted((self, other), key=lambda one: one.way)
+        return Judgement(
+            both[0].way,
+            both[0].reasons + both[1].reasons,
+            self.notes + other.notes,
+            self.needs_own_preparation or other.needs_own_preparation,
+            tuple(sorted({*self.switch_lengths, *other.switch_lengths})),
+            self.keeps_rows or other.keeps_rows,
+        )
+
+
+def judge(findings: Iterable[tuple[object, Entry]]) -> Judgement:
+    """The judgement of all that was found, each with its name."""
+    low = [(entry.way, entry.said(name)) for name, entry in findings if entry.way < TREE]
+    low = sorted(dict.fromkeys(low), key=lambda one: one[0])
+    return Judgement(low[0][0] if low else TREE, tuple(said for _, said in low))

@@ -1,0 +1,35 @@
+"""The page of the docs that lists all tables of the guard, as Markdown."""
+
+from . import call_tables, target_tables
+from .entries import Entry, Way
+
+HEAD = """\
+# What is drafted, and what is refused
+
+The output of `target.generate(..., assistant_model=drafter)` is the target's own. Before the first
+pass, a guard looks up what target and call have, and decides: a **tree** where it is exact, else a
+**chain**, else the call is **refused** with a `ValueError` that names the reason. The lowest of all
+that applies wins, and what is in no table is refused or tried. `CoralDrafter.from_target` and
+`CoralTrainer` ask the same guard: nobody trains a drafter for a target that `generate` refuses.
+
+Each line names the test that holds it. `python -m coral_hf.decoding.guard > docs/guard.md` writes
+this page.
+"""
+WORDS = {Way.TREE: "tree", Way.CHAIN: "chain", Way.REFUSED: "refused"}
+
+
+def guard_page() -> str:
+    """The page."""
+    tables = {**target_tables.TABLES, **call_tables.TABLES}
+    return HEAD + "".join(_section(title, table) for title, table in tables.items())
+
+
+def _section(title: str, table: dict[str, Entry]) -> str:
+    lines = [_line(name, entry) for name, entry in table.items()]
+    return f"\n## {title}\n\n| | drafts | because | test |\n|---|---|---|---|\n" + "".join(lines)
+
+
+def _line(name: str, entry: Entry) -> str:
+    said = entry.said(name).replace("|", "\\|")
+    shown = name.replace("|", "\\|")
+    return f"| `{shown}` | {WORDS[entry.way]} | {said} | `{entry.test}` |\n"

@@ -1,0 +1,116 @@
+"""Judgement of a target: whether it verifies trees, chains, or takes no drafter.
+
+In: any model of transformers, as it is. Out: a `Judgement` by the tables; what is in none of them
+is refused.
+"""
+
+from collections.abc import Iterator
+
+from torch import distributed
+from torch.distributed.fsdp import FSDPModule
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.integrations.fsdp import is_fsdp_managed_module
+
+from ...target import takes_positions, text_config
+from . import target_tables as tables
+from .entries import REFUSED, Entry, Judgement, judge
+
+# methods by which a target prepares the inputs of each pass
+PREPARATION = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+
+Findings = Iterator[tuple[object, Entry]]
+
+
+def judge_target(model: PreTrainedModel) -> Judgement:
+    """Judge whether and how a drafter can draft for a target.
+
+    Args:
+        model: any model of transformers, or one in a `PeftModel`.
+    """
+    adapters = judge(_adapters(model))
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = adapters & judge(_structure(model))
+    if found.way == REFUSED:  # the rest may not be there to look at
+        return found
+    found &= judge([*_cache_layers(model), *_attention(model), *_layer_types(model)])
+    return found._replace(needs_own_preparation=_needs_own_preparation(model))
+
+
+def accept_target(model: PreTrainedModel) -> Judgement:
+    """Judge a target, and raise a ValueError if it cannot take a drafter."""
+    judgement = judge_target(model)
+    if judgement.way == REFUSED:
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        raise ValueError(
+            f"The target {type(model).__name__} cannot take a drafter: {judgement.reasons[0]}."
+        )
+    return judgement
+
+
+def judge_placement(model: PreTrainedModel) -> Judgement:
+    """Judge whether this process alone can run a target's passes, as rounds need.
+
+    Processes that each hold a shard of it would run different numbers of passes, and wait for each
+    other's weights.
+    """
+    # FSDP2 may wrap only a target's layers; ZeRO-3 marks the weights that it shards
+    is_sharded = (
+        is_fsdp_managed_module(model)
+        or any(isinstance(module, FSDPModule) for module in model.modules())
+        or any(hasattr(weight, "ds_id") for weight in model.parameters())
+    )
+    count = distributed.get_world_size() if distributed.is_initialized() else 1
+    return judge([(count, tables.PLACEMENT["sharded"])] if is_sharded and count > 1 else [])
+
+
+def _adapters(model: PreTrainedModel) -> Findings:
+    # where PEFT learns a prompt, it replaces this method of the target for the time of a call
+    prepare = getattr(model, "prepare_inputs_for_generation", None)
+    around = getattr(getattr(prepare, "__self__", model), "active_peft_config", None)
+    if around is not None and around.is_prompt_learning:
+        yield around.peft_type.value, tables.ADAPTERS["prompt learning"]
+    within = getattr(model, "peft_config", {}).values()
+    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in within):
+        yield "aLoRA", tables.ADAPTERS["aLoRA"]
+
+
+def _structure(model: PreTrainedModel) -> Findings:
+    entries, text = tables.STRUCTURE, text_config(model)
+    if model.config.is_encoder_decoder:
+        yield "", entries["encoder-decoder"]
+    if model.get_output_embeddings() is None:
+        yield "", entries["no LM head"]
+    streams = getattr(text, "altup_num_inputs", 1)
+    if streams != 1:
+        yield streams, entries["streams"]
+    if model._is_stateful:
+        yield "", entries["recurrent state"]
+    if not takes_positions(model.forward):
+        yield "", entries["no position_ids"]
+    if getattr(text, "alibi", False):
+        yield "", entries["alibi"]
+    if "local" in getattr(text, "attention_layers", ()):  # GPT-Neo
+        yield "", entries["local attention"]
+
+
+def _cache_layers(model: PreTrainedModel) -> Findings:
+    for name in sorted(
+        {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
+    ):
+        yield name, tables.CACHE_LAYERS.get(name, tables.UNKNOWN_CACHE_LAYER)
+
+
+def _attention(model: PreTrainedModel) -> Findings:
+    name = model.config._attn_implementation
+    yield name, tables.ATTENTION.get(name, tables.UNKNOWN_ATTENTION)
+
+
+def _layer_types(model: PreTrainedModel) -> Findings:
+    for name in sorted(set(getattr(text_config(model), "layer_types", None) or ())):
+        yield name, tables.LAYER_TYPES.get(name, tables.UNKNOWN_LAYER_TYPE)
+
+
+def _needs_own_preparation(model: PreTrainedModel) -> bool:
+    """Whether a target prepares the inputs of its passes in a way of its own."""
+    own = [getattr(getattr(model, name), "__func__", None) for name in PREPARATION]
+    return own != [getattr(GenerationMixin, name) for name in PREPARATION]

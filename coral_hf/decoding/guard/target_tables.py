@@ -1,0 +1,116 @@
+"""What targets may have, by aspect: whether a tree is exact with it, a chain, or nothing.
+
+Each table maps a name, as transformers or PEFT spells it, to an `Entry`.
+"""
+
+from .entries import CHAIN, REFUSED, TREE, Entry
+
+Table = dict[str, Entry]
+
+_FAMILIES = "test_greedy_tokens_equal_the_target_alone"
+_CHAINS = "test_a_target_without_trees_keeps_its_own_text_in_chains"
+_SIBLINGS = "test_a_target_that_cannot_tell_siblings_apart_names_its_obstacle"
+_RECURRENT = "test_a_recurrent_target_is_refused"
+_MASKS = "test_an_attention_that_takes_no_float_mask_is_an_obstacle"
+_PLACES = "test_an_adapter_that_looks_at_the_place_of_a_token_is_refused"
+
+_NO_MASK = Entry(CHAIN, "its attention {name!r} takes no 4-D mask", test=_MASKS)
+_DROPS_NOTHING = Entry(
+    REFUSED,
+    "its cache has layers of kind {name}, which cannot drop rejected tokens",
+    test=_RECURRENT,
+)
+_OTHER_SLOTS = Entry(
+    CHAIN, "its layers of type {name} attend to other slots than a mask allows", test=_SIBLINGS
+)
+
+# functions of the target's attention
+ATTENTION: Table = {
+    "eager": Entry(TREE, "adds the float mask of a tree to its scores", test=_FAMILIES),
+    "sdpa": Entry(TREE, "adds the float mask of a tree to its scores", test=_FAMILIES),
+    "flash_attention_2": _NO_MASK,
+    "flash_attention_3": _NO_MASK,
+    "flash_attention_4": _NO_MASK,
+    "flex_attention": _NO_MASK,
+}
+
+# entries of `layer_types`
+LAYER_TYPES: Table = {
+    "full_attention": Entry(TREE, "its mask follows from positions alone", test=_FAMILIES),
+    "sliding_attention": Entry(TREE, "its mask follows from positions alone", test=_FAMILIES),
+    "chunked_attention": _OTHER_SLOTS,
+}
+
+# layers of the cache that transformers makes for the target
+CACHE_LAYERS: Table = {
+    "DynamicLayer": Entry(TREE, "drops rejected tokens at its end", test=_FAMILIES),
+    "DynamicSlidingWindowLayer": Entry(TREE, "holds the window and the tree", test=_FAMILIES),
+    "LinearAttentionLayer": _DROPS_NOTHING,
+    "LinearAttentionAndFullAttentionLayer": _DROPS_NOTHING,
+    "LinearAttentionAndSlidingWindowAttentionLayer": _DROPS_NOTHING,
+}
+
+# what a target is, beyond names in its config
+STRUCTURE: Table = {
+    "no position_ids": Entry(CHAIN, "its forward takes no `position_ids`", test=_SIBLINGS),
+    "alibi": Entry(
+        CHAIN,
+        "its positions are ALiBi biases, which follow the order of the KV slots",
+        test=_SIBLINGS,
+    ),
+    "local attention": Entry(
+        CHAIN, "the window of its local attention counts KV slots, not positions", test=_SIBLINGS
+    ),
+    "recurrent state": Entry(
+        REFUSED, "its recurrent state cannot drop rejected tokens", test=_RECURRENT
+    ),
+    "encoder-decoder": Entry(
+        REFUSED,
+        "it is an encoder-decoder",
+        "use a target that is a decoder alone",
+        test="test_an_odd_target_works_or_is_refused_with_its_name",
+    ),
+    "no LM head": Entry(
+        REFUSED,
+        "it has no LM head",
+        "load it with AutoModelForCausalLM",
+        test="test_a_target_without_an_lm_head_raises",
+    ),
+    "streams": Entry(
+        REFUSED,
+        "it has {name} hidden states per token (`altup_num_inputs`), and a drafter reads one",
+        test="test_a_target_of_several_hidden_states_a_token_raises",
+    ),
+}
+
+# adapters of PEFT
+ADAPTERS: Table = {
+    "prompt learning": Entry(
+        REFUSED, "its adapter ({name}) puts virtual tokens before the prompt", test=_PLACES
+    ),
+    "aLoRA": Entry(
+        REFUSED, "its adapter (aLoRA) starts to act at a position in the sequence", test=_PLACES
+    ),
+}
+
+# how the target's weights lie; generation asks, training does not
+PLACEMENT: Table = {
+    "sharded": Entry(
+        REFUSED,
+        "its weights are sharded over {name} processes",
+        test="test_processes_that_share_out_a_targets_weights_do_not_draft",
+    ),
+}
+
+UNKNOWN_ATTENTION = Entry(CHAIN, "its attention {name!r} takes no 4-D mask", test=_MASKS)
+UNKNOWN_CACHE_LAYER = _DROPS_NOTHING
+UNKNOWN_LAYER_TYPE = _OTHER_SLOTS
+
+TABLES: dict[str, Table] = {
+    "Attention functions": ATTENTION,
+    "Layer types": LAYER_TYPES,
+    "Cache layers": CACHE_LAYERS,
+    "Structure": STRUCTURE,
+    "Adapters": ADAPTERS,
+    "Placement": PLACEMENT,
+}

@@ -1,0 +1,57 @@
+"""The guard's tables: every line has a reason and a test, and the page of the docs lists all."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from coral_hf.decoding.guard import (
+    CHAIN,
+    REFUSED,
+    TREE,
+    Entry,
+    Judgement,
+    call_tables,
+    target_tables,
+)
+from coral_hf.decoding.guard.entries import judge
+from coral_hf.decoding.guard.page import guard_page
+
+TESTS = Path(__file__).parent
+ENTRIES = [
+    pytest.param(name, entry, id=f"{title}: {name}")
+    for module in (target_tables, call_tables)
+    for title, table in module.TABLES.items()
+    for name, entry in table.items()
+]
+
+
+@pytest.fixture(scope="module")
+def names() -> set[str]:
+    """The names of all tests."""
+    return {
+        name
+        for path in TESTS.rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)\(", path.read_text(), re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize(("name", "entry"), ENTRIES)
+def test_every_entry_has_a_reason_and_names_a_test_that_exists(name, entry, names):
+    assert entry.way in (TREE, CHAIN, REFUSED)
+    assert entry.said(name) and "\n" not in entry.said(name)
+    assert entry.test in names
+
+
+def test_the_page_of_the_docs_is_what_the_tables_say():
+    page = (TESTS.parent / "docs" / "guard.md").read_text()
+    assert page == guard_page(), "run `python -m coral_hf.decoding.guard > docs/guard.md`"
+
+
+def test_the_lowest_way_of_all_that_was_found_wins():
+    found = [("a", Entry(TREE, "fine")), ("b", Entry(CHAIN, "no tree for {name}"))]
+    assert judge(found) == Judgement(CHAIN, ("no tree for b",))
+    both = judge(found) & judge([("c", Entry(REFUSED, "no {name}", "drop {name}"))])
+    assert both == Judgement(REFUSED, ("no c; drop c", "no tree for b"))
+    assert both.obstacle == "no c; drop c"
+    assert judge([]).obstacle is None
