@@ -346,8 +346,8 @@ def test_settings_about_anything_but_tokens_change_no_token(target, drafter, arg
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_beams": 2}, "beam_search. Set num_beams=1"),
-        ({"num_beams": 2, "do_sample": True}, "beam_sample. Set num_beams=1"),
+        ({"num_beams": 2}, "beam_search; set num_beams=1"),
+        ({"num_beams": 2, "do_sample": True}, "beam_sample; set num_beams=1"),
         ({"penalty_alpha": 0.6}, "contrastive_search"),
         ({"dola_layers": "low"}, "dola_generation"),
         ({"prompt_lookup_num_tokens": 3}, "pass one of them"),

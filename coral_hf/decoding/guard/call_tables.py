@@ -15,8 +15,8 @@ MODES: Table = {
     ),
     "mode": Entry(
         REFUSED,
-        "A CORAL drafter works with greedy search and sampling, but the call asks for {name}.",
-        "Set num_beams=1 and leave out penalty_alpha, dola_layers and constraints, or drop"
+        "A CORAL drafter works with greedy search and sampling, but the call asks for {name}",
+        "set num_beams=1 and leave out penalty_alpha, dola_layers and constraints, or drop"
         " `assistant_model`",
         test=_REFUSED,
     ),

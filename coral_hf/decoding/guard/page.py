@@ -30,6 +30,6 @@ def _section(title: str, table: dict[str, Entry]) -> str:
 
 
 def _line(name: str, entry: Entry) -> str:
-    said = entry.said(name).replace("|", "\\|")
+    said = entry.said("…").replace("|", "\\|")
     shown = name.replace("|", "\\|")
     return f"| `{shown}` | {WORDS[entry.way]} | {said} | `{entry.test}` |\n"
