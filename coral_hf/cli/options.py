@@ -122,10 +122,9 @@ class MeasuredOptions(DrafterOptions, PromptOptions):
 
 def load_drafter(name: str, target):
     """Return a drafter in its target's dtype, on its device; an untrained one without a name."""
-    from transformers import AutoModel
-
     from .. import CoralDrafter
+    from ..decoding import generate
 
     if not name:
         return CoralDrafter.from_target(target).eval()
-    return AutoModel.from_pretrained(name, dtype=target.dtype).to(target.device).eval()
+    return generate.load_drafter(name, target)

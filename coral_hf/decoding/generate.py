@@ -2,7 +2,8 @@
 
 In: `target.generate(..., assistant_model=drafter)`. Out: the same call with our loop as its
 decoding method. transformers has no registry for assistants, so its public `generate` is wrapped
-once; calls without a CORAL drafter pass untouched.
+once; calls without a CORAL drafter pass untouched. So is the function by which a pipeline takes an
+`assistant_model`. Both take the folder or the Hub id of a drafter too.
 """
 
 import functools
@@ -10,10 +11,15 @@ import inspect
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from transformers import (
+    AutoConfig,
+    AutoModel,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
@@ -23,8 +29,10 @@ from transformers import (
     StopStringCriteria,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.pipelines import base as pipelines
 
 from ..identity import check_tokenizer
+from ..lm_head import execution_device
 from ..target import read_target, sliding_windows
 from .continuation import CACHE, MEMORY, continued_cache, is_user_cache, returned_cache
 from .draft_policy import choose_policy
@@ -43,33 +51,85 @@ from .settings import (
 )
 from .target_runner import OutputCollector, TargetRunner
 
+# by target: the name of the drafter that was loaded last, and what else it depends on; the drafter
+_NAMED: WeakKeyDictionary[PreTrainedModel, tuple[tuple, PreTrainedModel]] = WeakKeyDictionary()
+
 
 def install() -> None:
-    """Let `GenerationMixin.generate` take a CORAL drafter as `assistant_model`; once is enough."""
+    """Let `generate` and pipelines take a CORAL drafter as `assistant_model`; once is enough."""
     if is_installed():
         return
     plain, signature = GenerationMixin.generate, inspect.signature(GenerationMixin.generate)
+    plain_loading = pipelines.load_assistant_model
 
     @functools.wraps(plain)
     def generate(self, *args, **kwargs):
         call = signature.bind_partial(self, *args, **kwargs).arguments
+        if isinstance(call.get("assistant_model"), (str, Path)):
+            call["assistant_model"] = named_drafter(call["assistant_model"], self)
         if family_of(call.get("assistant_model")) is None:
             return plain(self, *args, **kwargs)
         return _generate_with_drafter(plain, {**call.pop("kwargs", {}), **call})
 
+    @functools.wraps(plain_loading)
+    def load_assistant_model(model, assistant_model, assistant_tokenizer):
+        drafter = assistant_model
+        if isinstance(drafter, str) and model.can_generate() and _is_drafter(drafter):
+            drafter = named_drafter(drafter, model)
+        if family_of(drafter) is None:
+            return plain_loading(model, assistant_model, assistant_tokenizer)
+        # a drafter has its target's tokens, whatever their special ones are called
+        if assistant_tokenizer is not None:
+            check_tokenizer(assistant_tokenizer, drafter.config)
+        return drafter, None
+
     vars(generate)["is_coral_door"] = True
     GenerationMixin.generate = generate
+    pipelines.load_assistant_model = load_assistant_model
 
 
 def uninstall() -> None:
-    """Give `GenerationMixin.generate` back as it was before `import coral_hf`."""
+    """Give `generate` and pipelines back as they were before `import coral_hf`."""
     if is_installed():
         GenerationMixin.generate = GenerationMixin.generate.__wrapped__
+        pipelines.load_assistant_model = pipelines.load_assistant_model.__wrapped__
 
 
 def is_installed() -> bool:
     """Whether `generate` takes a CORAL drafter as `assistant_model`."""
     return getattr(GenerationMixin.generate, "is_coral_door", False)
+
+
+def load_drafter(name: str | Path, target: PreTrainedModel) -> PreTrainedModel:
+    """Load a drafter from a folder or the Hub: in its target's dtype, where its LM head is."""
+    drafter = AutoModel.from_pretrained(name, dtype=target.dtype)
+    return drafter.to(execution_device(read_target(target).head.module)).eval()
+
+
+def named_drafter(name: str | Path, target: PreTrainedModel) -> PreTrainedModel:
+    """Return the drafter in a folder or on the Hub, which stays loaded as long as its target.
+
+    A folder is read again when a file in it has changed.
+
+    Raises:
+        ValueError: if it is no drafter.
+    """
+    stamps = [path.stat().st_mtime_ns for path in Path(name).glob("*")]
+    key = (str(name), max(stamps, default=None), target.dtype, target.device)
+    loaded = _NAMED.get(target)
+    if loaded is None or loaded[0] != key:
+        if not _is_drafter(name):
+            raise ValueError(
+                f"`assistant_model` is {str(name)!r}, which is no drafter of coral_hf. Load a small"
+                " model with AutoModelForCausalLM.from_pretrained, and pass the model."
+            )
+        _NAMED[target] = loaded = key, load_drafter(name, target)
+    return loaded[1]
+
+
+def _is_drafter(name: str | Path) -> bool:
+    """Whether a folder or a Hub id is one of a drafter of a registered family."""
+    return family_of(SimpleNamespace(config=AutoConfig.from_pretrained(name))) is not None
 
 
 def _without_wrapper(drafter: PreTrainedModel) -> PreTrainedModel:

@@ -11,7 +11,13 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from ..decoding.drafting import Drafting, DraftTree, TreeShape, Warp, register_drafting
 from ..target import Target, text_config
@@ -132,4 +138,5 @@ def best_pairs(
 
 AutoConfig.register(BigramConfig.model_type, BigramConfig, exist_ok=True)
 AutoModel.register(BigramConfig, BigramDrafter, exist_ok=True)
+AutoModelForCausalLM.register(BigramConfig, BigramDrafter, exist_ok=True)
 register_drafting(BigramConfig.model_type, BigramDrafting)
