@@ -22,21 +22,57 @@ Accept = Callable[[float], bool]
 
 
 class Chance:
-    """Where the draws of a verification come from; tests put every possible answer in its place."""
+    """Where all draws come from, in float64; tests put every possible answer in its place.
+
+    The one source is torch's generator of the CPU. Other devices have generators of their own, and
+    all of them have one seed after `torch.manual_seed`: a drafter and a target on two devices would
+    draw the same numbers. So each `Chance` seeds a generator there from the one source.
+    """
+
+    def __init__(self) -> None:
+        self._generators: dict[torch.device, torch.Generator] = {}
 
     def accept(self, chances: Tensor) -> Tensor:
         """Accept with the given probabilities, of shape (batch,), independently of each other."""
-        # in explicit precision: torch's default dtype may be a coarse one
-        uniform = torch.rand(chances.shape, device=chances.device, dtype=torch.float64)
+        device = chances.device
+        uniform = torch.rand(
+            chances.shape, dtype=torch.float64, device=device, generator=self._of(device)
+        )
         return uniform < chances
 
     def draw(self, probs: Tensor) -> Tensor:
         """A token of each distribution: (batch, vocab) → (batch,)."""
-        return torch.multinomial(probs, 1)[:, 0]
+        probs = probs.double()
+        mass = probs.cumsum(-1) if probs.device.type == "cpu" else None
+        # elsewhere sums in order are not deterministic; what is no distribution raises
+        if mass is None or not (mass[:, -1].isfinite() & (mass[:, -1] > 0)).all():
+            return torch.multinomial(probs, 1, generator=self._of(probs.device))[:, 0]
+        drawn = mass[:, -1:] * torch.rand(len(mass), 1, dtype=torch.float64, device="cpu")
+        # the first token whose mass lies beyond, which is never one of probability 0
+        return torch.searchsorted(mass, drawn, right=True)[:, 0].clamp(max=probs.shape[1] - 1)
+
+    def race(self, probs: Tensor) -> Tensor:
+        """Each p over an exponential draw of its own, (..., vocab), positive where p is.
+
+        In descending order they are draws without replacement (Kool et al. 2019, section 3, where
+        they are log p plus Gumbel noise).
+        """
+        noise = torch.empty(probs.shape, dtype=torch.float64, device=probs.device)
+        noise.exponential_(generator=self._of(probs.device))
+        return probs / noise.clamp_(min=torch.finfo(noise.dtype).tiny)
 
     def is_accepted(self, chance: float) -> bool:
         """Draw one answer: the `Accept` of the rules over lists, which reads no tensor."""
-        return float(torch.rand((), dtype=torch.float64)) < chance
+        return float(torch.rand((), dtype=torch.float64, device="cpu")) < chance
+
+    def _of(self, device: torch.device) -> torch.Generator | None:
+        """The generator of a device, None for the source itself."""
+        if device.type == "cpu":
+            return None
+        if device not in self._generators:
+            seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
+            self._generators[device] = torch.Generator(device).manual_seed(int(seed))
+        return self._generators[device]
 
 
 class Outcome(NamedTuple):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from .drafting import host_tensor
 from .ragged_cache import HIDDEN, RaggedCache, RaggedLayer
 
 # the keyword and the output of `generate` and of models: `past_key_values` before transformers 5.24
@@ -102,7 +103,7 @@ def join(parts: list[tuple[list[int], RaggedCache]]) -> RaggedCache:
 
     Keys and values are (rows, kv_heads, slots, head_dim).
     """
-    order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
+    order = host_tensor([row for rows, _ in parts for row in rows]).argsort()
     whole = RaggedCache([layer.window for layer in parts[0][1].layers])
     whole.set_recording(True)
     for index, layer in enumerate(whole.layers):

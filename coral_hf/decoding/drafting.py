@@ -11,7 +11,7 @@ joins with `register_drafting(model_type, factory)`.
     the root's children in order: 1, 2; node 1's: 3, 4; siblings do not see each other
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -21,6 +21,11 @@ PADDING = -1  # parent index of padding nodes
 
 # (rows, vocab) logits → the same after the call's warpers
 Warp = Callable[[Tensor], Tensor]
+
+
+def host_tensor(numbers: Sequence) -> Tensor:
+    """Whole numbers as a tensor of their shape on the CPU, whatever torch's default device."""
+    return torch.tensor(numbers, dtype=torch.long, device="cpu")
 
 
 class TreeShape(NamedTuple):

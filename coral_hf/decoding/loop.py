@@ -15,7 +15,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .continuation import CACHE
 from .draft_policy import DraftPolicy, RoundSample
-from .drafting import Drafting, DraftTree, TreeShape, root_only, with_padding
+from .drafting import Drafting, DraftTree, TreeShape, host_tensor, root_only, with_padding
 from .sequences import Sequences
 from .settings import Rule
 from .target_runner import OutputCollector, TargetOutput, TargetRunner
@@ -198,13 +198,13 @@ class DecodingLoop:
         if not rows:
             return
         tokens = [accepted.tokens[row] for row in rows]
-        counts = torch.tensor([len(row) for row in tokens])
+        counts = host_tensor([len(row) for row in tokens])
         new = int(counts.max())
         path = accepted.path[:, :new].to(features.device)
         if len(rows) < len(path):
             features, path = features[rows], path[rows]
         paired = features.gather(1, path[..., None].expand(-1, -1, features.shape[2]))
-        padded = torch.tensor([row + [0] * (new - len(row)) for row in tokens])
+        padded = host_tensor([row + [0] * (new - len(row)) for row in tokens])
         self.drafting.commit(padded.to(features.device), paired, counts)
 
     def lap(self, stage: str) -> float:
@@ -223,7 +223,7 @@ class DecodingLoop:
         if kept and len(kept) < len(rows):
             self.target.select(kept)
             if not self.policy.is_plain:
-                self.drafting.select(torch.tensor(kept))
+                self.drafting.select(host_tensor(kept))
             self.keep_memory = False  # the drafter forgets the rows that have ended
 
     def stop_drafting(self) -> None:

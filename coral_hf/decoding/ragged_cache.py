@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
+from .drafting import host_tensor
+
 HIDDEN = -1  # the position of a slot that no query attends to
 GROWTH = 128  # slots by which a buffer grows: a long text has little room that it never uses
 SLACK = 16  # slots that leave a sliding window before they are dropped, since dropping copies
@@ -172,7 +174,7 @@ class RaggedCache(Cache):
 
     def begin(self, batch: int, device: torch.device | None = None) -> None:
         """Forget which slots, of (batch, width), belong to whom; `append` comes next."""
-        self.positions = torch.empty(batch, 0, dtype=torch.long, device=device)
+        self.positions = torch.empty(batch, 0, dtype=torch.long, device=device or "cpu")
         self.ends = self.next_positions = self.positions.new_zeros(batch)
         self.lengths, self._is_padded = [0] * batch, [False] * batch
 
@@ -214,7 +216,7 @@ class RaggedCache(Cache):
             nodes = steps.expand(len(counts), -1)
         if nodes is not None:
             self._move(self.width + nodes.to(device), slots)
-        own, new = self.next_positions[:, None] + steps, torch.tensor(counts, device=device)
+        own, new = self.next_positions[:, None] + steps, host_tensor(counts).to(device)
         if self.is_even and min(counts) == kept:
             self.positions = torch.cat([self.positions, own], dim=1)
         else:
@@ -247,7 +249,7 @@ class RaggedCache(Cache):
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only some rows of the batch."""
-        index = torch.tensor(rows)  # of shape (kept,), on the CPU: it indexes tensors of any device
+        index = host_tensor(rows)  # of shape (kept,), on the CPU: it indexes tensors of any device
         self.lengths = [self.lengths[row] for row in rows]
         self._is_padded = [self._is_padded[row] for row in rows]
         self.positions, self.next_positions = self.positions[index], self.next_positions[index]

@@ -20,6 +20,8 @@ from transformers import generation as hf
 from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from .drafting import host_tensor
+
 # processors whose scores follow from the logits alone
 PREFIX_FREE = (
     hf.EpsilonLogitsWarper,
@@ -137,7 +139,7 @@ class Sequences:
 
     def last(self, rows: list[int]) -> Tensor:
         """The newest token of some rows after the prompt's, of shape (len(rows),), in int64."""
-        return torch.tensor([self._newest[row] for row in rows], device=self._buffer.device)
+        return host_tensor([self._newest[row] for row in rows]).to(self._buffer.device)
 
     @property
     def is_free(self) -> bool:
@@ -254,16 +256,16 @@ class Sequences:
         new = max(map(len, tokens))
         self._reserve(self.longest + new)
         padded = [row + [self.pad_token] * (new - len(row)) for row in tokens]
-        starts = torch.tensor([self.lengths[row] for row in rows])
-        places = (starts[:, None] + torch.arange(new)).to(self._buffer.device)
-        index_of_rows = torch.tensor(rows, device=self._buffer.device)[:, None]
+        starts = host_tensor([self.lengths[row] for row in rows])
+        places = (starts[:, None] + torch.arange(new, device="cpu")).to(self._buffer.device)
+        index_of_rows = host_tensor(rows).to(self._buffer.device)[:, None]
         self._buffer[index_of_rows, places] = self._buffer.new_tensor(padded)
         for index, row in enumerate(rows):
             self.lengths[row] += len(tokens[index])
             self._newest[row] = tokens[index][-1]
         if self._streamer is not None:  # of a single row
             for token in tokens[0]:
-                self._streamer.put(torch.tensor([token]))
+                self._streamer.put(host_tensor([token]))
         return tokens
 
     def end(self) -> None:

@@ -143,7 +143,7 @@ class TargetRunner:
         outputs = self._target.model(**inputs, return_dict=True)
         tokens = inputs["input_ids"]
         states = [outputs.hidden_states[layer] for layer in layers]
-        states = states or [torch.empty(*tokens.shape, 0, device=tokens.device)]
+        states = states or [tokens.new_empty(*tokens.shape, 0, dtype=outputs.logits.dtype)]
         return TargetOutput(
             outputs.logits,
             states[0] if len(states) == 1 else torch.cat(states, dim=-1),
@@ -216,7 +216,7 @@ class OutputCollector:
         self._hidden: list[list[ByLayer]] = [[] for _ in range(batch)]  # (1, hidden) by layer
         self._attentions: list[list[ByLayer]] = [[] for _ in range(batch)]  # (heads, 1, slots)
         # the pass over the prompts, which counts as the first token's
-        self.prompt = TargetOutput(torch.empty(0), torch.empty(0))
+        self.prompt = TargetOutput(*(torch.empty(0, dtype=torch.float32, device="cpu"),) * 2)
 
     def add(self, row: int, logits: Tensor, processed: Tensor) -> None:
         """Keep a token's logits and processed scores, each of shape (vocab,)."""

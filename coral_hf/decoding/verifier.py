@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .acceptance_rules import Chance, traversal
-from .drafting import PADDING, DraftTree
+from .drafting import PADDING, DraftTree, host_tensor
 from .sequences import Sequences
 from .target_runner import OutputCollector, TargetOutput
 
@@ -88,7 +88,7 @@ def verify_greedy(tree: DraftTree, logits: Tensor) -> Verdict:
     agrees[:, 0] = False
     # the first child that agrees, of each node; `nodes` stands for none, and is its own child
     ids = torch.arange(nodes, device=best.device).expand(batch, -1)
-    child = torch.full((batch, nodes + 1), nodes, device=best.device)
+    child = ids.new_full((batch, nodes + 1), nodes)
     child.scatter_reduce_(1, parents, ids.masked_fill(~agrees, nodes), "amin")
     path = [torch.zeros(batch, 1, dtype=torch.long, device=best.device)]
     for _ in range(tree.max_depth):
@@ -247,7 +247,7 @@ class Verifier:
                 break
         longest = max(map(len, path))
         padded = [nodes + [0] * (longest - len(nodes)) for nodes in path]
-        return Accepted(torch.tensor(padded, device=logits.device), accepted)
+        return Accepted(host_tensor(padded).to(logits.device), accepted)
 
     def _next_moves(
         self, tree: DraftTree, nodes: list[int], going: list[int], scores: Tensor
@@ -256,7 +256,7 @@ class Verifier:
 
         `nodes`: of each row; `going`: rows whose walk goes on; `scores`: theirs, (going, vocab).
         """
-        siblings = siblings_at(tree, torch.tensor(nodes, device=scores.device), going)
+        siblings = siblings_at(tree, host_tensor(nodes).to(scores.device), going)
         if self.rule == "greedy":
             step = Step(token := scores.argmax(-1), siblings.with_token(token))
         else:

@@ -77,9 +77,14 @@ class BigramDrafter(PreTrainedModel):
         # a pair of tokens is one number
         seen = torch.cat([text[:-1] * vocab_size + text[1:] for text in texts])
         frequent = torch.cat(texts).bincount(minlength=vocab_size).topk(top_k).indices
-        every = torch.arange(vocab_size)[:, None]
+        every = torch.arange(vocab_size, device=frequent.device)[:, None]
         filling = (every * vocab_size + frequent).flatten()  # (vocab * top_k,)
-        weights = torch.cat([torch.ones(len(seen)), torch.full((len(filling),), UNSEEN_WEIGHT)])
+        weights = torch.cat(
+            [
+                seen.new_ones(len(seen), dtype=torch.float32),
+                filling.new_full((len(filling),), UNSEEN_WEIGHT, dtype=torch.float32),
+            ]
+        )
         drafter = cls(BigramConfig(vocab_size=vocab_size, top_k=top_k)).eval()
         pairs = best_pairs(torch.cat([seen, filling]), weights, vocab_size, top_k)
         drafter.successors, drafter.log_probs = pairs
@@ -125,14 +130,14 @@ def best_pairs(
         weights: (pairs,), summed over equal codes.
     """
     codes, index = codes.unique(return_inverse=True)
-    weights = torch.zeros(len(codes)).index_add_(0, index, weights)
+    weights = weights.new_zeros(len(codes)).index_add_(0, index, weights)
     heaviest = weights.argsort(descending=True, stable=True)
     order = heaviest[(codes[heaviest] // vocab_size).argsort(stable=True)]  # by first token
     codes, weights = codes[order], weights[order]
     first = codes // vocab_size
-    starts = torch.searchsorted(first, torch.arange(vocab_size))
-    best = starts[:, None] + torch.arange(top_k)  # (vocab, top_k)
-    totals = torch.zeros(vocab_size).index_add_(0, first, weights)
+    starts = torch.searchsorted(first, torch.arange(vocab_size, device=first.device))
+    best = starts[:, None] + torch.arange(top_k, device=first.device)  # (vocab, top_k)
+    totals = weights.new_zeros(vocab_size).index_add_(0, first, weights)
     return codes[best] % vocab_size, (weights[best] / totals[:, None]).log()
 
 

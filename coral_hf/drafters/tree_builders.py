@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..decoding.acceptance_rules import Chance
 from ..decoding.drafting import PADDING, DraftTree, TreeShape
 
 
@@ -49,7 +50,7 @@ class TreeBuilder:
         self._size = 0
         # (batch, beam), pool indices of the newest beam
         self._beam_nodes = torch.full_like(root, -1)[:, None]
-        self._beam_log_path = torch.zeros(root.shape[0], 1, device=root.device)
+        self._beam_log_path = torch.zeros(root.shape[0], 1, dtype=torch.float32, device=root.device)
 
     def add_level(self, tokens: Tensor, log_confidence: Tensor) -> Beam:
         """Add the children of the newest beam, and choose the next beam among them.
@@ -149,8 +150,9 @@ class SampledTreeBuilder:
         self._tokens = [root[:, None]]  # each (batch, nodes of a level)
         self._parents = [zeros]
         self._size, self._children, self._most = 1, 1, 1
+        self._chance = Chance()
         # (batch, nodes of the newest level): log-probability of the path; -inf for padding
-        self._log_path = torch.zeros(root.shape, device=root.device)[:, None]
+        self._log_path = torch.zeros(len(root), 1, dtype=torch.float32, device=root.device)
         self._expanded: list[tuple[Tensor, Tensor]] = []  # nodes (batch, families), and their q
 
     def best(self, families: int) -> Beam:
@@ -167,12 +169,10 @@ class SampledTreeBuilder:
             probs: (batch, families, vocab), q after each of them.
             children: of each; a q with fewer tokens gives as many as it has.
         """
-        # the largest of log q + Gumbel noise are draws in order (Kool et al. 2019, section 3)
-        noise = -torch.empty_like(probs).exponential_().log()
-        perturbed, tokens = (probs.log() + noise).topk(children, dim=2)
+        order, tokens = self._chance.race(probs).topk(children, dim=2)
         drawn = probs.gather(2, tokens)  # (batch, families, children)
         log_path = self._beam_log_path[..., None] + drawn.log()
-        is_node = (perturbed > float("-inf")) & (log_path > float("-inf"))
+        is_node = (order > 0) & (log_path > float("-inf"))
         parents = self._beam[..., None].expand_as(tokens).masked_fill(~is_node, PADDING)
         self._expanded.append((self._beam, probs))
         self._tokens.append(tokens.flatten(1))

@@ -166,7 +166,7 @@ class DraftHeads(nn.Module):
         """
         fields: dict[str, Any] = {"num_groups": num_groups, "num_active_groups": num_active_groups}
         if order is not None:
-            order = torch.as_tensor(order)
+            order = torch.as_tensor(order, device="cpu")
             check_order(order, self.config.vocab_size)
             fields |= {"grouping": grouping or "custom", "grouping_hash": order_hash(order)}
             order = order.to(dtype=torch.long, device="cpu").clone()
@@ -193,7 +193,7 @@ class DraftHeads(nn.Module):
             tokens: ids of shape (read,), the most frequent first; see
                 `coral_hf.training.grouping.most_frequent_first`.
         """
-        tokens = torch.as_tensor(tokens)
+        tokens = torch.as_tensor(tokens, device="cpu")
         check_token_ids("tokens", tokens, self.config.vocab_size)
         self.configure(num_hot_tokens=len(tokens), draft_head="frequency")
         self.hot_tokens = tokens.to(device=self._placement.device, dtype=torch.long).clone()

@@ -52,7 +52,7 @@ class Groups(NamedTuple):
     def group_of(self) -> Tensor:
         """Return the group of each token id, of shape (vocab,)."""
         if self.order is None:
-            return torch.arange(self.vocab_size) // self.size
+            return torch.arange(self.vocab_size, device="cpu") // self.size
         places = torch.empty_like(self.order)
         places[self.order] = torch.arange(self.vocab_size, device=self.order.device)
         return places // self.size

@@ -146,7 +146,9 @@ def in_feature_units(
 def _stream_size(target: PreTrainedModel, num_tokens: int = 64) -> float:
     """Measure the root mean square of the last layer's input, the median over random tokens."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(text_config(target).vocab_size, (1, num_tokens), generator=generator)
+    ids = torch.randint(
+        text_config(target).vocab_size, (1, num_tokens), generator=generator, device="cpu"
+    )
     device = target.get_decoder().device
     output = target.get_decoder()(ids.to(device), output_hidden_states=True, use_cache=False)
     stream = output.hidden_states[-2].float()  # (1, num_tokens, hidden)

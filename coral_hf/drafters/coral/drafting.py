@@ -199,7 +199,7 @@ class CoralDrafting:
     def _expand(self, beam: Beam, features: Tensor, seen: Tensor, depth: int) -> Tensor:
         """One drafter step over the beam: (batch, beam, hidden) features that its nodes predict."""
         parents = beam.parents[..., None].expand(-1, -1, features.shape[2])
-        depths = torch.full((1, 1), depth, device=seen.device)
+        depths = seen.new_full((1, 1), depth, dtype=torch.long)
         positions = self._cache.position_ids(depths)  # (batch, 1)
         mask = self._cache.mask(positions.expand(seen.shape[:2]), seen)
         return self._step(beam.tokens, features.gather(1, parents), positions, mask)

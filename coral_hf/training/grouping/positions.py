@@ -102,7 +102,9 @@ def trained_features(
     device, left = execution_device(target.head.module), max_tokens
     shuffled = iter(rows)
     if hasattr(rows, "__len__"):
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))  # (rows,)
+        order = torch.randperm(
+            len(rows), generator=torch.Generator("cpu").manual_seed(seed), device="cpu"
+        )  # (rows,)
         shuffled = (rows[row] for row in order.tolist())
     while left > 0 and (part := [*islice(shuffled, batch_size)]):
         batch = {name: tensor.to(target.device) for name, tensor in collate(part).items()}

@@ -79,7 +79,7 @@ def add_noise(features: Tensor, scale: float, process: int) -> Tensor:
     """
     if not scale:
         return features
-    seed = seed_of(int(torch.randint(2**40, ())), process)
+    seed = seed_of(int(torch.randint(2**40, (), device="cpu")), process)
     generator = torch.Generator(features.device).manual_seed(seed)
     noise = torch.empty_like(features)
     return features + noise.uniform_(-scale, scale, generator=generator)
