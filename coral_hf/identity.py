@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 from hashlib import sha256
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -92,20 +93,41 @@ def cached_commit(name: str) -> str | None:
     return os.path.basename(commit) if len(os.listdir(os.path.dirname(commit))) == 1 else None
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Compute the SHA-256 of a tokenizer's map from tokens to ids, on which a drafter depends."""
-    table = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
-    return sha256(table.encode()).hexdigest()
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase, num_tokens: int | None = None) -> str:
+    """Compute the SHA-256 of a tokenizer's map from tokens to ids, on which a drafter depends.
+
+    `num_tokens`: of the tokens with the lowest ids alone, as added tokens get the highest ones.
+    """
+    tokens = sorted(tokenizer.get_vocab().items())
+    if num_tokens is not None:
+        tokens = sorted(sorted(tokens, key=itemgetter(1))[:num_tokens])
+    return sha256(json.dumps(tokens, ensure_ascii=False).encode()).hexdigest()
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Raise a ValueError if a drafter was trained with another tokenizer."""
-    if getattr(config, "tokenizer_hash", None) not in (None, tokenizer_hash(tokenizer)):
+    """Raise a ValueError if a drafter was trained with another tokenizer.
+
+    One that has gained tokens since is the same: it maps the earlier ones to the same ids.
+    """
+    expected, size = (getattr(config, f"tokenizer_{name}", None) for name in ("hash", "size"))
+    sizes = {None, size}  # of drafters that an earlier version saved, the size is not known
+    if expected is not None and all(expected != tokenizer_hash(tokenizer, n) for n in sizes):
         raise ValueError(
             "The tokenizer that was passed maps tokens to other ids than the one that the drafter"
             f" was trained with ({config.target_name_or_path or 'unnamed target'}). Pass the"
             " target's own tokenizer."
         )
+
+
+def record_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Keep in a drafter's config which tokenizer it is for, unless it is known already.
+
+    Raises:
+        ValueError: if it is for another one.
+    """
+    check_tokenizer(tokenizer, config)
+    if config.tokenizer_hash in (None, own := tokenizer_hash(tokenizer)):
+        config.tokenizer_hash, config.tokenizer_size = own, len(tokenizer.get_vocab())
 
 
 class TargetIdentity(NamedTuple):

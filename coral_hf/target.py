@@ -179,20 +179,37 @@ def sliding_windows(model: PreTrainedModel) -> list[int | None]:
     return [layer.sliding_window if layer.is_sliding else None for layer in layers]
 
 
-def check_target(config: PreTrainedConfig, model: PreTrainedModel) -> None:
+def check_target(
+    config: PreTrainedConfig, model: PreTrainedModel, takes_other_vocabulary: bool = False
+) -> None:
     """Raise a ValueError if a drafter with `config` does not fit a target.
 
     What a target must be for any drafter is the guard's to say, `decoding.guard.accept_target`.
+
+    Args:
+        takes_other_vocabulary: whether the target may have gained or lost rows of its embedding
+            since, as it does where its tokenizer gained tokens or a padding was added.
     """
-    text = text_config(model)
+    text, is_same_type = (
+        text_config(model),
+        config.target_model_type in (None, model.config.model_type),
+    )
     for name in ("hidden_size", "vocab_size"):
         expected, found = getattr(config, name), getattr(text, name)
-        if expected != found:
-            raise ValueError(
-                f"`{name}` of the target is {found}, but the drafter was made for a target with"
-                f" {expected} ({config.target_name_or_path or 'unnamed'}). Use the drafter's own"
-                " target, or train a drafter for this one with CoralDrafter.from_target(target)."
+        if expected == found:
+            continue
+        if name == "vocab_size" and takes_other_vocabulary and is_same_type:
+            logger.warning_once(
+                f"`vocab_size` of the target is {found}, that of the drafter {expected}: the output"
+                " is still the target's own, and what the draft head does not know is not drafted."
+                " If this is another model than the drafter's own, expect few accepted tokens."
             )
+            continue
+        raise ValueError(
+            f"`{name}` of the target is {found}, but the drafter was made for a target with"
+            f" {expected} ({config.target_name_or_path or 'unnamed'}). Use the drafter's own"
+            " target, or train a drafter for this one with CoralDrafter.from_target(target)."
+        )
     _warn_of_other_target(model.config, config)
 
 

@@ -465,10 +465,6 @@ def test_an_empty_prompt_is_refused(target, drafter):
 
 
 def test_a_drafter_of_another_target_is_refused_by_field(target):
-    config = LlamaConfig(**{**target.config.to_dict(), "vocab_size": VOCAB + 1})
-    with pytest.raises(ValueError, match="`vocab_size` of the target is 40.*41"):
-        wider = CoralDrafter.from_target(LlamaForCausalLM(config))
-        target.generate(PROMPT, assistant_model=wider, max_new_tokens=2)
     config = LlamaConfig(**{**target.config.to_dict(), "hidden_size": 48, "head_dim": 12})
     with pytest.raises(ValueError, match="`hidden_size` of the target is 32.*48"):
         wider = CoralDrafter.from_target(LlamaForCausalLM(config))

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..drafters.coral.configuration import CoralConfig
 from ..drafters.coral.modeling import CoralDrafter
-from ..identity import tokenizer_hash
+from ..identity import record_tokenizer
 from ..target import Target, check_target, read_target
 from .eagle import (
     EMBEDDINGS,
@@ -83,7 +83,7 @@ def from_eagle(
     check_tensors(tensors, drafter.state_dict(), f"The EAGLE checkpoint {source}")
     drafter.load_state_dict(scale_embeddings(tensors, 1 / table_scale(bound)))
     if tokenizer is not None:
-        drafter.config.tokenizer_hash = tokenizer_hash(tokenizer)
+        record_tokenizer(tokenizer, drafter.config)
     is_local = Path(source).is_dir()  # a path of this machine means nothing elsewhere
     origin = (None, None) if is_local else (str(source), folder.name)
     drafter.training_record = [{"stage": "import", "source": origin[0], "revision": origin[1]}]

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -100,12 +101,14 @@ class BigramDrafting(Drafting):
     layers: tuple[int, ...] = ()
 
     def __init__(self, drafter: BigramDrafter, target: Target, memory: None = None) -> None:
-        if drafter.config.vocab_size != text_config(target.model).vocab_size:
-            raise ValueError(
-                f"The bigram table has {drafter.config.vocab_size} tokens, the target"
-                f" {text_config(target.model).vocab_size}; count it with the target's tokenizer."
-            )
-        self.table = [part.to(target.device) for part in (drafter.successors, drafter.log_probs)]
+        num_tokens = text_config(target.model).vocab_size
+        added = max(num_tokens - drafter.config.vocab_size, 0)
+        # a token that was added since has no successor, and one that is gone is none
+        successors = F.pad(drafter.successors, (0, 0, 0, added))
+        log_probs = F.pad(drafter.log_probs, (0, 0, 0, added), value=float("-inf"))
+        log_probs = log_probs.masked_fill(successors >= num_tokens, float("-inf"))
+        table = (successors.clamp(max=num_tokens - 1), log_probs)
+        self.table = [part.to(target.device) for part in table]
 
     def propose(self, root: Tensor, shape: TreeShape, warp: Warp | None = None) -> DraftTree:
         """Draft the most probable paths of the bigram chain below `root` (batch,)."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
@@ -70,6 +71,7 @@ class DraftHeads(nn.Module):
             self.low_rank = LowRank(config.hidden_size, config.head_rank)
         # copies of the target's head (vocab, hidden) in another order, or of some rows or channels
         self._grouped_rows, self._hot_rows, self._channels = (CachedTensor() for _ in range(3))
+        self._hot_tokens = CachedTensor()  # those that a target still has
 
     def bind(self, head: LMHead, name: str | None = None) -> DraftHead:
         """Return the draft head `name` (the config's by default) on a target's LM head.
@@ -98,12 +100,24 @@ class DraftHeads(nn.Module):
             return self._routed(head, part)
         if isinstance(part, LowRank):
             return self._low_rank(head, part)
-        rows = self._hot_rows.get([head.weight, part], lambda: head.weight.detach()[part])
-        return FrequencyHead(head, part, rows)  # (hot, hidden)
+        return self._frequency(head, part)
+
+    def _frequency(self, head: LMHead, hot: Tensor) -> DraftHead:
+        """Return the frequency head of tokens (hot,), of those that the target has."""
+        weight = head.weight
+        if len(weight) < self.config.vocab_size:
+            hot = self._hot_tokens.get([hot, weight], lambda: hot[hot < len(weight)])
+            if not len(hot):
+                return FullHead(head)
+        rows = self._hot_rows.get([weight, hot], lambda: weight.detach()[hot])
+        return FrequencyHead(head, hot, rows)  # (hot, hidden)
 
     def _routed(self, head: LMHead, router: Router) -> DraftHead:
-        """Return the routed head; its own rows are (vocab, hidden) with each group in one piece."""
-        weight = head.weight
+        """Return the routed head; its own rows are (vocab, hidden) with each group in one piece.
+
+        Where a target has lost rows since, it has rows of zeros, which are never drafted.
+        """
+        weight, vocab_size = head.weight, self.config.vocab_size
         is_cpu = self._placement.device.type == "cpu"  # there its output is checked instead
         if not is_cpu and not all(weight.isfinite().all() for weight in router.parameters()):
             logger.warning_once(
@@ -111,9 +125,15 @@ class DraftHeads(nn.Module):
             )
             return FullHead(head)
         order, rows = router.order, None
-        if order is not None and not has_kernel(weight):
-            rows = self._grouped_rows.get([weight, order], lambda: weight.detach()[order])
-        return RoutedHead(head, router, Routing.from_config(self.config), rows)
+        lost = max(vocab_size - len(weight), 0)
+        if lost or (order is not None and not has_kernel(weight)):
+
+            def grouped() -> Tensor:
+                padded = F.pad(weight.detach(), (0, 0, 0, lost))
+                return padded[:vocab_size] if order is None else padded[order]
+
+            rows = self._grouped_rows.get([weight, *([] if order is None else [order])], grouped)
+        return RoutedHead(head, router, Routing.from_config(self.config), rows, vocab_size)
 
     def _low_rank(self, head: LMHead, low_rank: LowRank) -> DraftHead:
         weight, up = head.weight, low_rank.up.weight  # (vocab, hidden), (hidden, rank)

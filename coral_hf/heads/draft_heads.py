@@ -20,6 +20,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.utils import logging
 
 from ..lm_head import LMHead
@@ -155,25 +156,37 @@ class RoutedHead:
     Args:
         weight: (vocab, hidden), the head's rows in the order of the groups; None reads the head's
             own, through the order where there is one.
+        vocab_size: tokens of the groups; the head's by default. A head that has more rows since
+            reads these alone; of one that has fewer, `weight` has rows for those that are gone.
     """
 
     def __init__(
-        self, head: LMHead, router: Router, routing: Routing, weight: Tensor | None = None
+        self,
+        head: LMHead,
+        router: Router,
+        routing: Routing,
+        weight: Tensor | None = None,
+        vocab_size: int | None = None,
     ):
         self.head = head
         self.router = router
         self.routing = routing
-        self.groups = router.groups_of(head.weight.shape[0])
-        self._weight = head.weight if weight is None else weight
+        self.num_rows = head.weight.shape[0]
+        vocab_size = vocab_size or self.num_rows
+        self.groups = router.groups_of(vocab_size)
+        self._own_weight = weight
+        self._weight = head.weight[:vocab_size] if weight is None else weight
         self._order = self.groups.order if weight is None else None
-        self._bias = head.bias
-        if head.bias is not None and weight is not None and self.groups.order is not None:
-            self._bias = head.bias[self.groups.order]
+        self._bias = None
+        if head.bias is not None:
+            self._bias = F.pad(head.bias, (0, vocab_size - self.num_rows))  # cuts where negative
+            if weight is not None and self.groups.order is not None:
+                self._bias = self._bias[self.groups.order]
 
     def by_node(self) -> "RoutedHead":
         """Return the same head for nodes that are each alone in their level, as in a chain."""
-        weight = None if self._weight is self.head.weight else self._weight
-        return RoutedHead(self.head, self.router, self.routing.by_node(), weight)
+        routing, size = self.routing.by_node(), self.groups.vocab_size
+        return RoutedHead(self.head, self.router, routing, self._own_weight, size)
 
     def children(self, features: Tensor, log_path: Tensor, top_k: int) -> Children:
         """Rank the children of features (batch, nodes, hidden); see [`DraftHead`].
@@ -181,7 +194,7 @@ class RoutedHead:
         A child's confidence is the router's mass of all that was read × its probability there; it
         is 0 for what fills up the children where fewer tokens were read.
         """
-        log_mass = self.router(features)  # (batch, nodes, groups)
+        log_mass = self._log_mass(features)
         if _is_nan(log_mass):
             return FullHead(self.head).children(features, log_path, top_k)
         active = self._choose(log_mass, log_path)
@@ -189,20 +202,29 @@ class RoutedHead:
         best, places = log_confidence.topk(min(top_k, log_confidence.shape[-1]))
         slots, offsets = places // self.groups.size, places % self.groups.size
         group = active.expand(-1, features.shape[1], -1).gather(2, slots)
-        return Children(self.groups.tokens(group, offsets), best)
+        tokens = self.groups.tokens(group, offsets)
+        return Children(tokens.clamp(max=self.num_rows - 1), best)
 
     def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
         """Compute the target's logits in the active groups, (batch, nodes, vocab)."""
-        log_mass = self.router(features)
+        log_mass = self._log_mass(features)
         if _is_nan(log_mass):
             return FullHead(self.head).logits(features, log_path)
         active = self._choose(log_mass, log_path)
         read = self._read(features, active)
-        offsets = torch.arange(self.groups.size, device=read.device)
-        tokens = self.groups.tokens(active[..., None], offsets).expand_as(read)
-        logits = read.new_full((*read.shape[:2], self.groups.vocab_size), float("-inf"))
+        tokens = self._tokens(active).clamp(max=self.num_rows - 1).expand_as(read)
+        logits = read.new_full((*read.shape[:2], self.num_rows), float("-inf"))
         # a place without a token stands for some other token, whose logit it must not overwrite
         return logits.scatter_reduce_(2, tokens.flatten(2), read.flatten(2), "amax")
+
+    def _log_mass(self, features: Tensor) -> Tensor:
+        """Log-mass of each group, (batch, nodes, groups); none of those without a token left."""
+        log_mass = self.router(features)
+        if self.num_rows >= self.groups.vocab_size:
+            return log_mass
+        groups = torch.arange(log_mass.shape[-1], device=log_mass.device)
+        is_gone = (self._tokens(groups) >= self.num_rows).all(-1)  # (groups,)
+        return log_mass.masked_fill(is_gone, float("-inf")).log_softmax(-1)
 
     def _choose(self, log_mass: Tensor, log_path: Tensor) -> Tensor:
         """Choose groups (batch, 1 or nodes, slots), see [`Routing`]; empty groups are left out."""
@@ -213,7 +235,14 @@ class RoutedHead:
         weight = self._weight
         features = features.to(weight.dtype)
         raw = group_logits(features, weight, active, self.groups.size, self._bias, self._order)
+        if self.num_rows < self.groups.vocab_size:  # the target has lost tokens
+            raw = raw.masked_fill(self._tokens(active) >= self.num_rows, float("-inf"))
         return self.head.finish(raw)
+
+    def _tokens(self, active: Tensor) -> Tensor:
+        """List the tokens of groups (…): (…, size)."""
+        offsets = torch.arange(self.groups.size, device=active.device)
+        return self.groups.tokens(active[..., None], offsets)
 
     @staticmethod
     def _confidence(logits: Tensor, log_mass: Tensor, active: Tensor) -> Tensor:

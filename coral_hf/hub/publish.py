@@ -12,7 +12,7 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers import PreTrainedTokenizerBase
 
 from ..drafters.coral.modeling import TRAINING_RECORD, CoralDrafter
-from ..identity import check_tokenizer, tokenizer_hash
+from ..identity import record_tokenizer
 from .card import CardFacts, Results, bring_card, check_results, read_results, write_card
 from .drafter_folder import finish_config, published_files, read_drafter, read_tokenizer
 from .repository import CARD, Branch
@@ -132,8 +132,7 @@ def _with_tokenizer(
     """
     if tokenizer is None:
         return facts
-    check_tokenizer(tokenizer, drafter.config)
-    drafter.config.tokenizer_hash = tokenizer_hash(tokenizer)
+    record_tokenizer(tokenizer, drafter.config)
     return facts._replace(has_chat_template=tokenizer.chat_template is not None)
 
 

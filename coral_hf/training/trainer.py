@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, set_seed
 
 from ..decoding.guard import accept_target
 from ..drafters.coral.modeling import CoralDrafter
-from ..identity import check_tokenizer, tokenizer_hash
+from ..identity import record_tokenizer
 from ..target import check_target, read_target
 from .adapters import is_adapted, with_adapter
 from .arguments import CoralTrainingArguments
@@ -74,8 +74,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         if args.use_liger_kernel:
             check_liger(args)
         if processing_class is not None:
-            check_tokenizer(processing_class, model.config)
-            model.config.tokenizer_hash = tokenizer_hash(processing_class)
+            record_tokenizer(processing_class, model.config)
             warn_of_other_ends(processing_class, target_model)
         self.target = read_target(target_model.eval().requires_grad_(False))
         self.step = training_step(model.config.model_type, self.target, args)

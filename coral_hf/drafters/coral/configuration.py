@@ -45,7 +45,8 @@ class CoralConfig(PreTrainedConfig):
         head_rank: channels of the low-rank head, `None` for a drafter without one.
         target_name_or_path, target_revision, target_model_type: the target that the drafter was
             made for.
-        tokenizer_hash: of the target's tokenizer, by `coral_hf.identity.tokenizer_hash`.
+        tokenizer_hash, tokenizer_size: of the target's tokenizer, by
+            `coral_hf.identity.tokenizer_hash`, and the number of its tokens; it may gain more.
 
     Example:
 
@@ -90,6 +91,7 @@ class CoralConfig(PreTrainedConfig):
     target_revision: str | None = None
     target_model_type: str | None = None
     tokenizer_hash: str | None = None
+    tokenizer_size: int | None = None
 
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ...decoding.drafting import DraftTree, TreeShape, Warp
 from ...decoding.ragged_cache import HIDDEN, RaggedCache
-from ...target import FEATURE, Target, check_target
+from ...target import FEATURE, Target, check_target, text_config
 from ..tree_builders import Beam, SampledTreeBuilder, TreeBuilder, plan_levels
 from .modeling import CoralDrafter
 
@@ -92,7 +92,7 @@ class CoralDrafting:
         memory: DrafterMemory | None = None,
         draft_head: str | None = None,
     ):
-        check_target(drafter.config, target.model)
+        check_target(drafter.config, target.model, takes_other_vocabulary=True)
         self.drafter = drafter
         self.target = target
         self.head = drafter.heads.bind(target.head, draft_head)
@@ -170,7 +170,7 @@ class CoralDrafting:
     def _choose(self, root: Tensor, shape: TreeShape) -> DraftTree:
         """The most confident nodes below `root` (batch,) (Li et al. 2024, sections 4.1 and 4.2)."""
         builder, features = TreeBuilder(root, shape), self._feature
-        top_k = min(shape.top_k, self.drafter.config.vocab_size)
+        top_k = min(shape.top_k, text_config(self.target.model).vocab_size)
         log_path = features.new_zeros(features.shape[:2], dtype=torch.float32)
         beam = builder.add_level(*self.head.children(features, log_path, top_k))
         seen: Tensor | None = None  # (batch, beam, nodes that were expanded)

@@ -1,0 +1,137 @@
+"""Drafters follow a target whose vocabulary has grown, shrunk or been padded since."""
+
+import pytest
+import torch
+from conftest import VOCAB, scatter_weights, tiny_target
+from scipy.stats import chisquare
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from coral_hf import CoralConfig, CoralDrafter
+from coral_hf.drafters.bigram import BigramDrafter
+from coral_hf.identity import check_tokenizer, record_tokenizer, tokenizer_hash
+from coral_hf.target import read_target
+
+PROMPTS = torch.tensor([[1, 2, 3], [4, 9, 5]])
+TREE = {"tree_depth": 3, "tree_top_k": 5, "tree_nodes": 16}
+# how many rows an embedding of `VOCAB` rows gets
+CHANGES = {
+    "gained": {"new_num_tokens": VOCAB + 3},
+    "padded": {"pad_to_multiple_of": 64},
+    "lost": {"new_num_tokens": VOCAB - 7},
+    "lost most": {"new_num_tokens": 12},
+}
+
+
+def routed(drafter, order):
+    drafter.heads.add_router(5, 2, order)
+    drafter.heads.configure(is_router_trained=True, draft_head="routed")
+
+
+# the heads of a drafter for a vocabulary of a size, and what reads them
+HEADS = {
+    "full": lambda drafter, target, size: None,
+    "frequency": lambda drafter, target, size: drafter.heads.add_frequency_head(
+        torch.arange(size).flip(0)[: size // 2]
+    ),
+    "low_rank": lambda drafter, target, size: drafter.heads.add_low_rank_head(
+        8, read_target(target).head
+    ),
+    "routed": lambda drafter, target, size: routed(drafter, None),
+    "routed by an order": lambda drafter, target, size: routed(drafter, torch.arange(size).flip(0)),
+}
+
+
+def resized_pair(head: str, change: dict, bias=False, size=VOCAB, **settings):
+    """A target whose embedding was resized after its drafter was made."""
+    torch.manual_seed(0)
+    target = tiny_target("llama", vocab_size=size, **settings)
+    if bias:
+        target.lm_head.bias = torch.nn.Parameter(torch.zeros(size, dtype=target.dtype))
+    if head == "bigram":
+        drafter = BigramDrafter.from_texts([torch.randint(size, (400,))], size, top_k=5)
+    else:
+        drafter = CoralDrafter.from_target(target).eval()
+        HEADS[head](drafter, target, size)
+    target.resize_token_embeddings(**change, mean_resizing=False)
+    scatter_weights(target)  # the new tokens are as probable as the old ones
+    return target, drafter
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("head", [*HEADS, "bigram"])
+@torch.no_grad()
+def test_greedy_tokens_equal_those_of_a_resized_target_alone(head, change):
+    # a bias of the LM head is grouped as its rows are
+    target, drafter = resized_pair(head, CHANGES[change], bias="routed" in head)
+    prompts = PROMPTS.clamp(max=target.config.vocab_size - 1)
+    given = {"do_sample": False, "max_new_tokens": 24}
+    expected = target.generate(prompts, **given)
+    for settings in (TREE, {"tree_top_k": 1}):
+        ours = target.generate(prompts, assistant_model=drafter, **given, **settings)
+        assert ours.equal(expected)
+
+
+@pytest.mark.parametrize("rule", ["chosen", "drawn"])
+@pytest.mark.parametrize("size", [9, 6], ids=["gained", "lost"])
+@pytest.mark.parametrize("head", HEADS)
+@torch.no_grad()
+def test_samples_fit_a_resized_target(head, size, rule):
+    sizes = {"size": 8, "bos_token_id": None, "pad_token_id": None}
+    target, drafter = resized_pair(head, {"new_num_tokens": size}, **sizes)
+    prompt = PROMPTS[:1]
+    first = target(prompt).logits[0, -1].softmax(-1)  # (vocab,)
+    texts = torch.cat([prompt.expand(size, -1), torch.arange(size)[:, None]], dim=1)
+    chances = first[:, None] * target(texts).logits[:, -1].softmax(-1)  # (vocab, vocab)
+    given = {"do_sample": True, "top_k": 0, "max_new_tokens": 2, "drawn_tree": rule == "drawn"}
+    texts = target.generate(
+        prompt, assistant_model=drafter, num_return_sequences=4000, **given, **TREE
+    )
+    counts = (texts[:, -2] * size + texts[:, -1]).bincount(minlength=size**2)
+    expected = chances.flatten() * 4000
+    is_frequent = expected >= 5
+    observed, expected = ([*x[is_frequent], x[~is_frequent].sum()] for x in (counts, expected))
+    assert float(chisquare(observed, expected).pvalue) > 1e-4
+
+
+def test_a_head_never_proposes_what_a_target_does_not_have():
+    target, drafter = resized_pair("routed by an order", CHANGES["lost"])
+    head = drafter.heads.bind(read_target(target).head)
+    features = torch.randn(1, 4, 32, dtype=torch.float64)
+    size, log_path = VOCAB - 7, torch.zeros(1, 4)
+    logits = head.logits(features, log_path)
+    children = head.children(features, log_path, 16)
+    assert logits.shape[-1] == size and logits.isfinite().any(-1).all()
+    assert children.tokens.max() < size and not children.log_confidence.isnan().any()
+
+
+def test_a_target_of_another_family_and_vocabulary_is_refused():
+    drafter = CoralDrafter.from_target(tiny_target("llama")).eval()
+    other = tiny_target("qwen3", vocab_size=VOCAB + 8)
+    with pytest.raises(ValueError, match="`vocab_size` of the target is 48"):
+        other.generate(PROMPTS, assistant_model=drafter, max_new_tokens=2)
+
+
+def make_tokenizer(*words: str) -> PreTrainedTokenizerFast:
+    vocab = {word: index for index, word in enumerate(words)}
+    core = Tokenizer(models.WordLevel(vocab, unk_token=words[0]))
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token=words[0])
+
+
+def test_a_tokenizer_that_has_gained_tokens_is_the_drafters_own():
+    config, tokenizer = CoralConfig(), make_tokenizer(*"cab")
+    record_tokenizer(tokenizer, config)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.add_tokens(["aa", "zz"])
+    check_tokenizer(tokenizer, config)
+    record_tokenizer(tokenizer, config)  # those that it was trained with stay known
+    assert config.tokenizer_hash == tokenizer_hash(make_tokenizer(*"cab"))
+    assert config.tokenizer_size == 3
+
+
+@pytest.mark.parametrize("words", ["acb", "ca", "cxbd"])
+def test_a_tokenizer_whose_first_tokens_are_others_is_refused(words):
+    config = CoralConfig()
+    record_tokenizer(make_tokenizer(*"cab"), config)
+    with pytest.raises(ValueError, match="maps tokens to other ids"):
+        check_tokenizer(make_tokenizer(*words), config)
