@@ -133,6 +133,13 @@ def test_longrope_keeps_its_factors():
     assert (rope["rope_type"], rope["long_factor"]) == ("longrope", [4.0] * 4)
 
 
+def test_layers_without_rotary_positions_leave_those_of_the_others():
+    sliding = {"rope_type": "default", "rope_theta": 500.0}
+    text = tiny_config("gemma3")
+    text.rope_parameters = {"full_attention": None, "sliding_attention": sliding}
+    assert CoralConfig.from_target(text).rope_parameters == sliding
+
+
 def test_a_drafter_of_a_partly_rotated_target_rotates_whole_heads():
     target = tiny_config("gpt_neox")
     assert target.rope_parameters["partial_rotary_factor"] == 0.25

@@ -152,7 +152,7 @@ def _field(text: PreTrainedConfig, *names: str) -> Any:
 
 def _sizes(text: PreTrainedConfig) -> dict:
     """Read the widths, heads and limits of a target's text config."""
-    heads = getattr(text, "num_attention_heads", None)
+    heads = _field(text, "num_attention_heads")
     if heads is None:
         raise ValueError(
             f"The target's config, {type(text).__name__}, has no attention heads; a CORAL drafter"
@@ -186,7 +186,9 @@ def _rope(text: PreTrainedConfig) -> dict | None:
     rope = getattr(text, "rope_parameters", None)
     if not rope:
         return None
-    rope = dict(rope.get("full_attention", rope))
+    kinds = [kind for kind in rope.values() if isinstance(kind, dict)]
+    # full attention may have no rotary positions at all, as in Beam
+    rope = dict(rope.get("full_attention") or next(iter(kinds), rope))
     if rope.get("rope_type", "default") == "default":
         # the drafter rotates whole heads; only the wavelengths follow the target
         rope.pop("partial_rotary_factor", None)
