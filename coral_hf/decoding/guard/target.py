@@ -14,6 +14,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from ...target import takes_positions, text_config
 from . import target_tables as tables
 from .entries import REFUSED, Entry, Judgement, judge
+from .foreign import foreign_findings, foreign_hooks, has_foreign_attention
 
 # methods by which a target prepares the inputs of each pass
 PREPARATION = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
@@ -33,7 +34,13 @@ def judge_target(model: PreTrainedModel) -> Judgement:
     if found.way == REFUSED:  # the rest may not be there to look at
         return found
     found &= judge([*_cache_layers(model), *_attention(model), *_layer_types(model)])
-    return found._replace(needs_own_preparation=_needs_own_preparation(model))
+    if found.way == REFUSED:
+        return found
+    found &= judge(foreign_findings(model))
+    return found._replace(
+        needs_own_preparation=_needs_own_preparation(model),
+        keeps_rows=bool(foreign_hooks(model)),
+    )
 
 
 def accept_target(model: PreTrainedModel) -> Judgement:
@@ -101,8 +108,9 @@ def _cache_layers(model: PreTrainedModel) -> Findings:
 
 
 def _attention(model: PreTrainedModel) -> Findings:
-    name = model.config._attn_implementation
-    yield name, tables.ATTENTION.get(name, tables.UNKNOWN_ATTENTION)
+    if not has_foreign_attention(model):
+        name = model.config._attn_implementation
+        yield name, tables.ATTENTION[name]
 
 
 def _layer_types(model: PreTrainedModel) -> Findings:

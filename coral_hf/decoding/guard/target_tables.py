@@ -15,6 +15,9 @@ _MASKS = "test_an_attention_that_takes_no_float_mask_is_an_obstacle"
 _PLACES = "test_an_adapter_that_looks_at_the_place_of_a_token_is_refused"
 
 _NO_MASK = Entry(CHAIN, "its attention {name!r} takes no 4-D mask", test=_MASKS)
+_PAGED = Entry(
+    REFUSED, "its attention {name!r} reads pages of a cache", "set another one", test=_MASKS
+)
 _DROPS_NOTHING = Entry(
     REFUSED,
     "its cache has layers of kind {name}, which cannot drop rejected tokens",
@@ -32,7 +35,69 @@ ATTENTION: Table = {
     "flash_attention_3": _NO_MASK,
     "flash_attention_4": _NO_MASK,
     "flex_attention": _NO_MASK,
+    "paged|eager": _PAGED,
+    "paged|sdpa": _PAGED,
+    "paged|flash_attention_2": _PAGED,
+    "paged|flash_attention_3": _PAGED,
+    "paged|flash_attention_4": _PAGED,
 }
+
+# code of others, with the highest way that a trial can give it
+TRIED: Table = {
+    "attention function": Entry(
+        TREE,
+        "its attention {name!r} is registered by others and was tried on a small copy",
+        "register its mask function too, with AttentionMaskInterface.register, or use 'sdpa'",
+        test="test_a_registered_attention_function_is_exact_or_refused",
+    ),
+    "class": Entry(
+        TREE,
+        "its class {name} is none of transformers and was tried on a small copy",
+        "use the class of transformers for this model",
+        test="test_a_class_of_others_is_tried",
+    ),
+    "modules": Entry(
+        TREE,
+        "its module {name} is none of transformers and was tried",
+        "leave it out while drafting",
+        test="test_a_module_of_others_is_tried",
+    ),
+    "hooks": Entry(
+        TREE,
+        "its forward hook {name} changes what passes through it and was tried",
+        "let it treat all tokens of a pass alike, or remove it while drafting",
+        test="test_a_hook_is_tried",
+    ),
+}
+
+# packages whose modules, hooks and attention functions are known
+LIBRARIES = (
+    "transformers",
+    "torch",
+    "accelerate",
+    "peft",
+    "deepspeed",
+    "liger_kernel",
+    "coral_hf",
+    # of quantized layers, which have a table of their own
+    "aqlm",
+    "auto_round",
+    "awq",
+    "bitsandbytes",
+    "compressed_tensors",
+    "eetq",
+    "fbgemm_gpu",
+    "fouroversix",
+    "fp_quant",
+    "gptqmodel",
+    "hqq",
+    "optimum",
+    "quark",
+    "sinq",
+    "spqr_quant",
+    "torchao",
+    "vptq",
+)
 
 # entries of `layer_types`
 LAYER_TYPES: Table = {
@@ -102,12 +167,12 @@ PLACEMENT: Table = {
     ),
 }
 
-UNKNOWN_ATTENTION = Entry(CHAIN, "its attention {name!r} takes no 4-D mask", test=_MASKS)
 UNKNOWN_CACHE_LAYER = _DROPS_NOTHING
 UNKNOWN_LAYER_TYPE = _OTHER_SLOTS
 
 TABLES: dict[str, Table] = {
     "Attention functions": ATTENTION,
+    "Code of others, which is tried": TRIED,
     "Layer types": LAYER_TYPES,
     "Cache layers": CACHE_LAYERS,
     "Structure": STRUCTURE,

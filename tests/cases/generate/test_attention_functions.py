@@ -3,8 +3,11 @@
 import pytest
 import torch
 from conftest import tiny_target
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from coral_hf import CoralDrafter
 
 
 def logged_sdpa(*args, **kwargs):
@@ -12,16 +15,30 @@ def logged_sdpa(*args, **kwargs):
     return sdpa_attention_forward(*args, **kwargs)
 
 
-other_text = pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="a chain is verified without a mask: another text"
-)
+def text_of(target):
+    ids = torch.randint(3, 40, (1, 12))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 24}
 
 
-@pytest.mark.parametrize("speculation", [pytest.param("always", marks=other_text), "never"])
+@pytest.mark.parametrize("speculation", ["always", "never"])
 def test_a_registered_attention_function_is_exact_or_refused(compare, speculation):
     AttentionInterface.register("logged_sdpa", logged_sdpa)
     target = tiny_target("llama")
     target.set_attn_implementation("logged_sdpa")
-    ids = torch.randint(3, 40, (1, 12))
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 24}
-    assert compare(target, given, speculation=speculation) in ("equal", "refused")
+    assert compare(target, text_of(target), speculation=speculation) in ("equal", "refused")
+
+
+def test_a_registered_attention_function_with_its_mask_function_verifies_trees(compare):
+    AttentionInterface.register("masked_sdpa", logged_sdpa)
+    AttentionMaskInterface.register("masked_sdpa", sdpa_mask)
+    target = tiny_target("llama")
+    target.set_attn_implementation("masked_sdpa")
+    assert compare(target, text_of(target), tree_depth=4, tree_top_k=6) == "equal"
+
+
+def test_the_refusal_of_an_attention_function_names_its_remedy():
+    AttentionInterface.register("logged_sdpa", logged_sdpa)
+    target = tiny_target("llama")
+    target.set_attn_implementation("logged_sdpa")
+    with pytest.raises(ValueError, match="'logged_sdpa'.*AttentionMaskInterface.register"):
+        CoralDrafter.from_target(target)

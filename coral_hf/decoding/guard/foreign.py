@@ -1,0 +1,165 @@
+"""Code of others in a target: its class, its modules, its attention function, its hooks.
+
+In: a target. Out: what of it is neither of transformers nor of a library that the tables know, as
+`Entry`s that a trial has decided: once for a target and what is foreign in it, in a process.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn.modules import module as torch_module
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+
+from . import target_tables as tables
+from .copies import small_copy
+from .entries import TREE, Entry
+from .trial import Verdict, try_target
+
+logger = logging.get_logger(__name__)
+
+PROMPTS = [(3,), (11, 4)]  # tokens of the rows of each call of a trial
+NEW = 20  # tokens of a text of a copy, which crosses its window and its switch
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+
+# what was tried of each target, and what was found
+_found: WeakKeyDictionary[PreTrainedModel, dict[tuple, Verdict]] = WeakKeyDictionary()
+
+
+def foreign_findings(model: PreTrainedModel) -> Iterator[tuple[object, Entry]]:
+    """What of a target is foreign, with the way in which it was exact."""
+    if has_foreign_attention(model):
+        name = model.config._attn_implementation
+        function = ALL_ATTENTION_FUNCTIONS.get(name)
+        yield _tried(model, "attention function", name, (function,), _try_copy)
+    if _root(type(model)) not in tables.LIBRARIES:
+        yield _tried(model, "class", type(model).__name__, (type(model),), _try_copy)
+    if modules := foreign_modules(model):
+        yield _tried(model, "modules", modules[0].__qualname__, tuple(modules), _try_itself)
+    if hooks := foreign_hooks(model):
+        name = getattr(hooks[0], "__qualname__", type(hooks[0]).__qualname__)
+        yield _tried(model, "hooks", name, tuple(hooks), _try_hooks)
+
+
+def has_foreign_attention(model: PreTrainedModel) -> bool:
+    """Whether the attention function of a target is in no table, or registered by others."""
+    name = model.config._attn_implementation
+    function = ALL_ATTENTION_FUNCTIONS.get(name)
+    is_known = function is None or _root(function) in tables.LIBRARIES
+    return name not in tables.ATTENTION or not is_known
+
+
+def foreign_modules(model: PreTrainedModel) -> list[type | Callable]:
+    """The classes of modules of a target, and functions that replace a forward, of others."""
+    found: dict[Any, None] = {}
+    for module in model.modules():
+        for one in (type(module), vars(module).get("forward")):
+            if one not in (None, type(model)) and _root(one) not in tables.LIBRARIES:
+                found[one] = None
+    return list(found)
+
+
+def foreign_hooks(model: PreTrainedModel) -> list[Callable]:
+    """The forward hooks of a target that no library has put there."""
+    hooks = (hook for place in _places(model) for hook in place.values())
+    return list({hook: None for hook in hooks if _root(hook) not in tables.LIBRARIES})
+
+
+def _places(model: PreTrainedModel) -> list[dict[int, Callable]]:
+    """The dicts that hold the forward hooks of a target's modules, and of all modules."""
+    places = [getattr(torch_module, name) for name in GLOBAL_HOOKS]
+    return places + [getattr(module, name) for module in model.modules() for name in HOOKS]
+
+
+def _root(one: Any) -> str:
+    """The package that a function, a method, an object or a class comes from."""
+    while isinstance(one, functools.partial):
+        one = one.func
+    if isinstance(one, type):
+        # what wraps a class at run time, as FSDP does, is no class of a target
+        bases = (base for base in one.__mro__[:-1] if not base.__module__.startswith("torch."))
+        one = next(bases, one)
+    module = getattr(one, "__module__", None) or type(one).__module__
+    return module.partition(".")[0]
+
+
+def _tried(
+    model: PreTrainedModel,
+    kind: str,
+    name: str,
+    parts: tuple,
+    attempt: Callable[[PreTrainedModel], Verdict],
+) -> tuple[object, Entry]:
+    """Try a target once for its foreign parts, and return the entry of what was found."""
+    found, key = _found.setdefault(model, {}), (kind, model.config._attn_implementation, *parts)
+    if key not in found:
+        found[key] = attempt(model)
+        logger.info(f"The {kind} {name!r} of the target was tried: {found[key].way.name.lower()}.")
+    way, said = found[key]
+    entry = tables.TRIED[kind]
+    return name, entry._replace(
+        way=way, reason=f"{entry.reason} ({said})" if said else entry.reason
+    )
+
+
+def _try_copy(model: PreTrainedModel) -> Verdict:
+    try:
+        made = small_copy(model)
+    except Exception as error:  # a class of others may be made in another way
+        logger.info(f"No small copy of {type(model).__name__} can be made: {error}")
+        return _try_itself(model)
+    return try_target(made, PROMPTS, NEW)
+
+
+def _try_itself(model: PreTrainedModel) -> Verdict:
+    return try_target(model, PROMPTS, 8)
+
+
+def _try_hooks(model: PreTrainedModel) -> Verdict:
+    return _try_itself(model) if _alters(model) else Verdict(TREE)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _alters(model: PreTrainedModel) -> bool:
+    """Whether a target's foreign hooks change what passes through them, seen over two tokens."""
+    hooks, altered = foreign_hooks(model), []
+    places = _places(model)
+    before = [dict(place) for place in places]
+
+    def watched(hook: Callable, *inputs: Any, **kwargs: Any) -> Any:
+        tensors = list(_tensors((inputs, kwargs)))
+        versions = [tensor._version for tensor in tensors]
+        result = hook(*inputs, **kwargs)
+        altered.append(result is not None or versions != [one._version for one in tensors])
+        return result
+
+    try:
+        for place in places:
+            for key, hook in place.items():
+                if hook in hooks:
+                    place[key] = functools.partial(watched, hook)
+        ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for place, hooks_before in zip(places, before, strict=True):
+            place.update(hooks_before)
+    return any(altered)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _tensors(part)
