@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import VOCAB, scatter_weights, tiny_target
+from conftest import VOCAB, note_passes, scatter_weights, tiny_target
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -75,7 +75,7 @@ class PassSizes:
         def note(module, args, kwargs):
             self.rows.append(kwargs["input_ids"].shape[0])
 
-        self.hook = self.target.register_forward_pre_hook(note, with_kwargs=True)
+        self.hook = note_passes(self.target, note)
         return self
 
     def __exit__(self, *exception):

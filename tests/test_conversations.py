@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import VOCAB, WINDOW, scatter_weights, tiny_target
+from conftest import VOCAB, WINDOW, note_passes, scatter_weights, tiny_target
 from transformers import DynamicCache
 
 from coral_hf import CoralDrafter
@@ -53,7 +53,7 @@ class TokensRead:
             given = kwargs.get(self.name, args[0] if args else None)
             self.lengths.append(given.shape[1])
 
-        self.hook = self.module.register_forward_pre_hook(note, with_kwargs=True)
+        self.hook = note_passes(self.module, note)
         return self
 
     def __exit__(self, *exception):

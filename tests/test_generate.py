@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from conftest import OTHERS, as_drafter, make_target
+from conftest import OTHERS, as_drafter, make_target, note_passes
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
@@ -339,8 +339,8 @@ def test_settings_come_from_the_drafter_and_can_be_overridden_in_the_call(target
     drafter = CoralDrafter.from_target(target).eval()
     drafter.generation_config.tree_nodes = 7
     rows = []
-    hook = target.model.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    hook = note_passes(
+        target.model, lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape[1])
     )
     target.generate(PROMPT, assistant_model=drafter, max_new_tokens=12)
     assert max(rows[1:]) == 7

@@ -73,11 +73,9 @@ def test_an_input_of_the_models_own_reaches_every_round(outcome, speculation):
     assert found in ("equal", "refused")
 
 
-@prompt_alone
 def test_a_model_that_prepares_its_inputs_gets_to_do_so_in_every_round(outcome, speculation):
     assert outcome(Prepares(LLAMA), speculation) in ("equal", "refused")
 
 
-@prompt_alone
 def test_a_model_that_updates_its_inputs_gets_to_do_so_after_every_round(outcome, speculation):
     assert outcome(Updates(LLAMA), speculation, strength=2.0) in ("equal", "refused")
