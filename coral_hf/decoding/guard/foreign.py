@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from ...target import read_target
 from . import target_tables as tables
 from .copies import small_copy
 from .entries import TREE, Entry
@@ -145,7 +146,7 @@ def _alters(model: PreTrainedModel) -> bool:
             for key, hook in place.items():
                 if hook in hooks:
                     place[key] = functools.partial(watched, hook)
-        ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+        ids = torch.zeros(1, 2, dtype=torch.long, device=read_target(model).device)
         model(input_ids=ids, use_cache=False)
     finally:
         for place, hooks_before in zip(places, before, strict=True):

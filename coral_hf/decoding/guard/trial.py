@@ -114,7 +114,7 @@ def try_target(model: PreTrainedModel, prompts: list[tuple[int, ...]], new: int)
 
 def _try_call(model: PreTrainedModel, lengths: tuple[int, ...], new: int, takes_tree: bool) -> None:
     """Raise an error if a drafted call does not give the logits of the plain one."""
-    device, vocab = model.get_input_embeddings().weight.device, text_config(model).vocab_size
+    device, vocab = read_target(model).device, text_config(model).vocab_size
     longest = max(lengths)
     ids = torch.arange(len(lengths) * longest, device=device).view(len(lengths), -1) * 7 % vocab
     seen = (
