@@ -9,7 +9,7 @@ import copy
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...lm_head import execution_device
+from ...target import read_target
 
 WINDOW, SWITCH, POSITIONS, VOCAB, WIDTH = 8, 16, 128, 64, 64
 # config fields that name a length → that of the copy
@@ -37,7 +37,7 @@ SPREAD = 1.5  # of a matrix's outputs: such that tokens tell each other apart
 def small_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of a target's class with random weights; the global generator is left as it was."""
     config = small_config(model.config)
-    device = execution_device(model.get_output_embeddings())
+    device = read_target(model).device
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.device(device):
         torch.manual_seed(0)
