@@ -50,7 +50,9 @@ SEAMS = {
         "drafters/coral/modeling.py",
         "target.py",
     ],
-    "_attn_implementation": ["decoding/guard/target.py"],
+    "_attn_implementation": [
+        f"decoding/guard/{name}.py" for name in ("copies", "foreign", "target")
+    ],
     "DynamicCache": ["decoding/guard/target.py", "target.py"],
     "DynamicLayer": ["decoding/continuation.py", "decoding/ragged_cache.py"],
 }
