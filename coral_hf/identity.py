@@ -15,6 +15,7 @@ from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils import align_module_device
@@ -33,6 +34,7 @@ TOKEN_COLUMNS = ("input_ids", "labels", "position_ids")  # of a dataset, what is
 BLOCK = 4096  # bytes of a weight that are summed to one number
 SAMPLES = 1024  # numbers of a weight that are read one by one: a sum would miss that two swap
 CHUNK = 1 << 24  # bytes of a file that are read at a time
+_HASHES: WeakKeyDictionary[PreTrainedTokenizerBase, dict[int, str]] = WeakKeyDictionary()
 
 
 def digest(value: Any) -> str:
@@ -102,6 +104,15 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase, num_tokens: int | None = 
     if num_tokens is not None:
         tokens = sorted(sorted(tokens, key=itemgetter(1))[:num_tokens])
     return sha256(json.dumps(tokens, ensure_ascii=False).encode()).hexdigest()
+
+
+def short_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the first digits of `tokenizer_hash`, computed once for each size of a tokenizer."""
+    known = _HASHES.setdefault(tokenizer, {})
+    size = len(tokenizer)
+    if size not in known:
+        known[size] = tokenizer_hash(tokenizer)[:16]
+    return known[size]
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:

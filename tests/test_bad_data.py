@@ -18,6 +18,7 @@ from test_data import (  # noqa: F401  the cache is a fixture
     fresh_cache,
     prepare,
     tiny_tokenizer,
+    tokenize_one,
 )
 
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
@@ -122,7 +123,7 @@ def parts(*texts: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize("template", [TEMPLATE, PLAIN_TEMPLATE])
 def test_parts_of_text_are_trained_as_their_text(template: str) -> None:
     row = {"messages": [CHAT[0], {"role": "assistant", "content": parts("y", "es")}, *CHAT[2:]]}
-    assert tokenize(row, tiny_tokenizer(template), 100) == tokenize(
+    assert tokenize_one(row, tiny_tokenizer(template), 100) == tokenize_one(
         {"messages": CHAT}, tiny_tokenizer(template), 100
     )
     assert to_messages({"messages": [{"role": "user", "content": []}]})[0]["content"] == ""
@@ -153,7 +154,7 @@ def test_content_other_than_text_is_refused_by_row_and_turn(
 def test_tool_calls_are_trained_and_their_results_are_not(call: dict[str, Any]) -> None:
     tokenizer = tiny_tokenizer(TOOL_TEMPLATE)
     chat = [CHAT[0], {"role": "assistant", "tool_calls": [call]}, *TOOL_CHAT[2:]]
-    row = tokenize({"messages": chat}, tokenizer, 1000)
+    row = tokenize_one({"messages": chat}, tokenizer, 1000)
     trained = tokenizer.decode([label for label in row["labels"] if label != -100])
     assert json.loads(trained.split("<end>")[0]) == [call]
     assert trained.split("<end>")[1:] == ["yes", ""]
@@ -186,7 +187,7 @@ def test_null_arguments_added_by_a_table_are_left_out() -> None:
 def test_tools_other_than_a_list_are_refused() -> None:
     for tools in ("{oops", '{"name": "clock"}'):
         with pytest.raises(ValueError, match="Tools should either be a JSON schema"):
-            tokenize({"messages": CHAT, "tools": tools}, tiny_tokenizer(), 100)
+            tokenize_one({"messages": CHAT, "tools": tools}, tiny_tokenizer(), 100)
 
 
 # Files

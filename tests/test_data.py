@@ -67,6 +67,12 @@ def tiny_tokenizer(
     return tokenizer
 
 
+def tokenize_one(row: dict[str, Any], tokenizer: Any, max_length: int) -> dict[str, list[int]]:
+    """The only training row of a row."""
+    (found,) = tokenize(row, tokenizer, max_length)
+    return found
+
+
 def trained_text(row: dict[str, list[int]], tokenizer: Any) -> str:
     """Write the trained tokens, and a dot for each that is not."""
     return "".join("." if label == -100 else tokenizer.decode([label]) for label in row["labels"])
@@ -159,7 +165,7 @@ def test_a_row_other_than_a_conversation_is_refused(row: dict[str, Any], message
 @pytest.mark.parametrize("template", [TEMPLATE, PLAIN_TEMPLATE])
 def test_the_assistants_tokens_are_trained_and_no_others(template: str) -> None:
     tokenizer = tiny_tokenizer(template)
-    row = tokenize({"messages": CHAT}, tokenizer, 100)
+    row = tokenize_one({"messages": CHAT}, tokenizer, 100)
     assert tokenizer.decode(row["input_ids"]) == RENDERED
     assert trained_text(row, tokenizer) == "......yes<end>......no<end>"
     assert row["attention_mask"] == [1] * len(row["input_ids"])
@@ -168,8 +174,8 @@ def test_the_assistants_tokens_are_trained_and_no_others(template: str) -> None:
 @pytest.mark.parametrize("answer", ["", " ", "\n\nyes ", "naïve 🤖", "<bot>", "<user>hi<end>"])
 def test_both_ways_to_the_mask_agree(answer: str) -> None:
     row = {"messages": [*CHAT, CHAT[0], {"role": "assistant", "content": answer}, *CHAT]}
-    by_blocks = tokenize(row, tiny_tokenizer(TEMPLATE), 200)
-    by_prefixes = tokenize(row, tiny_tokenizer(PLAIN_TEMPLATE), 200)
+    by_blocks = tokenize_one(row, tiny_tokenizer(TEMPLATE), 200)
+    by_prefixes = tokenize_one(row, tiny_tokenizer(PLAIN_TEMPLATE), 200)
     assert by_blocks == by_prefixes
 
 
@@ -181,7 +187,7 @@ def test_a_token_across_the_seam_is_trained(markers: tuple[str, str]) -> None:
         f"{opening}{{{{ m.content }}}}<end>{closing}"
         "{% endif %}{% endfor %}"
     )
-    row = tokenize({"messages": CHAT[:2]}, tokenizer, 100)
+    row = tokenize_one({"messages": CHAT[:2]}, tokenizer, 100)
     assert tokenizer.convert_ids_to_tokens(row["input_ids"])[2] == "Ġy"
     assert trained_text(row, tokenizer) == ".. yes<end>"
 
@@ -193,20 +199,22 @@ def test_a_conversation_gets_no_special_token_beyond_its_templates(template: str
         single="<s> $A", special_tokens=[("<s>", 0)]
     )
     assert tokenizer.decode(tokenizer("hi")["input_ids"]) == "<s>hi"
-    assert tokenizer.decode(tokenize({"messages": CHAT}, tokenizer, 100)["input_ids"]) == RENDERED
+    assert (
+        tokenizer.decode(tokenize_one({"messages": CHAT}, tokenizer, 100)["input_ids"]) == RENDERED
+    )
 
 
 def test_an_empty_answer_trains_its_end() -> None:
     for template in (TEMPLATE, PLAIN_TEMPLATE):
         row = {"messages": [CHAT[0], {"role": "assistant", "content": ""}]}
         tokenizer = tiny_tokenizer(template)
-        assert trained_text(tokenize(row, tokenizer, 100), tokenizer) == "......<end>"
+        assert trained_text(tokenize_one(row, tokenizer, 100), tokenizer) == "......<end>"
 
 
 def test_an_empty_answer_that_renders_to_nothing_trains_nothing() -> None:
     tokenizer = tiny_tokenizer(PLAIN_TEMPLATE.replace("<end>", ""))
     row = {"messages": [CHAT[0], {"role": "assistant", "content": ""}, *CHAT[:2]]}
-    assert trained_text(tokenize(row, tokenizer, 100), tokenizer) == ".........yes"
+    assert trained_text(tokenize_one(row, tokenizer, 100), tokenizer) == ".........yes"
 
 
 def test_thinking_that_the_template_drops_is_not_required() -> None:
@@ -217,7 +225,7 @@ def test_thinking_that_the_template_drops_is_not_required() -> None:
         {"role": "assistant", "content": "ah/thinkno"},
     ]
     tokenizer = tiny_tokenizer(THINKING_TEMPLATE)
-    row = tokenize({"messages": turns}, tokenizer, 100)
+    row = tokenize_one({"messages": turns}, tokenizer, 100)
     assert tokenizer.decode(row["input_ids"]) == (
         "<user>hi<end><bot>yes<end><user>so?<end><bot>ah/thinkno<end>"
     )
@@ -241,7 +249,7 @@ def test_thinking_that_the_template_drops_is_not_required() -> None:
 )
 def test_a_template_that_rewrites_turns_is_refused(template: str) -> None:
     with pytest.raises(ValueError, match="does not render turn 1 as its prompt and an answer"):
-        tokenize({"messages": CHAT}, tiny_tokenizer(template), 100)
+        tokenize_one({"messages": CHAT}, tiny_tokenizer(template), 100)
 
 
 def test_an_answer_without_prompt_is_trained_only_where_the_template_marks_it() -> None:
@@ -251,50 +259,67 @@ def test_an_answer_without_prompt_is_trained_only_where_the_template_marks_it() 
         (PLAIN_TEMPLATE, "............no<end>"),
     ]:
         tokenizer = tiny_tokenizer(template)
-        assert trained_text(tokenize(row, tokenizer, 100), tokenizer) == trained
+        assert trained_text(tokenize_one(row, tokenizer, 100), tokenizer) == trained
 
 
 def test_tools_reach_the_template() -> None:
     tokenizer = tiny_tokenizer("{% for t in tools or [] %}{{ t.name }}{% endfor %}" + TEMPLATE)
     for tools in ('[{"name": "clock"}]', [{"name": "clock"}]):
-        row = tokenize({"messages": CHAT, "tools": tools}, tokenizer, 100)
+        row = tokenize_one({"messages": CHAT, "tools": tools}, tokenizer, 100)
         assert tokenizer.decode(row["input_ids"]) == "clock" + RENDERED
     for tools in ("", "[]", None):
-        row = tokenize({"messages": CHAT, "tools": tools}, tokenizer, 100)
+        row = tokenize_one({"messages": CHAT, "tools": tools}, tokenizer, 100)
         assert tokenizer.decode(row["input_ids"]) == RENDERED
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, PLAIN_TEMPLATE])
 def test_a_cut_row_is_the_start_of_the_whole_row(template: str) -> None:
     tokenizer = tiny_tokenizer(template)
-    whole = tokenize({"messages": CHAT}, tokenizer, 100)
+    whole = tokenize_one({"messages": CHAT}, tokenizer, 100)
     for max_length in (1, 2, 7, 8, 12, 20):
-        cut = tokenize({"messages": CHAT}, tokenizer, max_length)
+        cut = tokenize_one({"messages": CHAT}, tokenizer, max_length)
         assert cut == {name: values[:max_length] for name, values in whole.items()}
 
 
 def test_the_first_two_tokens_are_never_trained() -> None:
     tokenizer = tiny_tokenizer()
-    row = tokenize({"text": "abc"}, tokenizer, 100)
+    row = tokenize_one({"text": "abc"}, tokenizer, 100)
     assert tokenizer.decode(row["input_ids"]) == "<s>abc<end>"
     assert trained_text(row, tokenizer) == "..bc<end>"
-    assert tokenize({"text": ""}, tokenizer, 100)["labels"] == [-100, -100]
+    assert tokenize_one({"text": ""}, tokenizer, 100)["labels"] == [-100, -100]
 
 
 def test_a_text_gets_no_second_start_or_end() -> None:
     tokenizer = tiny_tokenizer()
-    row = tokenize({"text": "<s>abc<end>"}, tokenizer, 100)
+    row = tokenize_one({"text": "<s>abc<end>"}, tokenizer, 100)
     assert tokenizer.decode(row["input_ids"]) == "<s>abc<end>"
 
 
 def test_a_text_gets_only_the_special_tokens_that_exist() -> None:
     tokenizer = tiny_tokenizer(eos_token=None)
-    assert tokenizer.decode(tokenize({"text": "ab"}, tokenizer, 100)["input_ids"]) == "<s>ab"
+    assert tokenizer.decode(tokenize_one({"text": "ab"}, tokenizer, 100)["input_ids"]) == "<s>ab"
+
+
+@pytest.mark.parametrize("eos_token", ["<end>", None])
+@pytest.mark.parametrize("has_bos", [True, False])
+def test_a_long_text_is_split_into_rows_that_train_each_token_once(eos_token, has_bos) -> None:
+    tokenizer = tiny_tokenizer(eos_token=eos_token)
+    tokenizer.bos_token = "<s>" if has_bos else None
+    row = {"text": "abcdefghijklmnopqrstuvwxyz"}
+    (whole,) = tokenize(row, tokenizer, 100)
+    for max_length in (3, 4, 5, 12, 26, 27, 28):
+        rows = tokenize(row, tokenizer, max_length)
+        trained = [i for one in rows for i in one["labels"] if i != -100]
+        assert trained == [i for i in whole["labels"] if i != -100]
+        assert max(len(one["input_ids"]) for one in rows) <= max_length
+        if has_bos:
+            assert {one["input_ids"][0] for one in rows} == {0}
+    assert len(prepare([row, row], max_length=14)) == 2 * len(tokenize(row, tiny_tokenizer(), 14))
 
 
 def test_token_ids_without_labels_are_trained_except_for_padding() -> None:
     row = {"input_ids": [0, 5, 6, 7, 8], "attention_mask": [0, 1, 1, 1, 1]}
-    assert tokenize(row, tiny_tokenizer(), 3) == {
+    assert tokenize_one(row, tiny_tokenizer(), 3) == {
         "input_ids": [5, 6, 7],
         "attention_mask": [1, 1, 1],
         "labels": [-100, -100, 7],
@@ -303,13 +328,13 @@ def test_token_ids_without_labels_are_trained_except_for_padding() -> None:
 
 def test_ids_keep_their_labels() -> None:
     row = {"input_ids": [5, 6, 7, 8], "labels": [5, 6, -100, 8]}
-    assert tokenize(row, tiny_tokenizer(), 9)["labels"] == [-100, -100, -100, 8]
+    assert tokenize_one(row, tiny_tokenizer(), 9)["labels"] == [-100, -100, -100, 8]
 
 
 @pytest.mark.parametrize("labels", [[6, 7, 8], [6, 7, 8, -100]])
 def test_labels_that_are_shifted_or_too_short_are_refused(labels: list[int]) -> None:
     with pytest.raises(ValueError, match=r"each\s+needs one, and a label is its own token"):
-        tokenize({"input_ids": [5, 6, 7, 8], "labels": labels}, tiny_tokenizer(), 9)
+        tokenize_one({"input_ids": [5, 6, 7, 8], "labels": labels}, tiny_tokenizer(), 9)
 
 
 # Datasets
@@ -323,7 +348,7 @@ def test_a_prepared_dataset_has_the_three_columns_of_tokenize() -> None:
     row = {"id": 1, "messages": CHAT}
     prepared = prepare([row, row])
     assert prepared.column_names == ["input_ids", "attention_mask", "labels"]
-    assert prepared[1] == tokenize(row, tiny_tokenizer(), 100)
+    assert prepared[1] == tokenize_one(row, tiny_tokenizer(), 100)
 
 
 def test_a_prepared_dataset_can_be_prepared_again() -> None:
@@ -405,7 +430,7 @@ def test_a_stream_is_prepared_lazily_to_the_same_rows() -> None:
 def test_a_stream_that_does_not_know_its_columns_is_prepared() -> None:
     stream = datasets.IterableDataset.from_generator(lambda: iter([{"id": 1, "messages": CHAT}]))
     prepared = prepare_dataset(stream, tiny_tokenizer(), 100)
-    assert list(prepared) == [tokenize({"messages": CHAT}, tiny_tokenizer(), 100)]
+    assert list(prepared) == [tokenize_one({"messages": CHAT}, tiny_tokenizer(), 100)]
 
 
 def test_an_error_of_a_stream_names_the_row() -> None:
@@ -528,4 +553,4 @@ def test_both_ways_to_the_mask_agree_on_real_files(name: str, bench_tokenizer: A
         END, "{% endif %}"
     )
     for row in load_conversations(SHARED / name, split="train[:20]"):
-        assert tokenize(row, bench_tokenizer, 1024) == tokenize(row, plain, 1024)
+        assert tokenize_one(row, bench_tokenizer, 1024) == tokenize_one(row, plain, 1024)

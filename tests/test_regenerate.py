@@ -13,12 +13,19 @@ import torch
 from conftest import invoke, scatter_weights, tiny_target
 from datasets import Dataset
 from test_bad_data import TOOL_CHAT, TOOL_TEMPLATE
-from test_data import CHAT, PLAIN_TEMPLATE, TEMPLATE, fresh_cache, tiny_tokenizer  # noqa: F401
+from test_data import (  # noqa: F401  the cache is a fixture
+    CHAT,
+    PLAIN_TEMPLATE,
+    TEMPLATE,
+    fresh_cache,
+    tiny_tokenizer,
+    tokenize_one,
+)
 
 from coral_hf import CoralDrafter
 from coral_hf.atomic import sole_writer
 from coral_hf.identity import file_digest, seed_of
-from coral_hf.training.data import load_conversations, tokenize
+from coral_hf.training.data import load_conversations
 from coral_hf.training.regeneration import RegenerationSettings
 from coral_hf.training.regeneration.answers import AnswerGenerator, GumbelNoise
 from coral_hf.training.regeneration.regenerate import regenerate
@@ -101,10 +108,39 @@ def test_training_adds_no_end_to_an_answer_that_was_cut_off(target, tmp_path):
     for template in (TEMPLATE, PLAIN_TEMPLATE):
         tokenizer = tiny_tokenizer(template)
         for row in load_conversations(tmp_path / "out.jsonl"):
-            encoded = tokenize(row, tokenizer, 1000)
+            encoded = tokenize_one(row, tokenizer, 1000)
             assert (encoded["labels"][-1] == END) == row["is_complete"]
             text = tokenizer.decode(encoded["input_ids"])
             assert text.removesuffix("<end>").endswith(row["messages"][-1]["content"])
+
+
+def test_the_tokens_of_a_row_are_those_that_the_target_read_and_wrote(target, tmp_path):
+    run(target, tmp_path / "out.jsonl")
+    tokenizer = tiny_tokenizer()
+    for row in read(tmp_path / "out.jsonl").values():
+        (tokens,) = row["token_rows"]
+        text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        text = text if row["is_complete"] else text.removesuffix("<end>")
+        assert tokenizer.decode(tokens["input_ids"]) == text
+        pairs = zip(tokens["input_ids"], tokens["loss_mask"], strict=True)
+        written = tokenizer.decode([token for token, is_written in pairs if is_written])
+        answers = [turn["content"] for turn in row["messages"][1::2]]
+        assert written == "<end>".join(answers) + "<end>" * row["is_complete"]
+        tokenizer.chat_template = None  # training renders nothing
+        found = tokenize_one(row, tokenizer, 1000)
+        assert found["input_ids"] == tokens["input_ids"]
+        assert tokenizer.decode([i for i in found["labels"] if i != -100]) == written
+        tokenizer.chat_template = TEMPLATE
+
+
+def test_tokens_of_another_tokenizer_are_refused(target, tmp_path):
+    run(target, tmp_path / "out.jsonl")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<more>"])
+    row = read(tmp_path / "out.jsonl")[0]
+    with pytest.raises(ValueError, match="`token_rows` were written with the tokenizer "):
+        tokenize_one(row, tokenizer, 100)
+    assert tokenize_one({**row, "token_rows": None}, tokenizer, 100)
 
 
 def test_unfinished_answers_are_dropped_with_all_later_turns(target, tmp_path):
@@ -116,7 +152,12 @@ def test_unfinished_answers_are_dropped_with_all_later_turns(target, tmp_path):
         messages = row["messages"] if row["is_complete"] else row["messages"][:-2]
         if messages:
             expected[number] = {**row, "messages": messages, "is_complete": True}
-    assert read(dropped) == expected
+    found = read(dropped)
+    for row in (*found.values(), *expected.values()):
+        row["tokens"] = sum(row.pop("token_rows")[0]["loss_mask"])
+    for number, row in expected.items():  # the tokens of the answer that was cut off
+        row["tokens"] -= 0 if read(kept)[number]["is_complete"] else 10
+    assert found == expected
     assert done.num_left_out == 6 - len(expected) > 0
     left_out = read(tmp_path / "dropped.jsonl.left_out.jsonl")
     assert set(left_out) == set(range(6)) - set(expected)
@@ -249,7 +290,7 @@ def test_plain_text_is_continued_from_its_start(target, tmp_path):
     assert found[0]["text"].startswith("once") and found[1]["text"].startswith("twic")
     assert not found[0]["text"].startswith("once upon a time")
     for row in found.values():
-        ids = tokenize(row, tokenizer, 100)["input_ids"]
+        ids = tokenize_one(row, tokenizer, 100)["input_ids"]
         assert ids[0] == 0 and (ids[-1] == END) == row["is_complete"]
 
 
@@ -270,7 +311,7 @@ def test_tools_and_system_turns_stay_and_an_open_question_is_answered(target, tm
     assert found[0]["messages"][:4] == [system, CHAT[0], call, TOOL_CHAT[2]]
     assert found[0]["messages"][4]["role"] == "assistant" and found[0]["messages"][4] != CHAT[1]
     assert [turn["role"] for turn in found[1]["messages"]] == ["system", "user", "assistant"]
-    assert all(tokenize(row, tokenizer, 1000) for row in load_conversations(output))
+    assert all(tokenize_one(row, tokenizer, 1000) for row in load_conversations(output))
 
 
 def test_rows_without_room_or_answers_are_left_out_with_the_reason(target, tmp_path):

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ...identity import digest, file_digest
+from ...measure import chat
 from .encoding import IGNORED, cut, encode
 from .messages import Row, count_empty_turns
 
@@ -28,7 +29,7 @@ logger = logging.get_logger(__name__)
 
 IDS, MASK = datasets.Sequence(datasets.Value("int32")), datasets.Sequence(datasets.Value("int8"))
 COLUMNS = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS}
-COUNTS = dict.fromkeys(("num_trained", "num_lost", "num_empty"), datasets.Value("int64"))
+COUNTS = dict.fromkeys(("source", "num_trained", "num_lost", "num_empty"), datasets.Value("int64"))
 NOTES = {**COUNTS, "problem": datasets.Value("string")}
 
 
@@ -41,8 +42,9 @@ def prepare_dataset(
 ) -> Data:
     """Tokenize a dataset to the columns `input_ids`, `attention_mask` and `labels`.
 
-    Rows that are cut before their first trained token are dropped. A stream is read lazily. Rows
-    that were tokenized before come from the cache of `datasets`, unless code or settings changed.
+    A row becomes one or several, see `tokenize`; those that are cut before their first trained
+    token are dropped. A stream is read lazily. Rows that were tokenized before come from the cache
+    of `datasets`, unless code or settings changed.
 
     Args:
         dataset: rows of any layout.
@@ -64,79 +66,112 @@ def prepare_dataset(
         check_vocabulary(tokenizer, vocab_size)
     given = {"tokenizer": tokenizer, "max_length": max_length, "vocab_size": vocab_size}
     given["code"] = code_version()
-    _tokenize_or_raise(first, 0, **given)  # fail at once where every row would
-    same = {"remove_columns": columns, "fn_kwargs": given}
+    for found in _tokenize(first, 0, **given):  # fail at once where every row would
+        if found["problem"]:
+            raise ValueError(f"Row 0: {found['problem']}")
+    same = {"remove_columns": columns, "fn_kwargs": given, "with_indices": True, "batched": True}
     if isinstance(plain, IterableDataset):
-        rows = plain.map(_tokenize_or_raise, with_indices=True, **same)
+        rows = plain.map(_tokenize_or_raise, batch_size=1, **same)
         return rows.filter(lambda row: any(label != IGNORED for label in row["labels"]))
     features = datasets.Features({**COLUMNS, **NOTES})
-    rows = plain.map(_tokenize, features=features, num_proc=num_proc, desc="Tokenizing", **same)
-    return _drop_untrained(rows, max_length)
+    same |= {"features": features, "desc": "Tokenizing", "num_proc": num_proc}
+    return _drop_untrained(plain.map(_tokenize_batch, **same), len(plain), max_length)
 
 
 @functools.cache
 def code_version() -> str:
-    """Hash this folder's code and the version of transformers.
+    """Hash the code that makes rows, and the version of transformers.
 
     `datasets` knows a function by its name alone, so its cache would outlive an edit.
     """
-    files = [file_digest(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
+    own = [*sorted(Path(__file__).parent.glob("*.py")), Path(chat.__file__)]
+    files = [file_digest(file) for file in own]
     return digest([files, transformers.__version__])
 
 
 def _tokenize(
     row: Row,
+    index: int,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     vocab_size: int | None,
     code: str,  # for the cache alone
-) -> dict[str, Any]:
-    """Tokenize a row to COLUMNS and NOTES; an error is noted, so that all bad rows are counted."""
-    problem, num_empty = "", 0
+) -> list[dict[str, Any]]:
+    """Tokenize a row to rows of COLUMNS and NOTES.
+
+    An error is noted in a row of its own, so that all bad rows are counted.
+    """
+    problem, num_empty, whole = "", 0, [{"input_ids": list[int](), "labels": list[int]()}]
     try:
-        whole = encode(row, tokenizer)
-        check_ids(whole["input_ids"], vocab_size or math.inf)
-        num_empty = count_empty_turns(row)
+        found = encode(row, tokenizer, max_length)
+        for one in found:
+            check_ids(one["input_ids"], vocab_size or math.inf)
+        num_empty, whole = count_empty_turns(row), found
     except ValueError as error:
-        whole, problem = {"input_ids": [], "labels": []}, str(error)
-    encoded = cut(whole, max_length)
-    return {
-        **encoded,
-        "num_trained": sum(label != IGNORED for label in encoded["labels"]),
-        "num_lost": len(whole["input_ids"]) - len(encoded["input_ids"]),
-        "num_empty": num_empty,
-        "problem": problem,
-    }
+        problem = str(error)
+    notes = {"source": index, "num_empty": num_empty, "problem": problem}
+    parts = [(one, cut(one, max_length)) for one in whole]
+    return [
+        {
+            **part,
+            **notes,
+            "num_trained": sum(label != IGNORED for label in part["labels"]),
+            "num_lost": len(one["input_ids"]) - len(part["input_ids"]),
+        }
+        for one, part in parts
+    ]
 
 
-def _tokenize_or_raise(row: Row, index: int, **given: Any) -> dict[str, list[int]]:
-    noted = _tokenize(row, **given)
-    if noted["problem"]:
-        raise ValueError(f"Row {index}: {noted['problem']}")
-    return {name: noted[name] for name in COLUMNS}
+def _tokenize_batch(batch: dict[str, list], indices: list[int], **given: Any) -> dict[str, list]:
+    """Tokenize rows, given by column; each becomes one row or more."""
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    found = [
+        one
+        for row, index in zip(rows, indices, strict=True)
+        for one in _tokenize(row, index, **given)
+    ]
+    return {name: [one[name] for one in found] for name in (*COLUMNS, *NOTES)}
 
 
-def _drop_untrained(rows: Dataset, max_length: int) -> Dataset:
-    """Drop rows without labels, count them and those that were cut or empty; refuse bad rows."""
+def _tokenize_or_raise(batch: dict[str, list], indices: list[int], **given: Any) -> dict[str, list]:
+    """Tokenize a row of a stream, given by column."""
+    found = _tokenize_batch(batch, indices, **given)
+    for problem in filter(None, found["problem"]):
+        raise ValueError(f"Row {indices[0]}: {problem}")
+    return {name: found[name] for name in COLUMNS}
+
+
+def _drop_untrained(rows: Dataset, num_rows: int, max_length: int) -> Dataset:
+    """Drop rows without labels, count them and those that were cut or empty; refuse bad rows.
+
+    Args:
+        rows: tokenized, each with the number of its source.
+        num_rows: before they were tokenized.
+        max_length: that they were cut to.
+    """
     notes = rows.select_columns([*NOTES]).to_pandas()
-    bad, of_rows = notes.index[notes["problem"] != ""], f"of {len(rows)} rows"
+    bad, of_rows = notes[notes["problem"] != ""], f"of {num_rows} rows"
     if len(bad):
         raise ValueError(
-            f"Row {bad[0]}: {notes['problem'][bad[0]]} Of {len(rows)} rows, {len(bad)} cannot be"
-            " read; repair them or drop them with `dataset.filter` (docs/data.md)."
+            f"Row {bad['source'].iloc[0]}: {bad['problem'].iloc[0]} Of {num_rows} rows, {len(bad)}"
+            " cannot be read; repair them or drop them with `dataset.filter` (docs/data.md)."
         )
-    lost, empty = notes["num_lost"], notes["num_empty"]
+    sources = notes.groupby("source")
+    lost, empty = notes["num_lost"], sources["num_empty"].max()
+    num_cut = (sources["num_lost"].max() > 0).sum()
     if lost.any():
         logger.warning(
-            f"Cut to `max_length` = {max_length}: {(lost > 0).sum()} {of_rows}; {lost.sum()} tokens"
-            f" are lost, {lost.max()} of one row."
+            f"Cut to `max_length` = {max_length}: {num_cut} {of_rows}; {lost.sum()} tokens are"
+            f" lost, {lost.max()} of one row."
         )
     if empty.any():
         logger.warning(
-            f"With empty turns: {(empty > 0).sum()} {of_rows}, the first is row {empty.argmax()};"
+            f"With empty turns: {(empty > 0).sum()} {of_rows}, the first is row {empty.idxmax()};"
             " they are trained as they stand, or drop them with `dataset.filter`."
         )
     kept = notes.index[notes["num_trained"] > 0]
+    if len(rows) > num_rows:
+        of_rows = f"of {len(rows)} rows, made of {num_rows},"
     dropped = f"{len(rows) - len(kept)} {of_rows} have no trained token in their first {max_length}"
     if not len(kept):
         raise ValueError(f"{dropped}, so nothing is left; raise `max_length`.")

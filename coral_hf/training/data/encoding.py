@@ -1,6 +1,7 @@
-"""Token ids and labels of one row; a label is -100 where nothing is trained.
+"""Token ids and labels of a row; a label is -100 where nothing is trained.
 
-In: a row and the target's tokenizer. Out: `input_ids`, `attention_mask`, `labels`, each (length,).
+In: a row and the target's tokenizer. Out: training rows of `input_ids`, `attention_mask`, `labels`,
+each (length,); one, or several of a long text.
 """
 
 import re
@@ -11,7 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .messages import Message, Row, layout_of, read_tools, render, to_messages
+from ...identity import short_hash
+from ...measure.chat import render
+from .messages import Message, Row, layout_of, read_tools, to_messages
 
 Encoded = dict[str, list[int]]  # `input_ids` and `labels`, each (length,)
 
@@ -22,20 +25,21 @@ GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 PROBES = {"_coral_call": "`tool_calls`", "_coral_result": "the content of `tool` turns"}
 
 
-def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    """Turn a row into `input_ids`, `attention_mask`, `labels`, each (length,), up to `max_length`.
+def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:
+    """Turn a row into training rows of `input_ids`, `attention_mask`, `labels`, each (length,).
 
     Of conversations the assistant's tokens are trained (all or none is an error), of plain text all
     tokens, of `input_ids` those with a label (without padding). The label of all others is -100.
+    A text longer than `max_length` is split into rows; of others the first `max_length` are kept.
 
     Raises:
         ValueError: for a row that cannot be read, or that the chat template cannot render.
     """
-    return cut(encode(row, tokenizer), max_length)
+    return [cut(one, max_length) for one in encode(row, tokenizer, max_length)]
 
 
 def cut(encoded: Encoded, max_length: int) -> Encoded:
-    """Cut what `encode` returns to its first `max_length` tokens, and add their mask."""
+    """Cut a row of `encode` to its first `max_length` tokens, and add their mask."""
     ids = encoded["input_ids"][:max_length]
     return {
         "input_ids": ids,
@@ -44,33 +48,81 @@ def cut(encoded: Encoded, max_length: int) -> Encoded:
     }
 
 
-def encode(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """Turn a row into all of its `input_ids` and `labels`, each (length,)."""
-    readers = {"input_ids": _encode_ids, "text": _encode_text}
-    encoded = readers.get(layout_of(row), _encode_conversation)(row, tokenizer)
+def encode(
+    row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> list[Encoded]:
+    """Turn a row into training rows of `input_ids` and `labels`, each (length,).
+
+    Plain text is split into rows of `max_length`; others are whole.
+    """
+    layout = layout_of(row)
+    if layout == "text":
+        found = split_text(_encode_text(row, tokenizer), tokenizer.bos_token_id, max_length)
+    elif layout == "token_rows":
+        found = _encode_token_rows(row, tokenizer)
+    elif layout == "input_ids":
+        found = [_encode_ids(row)]
+    else:
+        found = [_encode_conversation(row, tokenizer)]
     # A drafter reads a token and the feature before it; nothing predicts the first two tokens.
     # position        0      1        2        3
     # token           x0     x1       x2       x3
     # feature         f0     f1       f2       f3       f_i has read x_0 .. x_i
     # drafter reads          (x1,f0)  (x2,f1)  (x3,f2)  and predicts x2, x3, x4
     # label           -100   -100     x2       x3
-    ids = encoded["input_ids"]
-    labels = [IGNORED, IGNORED, *encoded["labels"][2:]][: len(ids)]
-    return {"input_ids": ids, "labels": labels}
+    for one in found:
+        one["labels"] = [IGNORED, IGNORED, *one["labels"][2:]][: len(one["input_ids"])]
+    return found
 
 
-def _encode_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+def _encode_token_rows(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+    """Read what the target read and wrote, as `regenerate` keeps it: nothing is rendered."""
+    written_by, own = row["token_rows"][0].get("tokenizer"), short_hash(tokenizer)
+    if written_by not in (None, own):
+        raise ValueError(
+            f"`token_rows` were written with the tokenizer {written_by}, not with this one ({own})."
+            " Pass the tokenizer of their target, or drop the column, and the messages are rendered"
+            " with this one."
+        )
+    return [_encode_ids(part) for part in row["token_rows"]]
+
+
+def _encode_ids(row: Row) -> Encoded:
     ids = row["input_ids"]
     labels = ids if row.get("labels") is None else row["labels"]
     mask = [1] * len(ids) if row.get("attention_mask") is None else row["attention_mask"]
-    sizes = {len(ids), len(labels), len(mask)}
+    kept = [1] * len(ids) if row.get("loss_mask") is None else row["loss_mask"]
+    sizes = {len(ids), len(labels), len(mask), len(kept)}
     if len(sizes) > 1 or any(b not in (a, IGNORED) for a, b in zip(ids, labels, strict=True)):
         raise ValueError(
             f"{len(ids)} `input_ids` have {len(labels)} `labels` and {len(mask)} in the mask; each"
             " needs one, and a label is its own token (unshifted) or -100."
         )
+    labels = [label if is_kept else IGNORED for label, is_kept in zip(labels, kept, strict=True)]
     pairs = [pair for *pair, is_real in zip(ids, labels, mask, strict=True) if is_real]
     return {"input_ids": [i for i, _ in pairs], "labels": [label for _, label in pairs]}
+
+
+def split_text(encoded: Encoded, bos: int | None, max_length: int | None) -> list[Encoded]:
+    """Split the tokens of a text into rows of `max_length`; each token is trained in one of them.
+
+    A row repeats what nothing predicts in it: BOS, where the text has one, and the token before.
+
+    text, of 8, in rows of 5    <s> a b c d    <s> d e f g
+    trained                         . b c d        . e f g
+    """
+    ids, labels = encoded["input_ids"], encoded["labels"]
+    if max_length is None or len(ids) <= max_length or max_length < 3:
+        return [encoded]
+    opening = [] if bos is None or ids[0] != bos else [bos]
+    parts, start = [{"input_ids": ids[:max_length], "labels": labels[:max_length]}], max_length
+    while start < len(ids):
+        before = start - 2 + len(opening)  # the first token that is repeated
+        end = before + max_length - len(opening)
+        part = {"input_ids": ids[before:end], "labels": labels[before:end]}
+        parts.append({name: [*opening, *values] for name, values in part.items()})
+        start = end
+    return parts
 
 
 def _encode_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
@@ -79,8 +131,12 @@ def _encode_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
         raise ValueError(f"`text` is {shortened(text)}; expected a str.")
     ids = tokenizer(text, verbose=False)["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    ids = [bos, *ids] if bos is not None and ids[:1] != [bos] else ids
-    ids = ids[:-1] if ids[-1:] == [eos] else ids
+    # some are written in the text, others are added by the tokenizer; one of each is kept
+    while bos is not None and ids[:1] == [bos]:
+        ids = ids[1:]
+    while eos is not None and ids[-1:] == [eos]:
+        ids = ids[:-1]
+    ids = ids if bos is None else [bos, *ids]
     ids = ids if eos is None or row.get("is_complete") is False else [*ids, eos]
     return {"input_ids": ids, "labels": ids}
 

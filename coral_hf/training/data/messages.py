@@ -1,7 +1,7 @@
-"""Chat messages, with `role` and `content`, from conversations of any layout, and chat templates.
+"""Chat messages, with `role` and `content`, from conversations of any layout.
 
-In: a row of a dataset, a tokenizer. Out: a list of messages, as chat templates read them, and what
-`apply_chat_template` returns, or a ValueError that says what cannot be read or rendered.
+In: a row of a dataset. Out: a list of messages, as chat templates read them, or a ValueError that
+says what cannot be read.
 """
 
 import json
@@ -10,11 +10,10 @@ from contextlib import suppress
 from reprlib import repr as shortened
 from typing import Any
 
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
-
 Row = Mapping[str, Any]
 Message = dict[str, Any]
+
+TOKENS = ("token_rows", "input_ids")  # columns of rows that are tokens
 
 ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
@@ -30,7 +29,7 @@ def to_messages(row: Row) -> list[Message]:
 
     A `system` column goes in front; the answer of a preference row is its `chosen` turn.
     """
-    layout = layout_of(row)
+    layout = layout_of({**row, "token_rows": None})  # messages stand beside those
     if layout in ("text", "input_ids"):
         raise ValueError(f"A row of `{layout}` is no conversation; pass it to `tokenize` as it is.")
     turns = _alpaca_turns(row) if layout == "instruction" else row[layout]
@@ -53,7 +52,9 @@ def layout_of(row: Row) -> str:
     """Name the column that a row is read by; what is nearest to the trainer's input goes first."""
     columns = [column for column, value in row.items() if value is not None]
     has_answer = "output" in columns or "response" in columns
-    for column in ("input_ids", "messages", "conversations", "instruction", "text"):
+    for column in ("token_rows", "input_ids", "messages", "conversations", "instruction", "text"):
+        if column == "token_rows" and not row.get(column):
+            continue
         if column in columns and (column != "instruction" or has_answer):
             return column
     raise ValueError(
@@ -117,24 +118,9 @@ def without_nulls(value: Any) -> Any:
 def count_empty_turns(row: Row) -> int:
     """Count the turns without a word and without a tool call; an empty text is one."""
     layout = layout_of(row)
-    if layout in ("text", "input_ids"):
+    if layout in ("text", *TOKENS):
         return int(layout == "text" and not row["text"].strip())
     return sum(not (turn.get("tool_calls") or turn["content"].strip()) for turn in to_messages(row))
-
-
-def render(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None, **options
-) -> Any:
-    """Render messages; `options` are those of `apply_chat_template`.
-
-    Raises:
-        ValueError: if there is no template, or if it cannot render them.
-    """
-    try:
-        return tokenizer.apply_chat_template(messages, tools=tools, **options)
-    except (TemplateError, TypeError, KeyError) as error:
-        roles = [turn["role"] for turn in messages]
-        raise ValueError(f"The chat template cannot render {roles}: {error}") from error
 
 
 def read_tools(row: Row) -> list[Any] | None:

@@ -55,14 +55,16 @@ def show(
     counts = []
     for number, row in rows:
         try:
-            pieces, num_lost = _pieces(row, tokenizer, max_length)
+            parts = _pieces(row, tokenizer, max_length)
         except ValueError as error:
             write(Text(f"\nRow {number} cannot be read: {error}", style="red"))
             continue
-        counts.append((len(pieces), sum(is_trained for _, is_trained, _ in pieces)))
-        lost = f"; {num_lost} more are cut" if num_lost else ""
-        write(Text(f"\nRow {number}: {_describe(*counts[-1])}{lost}", style="bold"))
-        write(_render(pieces, has_marks))
+        for part, (pieces, num_lost) in enumerate(parts, start=1):
+            counts.append((len(pieces), sum(is_trained for _, is_trained, _ in pieces)))
+            name = f"{number} ({part} of {len(parts)})" if len(parts) > 1 else str(number)
+            lost = f"; {num_lost} more are cut" if num_lost else ""
+            write(Text(f"\nRow {name}: {_describe(*counts[-1])}{lost}", style="bold"))
+            write(_render(pieces, has_marks))
     if len(counts) > 1:
         total = _describe(*map(sum, zip(*counts, strict=True)))
         write(Text(f"\n{len(counts)} rows: {total}", style="bold"))
@@ -81,6 +83,8 @@ def render_mask(
 ) -> Text:
     """Render the tokens of a row as a `rich` text, coloured by whether they are trained.
 
+    Where it becomes several training rows, each is a paragraph.
+
     Args:
         row: of any layout.
         tokenizer: the target's.
@@ -90,22 +94,25 @@ def render_mask(
     Raises:
         ValueError: for a row that cannot be read.
     """
-    return _render(_pieces(row, tokenizer, max_length)[0], has_marks)
+    parts = [_render(pieces, has_marks) for pieces, _ in _pieces(row, tokenizer, max_length)]
+    return Text("\n").join(parts)
 
 
 def _pieces(
     row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None
-) -> tuple[list[Piece], int]:
-    """Split a row up to `max_length` into its tokens, and count how many more it has."""
-    whole = encode(row, tokenizer)
-    ids, labels = whole["input_ids"][:max_length], whole["labels"][:max_length]
+) -> list[tuple[list[Piece], int]]:
+    """Split each training row of a row into its tokens, and count those beyond `max_length`."""
     added = tokenizer.added_tokens_decoder.items()
     special = {i for i, token in added if token.special} | {*tokenizer.all_special_ids}
-    pieces = [
-        (_visible(text), label != IGNORED, i in special)
-        for i, label, text in zip(ids, labels, token_texts(ids, tokenizer), strict=True)
-    ]
-    return pieces, len(whole["input_ids"]) - len(ids)
+    found = []
+    for whole in encode(row, tokenizer, max_length):
+        ids, labels = whole["input_ids"][:max_length], whole["labels"][:max_length]
+        pieces = [
+            (_visible(text), label != IGNORED, i in special)
+            for i, label, text in zip(ids, labels, token_texts(ids, tokenizer), strict=True)
+        ]
+        found.append((pieces, len(whole["input_ids"]) - len(ids)))
+    return found
 
 
 def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -24,6 +24,7 @@ from transformers import (
 
 from ...identity import identify, tokenizer_hash, weights_digest
 from ...measure.calls import seeded
+from ...measure.chat import chat_options
 from ...measure.prompts import left_padded
 from ...target import max_positions, text_config
 from . import RegenerationSettings
@@ -37,8 +38,13 @@ SAMPLED = {**GREEDY, "do_sample": True, "top_k": 0, "min_p": 0.0, "typical_p": 1
 class Answer(NamedTuple):
     """The tokens that a target generated after a prompt."""
 
-    tokens: list[int]  # (new,) without the end token
+    tokens: list[int]  # (new,) with the end token, where there is one
     is_complete: bool  # whether the target ended it itself
+
+    @property
+    def text_tokens(self) -> list[int]:
+        """The tokens of its text, (new,): without the end token."""
+        return self.tokens[:-1] if self.is_complete else self.tokens
 
 
 @dataclass
@@ -85,6 +91,7 @@ class AnswerGenerator:
             "drafter": weights_digest(self.drafter) if is_drafted else None,
             "tokenizer": tokenizer_hash(self.tokenizer),
             "chat_template": self.tokenizer.chat_template,
+            "chat_template_kwargs": chat_options(self.tokenizer),
         }
 
     def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Answer]:
@@ -120,8 +127,9 @@ class AnswerGenerator:
         return [self._trim(tokens) for tokens in new.tolist()]
 
     def _trim(self, tokens: list[int]) -> Answer:
-        """Cut generated tokens before the first end token."""
-        end = next((i for i, token in enumerate(tokens) if token in self._ends), None)
+        """Cut generated tokens, (new,), after the first end token."""
+        ends = (i for i, token in enumerate(tokens, start=1) if token in self._ends)
+        end = next(ends, None)
         return Answer(tokens[:end], end is not None)
 
 

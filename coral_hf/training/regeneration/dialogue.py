@@ -1,12 +1,17 @@
 """A row of a dataset whose answers are generated one after the other.
 
 In: a row of any layout. Out: the prompt of the next answer, and in the end the row with its new
-answers.
+answers, as messages and as the tokens that the target read and wrote.
 
     user  assistant  user  assistant (calls a tool)  tool     assistant  user
           generated        stays, as its result does stays    generated  + a generated answer
 
 A plain text is a dialogue of one question, its first tokens, and one answer, which continues it.
+
+Where the prompt of an answer begins with all tokens before it, they share a row of tokens:
+
+    input_ids   prompt  answer  rest of the next prompt  answer
+    loss_mask   0 .. 0  1 .. 1  0 .................... 0  1 .. 1
 """
 
 import json
@@ -14,7 +19,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data.messages import Message, Row, layout_of, read_tools, render, to_messages
+from ...identity import short_hash
+from ...measure.chat import render
+from ..data.messages import Message, Row, layout_of, read_tools, to_messages
 from . import RegenerationSettings
 from .answers import Answer
 
@@ -48,6 +55,8 @@ class Dialogue:
         self.num_turns = len(self._rest)
         self.content = json.dumps([self._rest, self._tools, self._is_text])
         self._start: list[int] = []  # (kept,) tokens of a plain text before its answer
+        self._prompt: list[int] = []  # (length,) of the answer that comes next
+        self._token_rows: list[dict[str, Any]] = []  # what the target read and wrote
         self.num_kept = 0  # messages up to the last answer
         self._is_complete = True
         self.stopped: str | None = None  # why it ends before its last turn
@@ -66,6 +75,7 @@ class Dialogue:
                 raise ValueError(
                     f"a prompt of {len(ids)} tokens; at most {max_length} leave room for an answer"
                 )
+            self._prompt = ids
             return ids
         except ValueError as error:
             self.stopped = str(error)
@@ -73,7 +83,7 @@ class Dialogue:
 
     def take(self, answer: Answer) -> None:
         """Add an answer; nothing follows one that was cut off."""
-        ids = [*self._start, *answer.tokens]
+        ids = [*self._start, *answer.text_tokens]
         text = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         if not answer.is_complete:
             self.stopped = "an answer that was cut off"
@@ -83,6 +93,20 @@ class Dialogue:
         self._messages.append({"role": "assistant", "content": text})
         self.num_kept = len(self._messages)
         self._is_complete = answer.is_complete
+        self._keep_tokens(answer.tokens)
+
+    def _keep_tokens(self, new: list[int]) -> None:
+        """Add what was read and written, (new,), to the last row of tokens, or begin another."""
+        rows, prompt = self._token_rows, self._prompt
+        known = rows[-1]["input_ids"] if rows else []
+        if not known or prompt[: len(known)] != known:
+            rows.append(
+                {"input_ids": [], "loss_mask": [], "tokenizer": short_hash(self._tokenizer)}
+            )
+        row = rows[-1]
+        read = prompt[len(row["input_ids"]) :]
+        row["input_ids"] += [*read, *new]
+        row["loss_mask"] += [0] * len(read) + [1] * len(new)
 
     def result(self) -> dict[str, Any]:
         """Make the row to be written, with its number; without an answer, the `reason`."""
@@ -91,7 +115,7 @@ class Dialogue:
             return {**row, "reason": self.stopped or "no turn to answer"}
         if self._id is not None:
             row["id"] = self._id
-        ending = {"is_complete": self._is_complete}
+        ending = {"is_complete": self._is_complete, "token_rows": self._token_rows}
         if self._is_text:
             return {**row, "text": self._messages[-1]["content"], **ending}
         kept = self._messages if self.stopped is None else self._messages[: self.num_kept]

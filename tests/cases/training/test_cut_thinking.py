@@ -16,10 +16,6 @@ TEMPLATE = (
 )
 QUESTION = [{"role": "user", "content": "Tell me a short story about a dog."}]
 
-end_of_thought = pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="an end of the thought is trained that nobody wrote"
-)
-
 
 @pytest.fixture
 def tokenizer(tokenizer):
@@ -62,7 +58,6 @@ def folder(target, tokenizer, command, tmp_path):
     return tmp_path
 
 
-@end_of_thought
 def test_a_regenerated_row_is_the_prompt_and_what_the_target_wrote(
     folder, spoken, tokenizer, trainer_of
 ):
@@ -74,7 +69,6 @@ def test_a_regenerated_row_is_the_prompt_and_what_the_target_wrote(
     assert ids.tolist() == prompt + answer and ids[labels != -100].tolist() == answer
 
 
-@end_of_thought
 def test_data_show_counts_the_tokens_that_the_target_wrote(folder, spoken, command):
     names = ("--dataset", folder / "own.jsonl", "--target", folder / "target")
     shown = command("data", "show", *names)

@@ -1,0 +1,113 @@
+"""Chat templates: messages rendered as the target is asked, and the options that go with it.
+
+In: messages, a tokenizer. Out: text or token ids, or a ValueError that says what a template cannot
+render. Options of a template, such as `enable_thinking`, stay with the tokenizer, which saves them.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+OPTIONS = "chat_template_kwargs"
+# what templates that write today's date write into training rows: rows of another day are the same
+FIXED_DAY = datetime(2025, 1, 1)
+DIRECTIVES = [f"%{letter}" for letter in ("A", "a", "B", "b", "d", "H", "I", "j", "M", "m", "p")]
+DIRECTIVES += ["%S", "%Y", "%y", "%c", "%x", "%X", "%F", "%T", "%D", "%e", "%-d", "%-m"]
+
+
+def set_chat_options(
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | Path | None = None,
+    chat_template_kwargs: Mapping[str, Any] | str | None = None,
+) -> PreTrainedTokenizerBase:
+    """Give a tokenizer another chat template, or options that its template is rendered with.
+
+    Training, evaluation, regeneration and benchmarks read them from there, `save_pretrained` writes
+    them, and a drafter that is trained with them keeps them.
+
+    Args:
+        tokenizer: the target's; it is changed.
+        chat_template: a template, or the file of one.
+        chat_template_kwargs: such as `{"enable_thinking": False}`, or the JSON of it.
+
+    Example:
+
+    ```python
+    >>> set_chat_options(tokenizer, chat_template_kwargs={"enable_thinking": False})
+    ```
+    """
+    if chat_template is not None:
+        tokenizer.chat_template = read_template(chat_template)
+    if chat_template_kwargs is not None:
+        tokenizer.init_kwargs[OPTIONS] = read_options(chat_template_kwargs)
+    return tokenizer
+
+
+def read_template(template: str | Path) -> str:
+    """Return a chat template, from its file unless it is given as text."""
+    text = str(template)
+    if "{" in text:
+        return text
+    if not Path(text).is_file():
+        raise ValueError(f"`chat_template` is {text!r}, neither a file nor a Jinja template.")
+    return Path(text).read_text(encoding="utf-8")
+
+
+def read_options(options: Mapping[str, Any] | str) -> dict[str, Any]:
+    """Return options of a template, from JSON if they are text."""
+    try:
+        found = json.loads(options) if isinstance(options, str) else options
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, Mapping):
+        raise ValueError(
+            f"`chat_template_kwargs` is {options!r}; give an object, such as"
+            ' {"enable_thinking": false}.'
+        )
+    return dict(found)
+
+
+def chat_options(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the options that a tokenizer's template is rendered with."""
+    return dict(tokenizer.init_kwargs.get(OPTIONS) or {})
+
+
+def render(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    tools: list[Any] | None = None,
+    **options: Any,
+) -> Any:
+    """Render messages, with the tokenizer's options and a fixed day.
+
+    `options` are those of `apply_chat_template`, or of the template.
+
+    Raises:
+        ValueError: if there is no template, or if it cannot render them.
+    """
+    given = {**chat_options(tokenizer), **options}
+    try:
+        template = tokenizer.get_chat_template(given.pop("chat_template", None), tools)
+        template = with_fixed_day(template)
+        return tokenizer.apply_chat_template(
+            list(messages), tools=tools, chat_template=template, **given
+        )
+    except (TemplateError, TypeError, KeyError) as error:
+        roles = [turn["role"] for turn in messages]
+        raise ValueError(f"The chat template cannot render {roles}: {error}") from error
+
+
+def with_fixed_day(template: str) -> str:
+    """Let a chat template that writes today's date write the fixed one."""
+    if "strftime_now" not in template:
+        return template
+    # a macro hides the function of the same name
+    written = "".join(f"|replace('{one}', '{FIXED_DAY:{one}}')" for one in DIRECTIVES)
+    return (
+        f"{{%- macro strftime_now(format) %}}{{{{ format{written} }}}}{{% endmacro %}}\n{template}"
+    )
