@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.generation import GenerationMode
 
-from ...target import position_limit
+from ...target import position_limit, text_config
 from ..settings import Rule
 from . import call_tables as tables
 from .entries import REFUSED, Entry, Judgement, judge
@@ -44,7 +44,8 @@ def judge_call(
         rule: by which trees are drafted and verified.
     """
     inputs = _inputs(model, input_ids, model_kwargs)
-    return judge([*_modes(config), *inputs]) & judge_placement(model)
+    lengths = _lengths(model, criteria)
+    return judge([*_modes(config), *inputs, *lengths]) & judge_placement(model)
 
 
 def accept_call(*args) -> Judgement:
@@ -81,3 +82,10 @@ def _inputs(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict) -> Fi
     elif limit is not None and length > limit:
         sizes = f"{length} tokens, but the target has {limit}"
         yield sizes, tables.INPUTS["prompt beyond the positions"]
+
+
+def _lengths(model: PreTrainedModel, criteria: StoppingCriteriaList) -> Findings:
+    """What of the longest text that a call may write a drafter cannot follow."""
+    keys, longest = getattr(text_config(model), "keep_window_size", None), criteria.max_length
+    if keys is not None and longest is not None and longest > keys:  # Doge
+        yield f"{longest} tokens, but `keep_window_size` is {keys}", tables.INPUTS["best keys"]

@@ -54,6 +54,13 @@ INPUTS: Table = {
         "pad on the left: tokenizer.padding_side = 'left'",
         test=_REFUSED,
     ),
+    "best keys": Entry(
+        REFUSED,
+        "The text may have {name}: of a longer text, the target reads the keys with the best scores"
+        " alone, and which of equal tokens it reads depends on the size of a pass",
+        "lower `max_new_tokens`",
+        test="test_a_text_beyond_the_best_keys_is_refused",
+    ),
     "prompt beyond the positions": Entry(
         REFUSED,
         "The prompt has {name} positions",

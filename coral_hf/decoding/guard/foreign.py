@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ...target import read_target
 from . import target_tables as tables
+from .classes import KNOWN_CLASSES, own_class
 from .copies import small_copy
 from .entries import TREE, Entry
 from .trial import Verdict, try_target
@@ -39,8 +40,11 @@ def foreign_findings(model: PreTrainedModel) -> Iterator[tuple[object, Entry]]:
         name = model.config._attn_implementation
         function = ALL_ATTENTION_FUNCTIONS.get(name)
         yield _tried(model, "attention function", name, (function,), _try_copy)
-    if _root(type(model)) not in tables.LIBRARIES:
-        yield _tried(model, "class", type(model).__name__, (type(model),), _try_copy)
+    kind = own_class(type(model))
+    is_foreign = _root(kind) not in tables.LIBRARIES
+    if is_foreign or kind.__name__ not in KNOWN_CLASSES:
+        name = "class" if is_foreign else "new class"
+        yield _tried(model, name, kind.__name__, (kind,), _try_copy)
     if modules := foreign_modules(model):
         yield _tried(model, "modules", modules[0].__qualname__, tuple(modules), _try_itself)
     if hooks := foreign_hooks(model):
@@ -83,9 +87,7 @@ def _root(one: Any) -> str:
     while isinstance(one, functools.partial):
         one = one.func
     if isinstance(one, type):
-        # what wraps a class at run time, as FSDP does, is no class of a target
-        bases = (base for base in one.__mro__[:-1] if not base.__module__.startswith("torch."))
-        one = next(bases, one)
+        one = own_class(one)
     module = getattr(one, "__module__", None) or type(one).__module__
     return module.partition(".")[0]
 

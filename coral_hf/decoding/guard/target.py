@@ -13,6 +13,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from ...target import takes_positions, text_config
 from . import target_tables as tables
+from .classes import refused_name
 from .entries import REFUSED, Entry, Judgement, judge
 from .foreign import foreign_findings, foreign_hooks, has_foreign_attention
 
@@ -85,6 +86,10 @@ def _structure(model: PreTrainedModel) -> Findings:
     entries, text = tables.STRUCTURE, text_config(model)
     if model.config.is_encoder_decoder:
         yield "", entries["encoder-decoder"]
+    if not isinstance(model, GenerationMixin):
+        yield "", entries["no text token by token"]
+    if name := refused_name(type(model)):
+        yield name, tables.REFUSED_CLASSES[name]
     if model.get_output_embeddings() is None:
         yield "", entries["no LM head"]
     streams = getattr(text, "altup_num_inputs", 1)

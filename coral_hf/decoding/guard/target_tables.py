@@ -3,6 +3,7 @@
 Each table maps a name, as transformers or PEFT spells it, to an `Entry`.
 """
 
+from .classes import REFUSED_CLASSES
 from .entries import CHAIN, REFUSED, TREE, Entry
 
 Table = dict[str, Entry]
@@ -55,6 +56,13 @@ TRIED: Table = {
         "its class {name} is none of transformers and was tried on a small copy",
         "use the class of transformers for this model",
         test="test_a_class_of_others_is_tried",
+    ),
+    "new class": Entry(
+        TREE,
+        "its class {name} is not among those that were tried with this package, and was tried on"
+        " a small copy",
+        "use a target of another class",
+        test="test_a_class_that_is_not_known_is_tried",
     ),
     "modules": Entry(
         TREE,
@@ -135,6 +143,12 @@ STRUCTURE: Table = {
         "use a target that is a decoder alone",
         test="test_an_odd_target_works_or_is_refused_with_its_name",
     ),
+    "no text token by token": Entry(
+        REFUSED,
+        "it writes no text token by token",
+        "use a target that has `generate` of transformers",
+        test="test_a_class_that_no_drafter_can_follow_is_refused",
+    ),
     "no LM head": Entry(
         REFUSED,
         "it has no LM head",
@@ -176,6 +190,7 @@ TABLES: dict[str, Table] = {
     "Layer types": LAYER_TYPES,
     "Cache layers": CACHE_LAYERS,
     "Structure": STRUCTURE,
+    "Classes of transformers": REFUSED_CLASSES,
     "Adapters": ADAPTERS,
     "Placement": PLACEMENT,
 }

@@ -1,0 +1,69 @@
+"""Classes of transformers in the guard: known ones, refused ones, and new ones, which are tried."""
+
+import pytest
+import torch
+from conftest import SIZES, VOCAB, make_target, tiny_target
+from every_class import all_classes, class_name
+from tiny_models import tiny_model
+from transformers import AutoConfig, PreTrainedModel
+
+from coral_hf import CoralDrafter
+from coral_hf.decoding.guard import CHAIN, REFUSED, TREE, judge_target
+from coral_hf.decoding.guard.classes import KNOWN_CLASSES, REFUSED_CLASSES
+
+CLASSES = {class_name(*pair): pair for pair in all_classes()}
+WITHOUT = sorted({*REFUSED_CLASSES, "DiffusionGemmaForBlockDiffusion"})
+
+
+def target_of(name: str) -> PreTrainedModel:
+    """A tiny target of a class by its name, which older versions of transformers may lack."""
+    if name not in CLASSES:
+        pytest.skip(f"no {name} in this version of transformers")
+    auto_class, config_class = CLASSES[name]
+    return tiny_model(config_class, auto_class)
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_a_class_that_no_drafter_can_follow_is_refused(name):
+    target, foreign = target_of(name), CoralDrafter.from_target(tiny_target("llama"))
+    with pytest.raises(ValueError, match=f"{name} cannot take a drafter"):
+        CoralDrafter.from_target(target)
+    if name in REFUSED_CLASSES:  # the others have no `generate` of transformers
+        ids = torch.tensor([[5, 6, 7]])
+        with pytest.raises(ValueError, match="cannot take a drafter"):
+            target.generate(ids, max_new_tokens=8, assistant_model=foreign)
+
+
+def test_known_classes_are_in_order():
+    assert not KNOWN_CLASSES & REFUSED_CLASSES.keys()
+    assert len(KNOWN_CLASSES) > 150
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("LlamaForCausalLM", TREE),
+        ("BartForCausalLM", CHAIN),
+        ("ProphetNetForCausalLM", REFUSED),
+        ("OpenAIGPTLMHeadModel", REFUSED),
+    ],
+)
+def test_a_class_that_is_not_known_is_tried(name, way, monkeypatch):
+    monkeypatch.setattr("coral_hf.decoding.guard.foreign.KNOWN_CLASSES", frozenset())
+    monkeypatch.setattr("coral_hf.decoding.guard.target.refused_name", lambda kind: None)
+    judgement = judge_target(target_of(name))
+    assert judgement.way == way
+    assert way != REFUSED or "was tried on a small copy" in judgement.reasons[0]
+
+
+def test_a_text_beyond_the_best_keys_is_refused():
+    keys = 12
+    fields = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
+    target = make_target(AutoConfig.for_model("doge", **fields, keep_window_size=keys))
+    drafter = CoralDrafter.from_target(target).eval()
+    ids = torch.arange(6)[None] % VOCAB
+    call = {"attention_mask": torch.ones_like(ids), "do_sample": False}
+    plain = target.generate(ids, max_new_tokens=6, **call)
+    assert target.generate(ids, max_new_tokens=6, assistant_model=drafter, **call).equal(plain)
+    with pytest.raises(ValueError, match="13 tokens, but `keep_window_size` is 12"):
+        target.generate(ids, max_new_tokens=7, assistant_model=drafter, **call)
