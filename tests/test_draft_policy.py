@@ -19,7 +19,7 @@ from coral_hf.decoding.draft_policy import (
     DecayedLine,
     MeasuredCosts,
     RoundSample,
-    choose_policy,
+    choose_speculation,
 )
 from coral_hf.decoding.drafting import TreeShape
 from coral_hf.drafters.tree_builders import TreeBuilder
@@ -56,9 +56,9 @@ def rounds(policy, count, tokens, levels=2, nodes=6, seconds=(0.0, 0.0, 0.0)):
 
 def test_a_drafter_that_never_hits_is_given_up_after_the_patience_is_spent():
     policy = AdaptiveDraft(SHAPE, CostModel(Costs(base=1.0, level=0.5, node=0.0)))
-    depths = rounds(policy, 10, tokens=1)  # each loses one plain pass
-    assert policy.is_plain
-    assert depths == [4] * (int(PATIENCE) + 1) + [0] * (9 - int(PATIENCE))
+    assert rounds(policy, int(PATIENCE), tokens=1) == [4, 4]  # each loses one plain pass
+    assert not policy.is_plain
+    assert rounds(policy, 1, tokens=1) == [4] and policy.is_plain
 
 
 def test_a_drafter_that_pays_is_never_given_up():
@@ -129,7 +129,7 @@ def test_measured_costs_are_remembered_from_call_to_call():
 
 def test_an_unknown_speculation_is_refused(target, drafter):
     with pytest.raises(ValueError, match="`speculation` is 'sometimes'"):
-        choose_policy(target, SHAPE, "sometimes", None, False)
+        choose_speculation("sometimes")
 
 
 # ---- trees

@@ -181,10 +181,10 @@ class MeasuredCosts(CostModel):
 class DraftPolicy:
     """What the loop asks before a round, and reports to after it; here nothing changes."""
 
-    def __init__(self, shape: TreeShape, is_plain: bool = False):
-        """`shape`: the largest tree, which is drafted in every round, or never if `is_plain`."""
-        self._shape = shape._replace(depth=0) if is_plain else shape
-        self.is_plain = is_plain  # whether the drafter is done with this call
+    def __init__(self, shape: TreeShape):
+        """`shape`: the largest tree, which is drafted in every round."""
+        self._shape = shape
+        self.is_plain = False  # whether the drafter is done with this call
 
     def plan(self, rows: int) -> TreeShape:
         """The largest tree of the next round; of depth 0 for a plain round."""
@@ -208,7 +208,7 @@ class AdaptiveDraft(DraftPolicy):
 
     def plan(self, rows: int) -> TreeShape:
         """See [`DraftPolicy`]."""
-        if self.is_plain or self._model.lacks_plain(rows) or self._is_check:
+        if self._model.lacks_plain(rows) or self._is_check:
             return self._shape._replace(depth=0)
         costs, worth = self._model.costs(rows), self.worth
         return self._shape._replace(node_floor=costs.node / worth, level_floor=costs.level / worth)
@@ -225,8 +225,6 @@ class AdaptiveDraft(DraftPolicy):
     def note(self, sample: RoundSample) -> None:
         """See [`DraftPolicy`]."""
         cost = self._model.note(sample)
-        if self.is_plain:
-            return
         if self._is_check:
             self._next_check *= 2
         if sample.levels == 0:
@@ -255,10 +253,18 @@ class AdaptiveDraft(DraftPolicy):
             )
 
 
+def choose_speculation(speculation: str | None) -> str:
+    """One of `SPECULATION`: the one that is asked for, or the default."""
+    speculation = DEFAULT_SPECULATION if speculation is None else speculation
+    if speculation not in SPECULATION:
+        raise ValueError(f"`speculation` is {speculation!r}; use one of {SPECULATION}.")
+    return speculation
+
+
 def choose_policy(
     model: PreTrainedModel,
     shape: TreeShape,
-    speculation: str | None,
+    speculation: str,
     stored: dict[str, float] | None,
     do_sample: bool,
 ) -> DraftPolicy:
@@ -267,14 +273,11 @@ def choose_policy(
     Args:
         model: the target.
         shape: the largest tree.
-        speculation: of `SPECULATION`, the default where None.
+        speculation: `"adaptive"` or `"always"`.
         stored: the `Costs` that `autotune` has found, by name.
         do_sample: decide by stored costs alone, so that a seed gives the same text again.
     """
-    speculation = DEFAULT_SPECULATION if speculation is None else speculation
-    if speculation not in SPECULATION:
-        raise ValueError(f"`speculation` is {speculation!r}; use one of {SPECULATION}.")
-    if speculation != "adaptive":
-        return DraftPolicy(shape, is_plain=speculation == "never")
+    if speculation == "always":
+        return DraftPolicy(shape)
     costs = Costs(**(stored or {}))
     return AdaptiveDraft(shape, CostModel(costs) if do_sample else MeasuredCosts(model, costs))

@@ -35,10 +35,10 @@ from ..identity import check_tokenizer
 from ..lm_head import execution_device
 from ..target import read_target, sliding_windows
 from .continuation import CACHE, MEMORY, continued_cache, is_user_cache, returned_cache
-from .draft_policy import choose_policy
+from .draft_policy import choose_policy, choose_speculation
 from .drafting import Family, family_of, family_options
 from .guard import accept_call, accept_target
-from .loop import CoralGenerateOutput, DecodingLoop, Plan
+from .loop import CoralGenerateOutput, DecodingLoop, Plan, decode_plainly
 from .sequences import Sequences
 from .settings import (
     DECODING_KEYWORDS,
@@ -215,23 +215,27 @@ class BoundDrafter:
         watchers = logits_processor, criteria, self.streamer
         sequences = Sequences(input_ids, *watchers, pad, not takes_tree)
         check_rule(rule, sequences)
+        speculation = choose_speculation((defaults | settings)["speculation"])
         # the two models, each with what it has read before the call
         given, windows = model_kwargs.get(CACHE), sliding_windows(model)
         # a caller who gets a cache may continue from it
         keep_cache = config.return_dict_in_generate or is_user_cache(given)
-        cache = continued_cache(input_ids, model_kwargs, windows)
         options = {name: settings[name] for name in self.family.options if name in settings}
         target, memory = read_target(model), getattr(given, MEMORY, None)
         drafting = self.family.start(self.drafter, target, memory=memory, **options)
+        if speculation == "never":
+            return decode_plainly(model, sequences, config, model_kwargs)
+        cache = continued_cache(input_ids, model_kwargs, windows)
         collector = OutputCollector(config, len(input_ids), windows)
         runner = TargetRunner(
             target, takes_tree, drafting.layers, cache, collector.extras, keeps_rows=keep_cache
         )
-        speculation, costs = (defaults | settings)["speculation"], getattr(own, "draft_costs", None)
+        costs = getattr(own, "draft_costs", None)
         policy = choose_policy(model, shape, speculation, costs, config.do_sample)
         longest = max_length_of(model, criteria)
         plan = Plan(rule, longest, keep_cache, config.prefill_chunk_size)
         loop = DecodingLoop(drafting, runner, sequences, collector, policy, plan)
+        del drafting  # the loop gives it up where it does not pay
         loop.run(model_kwargs)
         filled = returned_cache(given, runner.whole_cache())
         setattr(filled, MEMORY, loop.memory())

@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .continuation import CACHE
 from .draft_policy import DraftPolicy, RoundSample
 from .drafting import Drafting, DraftTree, TreeShape, host_tensor, root_only, with_padding
+from .plain import decode_all, decode_rest
 from .sequences import Sequences
 from .settings import Rule
 from .target_runner import OutputCollector, TargetOutput, TargetRunner
@@ -40,6 +41,12 @@ class DecodingStats:
     verify_seconds: float = 0.0
     other_seconds: float = 0.0
 
+    def add_plain(self, counts: list[int]) -> None:
+        """Count passes that gave one token each, so many of each row."""
+        self.num_rounds += max(counts)
+        self.num_nodes += max(counts)
+        self.round_lengths += [1] * sum(counts)
+
     @property
     def acceptance_length(self) -> float:
         """τ: tokens of a row per target pass, of the rounds; 0 if there was none."""
@@ -60,6 +67,19 @@ class CoralGenerateOutput(GenerateDecoderOnlyOutput):
     """
 
     stats: DecodingStats | None = None
+
+
+def decode_plainly(
+    model: PreTrainedModel, sequences: Sequences, config: GenerationConfig, model_kwargs: dict
+) -> Tensor | CoralGenerateOutput:
+    """Decode a call as plain `generate` does, from what it has prepared; with stats."""
+    output, passes = decode_all(model, sequences, config, model_kwargs)
+    if isinstance(output, Tensor):
+        return output
+    stats = DecodingStats(prefill_seconds=passes.times[0] - passes.start)
+    stats.add_plain([count - 1 for count in passes.counts])  # the first pass reads the prompt
+    stats.verify_seconds = passes.times[-1] - passes.times[0]
+    return CoralGenerateOutput(**output, stats=stats)
 
 
 class Plan(NamedTuple):
@@ -97,21 +117,21 @@ class DecodingLoop:
         """Decode until every row has ended; `model_kwargs` are what `generate` prepared."""
         self.prefill(model_kwargs)
         self.lap("prefill_seconds")
-        if self.policy.is_plain:
-            self.stop_drafting()
-        while self.sequences.active:
+        while self.sequences.active and not self.policy.is_plain:
             self.round()
+        if self.sequences.active:
+            return self.step_back(model_kwargs)
         self.sequences.end()
 
     def prefill(self, model_kwargs: dict) -> None:
         """Read the prompts (batch, length), emit each row's first token, start the drafter."""
-        prompts, is_plain = self.sequences.ids, self.policy.is_plain
-        output = self.target.prefill(prompts, model_kwargs, self.plan.chunk_size, not is_plain)
+        prompts = self.sequences.ids
+        output = self.target.prefill(prompts, model_kwargs, self.plan.chunk_size)
         self.collector.prompt = output
         rows = self.sequences.active
         first = self.verifier.verify(root_only(prompts[:, -1]), output)
         kept = self.kept(rows)
-        if not is_plain and (kept or self.keep_memory):
+        if kept or self.keep_memory:
             new = output.features.shape[1]
             unread = prompts[:, prompts.shape[1] - new :]
             tokens = torch.cat([unread, unread.new_tensor(first.tokens)], dim=1)
@@ -120,7 +140,7 @@ class DecodingLoop:
 
     def round(self) -> None:
         """Draft, score and verify, commit, let the drafter read what was accepted."""
-        rows, is_plain = self.sequences.active, self.policy.is_plain
+        rows = self.sequences.active
         self.lap_start = time.perf_counter()
         tree = self.draft(rows)
         draft = self.lap("draft_seconds")
@@ -128,16 +148,12 @@ class DecodingLoop:
         decode = self.lap("verify_seconds")
         kept = self.commit(rows, tree, output, accepted)
         decode += self.lap("other_seconds")
-        if not is_plain:
-            self.read(kept, output.features, accepted)
+        self.read(kept, output.features, accepted)
         read = self.lap("draft_seconds")
         batch, nodes = tree.tokens.shape
         levels = tree.levels or min(nodes - 1, 1)  # not every tree tells
         tokens = sum(accepted.counts) / batch
         self.policy.note(RoundSample(batch, levels, nodes, tokens, draft, decode, read))
-        if self.policy.is_plain and not is_plain:
-            self.stats.is_stepped_back = True
-            self.stop_drafting()
 
     def draft(self, rows: list[int]) -> DraftTree:
         """A tree for each row, or its root alone where drafting does not pay or nothing fits."""
@@ -163,7 +179,7 @@ class DecodingLoop:
 
     def verify(self, tree: DraftTree) -> tuple[TargetOutput, Accepted]:
         """One pass of the target over the tree, and what it accepts."""
-        output = self.target.score(tree, not self.policy.is_plain)
+        output = self.target.score(tree)
         return output, self.verifier.verify(tree, output)
 
     def commit(
@@ -173,7 +189,7 @@ class DecodingLoop:
         self.stats.num_rounds += 1
         self.stats.num_levels += tree.levels
         self.stats.num_nodes += tree.tokens.shape[1]
-        self.stats.round_lengths += accepted.counts
+        self.stats.round_lengths += [count for count in accepted.counts if count]
         if self.collector.extras:
             paths = zip(rows, accepted.path.tolist(), accepted.counts, strict=True)
             for index, (row, path, count) in enumerate(paths):
@@ -222,14 +238,40 @@ class DecodingLoop:
         """Drop the rows that have ended, so that they cost nothing any more."""
         if kept and len(kept) < len(rows):
             self.target.select(kept)
-            if not self.policy.is_plain:
+            if not self.stats.is_stepped_back:
                 self.drafting.select(host_tensor(kept))
             self.keep_memory = False  # the drafter forgets the rows that have ended
 
-    def stop_drafting(self) -> None:
-        """Leave the drafter alone for the rest of the call."""
-        self.keep_memory = False  # it does not read the sequences to their end
-        self.target.cache.use_plain_append()
+    def step_back(self, model_kwargs: dict) -> None:
+        """Decode the rest plainly, by transformers' own loop, which reads rows of one length."""
+        self.stats.is_stepped_back, self.keep_memory = True, False
+        del self.drafting  # and the memory that it holds
+        while self.sequences.active and (behind := self.sequences.behind):
+            self.catch_up(behind)
+        if not (rows := self.sequences.active):
+            return self.sequences.end()
+        self.lap_start = time.perf_counter()
+        model, cache, scores = self.target.model, self.target.cache, self.collector.scores()
+        config = self.collector.config
+        output, passes = decode_rest(model, self.sequences, cache, config, model_kwargs, scores)
+        self.collector.add_all(rows, passes.counts, output)
+        self.sequences.take(rows, output.sequences)
+        self.target.cache = output[CACHE]
+        self.stats.add_plain(passes.counts)
+        self.lap("verify_seconds")
+
+    def catch_up(self, behind: list[int]) -> None:
+        """Read one token of the rows that are behind; the others wait, in the same pass."""
+        rows = self.sequences.active
+        tree = root_only(self.sequences.last(rows))
+        output, where = self.target.score(tree), [rows.index(row) for row in behind]
+        tokens: list[list[int]] = [[] for _ in rows]
+        with self.sequences.only(behind):
+            alone = root_only(tree.tokens[where, 0])
+            found = self.verifier.verify(alone, output._replace(logits=output.logits[where]))
+        for row, new in zip(where, found.tokens, strict=True):
+            tokens[row] = new
+        self.commit(rows, tree, output, Accepted(torch.zeros_like(tree.parents), tokens))
 
     def memory(self) -> object | None:
         """What the drafter has read of all sequences, None where it has not read every token."""

@@ -294,6 +294,8 @@ class RaggedCache(Cache):
             layer.record_past = is_on
 
     def use_plain_append(self) -> None:
-        """Append as transformers does: for a lone token of a short text it costs less."""
+        """Append and forget as transformers' own layers do, from now on."""
         for layer in self.layers:
-            layer.is_plain, layer._buffers = True, []
+            layer.is_plain, layer.record_past, layer._buffers = True, False, []
+            if layer.window is not None:
+                layer.release(layer.get_seq_length() - layer.window + 1)

@@ -9,9 +9,10 @@ row at a time. Where it may look at the whole batch, they grow in lockstep, as i
 Where something outside counts rows, none leaves the batch before all have ended.
 """
 
+import contextlib
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -96,9 +97,9 @@ class Sequences:
         self._newest = [0] * batch  # the last token of each row, on the host
         self._buffer = input_ids.clone()
         self.pad_token = pad_token
-        self._processors = logits_processor
-        self._streamer = streamer
-        self._criteria = stopping_criteria
+        self.processors = logits_processor
+        self.streamer = streamer
+        self.criteria = stopping_criteria
         self._end_tokens = _end_tokens(stopping_criteria)
         self._limit = stopping_criteria.max_length or sys.maxsize  # tokens of a row
         sees_batch = any(type(one) not in ROW_WISE_CRITERIA for one in stopping_criteria)
@@ -114,7 +115,7 @@ class Sequences:
     @property
     def is_row_wise(self) -> bool:
         """Whether each processor looks at one row at a time."""
-        return all(type(one) in ROW_WISE for one in self._processors)
+        return all(type(one) in ROW_WISE for one in self.processors)
 
     @property
     def active(self) -> list[int]:
@@ -149,27 +150,27 @@ class Sequences:
     @property
     def stateful(self) -> list[str]:
         """Names of the processors that are known to remember what they have seen."""
-        return [type(one).__name__ for one in self._processors if isinstance(one, STATEFUL)]
+        return [type(one).__name__ for one in self.processors if isinstance(one, STATEFUL)]
 
     @property
     def unknown(self) -> list[str]:
         """Names of the processors that may remember something."""
-        return [type(one).__name__ for one in self._processors if type(one) not in STATELESS]
+        return [type(one).__name__ for one in self.processors if type(one) not in STATELESS]
 
     @property
     def is_prefix_free(self) -> bool:
         """Whether scores depend on logits alone."""
-        return all(type(one) in PREFIX_FREE for one in self._processors)
+        return all(type(one) in PREFIX_FREE for one in self.processors)
 
     def process_free(self, logits: Tensor) -> Tensor:
         """Scores where `is_prefix_free`: (rows, vocab) logits → (rows, vocab).
 
         In fp32 whatever the target's dtype, as in plain `generate`: float64 can tie there.
         """
-        if not self._processors:
+        if not self.processors:
             return logits.float()
         ids = self._buffer[:1, :1].expand(len(logits), 1)
-        return self._processors(ids, logits.to(torch.float32, copy=True))
+        return self.processors(ids, logits.to(torch.float32, copy=True))
 
     def scores(self, rows: list[int], logits: Tensor) -> Tensor:
         """Processed scores of the next token of some rows: (rows, vocab) → (rows, vocab)."""
@@ -179,13 +180,13 @@ class Sequences:
         if self.is_lockstep:
             every = logits.new_zeros(len(self.lengths), logits.shape[1])
             every[rows] = logits
-            return self._processors(self.ids.clone(), every)[rows]
+            return self.processors(self.ids.clone(), every)[rows]
         alone = zip(rows, logits[:, None], strict=True)  # each (1, vocab)
         return torch.cat([self._process(row, self._row(row).clone(), one) for row, one in alone])
 
     def warp(self, logits: Tensor) -> Tensor:
         """A drafter's logits (rows, vocab) after the processors that look at nothing else."""
-        warpers = LogitsProcessorList(one for one in self._processors if type(one) in PREFIX_FREE)
+        warpers = LogitsProcessorList(one for one in self.processors if type(one) in PREFIX_FREE)
         return warpers(self._buffer[:1, :1].expand(len(logits), 1), logits)
 
     def scores_after(
@@ -204,7 +205,7 @@ class Sequences:
 
     def _process(self, row: int, prefix: Tensor, logits: Tensor) -> Tensor:
         """Process the logits (1, vocab) after a prefix (1, length), as if a row were the batch."""
-        return LogitsProcessorList(_of_row(one, row) for one in self._processors)(prefix, logits)
+        return LogitsProcessorList(_of_row(one, row) for one in self.processors)(prefix, logits)
 
     def _row(self, row: int) -> Tensor:
         """(1, length)"""
@@ -221,16 +222,16 @@ class Sequences:
         for row, token in zip(rows, tokens, strict=True):
             self._buffer[row, self.lengths[row]] = self._newest[row] = token
             self.lengths[row] += 1
-        if self._streamer is not None:
-            self._streamer.put(self.ids[:, -1].cpu())
+        if self.streamer is not None:
+            self.streamer.put(self.ids[:, -1].cpu())
         if self._end_tokens is not None:
             for row, token in zip(rows, tokens, strict=True):
                 is_full = self.lengths[row] >= self._limit
                 self._end(row, is_full or token in self._end_tokens)
             return
-        is_done = self._criteria(self.ids, scores()).tolist() if self.is_lockstep else None
+        is_done = self.criteria(self.ids, scores()).tolist() if self.is_lockstep else None
         for row in rows:
-            done = is_done[row] if is_done else self._criteria(self._row(row), scores()).all()
+            done = is_done[row] if is_done else self.criteria(self._row(row), scores()).all()
             self._end(row, bool(done))
 
     def _end(self, row: int, is_ended: bool) -> None:
@@ -263,15 +264,40 @@ class Sequences:
         for index, row in enumerate(rows):
             self.lengths[row] += len(tokens[index])
             self._newest[row] = tokens[index][-1]
-        if self._streamer is not None:  # of a single row
+        if self.streamer is not None:  # of a single row
             for token in tokens[0]:
-                self._streamer.put(host_tensor([token]))
+                self.streamer.put(host_tensor([token]))
         return tokens
+
+    @property
+    def behind(self) -> list[int]:
+        """The active rows that are shorter than the longest of them."""
+        active = self.active
+        longest = max(self.lengths[row] for row in active)
+        return [row for row in active if self.lengths[row] < longest]
+
+    @contextlib.contextmanager
+    def only(self, rows: list[int]) -> Iterator[None]:
+        """Leave out of `active` all other rows, for a while."""
+        waiting = [row for row in self.active if row not in rows]
+        for row in waiting:
+            self.is_stopped[row] = True
+        yield
+        for row in waiting:
+            self.is_stopped[row] = False
+
+    def take(self, rows: list[int], ids: Tensor) -> None:
+        """Take the rest of some rows from a loop that has decoded them: (rows, all tokens)."""
+        length = ids.shape[1]
+        self._reserve(length)
+        self._buffer[rows, :length] = ids
+        for row in rows:
+            self.lengths[row], self.is_stopped[row] = length, True
 
     def end(self) -> None:
         """Tell the streamer that the sequences are complete."""
-        if self._streamer is not None:
-            self._streamer.end()
+        if self.streamer is not None:
+            self.streamer.end()
 
     def _reserve(self, length: int) -> None:
         batch, room = self._buffer.shape

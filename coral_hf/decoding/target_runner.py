@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..target import Target, position_limit, sliding_windows, takes_positions, text_config
 from .continuation import CACHE, join, part_of, whole_length, whole_positions
@@ -62,12 +63,16 @@ class TargetRunner:
         self._ended: list[tuple[list[int], RaggedCache]] = []  # rows that have left it
         self.cache = cache or RaggedCache(self._windows)
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """The target itself."""
+        return self._target.model
+
     def prefill(
         self,
         input_ids: Tensor,
         model_kwargs: dict,
         chunk_size: int | None = None,
-        with_features: bool = True,
     ) -> TargetOutput:
         """Read what the cache does not hold of the prompts (batch, length).
 
@@ -92,7 +97,7 @@ class TargetRunner:
             inputs = self._target.model.prepare_inputs_for_generation(
                 chunk, is_first_iteration=True, **kwargs
             )
-            parts.append(self._forward(with_features, **inputs))
+            parts.append(self._forward(**inputs))
         cache.set_recording(True)
         cache.begin(batch, self._target.device)
         positions = whole_positions(mask.bool(), model_kwargs.get("position_ids"))
@@ -100,8 +105,8 @@ class TargetRunner:
         features = torch.cat([part.features for part in parts], dim=1)
         return parts[-1]._replace(logits=parts[-1].logits[:, -1:], features=features)
 
-    def score(self, tree: DraftTree, with_features: bool = True) -> TargetOutput:
-        """Read all nodes of a tree at once; without features it is as cheap as a plain pass."""
+    def score(self, tree: DraftTree) -> TargetOutput:
+        """Read all nodes of a tree at once."""
         tree = tree.to(self._target.device)
         positions = self.cache.position_ids(tree.depths)  # (batch, nodes)
         if self._limit is not None:  # nodes beyond it are never emitted
@@ -116,7 +121,7 @@ class TargetRunner:
             seen = self.cache.positions != HIDDEN
             own = torch.ones_like(tree.tokens, dtype=torch.bool)
             inputs["attention_mask"] = torch.cat([seen, own], 1).long()
-        return self._forward(with_features, **inputs)
+        return self._forward(**inputs)
 
     def select(self, kept: list[int]) -> None:
         """Go on with some rows of the last pass only, by their index in it."""
@@ -132,17 +137,16 @@ class TargetRunner:
             return self.cache
         return join([*self._ended, (self._rows, self.cache)])
 
-    def _forward(self, with_features: bool, **inputs) -> TargetOutput:
+    def _forward(self, **inputs) -> TargetOutput:
         """Run the target over `input_ids` (batch, new)."""
         if CACHE not in inputs:
             inputs |= {CACHE: self.cache, "use_cache": True}
-        layers = self._layers if with_features else ()
         names = [name.removeprefix("output_") for name in self._extras]
-        inputs["output_hidden_states"] = _named_states(layers)
+        inputs["output_hidden_states"] = _named_states(self._layers)
         inputs |= dict.fromkeys(self._extras, True)
         outputs = self._target.model(**inputs, return_dict=True)
         tokens = inputs["input_ids"]
-        states = [outputs.hidden_states[layer] for layer in layers]
+        states = [outputs.hidden_states[layer] for layer in self._layers]
         states = states or [tokens.new_empty(*tokens.shape, 0, dtype=outputs.logits.dtype)]
         return TargetOutput(
             outputs.logits,
@@ -204,7 +208,7 @@ class OutputCollector:
     """
 
     def __init__(self, config: GenerationConfig, batch: int, windows: Sequence[int | None] = ()):
-        self.returns_dict = bool(config.return_dict_in_generate)
+        self.config, self.returns_dict = config, bool(config.return_dict_in_generate)
         names = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
         wanted = [name for name in names if self.returns_dict and getattr(config, name)]
         self.keeps_scores, self.keeps_logits = (name in wanted for name in names[:2])
@@ -224,6 +228,21 @@ class OutputCollector:
             self._logits[row].append(logits.to(torch.float32, copy=True))
         if self.keeps_scores:
             self._scores[row].append(processed)
+
+    def add_all(
+        self, rows: list[int], counts: list[int], output: GenerateDecoderOnlyOutput
+    ) -> None:
+        """Keep what transformers' own loop has of the next tokens of some rows, `counts` of them.
+
+        Its tuples have one entry a token, or one by layer, over (rows, ...).
+        """
+        kept = self._logits, self._scores, self._hidden, self._attentions
+        found = output.logits, output.scores, output.hidden_states, output.attentions
+        for by_row, by_token in zip(kept, found, strict=True):
+            for index, (row, count) in enumerate(zip(rows, counts, strict=True)):
+                for one in (by_token or ())[:count]:
+                    is_state = isinstance(one, tuple)
+                    by_row[row].append(tuple(x[index] for x in one) if is_state else one[index])
 
     def add_nodes(self, row: int, index: int, path: list[int], output: TargetOutput) -> None:
         """Keep the states of the nodes before a row's new tokens.

@@ -1,0 +1,5 @@
+"""Plain decoding: transformers' own loop, where nothing is drafted."""
+
+from .own_loop import Passes, decode_all, decode_rest
+
+__all__ = ["Passes", "decode_all", "decode_rest"]
