@@ -8,9 +8,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 prompt_alone = pytest.mark.xfail(
     strict=True, raises=AssertionError, reason="it reaches the pass over the prompt alone"
 )
-pytestmark = pytest.mark.parametrize(
-    "speculation", [pytest.param("always", marks=prompt_alone), "never"]
-)
+speculations = pytest.mark.parametrize("speculation", ["always", "never"])
+lost = pytest.mark.parametrize("speculation", [pytest.param("always", marks=prompt_alone), "never"])
 LLAMA = LlamaConfig(**SIZES, intermediate_size=48)
 SLOPE = torch.linspace(-1, 1, 40)
 
@@ -53,12 +52,14 @@ def outcome(compare):
     return found
 
 
+@lost
 def test_token_types_reach_every_round(outcome, speculation):
     target = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4))
     types = torch.tensor([[3] * 5 + [4] * 5])
     assert outcome(target, speculation, token_type_ids=types) in ("equal", "refused")
 
 
+@lost
 def test_states_of_an_encoder_reach_every_round(outcome, speculation):
     config = GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, add_cross_attention=True)
     states = torch.randn(1, 6, 32).double()
@@ -66,14 +67,17 @@ def test_states_of_an_encoder_reach_every_round(outcome, speculation):
     assert found in ("equal", "refused")
 
 
+@lost
 def test_an_input_of_the_models_own_reaches_every_round(outcome, speculation):
     found = outcome(Conditioned(LLAMA), speculation, strength=40.0)
     assert found in ("equal", "refused")
 
 
+@speculations
 def test_a_model_that_prepares_its_inputs_gets_to_do_so_in_every_round(outcome, speculation):
     assert outcome(Prepares(LLAMA), speculation) in ("equal", "refused")
 
 
+@speculations
 def test_a_model_that_updates_its_inputs_gets_to_do_so_after_every_round(outcome, speculation):
     assert outcome(Updates(LLAMA), speculation, strength=2.0) in ("equal", "refused")
