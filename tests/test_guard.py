@@ -11,9 +11,9 @@ from coral_hf.decoding.guard import (
     TREE,
     Entry,
     Judgement,
-    call_tables,
     target_tables,
 )
+from coral_hf.decoding.guard.calls import tables as call_tables
 from coral_hf.decoding.guard.entries import judge
 from coral_hf.decoding.guard.page import guard_page
 

@@ -319,11 +319,13 @@ def test_the_settings_of_chain_assistants_change_nothing(target):
     drafter.generation_config.num_assistant_tokens = 2
     drafter.generation_config.num_assistant_tokens_schedule = "heuristic"
     drafter.generation_config.assistant_confidence_threshold = 0.9
-    arguments = {"num_assistant_tokens": 3, "return_dict_in_generate": True}
-    again = target.generate(PROMPTS, **GREEDY, **arguments, assistant_model=drafter, **TREE)
+    arguments = {"assistant_model": drafter, "return_dict_in_generate": True, **TREE}
+    again = target.generate(PROMPTS, **GREEDY, **arguments)
     assert again.sequences.equal(plain.sequences)
     assert again.stats.round_lengths == drafted.stats.round_lengths
     assert drafter.generation_config.num_assistant_tokens == 2
+    with pytest.raises(ValueError, match="`num_assistant_tokens` is for transformers' own"):
+        target.generate(PROMPTS, **GREEDY, **arguments, num_assistant_tokens=3)
 
 
 @pytest.mark.parametrize(

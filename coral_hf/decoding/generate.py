@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,14 +37,13 @@ from ..target import read_target, sliding_windows
 from .continuation import CACHE, MEMORY, continued_cache, is_user_cache, returned_cache
 from .draft_policy import choose_policy, choose_speculation
 from .drafting import Family, family_of, family_options
-from .guard import accept_call, accept_target
+from .guard import Call, accept_call, accept_keywords, accept_target
 from .loop import CoralGenerateOutput, DecodingLoop, Plan, decode_plainly
 from .sequences import Sequences
 from .settings import (
     DECODING_KEYWORDS,
     TREE_DEFAULTS,
     Settings,
-    check_rule,
     choose_rule,
     choose_shape,
     max_length_of,
@@ -67,7 +66,8 @@ def install() -> None:
         call = signature.bind_partial(self, *args, **kwargs).arguments
         if isinstance(call.get("assistant_model"), (str, Path)):
             call["assistant_model"] = named_drafter(call["assistant_model"], self)
-        if family_of(call.get("assistant_model")) is None:
+        is_drafted = isinstance(call.get("custom_generate"), BoundDrafter)
+        if family_of(call.get("assistant_model")) is None and not is_drafted:
             return plain(self, *args, **kwargs)
         return _generate_with_drafter(plain, {**call.pop("kwargs", {}), **call})
 
@@ -145,20 +145,19 @@ def _without_wrapper(drafter: PreTrainedModel) -> PreTrainedModel:
 
 def _generate_with_drafter(plain: Callable, call: dict[str, Any]):
     """Call plain `generate` with our loop as its decoding method; `call` is by keyword."""
-    model, drafter = call.pop("self"), call.pop("assistant_model")
-    if call.get("custom_generate") is not None:
-        raise ValueError("`custom_generate` and a CORAL drafter both decode; pass one of them.")
-    if call.pop("synced_gpus", None):
-        raise ValueError(
-            "`synced_gpus` is True, but a drafter's rounds differ between ranks; generate on one"
-            " rank, or without `assistant_model`."
-        )
+    model, drafter = call.pop("self"), call.pop("assistant_model", None)
+    loop = call.pop("custom_generate") if drafter is None else None
+    accept_keywords(model, call)
     ours = (*DECODING_KEYWORDS, *family_options())
     own = {name: call.pop(name) for name in ours if name in call}
+    if loop is not None:  # a drafter that is bound already
+        own, drafter = {**loop.settings, **own}, loop.drafter
     # `generate` hands a callable neither streamer nor tokenizer, so they are bound here
-    loop = decoder(drafter, streamer=call.get("streamer"), tokenizer=call.get("tokenizer"), **own)
+    streamer = call.get("streamer") or (loop and loop.streamer)
+    loop = decoder(drafter, streamer=streamer, tokenizer=call.get("tokenizer"), **own)
+    loop = replace(loop, keywords=tuple(name for name in call if call[name] is not None))
     call["stopping_criteria"] = _with_stop_strings(call, model.generation_config)
-    return plain(model, **call, custom_generate=loop)
+    return plain(model, **{**call, "custom_generate": loop})
 
 
 def _with_stop_strings(call: dict, own: GenerationConfig) -> StoppingCriteriaList | None:
@@ -188,6 +187,7 @@ class BoundDrafter:
     family: Family
     settings: Settings  # by keyword, the options of the drafter's family included
     streamer: BaseStreamer | None
+    keywords: tuple[str, ...] = ()  # of `generate`, that the caller has set
 
     def __call__(
         self,
@@ -200,21 +200,21 @@ class BoundDrafter:
     ) -> Tensor | CoralGenerateOutput:
         """Decode what `generate` has prepared for the target: `input_ids` are (batch, length)."""
         config, criteria = generation_config, stopping_criteria
-        judgement = accept_target(model)
+        judgement = accept_target(model, len(input_ids))
         # how trees are drafted and verified
         own, settings = getattr(self.drafter, "generation_config", None), self.settings
         defaults: Settings = {
             name: getattr(own, name, TREE_DEFAULTS.get(name)) for name in DECODING_KEYWORDS
         }
         rule = choose_rule(config.do_sample, defaults, settings)
-        judgement &= accept_call(
-            model, input_ids, config, model_kwargs, logits_processor, criteria, rule
-        )
+        watchers = logits_processor, criteria
+        call = Call(model, input_ids, config, model_kwargs, *watchers, self.keywords)
+        judgement &= accept_call(call, rule)
         shape, takes_tree = choose_shape(judgement.obstacle, defaults, settings, rule)
         pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
-        watchers = logits_processor, criteria, self.streamer
-        sequences = Sequences(input_ids, *watchers, pad, not takes_tree)
-        check_rule(rule, sequences)
+        sequences = Sequences(
+            input_ids, *watchers, self.streamer, pad, not takes_tree, judgement.keeps_rows
+        )
         speculation = choose_speculation((defaults | settings)["speculation"])
         # the two models, each with what it has read before the call
         given, windows = model_kwargs.get(CACHE), sliding_windows(model)

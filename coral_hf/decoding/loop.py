@@ -161,12 +161,11 @@ class DecodingLoop:
         if shape.depth == 0 or shape.nodes == 1:
             return root_only(root)
         tree = self.drafting.propose(root, shape, self.warp)
-        # whatever a drafter puts there, the target reads the token that was committed
-        root = root[:, None].to(tree.tokens.device)  # (batch, 1)
-        tree = tree._replace(tokens=torch.cat([root, tree.tokens[:, 1:]], dim=1))
         if padded := self.sequences.padded:
             tree = with_padding(tree, padded, self.sequences.pad_token)
-        return tree
+        # whatever a drafter puts there, the target reads the token that was committed
+        root = root[:, None].to(tree.tokens.device)  # (batch, 1)
+        return tree._replace(tokens=torch.cat([root, tree.tokens[:, 1:]], dim=1))
 
     def budget(self, shape: TreeShape) -> TreeShape:
         """The largest tree of which every accepted token may still come out.

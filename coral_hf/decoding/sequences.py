@@ -148,16 +148,6 @@ class Sequences:
         return self._end_tokens is not None and self.is_prefix_free and not self.is_lockstep
 
     @property
-    def stateful(self) -> list[str]:
-        """Names of the processors that are known to remember what they have seen."""
-        return [type(one).__name__ for one in self.processors if isinstance(one, STATEFUL)]
-
-    @property
-    def unknown(self) -> list[str]:
-        """Names of the processors that may remember something."""
-        return [type(one).__name__ for one in self.processors if type(one) not in STATELESS]
-
-    @property
     def is_prefix_free(self) -> bool:
         """Whether scores depend on logits alone."""
         return all(type(one) in PREFIX_FREE for one in self.processors)

@@ -11,7 +11,6 @@ from transformers.utils import logging
 
 from ..target import position_limit
 from .drafting import TreeShape
-from .sequences import Sequences
 
 logger = logging.get_logger(__name__)
 
@@ -82,22 +81,6 @@ def choose_rule(do_sample: bool, defaults: Settings, settings: Settings) -> Rule
         raise ValueError(f"`verification` is {name!r}; use one of {RULES[1:]} when sampling.")
     is_drawn = chosen.get("drawn_tree")
     return Rule(name, name != "token" if is_drawn is None else bool(is_drawn))
-
-
-def check_rule(rule: Rule, sequences: Sequences) -> None:
-    """Raise a ValueError if a rule reads scores in an order that a processor cannot follow."""
-    reads_all = rule.name in ("traversal", "block")  # every node, accepted or not
-    names = sequences.unknown if reads_all else sequences.stateful if rule.is_drawn else []
-    if names:
-        raise ValueError(
-            f"{names[0]} may remember what it has seen, and this call reads nodes that are never"
-            " emitted; pass verification='token' and drawn_tree=False."
-        )
-    if reads_all and sequences.is_lockstep and not sequences.is_row_wise:
-        raise ValueError(
-            f"`verification` is {rule.name!r}, but a logits processor looks at the whole batch;"
-            " pass verification='token', or one row at a time."
-        )
 
 
 def max_length_of(model: PreTrainedModel, criteria: StoppingCriteriaList) -> int:

@@ -1,5 +1,5 @@
 """The guard: from target and call to a tree, a chain, or a refusal with its reason."""
 
-from .call import accept_call, judge_call
+from .calls.judge import Call, accept_call, accept_keywords, judge_call
 from .entries import CHAIN, REFUSED, TREE, Entry, Judgement, Way
 from .target import accept_target, judge_target

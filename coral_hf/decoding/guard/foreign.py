@@ -34,29 +34,33 @@ GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 _found: WeakKeyDictionary[PreTrainedModel, dict[tuple, Verdict]] = WeakKeyDictionary()
 
 
-def foreign_findings(model: PreTrainedModel) -> Iterator[tuple[object, Entry]]:
-    """What of a target is foreign, with the way in which it was exact."""
+def foreign_findings(model: PreTrainedModel, rows: int = 0) -> Iterator[tuple[object, Entry]]:
+    """What of a target is foreign, with the way in which it was exact.
+
+    `rows`: of the call for which hooks are tried, since they may count them; 0 for no call.
+    """
     if has_foreign_attention(model):
         name = model.config._attn_implementation
         function = ALL_ATTENTION_FUNCTIONS.get(name)
         yield _tried(model, "attention function", name, (function,), _try_copy)
     kind = own_class(type(model))
-    is_foreign = _root(kind) not in tables.LIBRARIES
+    is_foreign = root_of(kind) not in tables.LIBRARIES
     if is_foreign or kind.__name__ not in KNOWN_CLASSES:
         name = "class" if is_foreign else "new class"
         yield _tried(model, name, kind.__name__, (kind,), _try_copy)
     if modules := foreign_modules(model):
         yield _tried(model, "modules", modules[0].__qualname__, tuple(modules), _try_itself)
-    if hooks := foreign_hooks(model):
+    if rows and (hooks := foreign_hooks(model)):
         name = getattr(hooks[0], "__qualname__", type(hooks[0]).__qualname__)
-        yield _tried(model, "hooks", name, tuple(hooks), _try_hooks)
+        attempt = functools.partial(_try_hooks, rows=rows)
+        yield _tried(model, "hooks", name, (rows, *hooks), attempt)
 
 
 def has_foreign_attention(model: PreTrainedModel) -> bool:
     """Whether the attention function of a target is in no table, or registered by others."""
     name = model.config._attn_implementation
     function = ALL_ATTENTION_FUNCTIONS.get(name)
-    is_known = function is None or _root(function) in tables.LIBRARIES
+    is_known = function is None or root_of(function) in tables.LIBRARIES
     return name not in tables.ATTENTION or not is_known
 
 
@@ -65,15 +69,20 @@ def foreign_modules(model: PreTrainedModel) -> list[type | Callable]:
     found: dict[Any, None] = {}
     for module in model.modules():
         for one in (type(module), vars(module).get("forward")):
-            if one not in (None, type(model)) and _root(one) not in tables.LIBRARIES:
+            if one not in (None, type(model)) and root_of(one) not in tables.LIBRARIES:
                 found[one] = None
     return list(found)
 
 
 def foreign_hooks(model: PreTrainedModel) -> list[Callable]:
     """The forward hooks of a target that no library has put there."""
-    hooks = (hook for place in _places(model) for hook in place.values())
-    return list({hook: None for hook in hooks if _root(hook) not in tables.LIBRARIES})
+    hooks = (hook for hook in forward_hooks(model) if root_of(hook) not in tables.LIBRARIES)
+    return list(dict.fromkeys(hooks))
+
+
+def forward_hooks(model: PreTrainedModel) -> Iterator[Callable]:
+    """All forward hooks that a pass of a target runs."""
+    return (hook for place in _places(model) for hook in place.values())
 
 
 def _places(model: PreTrainedModel) -> list[dict[int, Callable]]:
@@ -82,7 +91,7 @@ def _places(model: PreTrainedModel) -> list[dict[int, Callable]]:
     return places + [getattr(module, name) for module in model.modules() for name in HOOKS]
 
 
-def _root(one: Any) -> str:
+def root_of(one: Any) -> str:
     """The package that a function, a method, an object or a class comes from."""
     while isinstance(one, functools.partial):
         one = one.func
@@ -124,13 +133,16 @@ def _try_itself(model: PreTrainedModel) -> Verdict:
     return try_target(model, PROMPTS, 8)
 
 
-def _try_hooks(model: PreTrainedModel) -> Verdict:
-    return _try_itself(model) if _alters(model) else Verdict(TREE)
+def _try_hooks(model: PreTrainedModel, rows: int) -> Verdict:
+    if not _alters(model, rows):
+        return Verdict(TREE)
+    lengths = tuple(11 - row % 8 for row in range(rows))
+    return try_target(model, [(3,) * rows, lengths], 8, keeps_rows=True)
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _alters(model: PreTrainedModel) -> bool:
+def _alters(model: PreTrainedModel, rows: int) -> bool:
     """Whether a target's foreign hooks change what passes through them, seen over two tokens."""
     hooks, altered = foreign_hooks(model), []
     places = _places(model)
@@ -148,8 +160,10 @@ def _alters(model: PreTrainedModel) -> bool:
             for key, hook in place.items():
                 if hook in hooks:
                     place[key] = functools.partial(watched, hook)
-        ids = torch.zeros(1, 2, dtype=torch.long, device=read_target(model).device)
+        ids = torch.zeros(rows, 2, dtype=torch.long, device=read_target(model).device)
         model(input_ids=ids, use_cache=False)
+    except Exception:  # the trial says what it raises
+        return True
     finally:
         for place, hooks_before in zip(places, before, strict=True):
             place.update(hooks_before)

@@ -1,6 +1,7 @@
 """The page of the docs that lists all tables of the guard, as Markdown."""
 
-from . import call_tables, target_tables
+from . import target_tables
+from .calls import tables as call_tables
 from .entries import Entry, Way
 
 HEAD = """\

@@ -23,11 +23,12 @@ PREPARATION = ("prepare_inputs_for_generation", "_update_model_kwargs_for_genera
 Findings = Iterator[tuple[object, Entry]]
 
 
-def judge_target(model: PreTrainedModel) -> Judgement:
+def judge_target(model: PreTrainedModel, rows: int = 0) -> Judgement:
     """Judge whether and how a drafter can draft for a target.
 
     Args:
         model: any model of transformers, or one in a `PeftModel`.
+        rows: of the call that is to be drafted for, if any; what hangs on a target may count them.
     """
     adapters = judge(_adapters(model))
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -37,16 +38,16 @@ def judge_target(model: PreTrainedModel) -> Judgement:
     found &= judge([*_cache_layers(model), *_attention(model), *_layer_types(model)])
     if found.way == REFUSED:
         return found
-    found &= judge(foreign_findings(model))
+    found &= judge(foreign_findings(model, rows))
     return found._replace(
         needs_own_preparation=_needs_own_preparation(model),
         keeps_rows=bool(foreign_hooks(model)),
     )
 
 
-def accept_target(model: PreTrainedModel) -> Judgement:
-    """Judge a target, and raise a ValueError if it cannot take a drafter."""
-    judgement = judge_target(model)
+def accept_target(model: PreTrainedModel, rows: int = 0) -> Judgement:
+    """Judge a target, see [`judge_target`], and raise a ValueError if it cannot take a drafter."""
+    judgement = judge_target(model, rows)
     if judgement.way == REFUSED:
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         raise ValueError(

@@ -1,0 +1,1 @@
+"""Judgement of calls of `generate`, and what they may have."""
