@@ -22,7 +22,7 @@ from transformers import (
 
 from coral_hf import CoralConfig
 from coral_hf.decoding.drafting import DraftTree
-from coral_hf.decoding.guard import CHAIN, REFUSED, TREE, accept_target, judge_target
+from coral_hf.decoding.guard import CHAIN, REFUSED, TREE, accept_features, judge_target
 from coral_hf.decoding.target_runner import TargetRunner
 from coral_hf.identity import check_tokenizer, tokenizer_hash
 from coral_hf.target import (
@@ -137,7 +137,7 @@ def test_a_target_of_several_hidden_states_a_token_raises():
     model = tiny_target("llama")
     model.config.altup_num_inputs = 4  # as Gemma 3n's
     with pytest.raises(ValueError, match="has 4 hidden states per token"):
-        accept_target(model)
+        accept_features(model)
 
 
 def test_a_target_of_another_family_warns_and_one_of_another_name_does_not(caplog):

@@ -14,7 +14,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, set_seed
 
-from ..decoding.guard import accept_target
+from ..decoding.guard import accept_features, accept_target
 from ..drafters.coral.modeling import CoralDrafter
 from ..identity import record_tokenizer
 from ..target import check_target, read_target
@@ -70,6 +70,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         **kwargs,
     ):
         accept_target(target_model)
+        accept_features(target_model)
         check_target(model.config, target_model)
         if args.use_liger_kernel:
             check_liger(args)

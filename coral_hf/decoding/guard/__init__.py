@@ -2,4 +2,4 @@
 
 from .calls.judge import Call, accept_call, accept_keywords, judge_call
 from .entries import CHAIN, REFUSED, TREE, Entry, Judgement, Way
-from .target import accept_target, judge_target
+from .target import accept_features, accept_target, judge_target

@@ -26,11 +26,15 @@ class Entry(NamedTuple):
     reason: str  # why it is safe, or what is unsafe; `{name}` stands for what was found
     remedy: str = ""  # what to do instead
     test: str = ""  # the test that holds it
+    note: str = ""  # what is true of the output, where it is not the same to the last digit
 
     def said(self, name: object = "") -> str:
         """The reason and the remedy, of what was found."""
         parts = [self.reason.format(name=name), self.remedy.format(name=name)]
         return "; ".join(part for part in parts if part)
+
+
+Table = dict[str, Entry]  # by name, as transformers or PEFT spells it
 
 
 class Judgement(NamedTuple):
@@ -64,6 +68,9 @@ class Judgement(NamedTuple):
 
 def judge(findings: Iterable[tuple[object, Entry]]) -> Judgement:
     """The judgement of all that was found, each with its name."""
-    low = [(entry.way, entry.said(name)) for name, entry in findings if entry.way < TREE]
+    found = list(findings)
+    low = [(entry.way, entry.said(name)) for name, entry in found if entry.way < TREE]
     low = sorted(dict.fromkeys(low), key=lambda one: one[0])
-    return Judgement(low[0][0] if low else TREE, tuple(said for _, said in low))
+    notes = [f"{entry.said(name)}: {entry.note}" for name, entry in found if entry.note]
+    reasons = tuple(said for _, said in low)
+    return Judgement(low[0][0] if low else TREE, reasons, tuple(notes))

@@ -13,6 +13,9 @@ pass, a guard looks up what target and call have, and decides: a **tree** where 
 that applies wins, and what is in no table is refused or tried. `CoralDrafter.from_target` and
 `CoralTrainer` ask the same guard: nobody trains a drafter for a target that `generate` refuses.
 
+*Agreement only*: a layer of the target looks at all tokens of a pass, so that its text agrees with
+plain `generate` but for near ties; that is said once.
+
 Each line names the test that holds it. `python -m coral_hf.decoding.guard > docs/guard.md` writes
 this page.
 """
@@ -33,4 +36,5 @@ def _section(title: str, table: dict[str, Entry]) -> str:
 def _line(name: str, entry: Entry) -> str:
     said = entry.said("…").replace("|", "\\|")
     shown = name.replace("|", "\\|")
-    return f"| `{shown}` | {WORDS[entry.way]} | {said} | `{entry.test}` |\n"
+    way = WORDS[entry.way] + (", agreement only" if entry.note else "")
+    return f"| `{shown}` | {way} | {said} | `{entry.test}` |\n"

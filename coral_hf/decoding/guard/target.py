@@ -10,12 +10,16 @@ from torch import distributed
 from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.integrations.fsdp import is_fsdp_managed_module
+from transformers.utils import logging
 
-from ...target import takes_positions, text_config
+from ...target import read_target, takes_positions, text_config
 from . import target_tables as tables
 from .classes import refused_name
 from .entries import REFUSED, Entry, Judgement, judge
 from .foreign import foreign_findings, foreign_hooks, has_foreign_attention
+from .quantization import quantization_findings
+
+logger = logging.get_logger(__name__)
 
 # methods by which a target prepares the inputs of each pass
 PREPARATION = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
@@ -35,7 +39,8 @@ def judge_target(model: PreTrainedModel, rows: int = 0) -> Judgement:
     found = adapters & judge(_structure(model))
     if found.way == REFUSED:  # the rest may not be there to look at
         return found
-    found &= judge([*_cache_layers(model), *_attention(model), *_layer_types(model)])
+    layers = [*_cache_layers(model), *_attention(model), *_layer_types(model)]
+    found &= judge([*layers, *quantization_findings(model)])
     if found.way == REFUSED:
         return found
     found &= judge(foreign_findings(model, rows))
@@ -46,14 +51,25 @@ def judge_target(model: PreTrainedModel, rows: int = 0) -> Judgement:
 
 
 def accept_target(model: PreTrainedModel, rows: int = 0) -> Judgement:
-    """Judge a target, see [`judge_target`], and raise a ValueError if it cannot take a drafter."""
+    """Judge a target, and raise a ValueError if it cannot take a drafter; notes are said once."""
     judgement = judge_target(model, rows)
+    _raise_if_refused(model, judgement)
+    for note in judgement.notes:
+        logger.warning_once(f"The target {type(model).__name__} is drafted for, but {note}.")
+    return judgement
+
+
+def accept_features(model: PreTrainedModel) -> None:
+    """Raise a ValueError if a target has no features that a drafter could read."""
+    _raise_if_refused(model, judge(_features(model)))
+
+
+def _raise_if_refused(model: PreTrainedModel, judgement: Judgement) -> None:
     if judgement.way == REFUSED:
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         raise ValueError(
             f"The target {type(model).__name__} cannot take a drafter: {judgement.reasons[0]}."
         )
-    return judgement
 
 
 def judge_placement(model: PreTrainedModel) -> Judgement:
@@ -93,9 +109,8 @@ def _structure(model: PreTrainedModel) -> Findings:
         yield name, tables.REFUSED_CLASSES[name]
     if model.get_output_embeddings() is None:
         yield "", entries["no LM head"]
-    streams = getattr(text, "altup_num_inputs", 1)
-    if streams != 1:
-        yield streams, entries["streams"]
+    if getattr(text, "expert_capacity", None):
+        yield "", entries["expert capacity"]
     if model._is_stateful:
         yield "", entries["recurrent state"]
     if not takes_positions(model.forward):
@@ -104,6 +119,16 @@ def _structure(model: PreTrainedModel) -> Findings:
         yield "", entries["alibi"]
     if "local" in getattr(text, "attention_layers", ()):  # GPT-Neo
         yield "", entries["local attention"]
+
+
+def _features(model: PreTrainedModel) -> Findings:
+    entries, text = tables.FEATURES, text_config(model)
+    streams = getattr(text, "altup_num_inputs", 1)
+    if streams != 1:
+        yield streams, entries["streams"]
+    width = getattr(read_target(model).embeddings, "embedding_dim", text.hidden_size)
+    if width != text.hidden_size:  # OPT-350m
+        yield f"{width} and its layers {text.hidden_size}", entries["embedding width"]
 
 
 def _cache_layers(model: PreTrainedModel) -> Findings:

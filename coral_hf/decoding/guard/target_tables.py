@@ -4,9 +4,8 @@ Each table maps a name, as transformers or PEFT spells it, to an `Entry`.
 """
 
 from .classes import REFUSED_CLASSES
-from .entries import CHAIN, REFUSED, TREE, Entry
-
-Table = dict[str, Entry]
+from .entries import CHAIN, REFUSED, TREE, Entry, Table
+from .quantization import QUANTIZATION
 
 _FAMILIES = "test_greedy_tokens_equal_the_target_alone"
 _CHAINS = "test_a_target_without_trees_keeps_its_own_text_in_chains"
@@ -14,6 +13,8 @@ _SIBLINGS = "test_a_target_that_cannot_tell_siblings_apart_names_its_obstacle"
 _RECURRENT = "test_a_recurrent_target_is_refused"
 _MASKS = "test_an_attention_that_takes_no_float_mask_is_an_obstacle"
 _PLACES = "test_an_adapter_that_looks_at_the_place_of_a_token_is_refused"
+
+_ODD = "test_an_odd_target_works_or_is_refused_with_its_name"
 
 _NO_MASK = Entry(CHAIN, "its attention {name!r} takes no 4-D mask", test=_MASKS)
 _PAGED = Entry(
@@ -141,7 +142,7 @@ STRUCTURE: Table = {
         REFUSED,
         "it is an encoder-decoder",
         "use a target that is a decoder alone",
-        test="test_an_odd_target_works_or_is_refused_with_its_name",
+        test=_ODD,
     ),
     "no text token by token": Entry(
         REFUSED,
@@ -155,10 +156,25 @@ STRUCTURE: Table = {
         "load it with AutoModelForCausalLM",
         test="test_a_target_without_an_lm_head_raises",
     ),
+    "expert capacity": Entry(
+        REFUSED,
+        "its experts drop tokens beyond a capacity, so that a token's output depends on the others"
+        " of its pass",
+        test="test_experts_of_bounded_capacity_are_refused",
+    ),
+}
+
+# what drafters that read features need of a target
+FEATURES: Table = {
     "streams": Entry(
         REFUSED,
         "it has {name} hidden states per token (`altup_num_inputs`), and a drafter reads one",
         test="test_a_target_of_several_hidden_states_a_token_raises",
+    ),
+    "embedding width": Entry(
+        REFUSED,
+        "its embeddings are {name} wide, and a drafter reads both side by side",
+        test=_ODD,
     ),
 }
 
@@ -191,6 +207,8 @@ TABLES: dict[str, Table] = {
     "Cache layers": CACHE_LAYERS,
     "Structure": STRUCTURE,
     "Classes of transformers": REFUSED_CLASSES,
+    "Features, for drafters that read them": FEATURES,
+    "Quantization": QUANTIZATION,
     "Adapters": ADAPTERS,
     "Placement": PLACEMENT,
 }

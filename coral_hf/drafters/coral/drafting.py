@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...decoding.drafting import DraftTree, TreeShape, Warp
+from ...decoding.guard import accept_features
 from ...decoding.ragged_cache import HIDDEN, RaggedCache
 from ...target import FEATURE, Target, check_target, text_config
 from ..tree_builders import Beam, SampledTreeBuilder, TreeBuilder, plan_levels
@@ -92,6 +93,7 @@ class CoralDrafting:
         memory: DrafterMemory | None = None,
         draft_head: str | None = None,
     ):
+        accept_features(target.model)
         check_target(drafter.config, target.model, takes_other_vocabulary=True)
         self.drafter = drafter
         self.target = target

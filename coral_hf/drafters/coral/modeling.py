@@ -30,7 +30,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import cached_file
 
 from ...atomic import write_json
-from ...decoding.guard import accept_target
+from ...decoding.guard import accept_features, accept_target
 from ...decoding.settings import TREE_DEFAULTS
 from ...heads.collection import DraftHeads
 from ...lm_head import execution_device
@@ -100,6 +100,7 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
                 counted or trained first.
         """
         accept_target(target)
+        accept_features(target)
         if heads := sorted({"draft_head", "num_hot_tokens", "head_rank"} & overrides.keys()):
             raise ValueError(
                 f"{heads} would name a draft head that has learned nothing; make the drafter, then"

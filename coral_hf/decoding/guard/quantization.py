@@ -1,0 +1,140 @@
+"""Quantized layers: whether a token's output depends on the other tokens of its pass.
+
+In: a target. Out: an `Entry` for each kind of quantization that it has. A pass over a tree has
+other tokens in it than a plain pass: where a layer's scale, or its choice of columns, is taken over
+all of them, the output is no longer the same to the last digit, though it is the target's own text
+but for near ties. Such kinds are drafted, and that is said once.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .entries import REFUSED, TREE, Entry, Table
+
+AGREEMENT = "its text agrees with plain `generate` but for near ties"
+_TEST = "test_a_kind_of_quantization_is_exact_agrees_or_is_refused"
+_ROWS = "test_a_torchao_layer_has_independent_rows_unless_it_is_said"
+
+_WEIGHTS = Entry(TREE, "only its weights are quantized", test=_TEST)
+_TOKENS = Entry(TREE, "its activations are scaled token by token", test=_TEST)
+_STATIC = Entry(TREE, "the scales of its activations are fixed", test=_TEST)
+_TENSOR = Entry(
+    TREE,
+    "it scales activations over all tokens of a pass ({name})",
+    test=_TEST,
+    note=AGREEMENT,
+)
+_SCHEME = Entry(
+    TREE, "its config may scale activations over a pass ({name})", test=_TEST, note=AGREEMENT
+)
+
+# `quant_method`, with what tells kinds of it apart
+QUANTIZATION: Table = {
+    "aqlm": _WEIGHTS,
+    "auto-round": _WEIGHTS,
+    "awq": _WEIGHTS,
+    "bitnet": _TOKENS,
+    "bitsandbytes_4bit": _WEIGHTS,
+    "bitsandbytes_8bit": Entry(
+        TREE,
+        "LLM.int8 chooses its outlier columns over all tokens of a pass",
+        test=_TEST,
+        note=AGREEMENT,
+    ),
+    "bitsandbytes_8bit without outliers": _TOKENS,
+    "compressed-tensors": _WEIGHTS,
+    "compressed-tensors of dynamic tensors": _TENSOR,
+    "eetq": _WEIGHTS,
+    "fbgemm_fp8": _TOKENS,
+    "fouroversix": _SCHEME,
+    "fp8": Entry(TREE, "its activations are scaled token by token, in blocks", test=_TEST),
+    "fp8 static": _STATIC,
+    "fp_quant": _SCHEME,
+    "fp_quant mxfp4": Entry(TREE, "its activations are scaled in blocks of a token", test=_TEST),
+    "gemma": _STATIC,
+    "gguf": _WEIGHTS,
+    "gptq": _WEIGHTS,
+    "higgs": _WEIGHTS,
+    "hqq": _WEIGHTS,
+    "metal": _WEIGHTS,
+    "mxfp4": _WEIGHTS,
+    "mxfp8": Entry(TREE, "its activations are scaled in blocks of a token", test=_TEST),
+    "nvfp4": Entry(
+        TREE,
+        "its kernel quantizes activations in passes over several tokens, and not in those over one",
+        test=_TEST,
+        note=AGREEMENT,
+    ),
+    "quanto": _WEIGHTS,
+    "quanto of activations": _STATIC,
+    "quark": _SCHEME,
+    "sinq": _WEIGHTS,
+    "spqr": _WEIGHTS,
+    "torchao": _WEIGHTS._replace(test=_ROWS),
+    "torchao by row": _TOKENS._replace(test=_ROWS),
+    "torchao by tensor": _TENSOR._replace(test=_ROWS),
+    "vptq": _WEIGHTS,
+}
+
+UNKNOWN = Entry(
+    REFUSED,
+    "its layers are quantized by {name!r}, of which nothing is known",
+    "dequantize the target",
+    test=_TEST,
+)
+
+
+def quantization_findings(model: PreTrainedModel) -> Iterator[tuple[object, Entry]]:
+    """The entries of all kinds of quantization that a target has."""
+    for kind in sorted({*_of_config(model), *_of_torchao(model)}):
+        yield kind, QUANTIZATION.get(kind, UNKNOWN)
+
+
+def _of_config(model: PreTrainedModel) -> Iterator[str]:
+    """The kind of a target's `quantization_config`, if it has one."""
+    given = getattr(model.config, "quantization_config", None)
+    if given is None or getattr(given, "dequantize", False):
+        return
+    config: dict[str, Any] = given if isinstance(given, dict) else given.to_dict()
+    method = str(getattr(config.get("quant_method"), "value", config.get("quant_method")))
+    if method == "bitsandbytes":
+        is_8bit = config.get("load_in_8bit") or config.get("_load_in_8bit")
+        method += "_8bit" if is_8bit else "_4bit"
+        if is_8bit and config.get("llm_int8_threshold") == 0.0:
+            method += " without outliers"
+    elif method == "compressed-tensors":
+        method += " of dynamic tensors" if _scales_tensors(config) else ""
+    elif method == "fp8":
+        method += " static" if config.get("activation_scheme") == "static" else ""
+    elif method == "fp_quant":
+        method += " mxfp4" if config.get("forward_dtype") == "mxfp4" else ""
+    elif method == "quanto":
+        method += " of activations" if config.get("activations") else ""
+    if method != "torchao":  # whose weights tell more
+        yield method
+
+
+def _scales_tensors(config: dict[str, Any]) -> bool:
+    """Whether compressed tensors scale activations over a whole pass."""
+    groups = (config.get("config_groups") or {}).values()
+    inputs = [group.get("input_activations") or {} for group in groups if isinstance(group, dict)]
+    dynamic = [one for one in inputs if one.get("dynamic") not in (None, False)]
+    return any(one.get("strategy") in (None, "tensor", "tensor_group") for one in dynamic)
+
+
+def _of_torchao(model: nn.Module) -> set[str]:
+    """The kinds of torchao's weights in a model, whoever has put them there."""
+    found = set()
+    for weight in model.parameters():
+        if not type(weight).__module__.startswith("torchao."):
+            continue
+        activations = getattr(weight, "act_quant_kwargs", None)
+        if activations is None or getattr(weight, "act_quant_scale", None) is not None:
+            found.add("torchao")
+            continue
+        scale = type(getattr(activations, "granularity", None)).__name__
+        found.add("torchao by row" if scale in ("PerRow", "PerToken") else "torchao by tensor")
+    return found
