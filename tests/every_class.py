@@ -133,8 +133,8 @@ def tried(target: PreTrainedModel, build) -> tuple[str, str]:
     except Exception as error:
         try:
             untrained(target)
-        except Refusal:
-            pass
+        except Refusal as refusal:
+            return "refused", str(refusal)
         return "no text", f"{type(error).__name__}: {error}"
     try:
         return with_text(target, calls)

@@ -103,6 +103,8 @@ def _structure(model: PreTrainedModel) -> Findings:
     entries, text = tables.STRUCTURE, text_config(model)
     if model.config.is_encoder_decoder:
         yield "", entries["encoder-decoder"]
+    if getattr(text, "num_hidden_layers", None) is None:
+        yield "", entries["no layers"]
     if not isinstance(model, GenerationMixin):
         yield "", entries["no text token by token"]
     if name := refused_name(type(model)):

@@ -144,6 +144,11 @@ STRUCTURE: Table = {
         "use a target that is a decoder alone",
         test=_ODD,
     ),
+    "no layers": Entry(
+        REFUSED,
+        "its config has no `num_hidden_layers`, by which a cache is made",
+        test="test_a_class_that_no_drafter_can_follow_is_refused",
+    ),
     "no text token by token": Entry(
         REFUSED,
         "it writes no text token by token",
