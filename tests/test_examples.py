@@ -111,6 +111,19 @@ def test_heads_are_timed_and_their_reads_counted(groups, monkeypatch, capsys):
     assert rows[0][6] == "1.00x" and all(float(row[5].split()[0]) > 0 for row in rows)
 
 
+def test_the_mass_of_the_best_groups_is_tabled_by_grouping(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompts.txt").write_text("What is the sum of two and three? " * 8)
+    names = ["--target", folder / "target", "--dataset", folder / "talk.jsonl", "--hold-out", 1]
+    names += ["--prompts", tmp_path / "prompts.txt", "--groups", "8:2", "--groups", "8:8"]
+    run(monkeypatch, "group_mass.py", *names, "--positions", 40)
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    names = ["contiguous", "frequency", "kmeans", "coactivation"]
+    assert [line[1] for line in lines] == names * 2
+    masses = [[float(cell.split(",")[0]) for cell in line[2:4]] for line in (lines[0], lines[4])]
+    assert all(0.25 <= part <= 1 for part in masses[0])
+    assert masses[1] == [1.0, 1.0]  # all groups hold everything
+
+
 def test_an_eagle_drafter_is_exported_for_vllm_and_sglang(folder, tmp_path, monkeypatch, capsys):
     target = AutoModelForCausalLM.from_pretrained(folder / "target").config
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
