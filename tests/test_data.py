@@ -180,7 +180,7 @@ def test_both_ways_to_the_mask_agree(answer: str) -> None:
 
 
 @pytest.mark.parametrize("markers", [(BLOCK, END), ("", "")])
-def test_a_token_across_the_seam_is_trained(markers: tuple[str, str]) -> None:
+def test_no_token_spans_a_prompt_and_its_answer(markers: tuple[str, str]) -> None:
     opening, closing = markers
     tokenizer = tiny_tokenizer(
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }} {% else %}"
@@ -188,8 +188,8 @@ def test_a_token_across_the_seam_is_trained(markers: tuple[str, str]) -> None:
         "{% endif %}{% endfor %}"
     )
     row = tokenize_one({"messages": CHAT[:2]}, tokenizer, 100)
-    assert tokenizer.convert_ids_to_tokens(row["input_ids"])[2] == "Ġy"
-    assert trained_text(row, tokenizer) == ".. yes<end>"
+    assert tokenizer.convert_ids_to_tokens(row["input_ids"])[2:4] == ["Ġ", "y"]
+    assert trained_text(row, tokenizer) == "...yes<end>"
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, PLAIN_TEMPLATE])
@@ -217,39 +217,81 @@ def test_an_empty_answer_that_renders_to_nothing_trains_nothing() -> None:
     assert trained_text(tokenize_one(row, tokenizer, 100), tokenizer) == ".........yes"
 
 
-def test_thinking_that_the_template_drops_is_not_required() -> None:
+def rows_of(messages: list[dict[str, Any]], template: str) -> list[str]:
+    """Each training row, with a bar before what is trained."""
+    tokenizer, found = tiny_tokenizer(template), []
+    for row in tokenize({"messages": messages}, tokenizer, 100):
+        number = sum(label == -100 for label in row["labels"])
+        parts = row["input_ids"][:number], row["input_ids"][number:]
+        assert row["labels"][number:] == parts[1]
+        found.append("|".join(map(tokenizer.decode, parts)))
+    return found
+
+
+def test_thoughts_that_the_template_drops_later_make_a_row_an_answer() -> None:
     turns = [
         CHAT[0],
         {"role": "assistant", "content": "hm/thinkyes"},
         CHAT[2],
         {"role": "assistant", "content": "ah/thinkno"},
     ]
-    tokenizer = tiny_tokenizer(THINKING_TEMPLATE)
-    row = tokenize_one({"messages": turns}, tokenizer, 100)
-    assert tokenizer.decode(row["input_ids"]) == (
-        "<user>hi<end><bot>yes<end><user>so?<end><bot>ah/thinkno<end>"
-    )
-    assert trained_text(row, tokenizer) == ".....yes<end>......ah/thinkno<end>"
+    assert rows_of(turns, THINKING_TEMPLATE) == [
+        "<user>hi<end><bot>|hm/thinkyes<end>",
+        "<user>hi<end><bot>yes<end><user>so?<end><bot>|ah/thinkno<end>",
+    ]
+    assert len(tokenize({"messages": CHAT}, tiny_tokenizer(THINKING_TEMPLATE), 100)) == 1
 
 
 @pytest.mark.parametrize(
-    "template",
+    ("template", "rows"),
     [
         # the prompt of an answer holds more than its rendering keeps
-        PLAIN_TEMPLATE.replace("%}<bot>{% endif", "%}<bot>think{% endif"),
+        (
+            PLAIN_TEMPLATE.replace("%}<bot>{% endif", "%}<bot>fine {% endif"),
+            [
+                "<s><user>hi<end><bot>fine |yes<end>",
+                "<s><user>hi<end><bot>yes<end><user>so?<end><bot>fine |no<end>",
+            ],
+        ),
         # only the last turn is rendered
-        "{{ messages[-1].content }}{% if add_generation_prompt %}<bot>{% endif %}",
+        (
+            "{{ messages[-1].content }}{% if add_generation_prompt %}<bot>{% endif %}",
+            ["hi<bot>|yes", "so?<bot>|no"],
+        ),
         # the opening changes with the number of turns
-        "{% if messages | length > 2 %}a{% else %}b{% endif %}" + PLAIN_TEMPLATE,
+        (
+            "{% if messages | length > 2 %}a{% else %}b{% endif %}" + PLAIN_TEMPLATE,
+            [f"b{RENDERED[:21]}|yes<end>", f"a{RENDERED[:-7]}|no<end>"],
+        ),
         # the last answer is rendered without its prompt
-        PLAIN_TEMPLATE.replace("<bot>{{", "{% if not loop.last %}<bot>{% endif %}{{"),
+        (
+            PLAIN_TEMPLATE.replace("<bot>{{", "{% if not loop.last %}<bot>{% endif %}{{"),
+            [f"{RENDERED[:21]}|yes<end>", f"{RENDERED[:-7]}|no<end>"],
+        ),
         # earlier answers become a summary
-        THINKING_TEMPLATE.replace("m.content.split('/think')[-1]", "'...'").replace("<end>", ""),
+        (
+            THINKING_TEMPLATE.replace("m.content.split('/think')[-1]", "'...'"),
+            [
+                "<user>hi<end><bot>|yes<end>",
+                "<user>hi<end><bot>...<end><user>so?<end><bot>|no<end>",
+            ],
+        ),
     ],
 )
-def test_a_template_that_rewrites_turns_is_refused(template: str) -> None:
-    with pytest.raises(ValueError, match="does not render turn 1 as its prompt and an answer"):
-        tokenize_one({"messages": CHAT}, tiny_tokenizer(template), 100)
+def test_a_template_that_rewrites_turns_makes_a_row_an_answer(template, rows) -> None:
+    assert rows_of(CHAT, template) == rows
+
+
+def test_a_thought_that_only_the_prompt_opens_is_refused() -> None:
+    template = PLAIN_TEMPLATE.replace("%}<bot>{% endif", "%}<bot><think>{% endif")
+    with pytest.raises(ValueError, match="prompt of turn 1 opens a thought, `<think>`, that its"):
+        rows_of(CHAT, template)
+    thought = [CHAT[0], {"role": "assistant", "content": "hm</think>yes"}]
+    assert rows_of(thought, template) == ["<s><user>hi<end><bot><think>|hm</think>yes<end>"]
+    kept = {"role": "assistant", "content": "yes", "reasoning": "hm"}
+    for other in (template, PLAIN_TEMPLATE):
+        with pytest.raises(ValueError, match="thought"):
+            rows_of([CHAT[0], kept], other)
 
 
 def test_an_answer_without_prompt_is_trained_only_where_the_template_marks_it() -> None:

@@ -1,28 +1,16 @@
 """Token ids and labels of a row; a label is -100 where nothing is trained.
 
 In: a row and the target's tokenizer. Out: training rows of `input_ids`, `attention_mask`, `labels`,
-each (length,); one, or several of a long text.
+each (length,); several of a long text, or where a template renders turns otherwise later.
 """
 
-import re
-from collections.abc import Callable, Mapping
-from functools import partial
 from reprlib import repr as shortened
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ...identity import short_hash
-from ...measure.chat import render
-from .messages import Message, Row, layout_of, read_tools, to_messages
-
-Encoded = dict[str, list[int]]  # `input_ids` and `labels`, each (length,)
-
-IGNORED = -100  # the label that cross entropy and the trainer's count of items skip
-# with it a template itself marks what the target writes
-GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-# marks that are put into tool calls and results, to see whether a template renders them
-PROBES = {"_coral_call": "`tool_calls`", "_coral_result": "the content of `tool` turns"}
+from .conversation import IGNORED, Chat, Encoded
+from .messages import Row, layout_of
 
 
 def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:
@@ -63,7 +51,7 @@ def encode(
     elif layout == "input_ids":
         found = [_encode_ids(row)]
     else:
-        found = [_encode_conversation(row, tokenizer)]
+        found = Chat(row, tokenizer).encode()
     # A drafter reads a token and the feature before it; nothing predicts the first two tokens.
     # position        0      1        2        3
     # token           x0     x1       x2       x3
@@ -139,99 +127,3 @@ def _encode_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     ids = ids if bos is None else [bos, *ids]
     ids = ids if eos is None or row.get("is_complete") is False else [*ids, eos]
     return {"input_ids": ids, "labels": ids}
-
-
-def _encode_conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    messages, tools = to_messages(row), read_tools(row)
-    if not tokenizer.is_fast:
-        raise ValueError("Conversations need a fast tokenizer; load one, or give `text` rows.")
-    rendered = partial(render, tokenizer=tokenizer, tools=tools)
-    check_tools_are_rendered(messages, rendered)
-    # not verbose: a warning of the length would come before the cut to `max_length`
-    options = {"return_offsets_mapping": True, "verbose": False}
-    if GENERATION_BLOCK.search(tokenizer.get_chat_template(tools=tools)):
-        full = rendered(messages, return_assistant_tokens_mask=True, tokenizer_kwargs=options)
-        mask = full["assistant_masks"]
-    else:
-        text = rendered(messages, tokenize=False)
-        full = tokenizer(text, add_special_tokens=False, **options)
-        mask = _mask_by_prefixes(messages, text, full["offset_mapping"], rendered)
-    if all(mask) or not any(mask):
-        raise ValueError(
-            f"{'Every' if any(mask) else 'No'} token of {[turn['role'] for turn in messages]} is"
-            " trained; expected the answers' alone. Drop rows without prompt or answer with"
-            " `dataset.filter`, or enclose only the answers in the template in `{% generation %}`."
-        )
-    ids = full["input_ids"]
-    labels = [i if kept else IGNORED for i, kept in zip(ids, mask, strict=True)]
-    length = len(ids)
-    if row.get("is_complete") is False:
-        # up to the end of the last answer, without the template's end of turn
-        end = len(rendered(messages, tokenize=False, continue_final_message=True))
-        length = sum(stop <= end for _, stop in full["offset_mapping"])
-    return {"input_ids": ids[:length], "labels": labels[:length]}
-
-
-def _mask_by_prefixes(
-    messages: list[Message], text: str, offsets: list[tuple[int, int]], rendered: Callable[..., Any]
-) -> list[bool]:
-    """Mask what an assistant's turn adds to its prompt, with a token that spans both.
-
-    Args:
-        offsets: (length, 2), where each token begins and ends in `text`.
-
-    Returns:
-        (length,), whether each token is trained.
-    """
-    spans = []
-    for position, message in enumerate(messages):
-        # no prompt can be rendered for a turn that opens the conversation: it is not trained
-        if position == 0 or message["role"] != "assistant":
-            continue
-        prompt = rendered(messages[:position], tokenize=False, add_generation_prompt=True)
-        turn = rendered(messages[: position + 1], tokenize=False)
-        start, answer = len(prompt), turn.removeprefix(prompt)
-        # reasoning templates drop the thinking of earlier turns, so an end of the answer stays
-        ends = (k for k in range(len(answer)) if text.startswith(answer[k:], start))
-        lost = next(ends, len(answer))
-        has_prompt = turn.startswith(prompt) and text.startswith(prompt)
-        if not has_prompt or (answer and lost == len(answer)):
-            raise ValueError(
-                f"The chat template does not render turn {position} as its prompt and an answer;"
-                " enclose answers in the template in `{% generation %}` and `{% endgeneration %}`."
-            )
-        spans.append((start, start + len(answer) - lost))
-    return [any(a < stop and b > start for start, stop in spans) for a, b in offsets]
-
-
-def check_tools_are_rendered(messages: list[Message], render: Callable[..., Any]) -> None:
-    """Raise a ValueError if a template silently leaves out tool calls or their results.
-
-    The conversation is rendered with other names and results, which must show.
-    """
-    probed = [_probe(turn) for turn in messages]
-    if probed == messages:
-        return
-    text = render(probed, tokenize=False)
-    for probe, what in PROBES.items():
-        if probe in str(probed) and probe not in text:
-            raise ValueError(
-                f"The chat template leaves out {what}; set `tokenizer.chat_template` to one that"
-                " renders them, or drop such rows with `dataset.filter`."
-            )
-
-
-def _probe(turn: Message) -> Message:
-    """Put probes into the names of a turn's calls and the end of a tool's result."""
-    call, result = PROBES
-    calls = turn.get("tool_calls") or []
-    if not all(isinstance(one, Mapping) for one in calls):
-        raise ValueError(f"`tool_calls` is {shortened(calls)}; expected objects with a `function`.")
-    if calls:
-        # OpenAI's layout keeps the name under `function`, others at the top
-        named = {"name": call}
-        renamed = [{**one, **named, "function": one.get("function", {}) | named} for one in calls]
-        return {**turn, "tool_calls": renamed}
-    if turn["role"] == "tool" and turn.get("content"):
-        return {**turn, "content": turn["content"] + result}
-    return turn

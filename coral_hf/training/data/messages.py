@@ -15,6 +15,8 @@ Message = dict[str, Any]
 
 TOKENS = ("token_rows", "input_ids")  # columns of rows that are tokens
 
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # keys of a turn
+
 ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
     "human": "user",
@@ -78,6 +80,9 @@ def _message(turn: Any, position: int) -> Message:
     role = message.get("role")
     if role not in ROLES:
         raise ValueError(f"Turn {position} has role {role!r}; known are {[*ROLES]}. Rename it.")
+    thought = next((message[name] for name in THOUGHTS if message.get(name)), None)
+    if thought is not None:  # templates know it by either of these names
+        message |= dict.fromkeys(THOUGHTS[:2], thought)
     if message.get("tool_calls"):
         message["tool_calls"] = without_nulls(message["tool_calls"])
     elif "content" not in message:

@@ -15,12 +15,14 @@ Where the prompt of an answer begins with all tokens before it, they share a row
 """
 
 import json
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ...identity import short_hash
 from ...measure.chat import render
+from ..data.forms import rendered_form
 from ..data.messages import Message, Row, layout_of, read_tools, to_messages
 from . import RegenerationSettings
 from .answers import Answer
@@ -136,8 +138,9 @@ class Dialogue:
         return self.stopped is None and self._messages[-1]["role"] in ("user", "tool")
 
     def _chat_prompt(self) -> list[int]:
-        options = {"add_generation_prompt": True, "tokenize": False}
-        text = render(self._messages, self._tokenizer, self._tools, **options)
+        rendered = partial(render, tokenizer=self._tokenizer, tools=self._tools)
+        form = rendered_form(self._messages, rendered)
+        text = rendered(form, add_generation_prompt=True, tokenize=False)
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _text_prompt(self) -> list[int]:

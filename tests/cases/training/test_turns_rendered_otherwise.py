@@ -30,16 +30,12 @@ OTHER_MARK = (
     + "{% endif %}"
 )
 
-refused = pytest.mark.xfail(
-    strict=True, raises=ValueError, reason="a turn that is not its prompt and an answer is refused"
-)
-
 
 def chat(answer: str, turns: int) -> list[dict]:
     return [{"messages": [QUESTION, {"role": "assistant", "content": answer}] * turns}]
 
 
-@pytest.mark.parametrize("turns", [1, pytest.param(2, marks=refused)])
+@pytest.mark.parametrize("turns", [1, 2])
 def test_the_last_thought_is_trained_in_a_row_an_answer(read, tokenizer, turns):
     tokenizer.chat_template = LAST_THOUGHT
     wrote = "Easy.</think>4.<|end|>"
@@ -49,7 +45,6 @@ def test_the_last_thought_is_trained_in_a_row_an_answer(read, tokenizer, turns):
     assert read(chat("Easy.</think>4.", turns), tokenizer) == sorted(expected)
 
 
-@refused
 @pytest.mark.parametrize("turns", [1, 2])
 def test_a_thought_that_is_never_rendered_is_trained_in_a_row_an_answer(read, tokenizer, turns):
     tokenizer.chat_template = NO_THOUGHT
@@ -60,7 +55,7 @@ def test_a_thought_that_is_never_rendered_is_trained_in_a_row_an_answer(read, to
     assert read(chat("Easy.</think>4.", turns), tokenizer) == sorted(expected)
 
 
-@pytest.mark.parametrize("turns", [1, pytest.param(2, marks=refused)])
+@pytest.mark.parametrize("turns", [1, 2])
 def test_a_mark_after_the_last_turn_does_not_keep_others_from_training(read, tokenizer, turns):
     tokenizer.chat_template = LAST_MARK
     first = f"{ASKED}<|assistant|>"
@@ -72,7 +67,7 @@ def test_a_mark_after_the_last_turn_does_not_keep_others_from_training(read, tok
     assert sorted(prompts) == sorted((first, second)[:turns])
 
 
-@pytest.mark.parametrize("turns", [1, pytest.param(2, marks=refused)])
+@pytest.mark.parametrize("turns", [1, 2])
 def test_every_answer_is_trained_with_the_mark_that_ends_it_as_the_last(read, tokenizer, turns):
     tokenizer.chat_template = OTHER_MARK
     first = f"{ASKED}<|assistant|>"

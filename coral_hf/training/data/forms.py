@@ -1,0 +1,196 @@
+"""Equal forms of a conversation, of which one is chosen that the chat template renders whole.
+
+In: messages. Out: the first form that the template neither refuses nor leaves a part of out: as it
+is, with `arguments` as text, with a developer's turn as the system's, with the system's turn at the
+start of the user's, with neighbouring turns of one role joined, with contents as lists of parts.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from reprlib import repr as shortened
+from typing import Any
+
+from transformers.utils import logging
+
+from .messages import Message
+
+logger = logging.get_logger(__name__)
+
+# marks that are put into what templates may leave out, to see whether they render it
+PROBES = {
+    "_coral_call": "`tool_calls`",
+    "_coral_result": "the content of `tool` turns",
+    "_coral_system": "the content of `system` or `developer` turns",
+}
+
+
+def rendered_form(messages: list[Message], render: Callable[..., Any]) -> list[Message]:
+    """Return the first form of some messages that a chat template renders whole.
+
+    Args:
+        messages: of a conversation, or of its start.
+        render: a function of messages and of options of `apply_chat_template`.
+
+    Raises:
+        ValueError: that of the messages as they are, if the template renders none.
+    """
+    refusal = None
+    for form in forms_of(messages):
+        try:
+            check_all_is_rendered(form, render)
+        except ValueError as error:
+            refusal = refusal or error
+            continue
+        if refusal is not None and [turn["role"] for turn in form] != [t["role"] for t in messages]:
+            logger.warning_once(
+                "The chat template does not take some conversations as they are, such as for their"
+                " roles: turns are read as ones of another role, or joined (docs/data.md)."
+            )
+        return form
+    assert refusal is not None, "messages have at least one form"
+    raise refusal
+
+
+def forms_of(messages: list[Message]) -> Iterator[list[Message]]:
+    """Yield the different forms of messages, the least changed first."""
+    forms = [with_parsed_calls(messages)]
+    yield forms[0]
+    changes = (arguments_as_text, developer_as_system, system_within_user, joined_neighbours)
+    for change in (*changes, contents_as_parts):
+        for form in [change(form) for form in forms]:
+            if form not in forms:
+                forms.append(form)
+    yield from forms[1:]
+
+
+def with_parsed_calls(messages: list[Message]) -> list[Message]:
+    """Read calls and arguments that are JSON in a string: templates would quote them once more."""
+    return [_with_arguments(turn, parse) for turn in messages]
+
+
+def arguments_as_text(messages: list[Message]) -> list[Message]:
+    """Write the arguments of calls as JSON, for templates that print them as they are."""
+    return [_with_arguments(turn, as_text) for turn in messages]
+
+
+def parse(value: Any) -> Any:
+    """Return the object that a string is the JSON of; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        found = json.loads(value)
+    except json.JSONDecodeError:
+        return value
+    return found if isinstance(found, dict | list) else value
+
+
+def as_text(value: Any) -> Any:
+    """Return the JSON of an object; a string as it is."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _with_arguments(turn: Message, change: Callable[[Any], Any]) -> Message:
+    """Change the `arguments` of all calls of a turn."""
+    calls = parse(turn.get("tool_calls"))
+    if not calls:
+        return turn
+    if not isinstance(calls, list) or not all(isinstance(one, Mapping) for one in calls):
+        raise ValueError(f"`tool_calls` is {shortened(calls)}; expected objects with a `function`.")
+
+    def changed(call: Mapping[str, Any]) -> dict[str, Any]:
+        found = {**call}
+        if "function" in found:  # OpenAI's layout
+            if not isinstance(found["function"], Mapping):
+                raise ValueError(
+                    f"`function` of a call is {shortened(found['function'])}, no object."
+                )
+            found["function"] = changed(found["function"])
+        if "arguments" in found:
+            found["arguments"] = change(found["arguments"])
+        return found
+
+    return {**turn, "tool_calls": [changed(call) for call in calls]}
+
+
+def developer_as_system(messages: list[Message]) -> list[Message]:
+    """Make a developer's turns the system's."""
+    return [{**t, "role": "system"} if t["role"] == "developer" else t for t in messages]
+
+
+def system_within_user(messages: list[Message]) -> list[Message]:
+    """Put a system's turn that opens a conversation at the start of the user's that follows."""
+    roles = [turn["role"] for turn in messages[:2]]
+    if roles != ["system", "user"]:
+        return messages
+    system, user, *others = messages
+    return [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *others]
+
+
+def joined_neighbours(messages: list[Message]) -> list[Message]:
+    """Join turns of one role that follow each other, with an empty line between them."""
+    joined = list[Message]()
+    for turn in messages:
+        last = joined[-1] if joined else {}
+        plain = {"role", "content", "weight"}
+        is_same = {**last, "content": ""} == {**turn, "content": ""}
+        if turn["role"] != "tool" and is_same and {*turn} <= plain:
+            joined[-1] = {**turn, "content": f"{last['content']}\n\n{turn['content']}"}
+        else:
+            joined.append(turn)
+    return joined
+
+
+def contents_as_parts(messages: list[Message]) -> list[Message]:
+    """Write contents as lists of parts, for templates of targets that read images too."""
+    return [{**t, "content": as_parts(t["content"])} if "content" in t else t for t in messages]
+
+
+def as_parts(text: str) -> list[dict[str, str]]:
+    """Return a text as the only part of a content."""
+    return [{"type": "text", "text": text}]
+
+
+def text_of(content: str | list[dict[str, str]]) -> str:
+    """Return the text of a content in either form."""
+    return content if isinstance(content, str) else content[0]["text"]
+
+
+def check_all_is_rendered(messages: list[Message], render: Callable[..., Any]) -> None:
+    """Raise a ValueError if a template refuses messages, or silently leaves a part of them out.
+
+    The conversation is rendered with other names, results and instructions, which must show.
+    """
+    probed = [_probe(turn) for turn in messages]
+    text = render(probed, tokenize=False)
+    for probe, what in PROBES.items():
+        if probe in str(probed) and probe not in text:
+            raise ValueError(
+                f"The chat template leaves out {what}; set `tokenizer.chat_template` to one that"
+                " renders them, or drop such rows with `dataset.filter`."
+            )
+    for turn in messages:
+        for call in turn.get("tool_calls") or []:
+            arguments = call.get("function", call).get("arguments")
+            if isinstance(arguments, dict) and arguments and str(arguments) in text:
+                raise ValueError(
+                    f"The chat template prints the arguments {shortened(arguments)} as Python does;"
+                    " give them as text, as JSON."
+                )
+
+
+def _probe(turn: Message) -> Message:
+    """Put probes into the names of a turn's calls, and behind instructions and results."""
+    call, result, system = PROBES
+    calls = turn.get("tool_calls") or []
+    if calls:
+        # OpenAI's layout keeps the name under `function`, others at the top
+        named = {"name": call}
+        renamed = [
+            {**one, **named, "function": {**one.get("function", {}), **named}} for one in calls
+        ]
+        return {**turn, "tool_calls": renamed}
+    probe = {"tool": result, "system": system, "developer": system}.get(turn["role"])
+    if not probe or not turn.get("content"):
+        return turn
+    text = text_of(turn["content"]) + probe
+    return {**turn, "content": text if isinstance(turn["content"], str) else as_parts(text)}
