@@ -20,15 +20,29 @@ class TargetOptions:
 
     target: str = option("The target: a folder or a Hub id.")
     dtype: DTYPES = option("Precision of its weights.", "auto")
+    chat_template: str | None = option("Another chat template: a file, or its text.", None)
+    chat_template_kwargs: str | None = option(
+        """Its options: '{"enable_thinking": false}'.""", None
+    )
 
     def load_target(self, device: str | None = None):
         """Return the target, on the GPU where there is one, and its tokenizer."""
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
+        tokenizer = self.load_tokenizer()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = AutoModelForCausalLM.from_pretrained(self.target, dtype=self.dtype).to(device)
-        return model.eval(), AutoTokenizer.from_pretrained(self.target)
+        return model.eval(), tokenizer
+
+    def load_tokenizer(self):
+        """Return the target's tokenizer, with the chat template and the options that were given."""
+        from transformers import AutoTokenizer
+
+        from ..measure.chat import set_chat_options
+
+        tokenizer = AutoTokenizer.from_pretrained(self.target)
+        return set_chat_options(tokenizer, self.chat_template, self.chat_template_kwargs)
 
 
 @dataclass(kw_only=True)
@@ -94,9 +108,13 @@ class DrafterOptions(TargetOptions):
 
     def load_models(self, pad_layers: int | None = None) -> tuple:
         """Return the target, padded if that was asked for, the drafter and the tokenizer."""
+        from ..measure.chat import restore_chat_options
+
         target, tokenizer = self.load_target()
         target = measure.pad_target(target, pad_layers) if pad_layers else target
-        return target, load_drafter(self.drafter, target), tokenizer
+        drafter = load_drafter(self.drafter, target)
+        restore_chat_options(tokenizer, drafter.config)
+        return target, drafter, tokenizer
 
 
 @dataclass(kw_only=True)

@@ -124,6 +124,10 @@ class DataOptions:
     action: Literal["show"] = option("What to do.", positional=True)
     dataset: str = option("A file, a folder or a Hub id.")
     target: str = option("The target or its tokenizer alone: a folder or a Hub id.")
+    chat_template: str | None = option("Another chat template: a file, or its text.", None)
+    chat_template_kwargs: str | None = option(
+        """Its options: '{"enable_thinking": false}'.""", None
+    )
     row: int = option("The first row shown, from 0; -1 is the last.", 0)
     limit: int = option("Rows shown.", 1, least=1)
     max_length: int | None = option("Cut rows as training would.", None, least=1)
@@ -131,15 +135,18 @@ class DataOptions:
 
 def data(own: DataOptions) -> None:
     """Show which tokens of a dataset are trained, in colour or, through a pipe, with marks."""
-    from transformers import AutoTokenizer
-
     from ..training.data import load_conversations, show
 
     rows = load_conversations(own.dataset)
     chosen = range(len(rows))[own.row :][: own.limit]
     if not chosen:
         raise ValueError(f"--row is {own.row}, but the dataset has {len(rows)} rows, from 0.")
-    tokenizer = AutoTokenizer.from_pretrained(own.target)
+    given = TargetOptions(
+        target=own.target,
+        chat_template=own.chat_template,
+        chat_template_kwargs=own.chat_template_kwargs,
+    )
+    tokenizer = given.load_tokenizer()
     show(((index, rows[index]) for index in chosen), tokenizer, own.max_length)
 
 

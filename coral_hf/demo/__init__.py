@@ -31,6 +31,10 @@ class DemoSettings:
     output: Path = option("Folder of models, reports and plots.", Path("coral-demo"))
     target: str | None = option("A target of your own; a small one is trained by default.", None)
     dataset: str | None = option("Conversations or text of your own.", None)
+    chat_template: str | None = option("Another chat template: a file, or its text.", None)
+    chat_template_kwargs: str | None = option(
+        """Its options: '{"enable_thinking": false}'.""", None
+    )
     fresh: bool = option("Train again what the folder holds.", False)
     # in Python alone
     num_files: int | None = None

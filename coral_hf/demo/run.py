@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 from ..identity import digest, weights_digest
 from ..measure.benchmark import run_benchmark
 from ..measure.calls import Call
+from ..measure.chat import set_chat_options
 from ..measure.padding import pad_target
 from ..measure.prompts import Prompt, encode
 from ..measure.report import Report, dashed
@@ -48,7 +49,8 @@ def run_demo(settings: DemoSettings) -> list[Report]:
     console = get_console()
     source = settings.target or kept(settings, "target", partial(train_target, settings))
     target = AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(DEVICE).eval()
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    given = settings.chat_template, settings.chat_template_kwargs
+    tokenizer = set_chat_options(AutoTokenizer.from_pretrained(source), *given)
     train = partial(train_drafter, settings, target, tokenizer)
     read = {"target": weights_digest(target)}
     if settings.dataset is not None:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 OPTIONS = "chat_template_kwargs"
+GIVEN = "chat_template_given"  # whether the template is another than the tokenizer's own
 # what templates that write today's date write into training rows: rows of another day are the same
 FIXED_DAY = datetime(2025, 1, 1)
 DIRECTIVES = [f"%{letter}" for letter in ("A", "a", "B", "b", "d", "H", "I", "j", "M", "m", "p")]
@@ -43,6 +44,7 @@ def set_chat_options(
     """
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
+        tokenizer.init_kwargs[GIVEN] = True
     if chat_template_kwargs is not None:
         tokenizer.init_kwargs[OPTIONS] = read_options(chat_template_kwargs)
     return tokenizer
@@ -77,13 +79,32 @@ def chat_options(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return dict(tokenizer.init_kwargs.get(OPTIONS) or {})
 
 
+def keep_chat_options(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Keep in a drafter's config how the chats are rendered that it is trained on."""
+    is_given = tokenizer.init_kwargs.get(GIVEN)
+    config.chat_template = tokenizer.chat_template if is_given else None
+    config.chat_template_kwargs = chat_options(tokenizer) or None
+
+
+def restore_chat_options(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Render chats as those that a drafter was trained on, but for options that are set already."""
+    kept = {name: getattr(config, name, None) for name in ("chat_template", OPTIONS)}
+    has_template, has_options = GIVEN in tokenizer.init_kwargs, OPTIONS in tokenizer.init_kwargs
+    set_chat_options(
+        tokenizer,
+        None if has_template else kept["chat_template"],
+        None if has_options else kept[OPTIONS],
+    )
+
+
 def render(
     messages: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     tools: list[Any] | None = None,
+    today: bool = False,
     **options: Any,
 ) -> Any:
-    """Render messages, with the tokenizer's options and a fixed day.
+    """Render messages with the tokenizer's options; the date is a fixed one, or today's.
 
     `options` are those of `apply_chat_template`, or of the template.
 
@@ -93,7 +114,7 @@ def render(
     given = {**chat_options(tokenizer), **options}
     try:
         template = tokenizer.get_chat_template(given.pop("chat_template", None), tools)
-        template = with_fixed_day(template)
+        template = template if today else with_fixed_day(template)
         return tokenizer.apply_chat_template(
             list(messages), tools=tools, chat_template=template, **given
         )

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..target import max_positions, text_config
+from .chat import render
 
 Message = dict[str, str]
 Row = dict[str, Any]
@@ -146,10 +147,9 @@ def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     Without a template, and for plain text, they start with BOS if the tokenizer has one.
     """
     if prompt.messages and tokenizer.chat_template is not None:
-        encoded = tokenizer.apply_chat_template(
-            list(prompt.messages), add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
-        return encoded["input_ids"]
+        options: dict[str, Any] = {"add_generation_prompt": True, "return_tensors": "pt"}
+        found = render(prompt.messages, tokenizer, today=True, return_dict=True, **options)
+        return found["input_ids"]
     texts = [message["content"] for message in prompt.messages]
     text = "\n".join(texts) if prompt.text is None else prompt.text
     ids = tokenizer(text, return_tensors="pt")["input_ids"].long()  # (1, length)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, set_seed
 from ..decoding.guard import accept_features, accept_target
 from ..drafters.coral.modeling import CoralDrafter
 from ..identity import record_tokenizer
+from ..measure.chat import keep_chat_options
 from ..target import check_target, read_target
 from .adapters import is_adapted, with_adapter
 from .arguments import CoralTrainingArguments
@@ -76,6 +77,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
             check_liger(args)
         if processing_class is not None:
             record_tokenizer(processing_class, model.config)
+            keep_chat_options(processing_class, model.config)
             warn_of_other_ends(processing_class, target_model)
         self.target = read_target(target_model.eval().requires_grad_(False))
         self.step = training_step(model.config.model_type, self.target, args)

@@ -47,6 +47,8 @@ class CoralConfig(PreTrainedConfig):
             made for.
         tokenizer_hash, tokenizer_size: of the target's tokenizer, by
             `coral_hf.identity.tokenizer_hash`, and the number of its tokens; it may gain more.
+        chat_template, chat_template_kwargs: how the chats were rendered that it was trained on,
+            where that is not the tokenizer's own template, or needs options.
 
     Example:
 
@@ -92,6 +94,9 @@ class CoralConfig(PreTrainedConfig):
     target_model_type: str | None = None
     tokenizer_hash: str | None = None
     tokenizer_size: int | None = None
+
+    chat_template: str | None = None
+    chat_template_kwargs: dict | None = None
 
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

@@ -5,6 +5,7 @@ tokenizer. Out: rows of `input_ids`, `attention_mask`, `labels`; [`CoralCollator
 batch. Trained is what the target writes: the assistant's turns or, of plain text, everything.
 """
 
+from ...measure.chat import set_chat_options
 from .collator import CoralCollator
 from .dataset import prepare_dataset
 from .encoding import tokenize
