@@ -5,7 +5,6 @@ kept in a drafter, so that `state_dict` stays clean and threads can share a draf
 """
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -133,7 +132,7 @@ def reads_packed_rows(model: PreTrainedModel, device: torch.device) -> bool:
 
     Most models of transformers do; some take no positions, others attend across documents.
     """
-    if not takes_positions(model.get_decoder().forward):
+    if not takes_positions(model.get_decoder()):
         return False
     lengths = (5, 8)
     # (2, length): some kinds of attention tell documents apart in a single row only
@@ -149,9 +148,19 @@ def reads_packed_rows(model: PreTrainedModel, device: torch.device) -> bool:
     return bool((packed - alone).abs().mean() < 0.1 * (as_one - alone).abs().mean())
 
 
-def takes_positions(forward: Callable) -> bool:
-    """Whether a model's `forward` can be told the positions of its tokens."""
-    return "position_ids" in inspect.signature(forward).parameters
+def takes_positions(model: nn.Module) -> bool:
+    """Whether a model's `forward` can be told the positions of its tokens.
+
+    Where it takes any keyword, as a wrapper does, those are asked that it may hand them to.
+    """
+    own = [vars(kind)["forward"] for kind in type(model).__mro__ if "forward" in vars(kind)]
+    for forward in (model.forward, *own):
+        parameters = inspect.signature(forward).parameters
+        if "position_ids" in parameters:
+            return True
+        if not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+            break
+    return False
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
@@ -161,7 +170,7 @@ def position_limit(model: PreTrainedModel) -> int | None:
     """
     text = text_config(model)
     has_rope, has_alibi = getattr(text, "rope_parameters", None), getattr(text, "alibi", False)
-    is_looked_up = takes_positions(model.forward) and has_rope is None and not has_alibi
+    is_looked_up = takes_positions(model) and has_rope is None and not has_alibi
     return max_positions(text) if is_looked_up else None
 
 
@@ -174,9 +183,15 @@ def max_positions(text: PreTrainedConfig) -> int | None:
 
 
 def sliding_windows(model: PreTrainedModel) -> list[int | None]:
-    """Return the attention window of each layer of a target, None for full attention."""
+    """Return the attention window of each layer of a target, None for full attention.
+
+    A layer that attends to no text, but to images alone (Mllama), has a window of 0.
+    """
     layers = DynamicCache(config=model.config).layers
-    return [layer.sliding_window if layer.is_sliding else None for layer in layers]
+    windows = [layer.sliding_window if layer.is_sliding else None for layer in layers]
+    for index in getattr(text_config(model), "cross_attention_layers", None) or ():
+        windows[index] = 0
+    return windows
 
 
 def check_target(

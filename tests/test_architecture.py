@@ -42,6 +42,7 @@ SEAMS = {
     "GenerationMixin": [
         "decoding/generate.py",
         "decoding/guard/target.py",
+        "decoding/preparation/needs.py",
         "drafters/coral/modeling.py",
     ],
     "get_input_embeddings": ["target.py"],
@@ -54,7 +55,11 @@ SEAMS = {
         f"decoding/guard/{name}.py" for name in ("copies", "foreign", "target")
     ],
     "DynamicCache": ["decoding/guard/target.py", "target.py"],
-    "DynamicLayer": ["decoding/continuation.py", "decoding/ragged_cache.py"],
+    "DynamicLayer": [
+        "decoding/continuation.py",
+        "decoding/preparation/image_layer.py",
+        "decoding/ragged_cache.py",
+    ],
 }
 
 

@@ -16,11 +16,12 @@ from coral_hf.decoding.guard import (
 from coral_hf.decoding.guard.calls import tables as call_tables
 from coral_hf.decoding.guard.entries import judge
 from coral_hf.decoding.guard.page import guard_page
+from coral_hf.decoding.preparation import tables as preparation_tables
 
 TESTS = Path(__file__).parent
 ENTRIES = [
     pytest.param(name, entry, id=f"{title}: {name}")
-    for module in (target_tables, call_tables)
+    for module in (target_tables, preparation_tables, call_tables)
     for title, table in module.TABLES.items()
     for name, entry in table.items()
 ]

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .drafting import host_tensor
+from .preparation.image_layer import ImageLayer
 from .ragged_cache import HIDDEN, RaggedCache, RaggedLayer
 
 # the keyword and the output of `generate` and of models: `past_key_values` before transformers 5.24
@@ -62,11 +63,16 @@ def continued_cache(
     )
 
 
-def _adopt(layer: DynamicLayer, window: int | None) -> RaggedLayer | None:
+def _adopt(layer: DynamicLayer, window: int | None) -> RaggedLayer | ImageLayer | None:
     """A layer of ours with another one's slots; None if that one has them in another form."""
     if isinstance(layer, RaggedLayer) and layer.window == window:
         layer.is_plain = layer.record_past = False
         return layer
+    if window == 0:
+        image = ImageLayer()
+        if layer.is_initialized and layer.get_seq_length():
+            image.update(layer.keys, layer.values)
+        return image
     adopted = RaggedLayer(window)
     if layer.is_initialized and layer.get_seq_length():
         held = layer.keys.shape[-2]
@@ -77,9 +83,10 @@ def _adopt(layer: DynamicLayer, window: int | None) -> RaggedLayer | None:
     return adopted
 
 
-def returned_cache(given: Cache | None, cache: RaggedCache) -> Cache:
+def returned_cache(given: Cache | None, cache: Cache) -> Cache:
     """The caller's own cache, filled, where it is one that grows; else ours."""
-    cache.set_recording(False)
+    if isinstance(cache, RaggedCache):  # a target that read its text again has made its own
+        cache.set_recording(False)
     if given is None or not all(isinstance(layer, DynamicLayer) for layer in given.layers):
         return cache
     given.layers = cache.layers

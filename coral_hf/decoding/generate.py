@@ -39,6 +39,8 @@ from .draft_policy import choose_policy, choose_speculation
 from .drafting import Family, family_of, family_options
 from .guard import Call, accept_call, accept_keywords, accept_target
 from .loop import CoralGenerateOutput, DecodingLoop, Plan, decode_plainly
+from .preparation.needs import choose_preparation
+from .preparation.runner import make_runner
 from .sequences import Sequences
 from .settings import (
     DECODING_KEYWORDS,
@@ -48,7 +50,7 @@ from .settings import (
     choose_shape,
     max_length_of,
 )
-from .target_runner import OutputCollector, TargetRunner
+from .target_runner import OutputCollector
 
 # by target: the name of the drafter that was loaded last, and what else it depends on; the drafter
 _NAMED: WeakKeyDictionary[PreTrainedModel, tuple[tuple, PreTrainedModel]] = WeakKeyDictionary()
@@ -210,12 +212,14 @@ class BoundDrafter:
         watchers = logits_processor, criteria
         call = Call(model, input_ids, config, model_kwargs, *watchers, self.keywords)
         judgement &= accept_call(call, rule)
-        shape, takes_tree = choose_shape(judgement.obstacle, defaults, settings, rule)
+        longest = max_length_of(model, criteria)
+        need = choose_preparation(model, model_kwargs, len(input_ids), longest)
+        obstacle = judgement.obstacle or need.obstacle
+        shape, takes_tree = choose_shape(obstacle, defaults, settings, rule)
         pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
-        sequences = Sequences(
-            input_ids, *watchers, self.streamer, pad, not takes_tree, judgement.keeps_rows
-        )
-        speculation = choose_speculation((defaults | settings)["speculation"])
+        keeps_rows = need.is_own or judgement.keeps_rows
+        sequences = Sequences(input_ids, *watchers, self.streamer, pad, not takes_tree, keeps_rows)
+        speculation = need.speculation(choose_speculation((defaults | settings)["speculation"]))
         # the two models, each with what it has read before the call
         given, windows = model_kwargs.get(CACHE), sliding_windows(model)
         # a caller who gets a cache may continue from it
@@ -227,12 +231,10 @@ class BoundDrafter:
             return decode_plainly(model, sequences, config, model_kwargs)
         cache = continued_cache(input_ids, model_kwargs, windows)
         collector = OutputCollector(config, len(input_ids), windows)
-        runner = TargetRunner(
-            target, takes_tree, drafting.layers, cache, collector.extras, keeps_rows=keep_cache
-        )
+        passes = drafting.layers, cache, collector.extras, keep_cache
+        runner = make_runner(target, need, takes_tree, *passes)
         costs = getattr(own, "draft_costs", None)
         policy = choose_policy(model, shape, speculation, costs, config.do_sample)
-        longest = max_length_of(model, criteria)
         plan = Plan(rule, longest, keep_cache, config.prefill_chunk_size)
         loop = DecodingLoop(drafting, runner, sequences, collector, policy, plan)
         del drafting  # the loop gives it up where it does not pay

@@ -165,7 +165,8 @@ class DecodingLoop:
             tree = with_padding(tree, padded, self.sequences.pad_token)
         # whatever a drafter puts there, the target reads the token that was committed
         root = root[:, None].to(tree.tokens.device)  # (batch, 1)
-        return tree._replace(tokens=torch.cat([root, tree.tokens[:, 1:]], dim=1))
+        tree = tree._replace(tokens=torch.cat([root, tree.tokens[:, 1:]], dim=1))
+        return self.target.checked(tree) if self.target.is_checked else tree
 
     def budget(self, shape: TreeShape) -> TreeShape:
         """The largest tree of which every accepted token may still come out.
@@ -174,6 +175,9 @@ class DecodingLoop:
         """
         shortest = min(self.sequences.lengths[row] for row in self.sequences.active)
         depth = min(shape.depth, self.plan.max_length - shortest - 1)
+        if self.target.is_limited:
+            room = self.target.room()
+            depth, shape = min(depth, room), shape._replace(nodes=min(shape.nodes, room + 1))
         return shape._replace(depth=max(depth, 0))
 
     def verify(self, tree: DraftTree) -> tuple[TargetOutput, Accepted]:
@@ -194,7 +198,7 @@ class DecodingLoop:
             for index, (row, path, count) in enumerate(paths):
                 self.collector.add_nodes(row, index, path[:count], output)
         path = accepted.path if accepted.path.shape[1] > 1 else None  # the root is in its place
-        self.target.cache.commit(accepted.counts, path)
+        self.target.commit(accepted.counts, path)
         kept = self.kept(rows)
         self.drop(rows, kept)
         return kept

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .drafting import host_tensor
+from .preparation.image_layer import ImageLayer
 
 HIDDEN = -1  # the position of a slot that no query attends to
 GROWTH = 128  # slots by which a buffer grows: a long text has little room that it never uses
@@ -169,7 +170,8 @@ class RaggedCache(Cache):
     lengths: list[int]  # the same on the host
 
     def __init__(self, windows: Sequence[int | None]):
-        super().__init__(layers=[RaggedLayer(window) for window in windows])
+        layers = [ImageLayer() if window == 0 else RaggedLayer(window) for window in windows]
+        super().__init__(layers=layers)
         self.begin(0)
 
     def begin(self, batch: int, device: torch.device | None = None) -> None:
@@ -286,7 +288,7 @@ class RaggedCache(Cache):
     def sees_all(self) -> bool:
         """Whether a lone token behind each row attends to all that is held."""
         layers = [(layer.window, layer.held) for layer in self.layers]
-        return self.is_dense and all(window is None or held < window for window, held in layers)
+        return self.is_dense and all(not window or held < window for window, held in layers)
 
     def set_recording(self, is_on: bool) -> None:
         """Whether sliding layers keep what a pass pushes out of their window until `commit`."""

@@ -8,17 +8,20 @@ reaches the target as a 4-D float mask and position ids; a chain is plain causal
     its position             that of the root + depth
 """
 
+import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils import ModelOutput
 
 from ..target import Target, position_limit, sliding_windows, takes_positions, text_config
 from .continuation import CACHE, join, part_of, whole_length, whole_positions
 from .drafting import DraftTree
+from .preparation.switches import rotary_switches
 from .ragged_cache import HIDDEN, RaggedCache
 
 
@@ -55,10 +58,15 @@ class TargetRunner:
         keeps_rows: bool = False,
     ):
         self._target, self._takes_tree, self._layers = target, takes_tree, layers
-        self._takes_positions = takes_positions(target.model.forward)
+        self._takes_positions = takes_positions(target.model)
         self._limit = position_limit(target.model)
         self._windows = sliding_windows(target.model)
+        self._switches = rotary_switches(target.model)
+        self.is_limited = bool(self._switches)  # whether `room` has anything to say
+        self.is_checked = False  # whether `checked` has
+        self._skips = 0 in self._windows  # whether a layer may be left out, which shifts indices
         self._extras, self._keeps_rows = extras, keeps_rows
+        self._ahead = 0  # of the longest row, how far its positions are ahead of its slots
         self._rows: list[int] = []  # of the call, that are in the cache
         self._ended: list[tuple[list[int], RaggedCache]] = []  # rows that have left it
         self.cache = cache or RaggedCache(self._windows)
@@ -94,16 +102,36 @@ class TargetRunner:
             for name in ("attention_mask", "position_ids"):
                 if kwargs.get(name) is not None:
                     kwargs[name] = kwargs[name][..., :read]
+            if chunk_size is None and whole == length:  # as plain `generate` hands them over
+                chunk, kwargs["next_sequence_length"] = input_ids, chunk.shape[1]
             inputs = self._target.model.prepare_inputs_for_generation(
                 chunk, is_first_iteration=True, **kwargs
             )
+            if inputs.get(CACHE) is None:  # the target reads the whole text again
+                self.cache = cache = RaggedCache(self._windows)
+                inputs |= {CACHE: cache, "use_cache": True}
             parts.append(self._forward(**inputs))
         cache.set_recording(True)
         cache.begin(batch, self._target.device)
-        positions = whole_positions(mask.bool(), model_kwargs.get("position_ids"))
+        given = model_kwargs.get("position_ids")
+        if given is None and self._takes_positions:  # plain `generate` does not know that
+            given = torch.arange(whole, device=mask.device)[None]
+        positions = whole_positions(mask.bool(), given)
         cache.append(positions.to(self._target.device))
-        features = torch.cat([part.features for part in parts], dim=1)
+        _check_slots(cache)
+        if self.is_limited:
+            self._ahead = int(cache.next_positions.max()) - cache.width
+        features = torch.cat([part.features for part in parts], dim=1)[:, -new_ids.shape[1] :]
         return parts[-1]._replace(logits=parts[-1].logits[:, -1:], features=features)
+
+    def room(self) -> int:
+        """Nodes, and so levels, that the next tree may have below its root."""
+        length = self.cache.width + self._ahead + 1  # that the root's position tells
+        return min((one.room(length) for one in self._switches), default=sys.maxsize)
+
+    def checked(self, tree: DraftTree) -> DraftTree:
+        """What the target can read of a tree in one pass."""
+        return tree
 
     def score(self, tree: DraftTree) -> TargetOutput:
         """Read all nodes of a tree at once."""
@@ -122,6 +150,10 @@ class TargetRunner:
             own = torch.ones_like(tree.tokens, dtype=torch.bool)
             inputs["attention_mask"] = torch.cat([seen, own], 1).long()
         return self._forward(**inputs)
+
+    def commit(self, counts: list[int], path: Tensor | None) -> None:
+        """Keep the first nodes on a path (batch, longest), so many of each row; None: the root."""
+        self.cache.commit(counts, path)
 
     def select(self, kept: list[int]) -> None:
         """Go on with some rows of the last pass only, by their index in it."""
@@ -142,9 +174,10 @@ class TargetRunner:
         if CACHE not in inputs:
             inputs |= {CACHE: self.cache, "use_cache": True}
         names = [name.removeprefix("output_") for name in self._extras]
-        inputs["output_hidden_states"] = _named_states(self._layers)
+        layers = self._layers
+        inputs["output_hidden_states"] = bool(layers) if self._skips else _named_states(layers)
         inputs |= dict.fromkeys(self._extras, True)
-        outputs = self._target.model(**inputs, return_dict=True)
+        outputs = self._run(inputs)
         tokens = inputs["input_ids"]
         states = [outputs.hidden_states[layer] for layer in self._layers]
         states = states or [tokens.new_empty(*tokens.shape, 0, dtype=outputs.logits.dtype)]
@@ -155,6 +188,10 @@ class TargetRunner:
             **{name: getattr(outputs, name) for name in names},
         )
 
+    def _run(self, inputs: dict[str, Any]) -> ModelOutput:
+        """One pass of the target."""
+        return self._target.model(**inputs, return_dict=True)
+
     def _masks(self, tree: DraftTree, positions: Tensor) -> Tensor | dict[str, Tensor]:
         """The additive mask (batch, 1, nodes, slots + nodes), by layer type where layers differ.
 
@@ -163,12 +200,23 @@ class TargetRunner:
         ancestry, dtype = tree.ancestry(), self._target.model.dtype
         masks = {
             window: additive_mask(self.cache.mask(positions, ancestry, window), dtype)[:, None]
-            for window in set(self._windows)
+            for window in set(self._windows) - {0}
         }
         if len(masks) == 1:
             return next(iter(masks.values()))
         names = dict(zip(text_config(self._target.model).layer_types, self._windows, strict=True))
         return {name: masks[window] for name, window in names.items()}
+
+
+def _check_slots(cache: RaggedCache) -> None:
+    """Raise a ValueError if a layer has other slots than one for each token."""
+    for index, layer in enumerate(cache.layers):
+        found = layer.get_seq_length()
+        if layer.window != 0 and found not in (0, cache.width):
+            raise ValueError(
+                f"Layer {index} of the target's cache has {found} slots for {cache.width} tokens,"
+                " so that rejected tokens cannot be dropped; leave out `assistant_model`."
+            )
 
 
 def _named_states(layers: tuple[int, ...]) -> bool | int | list[int]:
@@ -291,6 +339,8 @@ def _attended(
         lengths: committed slots of each row; the tree begins behind the longest.
         index: of the row.
     """
+    if window == 0:  # no text
+        return weights[:, path[-1] : path[-1] + 1]
     held = weights.shape[-1] - weights.shape[-2]
     dropped = max(lengths) - held  # slots that left a sliding window
     slots = [*range(lengths[index] - dropped), *(held + node for node in path)]

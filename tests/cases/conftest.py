@@ -64,6 +64,18 @@ def compare():
 
 
 @pytest.fixture
+def stepping_back(monkeypatch):
+    """Calls give up drafting after two rounds."""
+
+    def note(policy, sample):
+        seen = vars(policy).setdefault("seen", [])
+        seen.append(sample)
+        policy.is_plain = len(seen) == 2
+
+    monkeypatch.setattr("coral_hf.decoding.draft_policy.DraftPolicy.note", note)
+
+
+@pytest.fixture
 def trainer_of(target, tmp_path):
     """Makes a trainer of a fresh drafter, for rows or a dataset."""
 

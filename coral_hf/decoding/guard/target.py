@@ -13,6 +13,8 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import logging
 
 from ...target import read_target, takes_positions, text_config
+from ..preparation.switches import rotary_switches, rotary_types
+from ..preparation.tables import ROTARY, UNKNOWN_ROTARY
 from . import target_tables as tables
 from .classes import refused_name
 from .entries import REFUSED, Entry, Judgement, judge
@@ -39,13 +41,14 @@ def judge_target(model: PreTrainedModel, rows: int = 0) -> Judgement:
     found = adapters & judge(_structure(model))
     if found.way == REFUSED:  # the rest may not be there to look at
         return found
-    layers = [*_cache_layers(model), *_attention(model), *_layer_types(model)]
+    layers = [*_cache_layers(model), *_attention(model), *_layer_types(model), *_rotary(model)]
     found &= judge([*layers, *quantization_findings(model)])
     if found.way == REFUSED:
         return found
     found &= judge(foreign_findings(model, rows))
     return found._replace(
         needs_own_preparation=_needs_own_preparation(model),
+        switch_lengths=tuple(switch.length for switch in rotary_switches(model)),
         keeps_rows=bool(foreign_hooks(model)),
     )
 
@@ -115,7 +118,7 @@ def _structure(model: PreTrainedModel) -> Findings:
         yield "", entries["expert capacity"]
     if model._is_stateful:
         yield "", entries["recurrent state"]
-    if not takes_positions(model.forward):
+    if not takes_positions(model):
         yield "", entries["no position_ids"]
     if getattr(text, "alibi", False):
         yield "", entries["alibi"]
@@ -149,6 +152,11 @@ def _attention(model: PreTrainedModel) -> Findings:
 def _layer_types(model: PreTrainedModel) -> Findings:
     for name in sorted(set(getattr(text_config(model), "layer_types", None) or ())):
         yield name, tables.LAYER_TYPES.get(name, tables.UNKNOWN_LAYER_TYPE)
+
+
+def _rotary(model: PreTrainedModel) -> Findings:
+    for name in sorted(rotary_types(model)):
+        yield name, ROTARY.get(name, UNKNOWN_ROTARY)
 
 
 def _needs_own_preparation(model: PreTrainedModel) -> bool:

@@ -19,9 +19,11 @@ from ...target import read_target, sliding_windows, text_config
 from ..draft_policy import DraftPolicy
 from ..drafting import DraftTree, TreeShape, Warp
 from ..loop import DecodingLoop, Plan
+from ..preparation.needs import choose_preparation
+from ..preparation.runner import make_runner
 from ..sequences import Sequences
 from ..settings import Rule
-from ..target_runner import OutputCollector, TargetRunner
+from ..target_runner import OutputCollector
 from .entries import CHAIN, REFUSED, TREE, Way
 
 SHAPE = TreeShape(depth=3, top_k=2, nodes=8)
@@ -142,13 +144,15 @@ def _try_call(
 
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         windows, target = sliding_windows(model), read_target(model)
+        need = choose_preparation(model, kwargs, len(input_ids), input_ids.shape[1] + new)
         sequences = Sequences(
             *(input_ids, logits_processor, stopping_criteria),
             is_lockstep=not takes_tree,
-            keeps_rows=keeps_rows,
+            keeps_rows=keeps_rows or need.is_own,
         )
         collector = OutputCollector(generation_config, len(input_ids), windows)
-        runner = TargetRunner(target, takes_tree, known.layers, None, collector.extras)
+        passes = known.layers, None, collector.extras
+        runner = make_runner(target, need, takes_tree, *passes)
         plan = Plan(Rule("greedy", False), input_ids.shape[1] + new)
         loop = DecodingLoop(known, runner, sequences, collector, DraftPolicy(SHAPE), plan)
         loop.run(kwargs)

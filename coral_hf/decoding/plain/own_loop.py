@@ -98,7 +98,7 @@ def decode_rest(
     ahead = whole_length(prompts, model_kwargs) - sequences.prompt_length
     kwargs = {**model_kwargs, CACHE: cache}
     for _ in range(sequences.longest - sequences.prompt_length):
-        kwargs = model._update_model_kwargs_for_generation({}, kwargs)
+        kwargs = model._update_model_kwargs_for_generation({}, kwargs, is_encoder_decoder=False)
     if len(rows) < batch:
         kwargs = {name: _of_rows(value, rows, batch) for name, value in kwargs.items()}
     ids = F.pad(sequences.ids[rows], (ahead, 0))

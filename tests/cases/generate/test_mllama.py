@@ -17,19 +17,7 @@ PLAIN = {"speculation": "never"}
 IMAGE = 39  # the token that stands for one
 
 
-cropped = pytest.mark.xfail(
-    strict=True,
-    raises=(AssertionError, IndexError, RuntimeError),  # another text, or no such rows
-    reason="the cache of the cross-attention is cropped as text",
-)
-empty = pytest.mark.xfail(
-    strict=True, raises=TypeError, reason="an empty cache of the cross-attention is taken for text"
-)
-shapes = pytest.mark.parametrize(
-    "settings",
-    [pytest.param(TREE, marks=cropped), pytest.param(CHAIN, marks=cropped), PLAIN],
-    ids=["tree", "chain", "never"],
-)
+shapes = pytest.mark.parametrize("settings", [TREE, CHAIN, PLAIN], ids=["tree", "chain", "never"])
 
 
 @pytest.fixture
@@ -83,11 +71,7 @@ def test_text_about_an_image_equals_plain_generate(compare, mllama, words, setti
     assert compare(mllama, given, **settings) == "equal"
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [pytest.param(TREE, marks=empty), pytest.param(CHAIN, marks=empty), PLAIN],
-    ids=["tree", "chain", "never"],
-)
+@shapes
 def test_text_without_an_image_equals_plain_generate(compare, mllama, words, settings):
     given = {"input_ids": words, "attention_mask": torch.ones_like(words)}
     assert compare(mllama, given, **settings) == "equal"

@@ -5,11 +5,8 @@ import torch
 from conftest import SIZES, scatter_weights
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-prompt_alone = pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="it reaches the pass over the prompt alone"
-)
-speculations = pytest.mark.parametrize("speculation", ["always", "never"])
-lost = pytest.mark.parametrize("speculation", [pytest.param("always", marks=prompt_alone), "never"])
+pytestmark = pytest.mark.parametrize("speculation", ["always", "never"])
+
 LLAMA = LlamaConfig(**SIZES, intermediate_size=48)
 SLOPE = torch.linspace(-1, 1, 40)
 
@@ -36,7 +33,7 @@ class Updates(Conditioned):
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         found = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        return {**found, "strength": -found["strength"]}
+        return {**found, "strength": -found.get("strength", 1.0)}
 
 
 @pytest.fixture
@@ -52,32 +49,27 @@ def outcome(compare):
     return found
 
 
-@lost
 def test_token_types_reach_every_round(outcome, speculation):
     target = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4))
     types = torch.tensor([[3] * 5 + [4] * 5])
-    assert outcome(target, speculation, token_type_ids=types) in ("equal", "refused")
+    assert outcome(target, speculation, token_type_ids=types) == "equal"
 
 
-@lost
 def test_states_of_an_encoder_reach_every_round(outcome, speculation):
     config = GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, add_cross_attention=True)
     states = torch.randn(1, 6, 32).double()
     found = outcome(GPT2LMHeadModel(config), speculation, encoder_hidden_states=states)
-    assert found in ("equal", "refused")
+    assert found == "equal"
 
 
-@lost
 def test_an_input_of_the_models_own_reaches_every_round(outcome, speculation):
     found = outcome(Conditioned(LLAMA), speculation, strength=40.0)
-    assert found in ("equal", "refused")
+    assert found == "equal"
 
 
-@speculations
 def test_a_model_that_prepares_its_inputs_gets_to_do_so_in_every_round(outcome, speculation):
-    assert outcome(Prepares(LLAMA), speculation) in ("equal", "refused")
+    assert outcome(Prepares(LLAMA), speculation) == "equal"
 
 
-@speculations
 def test_a_model_that_updates_its_inputs_gets_to_do_so_after_every_round(outcome, speculation):
-    assert outcome(Updates(LLAMA), speculation, strength=2.0) in ("equal", "refused")
+    assert outcome(Updates(LLAMA), speculation, strength=2.0) == "equal"

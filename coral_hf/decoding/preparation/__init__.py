@@ -1,0 +1,1 @@
+"""Calls whose passes are prepared by the target itself, as in plain `generate`, and why."""

@@ -1,0 +1,94 @@
+"""Inputs of rounds, and methods that prepare them: why several tokens get what each would alone."""
+
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
+
+from ..continuation import CACHE
+from ..guard.entries import REFUSED, TREE, Entry
+
+Table = dict[str, Entry]
+
+_SWITCH = "test_text_across_a_longrope_switch_equals_plain_generate"
+_IMAGES = "test_text_about_an_image_equals_plain_generate"
+_DROPS_CACHE = Entry(
+    TREE, "it drops its cache at the switch of LongRoPE, where a round has one token", test=_SWITCH
+)
+_LEAVES_OUT = Entry(TREE, "after the prompt it only leaves out inputs", test=_IMAGES)
+
+# classes of transformers that override a method which prepares the inputs of each step; of others
+# each round is compared with single steps
+CLASSES: Table = {
+    "Gemma3ForConditionalGeneration": _LEAVES_OUT,
+    "MllamaForConditionalGeneration": Entry(
+        TREE, "new tokens see the images that the last one before them sees", test=_IMAGES
+    ),
+    "PaliGemmaForConditionalGeneration": Entry(TREE, "it counts positions from 1", test=_IMAGES),
+    "Phi3ForCausalLM": _DROPS_CACHE,
+    "PhimoeForCausalLM": _DROPS_CACHE,
+}
+
+# what a round needs, or none does: with nothing else, rounds are made without the target's methods
+DIRECT_INPUTS = {
+    "attention_mask",
+    "position_ids",
+    "use_cache",
+    "logits_to_keep",
+    CACHE,
+    *MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL,
+}
+
+_CROSS = Entry(
+    TREE,
+    "cross-attention reads the same at each token",
+    test="test_states_of_an_encoder_reach_every_round",
+)
+_IMAGE = Entry(TREE, "it tells of images or videos in the prompt", test=_IMAGES)
+_TEXT = Entry(TREE, "new tokens are text", test=_IMAGES)
+
+# further inputs, of which a new token gets what the one before it had; with any other tensor, a
+# round has one token
+INPUTS: Table = {
+    "token_type_ids": Entry(
+        TREE, "new tokens are of the last one's type", test="test_token_types_reach_every_round"
+    ),
+    "mm_token_type_ids": _TEXT,
+    "moe_mm_token_type_ids": _TEXT,
+    "encoder_hidden_states": _CROSS,
+    "encoder_attention_mask": _CROSS,
+    "cross_attention_mask": Entry(
+        TREE, "new tokens see the images that the last one before them sees", test=_IMAGES
+    ),
+    "aspect_ratio_ids": _IMAGE,
+    "aspect_ratio_mask": _IMAGE,
+    "image_grid_thw": _IMAGE,
+    "video_grid_thw": _IMAGE,
+    "second_per_grid_ts": _IMAGE,
+}
+
+# kinds of rotary embeddings
+ROTARY: Table = {
+    **dict.fromkeys(
+        ("default", "linear", "yarn", "llama3", "proportional"),
+        Entry(
+            TREE,
+            "it follows from positions alone",
+            test="test_greedy_tokens_equal_the_target_alone",
+        ),
+    ),
+    "longrope": Entry(TREE, "no round goes across its switch", test=_SWITCH),
+    "dynamic": Entry(
+        TREE,
+        "beyond its positions a round has one token",
+        test="test_text_beyond_the_positions_of_dynamic_ntk_equals_plain_generate",
+    ),
+}
+UNKNOWN_ROTARY = Entry(
+    REFUSED,
+    "its rotary embedding {name!r} is not known to give several tokens what each would get alone",
+    test="test_a_rotary_embedding_that_is_not_known_is_refused",
+)
+
+TABLES: dict[str, Table] = {
+    "Targets that prepare the inputs of each step": CLASSES,
+    "Inputs that reach the target at each step": INPUTS,
+    "Rotary embeddings": ROTARY,
+}
