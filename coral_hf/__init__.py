@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .drafters.coral import CoralDrafter as CoralDrafter
     from .hub import publish as publish
     from .measure.autotune import autotune as autotune
+    from .measure.lossless import verify as verify
     from .training import CoralTrainer as CoralTrainer
     from .training import CoralTrainingArguments as CoralTrainingArguments
 
@@ -36,6 +37,7 @@ _MODULES = {
     "drafters.coral": ["CoralConfig", "CoralDrafter"],
     "hub": ["publish"],
     "measure.autotune": ["autotune"],
+    "measure.lossless": ["verify"],
     "training": ["CoralTrainer", "CoralTrainingArguments"],
 }
 __all__ = sorted(sum(_MODULES.values(), []))

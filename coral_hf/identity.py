@@ -152,10 +152,10 @@ class TargetIdentity(NamedTuple):
 def identify(target: PreTrainedModel) -> TargetIdentity:
     """Compute the identity of a target; under FSDP all processes call it."""
     dtype = str(target.dtype).removeprefix("torch.")
-    return TargetIdentity(weights_digest(target), dtype, _quantization(target))
+    return TargetIdentity(weights_digest(target), dtype, quantization_of(target))
 
 
-def _quantization(target: PreTrainedModel) -> str | None:
+def quantization_of(target: PreTrainedModel) -> str | None:
     """Describe the quantisation of a target: its config, or the classes of its packed weights."""
     config = target.config.to_dict().get("quantization_config")
     if config is not None:

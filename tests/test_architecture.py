@@ -52,7 +52,8 @@ SEAMS = {
         "target.py",
     ],
     "_attn_implementation": [
-        f"decoding/guard/{name}.py" for name in ("copies", "foreign", "target")
+        *(f"decoding/guard/{name}.py" for name in ("copies", "foreign", "target")),
+        "measure/lossless/verify.py",
     ],
     "DynamicCache": ["decoding/guard/target.py", "target.py"],
     "DynamicLayer": [

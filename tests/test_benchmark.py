@@ -29,7 +29,7 @@ from coral_hf.measure.benchmark import (
     Mismatch,
     benchmark_report,
     first_difference,
-    top2_gap,
+    top2_logits,
 )
 from coral_hf.measure.report import describe_environment
 from coral_hf.measure.summary import accepted_depths, summarise_tasks, tau_per_item, tau_per_token
@@ -156,8 +156,8 @@ def test_the_first_difference_counts_missing_tokens():
 def test_the_gap_is_between_the_logits_after_the_shared_tokens(target):
     ids = torch.tensor([[1, 2]])
     logits = target(torch.tensor([[1, 2, 3]])).logits[0, -1].sort(descending=True).values
-    assert top2_gap(target, ids, [3]) == pytest.approx((logits[0] - logits[1]).item(), abs=1e-5)
-    assert top2_gap(target, torch.tensor([[1, 2, 3]]), []) == top2_gap(target, ids, [3])
+    assert top2_logits(target, ids, [3]) == pytest.approx(logits[:2].tolist(), abs=1e-5)
+    assert top2_logits(target, torch.tensor([[1, 2, 3]]), []) == top2_logits(target, ids, [3])
 
 
 def test_rounds_of_transformers_own_methods_are_its_target_passes(target):

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .measure import autotune, benchmark, compare, compare_heads, generate, sweep
+from .measure import autotune, benchmark, compare, compare_heads, generate, sweep, verify
 from .parser import Command, parse
 from .publish import export, import_, publish
 from .train import data, demo, features, regenerate, train
@@ -20,7 +20,7 @@ GROUPS: dict[str, list[Command]] = {
     "try": [demo],
     "train": [train, data, regenerate, features],
     "use": [generate],
-    "measure": [benchmark, sweep, compare, compare_heads, autotune],
+    "measure": [verify, benchmark, sweep, compare, compare_heads, autotune],
     "publish": [publish, import_, export],
 }
 

@@ -71,6 +71,22 @@ def sweep(own: MeasuredOptions, settings: measure.SweepSettings) -> None:
 
 
 @dataclass(kw_only=True)
+class VerifyOptions(DrafterOptions, PromptOptions):
+    """What is verified, on which prompts."""
+
+    prompts: list[Path] = option("As those of `benchmark`; a few built-in ones by default.", [])
+
+
+def verify(own: VerifyOptions, settings: measure.VerifySettings) -> None:
+    """Check that a drafter leaves its target's output unchanged; exits with 1 if it does not."""
+    prompts = own.read_prompts()
+    found = measure.verify(*own.load_models(), prompts, settings)
+    print(found.to_markdown())
+    if not found.is_lossless:
+        sys.exit(1)
+
+
+@dataclass(kw_only=True)
 class CompareOptions(TargetOptions, DatasetOptions, PromptOptions):
     """Which training runs are compared."""
 

@@ -1,4 +1,5 @@
-"""Measurements of drafters: benchmark, sweep over batch sizes and contexts, autotune, reports.
+"""Measurements of drafters: benchmark, sweep over batch sizes and contexts, autotune, reports,
+and whether the output is the target's own.
 
 `read_prompts` → `run_benchmark` or `run_sweep` → `Report`. One call alone: `call_generate` →
 `Call`. Names are imported when they are first used: the settings alone import no torch.
@@ -10,10 +11,11 @@ from typing import Any
 _HOMES = {
     "benchmark": ["run_benchmark"],
     "calls": ["Call", "call_generate"],
+    "lossless": ["Verification", "verify"],
     "padding": ["pad_target"],
     "prompts": ["Prompt", "encode", "left_padded", "read_prompts"],
     "report": ["Report"],
-    "settings": ["BenchmarkSettings", "SweepSettings"],
+    "settings": ["BenchmarkSettings", "SweepSettings", "VerifySettings"],
     "sweep": ["run_sweep"],
 }
 

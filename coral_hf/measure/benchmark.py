@@ -52,6 +52,7 @@ MISMATCHES = {
     "first difference at": "{0.position}",
     "top-2 logit gap there": "{0.top2_gap:.3g}",
 }
+TINY = torch.finfo(torch.float64).tiny
 LEGEND = """\
 Items are turns of prompts, or batches. Tau: tokens of a row for each target pass that it took part
 in after the first, the prefill; by token (all tokens / all passes) and by item (mean of the items'
@@ -76,6 +77,7 @@ class Mismatch:
     method: str
     position: int  # among the new tokens
     top2_gap: float  # between the target's two highest logits there, in its own dtype
+    num_roundings: float = 0.0  # the gap by what the dtype rounds the highest logit by
 
 
 def run_benchmark(
@@ -203,8 +205,10 @@ def mismatches_of(
         if call.repeat == 0 and not call.temperature:
             position = first_difference(expected, call.tokens[0])
             if position is not None:
-                gap = top2_gap(target, ids, expected[:position])
-                yield Mismatch(call.task, call.prompt, call.turn, call.method, position, gap)
+                best, second = top2_logits(target, ids, expected[:position])
+                rounding = max(abs(best) * torch.finfo(target.dtype).eps, TINY)
+                labels = (call.task, call.prompt, call.turn, call.method)
+                yield Mismatch(*labels, position, best - second, (best - second) / rounding)
 
 
 def first_difference(expected: list[int], found: list[int]) -> int | None:
@@ -214,9 +218,9 @@ def first_difference(expected: list[int], found: list[int]) -> int | None:
 
 
 @torch.no_grad()
-def top2_gap(target: PreTrainedModel, ids: Tensor, tokens: list[int]) -> float:
-    """Return the gap between the top two logits after a prompt (1, length) and shared tokens."""
+def top2_logits(target: PreTrainedModel, ids: Tensor, tokens: list[int]) -> tuple[float, float]:
+    """Return the top two logits after a prompt (1, length) and tokens that both answers share."""
     shared = torch.cat([ids, ids.new_tensor([tokens], dtype=ids.dtype)], dim=1)
     logits = target(input_ids=shared, use_cache=False).logits[0, -1]  # (vocab,)
-    best, second = logits.float().topk(2).values.tolist()
-    return best - second
+    best, second = logits.double().topk(2).values.tolist()
+    return best, second

@@ -12,7 +12,8 @@ Method = Literal["plain", "coral", "bigram", "prompt_lookup", "assisted"]
 METHODS = get_args(Method)
 Head = Literal["full", "routed", "frequency", "low_rank"]
 Rule = Literal["token", "traversal", "block"]
-DRAFTING = ("tree_depth", "tree_top_k", "tree_nodes", "draft_head", "verification", "drawn_tree")
+RULE = ("verification", "drawn_tree")  # when sampling
+DRAFTING = ("tree_depth", "tree_top_k", "tree_nodes", "draft_head", *RULE)
 
 
 def option(help: str, default: Any = MISSING, **metadata: Any) -> Any:
@@ -89,6 +90,33 @@ class BenchmarkSettings(DraftingSettings):
         super().__post_init__()
         if set(self.methods) - set(METHODS) or "plain" not in self.methods:
             raise ValueError(f"`methods` is {self.methods}; give 'plain' and any of {METHODS[1:]}.")
+
+
+@dataclass(kw_only=True)
+class VerifySettings(DraftingSettings):
+    """How much is compared, and the sampling settings whose distribution is tested."""
+
+    max_new_tokens: int = option("Tokens of each greedy answer.", 64, least=2)
+    temperature: float | None = option("Of samples; the target's own by default, or 1.", None)
+    top_p: float | None = option("Of samples; the target's own by default, or 1.", None)
+    top_k: int | None = option("Of samples; the target's own by default, or 0 for all.", None)
+    num_samples: int = option("Samples of each sampled prompt.", 2000, flag="samples", least=100)
+    sampled_prompts: int = option("Of the first prompts, so many are sampled from.", 2, least=0)
+    batch_size: int = option("Samples that are drawn at once.", 100, least=1)
+    seed: int = option("Seed of sampling.", 0)
+
+    def sampling(self, own: Any) -> dict[str, float]:
+        """Return the sampling settings, where none were chosen those of a generation config."""
+        neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        found = {name: (vars(self)[name], getattr(own, name)) for name in neutral}
+        return {
+            name: next((value for value in values if value is not None), neutral[name])
+            for name, values in found.items()
+        }
+
+    def shape(self) -> dict[str, Any]:
+        """Return the keywords of `generate` for a drafter that a greedy call takes too."""
+        return {name: value for name, value in self.drafting().items() if name not in RULE}
 
 
 @dataclass(kw_only=True)
