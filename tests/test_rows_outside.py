@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LogitsProcessor, StoppingCriteria
 
 from coral_hf import CoralDrafter
+from coral_hf.decoding import draft_policy
 
 TREE = {"speculation": "always", "tree_depth": 3, "tree_top_k": 2, "tree_nodes": 8}
 SETTINGS = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 0}
@@ -48,7 +49,8 @@ def both(model, drafter, watch=dict, **settings):
     `watch`: makes what watches a call, anew for each, as keywords.
     """
     given = {"attention_mask": MASK, **SETTINGS, **settings}
-    given["eos_token_id"] = late_ends(model.generate(input_ids=IDS, **given, **watch()))
+    whole = model.generate(input_ids=IDS, **given, **watch())
+    given["eos_token_id"] = late_ends(getattr(whole, "sequences", whole))
     plain = model.generate(input_ids=IDS, **given, **watch())
     tree = {name: TREE[name] for name in ("speculation", "tree_depth")}  # else the guard's own
     return plain, model.generate(input_ids=IDS, **given, **watch(), assistant_model=drafter, **tree)
@@ -152,6 +154,68 @@ def test_a_criterion_with_state_by_row_ends_rows_as_in_the_plain_call(target, dr
 def test_a_processor_with_state_by_row_sees_the_scores_of_rows_that_have_ended(target, drafter):
     plain, drafted = both(target, drafter, WATCHERS["processor"], max_new_tokens=18)
     assert drafted.equal(plain)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [{}, {"drawn_tree": True}, {"verification": "traversal"}, {"verification": "block"}],
+    ids=str,
+)
+def test_rows_stay_by_every_rule(target, drafter, rule):
+    rule = {"do_sample": True, "top_k": 1, **rule}  # which leaves one token to draw
+    given = {"attention_mask": MASK, **SETTINGS, "eos_token_id": [17, 28]}
+    steering = torch.tensor([0.0, 0.5, -0.5], dtype=torch.float64)[:, None, None]
+    handle = target.model.layers[0].mlp.register_forward_hook(lambda _, __, out: out + steering)
+    try:
+        plain = target.generate(IDS, **given, **WATCHERS["criterion"]())
+        drafted = target.generate(
+            IDS, **{**given, **WATCHERS["criterion"](), **rule}, assistant_model=drafter
+        )
+    finally:
+        handle.remove()
+    assert drafted.equal(plain)
+
+
+@pytest.fixture
+def steps_back(monkeypatch):
+    """Makes each call give up drafting after two rounds."""
+
+    class Patient(draft_policy.DraftPolicy):
+        rounds = 0
+
+        def note(self, sample):
+            self.rounds += 1
+            self.is_plain = self.rounds == 2
+
+    monkeypatch.setattr(
+        "coral_hf.decoding.generate.choose_policy", lambda model, shape, *rest: Patient(shape)
+    )
+
+
+@pytest.mark.usefixtures("steps_back")
+@pytest.mark.parametrize("kind", WATCHERS)
+def test_rows_stay_after_drafting_has_stepped_back(target, drafter, kind):
+    plain, drafted = both(
+        target, drafter, WATCHERS[kind], max_new_tokens=18, return_dict_in_generate=True
+    )
+    assert drafted.sequences.equal(plain.sequences) and drafted.stats.is_stepped_back
+
+
+@pytest.mark.usefixtures("steps_back")
+def test_a_hook_sees_all_rows_after_drafting_has_stepped_back(target, drafter):
+    steering, seen = torch.tensor([0.0, 0.5, -0.5], dtype=torch.float64)[:, None, None], set()
+
+    def steer(module, inputs, output):
+        seen.add(len(output))
+        return output + steering
+
+    handle = target.model.layers[0].mlp.register_forward_hook(steer)
+    try:
+        plain, drafted = both(target, drafter, return_dict_in_generate=True)
+    finally:
+        handle.remove()
+    assert drafted.sequences.equal(plain.sequences) and seen == {3}
+    assert drafted.stats.is_stepped_back
 
 
 def test_outputs_of_rows_that_stay_are_those_of_the_plain_call(target, drafter):

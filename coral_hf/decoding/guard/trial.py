@@ -17,7 +17,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ...target import read_target, sliding_windows, text_config
 from ..draft_policy import DraftPolicy
-from ..drafting import DraftTree, TreeShape, Warp
+from ..drafting import DraftTree, TreeShape, Warp, host_tensor
 from ..loop import DecodingLoop, Plan
 from ..preparation.needs import choose_preparation
 from ..preparation.runner import make_runner
@@ -89,8 +89,7 @@ class KnownText:
             tokens = [known[level] for level in depths]
             pairs = zip(tokens, is_true, strict=True)
             rows.append([last, *[t if true else (t + 1) % self._vocab for t, true in pairs][1:]])
-        made = torch.tensor(rows, device=root.device)
-        below, at = (torch.tensor(part, device=root.device) for part in (parents, depths))
+        made, below, at = (host_tensor(part).to(root.device) for part in (rows, parents, depths))
         return DraftTree(made, below.expand_as(made), at.expand_as(made), levels=depth)
 
 
@@ -125,8 +124,7 @@ def _try_call(
     longest = max(lengths)
     ids = torch.arange(len(lengths) * longest, device=device).view(len(lengths), -1) * 7 % vocab
     seen = (
-        torch.arange(longest, device=device)
-        >= longest - torch.tensor(lengths, device=device)[:, None]
+        torch.arange(longest, device=device) >= longest - host_tensor(lengths).to(device)[:, None]
     )
     settings = GenerationConfig(
         max_new_tokens=new,
