@@ -51,6 +51,7 @@ class DatasetOptions:
 
     dataset: list[str] = option("Conversations: a file, a folder or a Hub id; or cached features.")
     hold_out: int = option("Leave out the last rows of each dataset.", 0, least=0)
+    ignore_columns: list[str] = option("Leave out this column.", [], flag="ignore-column")
 
     def rows(self):
         """Return the conversations that are not held out, or cached features."""
@@ -68,13 +69,18 @@ class DatasetOptions:
         """Return the first conversations of each dataset, or the ones that are held out."""
         from ..training.data import join_datasets, load_conversations
 
-        parts = []
+        parts, unknown = [], {*self.ignore_columns}
         for path in self.dataset:
             rows = load_conversations(path)
+            ignored = [name for name in self.ignore_columns if name in rows.column_names]
+            unknown -= {*ignored}
+            rows = rows.remove_columns(ignored)
             kept = range(len(rows) - self.hold_out)
             if not kept:
                 raise ValueError(f"--hold-out {self.hold_out} leaves no row of {path}.")
             parts.append(rows.select(range(len(kept), len(rows)) if held_out else kept[:limit]))
+        if unknown:
+            raise ValueError(f"--ignore-column {' '.join(unknown)}: no dataset has such a column.")
         return join_datasets(parts, self.dataset)
 
     def token_ids(self, tokenizer, limit: int | None = None) -> list:

@@ -57,7 +57,8 @@ class TrainOptions(TargetOptions, DatasetOptions):
     def eval_rows(self):
         """Return the conversations that are evaluated."""
         if self.eval_dataset:
-            return DatasetOptions(dataset=self.eval_dataset).rows()
+            ignored = self.ignore_columns
+            return DatasetOptions(dataset=self.eval_dataset, ignore_columns=ignored).rows()
         if not self.hold_out:
             raise ValueError("--eval-strategy goes with --hold-out or --eval-dataset.")
         return self.conversations(held_out=True)
@@ -128,6 +129,7 @@ class DataOptions:
     chat_template_kwargs: str | None = option(
         """Its options: '{"enable_thinking": false}'.""", None
     )
+    ignore_columns: list[str] = option("Leave out this column.", [], flag="ignore-column")
     row: int = option("The first row shown, from 0; -1 is the last.", 0)
     limit: int = option("Rows shown.", 1, least=1)
     max_length: int | None = option("Cut rows as training would.", None, least=1)
@@ -135,9 +137,9 @@ class DataOptions:
 
 def data(own: DataOptions) -> None:
     """Show which tokens of a dataset are trained, in colour or, through a pipe, with marks."""
-    from ..training.data import load_conversations, show
+    from ..training.data import show
 
-    rows = load_conversations(own.dataset)
+    rows = DatasetOptions(dataset=[own.dataset], ignore_columns=own.ignore_columns).conversations()
     chosen = range(len(rows))[own.row :][: own.limit]
     if not chosen:
         raise ValueError(f"--row is {own.row}, but the dataset has {len(rows)} rows, from 0.")

@@ -112,6 +112,9 @@ class CoralTrainingArguments(TrainingArguments):
     router_weight: float = _setting(0.1, "Weight of the router's loss in the joint stage.")
     head_rank: int | None = _setting(None, "Channels of a new low-rank head: 64 by default.")
     max_length: int = _setting(2048, "Tokens after which a conversation is cut.")
+    ignore_columns: list[str] | None = _setting(
+        None, "Columns of the dataset that are not read, though they hold text or a mask."
+    )
     packing: bool = _setting(False, "Pack several documents into each row of `max_length`.")
     eval_prompts: int = _setting(32, "Held-out prompts that an evaluation decodes, or 0.")
     eval_max_new_tokens: int = _setting(64, "Tokens of each of these answers at most.")

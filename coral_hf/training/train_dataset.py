@@ -51,7 +51,10 @@ def prepare_rows(dataset: Any, trainer: Trainer, packing: bool = False) -> Any:
             " `Dataset.from_list(rows)`."
         )
     elif "position_ids" not in (dataset.column_names or ()):  # else it was packed before
-        dataset = prepare_dataset(dataset, tokenizer, max_length, vocab_size=vocab_size)
+        names = trainer.args.ignore_columns or ()  # not of every dataset
+        ignored = [name for name in names if name in (dataset.column_names or names)]
+        sizes = {"vocab_size": vocab_size, "ignore_columns": ignored}
+        dataset = prepare_dataset(dataset, tokenizer, max_length, **sizes)
     is_packed = "position_ids" in (getattr(dataset, "column_names", None) or ())
     return pack_dataset(dataset, max_length) if packing and not is_packed else dataset
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .encoding import IGNORED
-from .messages import Row
+from .layouts import Row
 
 
 @dataclass

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ...measure.chat import OPTIONS, read_options, render
 from .forms import as_parts, rendered_form, text_of
-from .messages import Message, Row, read_tools, to_messages
+from .layouts import Row
+from .messages import Message, read_tools, to_messages
 
 Encoded = dict[str, list[int]]  # `input_ids` and `labels`, each (length,)
 

@@ -7,7 +7,7 @@ are an error: on a GPU they are an assertion that names nothing.
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,8 @@ from transformers.utils import logging
 from ...identity import digest, file_digest
 from ...measure import chat
 from .encoding import IGNORED, cut, encode
-from .messages import Row, count_empty_turns
+from .layouts import Row
+from .messages import count_empty_turns
 
 Data = TypeVar("Data", Dataset, IterableDataset)
 
@@ -39,6 +40,7 @@ def prepare_dataset(
     max_length: int,
     num_proc: int | None = None,
     vocab_size: int | None = None,
+    ignore_columns: Collection[str] = (),
 ) -> Data:
     """Tokenize a dataset to the columns `input_ids`, `attention_mask` and `labels`.
 
@@ -52,6 +54,7 @@ def prepare_dataset(
         max_length: tokens after which a row is cut.
         num_proc: processes that tokenize.
         vocab_size: of the target, to refuse token ids that it does not have.
+        ignore_columns: columns that are not read, though they hold text or a mask.
 
     Raises:
         ValueError: for rows that cannot be read, naming the first and their number; of a stream
@@ -62,6 +65,10 @@ def prepare_dataset(
     if first is None:
         raise ValueError("`dataset` has no rows; check its path, its split and its filters.")
     columns = dataset.column_names or list(first)  # a stream may not know its columns
+    if ignore_columns:
+        plain = without_columns(plain, ignore_columns, columns)
+        columns = [name for name in columns if name not in ignore_columns]
+        first = {name: first[name] for name in columns}
     if vocab_size is not None:
         check_vocabulary(tokenizer, vocab_size)
     given = {"tokenizer": tokenizer, "max_length": max_length, "vocab_size": vocab_size}
@@ -76,6 +83,18 @@ def prepare_dataset(
     features = datasets.Features({**COLUMNS, **NOTES})
     same |= {"features": features, "desc": "Tokenizing", "num_proc": num_proc}
     return _drop_untrained(plain.map(_tokenize_batch, **same), len(plain), max_length)
+
+
+def without_columns(rows: Data, names: Collection[str], columns: Collection[str]) -> Data:
+    """Leave out columns that shall not be read, of those that a dataset has.
+
+    Raises:
+        ValueError: if it has none of a name.
+    """
+    unknown = [name for name in names if name not in columns]
+    if unknown:
+        raise ValueError(f"`ignore_columns` names {unknown}, but the columns are {[*columns]}.")
+    return rows.remove_columns([*names])
 
 
 @functools.cache

@@ -4,13 +4,13 @@ In: a row and the target's tokenizer. Out: training rows of `input_ids`, `attent
 each (length,); several of a long text, or where a template renders turns otherwise later.
 """
 
-from reprlib import repr as shortened
-
 from transformers import PreTrainedTokenizerBase
 
 from ...identity import short_hash
 from .conversation import IGNORED, Chat, Encoded
-from .messages import Row, layout_of
+from .layouts import TOKEN_MASKS, Row, check_masks, is_plain_text, layout_of, read_text
+
+TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask", "token_type_ids", "special_tokens_mask")
 
 
 def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:
@@ -44,7 +44,7 @@ def encode(
     Plain text is split into rows of `max_length`; others are whole.
     """
     layout = layout_of(row)
-    if layout == "text":
+    if is_plain_text(row):
         found = split_text(_encode_text(row, tokenizer), tokenizer.bos_token_id, max_length)
     elif layout == "token_rows":
         found = _encode_token_rows(row, tokenizer)
@@ -79,8 +79,14 @@ def _encode_ids(row: Row) -> Encoded:
     ids = row["input_ids"]
     labels = ids if row.get("labels") is None else row["labels"]
     mask = [1] * len(ids) if row.get("attention_mask") is None else row["attention_mask"]
-    kept = [1] * len(ids) if row.get("loss_mask") is None else row["loss_mask"]
-    sizes = {len(ids), len(labels), len(mask), len(kept)}
+    masks = [name for name in TOKEN_MASKS if row.get(name) is not None]
+    check_masks(row, [*TOKEN_COLUMNS, *TOKEN_MASKS])
+    kept = [1] * len(ids)
+    for name in masks:  # trained is what all of them keep
+        if len(row[name]) != len(ids):
+            raise ValueError(f"{len(ids)} `input_ids` have {len(row[name])} in `{name}`.")
+        kept = [a and b for a, b in zip(kept, row[name], strict=True)]
+    sizes = {len(ids), len(labels), len(mask)}
     if len(sizes) > 1 or any(b not in (a, IGNORED) for a, b in zip(ids, labels, strict=True)):
         raise ValueError(
             f"{len(ids)} `input_ids` have {len(labels)} `labels` and {len(mask)} in the mask; each"
@@ -114,16 +120,25 @@ def split_text(encoded: Encoded, bos: int | None, max_length: int | None) -> lis
 
 
 def _encode_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    text = row["text"]
-    if not isinstance(text, str):
-        raise ValueError(f"`text` is {shortened(text)}; expected a str.")
+    """Encode a text, or a prompt and its completion, of which the prompt is not trained."""
+    prompt, text = read_text(row)
+    read = _text_ids(prompt, tokenizer) if prompt else []
+    ids = _text_ids(prompt + text, tokenizer)
+    if ids[: len(read)] != read:  # a token spans both: the target writes others
+        ids = [*read, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    eos = tokenizer.eos_token_id
+    while eos is not None and len(ids) > len(read) and ids[-1] == eos:
+        ids = ids[:-1]  # of the text or of the tokenizer
+    ids = ids if eos is None or row.get("is_complete") is False else [*ids, eos]
+    return {"input_ids": ids, "labels": [IGNORED] * len(read) + ids[len(read) :]}
+
+
+def _text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokenize a text, (length,), with one BOS, whoever writes it, and without EOS."""
     ids = tokenizer(text, verbose=False)["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    # some are written in the text, others are added by the tokenizer; one of each is kept
     while bos is not None and ids[:1] == [bos]:
         ids = ids[1:]
     while eos is not None and ids[-1:] == [eos]:
         ids = ids[:-1]
-    ids = ids if bos is None else [bos, *ids]
-    ids = ids if eos is None or row.get("is_complete") is False else [*ids, eos]
-    return {"input_ids": ids, "labels": ids}
+    return ids if bos is None else [bos, *ids]

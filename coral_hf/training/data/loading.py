@@ -9,12 +9,14 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from reprlib import repr as shortened
 
 import datasets
 import pyarrow
 from datasets import Dataset
 
 DOCUMENT_CHARACTERS = 2000  # about 500 tokens of English
+KINDS = {str: "string", bool: "bool", int: "int64", float: "float64"}  # of JSON's scalars
 READERS = {
     **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"),
     ".txt": "text",
@@ -60,7 +62,12 @@ def load_conversations(path: str | Path, split: str = "train") -> Dataset:
     except datasets.exceptions.DatasetGenerationError as error:
         for local in files:
             check_lines(local, parse=True)
-        raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
+        if not files or any(_reader_of(local) != "json" for local in files):
+            raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
+    # rows have keys that the first ones lack
+    kept = {"data_files": name} if reader else {}
+    features = whole_features(files)
+    return datasets.load_dataset(reader or name, split=split, features=features, **kept)
 
 
 def _reader_of(file: Path) -> str | None:
@@ -104,6 +111,45 @@ def check_lines(file: Path, parse: bool = False) -> None:
             json.loads(b"".join(_lines(file)))
         except json.JSONDecodeError as error:
             raise ValueError(f"{file}: {error}. Repair it.") from error
+
+
+def whole_features(files: Sequence[Path]) -> datasets.Features:
+    """Read the columns of JSON files, with what kind of values each holds, over all rows.
+
+    Lists and objects are kept as JSON, so that their keys may differ from row to row.
+
+    Raises:
+        ValueError: for a column of different kinds, naming the line of the first that differs.
+    """
+    kinds: dict[str, str] = {}
+    for file in files:
+        for number, row in _rows(file):
+            for key, value in row.items():
+                if value is None:
+                    continue
+                kind = "json" if isinstance(value, list | dict) else KINDS[type(value)]
+                before = kinds.setdefault(key, kind)
+                if {before, kind} == {"int64", "float64"}:
+                    kinds[key] = "float64"
+                elif before != kind:
+                    raise ValueError(
+                        f"{file}, line {number}: `{key}` is {shortened(value)}, of another kind"
+                        " than in the lines before. Write it in one way."
+                    )
+    found = {k: datasets.Json() if v == "json" else datasets.Value(v) for k, v in kinds.items()}
+    return datasets.Features(found)
+
+
+def _rows(file: Path) -> Iterator[tuple[int, dict]]:
+    """Yield the rows of a JSON file with their numbers: lines, or places in its array."""
+    lines = enumerate(_lines(file), start=1)
+    for number, line in lines:
+        text = line.decode("utf-8-sig").strip()
+        if text.startswith("["):
+            rest = b"".join(line for _, line in lines).decode()
+            yield from enumerate(json.loads(f"{text}\n{rest}"), start=1)
+        elif text:
+            yield number, json.loads(text)
 
 
 def _documents(file: Path, split: str) -> list[str]:

@@ -5,17 +5,18 @@ says what cannot be read.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from reprlib import repr as shortened
 from typing import Any
 
-Row = Mapping[str, Any]
+from .layouts import TOKENS, Row, check_unread, is_plain_text, layout_of, read_text, read_turns
+
 Message = dict[str, Any]
 
-TOKENS = ("token_rows", "input_ids")  # columns of rows that are tokens
-
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # keys of a turn
+
+WEIGHTS = ("weight", "train", "loss")  # keys of a turn that say whether it is trained
 
 ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
@@ -29,46 +30,16 @@ ROLES = {
 def to_messages(row: Row) -> list[Message]:
     """Convert a conversation of any accepted layout to messages with `role` and `content`.
 
-    A `system` column goes in front; the answer of a preference row is its `chosen` turn.
+    A `system` or `system_prompt` column goes in front; the answer of a preference row is its
+    `chosen` one. A turn of `weight` 0 is not trained.
+
+    Raises:
+        ValueError: for what cannot be read, and for a column with text or a mask that is not read.
     """
-    layout = layout_of({**row, "token_rows": None})  # messages stand beside those
-    if layout in ("text", "input_ids"):
-        raise ValueError(f"A row of `{layout}` is no conversation; pass it to `tokenize` as it is.")
-    turns = _alpaca_turns(row) if layout == "instruction" else row[layout]
-    if not isinstance(turns, Sequence) or isinstance(turns, str):
-        raise ValueError(
-            f"`{layout}` is {shortened(turns)}, not a list of turns; read JSON that is kept as text"
-            " with `json.loads`."
-        )
-    if not turns:
-        raise ValueError(f"`{layout}` has no turns; drop such rows with `dataset.filter`.")
-    turns = list(turns)
-    if isinstance(row.get("chosen"), Mapping):
-        turns.append(row["chosen"])
-    if row.get("system"):
-        turns.insert(0, {"role": "system", "content": row["system"]})
-    return [_message(turn, position) for position, turn in enumerate(turns)]
-
-
-def layout_of(row: Row) -> str:
-    """Name the column that a row is read by; what is nearest to the trainer's input goes first."""
-    columns = [column for column, value in row.items() if value is not None]
-    has_answer = "output" in columns or "response" in columns
-    for column in ("token_rows", "input_ids", "messages", "conversations", "instruction", "text"):
-        if column == "token_rows" and not row.get(column):
-            continue
-        if column in columns and (column != "instruction" or has_answer):
-            return column
-    raise ValueError(
-        f"Found the columns {columns}; rename yours to `messages` (role, content), `conversations`"
-        " (from, value), `instruction` with `output` or `response`, `text`, or `input_ids`."
-    )
-
-
-def _alpaca_turns(row: Row) -> list[Message]:
-    question = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    answer = row["output"] if row.get("output") is not None else row["response"]
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    turns, columns = read_turns(row)
+    messages = [_message(turn, position) for position, turn in enumerate(turns)]
+    check_unread(row, columns, [turn.get("content", "") for turn in messages])
+    return messages
 
 
 def _message(turn: Any, position: int) -> Message:
@@ -83,6 +54,7 @@ def _message(turn: Any, position: int) -> Message:
     thought = next((message[name] for name in THOUGHTS if message.get(name)), None)
     if thought is not None:  # templates know it by either of these names
         message |= dict.fromkeys(THOUGHTS[:2], thought)
+    _read_weight(message, position)
     if message.get("tool_calls"):
         message["tool_calls"] = without_nulls(message["tool_calls"])
     elif "content" not in message:
@@ -90,6 +62,24 @@ def _message(turn: Any, position: int) -> Message:
     if "content" in message:
         message["content"] = _text(message["content"], f"turn {position} ({role})")
     return {**message, "role": ROLES[role]}
+
+
+def _read_weight(message: Message, position: int) -> None:
+    """Read which turns are trained: a `weight` of 0 or 1 (OpenAI), `train` or `loss` as bools."""
+    for name in WEIGHTS:
+        if name not in message:
+            continue
+        value = message.pop(name)
+        if value not in (0, 1):
+            raise ValueError(f"Turn {position} has `{name}` {value!r}; use 0 or 1, or leave it.")
+        if value == 0:
+            message["weight"] = 0
+    unread = [name for name in message if name in ("mask", "masked", "loss_mask", "loss_weight")]
+    if unread:
+        raise ValueError(
+            f"Turn {position} has `{unread[0]}`, which is not read; use `weight`, 0 for a turn that"
+            " is not trained, or leave it out."
+        )
 
 
 def _text(content: Any, where: str) -> str:
@@ -122,9 +112,10 @@ def without_nulls(value: Any) -> Any:
 
 def count_empty_turns(row: Row) -> int:
     """Count the turns without a word and without a tool call; an empty text is one."""
-    layout = layout_of(row)
-    if layout in ("text", *TOKENS):
-        return int(layout == "text" and not row["text"].strip())
+    if layout_of(row) in TOKENS:
+        return 0
+    if is_plain_text(row):
+        return int(not read_text(row)[1].strip())
     return sum(not (turn.get("tool_calls") or turn["content"].strip()) for turn in to_messages(row))
 
 

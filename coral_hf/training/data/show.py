@@ -12,7 +12,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from .encoding import IGNORED, encode
-from .messages import Row
+from .layouts import Row
 
 # two shades of each kind, in turn, so that neighbouring tokens are distinguishable
 TRAINED = ("black on green3", "black on pale_green1")

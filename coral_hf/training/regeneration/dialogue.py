@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from ...identity import short_hash
 from ...measure.chat import render
 from ..data.forms import rendered_form
-from ..data.messages import Message, Row, layout_of, read_tools, to_messages
+from ..data.layouts import Row, is_plain_text, read_text
+from ..data.messages import Message, read_tools, to_messages
 from . import RegenerationSettings
 from .answers import Answer
 
@@ -48,11 +49,13 @@ class Dialogue:
         tokenizer: PreTrainedTokenizerBase,
         settings: RegenerationSettings,
     ):
-        self.number, self._id, self._is_text = number, row.get("id"), layout_of(row) == "text"
+        self.number, self._id, self._is_text = number, row.get("id"), is_plain_text(row)
         self._tokenizer, self._settings = tokenizer, settings
         self._messages: list[Message] = []
-        text = {"role": "user", "content": row.get("text")}
-        self._rest = [text] if self._is_text else to_messages(row)
+        prompt, text = read_text(row) if self._is_text else ("", "")
+        self._has_prompt = bool(prompt)  # of its own, which is read as a whole
+        first = {"role": "user", "content": prompt or text}
+        self._rest = [first] if self._is_text else to_messages(row)
         self._tools = None if self._is_text else read_tools(row)
         self.num_turns = len(self._rest)
         self.content = json.dumps([self._rest, self._tools, self._is_text])
@@ -144,10 +147,10 @@ class Dialogue:
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _text_prompt(self) -> list[int]:
-        """Take the first tokens of a plain text, (length,), after BOS where there is one."""
+        """Take a prompt or the first tokens of a text, (length,), after BOS where there is one."""
         text, bos = self._messages[0]["content"], self._tokenizer.bos_token_id
         ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         opening = [] if bos is None else [bos]
         start = ids[1:] if ids[:1] == [bos] else ids
-        self._start = start[: self._settings.prompt_tokens]
+        self._start = start if self._has_prompt else start[: self._settings.prompt_tokens]
         return [*opening, *self._start]

@@ -2,10 +2,6 @@
 
 import pytest
 
-dropped = pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="it is dropped without a word"
-)
-
 
 @pytest.fixture
 def found(read, tokenizer):
@@ -22,7 +18,6 @@ def found(read, tokenizer):
     return read_one
 
 
-@dropped
 @pytest.mark.parametrize(
     ("column", "row", "prompt"),
     [
@@ -51,7 +46,6 @@ def test_a_column_that_is_a_part_of_the_prompt_is_read_or_named(found, column, r
     assert pair is None or prompt in pair[0]
 
 
-@dropped
 def test_a_turn_of_no_weight_is_not_trained_or_its_weight_is_named(found):
     turns = [("user", "Who?"), ("assistant", "Ann."), ("user", "Sure?"), ("assistant", "Yes.")]
     messages = [{"role": role, "content": text} for role, text in turns]
@@ -60,7 +54,6 @@ def test_a_turn_of_no_weight_is_not_trained_or_its_weight_is_named(found):
     assert pair is None or (pair[1] == "Yes.<|end|>" and "Ann." in pair[0])
 
 
-@dropped
 @pytest.mark.parametrize("column", ["loss_mask", "completion_mask"])
 def test_a_mask_beside_tokens_says_what_is_trained_or_is_named(found, tokenizer, column):
     ids = tokenizer("<|user|>Who?<|end|><|assistant|>Ann.<|end|>")["input_ids"]
