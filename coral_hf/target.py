@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import LinearAttentionLayer
 from transformers.utils import logging
 
 from .identity import full_name
@@ -21,6 +22,7 @@ logger = logging.get_logger(__name__)
 # index of the feature in a target's `hidden_states`, taken after the final norm; given this index,
 # newer versions of transformers keep that one only and older ones keep them all
 FEATURE = -1
+CONVOLUTION = -1  # instead of a window: no slot is attended to, the states of a convolution are
 
 
 class Scales(NamedTuple):
@@ -185,11 +187,20 @@ def max_positions(text: PreTrainedConfig) -> int | None:
 def sliding_windows(model: PreTrainedModel) -> list[int | None]:
     """Return the attention window of each layer of a target, None for full attention.
 
-    A layer that attends to no text, but to images alone (Mllama), has a window of 0.
+    A layer that attends to no text, but to images alone (Mllama), has a window of 0, and one that
+    holds the states of a convolution (LFM2) a window of `CONVOLUTION`.
     """
-    layers = DynamicCache(config=model.config).layers
-    windows = [layer.sliding_window if layer.is_sliding else None for layer in layers]
-    for index in getattr(text_config(model), "cross_attention_layers", None) or ():
+    windows: list[int | None] = []
+    text, layers = text_config(model), DynamicCache(config=model.config).layers
+    types = getattr(text, "layer_types", None) or [""] * len(layers)
+    for layer, kind in zip(layers, types, strict=False):
+        if isinstance(layer, LinearAttentionLayer):
+            windows.append(CONVOLUTION)
+        elif hasattr(layer, "is_sliding"):
+            windows.append(layer.sliding_window if layer.is_sliding else None)
+        else:  # one that shares another layer's keys, and so its window
+            windows.append(text.sliding_window if kind == "sliding_attention" else None)
+    for index in getattr(text, "cross_attention_layers", None) or ():
         windows[index] = 0
     return windows
 

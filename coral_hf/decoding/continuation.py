@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from ..target import CONVOLUTION
 from .drafting import host_tensor
 from .preparation.image_layer import ImageLayer
 from .ragged_cache import HIDDEN, RaggedCache, RaggedLayer
@@ -65,6 +66,8 @@ def continued_cache(
 
 def _adopt(layer: DynamicLayer, window: int | None) -> RaggedLayer | ImageLayer | None:
     """A layer of ours with another one's slots; None if that one has them in another form."""
+    if window == CONVOLUTION:
+        return None
     if isinstance(layer, RaggedLayer) and layer.window == window:
         layer.is_plain = layer.record_past = False
         return layer

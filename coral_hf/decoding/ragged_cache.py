@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ..target import CONVOLUTION
 from .drafting import host_tensor
+from .preparation.conv_layer import ConvLayer
 from .preparation.image_layer import ImageLayer
 
 HIDDEN = -1  # the position of a slot that no query attends to
@@ -152,6 +154,13 @@ class RaggedLayer(DynamicLayer):
         self._buffers = buffers
 
 
+def new_layer(window: int | None) -> RaggedLayer | ConvLayer | ImageLayer:
+    """An empty layer of a window; see [`coral_hf.target.sliding_windows`]."""
+    if window == CONVOLUTION:
+        return ConvLayer()
+    return ImageLayer() if window == 0 else RaggedLayer(window)
+
+
 class RaggedCache(Cache):
     """What a model has read, and which slots belong to which row; for targets and drafters alike.
 
@@ -170,8 +179,7 @@ class RaggedCache(Cache):
     lengths: list[int]  # the same on the host
 
     def __init__(self, windows: Sequence[int | None]):
-        layers = [ImageLayer() if window == 0 else RaggedLayer(window) for window in windows]
-        super().__init__(layers=layers)
+        super().__init__(layers=[new_layer(window) for window in windows])
         self.begin(0)
 
     def begin(self, batch: int, device: torch.device | None = None) -> None:
@@ -202,6 +210,9 @@ class RaggedCache(Cache):
         self.lengths = [length + positions.shape[1] for length in self.lengths]
         self.ends = self.ends + positions.shape[1]
         self.next_positions = torch.maximum(self.next_positions, positions.amax(1) + 1)
+        for layer in self.layers:
+            if layer.window == CONVOLUTION:
+                layer.cut(self.width)  # it has no slots that tell how much is committed
 
     def commit(self, counts: Sequence[int], nodes: Tensor | None = None) -> None:
         """Keep tokens of the last pass and drop the others.

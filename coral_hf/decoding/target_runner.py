@@ -18,7 +18,14 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
-from ..target import Target, position_limit, sliding_windows, takes_positions, text_config
+from ..target import (
+    CONVOLUTION,
+    Target,
+    position_limit,
+    sliding_windows,
+    takes_positions,
+    text_config,
+)
 from .continuation import CACHE, join, part_of, whole_length, whole_positions
 from .drafting import DraftTree
 from .preparation.switches import rotary_switches
@@ -204,7 +211,7 @@ class TargetRunner:
         }
         if len(masks) == 1:
             return next(iter(masks.values()))
-        names = dict(zip(text_config(self._target.model).layer_types, self._windows, strict=True))
+        names = dict(zip(text_config(self._target.model).layer_types, self._windows, strict=False))
         return {name: masks[window] for name, window in names.items()}
 
 
@@ -262,7 +269,7 @@ class OutputCollector:
         self.keeps_scores, self.keeps_logits = (name in wanted for name in names[:2])
         # what the target's passes must give
         self.extras = tuple(name for name in names[2:] if name in wanted)
-        self._windows = windows
+        self._windows = [window for window in windows if window != CONVOLUTION]
         self._scores: list[list[Tensor]] = [[] for _ in range(batch)]  # (vocab,) a token
         self._logits: list[list[Tensor]] = [[] for _ in range(batch)]
         self._hidden: list[list[ByLayer]] = [[] for _ in range(batch)]  # (1, hidden) by layer

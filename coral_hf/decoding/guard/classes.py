@@ -74,6 +74,8 @@ KNOWN_CLASSES = frozenset(
     Idefics3ForConditionalGeneration InternVLForConditionalGeneration Jais2ForCausalLM
     JanusForConditionalGeneration JetMoeForCausalLM Kimi_K25ForConditionalGeneration
     Kolibri1ForCausalLM Kosmos2_5ForConditionalGeneration LagunaForCausalLM
+    Lfm2ForCausalLM Lfm2MoeForCausalLM Lfm2VlForConditionalGeneration Lfm3ForCausalLM
+    Lfm3VlForConditionalGeneration
     LightOnOcrForConditionalGeneration Llama4ForCausalLM LlamaForCausalLM
     LlavaForConditionalGeneration LlavaNextForConditionalGeneration
     LlavaNextVideoForConditionalGeneration LlavaOnevisionForConditionalGeneration

@@ -12,7 +12,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import logging
 
-from ...target import read_target, takes_positions, text_config
+from ...target import CONVOLUTION, read_target, sliding_windows, takes_positions, text_config
 from ..preparation.switches import rotary_switches, rotary_types
 from ..preparation.tables import ROTARY, UNKNOWN_ROTARY
 from . import target_tables as tables
@@ -25,6 +25,8 @@ logger = logging.get_logger(__name__)
 
 # methods by which a target prepares the inputs of each pass
 PREPARATION = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+
+LINEAR = "LinearAttentionLayer"
 
 Findings = Iterator[tuple[object, Entry]]
 
@@ -49,7 +51,8 @@ def judge_target(model: PreTrainedModel, rows: int = 0) -> Judgement:
     return found._replace(
         needs_own_preparation=_needs_own_preparation(model),
         switch_lengths=tuple(switch.length for switch in rotary_switches(model)),
-        keeps_rows=bool(foreign_hooks(model)),
+        # a convolution reads the padding of rows that have ended, as in plain `generate`
+        keeps_rows=bool(foreign_hooks(model)) or CONVOLUTION in sliding_windows(model),
     )
 
 
@@ -137,9 +140,10 @@ def _features(model: PreTrainedModel) -> Findings:
 
 
 def _cache_layers(model: PreTrainedModel) -> Findings:
-    for name in sorted(
-        {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
-    ):
+    names = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
+    if LINEAR in names and not model._is_stateful:  # as transformers itself tells them apart
+        names = names - {LINEAR} | {f"{LINEAR} of convolutions alone"}
+    for name in sorted(names):
         yield name, tables.CACHE_LAYERS.get(name, tables.UNKNOWN_CACHE_LAYER)
 
 

@@ -29,6 +29,10 @@ _OTHER_SLOTS = Entry(
     CHAIN, "its layers of type {name} attend to other slots than a mask allows", test=_SIBLINGS
 )
 
+_ORDER = Entry(
+    CHAIN, "its layers of type {name} look back along the order of a pass", test=_RECURRENT
+)
+
 # functions of the target's attention
 ATTENTION: Table = {
     "eager": Entry(TREE, "adds the float mask of a tree to its scores", test=_FAMILIES),
@@ -113,12 +117,27 @@ LAYER_TYPES: Table = {
     "full_attention": Entry(TREE, "its mask follows from positions alone", test=_FAMILIES),
     "sliding_attention": Entry(TREE, "its mask follows from positions alone", test=_FAMILIES),
     "chunked_attention": _OTHER_SLOTS,
+    "conv": _ORDER,
+    "hybrid": _ORDER,
+    "hybrid_sliding": _ORDER,
+    "linear_attention": _ORDER,
+    "moe": Entry(TREE, "it attends to nothing", test=_FAMILIES),
 }
 
 # layers of the cache that transformers makes for the target
 CACHE_LAYERS: Table = {
     "DynamicLayer": Entry(TREE, "drops rejected tokens at its end", test=_FAMILIES),
     "DynamicSlidingWindowLayer": Entry(TREE, "holds the window and the tree", test=_FAMILIES),
+    "DummyLayer": Entry(
+        TREE,
+        "holds nothing: it shares another layer's keys, or has none",
+        test="test_layers_that_share_keys_keep_their_own_text",
+    ),
+    "LinearAttentionLayer of convolutions alone": Entry(
+        CHAIN,
+        "its convolutions look back along the order of a pass",
+        test="test_a_target_with_convolutions_keeps_its_own_text_in_chains",
+    ),
     "LinearAttentionLayer": _DROPS_NOTHING,
     "LinearAttentionAndFullAttentionLayer": _DROPS_NOTHING,
     "LinearAttentionAndSlidingWindowAttentionLayer": _DROPS_NOTHING,
