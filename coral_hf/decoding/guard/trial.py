@@ -143,6 +143,7 @@ def _try_call(
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         windows, target = sliding_windows(model), read_target(model)
         need = choose_preparation(model, kwargs, len(input_ids), input_ids.shape[1] + new)
+        assert need.obstacle is None or not takes_tree, need.obstacle
         sequences = Sequences(
             *(input_ids, logits_processor, stopping_criteria),
             is_lockstep=not takes_tree,
