@@ -200,6 +200,21 @@ def test_only_its_owner_sees_a_private_drafter(hub, client, stranger, drafter):
         )
 
 
+BY_ID = MAKE + """
+import torch
+given = {"do_sample": False, "max_new_tokens": 6}
+ids = torch.tensor([[70, 71, 72]])
+plain = target.generate(ids, **given)
+assert torch.equal(plain, target.generate(ids, assistant_model="org/by-id", **given))
+"""
+
+
+def test_generate_takes_a_drafter_by_its_id(hub, client, drafter):
+    publish(client, drafter, "org/by-id")
+    client.run(BY_ID)
+    assert hub.asked("org/by-id.*model.safetensors")
+
+
 WITHOUT_IMPORT = """
 import sys
 
@@ -208,7 +223,7 @@ class NotInstalled:
         if name.split(".")[0] == "coral_hf":
             raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 
 sys.meta_path.insert(0, NotInstalled())
 try:
@@ -218,6 +233,8 @@ except ImportError as error:
 del sys.meta_path[0]
 drafter = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
 print(type(drafter).__module__)
+assistant = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert type(assistant) is type(drafter)
 drafter.save_pretrained(sys.argv[2])
 """
 

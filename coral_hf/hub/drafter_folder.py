@@ -29,7 +29,11 @@ CODE_TEXT = """\
 # a drafter for speculative decoding; to load it and to generate with it: pip install coral_hf
 from coral_hf import CoralConfig, CoralDrafter  # noqa: F401
 """
-AUTO_MAP = {"AutoConfig": "modeling_coral.CoralConfig", "AutoModel": "modeling_coral.CoralDrafter"}
+AUTO_MAP = {
+    "AutoConfig": "modeling_coral.CoralConfig",
+    "AutoModel": "modeling_coral.CoralDrafter",
+    "AutoModelForCausalLM": "modeling_coral.CoralDrafter",  # assistants are loaded by it
+}
 # the weights that are loaded by default, whole or in shards; not a variant of them (fp16)
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 KINDS = (".json", ".safetensors", ".jinja", ".model", ".txt", ".png", ".md")

@@ -102,7 +102,7 @@ class VerifySettings(DraftingSettings):
     top_k: int | None = option("Of samples; the target's own by default, or 0 for all.", None)
     num_samples: int = option("Samples of each sampled prompt.", 2000, flag="samples", least=100)
     sampled_prompts: int = option("Of the first prompts, so many are sampled from.", 2, least=0)
-    batch_size: int = option("Samples that are drawn at once.", 100, least=1)
+    batch_size: int = option("Samples that are drawn at once.", 32, least=1)
     seed: int = option("Seed of sampling.", 0)
 
     def sampling(self, own: Any) -> dict[str, float]:
