@@ -200,13 +200,16 @@ def test_only_its_owner_sees_a_private_drafter(hub, client, stranger, drafter):
         )
 
 
-BY_ID = MAKE + """
+BY_ID = (
+    MAKE
+    + """
 import torch
 given = {"do_sample": False, "max_new_tokens": 6}
 ids = torch.tensor([[70, 71, 72]])
 plain = target.generate(ids, **given)
 assert torch.equal(plain, target.generate(ids, assistant_model="org/by-id", **given))
 """
+)
 
 
 def test_generate_takes_a_drafter_by_its_id(hub, client, drafter):

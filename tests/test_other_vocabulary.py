@@ -94,15 +94,23 @@ def test_samples_fit_a_resized_target(head, size, rule):
     assert float(chisquare(observed, expected).pvalue) > 1e-4
 
 
-def test_a_head_never_proposes_what_a_target_does_not_have():
-    target, drafter = resized_pair("routed by an order", CHANGES["lost"])
-    head = drafter.heads.bind(read_target(target).head)
-    features = torch.randn(1, 4, 32, dtype=torch.float64)
-    size, log_path = VOCAB - 7, torch.zeros(1, 4)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["frequency", "routed", "routed by an order"])
+@torch.no_grad()
+def test_a_head_proposes_what_it_and_the_target_know_with_the_targets_logits(name, change):
+    target, drafter = resized_pair(name, CHANGES[change], bias=True)
+    whole, size = read_target(target).head, target.config.vocab_size
+    head = drafter.heads.bind(whole)
+    features, log_path = torch.randn(1, 4, 32, dtype=torch.float64), torch.zeros(1, 4)
     logits = head.logits(features, log_path)
-    children = head.children(features, log_path, 16)
-    assert logits.shape[-1] == size and logits.isfinite().any(-1).all()
+    is_read = logits.isfinite()
+    assert logits.shape[-1] == size and is_read.any(-1).all()
+    assert not is_read[..., VOCAB:].any()  # tokens that were added since
+    torch.testing.assert_close(logits[is_read], whole.logits(features).float()[is_read])
+    children = head.children(features, log_path, min(16, size))
+    is_child = children.log_confidence > float("-inf")
     assert children.tokens.max() < size and not children.log_confidence.isnan().any()
+    assert is_read.gather(2, children.tokens)[is_child].all()
 
 
 def test_a_target_of_another_family_and_vocabulary_is_refused():

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging
 
 from ..decoding.drafting import Drafting, DraftTree, TreeShape, Warp, register_drafting
 from ..target import Target, text_config
@@ -26,6 +27,8 @@ from .tree_builders import TreeBuilder
 
 # a token that was never seen before another one counts as this part of an occurrence
 UNSEEN_WEIGHT = 1e-3
+
+logger = logging.get_logger(__name__)
 
 
 class BigramConfig(PreTrainedConfig):
@@ -102,6 +105,12 @@ class BigramDrafting(Drafting):
 
     def __init__(self, drafter: BigramDrafter, target: Target, memory: None = None) -> None:
         num_tokens = text_config(target.model).vocab_size
+        if num_tokens != drafter.config.vocab_size:
+            logger.warning_once(
+                f"The bigram table has {drafter.config.vocab_size} tokens, the target {num_tokens}:"
+                " the output is still the target's own. If this is not the model whose tokens were"
+                " counted with some added, expect few accepted tokens."
+            )
         added = max(num_tokens - drafter.config.vocab_size, 0)
         # a token that was added since has no successor, and one that is gone is none
         successors = F.pad(drafter.successors, (0, 0, 0, added))

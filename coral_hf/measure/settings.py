@@ -12,8 +12,8 @@ Method = Literal["plain", "coral", "bigram", "prompt_lookup", "assisted"]
 METHODS = get_args(Method)
 Head = Literal["full", "routed", "frequency", "low_rank"]
 Rule = Literal["token", "traversal", "block"]
-RULE = ("verification", "drawn_tree")  # when sampling
-DRAFTING = ("tree_depth", "tree_top_k", "tree_nodes", "draft_head", *RULE)
+SAMPLING_ALONE = ("verification", "drawn_tree")
+DRAFTING = ("tree_depth", "tree_top_k", "tree_nodes", "draft_head", *SAMPLING_ALONE)
 
 
 def option(help: str, default: Any = MISSING, **metadata: Any) -> Any:
@@ -116,7 +116,9 @@ class VerifySettings(DraftingSettings):
 
     def shape(self) -> dict[str, Any]:
         """Return the keywords of `generate` for a drafter that a greedy call takes too."""
-        return {name: value for name, value in self.drafting().items() if name not in RULE}
+        return {
+            name: value for name, value in self.drafting().items() if name not in SAMPLING_ALONE
+        }
 
 
 @dataclass(kw_only=True)
