@@ -11,6 +11,7 @@ from coral_hf.decoding.guard import (
     TREE,
     Entry,
     Judgement,
+    adapters,
     target_tables,
 )
 from coral_hf.decoding.guard.calls import tables as call_tables
@@ -21,7 +22,7 @@ from coral_hf.decoding.preparation import tables as preparation_tables
 TESTS = Path(__file__).parent
 ENTRIES = [
     pytest.param(name, entry, id=f"{title}: {name}")
-    for module in (target_tables, preparation_tables, call_tables)
+    for module in (target_tables, preparation_tables, call_tables, adapters)
     for title, table in module.TABLES.items()
     for name, entry in table.items()
 ]

@@ -27,6 +27,7 @@ logger = logging.get_logger(__name__)
 
 PROMPTS = [(3,), (11, 4)]  # tokens of the rows of each call of a trial
 NEW = 20  # tokens of a text of a copy, which crosses its window and its switch
+REMEMBERED = 32  # trials of a target
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
@@ -111,6 +112,8 @@ def _tried(
     """Try a target once for its foreign parts, and return the entry of what was found."""
     found, key = _found.setdefault(model, {}), (kind, model.config._attn_implementation, *parts)
     if key not in found:
+        if len(found) >= REMEMBERED:  # hooks may be new in each call
+            del found[next(iter(found))]
         found[key] = attempt(model)
         logger.info(f"The {kind} {name!r} of the target was tried: {found[key].way.name.lower()}.")
     way, said = found[key]

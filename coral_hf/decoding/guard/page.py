@@ -1,7 +1,7 @@
 """The page of the docs that lists all tables of the guard, as Markdown."""
 
 from ..preparation import tables as preparation_tables
-from . import target_tables
+from . import adapters, target_tables
 from .calls import tables as call_tables
 from .entries import Entry, Way
 
@@ -25,7 +25,7 @@ WORDS = {Way.TREE: "tree", Way.CHAIN: "chain", Way.REFUSED: "refused"}
 
 def guard_page() -> str:
     """The page."""
-    modules = target_tables, preparation_tables, call_tables
+    modules = target_tables, adapters, preparation_tables, call_tables
     tables = {title: table for module in modules for title, table in module.TABLES.items()}
     return HEAD + "".join(_section(title, table) for title, table in tables.items())
 

@@ -16,6 +16,7 @@ from ...target import CONVOLUTION, read_target, sliding_windows, takes_positions
 from ..preparation.switches import rotary_switches, rotary_types
 from ..preparation.tables import ROTARY, UNKNOWN_ROTARY
 from . import target_tables as tables
+from .adapters import adapter_findings
 from .classes import refused_name
 from .entries import REFUSED, Entry, Judgement, judge
 from .foreign import foreign_findings, foreign_hooks, has_foreign_attention
@@ -38,7 +39,7 @@ def judge_target(model: PreTrainedModel, rows: int = 0) -> Judgement:
         model: any model of transformers, or one in a `PeftModel`.
         rows: of the call that is to be drafted for, if any; what hangs on a target may count them.
     """
-    adapters = judge(_adapters(model))
+    adapters = judge(adapter_findings(model))
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     found = adapters & judge(_structure(model))
     if found.way == REFUSED:  # the rest may not be there to look at
@@ -92,17 +93,6 @@ def judge_placement(model: PreTrainedModel) -> Judgement:
     )
     count = distributed.get_world_size() if distributed.is_initialized() else 1
     return judge([(count, tables.PLACEMENT["sharded"])] if is_sharded and count > 1 else [])
-
-
-def _adapters(model: PreTrainedModel) -> Findings:
-    # where PEFT learns a prompt, it replaces this method of the target for the time of a call
-    prepare = getattr(model, "prepare_inputs_for_generation", None)
-    around = getattr(getattr(prepare, "__self__", model), "active_peft_config", None)
-    if around is not None and around.is_prompt_learning:
-        yield around.peft_type.value, tables.ADAPTERS["prompt learning"]
-    within = getattr(model, "peft_config", {}).values()
-    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in within):
-        yield "aLoRA", tables.ADAPTERS["aLoRA"]
 
 
 def _structure(model: PreTrainedModel) -> Findings:

@@ -12,7 +12,6 @@ _CHAINS = "test_a_target_without_trees_keeps_its_own_text_in_chains"
 _SIBLINGS = "test_a_target_that_cannot_tell_siblings_apart_names_its_obstacle"
 _RECURRENT = "test_a_recurrent_target_is_refused"
 _MASKS = "test_an_attention_that_takes_no_float_mask_is_an_obstacle"
-_PLACES = "test_an_adapter_that_looks_at_the_place_of_a_token_is_refused"
 
 _ODD = "test_an_odd_target_works_or_is_refused_with_its_name"
 
@@ -202,16 +201,6 @@ FEATURES: Table = {
     ),
 }
 
-# adapters of PEFT
-ADAPTERS: Table = {
-    "prompt learning": Entry(
-        REFUSED, "its adapter ({name}) puts virtual tokens before the prompt", test=_PLACES
-    ),
-    "aLoRA": Entry(
-        REFUSED, "its adapter (aLoRA) starts to act at a position in the sequence", test=_PLACES
-    ),
-}
-
 # how the target's weights lie; generation asks, training does not
 PLACEMENT: Table = {
     "sharded": Entry(
@@ -233,6 +222,5 @@ TABLES: dict[str, Table] = {
     "Classes of transformers": REFUSED_CLASSES,
     "Features, for drafters that read them": FEATURES,
     "Quantization": QUANTIZATION,
-    "Adapters": ADAPTERS,
     "Placement": PLACEMENT,
 }

@@ -3,7 +3,6 @@
 In: a target, and everything that `generate` has prepared. Out: a `Judgement` by the tables.
 """
 
-import functools
 from collections.abc import Iterator
 from inspect import signature
 from itertools import chain
@@ -23,8 +22,9 @@ from ....target import position_limit, text_config
 from ...continuation import CACHE
 from ...sequences import ROW_WISE, STATEFUL, STATELESS
 from ...settings import Rule
+from ..adapters import has_adapters_by_row
 from ..entries import REFUSED, TREE, Entry, Judgement, judge
-from ..foreign import forward_hooks, root_of
+from ..foreign import root_of
 from ..target import judge_placement
 from ..target_tables import LIBRARIES
 from . import tables
@@ -176,9 +176,3 @@ def _lengths(model: PreTrainedModel, criteria: StoppingCriteriaList) -> Findings
     keys, longest = getattr(text_config(model), "keep_window_size", None), criteria.max_length
     if keys is not None and longest is not None and longest > keys:  # Doge
         yield f"{longest} tokens, but `keep_window_size` is {keys}", tables.INPUTS["best keys"]
-
-
-def has_adapters_by_row(model: PreTrainedModel) -> bool:
-    """Whether PEFT has given each row of the passes of a call an adapter of its own."""
-    hooks = (hook for hook in forward_hooks(model) if isinstance(hook, functools.partial))
-    return any("adapter_names" in hook.keywords for hook in hooks)
