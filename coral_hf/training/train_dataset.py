@@ -4,12 +4,13 @@ In: conversations, rows of token ids, or a feature cache. Out: rows that the col
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import Trainer
 
-from ..target import text_config
+from ..target import max_positions, text_config
 from .data import pack_dataset
 from .data.dataset import check_rows, prepare_dataset
 from .features import CachedFeatures
@@ -38,6 +39,11 @@ def prepare_rows(dataset: Any, trainer: Trainer, packing: bool = False) -> Any:
         _check_lengths(dataset.lengths, max_length, f"the cache in {dataset.folder}")
         dataset.check_target(trainer.target.model)
         return dataset
+    if isinstance(dataset, str | Path):
+        raise ValueError(
+            f"`dataset` is a {type(dataset).__name__} ({str(dataset)!r}); read it with"
+            " `coral_hf.training.data.load_conversations`."
+        )
     if tokenizer is None:
         check_rows(dataset, vocab_size)
         # rows of token ids are not cut; a stream is not read
@@ -53,8 +59,10 @@ def prepare_rows(dataset: Any, trainer: Trainer, packing: bool = False) -> Any:
     elif "position_ids" not in (dataset.column_names or ()):  # else it was packed before
         names = trainer.args.ignore_columns or ()  # not of every dataset
         ignored = [name for name in names if name in (dataset.column_names or names)]
+        # what is cut is counted in a warning
+        longest = min(max_length, max_positions(text_config(trainer.target.model)) or max_length)
         sizes = {"vocab_size": vocab_size, "ignore_columns": ignored}
-        dataset = prepare_dataset(dataset, tokenizer, max_length, **sizes)
+        dataset = prepare_dataset(dataset, tokenizer, longest, **sizes)
     is_packed = "position_ids" in (getattr(dataset, "column_names", None) or ())
     return pack_dataset(dataset, max_length) if packing and not is_packed else dataset
 

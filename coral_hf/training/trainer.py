@@ -27,6 +27,7 @@ from .data.encoding import IGNORED
 from .distributed import GiveBack, place_target, sharded_copy, shards_weights
 from .evaluation import Evaluation, PlotCallback, check_best_metric
 from .losses.liger_loss import check_liger
+from .refusals import check_given, tokenizer_of
 from .runs.checkpoints import AtomicCheckpoints
 from .runs.monitoring import FiniteGuard
 from .runs.publishing import DrafterPushes, PushCallback
@@ -46,8 +47,11 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
             `stage="low_rank"` its low-rank head, `stage="joint"` drafter and router at once.
         train_dataset, eval_dataset: conversations in any form that `prepare_dataset` takes, or
             rows of token ids.
-        processing_class: the target's tokenizer.
+        processing_class: the target's tokenizer, or a processor with it.
         peft_config: of PEFT, to train a new adapter of the drafter instead of the drafter itself.
+
+    Raises:
+        ValueError: for what is none of these, and for settings that mean nothing here.
 
     Example:
 
@@ -70,6 +74,8 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         peft_config: PeftConfig | None = None,
         **kwargs,
     ):
+        check_given(model, target_model, args, kwargs)
+        processing_class = tokenizer_of(processing_class)
         accept_target(target_model)
         accept_features(target_model)
         check_target(model.config, target_model)

@@ -5,9 +5,6 @@ import pytest
 ROWS = [{"input_ids": [*range(20)], "labels": [*range(20)], "attention_mask": [1] * 20}]
 
 
-@pytest.mark.xfail(
-    strict=True, raises=pytest.fail.Exception, reason="it is taken, and ignored or a crash later"
-)
 @pytest.mark.parametrize(
     "setting",
     [{"label_smoothing_factor": 0.5}, {"fp16": True, "use_cpu": True}, {"neftune_noise_alpha": 5}],

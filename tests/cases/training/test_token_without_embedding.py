@@ -20,7 +20,6 @@ def longer(tokenizer, target):
     return tokenizer
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="the tokenizer is refused as a whole")
 def test_a_token_that_no_row_has_keeps_nothing_from_training(longer, target, trainer_of):
     trainer = trainer_of(chat("hello"), longer)
     trainer.train()
