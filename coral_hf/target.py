@@ -200,9 +200,8 @@ def sliding_windows(model: PreTrainedModel) -> list[int | None]:
             windows.append(layer.sliding_window if layer.is_sliding else None)
         else:  # one that shares another layer's keys, and so its window
             windows.append(text.sliding_window if kind == "sliding_attention" else None)
-    for index in getattr(text, "cross_attention_layers", None) or ():
-        windows[index] = 0
-    return windows
+    images = getattr(text, "cross_attention_layers", None) or ()
+    return [0 if index in images else window for index, window in enumerate(windows)]
 
 
 def check_target(

@@ -68,6 +68,8 @@ class PreparedRunner(TargetRunner):
 
     def checked(self, tree: DraftTree) -> DraftTree:
         """A tree, or its root alone where the target would prepare its nodes otherwise in turn."""
+        if tree.tokens.shape[1] - 1 > self.room():  # whatever shape a drafter was asked for
+            return root_only(tree.tokens[:, 0])
         if self._way != CHECKED or tree.tokens.shape[1] == 1:
             return tree
         tokens = tree.tokens.to(self._target.device)

@@ -12,16 +12,25 @@ _IMAGES = "test_text_about_an_image_equals_plain_generate"
 _DROPS_CACHE = Entry(
     TREE, "it drops its cache at the switch of LongRoPE, where a round has one token", test=_SWITCH
 )
-_LEAVES_OUT = Entry(TREE, "after the prompt it only leaves out inputs", test=_IMAGES)
+_AFTER = "test_text_after_an_image_equals_plain_generate"
+_LEAVES_OUT = Entry(TREE, "after the prompt it only leaves out inputs", test=_AFTER)
+_EVERY = "test_a_class_keeps_its_own_text_or_is_refused_in_a_sentence"
+_LEAVES_OUT_TEXT = Entry(TREE, "after the prompt it only leaves out inputs", test=_EVERY)
 
 # classes of transformers that override a method which prepares the inputs of each step; of others
 # each round is compared with single steps
 CLASSES: Table = {
+    "CTRLLMHeadModel": _LEAVES_OUT_TEXT,
+    "Ernie4_5_VLMoeForConditionalGeneration": _LEAVES_OUT_TEXT,
     "Gemma3ForConditionalGeneration": _LEAVES_OUT,
+    "Gemma4ForConditionalGeneration": _LEAVES_OUT_TEXT,
+    "Gemma4UnifiedForConditionalGeneration": _LEAVES_OUT_TEXT,
+    "Molmo2ForConditionalGeneration": _LEAVES_OUT_TEXT,
+    "RoCBertForCausalLM": _LEAVES_OUT_TEXT,
     "MllamaForConditionalGeneration": Entry(
         TREE, "new tokens see the images that the last one before them sees", test=_IMAGES
     ),
-    "PaliGemmaForConditionalGeneration": Entry(TREE, "it counts positions from 1", test=_IMAGES),
+    "PaliGemmaForConditionalGeneration": Entry(TREE, "it counts positions from 1", test=_AFTER),
     "Phi3ForCausalLM": _DROPS_CACHE,
     "PhimoeForCausalLM": _DROPS_CACHE,
 }
@@ -41,8 +50,8 @@ _CROSS = Entry(
     "cross-attention reads the same at each token",
     test="test_states_of_an_encoder_reach_every_round",
 )
-_IMAGE = Entry(TREE, "it tells of images or videos in the prompt", test=_IMAGES)
-_TEXT = Entry(TREE, "new tokens are text", test=_IMAGES)
+_IMAGE = Entry(TREE, "it tells of images or videos in the prompt", test=_AFTER)
+_TEXT = Entry(TREE, "new tokens are text", test=_AFTER)
 
 # further inputs, of which a new token gets what the one before it had; with any other tensor, a
 # round has one token

@@ -8,6 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 pytestmark = pytest.mark.parametrize("speculation", ["always", "never"])
 
 LLAMA = LlamaConfig(**SIZES, intermediate_size=48)
+GPT2 = {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4}
 SLOPE = torch.linspace(-1, 1, 40)
 
 
@@ -36,27 +37,49 @@ class Updates(Conditioned):
         return {**found, "strength": -found.get("strength", 1.0)}
 
 
+class Counts(Conditioned):
+    """A model whose input is another one at each step."""
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
+        kwargs["attention_mask"] = attention_mask
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        return {**inputs, "strength": 10.0 * (input_ids.shape[1] % 3)}
+
+
+class Leans(Conditioned):
+    """A model whose input follows the newest token."""
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
+        kwargs["attention_mask"] = attention_mask
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        return {**inputs, "strength": 10.0 * float(input_ids[0, -1] % 3)}
+
+
 @pytest.fixture
 def outcome(compare):
     """Of `compare`, for a model with scattered weights and an input of its own."""
 
-    def found(model, speculation, **given):
+    def found(model, speculation, rows=1, **given):
         scatter_weights(model)
-        ids = torch.randint(3, 40, (1, 10))
-        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **given}
+        ids = torch.randint(3, 40, (rows, 10))
+        mask = torch.ones_like(ids)
+        mask[1:, :4] = 0
+        given = {"input_ids": ids, "attention_mask": mask, **given}
         return compare(model.double().eval(), given, speculation=speculation)
 
     return found
 
 
-def test_token_types_reach_every_round(outcome, speculation):
-    target = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4))
-    types = torch.tensor([[3] * 5 + [4] * 5])
-    assert outcome(target, speculation, token_type_ids=types) == "equal"
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("own", [5, 9])
+def test_token_types_reach_every_round(outcome, speculation, rows, own):
+    target = GPT2LMHeadModel(GPT2Config(**GPT2))
+    types = torch.tensor([[3] * own + [4] * (10 - own)]).repeat(rows, 1)
+    assert outcome(target, speculation, rows, token_type_ids=types) == "equal"
 
 
 def test_states_of_an_encoder_reach_every_round(outcome, speculation):
-    config = GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, add_cross_attention=True)
+    config = GPT2Config(**GPT2, add_cross_attention=True)
     states = torch.randn(1, 6, 32).double()
     found = outcome(GPT2LMHeadModel(config), speculation, encoder_hidden_states=states)
     assert found == "equal"
@@ -73,3 +96,30 @@ def test_a_model_that_prepares_its_inputs_gets_to_do_so_in_every_round(outcome, 
 
 def test_a_model_that_updates_its_inputs_gets_to_do_so_after_every_round(outcome, speculation):
     assert outcome(Updates(LLAMA), speculation, strength=2.0) == "equal"
+
+
+def test_an_input_that_changes_with_the_text_gets_what_each_step_would(outcome, speculation):
+    for kind in (Counts, Leans):
+        assert outcome(kind(LLAMA), speculation) == "equal"
+
+
+def test_an_input_of_the_models_own_may_be_a_tensor(outcome, speculation):
+    found = outcome(Conditioned(LLAMA), speculation, 3, strength=torch.ones(3, 1, 1) * 40)
+    assert found == "equal"
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("made", ["replaced", "subclass"])
+def test_a_forward_that_takes_anything_is_asked_what_it_wraps(outcome, speculation, rows, made):
+    for target in (LlamaForCausalLM(LLAMA), GPT2LMHeadModel(GPT2Config(**GPT2))):
+        own, kind = target.forward, type(target)
+        forward = kind.forward if made == "subclass" else own
+
+        def wrapped(*args, forward=forward, **kwargs):
+            return forward(*args, **kwargs)
+
+        if made == "subclass":
+            target.__class__ = type(kind.__name__, (kind,), {"forward": wrapped})
+        else:
+            target.forward = wrapped
+        assert outcome(target, speculation, rows) == "equal"
