@@ -165,6 +165,13 @@ def takes_positions(model: nn.Module) -> bool:
     return False
 
 
+def counts_layers(model: PreTrainedModel) -> bool:
+    """Whether the layers of a target are as many as its config says; BART's counts an encoder's."""
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    return layers is None or len(layers) == getattr(decoder.config, "num_hidden_layers", None)
+
+
 def position_limit(model: PreTrainedModel) -> int | None:
     """Return the number of positions of a target that looks them up in a table, else None.
 

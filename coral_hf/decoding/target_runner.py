@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 from ..target import (
     CONVOLUTION,
     Target,
+    counts_layers,
     position_limit,
     sliding_windows,
     takes_positions,
@@ -71,7 +72,8 @@ class TargetRunner:
         self._switches = rotary_switches(target.model)
         self.is_limited = bool(self._switches)  # whether `room` has anything to say
         self.is_checked = False  # whether `checked` has
-        self._skips = 0 in self._windows  # whether a layer may be left out, which shifts indices
+        # whether a layer may be left out, which shifts the indices of hidden states
+        self._skips = 0 in self._windows or not counts_layers(target.model)
         self._extras, self._keeps_rows = extras, keeps_rows
         self._ahead = 0  # of the longest row, how far its positions are ahead of its slots
         self._rows: list[int] = []  # of the call, that are in the cache

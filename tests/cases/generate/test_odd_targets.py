@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-import transformers
 from conftest import SIZES, scatter_weights
-from packaging.version import Version
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -72,13 +70,6 @@ def half_of_two():
     return BartForCausalLM(config)
 
 
-def ends_in(error: type[Exception], make):
-    mark = pytest.mark.xfail(
-        strict=True, raises=error, reason="the error does not say what is wrong with the target"
-    )
-    return pytest.param(make, marks=mark, id=make.__name__)
-
-
 @pytest.mark.parametrize(
     "make",
     [
@@ -87,9 +78,8 @@ def ends_in(error: type[Exception], make):
         without_head,
         narrow_embeddings,
         without_cache,
-    ]
-    # with older versions of transformers its error names it
-    + [ends_in(TypeError, half_of_two)] * (Version(transformers.__version__) >= Version("5.24")),
+        half_of_two,
+    ],
 )
 def test_an_odd_target_works_or_is_refused_with_its_name(make):
     target = make().double().eval()
