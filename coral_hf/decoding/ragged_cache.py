@@ -26,8 +26,9 @@ from .preparation.conv_layer import ConvLayer
 from .preparation.image_layer import ImageLayer
 
 HIDDEN = -1  # the position of a slot that no query attends to
-GROWTH = 128  # slots by which a buffer grows: a long text has little room that it never uses
-SLACK = 16  # slots that leave a sliding window before they are dropped, since dropping copies
+# a buffer has one slot to spare for so many that it holds, and a sliding layer one beyond its
+# window; and at least so many of a full layer and of a sliding one: growing and dropping copy
+SPARE, GROWTH, SLACK = 128, 16, 4
 
 
 class RaggedLayer(DynamicLayer):
@@ -47,6 +48,11 @@ class RaggedLayer(DynamicLayer):
         self.record_past = False  # whether a sliding layer waits for `release`, as a tree needs
         self.is_plain = False  # whether to append as transformers does
         self._buffers: list[Tensor] = []  # keys, values: (batch, kv_heads, capacity, head_dim)
+
+    @property
+    def slack(self) -> int:
+        """Slots that leave a sliding window before they are dropped."""
+        return 1 if self.is_plain else max(SLACK, (self.window or 0) // SPARE)
 
     @property
     def held(self) -> int:
@@ -144,7 +150,10 @@ class RaggedLayer(DynamicLayer):
 
     def _grow(self, key_states: Tensor, value_states: Tensor, needed: int) -> None:
         """Move what is held to buffers (batch, kv_heads, capacity, head_dim), a little larger."""
-        held, capacity = self.held, needed + (SLACK if self.is_sliding else GROWTH)
+        held, capacity = (
+            self.held,
+            needed + max(SLACK if self.is_sliding else GROWTH, needed // SPARE),
+        )
         buffers = []
         for old, new in ((self.keys, key_states), (self.values, value_states)):
             buffer = new.new_zeros(*new.shape[:2], capacity, new.shape[-1])
@@ -241,7 +250,7 @@ class RaggedCache(Cache):
         for layer in self.layers:
             if layer.window is not None:  # what has left the windows of all rows
                 first = min(self.lengths) - layer.window + 1
-                if first - layer.start >= (1 if layer.is_plain else SLACK):
+                if first - layer.start >= layer.slack:
                     layer.release(first)
 
     def _move(self, source: Tensor, destination: Tensor) -> None:
@@ -279,7 +288,8 @@ class RaggedCache(Cache):
 
         Args:
             queries: (batch, new), positions of the tokens.
-            own: (batch, new, new), which tokens of the pass attend to which.
+            own: (batch, new, new), which tokens of the pass attend to which; or (batch, new, more),
+                with uncommitted tokens of earlier passes, all of them within the window.
             window: of the layers that the mask is for. It is counted in slots, as transformers
                 does: where a prompt skips positions, they differ.
         """
@@ -293,7 +303,8 @@ class RaggedCache(Cache):
             # (batch, new), the slots that the tokens would have at the end of their row
             own_slots = queries + (self.ends - self.next_positions).to(device)[:, None]
             committed = committed & (own_slots[..., None] - slots < window)
-            own = own & (queries[..., None] - queries[:, None] < window)
+            if own.shape[2] == queries.shape[1]:
+                own = own & (queries[..., None] - queries[:, None] < window)
         return torch.cat([committed, own], dim=2)
 
     def sees_all(self) -> bool:

@@ -12,6 +12,7 @@ Where something outside counts rows, none leaves the batch before all have ended
 import contextlib
 import copy
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 import torch
@@ -70,6 +71,9 @@ ROW_WISE_CRITERIA = (
 BATCH_CRITERIA = (MaxLengthCriteria, MaxTimeCriteria)
 # those that remember what they have seen
 STATEFUL = hf.SynthIDTextWatermarkLogitsProcessor, hf.UnbatchedClassifierFreeGuidanceLogitsProcessor
+
+
+GROWTH = 128  # tokens of a row that a buffer has room for, each time that it grows
 
 
 class Sequences:
@@ -171,8 +175,13 @@ class Sequences:
             every = logits.new_zeros(len(self.lengths), logits.shape[1])
             every[rows] = logits
             return self.processors(self.ids.clone(), every)[rows]
-        alone = zip(rows, logits[:, None], strict=True)  # each (1, vocab)
-        return torch.cat([self._process(row, self._row(row).clone(), one) for row, one in alone])
+        scores, by_length = torch.empty_like(logits), defaultdict(list)
+        for index, row in enumerate(rows):
+            by_length[self.lengths[row]].append(index)
+        for length, found in by_length.items():  # rows of one length are a batch
+            own = [rows[index] for index in found]
+            scores[found] = self._process(own, self._buffer[own, :length], logits[found])
+        return scores
 
     def warp(self, logits: Tensor) -> Tensor:
         """A drafter's logits (rows, vocab) after the processors that look at nothing else."""
@@ -191,11 +200,12 @@ class Sequences:
             drafted = text.new_tensor([[token]])
             prefixes.append(torch.cat([prefixes[max(parent, 0)], drafted], dim=1))
         pairs = zip(prefixes, logits[:, None], strict=True)
-        return torch.cat([self._process(row, prefix, one) for prefix, one in pairs])
+        return torch.cat([self._process([row], prefix, one) for prefix, one in pairs])
 
-    def _process(self, row: int, prefix: Tensor, logits: Tensor) -> Tensor:
-        """Process the logits (1, vocab) after a prefix (1, length), as if a row were the batch."""
-        return LogitsProcessorList(_of_row(one, row) for one in self.processors)(prefix, logits)
+    def _process(self, rows: list[int], prefixes: Tensor, logits: Tensor) -> Tensor:
+        """Process the logits (rows, vocab) after prefixes (rows, length), as if they were all."""
+        own = LogitsProcessorList(_of_rows(one, rows) for one in self.processors)
+        return own(prefixes, logits)
 
     def _row(self, row: int) -> Tensor:
         """(1, length)"""
@@ -292,7 +302,7 @@ class Sequences:
     def _reserve(self, length: int) -> None:
         batch, room = self._buffer.shape
         if length > room:
-            buffer = self._buffer.new_full((batch, max(length, 2 * room)), self.pad_token)
+            buffer = self._buffer.new_full((batch, length + GROWTH), self.pad_token)
             buffer[:, :room] = self._buffer
             self._buffer = buffer
 
@@ -308,12 +318,12 @@ def _end_tokens(criteria: StoppingCriteriaList) -> set[int] | None:
     return {token for tokens in ends for token in tokens}
 
 
-def _of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
+def _of_rows(processor: LogitsProcessor, rows: list[int]) -> LogitsProcessor:
     """Return a row-wise processor without what it knows of other rows."""
     # of shape (batch,) in newer versions
     ignored = getattr(processor, "prompt_ignore_length", None)
     if not isinstance(ignored, Tensor):
         return processor
     processor = copy.copy(processor)
-    vars(processor)["prompt_ignore_length"] = ignored[row : row + 1]
+    vars(processor)["prompt_ignore_length"] = ignored[rows]
     return processor

@@ -25,6 +25,8 @@ from .summary import accepted_depths, summarise_tasks
 
 logger = logging.getLogger(__name__)
 
+# options of CORAL's family: a bigram table has neither heads nor a cache
+OWN = ("draft_head", "draft_window")
 COLUMNS = {
     "method": "{0.method}",
     "items": "{0.num_items}",
@@ -105,8 +107,7 @@ def run_benchmark(
     """
     settings = settings or BenchmarkSettings()
     drafting = {"speculation": settings.speculation, **settings.drafting()}
-    # a bigram table has no heads to choose from
-    headless = {name: value for name, value in drafting.items() if name != "draft_head"}
+    headless = {name: value for name, value in drafting.items() if name not in OWN}
     own: dict[str, Arguments] = {
         "plain": {},
         "coral": {"assistant_model": drafter, **drafting},

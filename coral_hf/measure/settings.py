@@ -13,7 +13,7 @@ METHODS = get_args(Method)
 Head = Literal["full", "routed", "frequency", "low_rank"]
 Rule = Literal["token", "traversal", "block"]
 SAMPLING_ALONE = ("verification", "drawn_tree")
-DRAFTING = ("tree_depth", "tree_top_k", "tree_nodes", "draft_head", *SAMPLING_ALONE)
+DRAFTING = ("tree_depth", "tree_top_k", "tree_nodes", "draft_head", "draft_window", *SAMPLING_ALONE)
 
 
 def option(help: str, default: Any = MISSING, **metadata: Any) -> Any:
@@ -67,6 +67,7 @@ class DraftingSettings(HeadSettings):
 
     verification: Rule | None = option("Rule of acceptance when sampling.", None)
     drawn_tree: bool | None = option("When sampling, draw the tree's tokens at random.", None)
+    draft_window: int | None = option("Tokens that the drafter attends to.", None)
 
 
 @dataclass(kw_only=True)

@@ -11,4 +11,4 @@ AutoConfig.register(CoralConfig.model_type, CoralConfig, exist_ok=True)
 AutoModel.register(CoralConfig, CoralDrafter, exist_ok=True)
 # the class by which transformers' users load assistants
 AutoModelForCausalLM.register(CoralConfig, CoralDrafter, exist_ok=True)
-register_drafting(CoralConfig.model_type, CoralDrafting, options=("draft_head",))
+register_drafting(CoralConfig.model_type, CoralDrafting, options=("draft_head", "draft_window"))

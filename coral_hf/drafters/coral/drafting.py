@@ -24,6 +24,11 @@ from ...target import FEATURE, Target, check_target, text_config
 from ..tree_builders import Beam, SampledTreeBuilder, TreeBuilder, plan_levels
 from .modeling import CoralDrafter
 
+# tokens of a prompt that are read at once, so that masks and activations do not grow with it
+LEAST_PIECE, LARGEST_PIECE = 128, 1024
+MASK_SIZE = 2**20  # of a piece's mask, one row's
+LEAST_WINDOW = 32  # holds the levels of any tree
+
 
 class DrafterMemory(NamedTuple):
     """What a drafter has read of sequences that may continue; it travels with their cache."""
@@ -38,14 +43,25 @@ class DrafterMemory(NamedTuple):
     def __deepcopy__(self, memo: dict) -> "DrafterMemory":
         return DrafterMemory(self.drafter, deepcopy(self.cache, memo))
 
-    def fits(self, drafter: CoralDrafter, positions: Tensor) -> bool:
+    def fits(self, drafter: CoralDrafter, positions: Tensor, window: int | None = None) -> bool:
         """Whether sequences at (batch, length) `positions` continue where these end."""
         ends = self.cache.next_positions
         return (
             self.drafter() is drafter
+            and self.cache.layers[0].window == window
             and len(ends) == len(positions)
             and bool((ends.to(positions.device) == positions[:, 0]).all())
         )
+
+
+def _window_of(drafter: CoralDrafter, window: int | None) -> int | None:
+    """The window of a call, which asks for one or takes the drafter's own; None: all tokens."""
+    window = window or getattr(drafter.generation_config, "draft_window", None)
+    if window is not None and window < LEAST_WINDOW:
+        raise ValueError(
+            f"`draft_window` is {window}; use at least {LEAST_WINDOW} tokens, or None for all."
+        )
+    return window
 
 
 class CacheContext:
@@ -72,6 +88,8 @@ class CoralDrafting:
         drafter: shared by calls; all state of this call is here.
         target: what the drafter reads of its target.
         draft_head: one of `DRAFT_HEADS`; the drafter's own choice by default.
+        draft_window: committed tokens that the drafter attends to, and so keeps; all by default, or
+            `draft_window` of its `generation_config`.
         memory: of an earlier call; ignored where the sequences do not continue it.
 
     Example:
@@ -92,13 +110,14 @@ class CoralDrafting:
         target: Target,
         memory: DrafterMemory | None = None,
         draft_head: str | None = None,
+        draft_window: int | None = None,
     ):
         accept_features(target.model)
         check_target(drafter.config, target.model, takes_other_vocabulary=True)
         self.drafter = drafter
         self.target = target
         self.head = drafter.heads.bind(target.head, draft_head)
-        self._memory = memory
+        self._memory, self._window = memory, _window_of(drafter, draft_window)
 
     def memory(self) -> DrafterMemory:
         """Return what was read so far, for a call that continues the same sequences."""
@@ -107,25 +126,39 @@ class CoralDrafting:
     def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
         """Read prompts or what continues them, (batch, length); see [`Drafting`]."""
         device = self.drafter.fc.weight.device
-        # each feature is read with the token after it
-        tokens, positions = tokens[:, 1:].to(device), positions.to(device)
-        if self._memory is not None and self._memory.fits(self.drafter, positions):
+        if self._memory is not None and self._memory.fits(self.drafter, positions, self._window):
             cache = self._memory.cache
             cache.truncate()  # an interrupted call may have left drafted slots
         else:
-            cache = RaggedCache([None] * self.drafter.config.num_hidden_layers)
+            cache = RaggedCache([self._window] * self.drafter.config.num_hidden_layers)
             cache.begin(len(tokens), device)
-        self._cache, self._context = cache, CacheContext(cache)
+        self._cache, self._context, self._memory = cache, CacheContext(cache), None
+        self.extend(tokens, features, positions)
+
+    def extend(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
+        """Read the next part of prompts, piece by piece; see [`PartwiseDrafting`]."""
+        device, start = self.drafter.fc.weight.device, 0
+        # each feature is read with the token after it
+        tokens, positions = tokens[:, 1:], positions.to(device)
+        self._cache.set_recording(False)
+        while start < positions.shape[1]:
+            stop = start + max(LEAST_PIECE, MASK_SIZE // (self._cache.width + LEAST_PIECE))
+            piece = slice(start, min(stop, start + LARGEST_PIECE))
+            self._read_piece(tokens[:, piece].to(device), features[:, piece], positions[:, piece])
+            start = piece.stop
+        self._cache.set_recording(True)
+
+    def _read_piece(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
+        """Read tokens (batch, new) of prompts, each with the feature before it."""
+        seen, new = positions != HIDDEN, positions.shape[1]
         mask = None  # a prompt without padding is plainly causal
-        seen = positions != HIDDEN
-        if self._cache.width or not seen.all():
-            length = seen.shape[1]
-            causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-            itself = torch.eye(length, dtype=torch.bool, device=device)  # padding sees something
-            mask = self._cache.mask(positions, causal & seen[:, None] | itself)
+        if self._cache.width or not seen.all() or (self._window or new) < new:
+            causal = torch.ones(new, new, dtype=torch.bool, device=seen.device).tril()
+            itself = torch.eye(new, dtype=torch.bool, device=seen.device)  # padding sees something
+            mask = self._cache.mask(positions, causal & seen[:, None] | itself, self._window)
         predicted = self._step(tokens, features, positions.clamp(min=0), mask)
         self._cache.append(positions)
-        self._feature = predicted[:, -1:]
+        self._feature = predicted[:, -1:].clone()  # a view would keep them all
 
     def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
         """Read tokens (batch, new) and keep the first `counts` of each row; see [`Drafting`]."""
@@ -136,8 +169,8 @@ class CoralDrafting:
         positions = self._cache.position_ids(steps[None])  # (batch, new)
         causal = (steps <= steps[:, None]).expand(len(tokens), -1, -1)
         # a lone node attends to all there is
-        is_plain = new == 1 and self._cache.is_dense
-        mask = None if is_plain else self._cache.mask(positions, causal)
+        is_plain = new == 1 and self._cache.sees_all()
+        mask = None if is_plain else self._cache.mask(positions, causal, self._window)
         predicted = self._step(tokens, features, positions, mask)
         self._cache.commit(counts.tolist())
         last = counts.to(device)[:, None, None] - 1
@@ -203,7 +236,7 @@ class CoralDrafting:
         parents = beam.parents[..., None].expand(-1, -1, features.shape[2])
         depths = seen.new_full((1, 1), depth, dtype=torch.long)
         positions = self._cache.position_ids(depths)  # (batch, 1)
-        mask = self._cache.mask(positions.expand(seen.shape[:2]), seen)
+        mask = self._cache.mask(positions.expand(seen.shape[:2]), seen, self._window)
         return self._step(beam.tokens, features.gather(1, parents), positions, mask)
 
     def _step(
