@@ -96,7 +96,7 @@ def peaks(model: PreTrainedModel, ids: Tensor, **settings: Any) -> tuple[list[in
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
-            max_new_tokens=24,
+            max_new_tokens=12,
             streamer=Marker(),
             return_dict_in_generate=True,
             **settings,

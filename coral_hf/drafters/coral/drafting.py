@@ -25,7 +25,7 @@ from ..tree_builders import Beam, SampledTreeBuilder, TreeBuilder, plan_levels
 from .modeling import CoralDrafter
 
 # tokens of a prompt that are read at once, so that masks and activations do not grow with it
-LEAST_PIECE, LARGEST_PIECE = 128, 1024
+LEAST_PIECE, LARGEST_PIECE = 128, 256
 MASK_SIZE = 2**20  # of a piece's mask, one row's
 LEAST_WINDOW = 32  # holds the levels of any tree
 
