@@ -127,7 +127,8 @@ class DecodingLoop:
         """Read the prompts (batch, length), emit each row's first token, start the drafter."""
         prompts = self.sequences.ids
         output = self.target.prefill(prompts, model_kwargs, self.plan.chunk_size)
-        self.collector.prompt = output
+        nothing = output.features[:, :0].clone()  # features of a long prompt are not kept
+        self.collector.prompt = output._replace(features=nothing, logits=nothing)
         rows = self.sequences.active
         first = self.verifier.verify(root_only(prompts[:, -1]), output)
         kept = self.kept(rows)
