@@ -133,6 +133,31 @@ def test_the_tokens_of_a_row_are_those_that_the_target_read_and_wrote(target, tm
         tokenizer.chat_template = TEMPLATE
 
 
+def test_a_template_that_rewrites_history_makes_a_row_of_tokens_an_answer(target, tmp_path):
+    template = PLAIN_TEMPLATE.replace("{{ m.content }}", "{{ m.content[:2] }}", 1)
+    tokenizer = tiny_tokenizer("{{ opening }}" + template)
+    rows = Dataset.from_list(
+        [{"messages": question("a") + question("b"), "chat_template_kwargs": {"opening": "Hm"}}]
+    )
+    settings = RegenerationSettings(max_new_tokens=10, batch_size=2, unfinished="keep")
+    target.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(
+        [*"abcdefghij", "<end>"]
+    )
+    try:
+        regenerate(target, tokenizer, rows, tmp_path / "out.jsonl", settings)
+    finally:
+        target.generation_config.eos_token_id = END
+    (row,) = read(tmp_path / "out.jsonl").values()
+    places = range(1, len(row["messages"]), 2)
+    assert len(places) == 2
+    for position, tokens in zip(places, row["token_rows"], strict=True):
+        asked = tokenizer.apply_chat_template(
+            row["messages"][:position], add_generation_prompt=True, tokenize=False, opening="Hm"
+        )
+        assert tokenizer.decode(tokens["input_ids"]).startswith(asked)
+        assert sum(tokens["loss_mask"]) == len(tokens["input_ids"]) - len(tokenizer.encode(asked))
+
+
 def test_tokens_of_another_tokenizer_are_refused(target, tmp_path):
     run(target, tmp_path / "out.jsonl")
     tokenizer = tiny_tokenizer()

@@ -15,13 +15,14 @@ Where the prompt of an answer begins with all tokens before it, they share a row
 """
 
 import json
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ...identity import short_hash
-from ...measure.chat import render
+from ...measure.chat import OPTIONS, read_options, render
 from ..data.forms import rendered_form
 from ..data.layouts import Row, is_plain_text, read_text
 from ..data.messages import Message, read_tools, to_messages
@@ -57,8 +58,9 @@ class Dialogue:
         first = {"role": "user", "content": prompt or text}
         self._rest = [first] if self._is_text else to_messages(row)
         self._tools = None if self._is_text else read_tools(row)
+        self._options = read_options(row[OPTIONS]) if row.get(OPTIONS) else {}
         self.num_turns = len(self._rest)
-        self.content = json.dumps([self._rest, self._tools, self._is_text])
+        self.content = json.dumps([self._rest, self._tools, self._is_text, self._options])
         self._start: list[int] = []  # (kept,) tokens of a plain text before its answer
         self._prompt: list[int] = []  # (length,) of the answer that comes next
         self._token_rows: list[dict[str, Any]] = []  # what the target read and wrote
@@ -141,7 +143,8 @@ class Dialogue:
         return self.stopped is None and self._messages[-1]["role"] in ("user", "tool")
 
     def _chat_prompt(self) -> list[int]:
-        rendered = partial(render, tokenizer=self._tokenizer, tools=self._tools)
+        given = {"tokenizer": self._tokenizer, "tools": self._tools, **self._options}
+        rendered: Callable[..., Any] = partial(render, **given)
         form = rendered_form(self._messages, rendered)
         text = rendered(form, add_generation_prompt=True, tokenize=False)
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
