@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
+import torch
+from conftest import tiny_target
+from datasets import Dataset, DatasetDict
 from test_data import (  # noqa: F401  the cache is a fixture
     CHAT,
     PLAIN_TEMPLATE,
@@ -17,6 +19,7 @@ from test_data import (  # noqa: F401  the cache is a fixture
 )
 from test_regenerate import run, target  # noqa: F401  a fixture
 
+from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
 from coral_hf.cli.options import DatasetOptions
 from coral_hf.training.data import load_conversations, prepare_dataset, to_messages, tokenize
 
@@ -126,6 +129,25 @@ def test_a_column_that_is_not_read_is_named_or_ignored(row, name):
     assert len(prepare_dataset(rows, tiny_tokenizer(), 100, ignore_columns=[name])) == 1
     with pytest.raises(ValueError, match=r"`ignore_columns` names \['none'\], but the columns are"):
         prepare_dataset(rows, tiny_tokenizer(), 100, ignore_columns=["none"])
+
+
+def test_a_trainer_ignores_columns_of_some_of_its_datasets(tmp_path: Path):
+    size = len(tiny_tokenizer())
+    model = tiny_target("llama", torch.float32, vocab_size=size)
+    given = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True}
+    rows = Dataset.from_list([{"messages": CHAT, "persona": "a kind old pirate"}])
+    parts = DatasetDict(one=Dataset.from_list([{"messages": CHAT}]), other=rows)
+    trainer = CoralTrainer(
+        model=CoralDrafter.from_target(model),
+        target_model=model,
+        args=CoralTrainingArguments(ignore_columns=["persona"], **given),
+        train_dataset=rows,
+        eval_dataset=parts,
+        processing_class=tiny_tokenizer(),
+    )
+    assert trainer.train_dataset[0] == trainer.eval_dataset["one"][0]
+    with pytest.raises(ValueError, match=r"`dataset` is a DatasetDict of \['one', 'other'\]; pass"):
+        prepare_dataset(parts, tiny_tokenizer(), 100)
 
 
 def test_columns_that_describe_a_row_or_repeat_it_are_no_news():

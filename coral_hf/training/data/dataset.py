@@ -60,6 +60,11 @@ def prepare_dataset(
         ValueError: for rows that cannot be read, naming the first and their number; of a stream
             when the row is reached.
     """
+    if isinstance(dataset, dict):
+        raise ValueError(
+            f"`dataset` is a {type(dataset).__name__} of {[*dataset]}; pass one of them, such as"
+            " `datasets['train']`."
+        )
     plain = dataset.with_format(None)  # lists, not tensors
     first = next(iter(plain), None)
     if first is None:
