@@ -5,6 +5,7 @@ kept in a drafter, so that `state_dict` stays clean and threads can share a draf
 """
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -163,6 +164,15 @@ def takes_positions(model: nn.Module) -> bool:
         if not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
             break
     return False
+
+
+def all_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """A target and all that is within it, many times as fast as torch's own `modules`."""
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        yield module
+        waiting.extend(part for part in module._modules.values() if part is not None)
 
 
 def counts_layers(model: PreTrainedModel) -> bool:

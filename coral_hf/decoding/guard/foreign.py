@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from ...target import read_target
+from ...target import all_modules, read_target
 from . import target_tables as tables
 from .classes import KNOWN_CLASSES, own_class
 from .copies import small_copy
@@ -50,11 +50,10 @@ def foreign_findings(model: PreTrainedModel, rows: int = 0) -> Iterator[tuple[ob
         name = "class" if is_foreign else "new class"
         yield _tried(model, name, kind.__name__, (kind,), _try_copy)
     if modules := foreign_modules(model):
-        yield _tried(model, "modules", modules[0].__qualname__, tuple(modules), _try_itself)
+        yield _tried(model, "modules", _name(modules[0]), tuple(modules), _try_itself)
     if rows and (hooks := foreign_hooks(model)):
-        name = getattr(hooks[0], "__qualname__", type(hooks[0]).__qualname__)
         attempt = functools.partial(_try_hooks, rows=rows)
-        yield _tried(model, "hooks", name, (rows, *hooks), attempt)
+        yield _tried(model, "hooks", _name(hooks[0]), (rows, *hooks), attempt)
 
 
 def has_foreign_attention(model: PreTrainedModel) -> bool:
@@ -68,11 +67,12 @@ def has_foreign_attention(model: PreTrainedModel) -> bool:
 def foreign_modules(model: PreTrainedModel) -> list[type | Callable]:
     """The classes of modules of a target, and functions that replace a forward, of others."""
     found: dict[Any, None] = {}
-    for module in model.modules():
-        for one in (type(module), vars(module).get("forward")):
-            if one not in (None, type(model)) and root_of(one) not in tables.LIBRARIES:
-                found[one] = None
-    return list(found)
+    for module in all_modules(model):
+        found[type(module)] = None
+        if "forward" in module.__dict__:
+            found[module.__dict__["forward"]] = None
+    found.pop(type(model))
+    return [one for one in found if root_of(one) not in tables.LIBRARIES]
 
 
 def foreign_hooks(model: PreTrainedModel) -> list[Callable]:
@@ -89,7 +89,12 @@ def forward_hooks(model: PreTrainedModel) -> Iterator[Callable]:
 def _places(model: PreTrainedModel) -> list[dict[int, Callable]]:
     """The dicts that hold the forward hooks of a target's modules, and of all modules."""
     places = [getattr(torch_module, name) for name in GLOBAL_HOOKS]
-    return places + [getattr(module, name) for module in model.modules() for name in HOOKS]
+    return places + [vars(module)[name] for module in all_modules(model) for name in HOOKS]
+
+
+def _name(one: Any) -> str:
+    """The name of a class, of a function, or of the class of an object."""
+    return getattr(one, "__qualname__", type(one).__qualname__)
 
 
 def root_of(one: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ...target import all_modules
 from .entries import REFUSED, TREE, Entry, Table
 
 AGREEMENT = "its text agrees with plain `generate` but for near ties"
@@ -128,8 +129,10 @@ def _scales_tensors(config: dict[str, Any]) -> bool:
 def _of_torchao(model: nn.Module) -> set[str]:
     """The kinds of torchao's weights in a model, whoever has put them there."""
     found = set()
-    for weight in model.parameters():
-        if not type(weight).__module__.startswith("torchao."):
+    weights = (weight for module in all_modules(model) for weight in module._parameters.values())
+    for weight in weights:
+        is_plain = type(weight) is nn.Parameter  # most are, and asking costs little
+        if is_plain or not type(weight).__module__.startswith("torchao."):
             continue
         activations = getattr(weight, "act_quant_kwargs", None)
         if activations is None or getattr(weight, "act_quant_scale", None) is not None:

@@ -12,7 +12,14 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import logging
 
-from ...target import CONVOLUTION, read_target, sliding_windows, takes_positions, text_config
+from ...target import (
+    CONVOLUTION,
+    all_modules,
+    read_target,
+    sliding_windows,
+    takes_positions,
+    text_config,
+)
 from ..preparation.switches import rotary_switches, rotary_types
 from ..preparation.tables import ROTARY, UNKNOWN_ROTARY
 from . import target_tables as tables
@@ -88,7 +95,7 @@ def judge_placement(model: PreTrainedModel) -> Judgement:
     # FSDP2 may wrap only a target's layers; ZeRO-3 marks the weights that it shards
     is_sharded = (
         is_fsdp_managed_module(model)
-        or any(isinstance(module, FSDPModule) for module in model.modules())
+        or any(isinstance(module, FSDPModule) for module in all_modules(model))
         or any(hasattr(weight, "ds_id") for weight in model.parameters())
     )
     count = distributed.get_world_size() if distributed.is_initialized() else 1
