@@ -7,9 +7,8 @@ text, a `Refusal` or a `Crash`.
 from typing import NamedTuple
 
 import torch
-from conftest import VOCAB
+from conftest import VOCAB, note_passes
 from torch import Tensor
-from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel
 
 from coral_hf import CoralDrafter
@@ -133,14 +132,7 @@ def own_calls(target: PreTrainedModel) -> list[Call]:
 def drafted(target: PreTrainedModel, drafter, call: Call, shape: dict) -> Tensor:
     """What `generate` returns with a drafter: (batch, length)."""
     passes = []
-
-    def count(module, _):
-        if module is target:
-            passes.append(module)
-
-    count.__module__ = "torch"  # the guard would try a hook of others, by passes of the target
-    # of all modules: a hook of the target's own might be seen by what is tested
-    counter = register_module_forward_pre_hook(count)
+    counter = note_passes(target, lambda module, args, kwargs: passes.append(module))
     settings = {**shape, "speculation": "always", "assistant_model": drafter}
     try:
         return target.generate(**call.inputs, **settings)

@@ -159,14 +159,9 @@ def find(auto_class: type, config_class: type[PreTrainedConfig]) -> Finding:
             warnings.simplefilter("ignore")
             try:
                 target = build()
-            except (
-                ImportError,
-                AttributeError,
-                TypeError,
-                ValueError,
-                ArithmeticError,
-                RuntimeError,
-            ) as error:
+            except TimeoutError:
+                raise
+            except Exception as error:
                 return Finding(*found, "not built", one_line(f"{type(error).__name__}: {error}"))
             way, reason = tried(target, build)
     except TimeoutError:
