@@ -44,10 +44,12 @@ class Recorded:
 
     def propose(self, root, shape, warp=None) -> DraftTree:
         """A chain, or a tree whose levels are a wrong token and the right one."""
-        steps = self.read[:, None] + torch.arange(shape.depth)  # (batch, depth)
+        width = 1 if shape.top_k == 1 else 2
+        depth = min(shape.depth, (shape.nodes - 1) // width)
+        levels = torch.arange(depth)
+        steps = self.read[:, None] + levels  # (batch, depth)
         right = self.texts.gather(1, steps.clamp(max=self.texts.shape[1] - 1))
         wrong = (right + 1) % VOCAB
-        levels, width = torch.arange(shape.depth), 1 if shape.top_k == 1 else 2
         if width == 1:
             below, parents = torch.where(steps % 4 == 3, wrong, right), levels
         else:
@@ -60,7 +62,7 @@ class Recorded:
             torch.cat(
                 [torch.zeros(1, dtype=torch.long), 1 + levels.repeat_interleave(width)]
             ).expand(rows, -1),
-            levels=shape.depth,
+            levels=depth,
         )
 
 
@@ -80,7 +82,7 @@ class Call(NamedTuple):
     @property
     def is_varied(self) -> bool:
         """Whether the text of the first row has several tokens, and so would show a mistake."""
-        return len(set(self.new[0].tolist())) > 4
+        return len(set(self.new[0].tolist())) > 2
 
     def difference(self, texts: Tensor) -> int | None:
         """The new token at which a drafted text (batch, length) first leaves the target's own."""

@@ -143,6 +143,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "ministral": GROUPED,
     "mistral4": {"head_dim": 16},
+    "mllama_text_model": {"cross_attention_layers": [1]},
     "molmo2_adapter": {"vision_feature_layer": [0]},
     "nemotron": GROUPED,
     "paddleocr_vl_text": SECTIONS,
