@@ -198,7 +198,9 @@ def all_classes() -> list[tuple[type, type[PreTrainedConfig]]]:
         for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText)
         for config_class in auto_class._model_mapping
     ]
-    return list({(class_name(*pair), pair[1]): pair for pair in reversed(both)}.values())[::-1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of modules that are imported
+        return list({(class_name(*pair), pair[1]): pair for pair in reversed(both)}.values())[::-1]
 
 
 def page(findings: list[Finding]) -> str:

@@ -22,7 +22,10 @@ def target_of(name: str) -> PreTrainedModel:
     if name not in CLASSES:
         pytest.skip(f"no {name} in this version of transformers")
     auto_class, config_class = CLASSES[name]
-    return tiny_model(config_class, auto_class)
+    try:
+        return tiny_model(config_class, auto_class)
+    except ValueError:
+        pytest.skip(f"no tiny {name} in this version of transformers")
 
 
 @pytest.mark.parametrize("name", WITHOUT)
@@ -47,7 +50,7 @@ def test_known_classes_are_in_order():
         ("LlamaForCausalLM", TREE),
         ("BartForCausalLM", CHAIN),
         ("ProphetNetForCausalLM", REFUSED),
-        ("OpenAIGPTLMHeadModel", REFUSED),
+        ("CpmAntForCausalLM", REFUSED),
     ],
 )
 def test_a_class_that_is_not_known_is_tried(name, way, monkeypatch):

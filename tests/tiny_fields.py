@@ -152,6 +152,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "phimoe": {**LONGROPE, **MSCALED},
     "qwen2": ALTERNATING,
     "qwen2_moe": ALTERNATING,
+    "qwen2_vl_text": SECTIONS,
+    "qwen2_5_vl_text": SECTIONS,
+    "qwen2_5_omni_text": SECTIONS,
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 9},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 9},
     "qwen3": ALTERNATING,
     "qwen4_exp_text": {
         "indexer_n_heads": 4,

@@ -38,7 +38,7 @@ REFUSED_CLASSES: dict[str, Entry] = {
     "XLNetLMHeadModel": _NO_CACHE,
 }
 
-# classes that keep their own text in trees or chains, each tried by
+# classes that keep their own text in trees or chains with every version, each tried by
 # `test_a_class_keeps_its_own_text_or_is_refused_in_a_sentence`
 KNOWN_CLASSES = frozenset(
     """
@@ -95,8 +95,8 @@ KNOWN_CLASSES = frozenset(
     Qwen2VLForConditionalGeneration Qwen2_5OmniThinkerForConditionalGeneration
     Qwen2_5_VLForConditionalGeneration Qwen3ForCausalLM Qwen3MoeForCausalLM
     Qwen3OmniMoeThinkerForConditionalGeneration Qwen3VLForConditionalGeneration
-    Qwen3VLMoeForConditionalGeneration RemBertForCausalLM RoCBertForCausalLM RoFormerForCausalLM
-    RobertaForCausalLM RobertaPreLayerNormForCausalLM SeedOssForCausalLM SmolLM3ForCausalLM
+    Qwen3VLMoeForConditionalGeneration RemBertForCausalLM RoCBertForCausalLM RobertaForCausalLM
+    RobertaPreLayerNormForCausalLM SeedOssForCausalLM SmolLM3ForCausalLM
     SmolVLMForConditionalGeneration SolarOpenForCausalLM StableLmForCausalLM
     Starcoder2ForCausalLM TrOCRForCausalLM VaultGemmaForCausalLM
     VideoLlama3ForConditionalGeneration VideoLlavaForConditionalGeneration
