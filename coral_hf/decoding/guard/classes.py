@@ -73,11 +73,10 @@ KNOWN_CLASSES = frozenset(
     HyperCLOVAXVisionV2ForConditionalGeneration Idefics2ForConditionalGeneration
     Idefics3ForConditionalGeneration InternVLForConditionalGeneration Jais2ForCausalLM
     JanusForConditionalGeneration JetMoeForCausalLM Kimi_K25ForConditionalGeneration
-    Kolibri1ForCausalLM Kosmos2_5ForConditionalGeneration LagunaForCausalLM
-    Lfm2ForCausalLM Lfm2MoeForCausalLM Lfm2VlForConditionalGeneration Lfm3ForCausalLM
-    Lfm3VlForConditionalGeneration
-    LightOnOcrForConditionalGeneration Llama4ForCausalLM LlamaForCausalLM
-    LlavaForConditionalGeneration LlavaNextForConditionalGeneration
+    Kolibri1ForCausalLM Kosmos2_5ForConditionalGeneration LagunaForCausalLM Lfm2ForCausalLM
+    Lfm2MoeForCausalLM Lfm2VlForConditionalGeneration Lfm3ForCausalLM
+    Lfm3VlForConditionalGeneration LightOnOcrForConditionalGeneration Llama4ForCausalLM
+    LlamaForCausalLM LlavaForConditionalGeneration LlavaNextForConditionalGeneration
     LlavaNextVideoForConditionalGeneration LlavaOnevisionForConditionalGeneration
     LongcatFlashForCausalLM MBartForCausalLM MarianForCausalLM MegatronBertForCausalLM
     MellumForCausalLM MiMoV2FlashForCausalLM MiniCPM3ForCausalLM MiniMaxM2ForCausalLM
