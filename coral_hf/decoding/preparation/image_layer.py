@@ -15,6 +15,7 @@ class ImageLayer(DynamicLayer):
 
     window = 0  # no token attends to one before it
     start = 0
+    slack = 1
     is_plain = record_past = False
 
     @property
