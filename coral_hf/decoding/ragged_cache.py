@@ -248,7 +248,7 @@ class RaggedCache(Cache):
         self.ends, self.next_positions = self.ends + new, self.next_positions + new
         self.truncate(max(self.lengths))
         for layer in self.layers:
-            if layer.window is not None:  # what has left the windows of all rows
+            if (layer.window or 0) > 0:  # what has left the windows of all rows
                 first = min(self.lengths) - layer.window + 1
                 if first - layer.start >= layer.slack:
                     layer.release(first)
