@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedModel
 
 from coral_hf import CoralDrafter
-from coral_hf.decoding import ragged_cache
+from coral_hf.decoding.caches import ragged_cache
 
 MARKS = {2: "the first token", 3: "the next ones"}  # by calls of the streamer
 SIZES: dict[str, Any] = {

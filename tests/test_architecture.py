@@ -57,9 +57,9 @@ SEAMS = {
     ],
     "DynamicCache": ["decoding/guard/target.py", "target.py"],
     "DynamicLayer": [
-        "decoding/continuation.py",
-        "decoding/preparation/image_layer.py",
-        "decoding/ragged_cache.py",
+        "decoding/caches/continuation.py",
+        "decoding/caches/image_layer.py",
+        "decoding/caches/ragged_layer.py",
     ],
 }
 

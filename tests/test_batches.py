@@ -12,7 +12,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from coral_hf import CoralDrafter
-from coral_hf.decoding.continuation import CACHE
+from coral_hf.decoding.caches.continuation import CACHE
 
 TREE = {"tree_depth": 3, "tree_top_k": 3, "tree_nodes": 8}
 PAD = 0

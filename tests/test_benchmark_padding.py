@@ -5,7 +5,7 @@ import torch
 import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from coral_hf.decoding.continuation import CACHE
+from coral_hf.decoding.caches.continuation import CACHE
 from coral_hf.measure import pad_target
 from coral_hf.measure.padding import num_padded_layers
 

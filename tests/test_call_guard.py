@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import coral_hf
 from coral_hf import CoralDrafter, decoder
-from coral_hf.decoding.continuation import CACHE
+from coral_hf.decoding.caches.continuation import CACHE
 from coral_hf.decoding.guard.calls.fields import FIELDS, KEYWORDS
 
 TREE = {"speculation": "always", "tree_depth": 3, "tree_top_k": 2, "tree_nodes": 8}

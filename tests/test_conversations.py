@@ -8,7 +8,7 @@ from conftest import VOCAB, WINDOW, note_passes, scatter_weights, tiny_target
 from transformers import DynamicCache
 
 from coral_hf import CoralDrafter
-from coral_hf.decoding.continuation import CACHE
+from coral_hf.decoding.caches.continuation import CACHE
 
 TREE = {"tree_depth": 3, "tree_top_k": 3, "tree_nodes": 8}
 SETTINGS = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": None}

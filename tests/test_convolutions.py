@@ -6,7 +6,7 @@ from conftest import any_target, as_drafter
 from drafted_calls import Recorded
 from test_targets import random_drafter
 
-from coral_hf.decoding.continuation import CACHE
+from coral_hf.decoding.caches.continuation import CACHE
 from coral_hf.decoding.guard import CHAIN, judge_target
 
 PROMPT = torch.arange(3, 14)[None]

@@ -9,7 +9,7 @@ from conftest import VOCAB, as_drafter, scatter_weights, tiny_target
 from test_generate import TheTargetItself
 
 from coral_hf import CoralDrafter
-from coral_hf.decoding.continuation import CACHE
+from coral_hf.decoding.caches.continuation import CACHE
 from coral_hf.decoding.draft_policy import (
     PATIENCE,
     PROBES,

@@ -7,7 +7,7 @@ from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor, Stop
 from transformers import RepetitionPenaltyLogitsProcessor as RepetitionPenalty
 
 from coral_hf import CoralDrafter
-from coral_hf.decoding.continuation import CACHE
+from coral_hf.decoding.caches.continuation import CACHE
 from coral_hf.decoding.drafting import TreeShape
 from coral_hf.decoding.sequences import Sequences
 from coral_hf.drafters.coral import drafting

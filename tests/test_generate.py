@@ -28,7 +28,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import coral_hf
 from coral_hf import CoralDrafter
-from coral_hf.decoding.continuation import CACHE
+from coral_hf.decoding.caches.continuation import CACHE
 from coral_hf.decoding.settings import Rule, choose_shape
 
 VOCAB = 40

@@ -25,9 +25,10 @@ from coral_hf.decoding.acceptance_rules import Chance
 from coral_hf.decoding.draft_policy import DraftPolicy
 from coral_hf.decoding.drafting import TreeShape
 from coral_hf.decoding.loop import DecodingLoop, Plan
+from coral_hf.decoding.outputs import OutputCollector
 from coral_hf.decoding.sequences import Sequences
 from coral_hf.decoding.settings import Rule
-from coral_hf.decoding.target_runner import OutputCollector, TargetRunner
+from coral_hf.decoding.target_runner import TargetRunner
 from coral_hf.decoding.verifier import Step, Verdict, Verifier, siblings_at, token_step
 from coral_hf.drafters.coral.drafting import CoralDrafting
 from coral_hf.drafters.tree_builders import SampledTreeBuilder

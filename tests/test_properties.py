@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coral_hf import CoralDrafter
-from coral_hf.decoding.continuation import CACHE
+from coral_hf.decoding.caches.continuation import CACHE
 from coral_hf.decoding.guard import CHAIN, Judgement
 
 VOCAB = 12  # small, so that a random drafter is often right

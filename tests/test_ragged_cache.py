@@ -8,14 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from coral_hf.decoding.ragged_cache import (
-    GROWTH,
-    HIDDEN,
-    SLACK,
-    SPARE,
-    RaggedCache,
-    RaggedLayer,
-)
+from coral_hf.decoding.caches.ragged_cache import HIDDEN, RaggedCache
+from coral_hf.decoding.caches.ragged_layer import GROWTH, SLACK, SPARE, RaggedLayer
 from coral_hf.decoding.target_runner import additive_mask
 
 BATCH, HEADS, WIDTH = 2, 3, 4

@@ -11,8 +11,8 @@ from conftest import scatter_weights, tiny_config, tiny_target
 from torch import Tensor
 
 from coral_hf import CoralConfig, CoralDrafter
+from coral_hf.decoding.caches.ragged_cache import RaggedCache
 from coral_hf.decoding.drafting import TreeShape
-from coral_hf.decoding.ragged_cache import RaggedCache
 from coral_hf.drafters.coral import CoralDrafting
 from coral_hf.drafters.coral.drafting import CacheContext
 from coral_hf.drafters.coral.layers import CausalContext

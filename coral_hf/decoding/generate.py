@@ -34,11 +34,12 @@ from transformers.pipelines import base as pipelines
 from ..identity import check_tokenizer
 from ..lm_head import execution_device
 from ..target import read_target, sliding_windows
-from .continuation import CACHE, MEMORY, continued_cache, is_user_cache, returned_cache
+from .caches.continuation import CACHE, MEMORY, continued_cache, is_user_cache, returned_cache
 from .draft_policy import choose_policy, choose_speculation
 from .drafting import Family, family_of, family_options
 from .guard import Call, accept_call, accept_keywords, accept_target
 from .loop import CoralGenerateOutput, DecodingLoop, Plan, decode_plainly
+from .outputs import OutputCollector
 from .preparation.needs import choose_preparation
 from .preparation.runner import make_runner
 from .sequences import Sequences
@@ -50,7 +51,6 @@ from .settings import (
     choose_shape,
     max_length_of,
 )
-from .target_runner import OutputCollector
 
 # by target: the name of the drafter that was loaded last, and what else it depends on; the drafter
 _NAMED: WeakKeyDictionary[PreTrainedModel, tuple[tuple, PreTrainedModel]] = WeakKeyDictionary()

@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .continuation import CACHE
+from .caches.continuation import CACHE
 from .draft_policy import DraftPolicy, RoundSample
 from .drafting import Drafting, DraftTree, TreeShape, host_tensor, root_only, with_padding
+from .outputs import OutputCollector, TargetOutput
 from .plain import decode_all, decode_rest
 from .sequences import Sequences
 from .settings import Rule
-from .target_runner import OutputCollector, TargetOutput, TargetRunner
+from .target_runner import TargetRunner
 from .verifier import Accepted, Verifier
 
 

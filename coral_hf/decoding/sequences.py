@@ -19,59 +19,18 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers import generation as hf
-from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
+from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from .drafting import host_tensor
-
-# processors whose scores follow from the logits alone
-PREFIX_FREE = (
-    hf.EpsilonLogitsWarper,
-    hf.EtaLogitsWarper,
-    hf.InfNanRemoveLogitsProcessor,
-    hf.LogitNormalization,
-    hf.MinPLogitsWarper,
-    hf.SuppressTokensLogitsProcessor,
-    hf.TemperatureLogitsWarper,
-    hf.TopKLogitsWarper,
-    hf.TopPLogitsWarper,
-    hf.TypicalLogitsWarper,
-    # not in all versions
-    *(getattr(hf, name) for name in ("TopHLogitsWarper",) if hasattr(hf, name)),
+from .watchers import (
+    BATCH_CRITERIA,
+    PREFIX_FREE,
+    ROW_WISE,
+    ROW_WISE_CRITERIA,
+    STATEFUL,
+    STATELESS,
 )
-# processors that look at a row and its own prefix
-ROW_WISE = (
-    *PREFIX_FREE,
-    hf.ExponentialDecayLengthPenalty,
-    hf.ForcedBOSTokenLogitsProcessor,
-    hf.ForcedEOSTokenLogitsProcessor,
-    hf.MinLengthLogitsProcessor,
-    hf.MinNewTokensLengthLogitsProcessor,
-    hf.NoBadWordsLogitsProcessor,
-    hf.NoRepeatNGramLogitsProcessor,
-    hf.RepetitionPenaltyLogitsProcessor,
-    hf.SequenceBiasLogitsProcessor,
-    hf.SuppressTokensAtBeginLogitsProcessor,
-    hf.WatermarkLogitsProcessor,
-)
-# all processors that remember nothing
-STATELESS = (
-    *ROW_WISE,
-    hf.EncoderNoRepeatNGramLogitsProcessor,
-    hf.EncoderRepetitionPenaltyLogitsProcessor,
-    hf.PrefixConstrainedLogitsProcessor,
-)
-ROW_WISE_CRITERIA = (
-    MaxLengthCriteria,
-    MaxTimeCriteria,
-    hf.EosTokenCriteria,
-    hf.StopStringCriteria,
-)
-# criteria that end all rows at once, where all are equally long
-BATCH_CRITERIA = (MaxLengthCriteria, MaxTimeCriteria)
-# those that remember what they have seen
-STATEFUL = hf.SynthIDTextWatermarkLogitsProcessor, hf.UnbatchedClassifierFreeGuidanceLogitsProcessor
-
 
 GROWTH = 128  # tokens of a row that a buffer has room for, each time that it grows
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .acceptance_rules import Chance, traversal
 from .drafting import PADDING, DraftTree, host_tensor
+from .outputs import OutputCollector, TargetOutput
 from .sequences import Sequences
-from .target_runner import OutputCollector, TargetOutput
 
 # rules that look at the whole tree; on chains the second is the first
 WHOLE_TREE = ("traversal", "block")

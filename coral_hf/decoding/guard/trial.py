@@ -19,11 +19,11 @@ from ...target import read_target, sliding_windows, text_config
 from ..draft_policy import DraftPolicy
 from ..drafting import DraftTree, TreeShape, Warp, host_tensor
 from ..loop import DecodingLoop, Plan
+from ..outputs import OutputCollector
 from ..preparation.needs import choose_preparation
 from ..preparation.runner import make_runner
 from ..sequences import Sequences
 from ..settings import Rule
-from ..target_runner import OutputCollector
 from .entries import CHAIN, REFUSED, TREE, Way
 
 SHAPE = TreeShape(depth=3, top_k=2, nodes=8)

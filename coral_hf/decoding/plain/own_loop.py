@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from ..continuation import CACHE, whole_length
-from ..ragged_cache import RaggedCache
+from ..caches.continuation import CACHE, whole_length
+from ..caches.ragged_cache import RaggedCache
 from ..sequences import Sequences
 from .whole_batch import WholeBatch
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
-from ..continuation import CACHE
+from ..caches.continuation import CACHE
 from .switches import is_reached, rotary_switches
 from .tables import CLASSES, DIRECT_INPUTS, INPUTS
 

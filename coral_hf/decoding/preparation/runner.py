@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from ...target import Target
-from ..continuation import CACHE
+from ..caches.continuation import CACHE
+from ..caches.ragged_cache import RaggedCache
 from ..drafting import DraftTree, root_only
-from ..ragged_cache import RaggedCache
-from ..target_runner import TargetOutput, TargetRunner
+from ..outputs import TargetOutput
+from ..target_runner import TargetRunner
 from .needs import CHECKED, STEPS, UPDATE, Preparation, agree, overridden
 
 STATES = ("logits", "hidden_states", "attentions")  # that no target asks for between two rounds

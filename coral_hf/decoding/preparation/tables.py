@@ -2,7 +2,7 @@
 
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
-from ..continuation import CACHE
+from ..caches.continuation import CACHE
 from ..guard.entries import REFUSED, TREE, Entry
 
 Table = dict[str, Entry]

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...decoding.caches.ragged_cache import HIDDEN, RaggedCache
 from ...decoding.drafting import DraftTree, TreeShape, Warp
 from ...decoding.guard import accept_features
-from ...decoding.ragged_cache import HIDDEN, RaggedCache
 from ...target import FEATURE, Target, check_target, text_config
 from ..tree_builders import Beam, SampledTreeBuilder, TreeBuilder, plan_levels
 from .modeling import CoralDrafter

@@ -6,7 +6,7 @@ from conftest import SIZES, make_target, tiny_target
 from transformers import PhimoeConfig
 
 from coral_hf import CoralDrafter
-from coral_hf.decoding.continuation import CACHE
+from coral_hf.decoding.caches.continuation import CACHE
 
 SWITCH = 32
 LONGROPE = {

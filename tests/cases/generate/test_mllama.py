@@ -8,7 +8,7 @@ from packaging.version import Version
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from coral_hf import CoralDrafter
-from coral_hf.decoding.continuation import CACHE
+from coral_hf.decoding.caches.continuation import CACHE
 
 pytestmark = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.24"),

@@ -19,9 +19,9 @@ from transformers import (
 from transformers.generation import GenerationMode
 
 from ....target import position_limit, text_config
-from ...continuation import CACHE
-from ...sequences import ROW_WISE, STATEFUL, STATELESS
+from ...caches.continuation import CACHE
 from ...settings import Rule
+from ...watchers import ROW_WISE, STATEFUL, STATELESS
 from ..adapters import has_adapters_by_row
 from ..entries import REFUSED, TREE, Entry, Judgement, judge
 from ..foreign import root_of

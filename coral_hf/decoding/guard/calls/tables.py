@@ -1,6 +1,6 @@
 """What calls of `generate` may have, by aspect: what is refused, and what to do instead."""
 
-from ...sequences import PREFIX_FREE, ROW_WISE, ROW_WISE_CRITERIA, STATEFUL, STATELESS
+from ...watchers import PREFIX_FREE, ROW_WISE, ROW_WISE_CRITERIA, STATEFUL, STATELESS
 from ..entries import REFUSED, TREE, Entry
 from ..target_tables import Table
 from .fields import TABLES as FIELD_TABLES

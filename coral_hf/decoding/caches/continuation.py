@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from ..target import CONVOLUTION
-from .drafting import host_tensor
-from .preparation.image_layer import ImageLayer
-from .ragged_cache import HIDDEN, RaggedCache, RaggedLayer
+from ...target import CONVOLUTION
+from ..drafting import host_tensor
+from .image_layer import ImageLayer
+from .ragged_cache import HIDDEN, RaggedCache
+from .ragged_layer import RaggedLayer
 
 # the keyword and the output of `generate` and of models: `past_key_values` before transformers 5.24
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"

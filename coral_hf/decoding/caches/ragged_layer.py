@@ -1,0 +1,145 @@
+"""A layer of a ragged cache: keys and values in a buffer that drops rejected tokens in place.
+
+In: keys and values of each pass, and which slots are kept. Out: views of the buffers. A layer with
+a sliding window holds the window, the slots by which rows differ, and the tree.
+"""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+# a buffer has one slot to spare for so many that it holds, and a sliding layer one beyond its
+# window; and at least so many of a full layer and of a sliding one: growing and dropping copy
+SPARE, GROWTH, SLACK = 128, 16, 4
+
+
+class RaggedLayer(DynamicLayer):
+    """One layer's keys and values, (batch, kv_heads, slots, head_dim), in a larger buffer.
+
+    Where transformers' layers copy what they hold at every pass, this one writes each slot once.
+
+    Args:
+        window: attention window of the layer, None for full attention.
+    """
+
+    def __init__(self, window: int | None = None):
+        super().__init__()
+        self.window = window
+        self.is_sliding = window is not None
+        self.start = 0  # the first slot that is held
+        self.record_past = False  # whether a sliding layer waits for `release`, as a tree needs
+        self.is_plain = False  # whether to append as transformers does
+        self._buffers: list[Tensor] = []  # keys, values: (batch, kv_heads, capacity, head_dim)
+
+    @property
+    def slack(self) -> int:
+        """Slots that leave a sliding window before they are dropped."""
+        return 1 if self.is_plain else max(SLACK, (self.window or 0) // SPARE)
+
+    @property
+    def held(self) -> int:
+        """Slots from `start` to the end."""
+        return 0 if not self.is_initialized or not self.keys.numel() else self.keys.shape[-2]
+
+    def get_seq_length(self) -> int:
+        """Slots so far, those that were dropped included."""
+        return self.start + self.held
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Slots that a pass over `query_length` tokens attends to, and the first of them."""
+        return self.held + query_length, self.start
+
+    def activate_past_recording(self) -> None:
+        """Keep all slots from now on, as transformers' assisted decoding asks."""
+        self.record_past = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Append (batch, kv_heads, new, head_dim) and return all that is held."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        is_forgetting = self.is_sliding and not self.record_past
+        if self.is_plain or is_forgetting:
+            self._buffers = []
+            states = super().update(key_states, value_states)
+            if self.window is not None and is_forgetting:
+                self.release(self.get_seq_length() - self.window + 1)
+            return states
+        held, new = self.held, key_states.shape[-2]
+        if not self._has_room(held + new):
+            self._grow(key_states, value_states, held + new)
+        # `narrow` is cheaper than slices
+        keys, values = self._buffers
+        keys.narrow(-2, held, new).copy_(key_states)
+        values.narrow(-2, held, new).copy_(value_states)
+        self.keys, self.values = keys.narrow(-2, 0, held + new), values.narrow(-2, 0, held + new)
+        return self.keys, self.values
+
+    def move(self, source: Tensor, destination: Tensor) -> None:
+        """Copy slots `source` to slots `destination`, (batch, kept) each."""
+        rows = torch.arange(len(source), device=self.keys.device)[:, None]
+        source, destination = (part.to(rows.device) - self.start for part in (source, destination))
+        for states in (self.keys, self.values):
+            # (batch, kept, kv_heads, head_dim), gathered before written: the two overlap
+            states[rows, :, destination] = states[rows, :, source]
+
+    def cut(self, length: int) -> None:
+        """Keep the first `length` slots."""
+        kept = length - self.start
+        if kept < self.held:
+            self.keys, self.values = self.keys.narrow(-2, 0, kept), self.values.narrow(-2, 0, kept)
+
+    def release(self, first: int) -> None:
+        """Drop the slots before `first`."""
+        dropped = min(first - self.start, self.held)
+        if dropped <= 0:
+            return
+        kept = self.held - dropped
+        parts = [states.narrow(-2, dropped, kept) for states in (self.keys, self.values)]
+        # a view of a long prompt would keep all of it in memory
+        self.keys, self.values = (part.clone() if dropped > kept else part for part in parts)
+        self.start += dropped
+        self._buffers = []
+
+    def holds(self, length: int) -> bool:
+        """Whether a sequence of `length` slots can continue with what is held."""
+        return self.start <= (0 if self.window is None else max(length - self.window + 1, 0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last slots; transformers passes their number negated."""
+        if not self.is_initialized:  # older versions of transformers do not ask
+            return
+        if self.start and not self.holds(self.get_seq_length() - abs(tokens_to_remove)):
+            raise RuntimeError(
+                f"`crop` removes {abs(tokens_to_remove)} tokens, but a layer with a window of"
+                f" {self.window} has dropped what the text would attend to."
+            )
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.start = 0
+
+    def _has_room(self, held: int) -> bool:
+        if not self._buffers or held > self._buffers[0].shape[-2]:
+            return False
+        # inference mode's tensors cannot be written to outside of it
+        is_writable = not self._buffers[0].is_inference() or torch.is_inference_mode_enabled()
+        # a batch operation of transformers replaces `keys`, which then is no view of the buffer
+        return is_writable and self.keys.data_ptr() == self._buffers[0].data_ptr()
+
+    def _grow(self, key_states: Tensor, value_states: Tensor, needed: int) -> None:
+        """Move what is held to buffers (batch, kv_heads, capacity, head_dim), a little larger."""
+        held, capacity = (
+            self.held,
+            needed + max(SLACK if self.is_sliding else GROWTH, needed // SPARE),
+        )
+        buffers = []
+        for old, new in ((self.keys, key_states), (self.values, value_states)):
+            buffer = new.new_zeros(*new.shape[:2], capacity, new.shape[-1])
+            if held:
+                buffer[:, :, :held] = old
+            buffers.append(buffer)
+        self._buffers = buffers

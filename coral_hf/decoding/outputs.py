@@ -1,0 +1,143 @@
+"""Outputs of a call: what a pass of the target gives, and what the caller wants of each token.
+
+In: logits and states of passes, and the nodes that were accepted. Out: the fields of transformers'
+output of `generate`, one entry a token.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from ..target import CONVOLUTION
+
+
+class TargetOutput(NamedTuple):
+    """What one pass of the target gives."""
+
+    logits: Tensor  # (batch, nodes, vocab)
+    features: Tensor  # (batch, nodes, layers · hidden), of the layers that the drafter reads
+    lengths: Sequence[int] = ()  # committed slots of each row before the pass
+    hidden_states: tuple[Tensor, ...] = ()  # where asked for: by layer, (batch, nodes, hidden)
+    attentions: tuple[Tensor, ...] = ()  # where asked for: (batch, heads, nodes, slots + nodes)
+
+
+ByLayer = tuple[Tensor, ...]
+
+
+class OutputCollector:
+    """Collects by row what the caller wants to see of each token.
+
+    Its tuples have the shapes of plain `generate`: one entry a token, each over the whole batch. A
+    row that ended earlier than others holds zeros from there on, where plain `generate` has those
+    of its padding.
+
+    Args:
+        config: of the call.
+        batch: rows of the call.
+        windows: of the target's layers, where attentions may be asked for.
+    """
+
+    def __init__(self, config: GenerationConfig, batch: int, windows: Sequence[int | None] = ()):
+        self.config, self.returns_dict = config, bool(config.return_dict_in_generate)
+        names = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
+        wanted = [name for name in names if self.returns_dict and getattr(config, name)]
+        self.keeps_scores, self.keeps_logits = (name in wanted for name in names[:2])
+        # what the target's passes must give
+        self.extras = tuple(name for name in names[2:] if name in wanted)
+        self._windows = [window for window in windows if window != CONVOLUTION]
+        self._scores: list[list[Tensor]] = [[] for _ in range(batch)]  # (vocab,) a token
+        self._logits: list[list[Tensor]] = [[] for _ in range(batch)]
+        self._hidden: list[list[ByLayer]] = [[] for _ in range(batch)]  # (1, hidden) by layer
+        self._attentions: list[list[ByLayer]] = [[] for _ in range(batch)]  # (heads, 1, slots)
+        # the pass over the prompts, which counts as the first token's
+        self.prompt = TargetOutput(*(torch.empty(0, dtype=torch.float32, device="cpu"),) * 2)
+
+    def add(self, row: int, logits: Tensor, processed: Tensor) -> None:
+        """Keep a token's logits and processed scores, each of shape (vocab,)."""
+        if self.keeps_logits:
+            self._logits[row].append(logits.to(torch.float32, copy=True))
+        if self.keeps_scores:
+            self._scores[row].append(processed)
+
+    def add_all(
+        self, rows: list[int], counts: list[int], output: GenerateDecoderOnlyOutput
+    ) -> None:
+        """Keep what transformers' own loop has of the next tokens of some rows, `counts` of them.
+
+        Its tuples have one entry a token, or one by layer, over (rows, ...).
+        """
+        kept = self._logits, self._scores, self._hidden, self._attentions
+        found = output.logits, output.scores, output.hidden_states, output.attentions
+        for by_row, by_token in zip(kept, found, strict=True):
+            for index, (row, count) in enumerate(zip(rows, counts, strict=True)):
+                for one in (by_token or ())[:count]:
+                    is_state = isinstance(one, tuple)
+                    by_row[row].append(tuple(x[index] for x in one) if is_state else one[index])
+
+    def add_nodes(self, row: int, index: int, path: list[int], output: TargetOutput) -> None:
+        """Keep the states of the nodes before a row's new tokens.
+
+        Args:
+            row: of the call.
+            index: of the row in the pass.
+            path: node by node from the root.
+        """
+        for depth, node in enumerate(path, start=1):
+            self._hidden[row].append(tuple(s[index, node, None] for s in output.hidden_states))
+            windows = self._windows if output.attentions else ()  # which may not be asked for
+            layers = zip(output.attentions, windows, strict=True)
+            prefix = path[:depth], output.lengths, index
+            self._attentions[row].append(tuple(_attended(w[index], *prefix, x) for w, x in layers))
+
+    def scores(self) -> tuple[Tensor, ...] | None:
+        """Each (batch, vocab), one a token; None if the caller does not want them."""
+        return _by_token(self._scores) or None
+
+    def outputs(self) -> dict[str, tuple | None]:
+        """By the names of `GenerateDecoderOnlyOutput`."""
+        return {
+            "scores": self.scores(),
+            "logits": _by_token(self._logits) or None,
+            "hidden_states": self._states(self.prompt.hidden_states, self._hidden),
+            "attentions": self._states(self.prompt.attentions, self._attentions),
+        }
+
+    @staticmethod
+    def _states(prompt: ByLayer, rows: list[list[ByLayer]]) -> tuple[ByLayer, ...] | None:
+        if not prompt:
+            return None
+        layers = [_by_token([[one[i] for one in row] for row in rows]) for i in range(len(prompt))]
+        return (prompt, *zip(*layers, strict=True))
+
+
+def _attended(
+    weights: Tensor, path: list[int], lengths: Sequence[int], index: int, window: int | None
+) -> Tensor:
+    """What the last node of a path attends to, in the order of its sequence.
+
+    (heads, nodes, slots held + nodes) → (heads, 1, slots of the sequence)
+
+    Args:
+        lengths: committed slots of each row; the tree begins behind the longest.
+        index: of the row.
+    """
+    if window == 0:  # no text
+        return weights[:, path[-1] : path[-1] + 1]
+    held = weights.shape[-1] - weights.shape[-2]
+    dropped = max(lengths) - held  # slots that left a sliding window
+    slots = [*range(lengths[index] - dropped), *(held + node for node in path)]
+    # plain `generate` has no more than the window's slots in the cache
+    return weights[:, path[-1] : path[-1] + 1, slots[-window:] if window else slots]
+
+
+def _by_token(rows: list[list[Tensor]]) -> tuple[Tensor, ...]:
+    """Stack the rows' entries of each token along (batch, …); zeros where a row has none left."""
+    longest = max(rows, key=len)
+    return tuple(
+        torch.stack([row[i] if i < len(row) else torch.zeros_like(longest[i]) for row in rows])
+        for i in range(len(longest))
+    )

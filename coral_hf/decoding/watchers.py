@@ -1,0 +1,52 @@
+"""Processors and criteria of transformers, by what each looks at: logits, a row or the batch."""
+
+from transformers import generation as hf
+from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
+
+# processors whose scores follow from the logits alone
+PREFIX_FREE = (
+    hf.EpsilonLogitsWarper,
+    hf.EtaLogitsWarper,
+    hf.InfNanRemoveLogitsProcessor,
+    hf.LogitNormalization,
+    hf.MinPLogitsWarper,
+    hf.SuppressTokensLogitsProcessor,
+    hf.TemperatureLogitsWarper,
+    hf.TopKLogitsWarper,
+    hf.TopPLogitsWarper,
+    hf.TypicalLogitsWarper,
+    # not in all versions
+    *(getattr(hf, name) for name in ("TopHLogitsWarper",) if hasattr(hf, name)),
+)
+# processors that look at a row and its own prefix
+ROW_WISE = (
+    *PREFIX_FREE,
+    hf.ExponentialDecayLengthPenalty,
+    hf.ForcedBOSTokenLogitsProcessor,
+    hf.ForcedEOSTokenLogitsProcessor,
+    hf.MinLengthLogitsProcessor,
+    hf.MinNewTokensLengthLogitsProcessor,
+    hf.NoBadWordsLogitsProcessor,
+    hf.NoRepeatNGramLogitsProcessor,
+    hf.RepetitionPenaltyLogitsProcessor,
+    hf.SequenceBiasLogitsProcessor,
+    hf.SuppressTokensAtBeginLogitsProcessor,
+    hf.WatermarkLogitsProcessor,
+)
+# all processors that remember nothing
+STATELESS = (
+    *ROW_WISE,
+    hf.EncoderNoRepeatNGramLogitsProcessor,
+    hf.EncoderRepetitionPenaltyLogitsProcessor,
+    hf.PrefixConstrainedLogitsProcessor,
+)
+ROW_WISE_CRITERIA = (
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    hf.EosTokenCriteria,
+    hf.StopStringCriteria,
+)
+# criteria that end all rows at once, where all are equally long
+BATCH_CRITERIA = (MaxLengthCriteria, MaxTimeCriteria)
+# those that remember what they have seen
+STATEFUL = hf.SynthIDTextWatermarkLogitsProcessor, hf.UnbatchedClassifierFreeGuidanceLogitsProcessor
