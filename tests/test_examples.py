@@ -91,6 +91,7 @@ def test_recipes_are_compared_and_a_second_run_resumes(folder, tmp_path, monkeyp
     assert len((tmp_path / "recipes" / "results.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_training_cost_compares_two_implementations_of_one_loss(capsys, monkeypatch):
     sizes = ["--vocab-size", 50, "--length", 20, "--hidden-size", 64, "--repeats", 1]
     run(monkeypatch, "training_cost.py", *sizes)

@@ -68,7 +68,8 @@ def whole(tmp_path_factory):
     return launched.resumed(tmp_path_factory.mktemp("whole"), **SETTINGS)
 
 
-@pytest.mark.parametrize("step", [3, 4])  # at the end of an epoch, and within one
+# within an epoch, and at the end of one
+@pytest.mark.parametrize("step", [4, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_bit_for_bit(whole, tmp_path, step):
     process = start(tmp_path, kill_at=step, **SETTINGS)
     output, _ = process.communicate(timeout=120)

@@ -134,13 +134,15 @@ class Sequences:
             every = logits.new_zeros(len(self.lengths), logits.shape[1])
             every[rows] = logits
             return self.processors(self.ids.clone(), every)[rows]
-        scores, by_length = torch.empty_like(logits), defaultdict(list)
+        by_length: dict[int, list[int]] = defaultdict(list)
         for index, row in enumerate(rows):
             by_length[self.lengths[row]].append(index)
+        parts = []
         for length, found in by_length.items():  # rows of one length are a batch
             own = [rows[index] for index in found]
-            scores[found] = self._process(own, self._buffer[own, :length], logits[found])
-        return scores
+            parts.append(self._process(own, self._buffer[own, :length], logits[found]))
+        found = [index for part in by_length.values() for index in part]
+        return torch.cat(parts)[host_tensor(found).argsort().to(logits.device)]
 
     def warp(self, logits: Tensor) -> Tensor:
         """A drafter's logits (rows, vocab) after the processors that look at nothing else."""
