@@ -132,6 +132,7 @@ def test_fresh_head_replaces_the_drafters_own_head(folder, tmp_path):
     assert nothing.exit_code == 2 and "--fresh-head goes with --drafter" in printed(nothing)
 
 
+@pytest.mark.slow
 def test_two_training_runs_cannot_share_an_output_folder(folder, tmp_path):
     process = start(tmp_path / "new", "hold")
     try:

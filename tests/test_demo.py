@@ -87,6 +87,7 @@ def test_the_second_run_trains_nothing(first_run, settings):
     assert "Training" in first_run[1] and "Training" not in shown
 
 
+@pytest.mark.slow
 def test_fresh_trains_again(first_run, settings):
     _, shown = shown_by(replace(settings, fresh=True))
     assert shown.count("Training") == 2

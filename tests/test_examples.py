@@ -59,6 +59,7 @@ def test_train_generate_and_chat(folder, monkeypatch, capsys):
     assert capsys.readouterr().out.count("tokens per target pass") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep:FutureWarning")
 def test_a_target_is_fine_tuned_and_starts_of_its_drafter_compared(folder, monkeypatch, capsys):
     data = ["--dataset", folder / "talk.jsonl", "--hold-out", 1]
@@ -140,6 +141,7 @@ def test_an_eagle_drafter_is_exported_for_vllm_and_sglang(folder, tmp_path, monk
         assert (tmp_path / "served" / name / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_measured_drafter_is_published(folder, tmp_path):
     target = AutoModelForCausalLM.from_pretrained(folder / "target")
     drafter = CoralDrafter.from_target(target, target_name_or_path="org/target")

@@ -152,6 +152,7 @@ def test_curves_are_ordered_by_step_of_the_unroll():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of tensorboard itself
 def test_tensorboard_gets_every_scalar_and_the_figures(target, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
