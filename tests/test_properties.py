@@ -100,7 +100,7 @@ def plain_rows(target, batch: dict, eos: list[int], **arguments) -> list[list[in
     return found
 
 
-@examples(100)
+@examples(60)
 @given(st.sampled_from(FAMILIES), prompts, trees, stops, new_tokens, processors)
 def test_greedy_tokens_of_each_row_are_those_of_the_target_alone(
     family, rows, tree, eos, length, processed

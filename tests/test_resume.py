@@ -323,6 +323,7 @@ def test_a_full_disk_leaves_the_lock_without_the_name_of_its_holder(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+@pytest.mark.slow
 def test_a_second_run_in_a_folder_is_refused_until_the_first_ends(tmp_path):
     process = start(tmp_path, "hold")
     try:
