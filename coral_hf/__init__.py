@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .decoding import install as install
     from .decoding import register_drafting as register_drafting
     from .decoding import uninstall as uninstall
+    from .decoding import warm_up as warm_up
     from .drafters.bigram import BigramConfig as BigramConfig
     from .drafters.bigram import BigramDrafter as BigramDrafter
     from .drafters.coral import CoralConfig as CoralConfig
@@ -32,7 +33,14 @@ __version__ = "0.1.0"
 # public names, and the modules that are imported when they are first used
 _MODULES = {
     "checkpoints": ["from_eagle"],
-    "decoding": ["CoralGenerateOutput", "decoder", "install", "register_drafting", "uninstall"],
+    "decoding": [
+        "CoralGenerateOutput",
+        "decoder",
+        "install",
+        "register_drafting",
+        "uninstall",
+        "warm_up",
+    ],
     "drafters.bigram": ["BigramConfig", "BigramDrafter"],
     "drafters.coral": ["CoralConfig", "CoralDrafter"],
     "hub": ["publish"],

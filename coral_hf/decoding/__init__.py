@@ -1,6 +1,15 @@
 """Decoding: drafting (the seam) → target runner, verifier, caches → loop → generate (the door)."""
 
 from .caches.ragged_cache import RaggedCache
-from .drafting import Drafting, DraftTree, TreeShape, Warp, register_drafting, root_only
+from .drafting import (
+    Drafting,
+    DraftTree,
+    FixedDrafting,
+    TreeShape,
+    Warp,
+    register_drafting,
+    root_only,
+)
 from .generate import decoder, install, uninstall
 from .loop import CoralGenerateOutput, DecodingStats
+from .rounds.warm_up import warm_up

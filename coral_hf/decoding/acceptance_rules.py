@@ -32,6 +32,10 @@ class Chance:
     def __init__(self) -> None:
         self._generators: dict[torch.device, torch.Generator] = {}
 
+    def may_look(self, device: torch.device) -> bool:
+        """Whether a rule may look at values to end early: on a CPU that is free."""
+        return device.type == "cpu"
+
     def accept(self, chances: Tensor) -> Tensor:
         """Accept with the given probabilities, of shape (batch,), independently of each other."""
         device = chances.device
@@ -73,6 +77,50 @@ class Chance:
             seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
             self._generators[device] = torch.Generator(device).manual_seed(int(seed))
         return self._generators[device]
+
+
+class Uniforms:
+    """The same draws from numbers that are drawn before, so that no shape depends on a value.
+
+    Args:
+        batch: rows.
+        count: draws of a row between two calls of `draw_all`.
+        device: of the rows.
+    """
+
+    def __init__(self, batch: int, count: int, device: torch.device):
+        self.numbers = torch.empty(count, batch, dtype=torch.float64, device=device)
+        self._next = 0
+
+    def draw_all(self) -> None:
+        """Draw all numbers afresh, from torch's generator of the CPU."""
+        if len(self.numbers):
+            self.numbers.copy_(torch.rand(self.numbers.shape, dtype=torch.float64, device="cpu"))
+
+    def rewind(self) -> None:
+        """Begin with the first number."""
+        self._next = 0
+
+    def may_look(self, device: torch.device) -> bool:
+        """See [`Chance`]."""
+        return False
+
+    def accept(self, chances: Tensor) -> Tensor:
+        """Accept with the given probabilities, of shape (batch,); see [`Chance`]."""
+        return self._take() < chances
+
+    def draw(self, probs: Tensor) -> Tensor:
+        """A token of each distribution: (batch, vocab) → (batch,); -1 of what is none."""
+        mass = probs.double().cumsum(-1)
+        total = mass[:, -1]
+        drawn = (total * self._take())[:, None]
+        token = torch.searchsorted(mass, drawn, right=True)[:, 0].clamp(max=probs.shape[1] - 1)
+        return torch.where(total.isfinite() & (total > 0), token, -1)
+
+    def _take(self) -> Tensor:
+        """The next numbers, (batch,)."""
+        self._next += 1
+        return self.numbers[self._next - 1]
 
 
 class Outcome(NamedTuple):

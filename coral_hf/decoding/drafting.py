@@ -11,7 +11,7 @@ joins with `register_drafting(model_type, factory)`.
     the root's children in order: 1, 2; node 1's: 3, 4; siblings do not see each other
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -83,7 +83,7 @@ class DraftTree(NamedTuple):
     def children_of(self, node: Tensor) -> Tensor:
         """Find the children of each row's `node`, of shape (batch,): (batch, nodes), bool."""
         is_child = self.parents == node[:, None]
-        is_child[:, 0] = False
+        is_child[:, 0].fill_(False)
         return is_child
 
 
@@ -163,6 +163,34 @@ class Drafting(Protocol):
 
     def memory(self) -> object | None:
         """Return what a later call with the same sequences may continue from, if anything."""
+        ...
+
+
+class FixedDrafting(Drafting, Protocol):
+    """A drafting side that can go on in rounds of constant shapes, which one calls once begun.
+
+    From then on `propose` and `commit` are functions of tensors alone: no value decides a shape,
+    nothing is read on the host, and what they keep stays in the same buffers. `commit` gets
+    `counts` on the device, and tokens of (batch, depth + 1); of rows that have ended it keeps none.
+    `select` is not called.
+
+    `kind`: what its graphs depend on beside shapes, such as which draft head is read; `device`: of
+    the drafter.
+    """
+
+    kind: Hashable
+    device: torch.device
+
+    def forget_pass(self) -> None:
+        """Forget what a broken-off `propose` or `commit` has left."""
+        ...
+
+    def fix(self, capacity: int, shape: TreeShape) -> None:
+        """Make room for rows of `capacity` tokens, and trees of `shape`."""
+        ...
+
+    def unfix(self, lengths: list[int]) -> None:
+        """Go back to buffers that grow, with what was read of each row's first tokens."""
         ...
 
 

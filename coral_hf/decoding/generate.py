@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +43,8 @@ from .loop import CoralGenerateOutput, DecodingLoop, Plan, decode_plainly
 from .outputs import OutputCollector
 from .preparation.needs import choose_preparation
 from .preparation.runner import make_runner
+from .rounds.choice import asks_for_fixed_rounds, with_constant_shapes
+from .rounds.loop import FixedPlan
 from .sequences import Sequences
 from .settings import (
     DECODING_KEYWORDS,
@@ -51,6 +54,7 @@ from .settings import (
     choose_shape,
     max_length_of,
 )
+from .target_runner import TargetRunner
 
 # by target: the name of the drafter that was loaded last, and what else it depends on; the drafter
 _NAMED: WeakKeyDictionary[PreTrainedModel, tuple[tuple, PreTrainedModel]] = WeakKeyDictionary()
@@ -148,16 +152,17 @@ def _without_wrapper(drafter: PreTrainedModel) -> PreTrainedModel:
 def _generate_with_drafter(plain: Callable, call: dict[str, Any]):
     """Call plain `generate` with our loop as its decoding method; `call` is by keyword."""
     model, drafter = call.pop("self"), call.pop("assistant_model", None)
-    loop = call.pop("custom_generate") if drafter is None else None
+    bound = call.pop("custom_generate") if drafter is None else None
     accept_keywords(model, call)
     ours = (*DECODING_KEYWORDS, *family_options())
     own = {name: call.pop(name) for name in ours if name in call}
-    if loop is not None:  # a drafter that is bound already
-        own, drafter = {**loop.settings, **own}, loop.drafter
+    if bound is not None:  # a drafter that is bound already
+        own, drafter = {**bound.settings, **own}, bound.drafter
     # `generate` hands a callable neither streamer nor tokenizer, so they are bound here
-    streamer = call.get("streamer") or (loop and loop.streamer)
+    streamer = call.get("streamer") or (bound and bound.streamer)
     loop = decoder(drafter, streamer=streamer, tokenizer=call.get("tokenizer"), **own)
-    loop = replace(loop, keywords=tuple(name for name in call if call[name] is not None))
+    keywords = tuple(name for name in call if call[name] is not None)
+    loop = replace(loop, keywords=keywords, is_warm_up=bool(bound and bound.is_warm_up))
     call["stopping_criteria"] = _with_stop_strings(call, model.generation_config)
     return plain(model, **{**call, "custom_generate": loop})
 
@@ -190,6 +195,7 @@ class BoundDrafter:
     settings: Settings  # by keyword, the options of the drafter's family included
     streamer: BaseStreamer | None
     keywords: tuple[str, ...] = ()  # of `generate`, that the caller has set
+    is_warm_up: bool = False  # whether to compile what the call needs, and no more
 
     def __call__(
         self,
@@ -226,22 +232,34 @@ class BoundDrafter:
         keep_cache = config.return_dict_in_generate or is_user_cache(given)
         options = {name: settings[name] for name in self.family.options if name in settings}
         target, memory = read_target(model), getattr(given, MEMORY, None)
-        drafting = self.family.start(self.drafter, target, memory=memory, **options)
+        start = partial(self.family.start, self.drafter, target, **options)
+        drafting = start(memory=memory)
         if speculation == "never":
             return decode_plainly(model, sequences, config, model_kwargs)
         cache = continued_cache(input_ids, model_kwargs, windows)
         collector = OutputCollector(config, len(input_ids), windows)
-        passes = drafting.layers, cache, collector.extras, keep_cache
+        layers = drafting.layers
+        passes = layers, cache, collector.extras, keep_cache
         runner = make_runner(target, need, takes_tree, *passes)
         costs = getattr(own, "draft_costs", None)
         policy = choose_policy(model, shape, speculation, costs, config.do_sample)
         plan = Plan(rule, longest, keep_cache, config.prefill_chunk_size)
         loop = DecodingLoop(drafting, runner, sequences, collector, policy, plan)
+        if asks_for_fixed_rounds(config):
+            is_adaptive, is_prepared = speculation == "adaptive", need.is_own or not takes_tree
+            fresh = partial(_fresh, start, partial(make_runner, target, need, takes_tree, layers))
+            how = FixedPlan(shape, is_adaptive, config, fresh, self.is_warm_up)
+            loop = with_constant_shapes(loop, how, is_prepared)
         del drafting  # the loop gives it up where it does not pay
         loop.run(model_kwargs)
         filled = returned_cache(given, runner.whole_cache())
         setattr(filled, MEMORY, loop.memory())
         return loop.output(filled)
+
+
+def _fresh(start: Callable, make: Callable) -> tuple[Any, TargetRunner]:
+    """The two sides of a call as they are before its first pass."""
+    return start(), make()
 
 
 def decoder(

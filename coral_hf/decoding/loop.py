@@ -37,6 +37,7 @@ class DecodingStats:
     num_levels: int = 0  # that were drafted, over all rounds; none in a plain round
     num_nodes: int = 0  # of a row, the root included, over all rounds
     is_stepped_back: bool = False  # whether drafting was given up, since it did not pay
+    warm_up_seconds: float = 0.0  # compiling, before the first token
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0  # growing trees, and reading what was accepted
     verify_seconds: float = 0.0

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .acceptance_rules import Chance, traversal
+from .acceptance_rules import Chance, Uniforms, traversal
 from .drafting import PADDING, DraftTree, host_tensor
 from .outputs import OutputCollector, TargetOutput
 from .sequences import Sequences
@@ -85,7 +85,7 @@ def verify_greedy(tree: DraftTree, logits: Tensor) -> Verdict:
     batch, nodes = best.shape
     parents = tree.parents.clamp(min=0)
     agrees = (tree.tokens == best.gather(1, parents)) & (tree.parents != PADDING)
-    agrees[:, 0] = False
+    agrees[:, 0].fill_(False)  # an assignment would copy a number to the device
     # the first child that agrees, of each node; `nodes` stands for none, and is its own child
     ids = torch.arange(nodes, device=best.device).expand(batch, -1)
     child = ids.new_full((batch, nodes + 1), nodes)
@@ -102,7 +102,7 @@ def verify_greedy(tree: DraftTree, logits: Tensor) -> Verdict:
 
 
 def verify_token(
-    tree: DraftTree, target_probs: Callable[[Tensor], Tensor], chance: Chance
+    tree: DraftTree, target_probs: Callable[[Tensor], Tensor], chance: Chance | Uniforms
 ) -> Verdict:
     """Walk down from the root, token by token, in all rows at once.
 
@@ -121,21 +121,23 @@ def verify_token(
         next_token = torch.where(is_walking, step.token, next_token)
         is_walking = is_walking & (step.child > 0)
         node = torch.where(is_walking, step.child, 0)
-        if device.type == "cpu" and not is_walking.any():  # a CPU is free to look
+        if chance.may_look(device) and not is_walking.any():
             break
     return Verdict(torch.stack(path, dim=1), lengths, next_token)
 
 
 def siblings_at(tree: DraftTree, node: Tensor, rows: Sequence[int] | None = None) -> Siblings:
     """List the children of each row's `node`, of shape (batch,); of all rows or of `rows`."""
-    every: Tensor | list[int] = list(range(len(node))) if rows is None else list(rows)
-    draft = None if tree.draft_probs is None else tree.draft_probs[every, node[every]]
-    is_independent = tree.draws == "independent"
-    is_child = tree.children_of(node)[every]
-    return Siblings(tree.tokens[every], is_child, draft, is_independent, tree.branching)
+    tokens, is_child, draft = tree.tokens, tree.children_of(node), None
+    if tree.draft_probs is not None:
+        draft = tree.draft_probs[torch.arange(len(node), device=node.device), node]
+    if rows is not None:
+        tokens, is_child = tokens[list(rows)], is_child[list(rows)]
+        draft = None if draft is None else draft[list(rows)]
+    return Siblings(tokens, is_child, draft, tree.draws == "independent", tree.branching)
 
 
-def token_step(siblings: Siblings, target_probs: Tensor, chance: Chance) -> Step:
+def token_step(siblings: Siblings, target_probs: Tensor, chance: Chance | Uniforms) -> Step:
     """A token of `target_probs` (batch, vocab), as often as possible one of the siblings'.
 
     Chosen siblings (q = 1) are accepted with p in all, so the target's own draw decides. Drawn ones
@@ -149,11 +151,11 @@ def token_step(siblings: Siblings, target_probs: Tensor, chance: Chance) -> Step
         return Step(token, siblings.with_token(token))
     p, q = target_probs, siblings.draft_probs
     child = torch.zeros_like(tokens[:, 0])
-    on_cpu = tokens.device.type == "cpu"
+    may_look = chance.may_look(tokens.device)
     for _ in range(siblings.most or int(is_child.sum(1).max())):
         tried = _first(is_child)  # (batch,)
         is_tried = (tried > 0) & (child == 0)
-        if on_cpu and not is_tried.any():
+        if may_look and not is_tried.any():
             break
         token = tokens.gather(1, tried[:, None])  # (batch, 1)
         own_q = q.gather(1, token)

@@ -63,6 +63,20 @@ class RaggedCache(Cache):
         self.ends = self.next_positions = self.positions.new_zeros(batch)
         self.lengths, self._is_padded = [0] * batch, [False] * batch
 
+    def restore(self, positions: Tensor, lengths: Sequence[int]) -> None:
+        """Say what layers hold that were filled otherwise.
+
+        Args:
+            positions: (batch, width), `HIDDEN` behind a row's end.
+            lengths: committed slots of each row.
+        """
+        self.positions, self.lengths = positions, list(lengths)
+        self.ends = host_tensor(lengths).to(positions.device)
+        slots = torch.arange(positions.shape[1], device=positions.device)
+        is_padding = (positions == HIDDEN) & (slots < self.ends[:, None])
+        self._is_padded = is_padding.any(1).tolist()
+        self.next_positions = positions.amax(1) + 1
+
     @property
     def width(self) -> int:
         """Slots of the longest row: where the next pass writes."""

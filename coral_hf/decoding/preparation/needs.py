@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..caches.continuation import CACHE
 from .switches import is_reached, rotary_switches
-from .tables import CLASSES, DIRECT_INPUTS, INPUTS
+from .tables import AT_A_SWITCH, CLASSES, DIRECT_INPUTS, INPUTS
 
 logger = logging.get_logger(__name__)
 
@@ -86,6 +86,8 @@ def overridden(model: PreTrainedModel) -> dict[str, str]:
 
 def _needs_of_class(model: PreTrainedModel) -> Iterator[Preparation]:
     for name, owner in overridden(model).items():
+        if owner in AT_A_SWITCH and not rotary_switches(model):
+            continue
         reason = f"it has a `{name}` of its own"
         if owner in CLASSES:
             yield Preparation(OWN, reason)

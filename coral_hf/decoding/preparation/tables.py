@@ -35,6 +35,8 @@ CLASSES: Table = {
     "PhimoeForCausalLM": _DROPS_CACHE,
 }
 
+AT_A_SWITCH = [name for name, entry in CLASSES.items() if entry is _DROPS_CACHE]
+
 # what a round needs, or none does: with nothing else, rounds are made without the target's methods
 DIRECT_INPUTS = {
     "attention_mask",

@@ -10,6 +10,7 @@ knows a drafter by the protocol `Drafting` and nothing else.
 """
 
 import weakref
+from collections.abc import Hashable
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...decoding.caches.fixed_cache import FixedCache
 from ...decoding.caches.ragged_cache import HIDDEN, RaggedCache
 from ...decoding.drafting import DraftTree, TreeShape, Warp
 from ...decoding.guard import accept_features
@@ -172,9 +174,40 @@ class CoralDrafting:
         is_plain = new == 1 and self._cache.sees_all()
         mask = None if is_plain else self._cache.mask(positions, causal, self._window)
         predicted = self._step(tokens, features, positions, mask)
-        self._cache.commit(counts.tolist())
-        last = counts.to(device)[:, None, None] - 1
-        self._feature = predicted.gather(1, last.expand(-1, -1, predicted.shape[2]))
+        last = (counts.to(device)[:, None, None] - 1).clamp(min=0)
+        feature = predicted.gather(1, last.expand(-1, -1, predicted.shape[2]))
+        if isinstance(self._cache, FixedCache):
+            self._cache.commit(counts)
+            is_new = (counts > 0)[:, None, None]
+            self._feature.copy_(torch.where(is_new, feature, self._feature))
+        else:
+            self._cache.commit(counts.tolist())
+            self._feature = feature
+
+    def fix(self, capacity: int, shape: TreeShape) -> None:
+        """See [`FixedDrafting`]."""
+        room = max(shape.depth + 1, shape.top_k * (shape.depth - 1))
+        self._cache = FixedCache(self._cache, capacity, room)
+        self._context.cache = self._cache
+        self._feature = self._feature.clone(memory_format=torch.contiguous_format)
+
+    @property
+    def device(self) -> torch.device:
+        """See [`FixedDrafting`]."""
+        return self.drafter.fc.weight.device
+
+    @property
+    def kind(self) -> Hashable:
+        """See [`FixedDrafting`]."""
+        return weakref.ref(self.drafter), type(self.head), self._window, self.drafter.dtype
+
+    def forget_pass(self) -> None:
+        """See [`FixedDrafting`]."""
+        self._cache.truncate()
+
+    def unfix(self, lengths: list[int]) -> None:
+        """See [`FixedDrafting`]."""
+        self._cache = self._context.cache = self._cache.grown(lengths)
 
     def select(self, rows: Tensor) -> None:
         """Keep rows of the batch, of shape (kept,); see [`Drafting`]."""

@@ -124,10 +124,9 @@ FIELDS: Table = {
     ),
     "disable_compile": Entry(TREE, "nothing is compiled", test=_WALK),
     "compile_config": Entry(
-        REFUSED,
-        "`compile_config` was passed, but a drafter's rounds differ in shape and are not compiled",
-        "leave it out, or drop `assistant_model`",
-        test=_REFUSED,
+        TREE,
+        "compiles rounds of constant shapes; where a call cannot have them, nothing is compiled",
+        test="test_a_compiled_call_gives_the_tokens_of_a_plain_one",
     ),
     "continuous_batching_config": Entry(
         REFUSED,

@@ -1,0 +1,1 @@
+"""Rounds of constant shapes, whose every step is a function of tensors."""

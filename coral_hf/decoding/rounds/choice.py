@@ -1,0 +1,64 @@
+"""Which calls run in rounds of constant shapes: those that ask for it and can.
+
+In: the loop of a call, before its first pass. Out: the loop that runs it.
+"""
+
+from transformers import GenerationConfig
+from transformers.utils import logging
+
+from ...target import CONVOLUTION, sliding_windows, takes_positions
+from ..loop import DecodingLoop
+from ..preparation.switches import rotary_switches
+from .loop import FixedLoop, FixedPlan
+
+logger = logging.get_logger(__name__)
+
+RULES = ("greedy", "token")  # that are functions of tensors
+
+
+def asks_for_fixed_rounds(config: GenerationConfig) -> bool:
+    """Whether a call asks for constant shapes, in the way in which it asks transformers."""
+    is_compiled = config.compile_config is not None and not config.disable_compile
+    return config.cache_implementation == "static" or is_compiled
+
+
+def with_constant_shapes(loop: DecodingLoop, how: FixedPlan, is_prepared: bool) -> DecodingLoop:
+    """The loop of a call that asks for constant shapes; the same one where it cannot have them.
+
+    `is_prepared`: whether the target prepares the inputs of each round itself, or takes no tree.
+
+    Raises:
+        ValueError: if it cannot, and is there to compile and no more.
+    """
+    obstacle = _obstacle(loop, is_prepared)
+    if obstacle is None:
+        return FixedLoop(**{name: vars(loop)[name] for name in _PARTS}, fixed=how)
+    if how.is_warm_up:
+        raise ValueError(f"There is nothing to compile: {obstacle}.")
+    logger.info(f"The rounds of this call have varying shapes: {obstacle}.")
+    return loop
+
+
+_PARTS = ("drafting", "target", "sequences", "collector", "policy", "plan")
+
+
+def _obstacle(loop: DecodingLoop, is_prepared: bool) -> str | None:
+    """Why the rounds of a call cannot have constant shapes; None if they can."""
+    model, collector, rule = loop.target.model, loop.collector, loop.plan.rule
+    devices = {*getattr(model, "hf_device_map", {"": model.device}).values()}
+    devices.add(getattr(loop.drafting, "device", model.device))
+    reasons = {
+        "the drafter has none of that kind": not hasattr(loop.drafting, "fix"),
+        "something needs one token after another": not loop.sequences.is_free,
+        "scores, logits or states of each token are asked for": (
+            collector.extras or collector.keeps_scores or collector.keeps_logits
+        ),
+        f"verification={rule.name!r} looks at values": rule.name not in RULES,
+        "trees are drawn": rule.is_drawn,
+        "the target prepares the inputs of each round itself": is_prepared,
+        "the target takes no positions": not takes_positions(model),
+        "the target's rotary embedding changes with the length": rotary_switches(model),
+        "a layer of the target holds no text": {0, CONVOLUTION} & {*sliding_windows(model)},
+        "the models are on several devices": len(devices) > 1,
+    }
+    return next((reason for reason, is_so in reasons.items() if is_so), None)

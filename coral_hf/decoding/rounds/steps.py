@@ -1,0 +1,127 @@
+"""How the steps of fixed rounds are run: as they are, or compiled.
+
+In: `FixedRounds`. Out: the same steps, of which each is one graph. Graphs are kept with their
+target, by all that a shape or a constant of them follows from, so that a call of the same kind
+compiles nothing.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import CompileConfig, PreTrainedModel
+from transformers.utils import logging
+
+from .fixed_rounds import FixedRounds
+
+logger = logging.get_logger(__name__)
+
+Step = Callable[[FixedRounds], Tensor | None]
+STEPS: dict[str, Step] = {
+    "draft": FixedRounds.draft,
+    "verify": FixedRounds.verify,
+    "token": FixedRounds.token,
+}
+TRIALS = 3  # dry rounds, whose median says what a round costs
+
+
+@dataclass
+class Steps:
+    """The steps of rounds of one kind, by name, and what is known of them."""
+
+    by_name: dict[str, Step] = field(default_factory=lambda: dict(STEPS))
+    first_seconds: dict[str, float] = field(default_factory=dict)  # of a step's first run
+    cost: float | None = None  # of a round, in passes of one token
+
+
+# by target, and by kind
+_STEPS: "WeakKeyDictionary[PreTrainedModel, dict[Hashable, Steps]]" = WeakKeyDictionary()
+
+
+def steps_of(rounds: FixedRounds, config: CompileConfig | None) -> Steps:
+    """The steps of a call's rounds, compiled where a `config` asks for it; made once a process."""
+    options = None if config is None else _options(config)
+    kind = rounds.kind, repr(options)
+    known = _STEPS.setdefault(rounds.target.model, {})
+    if kind not in known:
+        known[kind] = Steps()
+        if options is not None:
+            known[kind].by_name = {name: _compiled(step, options) for name, step in STEPS.items()}
+    return known[kind]
+
+
+def _options(config: CompileConfig) -> dict[str, Any]:
+    """Arguments of `torch.compile`: a step is one graph, and its shapes are constant."""
+    options = {**config.to_dict(), "fullgraph": True, "dynamic": False}
+    if options["options"] is not None or options["backend"] != "inductor":
+        del options["mode"]  # torch takes one of the two, and other backends know no modes
+    return options
+
+
+def _compiled(step: Step, options: dict[str, Any]) -> Step:
+    """A step that compiles when it is first run, with a cache of graphs of its own.
+
+    torch keeps graphs by code object and gives up after a few of one, so each kind has a copy.
+    """
+    code = step.__code__.replace(co_name=f"{step.__name__}_of_one_kind")
+    return torch.compile(FunctionType(code, step.__globals__, step.__name__), **options)
+
+
+def run_dry(rounds: FixedRounds, steps: Steps, names: list[str]) -> None:
+    """Run each step once on rows that keep nothing, so that what compiles has compiled.
+
+    A step that cannot be compiled runs as it is from then on, and says so once.
+    """
+    rounds.is_active.fill_(False)
+    for name in names:
+        if name in steps.first_seconds:
+            continue
+        start = time.perf_counter()
+        try:
+            steps.by_name[name](rounds)
+        except Exception as error:
+            if steps.by_name[name] is STEPS[name]:
+                raise
+            _give_up(steps, name, error)
+            rounds.forget_pass()
+        steps.first_seconds[name] = time.perf_counter() - start
+    rounds.is_active.fill_(True)
+
+
+def _give_up(steps: Steps, name: str, error: Exception) -> None:
+    """Run a step as it is from now on."""
+    steps.by_name[name] = STEPS[name]
+    reason = str(error).strip().split("\n")[0]
+    logger.warning_once(
+        f"The step `{name}` of a round cannot be compiled with this target and drafter, and runs"
+        f" without ({type(error).__name__}: {reason}). Leave out `compile_config`, or call"
+        " `torch._logging.set_logs(graph_breaks=True)` to see why."
+    )
+
+
+def measure_cost(rounds: FixedRounds, steps: Steps) -> float:
+    """What a round costs in passes of one token: measured once, in rounds that keep nothing.
+
+    Once in a process, so that calls alike decide alike.
+    """
+    if steps.cost is None:
+        rounds.is_active.fill_(False)
+        seconds = {name: [_timed(rounds, steps, name) for _ in range(TRIALS)] for name in STEPS}
+        draft, verify, token = (statistics.median(seconds[name]) for name in STEPS)
+        steps.cost = (draft + verify) / token
+        rounds.is_active.fill_(True)
+    return steps.cost
+
+
+def _timed(rounds: FixedRounds, steps: Steps, name: str) -> float:
+    """Seconds of a step, with what a device has still to do."""
+    start = time.perf_counter()
+    steps.by_name[name](rounds)
+    rounds.root.tolist()
+    return time.perf_counter() - start

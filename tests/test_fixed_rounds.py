@@ -1,0 +1,376 @@
+"""Rounds of constant shapes give what rounds that grow give, in every way of running."""
+
+import logging
+
+import pytest
+import torch
+from conftest import WINDOW, scatter_weights, tiny_target
+from scipy.stats import chisquare
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CompileConfig, StoppingCriteria
+
+import coral_hf
+from coral_hf import CoralDrafter
+from coral_hf.decoding.caches.continuation import CACHE
+from coral_hf.decoding.caches.fixed_cache import FixedCache
+from coral_hf.decoding.caches.ragged_cache import RaggedCache
+from coral_hf.decoding.rounds import loop as loop_module
+from coral_hf.decoding.rounds.fixed_rounds import FixedRounds
+from coral_hf.decoding.rounds.loop import capacity_for
+
+VOCAB = 8  # small, so that much is accepted
+TREE = {"tree_depth": 4, "tree_top_k": 3, "tree_nodes": 12}
+STATIC = {"cache_implementation": "static"}
+COMPILED = {"compile_config": CompileConfig(backend="eager")}
+PLAIN = {"do_sample": False, "max_new_tokens": 40, "pad_token_id": 0}
+FAMILIES = ["llama", "qwen3", "gemma3", "gpt_oss", "mistral_window", "phi3", "olmo2", "gpt2"]
+
+
+def pair(family="llama", dtype=torch.float64, **overrides):
+    target = tiny_target(family, dtype, vocab_size=VOCAB, **overrides)
+    torch.manual_seed(0)
+    drafter = CoralDrafter.from_target(target).eval()
+    scatter_weights(drafter, seed=1)
+    return target, drafter
+
+
+def prompts(rows=1, length=WINDOW + 5):
+    ids = torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    for row in range(1, rows):
+        mask[row, : 2 * row] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def drafted(target, drafter, given, **settings):
+    keep = {"return_dict_in_generate": True}
+    return target.generate(**given, assistant_model=drafter, **TREE, **keep, **settings)
+
+
+@pytest.fixture
+def rounds_run(monkeypatch):
+    """How many rounds of constant shapes were run."""
+    counts = []
+    plain = loop_module.FixedLoop.round
+    monkeypatch.setattr(
+        loop_module.FixedLoop, "round", lambda self: (counts.append(1), plain(self))
+    )
+    return counts
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rounds_of_constant_shapes_give_the_tokens_of_a_plain_call(family, rows, rounds_run):
+    # the text crosses the sliding windows
+    target, drafter = pair(family)
+    given = prompts(rows)
+    plain = target.generate(**given, **PLAIN)
+    ours = drafted(target, drafter, given, **PLAIN, **STATIC)
+    assert ours.sequences.equal(plain) and rounds_run
+    assert max(ours.stats.round_lengths) > 1  # some was accepted, some rejected
+    assert min(ours.stats.round_lengths) < TREE["tree_depth"] + 1
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_compiled_call_gives_the_tokens_of_a_plain_one(rows):
+    target, drafter = pair("gemma3")
+    given = prompts(rows)
+    plain = target.generate(**given, **PLAIN)
+    ours = drafted(target, drafter, given, **PLAIN, **COMPILED)
+    assert ours.sequences.equal(plain)
+    assert ours.stats.warm_up_seconds > 0
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "gpt_oss"),
+    ],
+)
+def test_a_call_compiles_three_graphs_before_its_first_token_and_the_next_none(family):
+    torch._dynamo.reset()
+    target, drafter = pair(family, dtype=torch.float32)
+    settings = {**PLAIN, **COMPILED, "speculation": "adaptive"}
+    compiled, before = [], []
+
+    def backend(graph, example_inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    class Streamer:
+        def put(self, value):
+            before.append(len(compiled))
+
+        def end(self):
+            pass
+
+    settings["compile_config"] = CompileConfig(backend=backend)
+    drafted(target, drafter, prompts(), streamer=Streamer(), **settings)
+    assert len(compiled) == 3 and before[1:] == [3] * len(before[1:])
+    drafted(target, drafter, prompts(length=9), **settings)
+    assert len(compiled) == 3
+
+
+def test_rows_end_where_they_end_in_a_plain_call(rounds_run):
+    target, drafter = pair()
+    given = prompts(rows=4)
+    for end in range(3, VOCAB):
+        settings = {**PLAIN, "eos_token_id": end}
+        plain = target.generate(**given, **settings)
+        ours = drafted(target, drafter, given, **settings, **STATIC)
+        assert ours.sequences.equal(plain)
+    assert rounds_run
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_call_continues_from_the_cache_of_one_with_constant_shapes(family, rows):
+    target, drafter = pair(family)
+    given = prompts(rows)
+    whole = target.generate(**given, **PLAIN)
+    settings = {**PLAIN, "max_new_tokens": 17}
+    first = drafted(target, drafter, given, **settings, **STATIC)
+    mask = torch.nn.functional.pad(given["attention_mask"], (0, 17), value=1)
+    more = {"input_ids": first.sequences, "attention_mask": mask, CACHE: first[CACHE]}
+    settings["max_new_tokens"] = 23
+    if rows == 1:
+        assert first[CACHE].drafter_memory is not None
+    assert drafted(target, drafter, more, **settings, **COMPILED).sequences.equal(whole)
+    first = drafted(target, drafter, given, **{**settings, "max_new_tokens": 17}, **STATIC)
+    more[CACHE] = first[CACHE]
+    assert target.generate(**more, **settings).equal(whole)
+
+
+def test_a_text_continues_in_the_next_capacity_token_for_token(monkeypatch, rounds_run):
+    monkeypatch.setattr(loop_module, "LEAST_CAPACITY", 32)
+    monkeypatch.setattr(loop_module, "FAR", 8)
+    target, drafter = pair("gemma3")
+    given, settings = prompts(rows=2), {**PLAIN, "max_new_tokens": 90}
+    plain = target.generate(**given, **settings)
+    for way in (STATIC, COMPILED):
+        assert drafted(target, drafter, given, **settings, **way).sequences.equal(plain)
+    assert rounds_run
+
+
+def test_capacities_double():
+    assert [capacity_for(length) for length in (1, 256, 257, 1000, 1025)] == [
+        256,
+        256,
+        512,
+        1024,
+        2048,
+    ]
+
+
+def test_a_token_is_read_alone_where_drafting_does_not_pay(monkeypatch):
+    monkeypatch.setattr(loop_module, "measure_cost", lambda rounds, steps: 9.0)
+    target, drafter = pair()
+    given = prompts(rows=2)
+    plain = target.generate(**given, **PLAIN)
+    for way in (STATIC, COMPILED):
+        ours = drafted(target, drafter, given, **PLAIN, **way, speculation="adaptive")
+        assert ours.sequences.equal(plain)
+        assert ours.stats.is_stepped_back and ours.stats.num_rounds > len(plain[0]) // 3
+
+
+def test_the_same_call_drafts_alike_however_long_passes_take():
+    target, drafter = pair(dtype=torch.bfloat16)
+    settings = {**PLAIN, **STATIC, "speculation": "adaptive"}
+    first, *others = (drafted(target, drafter, prompts(), **settings) for _ in range(4))
+    for other in others:
+        assert other.sequences.equal(first.sequences)
+        assert other.stats.round_lengths == first.stats.round_lengths
+
+
+class NoSync(TorchDispatchMode):
+    """Refuses what waits for a device, or copies to it from Python."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "lift_fresh")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in self.REFUSED, name
+        if name in ("index", "index_put", "index_put_"):
+            assert all(one is None or one.dtype != torch.bool for one in args[1]), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "top_k": 5, "temperature": 0.7}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_waits_for_no_device(family, sampling, monkeypatch):
+    target, drafter = pair(family, torch.float32)
+    target.set_experts_implementation("batched_mm")  # the eager one is a loop over experts
+
+    def watched(step):
+        def run(rounds):
+            with NoSync():
+                return step(rounds)
+
+        return run
+
+    steps = {name: watched(getattr(FixedRounds, name)) for name in ("draft", "verify", "token")}
+    monkeypatch.setattr("coral_hf.decoding.rounds.steps.STEPS", steps)
+    settings = {**PLAIN, **STATIC, **sampling, "speculation": "adaptive"}
+    assert drafted(target, drafter, prompts(rows=2), **settings).stats.num_rounds > 0
+
+
+@pytest.mark.parametrize("way", [STATIC, COMPILED])
+def test_sampled_tokens_have_the_targets_distribution(way):
+    target, drafter = pair(dtype=torch.float32)
+    ids = prompts()["input_ids"].expand(64, -1)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    settings = {"max_new_tokens": 3, "do_sample": True, "temperature": 0.8, "pad_token_id": 0}
+    torch.manual_seed(0)
+    texts = [drafted(target, drafter, given, **settings, **way).sequences for _ in range(60)]
+    found = torch.cat(texts)[:, -3:]
+    counts = torch.zeros(VOCAB, VOCAB, VOCAB, dtype=torch.float64)
+    counts.index_put_(tuple(found.T), torch.ones(len(found), dtype=torch.float64), accumulate=True)
+    expected = torch.zeros_like(counts)
+    triples = torch.cartesian_prod(*[torch.arange(VOCAB)] * 3)
+    whole = torch.cat([ids[:1].expand(len(triples), -1), triples], dim=1)
+    with torch.no_grad():
+        log_probs = (target(whole).logits[:, -4:-1].double() / 0.8).log_softmax(-1)
+    expected = log_probs.gather(2, triples[..., None]).sum((1, 2)).exp()
+    order = expected.argsort(descending=True)
+    often = order[expected[order] * len(found) > 8]
+    rest = len(found) - counts.flatten()[often].sum()
+    observed = torch.cat([counts.flatten()[often], rest[None]])
+    probable = torch.cat([expected[often], 1 - expected[often].sum()[None]]) * len(found)
+    assert chisquare(observed.numpy(), probable.numpy()).pvalue > 1e-3
+
+
+def test_the_same_seed_gives_the_same_text_and_another_seed_another():
+    target, drafter = pair()
+    settings = {**STATIC, "do_sample": True, "max_new_tokens": 30, "pad_token_id": 0}
+    texts = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        texts.append(drafted(target, drafter, prompts(), **settings).sequences)
+    assert texts[0].equal(texts[1]) and not texts[0].equal(texts[2])
+
+
+def test_a_distribution_that_is_none_is_an_error():
+    target, drafter = pair()
+    with torch.no_grad():
+        target.lm_head.weight[:] = float("nan")
+    settings = {"do_sample": True, "max_new_tokens": 5, "pad_token_id": 0, **STATIC}
+    with pytest.raises(RuntimeError, match="nan"):
+        drafted(target, drafter, prompts(), **settings)
+
+
+class Never(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.3},
+        {"output_scores": True},
+        {"stopping_criteria": [Never()]},
+        {"do_sample": True, "verification": "traversal"},
+    ],
+)
+def test_what_needs_order_runs_in_rounds_that_grow_and_says_so(settings, caplog, rounds_run):
+    target, drafter = pair()
+    with caplog.at_level(logging.INFO, logger="coral_hf"):
+        drafted(target, drafter, prompts(), **{**PLAIN, **STATIC, **settings})
+    assert not rounds_run
+    assert "varying shapes" in caplog.text
+
+
+def test_a_target_that_cannot_be_traced_runs_as_it_is_and_says_so_once(caplog):
+    target, drafter = pair()
+    plain = target.generate(**prompts(), **PLAIN)
+
+    def broken(graph, example_inputs):
+        raise RuntimeError("this backend compiles nothing")
+
+    settings = {**PLAIN, "compile_config": CompileConfig(backend=broken)}
+    for _ in range(2):
+        assert drafted(target, drafter, prompts(), **settings).sequences.equal(plain)
+    assert caplog.text.count("cannot be compiled") == 2  # of each step that it runs, once
+
+
+def test_an_interrupted_round_leaves_target_and_drafter_usable(monkeypatch):
+    target, drafter = pair()
+    plain = target.generate(**prompts(), **PLAIN)
+    whole, calls = FixedRounds._accept, []
+
+    def interrupted(self, tree):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return whole(self, tree)
+
+    monkeypatch.setattr(FixedRounds, "_accept", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        drafted(target, drafter, prompts(), **PLAIN, **STATIC)
+    assert drafted(target, drafter, prompts(), **PLAIN, **STATIC).sequences.equal(plain)
+    assert drafted(target, drafter, prompts(), **PLAIN).sequences.equal(plain)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_fixed_cache_sees_what_the_growing_one_sees(window):
+    generator = torch.Generator().manual_seed(0)
+    grows, counts = RaggedCache([window]), [[1, 3], [2, 1], [4, 4], [1, 2]]
+
+    def states(new):
+        return torch.randn(2, 2, new, 4, generator=generator, dtype=torch.float64)
+
+    prompt = states(7)
+    grows.set_recording(True)
+    grows.begin(2)
+    grows.update(prompt, prompt + 1, 0)
+    positions = torch.arange(7).repeat(2, 1)
+    positions[1] = (positions[1] - 2).clamp(min=-1)
+    grows.append(positions)
+    start = RaggedCache([window])
+    start.set_recording(True)
+    start.begin(2)
+    start.update(prompt, prompt + 1, 0)
+    start.append(positions)
+    fixed = FixedCache(start, capacity=32, room=5)
+    own = torch.ones(2, 5, 5, dtype=torch.bool).tril()
+    for kept in counts:
+        new = states(5)
+        query = torch.arange(5).expand(2, -1)
+        seen = []
+        for cache in (grows, fixed):
+            mask = cache.mask(cache.position_ids(query), own, window)
+            keys, values = cache.update(new, new + 1, 0)
+            seen.append(
+                [
+                    {tuple(key.tolist()) for key in keys[row, 0][mask[row, node]]}
+                    for row in range(2)
+                    for node in range(5)
+                ]
+            )
+        assert seen[0] == seen[1]
+        nodes = torch.tensor([[0, 1, 2, 4], [0, 2, 3, 4]])
+        grows.commit(kept, nodes[:, : max(kept)])
+        fixed.commit(torch.tensor(kept), nodes)
+        assert fixed.next_positions.equal(grows.next_positions)
+    back = fixed.grown(grows.lengths)
+    assert back.positions.equal(grows.positions) and back.lengths == grows.lengths
+
+
+def test_compiling_ahead_leaves_nothing_to_compile():
+    torch._dynamo.reset()
+    target, drafter = pair(dtype=torch.float32)
+    compiled = []
+
+    def backend(graph, example_inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    config = CompileConfig(backend=backend)
+    seconds = coral_hf.warm_up(
+        target, drafter, batch_size=2, max_length=100, compile_config=config, **TREE
+    )
+    count = len(compiled)
+    assert count == 2 and seconds > 0
+    drafted(target, drafter, prompts(rows=2), **PLAIN, compile_config=config)
+    assert len(compiled) == count
