@@ -1,4 +1,4 @@
-"""A target's LM head as draft heads read it, and tensors cached from its weight.
+"""A target's LM head as draft heads read it, and a cache of what is computed from its weight.
 
 In: the target's output module. Out: logits exactly as the target computes them, of all tokens or
 of some rows or channels of the weight.
@@ -6,12 +6,14 @@ of some rows or channels of the weight.
 
 from collections.abc import Callable
 from operator import is_not
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
+
+Value = TypeVar("Value")
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -85,19 +87,19 @@ class LMHead(NamedTuple):
         return logits
 
 
-class CachedTensor:
-    """A tensor computed from others, computed again only when one of them has changed.
+class Cached(Generic[Value]):
+    """What was computed from some tensors, computed again only when one of them has changed.
 
     It is not part of a module's state: it is neither saved nor copied with the module, and is freed
     with the first of its sources. A write through a source's `.data` goes unnoticed.
     """
 
     def __init__(self) -> None:
-        # by the first source: the state of all, the others themselves, the tensor
+        # by the first source: the state of all, the others themselves, the value
         self._cached = WeakTensorKeyDictionary()
 
-    def get(self, sources: list[Tensor], compute: Callable[[], Tensor]) -> Tensor:
-        """Return `compute()`, of any shape, from the cache where `sources` are unchanged."""
+    def get(self, sources: list[Tensor], compute: Callable[[], Value]) -> Value:
+        """Return `compute()`, from the cache where `sources`, of any shape, are unchanged."""
         first, *others = sources
         state = [(source.data_ptr(), source.dtype, _version(source)) for source in sources]
         cached = self._cached.get(first)
@@ -108,7 +110,7 @@ class CachedTensor:
         return cached[2]
 
     def __reduce__(self):
-        return CachedTensor, ()
+        return Cached, ()
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -113,6 +113,15 @@ def test_heads_are_timed_and_their_reads_counted(groups, monkeypatch, capsys):
     assert rows[0][6] == "1.00x" and all(float(row[5].split()[0]) > 0 for row in rows)
 
 
+def test_parts_of_a_head_are_timed_beside_torchs_own(monkeypatch, capsys):
+    sizes = ["--vocab", 300, "--rows", 2, "--shape", "640:8", "--top-k", 3, "--repeats", 1]
+    run(monkeypatch, "time_head_parts.py", *sizes)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    rows = [line.strip("| ").split(" | ") for line in lines]
+    assert [row[0] for row in rows] == ["rows × logits", *2 * ["2 × 300"], "head", *4 * ["640 × 8"]]
+    assert all(float(cell.split()[0]) > 0 for cell in rows[1][2:] + rows[4][3:])
+
+
 def test_the_mass_of_the_best_groups_is_tabled_by_grouping(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.txt").write_text("What is the sum of two and three? " * 8)
     names = ["--target", folder / "target", "--dataset", folder / "talk.jsonl", "--hold-out", 1]

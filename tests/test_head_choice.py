@@ -1,6 +1,7 @@
 """Which draft heads a drafter has, which it reads, and how they travel with it."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -176,6 +177,17 @@ def test_groups_of_neighbours_copy_nothing(target, drafter):
     head = head_of(target, drafter)
     weight = drafter.heads.bind(head, "routed")._weight  # (vocab, hidden)
     assert weight.data_ptr() == head.weight.data_ptr()
+
+
+def test_a_broken_router_leaves_the_whole_head_and_says_so(target, drafter, caplog):
+    with_all_heads(target, drafter)
+    head = head_of(target, drafter)
+    assert type(drafter.heads.bind(head, "routed")) is RoutedHead
+    with torch.no_grad():
+        drafter.heads.router.groups.weight[0, 0] = float("nan")
+    with caplog.at_level(logging.WARNING):
+        assert type(drafter.heads.bind(head, "routed")) is FullHead
+    assert "router's weights are not finite: the whole LM head is read" in caplog.text
 
 
 # ---- bad input

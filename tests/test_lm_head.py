@@ -9,7 +9,7 @@ import torch
 from head_inputs import make_head, make_level
 from torch import nn
 
-from coral_hf.lm_head import CachedTensor, LMHead
+from coral_hf.lm_head import Cached, LMHead
 
 HIDDEN = 16
 
@@ -47,7 +47,7 @@ def test_features_are_cast_to_the_heads_dtype():
 
 
 def test_a_cached_tensor_is_computed_once_for_the_same_sources():
-    weight, calls, cached = torch.ones(3), [], CachedTensor()
+    weight, calls, cached = torch.ones(3), [], Cached()
 
     def double():
         calls.append(1)
@@ -59,7 +59,7 @@ def test_a_cached_tensor_is_computed_once_for_the_same_sources():
 
 @pytest.mark.parametrize("change", ["another tensor", "an equal tensor", "written to", "moved"])
 def test_a_cached_tensor_follows_its_sources(change):
-    first, cached = torch.ones(3), CachedTensor()
+    first, cached = torch.ones(3), Cached()
     weight = first
     cached.get([weight], lambda: weight * 2)
     if change == "another tensor":
@@ -76,7 +76,7 @@ def test_a_cached_tensor_follows_its_sources(change):
 
 
 def test_a_cached_tensor_is_freed_with_its_source():
-    sources, cached = [torch.ones(3)], CachedTensor()
+    sources, cached = [torch.ones(3)], Cached()
     kept = weakref.ref(cached.get(sources, lambda: torch.ones(2)))
     assert kept() is not None
     sources.clear()
@@ -84,7 +84,7 @@ def test_a_cached_tensor_is_freed_with_its_source():
 
 
 def test_a_cached_tensor_is_not_copied():
-    cached = CachedTensor()
+    cached = Cached()
     cached.get([torch.ones(3)], lambda: torch.ones(2))
     for other in (copy.deepcopy(cached), pickle.loads(pickle.dumps(cached))):
         assert not other._cached
@@ -93,4 +93,4 @@ def test_a_cached_tensor_is_not_copied():
 def test_sources_of_inference_mode_can_be_cached_from():
     with torch.inference_mode():
         weight = torch.ones(3)
-        assert CachedTensor().get([weight], lambda: weight * 2).tolist() == [2.0] * 3
+        assert Cached().get([weight], lambda: weight * 2).tolist() == [2.0] * 3

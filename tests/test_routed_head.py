@@ -1,7 +1,5 @@
 """The routed head reads the groups of the LM head that a router picks for a tree level."""
 
-import logging
-
 import pytest
 import torch
 from head_inputs import HIDDEN, SPLITS, make_head, make_level, make_order, make_router
@@ -166,15 +164,3 @@ def test_each_text_of_a_batch_reads_groups_of_its_own(order_of):
         alone = draft_head.children(features[text : text + 1], log_path[:1], 3)
         assert together.tokens[text].equal(alone.tokens[0])
         torch.testing.assert_close(together.log_confidence[text], alone.log_confidence[0])
-
-
-def test_a_broken_router_leaves_the_whole_head_and_says_so(caplog):
-    head, router, level = make_head(50), make_router(7), make_level()
-    with torch.no_grad():
-        router.groups.weight.fill_(float("nan"))
-    draft_head = routed(head, router, 2)
-    with caplog.at_level(logging.WARNING):
-        children = draft_head.children(*level, 5)
-    assert "router's output is NaN: the whole LM head is read" in caplog.text
-    assert children.tokens.equal(FullHead(head).children(*level, 5).tokens)
-    assert draft_head.logits(*level).equal(FullHead(head).logits(*level))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..lm_head import CachedTensor, LMHead
+from ..lm_head import Cached, LMHead
 from .draft_heads import DraftHead, FrequencyHead, FullHead, LowRank, LowRankHead, RoutedHead
 from .group_logits import has_kernel
 from .router import Router, Routing, check_order, check_token_ids, order_hash
@@ -70,8 +70,11 @@ class DraftHeads(nn.Module):
         if config.head_rank is not None:
             self.low_rank = LowRank(config.hidden_size, config.head_rank)
         # copies of the target's head (vocab, hidden) in another order, or of some rows or channels
-        self._grouped_rows, self._hot_rows, self._channels = (CachedTensor() for _ in range(3))
-        self._hot_tokens = CachedTensor()  # those that a target still has
+        self._grouped_rows: Cached[Tensor] = Cached()
+        self._hot_rows: Cached[Tensor] = Cached()
+        self._channels: Cached[Tensor] = Cached()
+        self._hot_tokens: Cached[Tensor] = Cached()  # those that a target still has
+        self._is_finite: Cached[bool] = Cached()  # of the router's weights
 
     def bind(self, head: LMHead, name: str | None = None) -> DraftHead:
         """Return the draft head `name` (the config's by default) on a target's LM head.
@@ -118,8 +121,8 @@ class DraftHeads(nn.Module):
         Where a target has lost rows since, it has rows of zeros, which are never drafted.
         """
         weight, vocab_size = head.weight, self.config.vocab_size
-        is_cpu = self._placement.device.type == "cpu"  # there its output is checked instead
-        if not is_cpu and not all(weight.isfinite().all() for weight in router.parameters()):
+        weights = [*router.parameters()]
+        if not self._is_finite.get(weights, lambda: all(x.isfinite().all() for x in weights)):
             logger.warning_once(
                 "The router's weights are not finite: the whole LM head is read instead."
             )

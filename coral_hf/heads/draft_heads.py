@@ -21,13 +21,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.utils import logging
 
 from ..lm_head import LMHead
 from .group_logits import group_logits
+from .ranking import rank
 from .router import UNUSED, Router, Routing
-
-logger = logging.get_logger(__name__)
 
 
 class Children(NamedTuple):
@@ -73,7 +71,7 @@ class FullHead:
 
     def children(self, features: Tensor, log_path: Tensor, top_k: int) -> Children:
         """Rank the children of features (batch, nodes, hidden); see [`DraftHead`]."""
-        return _best(self.logits(features, log_path), top_k)
+        return Children(*rank(self.logits(features, log_path), top_k))
 
     def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
         """Compute all logits, (batch, nodes, vocab); see [`DraftHead`]."""
@@ -98,7 +96,7 @@ class FrequencyHead:
 
         Confidence is the probability among the tokens that are read.
         """
-        places, log_confidence = _best(self._read(features), min(top_k, len(self.tokens)))
+        places, log_confidence = rank(self._read(features), min(top_k, len(self.tokens)))
         return Children(self.tokens[places], log_confidence)
 
     def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
@@ -195,22 +193,18 @@ class RoutedHead:
         is 0 for what fills up the children where fewer tokens were read.
         """
         log_mass = self._log_mass(features)
-        if _is_nan(log_mass):
-            return FullHead(self.head).children(features, log_path, top_k)
         active = self._choose(log_mass, log_path)
-        log_confidence = self._confidence(self._read(features, active), log_mass, active)
-        best, places = log_confidence.topk(min(top_k, log_confidence.shape[-1]))
+        logits = self._read(features, active).flatten(2)  # (batch, nodes, slots * size)
+        places, log_probs = rank(logits, min(top_k, logits.shape[-1]))
         slots, offsets = places // self.groups.size, places % self.groups.size
         group = active.expand(-1, features.shape[1], -1).gather(2, slots)
         tokens = self.groups.tokens(group, offsets)
-        return Children(tokens.clamp(max=self.num_rows - 1), best)
+        log_confidence = log_probs + self._mass_read(log_mass, active)[..., None]
+        return Children(tokens.clamp(max=self.num_rows - 1), log_confidence)
 
     def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
         """Compute the target's logits in the active groups, (batch, nodes, vocab)."""
-        log_mass = self._log_mass(features)
-        if _is_nan(log_mass):
-            return FullHead(self.head).logits(features, log_path)
-        active = self._choose(log_mass, log_path)
+        active = self._choose(self._log_mass(features), log_path)
         read = self._read(features, active)
         tokens = self._tokens(active).clamp(max=self.num_rows - 1).expand_as(read)
         logits = read.new_full((*read.shape[:2], self.num_rows), float("-inf"))
@@ -245,30 +239,8 @@ class RoutedHead:
         return self.groups.tokens(active[..., None], offsets)
 
     @staticmethod
-    def _confidence(logits: Tensor, log_mass: Tensor, active: Tensor) -> Tensor:
-        """Log of mass × probability among what was read, (batch, nodes, slots × size)."""
-        nodes, logits = log_mass.shape[1], logits.flatten(2)
+    def _mass_read(log_mass: Tensor, active: Tensor) -> Tensor:
+        """Log-mass of all that was read together, (batch, nodes)."""
         is_unused = active == UNUSED  # (batch, 1 or nodes, slots)
-        groups = active.masked_fill(is_unused, 0).expand(-1, nodes, -1)
-        mass = log_mass.gather(2, groups).masked_fill(is_unused, float("-inf")).logsumexp(-1)
-        return logits + (mass - logits.logsumexp(-1))[..., None]
-
-
-def _best(logits: Tensor, top_k: int) -> Children:
-    """Rank logits (batch, nodes, read); `tokens` are places among what was read."""
-    best, places = logits.topk(top_k, dim=-1)
-    return Children(places, best - logits.logsumexp(-1, keepdim=True))
-
-
-def _is_nan(log_mass: Tensor) -> bool:
-    """Whether the router's output (batch, nodes, groups) is NaN; read on the CPU, where it is free.
-
-    Elsewhere the router's weights are checked once a call, see `DraftHeads.bind`.
-    """
-    is_nan = log_mass.device.type == "cpu" and bool(log_mass.isnan().any())
-    if is_nan:
-        logger.warning_once(
-            "The router's output is NaN: the whole LM head is read where that happens. Check the"
-            " drafter's weights and the target's features."
-        )
-    return is_nan
+        groups = active.masked_fill(is_unused, 0).expand(-1, log_mass.shape[1], -1)
+        return log_mass.gather(2, groups).masked_fill(is_unused, float("-inf")).logsumexp(-1)

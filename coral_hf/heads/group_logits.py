@@ -3,7 +3,9 @@
 In: features, the head's weight, and the groups that each sequence or each node reads. Out: raw
 logits (batch, nodes, slots, size). A group is `size` consecutive rows of the weight, or of `order`,
 which says where each row is. On CUDA one Triton kernel reads the weight in place; the plain form
-beside it says what the kernel computes and runs everywhere else.
+beside it says what the kernel computes and runs everywhere else. Both are one operator of a traced
+graph, whose shape depends on no value. Copying the active rows first, which torch's own operators
+would do, takes up to five times as long on a CPU.
 """
 
 from collections import defaultdict
@@ -50,9 +52,27 @@ def group_logits(
     if active.shape[1] != 1:
         # a node with groups of its own is a sequence of one node
         features, active = features.flatten(0, 1)[:, None], active.flatten(0, 1)[:, None]
-    kernel = _kernel() if _is_fusible(features, weight, bias) else None
-    read = kernel or plain_group_logits
+    # the operator has no gradient
+    read = plain_group_logits if _needs_gradient(features, weight, bias) else _group_logits
     return read(features, weight, active, size, bias, order).view(batch, nodes, -1, size)
+
+
+@torch.library.custom_op(
+    "coral_hf::group_logits",
+    mutates_args=(),
+    schema="(Tensor features, Tensor weight, Tensor active, int size, Tensor? bias, Tensor? order)"
+    " -> Tensor",
+)
+def _group_logits(features, weight, active, size, bias, order):
+    """See `plain_group_logits`, whose arguments these are: (batch, nodes, slots, size)."""
+    kernel = _kernel() if has_kernel(weight) and weight.stride(-1) == 1 else None
+    return (kernel or plain_group_logits)(features, weight, active, size, bias, order)
+
+
+@_group_logits.register_fake
+def _(features, weight, active, size, bias, order):  # (batch, nodes, slots, size), as above
+    shape = (*features.shape[:2], active.shape[-1], size)
+    return features.new_empty(shape, dtype=torch.float32)
 
 
 def plain_group_logits(
@@ -106,8 +126,6 @@ def _kernel() -> Callable[..., Tensor] | None:
     return fused_group_logits
 
 
-def _is_fusible(features: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the kernel can read a weight (vocab, hidden): on CUDA, no gradient needed."""
-    needs_gradient = any(x is not None and x.requires_grad for x in (features, weight, bias))
-    is_inferring = not (torch.is_grad_enabled() and needs_gradient)
-    return has_kernel(weight) and weight.stride(-1) == 1 and is_inferring
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a gradient flows to any of some tensors, of any shape."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

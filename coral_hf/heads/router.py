@@ -185,7 +185,6 @@ def _largest(mass: Tensor, count: int, share: float | None) -> Tensor:
     best, groups = mass.topk(min(count, mass.shape[-1]))
     if share is None:
         return groups
-    before = best.cumsum(-1) - best  # mass of the groups that come first
+    before = best.cumsum(-1)[..., :-1]  # mass of the groups that come first
     is_enough = before >= share * mass.sum(-1, keepdim=True)
-    is_enough[..., 0] = False  # one group is always read
-    return groups.masked_fill(is_enough, UNUSED)
+    return groups.masked_fill(F.pad(is_enough, (1, 0)), UNUSED)  # one group is always read
