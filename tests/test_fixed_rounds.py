@@ -339,7 +339,7 @@ def test_a_fixed_cache_sees_what_the_growing_one_sees(window):
         query = torch.arange(5).expand(2, -1)
         seen = []
         for cache in (grows, fixed):
-            mask = cache.mask(cache.position_ids(query), own, window)
+            mask = cache.mask(cache.position_ids(query), own, torch.float32, window) == 0
             keys, values = cache.update(new, new + 1, 0)
             seen.append(
                 [

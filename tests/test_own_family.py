@@ -41,6 +41,7 @@ class ToyDrafting:
         self.drafter = drafter
 
     def begin(self, tokens, features, positions):
+        assert not hasattr(self, "feature")  # a prompt in chunks comes whole
         assert features.shape[1] + 1 == tokens.shape[1]  # all tokens, the first included
         assert features.shape[2] == 2 * self.drafter.config.hidden_size
         self.feature = features[:, -1]
@@ -90,7 +91,12 @@ def toy():
 
 
 @pytest.mark.parametrize(
-    "shape", [{"tree_depth": 3, "tree_top_k": 3, "tree_nodes": 9}, {"tree_top_k": 1}]
+    "shape",
+    [
+        {"tree_depth": 3, "tree_top_k": 3, "tree_nodes": 9},
+        {"tree_top_k": 1},
+        {"tree_top_k": 1, "prefill_chunk_size": 2},
+    ],
 )
 def test_greedy_tokens_of_a_batch_are_the_targets_own(target, toy, shape):
     plain = target.generate(PROMPTS, do_sample=False, **BATCH)

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import weakref
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from transformers.cache_utils import DynamicLayer
 
 from coral_hf.decoding.caches.ragged_cache import HIDDEN, RaggedCache
 from coral_hf.decoding.caches.ragged_layer import GROWTH, SLACK, SPARE, RaggedLayer
-from coral_hf.decoding.target_runner import additive_mask
 
 BATCH, HEADS, WIDTH = 2, 3, 4
 KINDS = [*["update"] * 6, "crop", "crop", "repeat", "select", "reorder", "reset"]
@@ -287,7 +287,8 @@ def test_a_sliding_layer_shows_what_a_full_one_shows_within_the_window(window, s
         nodes = luck.randint(1, 6)
         own, depths, path = random_tree(nodes, luck)
         queries = cache.position_ids(torch.tensor([depths, depths]))
-        masks = [cache.mask(queries, own.expand(2, -1, -1), w) for w in (None, window)]
+        owns = queries, own.expand(2, -1, -1), torch.float32
+        masks = [cache.mask(*owns, w) == 0 for w in (None, window)]
         rows = make_rows(nodes, seed=step)
         (full, _), (held, _) = (cache.update(*rows, layer_idx=index) for index in range(2))
         assert masks[1].shape[2] == held.shape[2] <= full.shape[2]
@@ -327,8 +328,41 @@ def test_a_sliding_layer_refuses_a_crop_that_needs_dropped_slots():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_mask_adds_nothing_where_a_query_may_look_and_hides_the_rest(dtype):
-    mask = torch.tensor([[True, False], [True, True]])
-    added = additive_mask(mask, dtype)
+    cache = filled_cache([None], count=2, padded=1)
+    own = torch.tensor([[True, False], [True, True]]).expand(BATCH, -1, -1)
+    added = cache.mask(cache.position_ids(torch.tensor([[0, 1]])), own, dtype)
     assert added.dtype == dtype
-    assert added[mask].eq(0).all()
-    assert (torch.zeros(2, dtype=dtype) + added[0]).softmax(-1).tolist() == [1.0, 0.0]
+    seen = [[[0, 1, 1, 0], [0, 1, 1, 1]], [[1, 1, 1, 0], [1, 1, 1, 1]]]
+    assert (added == 0).tolist() == torch.tensor(seen).bool().tolist()
+    hidden = torch.zeros(2, dtype=dtype) + added[0, 0, 2:]
+    assert hidden.softmax(-1).tolist() == [1.0, 0.0]
+
+
+def test_a_call_with_reserved_room_copies_no_layer_in_its_rounds():
+    cache = RaggedCache([None])
+    cache.begin(BATCH)
+    cache.reserve(200, 100, 12)
+    cache.update(*make_rows(150), layer_idx=0)  # a prompt in two passes
+    cache.update(*make_rows(50), layer_idx=0)
+    cache.append(torch.arange(200).repeat(BATCH, 1))
+    cache.set_recording(True)
+    address = cache.layers[0].keys.data_ptr()
+    for step in range(GROWTH // 2):
+        keys, _ = cache.update(*make_rows(12, seed=step), layer_idx=0)
+        assert keys.data_ptr() == address
+        cache.commit([2, 2], torch.tensor([[0, 5], [0, 7]]))
+    assert cache.layers[0]._buffers[0].shape[2] == 200 + GROWTH + 12
+
+
+def test_a_layer_that_grows_holds_one_of_keys_and_values_twice(monkeypatch):
+    layer, alive = filled(1000), []
+    old = [weakref.ref(states.untyped_storage()) for states in layer._buffers]
+    allocate = Tensor.new_empty
+
+    def watched(tensor, *size, **kwargs):
+        alive.append(sum(ref() is not None for ref in old))
+        return allocate(tensor, *size, **kwargs)
+
+    monkeypatch.setattr(Tensor, "new_empty", watched)
+    layer.update(*make_rows(1000))
+    assert alive == [2, 1]

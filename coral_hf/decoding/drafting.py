@@ -12,7 +12,7 @@ joins with `register_drafting(model_type, factory)`.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -191,6 +191,21 @@ class FixedDrafting(Drafting, Protocol):
 
     def unfix(self, lengths: list[int]) -> None:
         """Go back to buffers that grow, with what was read of each row's first tokens."""
+        ...
+
+
+@runtime_checkable
+class PartwiseDrafting(Drafting, Protocol):
+    """A `Drafting` that takes the features of a long prompt in parts, so that none are kept."""
+
+    def extend(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
+        """Read the next part of prompts, which `begin` has started; see [`Drafting.begin`].
+
+        Args:
+            tokens: (batch, length + 1), from the part's first one to the next part's.
+            features: (batch, length, len(layers) · hidden), the target's.
+            positions: (batch, length), of the features.
+        """
         ...
 
 

@@ -236,7 +236,8 @@ class BoundDrafter:
         drafting = start(memory=memory)
         if speculation == "never":
             return decode_plainly(model, sequences, config, model_kwargs)
-        cache = continued_cache(input_ids, model_kwargs, windows)
+        room = longest - input_ids.shape[1], shape.nodes
+        cache = continued_cache(input_ids, model_kwargs, windows, room)
         collector = OutputCollector(config, len(input_ids), windows)
         layers = drafting.layers
         passes = layers, cache, collector.extras, keep_cache

@@ -20,7 +20,7 @@ from .outputs import OutputCollector, TargetOutput
 from .plain import decode_all, decode_rest
 from .sequences import Sequences
 from .settings import Rule
-from .target_runner import TargetRunner
+from .target_runner import PromptReader, TargetRunner
 from .verifier import Accepted, Verifier
 
 
@@ -127,8 +127,8 @@ class DecodingLoop:
 
     def prefill(self, model_kwargs: dict) -> None:
         """Read the prompts (batch, length), emit each row's first token, start the drafter."""
-        prompts = self.sequences.ids
-        output = self.target.prefill(prompts, model_kwargs, self.plan.chunk_size)
+        prompts, reader = self.sequences.ids, PromptReader(self.drafting)
+        output = self.target.prefill(prompts, model_kwargs, self.plan.chunk_size, reader)
         nothing = output.features[:, :0].clone()  # features of a long prompt are not kept
         self.collector.prompt = output._replace(features=nothing, logits=nothing)
         rows = self.sequences.active
@@ -138,7 +138,7 @@ class DecodingLoop:
             new = output.features.shape[1]
             unread = prompts[:, prompts.shape[1] - new :]
             tokens = torch.cat([unread, unread.new_tensor(first.tokens)], dim=1)
-            self.drafting.begin(tokens, output.features, self.target.cache.positions[:, -new:])
+            reader.read(tokens, output.features, self.target.cache.positions[:, -new:])
         self.drop(rows, kept)
 
     def round(self) -> None:

@@ -26,9 +26,32 @@ from ..target import (
 )
 from .caches.continuation import CACHE, join, part_of, whole_length, whole_positions
 from .caches.ragged_cache import HIDDEN, RaggedCache
-from .drafting import DraftTree
+from .caches.shared_keys import sharing_keys
+from .drafting import Drafting, DraftTree, PartwiseDrafting
 from .outputs import TargetOutput
 from .preparation.switches import rotary_switches
+
+
+class PromptReader:
+    """Hands prompts to a drafting side, whole or in parts: the first one begins, others continue.
+
+    Args:
+        drafting: one of a call.
+    """
+
+    def __init__(self, drafting: Drafting):
+        self._read = drafting.begin
+        self._extend = drafting.extend if isinstance(drafting, PartwiseDrafting) else None
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether a prompt may come in parts."""
+        return self._extend is not None
+
+    def read(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
+        """Read tokens (batch, length + 1), features and positions; see [`PartwiseDrafting`]."""
+        self._read(tokens, features, positions)
+        self._read = self._extend or self._read
 
 
 class TargetRunner:
@@ -78,48 +101,62 @@ class TargetRunner:
         input_ids: Tensor,
         model_kwargs: dict,
         chunk_size: int | None = None,
+        reader: PromptReader | None = None,
     ) -> TargetOutput:
         """Read what the cache does not hold of the prompts (batch, length).
 
+        Args:
+            chunk_size: tokens of a pass; all at once by default.
+            reader: gets the features of each pass but the last, where it takes parts.
+
         Returns:
-            logits of the last token only, (batch, 1, vocab); features of all tokens read.
+            logits of the last token only, (batch, 1, vocab); features of the tokens that were read,
+                without those that `reader` has got.
         """
-        cache, read, (batch, length) = self.cache, self.cache.get_seq_length(), input_ids.shape
-        whole = whole_length(input_ids, model_kwargs)
-        mask = model_kwargs.get("attention_mask")
-        mask = input_ids.new_ones(batch, whole) if mask is None else mask
+        cache, held, (batch, length) = self.cache, self.cache.get_seq_length(), input_ids.shape
+        is_whole = length == whole_length(input_ids, model_kwargs)
         # a continued sequence comes whole, or as its new tokens
-        new_ids = input_ids[:, read:] if whole == length else input_ids
-        self._rows = list(range(batch))
+        new_ids = input_ids[:, held:] if is_whole else input_ids
+        positions = self._prompt_positions(input_ids, model_kwargs)
+        self._rows, width = list(range(batch)), new_ids.shape[1]
         cache.set_recording(False)
-        parts = []
-        for chunk in new_ids.split(chunk_size or new_ids.shape[1], dim=1):
-            read += chunk.shape[1]
+        features, stop = [], 0
+        for chunk in new_ids.split(chunk_size or width, dim=1):
+            start, stop = stop, stop + chunk.shape[1]
             kwargs = {**model_kwargs, CACHE: cache}
             for name in ("attention_mask", "position_ids"):
                 if kwargs.get(name) is not None:
-                    kwargs[name] = kwargs[name][..., :read]
-            if chunk_size is None and whole == length:  # as plain `generate` hands them over
-                chunk, kwargs["next_sequence_length"] = input_ids, chunk.shape[1]
+                    kwargs[name] = kwargs[name][..., : held + stop]
+            if chunk_size is None and is_whole:  # as plain `generate` hands them over
+                chunk, kwargs["next_sequence_length"] = input_ids, width
             inputs = self._target.model.prepare_inputs_for_generation(
                 chunk, is_first_iteration=True, **kwargs
             )
             if inputs.get(CACHE) is None:  # the target reads the whole text again
                 self.cache = cache = RaggedCache(self._windows)
                 inputs |= {CACHE: cache, "use_cache": True}
-            parts.append(self._forward(**inputs))
+            output = self._forward(**inputs)
+            features.append(output.features[:, start - stop :])
+            if reader is not None and reader.takes_parts and stop < width:
+                part = positions[:, held + start : held + stop]
+                reader.read(new_ids[:, start : stop + 1], features.pop(), part)
         cache.set_recording(True)
         cache.begin(batch, self._target.device)
-        given = model_kwargs.get("position_ids")
-        if given is None and self._takes_positions:  # plain `generate` does not know that
-            given = torch.arange(whole, device=mask.device)[None]
-        positions = whole_positions(mask.bool(), given)
-        cache.append(positions.to(self._target.device))
+        cache.append(positions)
         _check_slots(cache)
         if self.is_limited:
             self._ahead = int(cache.next_positions.max()) - cache.width
-        features = torch.cat([part.features for part in parts], dim=1)[:, -new_ids.shape[1] :]
-        return parts[-1]._replace(logits=parts[-1].logits[:, -1:], features=features)
+        joined = features[0] if len(features) == 1 else torch.cat(features, dim=1)
+        return output._replace(logits=output.logits[:, -1:], features=joined)
+
+    def _prompt_positions(self, input_ids: Tensor, model_kwargs: dict) -> Tensor:
+        """Positions of all tokens of prompts (batch, length), `HIDDEN` where padded."""
+        whole, mask = whole_length(input_ids, model_kwargs), model_kwargs.get("attention_mask")
+        mask = input_ids.new_ones(len(input_ids), whole) if mask is None else mask
+        given = model_kwargs.get("position_ids")
+        if given is None and self._takes_positions:  # plain `generate` does not know that
+            given = torch.arange(whole, device=mask.device)[None]
+        return whole_positions(mask.bool(), given).to(self._target.device)
 
     def room(self) -> int:
         """Nodes, and so levels, that the next tree may have below its root."""
@@ -146,7 +183,7 @@ class TargetRunner:
             seen = self.cache.positions != HIDDEN
             own = torch.ones_like(tree.tokens, dtype=torch.bool)
             inputs["attention_mask"] = torch.cat([seen, own], 1).long()
-        return self._forward(**inputs)
+        return self._read_tree(inputs)
 
     def commit(self, counts: list[int], path: Tensor | None) -> None:
         """Keep the first nodes on a path (batch, longest), so many of each row; None: the root."""
@@ -185,6 +222,13 @@ class TargetRunner:
             **{name: getattr(outputs, name) for name in names},
         )
 
+    def _read_tree(self, inputs: dict[str, Any]) -> TargetOutput:
+        """One pass over the nodes of trees, (batch, nodes)."""
+        if torch.compiler.is_compiling():  # a graph has no place for another function
+            return self._forward(**inputs)
+        with sharing_keys():
+            return self._forward(**inputs)
+
     def _run(self, inputs: dict[str, Any]) -> ModelOutput:
         """One pass of the target."""
         return self._target.model(**inputs, return_dict=True)
@@ -196,7 +240,7 @@ class TargetRunner:
         """
         ancestry, dtype = tree.ancestry(), self._target.model.dtype
         masks = {
-            window: additive_mask(self.cache.mask(positions, ancestry, window), dtype)[:, None]
+            window: self.cache.mask(positions, ancestry, dtype, window)[:, None]
             for window in set(self._windows) - {0}
         }
         if len(masks) == 1:
@@ -225,12 +269,3 @@ def _named_states(layers: tuple[int, ...]) -> bool | int | list[int]:
     if layers in ((), (-1,)):
         return layers[0] if layers else False
     return list(layers) if CACHE == "cache" else True
-
-
-def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn a bool mask of any shape, True where a query attends, into an additive float one.
-
-    Eager attention adds the mask to the scores.
-    """
-    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return added.masked_fill_(~mask, torch.finfo(dtype).min)

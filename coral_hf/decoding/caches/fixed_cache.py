@@ -171,8 +171,10 @@ class FixedCache(Cache):
         """Positions of tokens behind the committed ones: (batch or 1, new) → (batch, new)."""
         return self.next_positions[:, None] + depths
 
-    def mask(self, queries: Tensor, own: Tensor, window: int | None = None) -> Tensor:
-        """Which slots the tokens of a pass attend to: (batch, new, size + more), bool.
+    def mask(
+        self, queries: Tensor, own: Tensor, dtype: torch.dtype, window: int | None = None
+    ) -> Tensor:
+        """What the tokens of a pass add to the scores of slots: (batch, new, size + more).
 
         See [`RaggedCache.mask`]: `queries` are (batch, new), `own` is (batch, new, more).
         """
@@ -183,7 +185,9 @@ class FixedCache(Cache):
             committed = committed & (tokens[..., None] - self._tokens(window)[:, None] < window)
             if own.shape[2] == queries.shape[1]:
                 own = own & (queries[..., None] - queries[:, None] < window)
-        return torch.cat([committed, own], dim=2)
+        seen = torch.cat([committed, own], dim=2)
+        added = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        return added.masked_fill_(~seen, torch.finfo(dtype).min)
 
     def sees_all(self) -> bool:
         """Whether a lone token behind each row attends to all that is held: there may be more."""

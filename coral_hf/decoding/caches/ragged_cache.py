@@ -24,7 +24,7 @@ from ...target import CONVOLUTION
 from ..drafting import host_tensor
 from .conv_layer import ConvLayer
 from .image_layer import ImageLayer
-from .ragged_layer import RaggedLayer
+from .ragged_layer import RaggedLayer, spare_slots
 
 HIDDEN = -1  # the position of a slot that no query attends to
 
@@ -103,6 +103,17 @@ class RaggedCache(Cache):
             if layer.window == CONVOLUTION:
                 layer.cut(self.width)  # it has no slots that tell how much is committed
 
+    def reserve(self, prompt: int, new: int, nodes: int) -> None:
+        """Make room in full layers for a call, so that no round copies what they hold.
+
+        Args:
+            prompt, new: tokens of its prompt, and at most of its answer, of which a part has room.
+            nodes: of a pass, that are not committed yet.
+        """
+        for layer in self.layers:
+            if isinstance(layer, RaggedLayer):
+                layer.reserved = prompt + min(new, spare_slots(prompt)) + nodes
+
     def commit(self, counts: Sequence[int], nodes: Tensor | None = None) -> None:
         """Keep tokens of the last pass and drop the others.
 
@@ -163,29 +174,35 @@ class RaggedCache(Cache):
         """Positions of tokens behind the committed ones: (batch or 1, new) → (batch, new)."""
         return self.next_positions.to(depths.device)[:, None] + depths
 
-    def mask(self, queries: Tensor, own: Tensor, window: int | None = None) -> Tensor:
-        """Which slots the tokens of a pass attend to: (batch, new, slots held + new), bool.
+    def mask(
+        self, queries: Tensor, own: Tensor, dtype: torch.dtype, window: int | None = None
+    ) -> Tensor:
+        """What the tokens of a pass add to the scores of slots: (batch, new, slots held + new).
 
         Args:
             queries: (batch, new), positions of the tokens.
             own: (batch, new, new), which tokens of the pass attend to which; or (batch, new, more),
                 with uncommitted tokens of earlier passes, all of them within the window.
+            dtype: of the mask, which is 0 where a token attends and the least number elsewhere.
             window: of the layers that the mask is for. It is counted in slots, as transformers
                 does: where a prompt skips positions, they differ.
         """
         start = max((la.start for la in self.layers if la.window == window), default=0)
-        device = queries.device
-        committed = (self.positions[:, start:] != HIDDEN).to(device)[:, None]
-        if window is None:
-            committed = committed.expand(-1, queries.shape[1], -1)
-        else:
+        device, held, hidden = queries.device, self.width - start, torch.finfo(dtype).min
+        added = torch.zeros(*queries.shape, held + own.shape[2], dtype=dtype, device=device)
+        committed = added.narrow(2, 0, held)
+        if not self.is_dense:
+            is_hidden = self.positions[:, start:] == HIDDEN
+            committed.masked_fill_(is_hidden.to(device)[:, None], hidden)
+        if window is not None:
             slots = torch.arange(start, self.width, device=device)
             # (batch, new), the slots that the tokens would have at the end of their row
             own_slots = queries + (self.ends - self.next_positions).to(device)[:, None]
-            committed = committed & (own_slots[..., None] - slots < window)
+            committed.masked_fill_(slots <= own_slots[..., None] - window, hidden)
             if own.shape[2] == queries.shape[1]:
                 own = own & (queries[..., None] - queries[:, None] < window)
-        return torch.cat([committed, own], dim=2)
+        added.narrow(2, held, own.shape[2]).masked_fill_(~own, hidden)
+        return added
 
     def sees_all(self) -> bool:
         """Whether a lone token behind each row attends to all that is held."""

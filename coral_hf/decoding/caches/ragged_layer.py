@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-# a buffer has one slot to spare for so many that it holds, and a sliding layer one beyond its
-# window; and at least so many of a full layer and of a sliding one: growing and dropping copy
-SPARE, GROWTH, SLACK = 128, 16, 4
+# growing and dropping copy: the buffers of a full layer have one slot to spare for so many that
+# they hold, and so many at least; those of a sliding layer too, which also holds as many beyond its
+# window
+SPARE, GROWTH = 64, 16
+SLIDING_SPARE, SLACK = 128, 4
+
+
+def spare_slots(held: int) -> int:
+    """Slots that the buffers of a full layer have to spare when they hold so many."""
+    return max(GROWTH, held // SPARE)
 
 
 class RaggedLayer(DynamicLayer):
@@ -29,12 +36,13 @@ class RaggedLayer(DynamicLayer):
         self.start = 0  # the first slot that is held
         self.record_past = False  # whether a sliding layer waits for `release`, as a tree needs
         self.is_plain = False  # whether to append as transformers does
+        self.reserved = 0  # slots that the next buffers of a full layer have at least
         self._buffers: list[Tensor] = []  # keys, values: (batch, kv_heads, capacity, head_dim)
 
     @property
     def slack(self) -> int:
         """Slots that leave a sliding window before they are dropped."""
-        return 1 if self.is_plain else max(SLACK, (self.window or 0) // SPARE)
+        return 1 if self.is_plain else max(SLACK, (self.window or 0) // SLIDING_SPARE)
 
     @property
     def held(self) -> int:
@@ -132,14 +140,14 @@ class RaggedLayer(DynamicLayer):
 
     def _grow(self, key_states: Tensor, value_states: Tensor, needed: int) -> None:
         """Move what is held to buffers (batch, kv_heads, capacity, head_dim), a little larger."""
-        held, capacity = (
-            self.held,
-            needed + max(SLACK if self.is_sliding else GROWTH, needed // SPARE),
-        )
-        buffers = []
-        for old, new in ((self.keys, key_states), (self.values, value_states)):
-            buffer = new.new_zeros(*new.shape[:2], capacity, new.shape[-1])
+        if self.is_sliding:
+            capacity = needed + max(SLACK, needed // SLIDING_SPARE)
+        else:
+            capacity = max(needed + spare_slots(needed), self.reserved)
+        held, self._buffers = self.held, []
+        for name, new in (("keys", key_states), ("values", value_states)):
+            buffer = new.new_empty(*new.shape[:2], capacity, new.shape[-1])
             if held:
-                buffer[:, :, :held] = old
-            buffers.append(buffer)
-        self._buffers = buffers
+                buffer.narrow(-2, 0, held).copy_(getattr(self, name))
+            setattr(self, name, buffer.narrow(-2, 0, held))  # the old keys go before values come
+            self._buffers.append(buffer)

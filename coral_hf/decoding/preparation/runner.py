@@ -44,11 +44,9 @@ class PreparedRunner(TargetRunner):
         self._updates_itself = UPDATE in overridden(self._target.model)
         self.is_limited = self.is_checked = True
 
-    def prefill(
-        self, input_ids: Tensor, model_kwargs: dict, chunk_size: int | None = None
-    ) -> TargetOutput:
+    def prefill(self, input_ids: Tensor, model_kwargs: dict, *passes) -> TargetOutput:
         """See [`TargetRunner`]."""
-        output = super().prefill(input_ids, model_kwargs, chunk_size)
+        output = super().prefill(input_ids, model_kwargs, *passes)
         self._ids = input_ids.to(self._target.device)
         self._kwargs = self._grown({**model_kwargs, CACHE: self.cache}, 1)
         return output
@@ -91,7 +89,7 @@ class PreparedRunner(TargetRunner):
             own = self.cache.position_ids(tree.depths)
             inputs |= {"position_ids": root + tree.depths, "attention_mask": self._masks(tree, own)}
         if inputs.get(CACHE) is not None:
-            return self._forward(**inputs)
+            return self._read_tree(inputs)
         # the target reads its text again, the root alone behind it
         self._restart(inputs["input_ids"].shape[1] - 1)
         output = self._forward(**{**inputs, CACHE: self.cache, "use_cache": True})

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ...decoding.caches.fixed_cache import FixedCache
 from ...decoding.caches.ragged_cache import HIDDEN, RaggedCache
+from ...decoding.caches.shared_keys import attend
 from ...decoding.drafting import DraftTree, TreeShape, Warp
 from ...decoding.guard import accept_features
 from ...target import FEATURE, Target, check_target, text_config
@@ -30,6 +31,7 @@ from .modeling import CoralDrafter
 LEAST_PIECE, LARGEST_PIECE = 128, 256
 MASK_SIZE = 2**20  # of a piece's mask, one row's
 LEAST_WINDOW = 32  # holds the levels of any tree
+LEVELS = 64  # nodes of a default tree's levels, all of them
 
 
 class DrafterMemory(NamedTuple):
@@ -71,15 +73,17 @@ class CacheContext:
 
     def __init__(self, cache: RaggedCache):
         self.cache = cache
-        # (batch, 1, length, slots + length), True where a query attends; None: plainly causal
+        # (batch, 1, length, slots + length), added to scores; None: plainly causal
         self.mask: Tensor | None = None
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Append to the cache and attend to it: (batch, heads, length, head_dim)."""
         is_prompt = self.mask is None and query.shape[2] > 1
         keys, values = self.cache.update(key, value, layer_idx)
+        if self.mask is not None:
+            return attend(query, keys, values, self.mask.to(query.dtype))
         return F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=self.mask, is_causal=is_prompt, enable_gqa=True
+            query, keys, values, is_causal=is_prompt, enable_gqa=True
         )
 
 
@@ -116,7 +120,7 @@ class CoralDrafting:
     ):
         accept_features(target.model)
         check_target(drafter.config, target.model, takes_other_vocabulary=True)
-        self.drafter = drafter
+        self.drafter, self._dtype = drafter, drafter.dtype
         self.target = target
         self.head = drafter.heads.bind(target.head, draft_head)
         self._memory, self._window = memory, _window_of(drafter, draft_window)
@@ -134,6 +138,7 @@ class CoralDrafting:
         else:
             cache = RaggedCache([self._window] * self.drafter.config.num_hidden_layers)
             cache.begin(len(tokens), device)
+        cache.reserve(cache.width + positions.shape[1], positions.shape[1], LEVELS)
         self._cache, self._context, self._memory = cache, CacheContext(cache), None
         self.extend(tokens, features, positions)
 
@@ -157,7 +162,7 @@ class CoralDrafting:
         if self._cache.width or not seen.all() or (self._window or new) < new:
             causal = torch.ones(new, new, dtype=torch.bool, device=seen.device).tril()
             itself = torch.eye(new, dtype=torch.bool, device=seen.device)  # padding sees something
-            mask = self._cache.mask(positions, causal & seen[:, None] | itself, self._window)
+            mask = self._mask(positions, causal & seen[:, None] | itself)
         predicted = self._step(tokens, features, positions.clamp(min=0), mask)
         self._cache.append(positions)
         self._feature = predicted[:, -1:].clone()  # a view would keep them all
@@ -172,7 +177,7 @@ class CoralDrafting:
         causal = (steps <= steps[:, None]).expand(len(tokens), -1, -1)
         # a lone node attends to all there is
         is_plain = new == 1 and self._cache.sees_all()
-        mask = None if is_plain else self._cache.mask(positions, causal, self._window)
+        mask = None if is_plain else self._mask(positions, causal)
         predicted = self._step(tokens, features, positions, mask)
         last = (counts.to(device)[:, None, None] - 1).clamp(min=0)
         feature = predicted.gather(1, last.expand(-1, -1, predicted.shape[2]))
@@ -269,8 +274,12 @@ class CoralDrafting:
         parents = beam.parents[..., None].expand(-1, -1, features.shape[2])
         depths = seen.new_full((1, 1), depth, dtype=torch.long)
         positions = self._cache.position_ids(depths)  # (batch, 1)
-        mask = self._cache.mask(positions.expand(seen.shape[:2]), seen, self._window)
+        mask = self._mask(positions.expand(seen.shape[:2]), seen)
         return self._step(beam.tokens, features.gather(1, parents), positions, mask)
+
+    def _mask(self, positions: Tensor, own: Tensor) -> Tensor:
+        """The mask of a step, (batch, new, slots + new); see [`RaggedCache.mask`]."""
+        return self._cache.mask(positions, own, self._dtype, self._window)
 
     def _step(
         self, tokens: Tensor, features: Tensor, positions: Tensor, mask: Tensor | None
@@ -281,7 +290,7 @@ class CoralDrafting:
             tokens: (batch, new).
             features: (batch, new, hidden), before each token.
             positions: (batch, new) or (batch, 1).
-            mask: (batch, new, slots + new), True where a token attends; None: to all before it.
+            mask: (batch, new, slots + new), added to scores; None: tokens see all before them.
         """
         device = self.drafter.fc.weight.device
         self._context.mask = None if mask is None else mask[:, None]
