@@ -159,15 +159,24 @@ class RegenerateOptions(TargetOptions, DatasetOptions):
     output: Path = option("JSONL file of the answers.")
     limit: int | None = option("Only the first rows.", None, least=1)
     drafter: str | None = option("A drafter of the target, to be faster.", None)
+    endpoint: str | None = option(
+        "URL of a server that holds the target, with OpenAI's API.", None, excludes="drafter dtype"
+    )
+    endpoint_model: str | None = option("The target's name there.", None, needs="endpoint")
 
 
 def regenerate(own: RegenerateOptions, settings: RegenerationSettings) -> None:
     """Let the target answer a dataset's prompts itself; an interrupted run resumes."""
+    from ..training.regeneration.endpoint import Endpoint
     from ..training.regeneration.regenerate import regenerate as answer
 
-    rows = own.conversations(own.limit)
-    target, tokenizer = own.load_target()
-    drafter = load_drafter(own.drafter, target) if own.drafter else None
+    rows, drafter = own.conversations(own.limit), None
+    if own.endpoint:
+        target = Endpoint(own.endpoint, own.target, own.endpoint_model)
+        tokenizer = own.load_tokenizer()
+    else:
+        target, tokenizer = own.load_target()
+        drafter = load_drafter(own.drafter, target) if own.drafter else None
     done = answer(target, tokenizer, rows, own.output, settings, drafter)
     print(f"{done.num_rows} rows are in {own.output}; {done.num_unfinished} answers were cut off,")
     print(f"{done.num_left_out} rows have no answer and are left out.")

@@ -5,6 +5,8 @@ a token is drawn as the largest of log-probability plus Gumbel noise; the noise 
 from a generator of its own, so no answer depends on the others of its batch.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -46,6 +48,47 @@ class Answer(NamedTuple):
         """The tokens of its text, (new,): without the end token."""
         return self.tokens[:-1] if self.is_complete else self.tokens
 
+    @classmethod
+    def of(cls, tokens: list[int], ends: Sequence[int]) -> Answer:
+        """Cut generated tokens, (new,), after the first end token."""
+        end = next((i for i, token in enumerate(tokens, start=1) if token in ends), None)
+        return cls(tokens[:end], end is not None)
+
+
+def end_tokens(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end an answer: the target's, or where it names none, its tokenizer's.
+
+    `config`: the target's generation config.
+    """
+    ends = tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+def longest_prompt(positions: float, settings: RegenerationSettings) -> float:
+    """Return how many tokens of `positions` an answer leaves to its prompt.
+
+    Raises:
+        ValueError: if it leaves none.
+    """
+    if positions <= settings.max_new_tokens:
+        raise ValueError(
+            f"`max_new_tokens` is {settings.max_new_tokens}, but the target has {positions}"
+            " positions; leave some to the prompts."
+        )
+    return positions - settings.max_new_tokens
+
+
+def asked_for(settings: RegenerationSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Collect what answers of any target depend on, as plain values by name."""
+    chosen = asdict(settings)
+    del chosen["batch_size"]
+    return {
+        **chosen,
+        "tokenizer": tokenizer_hash(tokenizer),
+        "chat_template": tokenizer.chat_template,
+        "chat_template_kwargs": chat_options(tokenizer),
+    }
+
 
 @dataclass
 class AnswerGenerator:
@@ -61,37 +104,24 @@ class AnswerGenerator:
     drafter: PreTrainedModel | None = None  # to be faster
 
     def __post_init__(self) -> None:
-        most_new = self.settings.max_new_tokens
-        limit = max_positions(text_config(self.target)) or math.inf
-        self.max_prompt_length = limit - most_new
-        if self.max_prompt_length < 1:
-            raise ValueError(
-                f"`max_new_tokens` is {most_new}, but the target has {limit} positions; leave some"
-                " to the prompts."
-            )
-        ends = self.target.generation_config.eos_token_id
-        ends = self.tokenizer.eos_token_id if ends is None else ends
-        self._ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        positions = max_positions(text_config(self.target)) or math.inf
+        self.max_prompt_length = longest_prompt(positions, self.settings)
+        self._ends = end_tokens(self.target.generation_config, self.tokenizer)
         pads = [self.tokenizer.pad_token_id, *self._ends, 0]
         self._pad = next(token for token in pads if token is not None)
         self.target.eval()
 
     def identity(self) -> dict[str, Any]:
         """Collect what the answers depend on beside their prompts, as plain values by name."""
-        settings = asdict(self.settings)
-        del settings["batch_size"]
         digest, dtype, quantization = identify(self.target)
         # a drafter changes no greedy answer
         is_drafted = self.drafter is not None and self.settings.temperature > 0
         return {
-            **settings,
+            **asked_for(self.settings, self.tokenizer),
             "target": digest,
             "dtype": dtype,
             "quantization": quantization,
             "drafter": weights_digest(self.drafter) if is_drafted else None,
-            "tokenizer": tokenizer_hash(self.tokenizer),
-            "chat_template": self.tokenizer.chat_template,
-            "chat_template_kwargs": chat_options(self.tokenizer),
         }
 
     def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Answer]:
@@ -124,13 +154,7 @@ class AnswerGenerator:
                 assistant_model=self.drafter,
             )
         new = output[:, batch["input_ids"].shape[1] :]  # (batch, new)
-        return [self._trim(tokens) for tokens in new.tolist()]
-
-    def _trim(self, tokens: list[int]) -> Answer:
-        """Cut generated tokens, (new,), after the first end token."""
-        ends = (i for i, token in enumerate(tokens, start=1) if token in self._ends)
-        end = next(ends, None)
-        return Answer(tokens[:end], end is not None)
+        return [Answer.of(tokens, self._ends) for tokens in new.tolist()]
 
 
 class GumbelNoise(LogitsProcessor):

@@ -9,7 +9,8 @@ In: a target, rows of any layout. Out: a JSONL file of `messages` or `text` rows
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from ..data.dataset import warn_of_other_ends
 from . import RegenerationSettings
 from .answers import AnswerGenerator
 from .dialogue import Dialogue
+from .endpoint import Endpoint
+from .served import ServedTarget
 
 logger = logging.get_logger(__name__)
 
@@ -39,7 +42,7 @@ class Regenerated(NamedTuple):
 
 
 def regenerate(
-    target: PreTrainedModel,
+    target: PreTrainedModel | Endpoint,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Any,
     output: str | Path,
@@ -53,21 +56,29 @@ def regenerate(
     `prompt_tokens`.
 
     Args:
-        target: the target, on its device.
+        target: the target, on its device, or a server that holds it.
         tokenizer: the target's.
         dataset: a `datasets.Dataset` of any layout but `input_ids`.
         output: a JSONL file. Rows are appended as their batch is done.
         settings: how the target answers.
-        drafter: a drafter of the target, to be faster.
+        drafter: a drafter of the target, to be faster. A server has its own.
 
     Raises:
-        ValueError: for rows that cannot be read, naming the first, and for an `output` that was
-            written with other settings, of another dataset or by another target.
+        ValueError: for rows that cannot be read, naming the first, for an `output` that was
+            written with other settings, of another dataset or by another target, and for a server
+            that does not return the target's tokens.
+        ConnectionError: if a server does not answer; what it has answered is written.
     """
     settings, output = settings or RegenerationSettings(), Path(output)
     sizes, digest = _survey(dataset, tokenizer, settings)
-    warn_of_other_ends(tokenizer, target)
-    generator = AnswerGenerator(target, tokenizer, settings, drafter)
+    generator: AnswerGenerator | ServedTarget
+    if isinstance(target, Endpoint):
+        if drafter is not None:
+            raise ValueError("A server drafts itself (docs/serving.md); leave out `drafter`.")
+        generator = ServedTarget(target, tokenizer, settings)
+    else:
+        generator = AnswerGenerator(target, tokenizer, settings, drafter)
+    warn_of_other_ends(tokenizer, generator.target)
     sidecar = Path(f"{output}.settings.json")
     answers, left_out = JsonLines(output), JsonLines(f"{output}.left_out.jsonl")
     with sole_writer(output.parent, output.name):
@@ -79,10 +90,19 @@ def regenerate(
         for file in (answers, left_out):
             file.mend()
         done = {row["row"] for file in (answers, left_out) for row in file.read()}
-        with tqdm(total=len(sizes), initial=len(done), unit="row", desc="Answering") as bar:
-            for numbers in _batches(sizes, done, settings.batch_size):
-                rows = [Dialogue(n, dataset[n], tokenizer, settings) for n in numbers]
-                _answer(rows, generator, settings.seed)
+
+        def row_of(number: int) -> Dialogue:
+            return Dialogue(number, dataset[number], tokenizer, settings)
+
+        if isinstance(generator, ServedTarget):
+            parts = generator.answered(row_of(n) for n in range(len(sizes)) if n not in done)
+        else:
+            parts = _answered(_batches(sizes, done, settings.batch_size), row_of, generator)
+        with (
+            closing(parts),
+            tqdm(total=len(sizes), initial=len(done), unit="row", desc="Answering") as bar,
+        ):
+            for rows in parts:
                 new = [row.result() for row in rows if row.number not in done]
                 answers.append([row for row in new if "reason" not in row])
                 left_out.append([row for row in new if "reason" in row])
@@ -124,14 +144,19 @@ def _batches(
         yield from (batch for batch in batches if not done.issuperset(batch))
 
 
-def _answer(rows: Sequence[Dialogue], generator: AnswerGenerator, seed: int) -> None:
-    """Answer all turns of a batch of rows."""
-    longest = generator.max_prompt_length
-    while asked := [(row, ids) for row in rows if (ids := row.next_prompt(longest))]:
-        seeds = [seed_of(seed, row.number, row.num_kept) for row, _ in asked]
-        answers = generator.generate([ids for _, ids in asked], seeds)
-        for (row, _), answer in zip(asked, answers, strict=True):
-            row.take(answer)
+def _answered(
+    batches: Iterator[list[int]], row_of: Callable[[int], Dialogue], generator: AnswerGenerator
+) -> Generator[list[Dialogue], None, None]:
+    """Answer all turns of rows, a batch at a time."""
+    longest, seed = generator.max_prompt_length, generator.settings.seed
+    for numbers in batches:
+        rows = [row_of(number) for number in numbers]
+        while asked := [(row, ids) for row in rows if (ids := row.next_prompt(longest))]:
+            seeds = [seed_of(seed, row.number, row.num_kept) for row, _ in asked]
+            answers = generator.generate([ids for _, ids in asked], seeds)
+            for (row, _), answer in zip(asked, answers, strict=True):
+                row.take(answer)
+        yield rows
 
 
 def _summary(answers: JsonLines, left_out: JsonLines) -> Regenerated:

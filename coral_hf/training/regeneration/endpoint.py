@@ -1,0 +1,181 @@
+"""A server with OpenAI's API: where it is, and a request to it.
+
+In: an address; a path and plain values. Out: what the server answers, after retries, or an error of
+one sentence. The server's key is read from the environment and gets into no file and no message.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Any, TypeVar
+
+from anyio import sleep
+
+try:  # huggingface_hub brings its HTTP client: httpx2, before its version 2 httpx
+    import httpx2 as httpx
+except ImportError:
+    import httpx  # type: ignore
+
+KEY = "CORAL_HF_API_KEY"
+ADDRESS = r"(https?://(?:[\w.-]+|\[[\da-fA-F:]+\])(?::\d{1,5})?)((?:/[\w.~-]*)*)"
+RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
+FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds before a request is sent again
+CONNECT_SECONDS = 30
+Reply = TypeVar("Reply")
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server that answers for a target, such as `vllm serve`.
+
+    A key of the server is read from the environment variable CORAL_HF_API_KEY.
+
+    Args:
+        url: such as `http://localhost:8000/v1`.
+        target: the target's folder or Hub id, of which the configs are read and no weights.
+        model: the target's name on the server; that of `target` by default.
+        retries: how often a request that failed is sent again, after 0.5 s, 1 s, 2 s, ... 60 s.
+        timeout: seconds that an answer may take.
+
+    Raises:
+        ValueError: for a `url` that is no plain address.
+    """
+
+    url: str
+    target: str
+    model: str | None = None
+    retries: int = 8
+    timeout: float = 3600.0
+
+    def __post_init__(self) -> None:
+        found = re.fullmatch(ADDRESS, self.url)
+        if found is None:
+            # a password is for nobody to see
+            shown = "holds more than an address" if {*"@?"} & {*self.url} else f"is {self.url!r}"
+            raise ValueError(
+                f"`endpoint` {shown}; use one such as http://localhost:8000/v1, and put a key of"
+                f" the server into {KEY}."
+            )
+        object.__setattr__(self, "url", f"{found[1]}{found[2].rstrip('/') or '/v1'}")
+
+
+class TooLong(ValueError):
+    """A prompt that leaves no room in the positions of the server."""
+
+
+class Failure(Exception):
+    """What may be over when a request is sent again, after some seconds."""
+
+    seconds = 0.0
+
+
+class Connection:
+    """Requests to a server while the `async with` block runs.
+
+    Args:
+        endpoint: the server.
+        size: requests at a time.
+    """
+
+    def __init__(self, endpoint: Endpoint, size: int):
+        self._endpoint, self._random = endpoint, Random()
+        self._key = os.environ.get(KEY, "").strip()
+        if not re.fullmatch("[!-~]*", self._key):
+            raise ValueError(f"{KEY} holds characters that no key has.")
+        self._client = httpx.AsyncClient(
+            base_url=endpoint.url,
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            timeout=httpx.Timeout(endpoint.timeout, connect=CONNECT_SECONDS),
+            limits=httpx.Limits(max_connections=size, max_keepalive_connections=size),
+        )
+
+    async def __aenter__(self) -> "Connection":
+        await self._client.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self._client.__aexit__(*error)
+
+    async def once(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Ask once for what is at a path, or send an object there.
+
+        Raises:
+            Failure: if it may succeed later.
+            TooLong: if the server refuses a prompt for its length.
+            ValueError: if it refuses for another reason.
+        """
+        method = "GET" if body is None else "POST"
+        try:
+            response = await self._client.request(method, path, json=body)
+        except httpx.ConnectError as error:
+            raise Failure(f"no connection ({error})") from error
+        except httpx.TimeoutException as error:
+            raise Failure(f"no answer in {self._endpoint.timeout:g} s") from error
+        except httpx.RequestError as error:
+            raise Failure(f"the connection broke off ({type(error).__name__})") from error
+        return self._read(response)
+
+    async def ask(
+        self, path: str, body: dict[str, Any], read: Callable[[dict[str, Any]], Reply]
+    ) -> Reply:
+        """Send an object to a path until the server answers.
+
+        Args:
+            path: such as "completions".
+            body: plain values.
+            read: makes of the server's object what is returned, or raises Failure.
+
+        Raises:
+            ConnectionError: if it fails too often in a row.
+            ValueError: as `once`.
+        """
+        failures = 0
+        while True:
+            try:
+                return read(await self.once(path, body))
+            except Failure as failure:
+                failures += 1
+                if failures > self._endpoint.retries:
+                    raise ConnectionError(
+                        f"The server at {self._endpoint.url} failed {failures} times in a row, in"
+                        f" the end with: {failure}. Repeat the run when it is up again; it resumes."
+                    ) from failure
+                seconds = min(FIRST_WAIT * 2 ** min(failures - 1, 10), LONGEST_WAIT)
+                # not all requests that failed together come again together
+                seconds *= self._random.uniform(0.5, 1)
+                await sleep(max(seconds, failure.seconds))
+
+    def _read(self, response: Any) -> dict[str, Any]:
+        try:
+            found = response.json()
+        except ValueError:
+            found = None
+        status, url = response.status_code, self._endpoint.url
+        if status == 200 and isinstance(found, dict):
+            return found
+        said = f"{status} {self._message(found, response.text)}".strip()
+        if status in RETRIED:
+            failure, named = Failure(said), response.headers.get("retry-after", "")
+            failure.seconds = float(named) if named.isdecimal() else 0.0
+            raise failure
+        if status in (401, 403):
+            remedy = "refuses the key in" if self._key else "asks for a key; put it into"
+            raise ValueError(f"The server at {url} {remedy} {KEY} ({said}).")
+        if status == 413 or (status == 400 and re.search("context.(length|window)", said)):
+            raise TooLong(f"the server refused a prompt for its length ({said})")
+        if status == 200:
+            raise Failure(f"no JSON object, but {self._clean(response.text)!r}")
+        raise ValueError(f"The server at {url} refused a request to {response.url} ({said}).")
+
+    def _message(self, found: Any, text: str) -> str:
+        """Return what a server says of an error, in its object or as text."""
+        error = found.get("error", found) if isinstance(found, dict) else text
+        error = error.get("message", text) if isinstance(error, dict) else error
+        return self._clean(str(error)).rstrip(".")
+
+    def _clean(self, text: str) -> str:
+        """Cut a server's words short, and take out the key."""
+        text = text.replace(self._key, "(key)") if self._key else text
+        return " ".join(text.split())[:300]

@@ -1,0 +1,243 @@
+"""Answers of a target that a server holds, many at a time.
+
+In: rows of a dataset as dialogues. Out: the same, answered, each as soon as it is done. Prompts are
+sent as token ids, and answers are read as token ids: text, encoded again, may be other tokens.
+
+    in flight   row 0, turn 1   row 1, turn 2   row 2, turn 1   ...   `batch_size` rows
+    sent        the prompt's tokens, once its earlier answers are there
+"""
+
+import math
+import re
+from collections.abc import Generator, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+from anyio.from_thread import start_blocking_portal
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+
+from ...identity import full_name, seed_of
+from ...target import max_positions, text_config
+from . import RegenerationSettings
+from .answers import Answer, asked_for, end_tokens, longest_prompt
+from .dialogue import Dialogue
+from .endpoint import Connection, Endpoint, Failure, TooLong
+
+# parameters that a server would otherwise take from the target's generation config
+NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+NEUTRAL |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+# ways to ask for token ids, the later one for vLLM before 0.10.2
+WAYS = ({"return_token_ids": True}, {"return_tokens_as_token_ids": True, "logprobs": 1})
+# a text that tokenizers split in different ways
+PROBE = "  Naïve:\n\n3.14159 == 日本語?"
+
+
+class Configs(NamedTuple):
+    """What is read of a target without its weights, by the names that a model has for it."""
+
+    config: Any
+    generation_config: GenerationConfig
+
+    @classmethod
+    def of(cls, name: str) -> "Configs":
+        """Read the configs of a folder or a Hub id."""
+        config = AutoConfig.from_pretrained(name)
+        try:
+            return cls(config, GenerationConfig.from_pretrained(name))
+        except OSError:  # there is no such file
+            return cls(config, GenerationConfig.from_model_config(config))
+
+
+class ServedTarget:
+    """A target that a server holds, found to be there and to return tokens.
+
+    Raises:
+        ConnectionError: if no server answers.
+        ValueError: if it holds no such target, returns no token ids, or has another tokenizer, and
+            if answers of `max_new_tokens` leave prompts no room in its positions.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: RegenerationSettings,
+    ):
+        self.endpoint, self.tokenizer, self.settings = endpoint, tokenizer, settings
+        self.target = Configs.of(endpoint.target)
+        self._vocab_size = text_config(self.target).vocab_size
+        self._ends = end_tokens(self.target.generation_config, tokenizer)
+        with start_blocking_portal() as portal:
+            portal.call(self._meet)
+
+    def identity(self) -> dict[str, Any]:
+        """Collect what the answers depend on beside their prompts, as plain values by name."""
+        return {
+            "answered_by": f"{self._model} on a server",
+            **asked_for(self.settings, self.tokenizer),
+            "ends": self._ends,
+            "positions": None if math.isinf(self._positions) else self._positions,
+        }
+
+    def answered(self, rows: Iterator[Dialogue]) -> Generator[list[Dialogue], None, None]:
+        """Answer all turns of rows, `batch_size` of them at a time, and yield those that are done.
+
+        Raises:
+            ConnectionError: if the server fails too often in a row.
+            ValueError: for an answer that cannot be the target's, with the row.
+        """
+        size = self.settings.batch_size
+        with (
+            start_blocking_portal() as portal,
+            portal.wrap_async_context_manager(Connection(self.endpoint, size)) as server,
+        ):
+            waiting: set[Future[Dialogue]] = set()
+            while True:
+                for row in islice(rows, size - len(waiting)):
+                    waiting.add(portal.start_task_soon(self._answer, server, row))
+                if not waiting:
+                    return
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                yield [one.result() for one in done if one.exception() is None]
+                for one in done:
+                    one.result()  # raises its error
+
+    async def _answer(self, server: Connection, row: Dialogue) -> Dialogue:
+        """Answer all turns of a row."""
+        while prompt := row.next_prompt(self.max_prompt_length):
+            seed = seed_of(self.settings.seed, row.number, row.num_kept)
+            try:
+                body = self._body(prompt, self.settings.max_new_tokens, seed)
+                row.take(await server.ask("completions", body, partial(self._read, prompt=prompt)))
+            except TooLong as error:
+                row.stopped = str(error)
+            except ValueError as error:
+                raise ValueError(f"Row {row.number}: {error}") from error
+        return row
+
+    def _body(self, prompt: list[int] | str, max_tokens: int, seed: int = 0) -> dict[str, Any]:
+        """Return a request to continue a prompt, (length,), or a text."""
+        others = {"seed": seed} if self.settings.temperature > 0 else {}
+        return {
+            "model": self._model,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": self.settings.temperature,
+            "top_p": self.settings.top_p,
+            "stop_token_ids": self._ends,
+            "add_special_tokens": False,  # to a text
+            **NEUTRAL,
+            **self._way,
+            **others,
+        }
+
+    def _read(self, reply: dict[str, Any], prompt: list[int]) -> Answer:
+        """Return the answer to a prompt, (length,), once all that is known of it fits.
+
+        Raises:
+            ValueError: if it does not.
+            Failure: if the server broke it off.
+        """
+        choice, most = continuation(reply, prompt), self.settings.max_new_tokens
+        tokens = tokens_of(choice)
+        if tokens is None:
+            raise ValueError("the server returned an answer without its token ids.")
+        if len(tokens) > most or not all(0 <= token < self._vocab_size for token in tokens):
+            raise ValueError(
+                f"the server returned {len(tokens)} tokens up to {max(tokens)}; {most} were asked"
+                f" for, and the target has tokens below {self._vocab_size}."
+            )
+        answer = Answer.of(tokens, self._ends)
+        if not answer.is_complete and len(tokens) < most:
+            reason = choice.get("finish_reason")
+            if reason not in ("stop", "length"):
+                raise Failure(f"an answer that ended with {reason!r}")
+            raise ValueError(
+                f"the server ended an answer after {len(tokens)} of {most} tokens, with {reason!r}"
+                f" and token {tokens[-1:]}, where the ends of"
+                f" {self.endpoint.target} are {self._ends}; serve it without limits of its own"
+                " (vLLM: `--generation-config vllm`)."
+            )
+        return answer
+
+    async def _meet(self) -> None:
+        """Find the target's name and positions on the server, and how it returns tokens."""
+        url, target = self.endpoint.url, self.endpoint.target
+        async with Connection(self.endpoint, 1) as server:
+            try:
+                entry = self._entry((await server.once("models")).get("data") or [])
+                self._model: str = entry["id"]
+                own = max_positions(text_config(self.target)) or math.inf
+                self._positions = min(own, entry.get("max_model_len") or math.inf)
+                self.max_prompt_length = longest_prompt(self._positions, self.settings)
+                await self._find_way(server)
+            except Failure as failure:
+                raise ConnectionError(
+                    f"{url} does not answer as a server with OpenAI's API does: {failure}. Start"
+                    f" one, such as with `vllm serve {target}`, or correct `endpoint`."
+                ) from failure
+            try:
+                read = continuation(await server.once("completions", self._body(PROBE, 1)))
+            except (Failure, ValueError):  # not every server of tokens reads text
+                return
+        if read.get("prompt_token_ids") not in (None, self._encode(PROBE)):
+            raise ValueError(
+                f"The server at {url} encodes a text to other tokens than the tokenizer of {target}"
+                " does, so it holds another target; name the one that it holds."
+            )
+
+    async def _find_way(self, server: Connection) -> None:
+        """Find the parameters by which a server returns token ids."""
+        ids = self._encode(PROBE)
+        for self._way in WAYS:
+            reply = await server.once("completions", self._body(ids, 1))
+            if tokens_of(continuation(reply, ids)):
+                return
+        raise ValueError(
+            f"The server at {self.endpoint.url} returns no token ids, of which a row is made; use"
+            " one that does when asked for `return_token_ids`, such as vLLM from 0.10.2 on."
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _entry(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return what a server says of the target, among all models that it holds."""
+        name, model = self.endpoint.target, self.endpoint.model
+        names = {model} if model else {name, full_name(name)}
+        for entry in entries:
+            if entry["id"] in names or (not model and entry.get("root") in names):
+                return entry
+        held = ", ".join(entry["id"] for entry in entries)
+        raise ValueError(
+            f"The server at {self.endpoint.url} holds {held or 'no model'}, and none called"
+            f" {model or name}; give the target's name there as `model`, --endpoint-model."
+        )
+
+
+def continuation(reply: dict[str, Any], prompt: list[int] | None = None) -> dict[str, Any]:
+    """Return the one continuation of a reply to a prompt, (length,), if tokens were sent.
+
+    Raises:
+        ValueError: if there is none, or if the server says that it read another prompt.
+    """
+    choices = reply.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise ValueError(f"the server returned no `choices`, but {sorted(reply)}.")
+    if prompt is not None:
+        read = choices[0].get("prompt_token_ids")
+        length = (reply.get("usage") or {}).get("prompt_tokens", len(prompt))
+        if length != len(prompt) or read not in (None, prompt):
+            raise ValueError(f"the server read other tokens than the {len(prompt)} it was sent.")
+    return choices[0]
+
+
+def tokens_of(choice: dict[str, Any]) -> list[int] | None:
+    """Return the tokens of a continuation, (new,), where they are given as ids."""
+    if choice.get("token_ids") is not None:
+        return choice["token_ids"]
+    texts = (choice.get("logprobs") or {}).get("tokens") or []
+    found = [re.fullmatch(r"token_id:(\d+)", str(text)) for text in texts]
+    return [int(one[1]) for one in found if one] if found and all(found) else None
