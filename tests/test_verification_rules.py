@@ -21,7 +21,8 @@ from coral_hf.decoding.acceptance_rules import (
     Remainder,
     traversal,
 )
-from coral_hf.decoding.drafting import DraftTree
+from coral_hf.decoding.drafting import DraftTree, Level
+from coral_hf.decoding.rounds.traversal import chances_of
 from coral_hf.decoding.verifier import Step, token_step, verify_token
 
 Prefix = tuple[int, ...]
@@ -766,3 +767,70 @@ def test_single_precision_asks_for_nearly_the_same_chances(rule):
     double, single = (asked(rule, *tree, p.to(dtype), q.to(dtype)) for dtype in DTYPES)
     assert single[0] == pytest.approx(double[0], abs=1e-5)
     torch.testing.assert_close(single[1].probs.double(), double[1].probs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("draws", ["without_replacement", "independent"])
+@pytest.mark.parametrize("seed", range(6))
+def test_traversal_on_tensors_asks_for_the_chances_of_the_rule_over_lists(draws, seed):
+    generator = torch.Generator().manual_seed(seed)
+    plan = (Level(1, 3), Level(2, 2), Level(2, 1)) if seed % 2 else (Level(1, 2), Level(2, 2))
+    tree, probs = _planned_tree(plan, 5, draws, generator)
+    found, compared = chances_of(tree, probs), 0
+    for row in range(2):
+        tokens, parents = tree.tokens[row].tolist(), tree.parents[row].tolist()
+        accept = found.accept[row].tolist()
+        tried = [node for node in _order_of_trying(parents) if accept[node] > 0 and node > 0]
+        for count, end in enumerate([*tried, 0]):
+            asked = []
+
+            def answer(chance, asked=asked, count=count):
+                asked.extend([chance] if chance > 0 else [])  # the rule may ask in vain
+                return chance > 0 and len(asked) == count + 1
+
+            of_row = tokens, parents, probs[row], tree.draft_probs[row], answer
+            outcome = traversal(*of_row, draws == "independent")
+            assert asked == pytest.approx([accept[node] for node in tried[: count + 1]])
+            assert outcome.path[-1] == end
+            assert torch.allclose(outcome.probs, _left(found, probs, row, end), atol=1e-12)
+            compared += 1
+    assert compared > 3
+
+
+def _left(found, probs, row, end):
+    """(vocab,), what the next token after a path's end is drawn from."""
+    for families, left in found.left:
+        for place in (families[row] == end).nonzero()[:, 0].tolist():
+            return left[row, place]
+    return probs[row, end]
+
+
+def _order_of_trying(parents):
+    children = rules.list_children(parents)
+
+    def visit(node):
+        return [n for child in children[node] for n in visit(child)] + [node]
+
+    return visit(0)
+
+
+def _planned_tree(plan, vocab, draws, generator):
+    """Two random trees of a plan, with q, and the target's p after each node."""
+    nodes = 1 + sum(level.families * level.children for level in plan)
+    shape = 2, nodes, vocab
+    p, q = (torch.rand(shape, generator=generator, dtype=torch.float64) ** 3 for _ in range(2))
+    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    tokens, parents = torch.zeros(2, nodes, dtype=torch.long), torch.zeros(2, nodes).long()
+    depths, start, above = torch.zeros(2, nodes, dtype=torch.long), 1, [0]
+    for depth, (families, children) in enumerate(plan, 1):
+        for row in range(2):
+            chosen = torch.tensor(above)[torch.randperm(len(above), generator=generator)]
+            for family, parent in enumerate(chosen[:families].tolist()):
+                places = slice(start + family * children, start + (family + 1) * children)
+                kept = draws == "independent"
+                drawn = torch.multinomial(q[row, parent], children, kept, generator=generator)
+                tokens[row, places], parents[row, places] = drawn, parent
+        depths[:, start : start + families * children] = depth
+        above = list(range(start, start + families * children))
+        start += families * children
+    sizes = {"levels": len(plan), "branching": max(level.children for level in plan)}
+    return DraftTree(tokens, parents, depths, q, draws, plan=tuple(plan), **sizes), p

@@ -40,7 +40,7 @@ class Chance:
         """Accept with the given probabilities, of shape (batch,), independently of each other."""
         device = chances.device
         uniform = torch.rand(
-            chances.shape, dtype=torch.float64, device=device, generator=self._of(device)
+            chances.shape, dtype=torch.float64, device=device, generator=self.of(device)
         )
         return uniform < chances
 
@@ -50,7 +50,7 @@ class Chance:
         mass = probs.cumsum(-1) if probs.device.type == "cpu" else None
         # elsewhere sums in order are not deterministic; what is no distribution raises
         if mass is None or not (mass[:, -1].isfinite() & (mass[:, -1] > 0)).all():
-            return torch.multinomial(probs, 1, generator=self._of(probs.device))[:, 0]
+            return torch.multinomial(probs, 1, generator=self.of(probs.device))[:, 0]
         drawn = mass[:, -1:] * torch.rand(len(mass), 1, dtype=torch.float64, device="cpu")
         # the first token whose mass lies beyond, which is never one of probability 0
         return torch.searchsorted(mass, drawn, right=True)[:, 0].clamp(max=probs.shape[1] - 1)
@@ -62,14 +62,14 @@ class Chance:
         they are log p plus Gumbel noise).
         """
         noise = torch.empty(probs.shape, dtype=torch.float64, device=probs.device)
-        noise.exponential_(generator=self._of(probs.device))
+        noise.exponential_(generator=self.of(probs.device))
         return probs / noise.clamp_(min=torch.finfo(noise.dtype).tiny)
 
     def is_accepted(self, chance: float) -> bool:
         """Draw one answer: the `Accept` of the rules over lists, which reads no tensor."""
         return float(torch.rand((), dtype=torch.float64, device="cpu")) < chance
 
-    def _of(self, device: torch.device) -> torch.Generator | None:
+    def of(self, device: torch.device) -> torch.Generator | None:
         """The generator of a device, None for the source itself."""
         if device.type == "cpu":
             return None
@@ -80,26 +80,32 @@ class Chance:
 
 
 class Uniforms:
-    """The same draws from numbers that are drawn before, so that no shape depends on a value.
+    """The same draws from numbers that are drawn before, so that no step waits for one.
 
     Args:
         batch: rows.
-        count: draws of a row between two calls of `draw_all`.
+        count: answers and tokens that are drawn of a row, between two calls of `draw_all`.
+        races: distributions of a row that are raced, and their tokens.
         device: of the rows.
     """
 
-    def __init__(self, batch: int, count: int, device: torch.device):
+    def __init__(self, batch: int, count: int, races: tuple[int, int], device: torch.device):
         self.numbers = torch.empty(count, batch, dtype=torch.float64, device=device)
-        self._next = 0
+        self.noise = torch.ones(batch, *races, dtype=torch.float64, device=device)
+        self._source = Chance()
+        self._next = self._next_race = 0
 
     def draw_all(self) -> None:
         """Draw all numbers afresh, from torch's generator of the CPU."""
         if len(self.numbers):
             self.numbers.copy_(torch.rand(self.numbers.shape, dtype=torch.float64, device="cpu"))
+        if self.noise.numel():
+            self.noise.exponential_(generator=self._source.of(self.noise.device))
+            self.noise.clamp_(min=torch.finfo(self.noise.dtype).tiny)
 
     def rewind(self) -> None:
         """Begin with the first number."""
-        self._next = 0
+        self._next = self._next_race = 0
 
     def may_look(self, device: torch.device) -> bool:
         """See [`Chance`]."""
@@ -116,6 +122,12 @@ class Uniforms:
         drawn = (total * self._take())[:, None]
         token = torch.searchsorted(mass, drawn, right=True)[:, 0].clamp(max=probs.shape[1] - 1)
         return torch.where(total.isfinite() & (total > 0), token, -1)
+
+    def race(self, probs: Tensor) -> Tensor:
+        """Each p over an exponential draw of its own, (batch, families, vocab); see [`Chance`]."""
+        start = self._next_race
+        self._next_race += probs.shape[1]
+        return probs / self.noise[:, start : self._next_race]
 
     def _take(self) -> Tensor:
         """The next numbers, (batch,)."""

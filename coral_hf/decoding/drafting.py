@@ -38,6 +38,13 @@ class TreeShape(NamedTuple):
     level_floor: float = 0.0  # confidence of a beam, summed, from which on it is worth a level
 
 
+class Level(NamedTuple):
+    """How many nodes of the level above get how many children each."""
+
+    families: int
+    children: int
+
+
 class DraftTree(NamedTuple):
     """A tree of drafted tokens; parents come before their children, siblings best first.
 
@@ -53,6 +60,8 @@ class DraftTree(NamedTuple):
     draws: Literal["chosen", "without_replacement", "independent"] = "chosen"
     levels: int = 0  # that were drafted, whether or not a node of theirs was kept; 0: not known
     branching: int = 0  # most children of a node; 0: not known
+    # of each level whose nodes stand family after family, as they were planned; (): not known
+    plan: tuple[Level, ...] = ()
 
     def to(self, device: torch.device) -> "DraftTree":
         """Copy the tree, whose tensors begin with (batch, nodes), to a device."""
@@ -170,7 +179,8 @@ class FixedDrafting(Drafting, Protocol):
     """A drafting side that can go on in rounds of constant shapes, which one calls once begun.
 
     From then on `propose` and `commit` are functions of tensors alone: no value decides a shape,
-    nothing is read on the host, and what they keep stays in the same buffers. `commit` gets
+    nothing is read on the host, and what they keep stays in the same buffers. `propose` gets
+    `chance`, which a drawn tree takes all its numbers from. `commit` gets
     `counts` on the device, and tokens of (batch, depth + 1); of rows that have ended it keeps none.
     `select` is not called.
 
@@ -181,12 +191,26 @@ class FixedDrafting(Drafting, Protocol):
     kind: Hashable
     device: torch.device
 
+    def propose(
+        self,
+        root: Tensor,
+        shape: TreeShape,
+        warp: Warp | None = None,
+        chance: Any = None,
+    ) -> DraftTree:
+        """See [`Drafting`]; `root` is (batch,), `chance` an `acceptance_rules.Uniforms`."""
+        ...
+
     def forget_pass(self) -> None:
         """Forget what a broken-off `propose` or `commit` has left."""
         ...
 
-    def fix(self, capacity: int, shape: TreeShape) -> None:
-        """Make room for rows of `capacity` tokens, and trees of `shape`."""
+    def fix(self, capacity: int, shape: TreeShape, is_drawn: bool) -> tuple[Level, ...]:
+        """Make room for rows of `capacity` tokens, and trees of `shape`.
+
+        `is_drawn`: whether `propose` will be asked for trees that are drawn; then their plan is
+        returned, else ().
+        """
         ...
 
     def unfix(self, lengths: list[int]) -> None:

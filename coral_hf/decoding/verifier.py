@@ -82,23 +82,33 @@ class Step(NamedTuple):
 def verify_greedy(tree: DraftTree, logits: Tensor) -> Verdict:
     """Follow the target's most probable tokens; `logits` are (batch, nodes, vocab)."""
     best = logits.argmax(-1)  # (batch, nodes)
-    batch, nodes = best.shape
-    parents = tree.parents.clamp(min=0)
-    agrees = (tree.tokens == best.gather(1, parents)) & (tree.parents != PADDING)
+    agrees = (tree.tokens == best.gather(1, tree.parents.clamp(min=0))) & (tree.parents != PADDING)
     agrees[:, 0].fill_(False)  # an assignment would copy a number to the device
-    # the first child that agrees, of each node; `nodes` stands for none, and is its own child
-    ids = torch.arange(nodes, device=best.device).expand(batch, -1)
+    path, lengths = follow(tree, agrees)
+    last = path.gather(1, lengths[:, None] - 1)
+    return Verdict(path, lengths, best.gather(1, last)[:, 0])
+
+
+def follow(tree: DraftTree, leads_on: Tensor) -> tuple[Tensor, Tensor]:
+    """Go down from the root, always to the first child that leads on.
+
+    Args:
+        leads_on: (batch, nodes), never True of the root.
+
+    Returns:
+        the path and its length, as in a [`Verdict`].
+    """
+    batch, nodes = leads_on.shape
+    # the first such child of each node; `nodes` stands for none, and is its own child
+    ids = torch.arange(nodes, device=leads_on.device).expand(batch, -1)
     child = ids.new_full((batch, nodes + 1), nodes)
-    child.scatter_reduce_(1, parents, ids.masked_fill(~agrees, nodes), "amin")
-    path = [torch.zeros(batch, 1, dtype=torch.long, device=best.device)]
+    child.scatter_reduce_(1, tree.parents.clamp(min=0), ids.masked_fill(~leads_on, nodes), "amin")
+    steps = [torch.zeros(batch, 1, dtype=torch.long, device=leads_on.device)]
     for _ in range(tree.max_depth):
-        path.append(child.gather(1, path[-1]))
-    nodes_on_path = torch.cat(path, dim=1)  # (batch, depth + 1)
-    is_node = nodes_on_path < nodes
-    lengths = is_node.sum(1)
-    nodes_on_path = nodes_on_path.masked_fill(~is_node, 0)
-    last = nodes_on_path.gather(1, lengths[:, None] - 1)
-    return Verdict(nodes_on_path, lengths, best.gather(1, last)[:, 0])
+        steps.append(child.gather(1, steps[-1]))
+    path = torch.cat(steps, dim=1)  # (batch, depth + 1)
+    is_node = path < nodes
+    return path.masked_fill(~is_node, 0), is_node.sum(1)
 
 
 def verify_token(

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..decoding.acceptance_rules import Chance
-from ..decoding.drafting import PADDING, DraftTree, TreeShape
+from ..decoding.acceptance_rules import Chance, Uniforms
+from ..decoding.drafting import PADDING, DraftTree, Level, TreeShape
 
 
 class Beam(NamedTuple):
@@ -119,13 +119,6 @@ def _depths(levels: list[Tensor], first: int = 0) -> Tensor:
     return torch.cat([torch.full_like(x, depth) for depth, x in enumerate(levels, first)], dim=1)
 
 
-class Level(NamedTuple):
-    """How many nodes of the level above get how many children each."""
-
-    families: int
-    children: int
-
-
 def plan_levels(shape: TreeShape) -> list[Level]:
     """Each level takes its equal share of the nodes that are left, in whole families."""
     left, width, levels = shape.nodes - 1, 1, []
@@ -144,13 +137,14 @@ def plan_levels(shape: TreeShape) -> list[Level]:
 class SampledTreeBuilder:
     """Draws level after level below a root."""
 
-    def __init__(self, root: Tensor):
-        """Start at the root's token, (batch,)."""
+    def __init__(self, root: Tensor, chance: Chance | Uniforms | None = None):
+        """Start at the root's token, (batch,); `chance` is where draws come from."""
         zeros = torch.zeros_like(root)[:, None]
         self._tokens = [root[:, None]]  # each (batch, nodes of a level)
         self._parents = [zeros]
-        self._size, self._children, self._most = 1, 1, 1
-        self._chance = Chance()
+        self._size, self._children = 1, 1
+        self._plan: list[Level] = []
+        self._chance = chance or Chance()
         # (batch, nodes of the newest level): log-probability of the path; -inf for padding
         self._log_path = torch.zeros(len(root), 1, dtype=torch.float32, device=root.device)
         self._expanded: list[tuple[Tensor, Tensor]] = []  # nodes (batch, families), and their q
@@ -179,7 +173,8 @@ class SampledTreeBuilder:
         self._parents.append(parents.flatten(1))
         self._log_path = log_path.masked_fill(~is_node, float("-inf")).flatten(1)
         self._size += self._log_path.shape[1]
-        self._children, self._most = children, max(children, self._most)
+        self._children = children
+        self._plan.append(Level(probs.shape[1], children))
 
     def build(self) -> DraftTree:
         """Join all levels, siblings in the order of the draws; q is (batch, nodes, vocab)."""
@@ -194,5 +189,6 @@ class SampledTreeBuilder:
             draft_probs,
             "without_replacement",
             levels=len(self._expanded),
-            branching=self._most,
+            branching=max(level.children for level in self._plan),
+            plan=tuple(self._plan),
         )

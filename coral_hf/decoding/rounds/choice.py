@@ -13,8 +13,6 @@ from .loop import FixedLoop, FixedPlan
 
 logger = logging.get_logger(__name__)
 
-RULES = ("greedy", "token")  # that are functions of tensors
-
 
 def asks_for_fixed_rounds(config: GenerationConfig) -> bool:
     """Whether a call asks for constant shapes, in the way in which it asks transformers."""
@@ -44,7 +42,7 @@ _PARTS = ("drafting", "target", "sequences", "collector", "policy", "plan")
 
 def _obstacle(loop: DecodingLoop, is_prepared: bool) -> str | None:
     """Why the rounds of a call cannot have constant shapes; None if they can."""
-    model, collector, rule = loop.target.model, loop.collector, loop.plan.rule
+    model, collector = loop.target.model, loop.collector
     devices = {*getattr(model, "hf_device_map", {"": model.device}).values()}
     devices.add(getattr(loop.drafting, "device", model.device))
     reasons = {
@@ -53,8 +51,6 @@ def _obstacle(loop: DecodingLoop, is_prepared: bool) -> str | None:
         "scores, logits or states of each token are asked for": (
             collector.extras or collector.keeps_scores or collector.keeps_logits
         ),
-        f"verification={rule.name!r} looks at values": rule.name not in RULES,
-        "trees are drawn": rule.is_drawn,
         "the target prepares the inputs of each round itself": is_prepared,
         "the target takes no positions": not takes_positions(model),
         "the target's rotary embedding changes with the length": rotary_switches(model),

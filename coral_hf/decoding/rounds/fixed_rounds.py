@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from ...target import text_config
 from ..acceptance_rules import Uniforms
 from ..caches.fixed_cache import FixedCache
 from ..drafting import PADDING, DraftTree, FixedDrafting, TreeShape, root_only
 from ..settings import Rule
 from ..target_runner import TargetRunner
 from ..verifier import Verdict, verify_greedy, verify_token
+from .traversal import verify_traversal
 
 
 @dataclass
@@ -49,22 +51,37 @@ class FixedRounds:
 
     def __post_init__(self):
         batch, device = len(self.root), self.root.device
-        self.drafting.fix(self.capacity, self.shape)
-        self.target.cache = FixedCache(self.target.cache, self.capacity, self.shape.nodes)
+        plan = self.drafting.fix(self.capacity, self.shape, self.rule.is_drawn)
+        drawn = sum(level.families * level.children for level in plan)
+        nodes = 1 + drawn if plan else self.shape.nodes
+        self.target.cache = FixedCache(self.target.cache, self.capacity, nodes)
         self.root = self.root.clone()
         self.is_active = torch.ones(batch, dtype=torch.bool, device=device)
-        self.tokens, self.parents, self.depths = (
-            torch.zeros(batch, self.shape.nodes, dtype=torch.long, device=device) for _ in range(3)
+        tokens, parents, depths = (
+            torch.full((batch, nodes), fill, dtype=torch.long, device=device)
+            for fill in (0, PADDING, 0)
         )
-        self.parents.fill_(PADDING)
-        self.uniforms = Uniforms(batch, self._num_draws, device)
+        levels, branching = self.shape.depth, self.shape.top_k
+        races = sum(level.families for level in plan), self.vocab_size if plan else 0
+        draft_probs = None
+        if plan:
+            levels, branching = len(plan), max(level.children for level in plan)
+            draft_probs = torch.zeros(batch, nodes, self.vocab_size, device=device)
+        self.tree = DraftTree(
+            *(tokens, parents, depths, draft_probs),
+            draws="without_replacement" if plan else "chosen",
+            levels=levels,
+            branching=branching,
+            plan=plan,
+        )
+        counts = {"greedy": 0, "token": (levels + 1) * (branching * bool(plan) + 1)}
+        count = counts.get(self.rule.name, nodes + 1)
+        self.uniforms = Uniforms(batch, count, races, device)
 
     @property
-    def _num_draws(self) -> int:
-        """Draws of a round for a row: of each level, one for a child of a node and one beside."""
-        if self.rule.name == "greedy":
-            return 0
-        return (self.shape.depth + 1) * (self.shape.top_k * self.rule.is_drawn + 1)
+    def vocab_size(self) -> int:
+        """Tokens that the target gives logits of."""
+        return text_config(self.target.model).vocab_size
 
     @property
     def kind(self) -> Hashable:
@@ -83,16 +100,17 @@ class FixedRounds:
 
     def draft(self) -> None:
         """Draft a tree below each root."""
-        tree = self.drafting.propose(self.root, self.shape)
-        for own, part in zip((self.tokens, self.parents, self.depths), tree, strict=False):
-            own[:, : part.shape[1]] = part  # a head that reads few tokens has fewer children
-        self.tokens[:, 0] = self.root
+        self.uniforms.rewind()
+        warp = self._processed if self.rule.is_drawn else None
+        tree = self.drafting.propose(self.root, self.shape, warp, self.uniforms)
+        for own, part in zip(self.tree, tree, strict=True):
+            if isinstance(own, Tensor):  # a head that reads few tokens has fewer children
+                own[:, : part.shape[1]] = part
+        self.tree.tokens[:, 0] = self.root
 
     def verify(self) -> Tensor:
         """Verify the tree: (batch, depth + 2), the new tokens and, last, how many they are."""
-        parts = self.tokens, self.parents, self.depths
-        tree = DraftTree(*parts, levels=self.shape.depth, branching=self.shape.top_k)
-        features, verdict, tokens = self._accept(tree)
+        features, verdict, tokens = self._accept(self.tree)
         counts = verdict.lengths * self.is_active
         index = verdict.path[..., None].expand(-1, -1, features.shape[2])
         self.drafting.commit(tokens.clamp(min=0), features.gather(1, index), counts)
@@ -120,6 +138,9 @@ class FixedRounds:
             return verify_greedy(tree, scores.view_as(logits))
         rows = torch.arange(len(logits), device=logits.device)
         self.uniforms.rewind()
+        if self.rule.name != "token" and self.rule.is_drawn and tree is self.tree:
+            probs = self._processed(logits.flatten(0, 1)).softmax(-1).view_as(logits)
+            return verify_traversal(tree, probs, self.uniforms)
         return verify_token(
             tree, lambda node: self._processed(logits[rows, node]).softmax(-1), self.uniforms
         )
@@ -127,6 +148,7 @@ class FixedRounds:
     def _processed(self, logits: Tensor) -> Tensor:
         """Scores of (rows, vocab) logits, in fp32 as in plain `generate`."""
         scores = logits.float()
+        ids = self.tree.tokens[:1, :1].expand(len(scores), 1)
         for processor in self.processors:
-            scores = processor(self.tokens[:1, :1].expand(len(scores), 1), scores)
+            scores = processor(ids, scores)
         return scores

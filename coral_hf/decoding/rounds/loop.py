@@ -140,10 +140,11 @@ class FixedLoop(DecodingLoop):
         self._note_ends()
         self.stats.num_rounds += 1
         self.stats.round_lengths += counts
-        self.stats.num_levels += 0 if is_plain else self.fixed.shape.depth
-        self.stats.num_nodes += 1 if is_plain else self.fixed.shape.nodes
+        tree = self.rounds.tree
+        self.stats.num_levels += 0 if is_plain else tree.levels
+        self.stats.num_nodes += 1 if is_plain else tree.tokens.shape[1]
         if not is_plain:
-            sizes = len(rows), self.fixed.shape.depth, self.fixed.shape.nodes
+            sizes = len(rows), tree.levels, tree.tokens.shape[1]
             self.policy.note(RoundSample(*sizes, sum(counts) / len(rows)))
         self.lap("other_seconds")
 

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...decoding.acceptance_rules import Uniforms
 from ...decoding.caches.fixed_cache import FixedCache
 from ...decoding.caches.ragged_cache import HIDDEN, RaggedCache
 from ...decoding.caches.shared_keys import attend
-from ...decoding.drafting import DraftTree, TreeShape, Warp
+from ...decoding.drafting import DraftTree, Level, TreeShape, Warp
 from ...decoding.guard import accept_features
 from ...target import FEATURE, Target, check_target, text_config
 from ..tree_builders import Beam, SampledTreeBuilder, TreeBuilder, plan_levels
@@ -189,12 +190,13 @@ class CoralDrafting:
             self._cache.commit(counts.tolist())
             self._feature = feature
 
-    def fix(self, capacity: int, shape: TreeShape) -> None:
+    def fix(self, capacity: int, shape: TreeShape, is_drawn: bool) -> tuple[Level, ...]:
         """See [`FixedDrafting`]."""
         room = max(shape.depth + 1, shape.top_k * (shape.depth - 1))
         self._cache = FixedCache(self._cache, capacity, room)
         self._context.cache = self._cache
         self._feature = self._feature.clone(memory_format=torch.contiguous_format)
+        return tuple(plan_levels(shape)) if is_drawn else ()
 
     @property
     def device(self) -> torch.device:
@@ -219,16 +221,25 @@ class CoralDrafting:
         self._cache.select(rows.tolist())
         self._feature = self._feature[rows]
 
-    def propose(self, root: Tensor, shape: TreeShape, warp: Warp | None = None) -> DraftTree:
+    def propose(
+        self,
+        root: Tensor,
+        shape: TreeShape,
+        warp: Warp | None = None,
+        chance: Uniforms | None = None,
+    ) -> DraftTree:
         """Draft EAGLE-2's dynamic tree, or a drawn one, below `root` (batch,)."""
         root = root.to(self.drafter.fc.weight.device)
-        tree = self._choose(root, shape) if warp is None else self._draw(root, shape, warp)
+        if warp is None:
+            tree = self._choose(root, shape)
+        else:
+            tree = self._draw(SampledTreeBuilder(root, chance), shape, warp)
         self._cache.truncate()  # what the levels wrote
         return tree
 
-    def _draw(self, root: Tensor, shape: TreeShape, warp: Warp) -> DraftTree:
-        """A tree of draws without replacement among siblings, below `root` (batch,)."""
-        builder, features = SampledTreeBuilder(root), self._feature
+    def _draw(self, builder: SampledTreeBuilder, shape: TreeShape, warp: Warp) -> DraftTree:
+        """A tree of draws without replacement among siblings."""
+        features = self._feature
         seen: Tensor | None = None  # as in `_choose`
         for depth, level in enumerate(plan_levels(shape)):
             beam = builder.best(level.families)
