@@ -402,3 +402,18 @@ def test_compiling_ahead_leaves_nothing_to_compile():
     assert count == 2 and seconds > 0
     drafted(target, drafter, prompts(rows=2), **PLAIN, compile_config=config)
     assert len(compiled) == count
+
+
+def test_graphs_are_captured_on_cuda_alone():
+    target, drafter = pair()
+    with pytest.raises(ValueError, match="need a CUDA device"):
+        drafted(target, drafter, prompts(), **PLAIN, capture=True)
+
+
+@pytest.mark.parametrize("way", [STATIC, COMPILED])
+def test_chains_run_in_rounds_of_constant_shapes(way, rounds_run):
+    target, drafter = pair()
+    plain = target.generate(**prompts(rows=2), **PLAIN)
+    chain = {"tree_depth": 4, "tree_top_k": 1, "tree_nodes": 5}
+    given = {**prompts(rows=2), "assistant_model": drafter}
+    assert target.generate(**given, **PLAIN, **chain, **way).equal(plain) and rounds_run

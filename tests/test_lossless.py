@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from scipy.stats import chisquare
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    CompileConfig,
     GenerationConfig,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -51,16 +53,56 @@ def greedy_texts(target, drafter, prompt, tree, max_new_tokens=24):
     return plain, drafted
 
 
+CHAIN = {"tree_depth": 4, "tree_top_k": 1, "tree_nodes": 5}
+WAYS = {
+    "growing": {},
+    "static": {"cache_implementation": "static"},
+    "compiled": {"compile_config": CompileConfig(backend="eager")},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", [TREE, CHAIN], ids=["tree", "chain"])
 @pytest.mark.parametrize("name", ["stories260k-hf", "bitnet3m-hf", "coral-bench"])
-def test_greedy_tokens_equal_a_trained_target_alone(name):
+def test_greedy_tokens_equal_a_trained_target_alone(name, shape, way):
     folder = shared_file(f"targets/{name}")
     target = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(0)
     drafter = CoralDrafter.from_target(target).eval()
     prompt = tokenizer("Once upon a time there was", return_tensors="pt").input_ids
-    plain, drafted = greedy_texts(target, drafter, prompt, TREE, max_new_tokens=40)
+    settings = shape | WAYS[way]
+    plain, drafted = greedy_texts(target, drafter, prompt, settings, max_new_tokens=40)
     assert torch.equal(plain, drafted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "mistral_window", "phi3", "gpt2"])
+@pytest.mark.parametrize("shape", [TREE, CHAIN], ids=["tree", "chain"])
+def test_greedy_tokens_equal_the_target_alone_when_inductor_compiles(family, shape):
+    target = tiny_target(family)
+    target.generation_config.pad_token_id = 0
+    torch.manual_seed(0)
+    drafter = CoralDrafter.from_target(target).eval()
+    prompt = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    compiled = {"compile_config": CompileConfig()}
+    plain, drafted = greedy_texts(target, drafter, prompt, shape | compiled, max_new_tokens=30)
+    assert torch.equal(plain, drafted)
+
+
+@pytest.mark.parametrize("way", ["static", "compiled"])
+def test_threads_share_a_target_and_a_drafter(way):
+    target = tiny_target("llama")
+    torch.manual_seed(0)
+    drafter = CoralDrafter.from_target(target).eval()
+    chance = torch.Generator().manual_seed(0)
+    texts = [torch.randint(3, 40, (1, length), generator=chance) for length in (5, 9, 14, 20)]
+    expected = [greedy_texts(target, drafter, text, TREE)[0] for text in texts]
+    with ThreadPoolExecutor(4) as threads:
+        found = threads.map(
+            lambda text: greedy_texts(target, drafter, text, TREE | WAYS[way]), texts
+        )
+        assert all(one[1].equal(text) for one, text in zip(found, expected, strict=True))
 
 
 class Branch(Verifier):

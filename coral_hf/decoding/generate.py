@@ -43,7 +43,7 @@ from .loop import CoralGenerateOutput, DecodingLoop, Plan, decode_plainly
 from .outputs import OutputCollector
 from .preparation.needs import choose_preparation
 from .preparation.runner import make_runner
-from .rounds.choice import asks_for_fixed_rounds, with_constant_shapes
+from .rounds.choice import asks_for_fixed_rounds, can_capture, with_constant_shapes
 from .rounds.loop import FixedPlan
 from .sequences import Sequences
 from .settings import (
@@ -246,10 +246,12 @@ class BoundDrafter:
         policy = choose_policy(model, shape, speculation, costs, config.do_sample)
         plan = Plan(rule, longest, keep_cache, config.prefill_chunk_size)
         loop = DecodingLoop(drafting, runner, sequences, collector, policy, plan)
-        if asks_for_fixed_rounds(config):
+        is_captured = bool((defaults | settings)["capture"])
+        if asks_for_fixed_rounds(config, is_captured):
             is_adaptive, is_prepared = speculation == "adaptive", need.is_own or not takes_tree
             fresh = partial(_fresh, start, partial(make_runner, target, need, takes_tree, layers))
-            how = FixedPlan(shape, is_adaptive, config, fresh, self.is_warm_up)
+            is_captured = is_captured and can_capture(model, config)
+            how = FixedPlan(shape, is_adaptive, config, fresh, is_captured, self.is_warm_up)
             loop = with_constant_shapes(loop, how, is_prepared)
         del drafting  # the loop gives it up where it does not pay
         loop.run(model_kwargs)
@@ -276,9 +278,9 @@ def decoder(
         streamer: gets every token in order.
         tokenizer: of the target, compared with the one the drafter was trained with.
         settings: `tree_depth`, `tree_top_k`, `tree_nodes`, `speculation`, and when sampling
-            `verification` ("token", "traversal" or "block") and `drawn_tree`; the drafter's
-            `generation_config` by default. Also the options of the drafter's family, such as
-            CORAL's `draft_head`.
+            `verification` ("token", "traversal" or "block") and `drawn_tree`; `capture`, to launch
+            rounds of constant shapes as CUDA graphs; the drafter's `generation_config` by default.
+            Also the options of the drafter's family, such as CORAL's `draft_head`.
     """
     drafter = _without_wrapper(drafter)
     family = family_of(drafter)

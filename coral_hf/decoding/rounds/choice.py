@@ -3,10 +3,11 @@
 In: the loop of a call, before its first pass. Out: the loop that runs it.
 """
 
-from transformers import GenerationConfig
+import torch
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ...target import CONVOLUTION, sliding_windows, takes_positions
+from ...target import CONVOLUTION, all_modules, sliding_windows, takes_positions
 from ..loop import DecodingLoop
 from ..preparation.switches import rotary_switches
 from .loop import FixedLoop, FixedPlan
@@ -14,10 +15,39 @@ from .loop import FixedLoop, FixedPlan
 logger = logging.get_logger(__name__)
 
 
-def asks_for_fixed_rounds(config: GenerationConfig) -> bool:
-    """Whether a call asks for constant shapes, in the way in which it asks transformers."""
+def asks_for_fixed_rounds(config: GenerationConfig, is_captured: bool) -> bool:
+    """Whether a call asks for constant shapes, in the way in which it asks transformers.
+
+    `is_captured`: whether it asks for CUDA graphs.
+    """
     is_compiled = config.compile_config is not None and not config.disable_compile
-    return config.cache_implementation == "static" or is_compiled
+    return config.cache_implementation == "static" or is_compiled or is_captured
+
+
+def can_capture(model: PreTrainedModel, config: GenerationConfig) -> bool:
+    """Whether the rounds of a call can be captured in CUDA graphs; tells why not at INFO.
+
+    Raises:
+        ValueError: if the target is on no CUDA device, or the call asks to compile too.
+    """
+    if model.device.type != "cuda":
+        raise ValueError(
+            f"`capture` is True, but the target is on {str(model.device)!r} and CUDA graphs need a"
+            " CUDA device; leave it out, or pass compile_config=CompileConfig()."
+        )
+    if config.compile_config is not None:
+        raise ValueError("`capture` and `compile_config` were both passed; pass one of them.")
+    quantizer = getattr(model, "hf_quantizer", None)
+    reasons = {
+        "a quantizer that cannot be captured": quantizer and not quantizer.is_compileable,
+        "layers that are offloaded": any(hasattr(one, "_hf_hook") for one in all_modules(model)),
+        "an active adapter": getattr(model, "_hf_peft_config_loaded", False),
+        "autocast": torch.is_autocast_enabled("cuda"),
+    }
+    obstacle = next((reason for reason, is_so in reasons.items() if is_so), None)
+    if obstacle is not None:
+        logger.info(f"Rounds are not captured: the call has {obstacle}.")
+    return obstacle is None
 
 
 def with_constant_shapes(loop: DecodingLoop, how: FixedPlan, is_prepared: bool) -> DecodingLoop:

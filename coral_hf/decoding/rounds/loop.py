@@ -36,6 +36,7 @@ class FixedPlan(NamedTuple):
     config: GenerationConfig  # of the call
     # makes the two sides of the call anew, as they are before its first pass
     fresh: Callable[[], tuple[FixedDrafting, TargetRunner]]
+    is_captured: bool = False  # whether steps are captured in CUDA graphs
     is_warm_up: bool = False  # whether to compile what the call needs, and no more
 
     @property
@@ -102,7 +103,7 @@ class FixedLoop(DecodingLoop):
 
     def _ready(self, rounds: FixedRounds) -> Steps:
         """The steps of rounds, each of which has run once."""
-        steps = steps_of(rounds, self.fixed.compile_config)
+        steps = steps_of(rounds, self.fixed.compile_config, self.fixed.is_captured)
         run_dry(rounds, steps, ["draft", "verify", *(["token"] if self.fixed.is_adaptive else [])])
         return steps
 

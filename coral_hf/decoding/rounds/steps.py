@@ -1,4 +1,4 @@
-"""How the steps of fixed rounds are run: as they are, or compiled.
+"""How the steps of fixed rounds are run: as they are, compiled, or captured in CUDA graphs.
 
 In: `FixedRounds`. Out: the same steps, of which each is one graph. Graphs are kept with their
 target, by all that a shape or a constant of them follows from, so that a call of the same kind
@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from threading import Lock
 from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,6 +29,7 @@ STEPS: dict[str, Step] = {
     "verify": FixedRounds.verify,
     "token": FixedRounds.token,
 }
+_COMPILING = Lock()  # one thread at a time
 TRIALS = 3  # dry rounds, whose median says what a round costs
 
 
@@ -44,15 +46,21 @@ class Steps:
 _STEPS: "WeakKeyDictionary[PreTrainedModel, dict[Hashable, Steps]]" = WeakKeyDictionary()
 
 
-def steps_of(rounds: FixedRounds, config: CompileConfig | None) -> Steps:
-    """The steps of a call's rounds, compiled where a `config` asks for it; made once a process."""
+def steps_of(rounds: FixedRounds, config: CompileConfig | None, is_captured: bool) -> Steps:
+    """The steps of a call's rounds, compiled where a `config` asks for it; made once a process.
+
+    Those that are captured are of one call, whose buffers they know by their addresses.
+    """
     options = None if config is None else _options(config)
-    kind = rounds.kind, repr(options)
+    kind = rounds.kind, repr(options), is_captured
     known = _STEPS.setdefault(rounds.target.model, {})
     if kind not in known:
         known[kind] = Steps()
         if options is not None:
             known[kind].by_name = {name: _compiled(step, options) for name, step in STEPS.items()}
+    if is_captured:
+        captured: dict[str, Step] = {name: Captured(step) for name, step in STEPS.items()}
+        return Steps(captured, cost=known[kind].cost)
     return known[kind]
 
 
@@ -73,10 +81,41 @@ def _compiled(step: Step, options: dict[str, Any]) -> Step:
     return torch.compile(FunctionType(code, step.__globals__, step.__name__), **options)
 
 
+class Captured:
+    """A step in a CUDA graph: its kernels are launched at once, on the buffers of one call."""
+
+    RUNS = 2  # before the capture, in which libraries choose their kernels and get their workspace
+
+    def __init__(self, step: Step):
+        self._step = step
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._output: Tensor | None = None
+
+    def __call__(self, rounds: FixedRounds) -> Tensor | None:
+        """Run the step; the first time it is captured, and must keep nothing of its rows."""
+        if self._graph is None:
+            self._capture(rounds)
+        else:
+            self._graph.replay()
+        return self._output
+
+    def _capture(self, rounds: FixedRounds) -> None:
+        stream = torch.cuda.Stream(rounds.root.device)
+        stream.wait_stream(torch.cuda.current_stream(rounds.root.device))
+        with torch.cuda.stream(stream):
+            for _ in range(self.RUNS):
+                self._step(rounds)
+        torch.cuda.current_stream(rounds.root.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = self._step(rounds)
+        self._graph, self._output = graph, output
+
+
 def run_dry(rounds: FixedRounds, steps: Steps, names: list[str]) -> None:
     """Run each step once on rows that keep nothing, so that what compiles has compiled.
 
-    A step that cannot be compiled runs as it is from then on, and says so once.
+    A step that cannot be compiled or captured runs as it is from then on, and says so once.
     """
     rounds.is_active.fill_(False)
     for name in names:
@@ -84,7 +123,8 @@ def run_dry(rounds: FixedRounds, steps: Steps, names: list[str]) -> None:
             continue
         start = time.perf_counter()
         try:
-            steps.by_name[name](rounds)
+            with _COMPILING:
+                steps.by_name[name](rounds)
         except Exception as error:
             if steps.by_name[name] is STEPS[name]:
                 raise
@@ -99,9 +139,9 @@ def _give_up(steps: Steps, name: str, error: Exception) -> None:
     steps.by_name[name] = STEPS[name]
     reason = str(error).strip().split("\n")[0]
     logger.warning_once(
-        f"The step `{name}` of a round cannot be compiled with this target and drafter, and runs"
-        f" without ({type(error).__name__}: {reason}). Leave out `compile_config`, or call"
-        " `torch._logging.set_logs(graph_breaks=True)` to see why."
+        f"The step `{name}` of a round cannot be compiled or captured with this target and drafter,"
+        f" and runs as it is ({type(error).__name__}: {reason}). Leave out `compile_config` or"
+        " `capture`, or call `torch._logging.set_logs(graph_breaks=True)` to see why."
     )
 
 
