@@ -130,11 +130,11 @@ class FixedLoop(DecodingLoop):
         self.rounds.uniforms.draw_all()
         if is_plain:
             self.stats.is_stepped_back, self.keep_memory = True, False
-            read = self.steps.by_name["token"](self.rounds)
+            read = self.steps.run("token", self.rounds)
         else:
-            self.steps.by_name["draft"](self.rounds)
+            self.steps.run("draft", self.rounds)
             self.lap("draft_seconds")
-            read = self.steps.by_name["verify"](self.rounds)
+            read = self.steps.run("verify", self.rounds)
         found = self._read(read)
         self.lap("verify_seconds")
         counts = [len(new) for new in self.sequences.emit([found[row] for row in rows])]

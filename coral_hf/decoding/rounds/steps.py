@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ..caches.shared_keys import sharing_keys
 from .fixed_rounds import FixedRounds
 
 logger = logging.get_logger(__name__)
@@ -40,6 +41,11 @@ class Steps:
     by_name: dict[str, Step] = field(default_factory=lambda: dict(STEPS))
     first_seconds: dict[str, float] = field(default_factory=dict)  # of a step's first run
     cost: float | None = None  # of a round, in passes of one token
+
+    def run(self, name: str, rounds: FixedRounds) -> Tensor | None:
+        """Run a step; the target's heads share keys also where it is traced."""
+        with sharing_keys():
+            return self.by_name[name](rounds)
 
 
 # by target, and by kind
@@ -124,7 +130,7 @@ def run_dry(rounds: FixedRounds, steps: Steps, names: list[str]) -> None:
         start = time.perf_counter()
         try:
             with _COMPILING:
-                steps.by_name[name](rounds)
+                steps.run(name, rounds)
         except Exception as error:
             if steps.by_name[name] is STEPS[name]:
                 raise
@@ -162,6 +168,6 @@ def measure_cost(rounds: FixedRounds, steps: Steps) -> float:
 def _timed(rounds: FixedRounds, steps: Steps, name: str) -> float:
     """Seconds of a step, with what a device has still to do."""
     start = time.perf_counter()
-    steps.by_name[name](rounds)
+    steps.run(name, rounds)
     rounds.root.tolist()
     return time.perf_counter() - start
