@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -170,3 +171,45 @@ def test_a_measured_drafter_is_published(folder, tmp_path):
         assert "loaded by its id" in printed
         assert "results/report.json" in hub.files("org/example")
         assert b"Speed was measured" in hub.files("org/example")["README.md"]
+
+
+@pytest.mark.slow
+def test_a_drafter_of_own_answers_is_trained_and_its_rounds_are_timed(
+    folder, tmp_path, monkeypatch, capsys
+):
+    talk = (folder / "talk.jsonl").read_text().splitlines()[0]
+    (tmp_path / "talks.jsonl").write_text(f"{talk}\n" * 202)
+    start = "Once upon a time there was a small {} who lived in a house."
+    for name, heroes in (("stories", ("cat", "dog")), ("held-out", ("dog", "hen", "fox"))):
+        text = "<|endoftext|>".join(start.format(hero) for hero in heroes)
+        (tmp_path / f"{name}.txt").write_text(text)
+    data = ["--dialogues", tmp_path / "talks.jsonl", "--stories", tmp_path / "stories.txt"]
+    data += ["--held-out-stories", tmp_path / "held-out.txt", "--every", 1]
+    shutil.copytree(folder / "target", tmp_path / "target")
+    config = tmp_path / "target" / "config.json"
+    longer = json.loads(config.read_text()) | {"max_position_embeddings": 1024}
+    config.write_text(json.dumps(longer))
+    names = ["--target", tmp_path / "target"]
+    made = tmp_path / "mixed"
+    short = ["--max_steps", 1, "--router-steps", 1, "--output", made]
+    run(monkeypatch, "train_mixed.py", *names, *data, *short)
+    prompts = [path.read_text() for path in (made / "stories.jsonl", made / "dialogues.jsonl")]
+    assert "hen" in prompts[0] and "dog" not in prompts[0] and prompts[1].count("Hi.") == 1
+    assert CoralDrafter.from_pretrained(made).config.draft_head == "routed"
+    rows = tmp_path / "rows.jsonl"
+    (made / "dialogues.jsonl").write_text(prompts[1] * 9)
+    names += ["--drafter", made, "--prompts", made / "dialogues.jsonl", "--rows", rows]
+    names += ["--work", tmp_path / "work", "--num-prompts", 1, "--backend", "eager"]
+    names += ["--task", "dialogues", "--layers", 2, "--batch-size", 1, "--temperature", 0.0]
+    for seconds, expected in ((0, 0), (600, 1), (600, 1)):  # begun, finished, nothing left to do
+        run(monkeypatch, "round_speed.py", *names, "--seconds", seconds)
+        table = capsys.readouterr().out
+        assert ("Time is up" in table) == (seconds == 0)
+        found = [json.loads(line) for line in rows.read_text().splitlines()] if expected else []
+        assert [row["temperature"] for row in found] == [0.0][:expected]
+    for row in found:
+        assert row["num_tokens"] >= 16 and row["tau"] >= 1
+        for name in ("eager", "compiled"):
+            speed = row["tokens_per_second"]
+            assert row["speedup"][name] == pytest.approx(speed["drafted"] / speed[name])
+            assert row["efficiency"][name] == pytest.approx(row["speedup"][name] / row["tau"])
