@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, Pre
 
 from coral_hf import CoralDrafter
 from coral_hf.atomic import JsonLines
-from coral_hf.measure.autotune import stage_seconds
 from coral_hf.measure.calls import (
     ROUND_STAGES,
     Arguments,
@@ -39,8 +38,7 @@ from coral_hf.measure.padding import pad_target
 from coral_hf.measure.prompts import Prompt, encode, left_padded, read_prompts
 from coral_hf.measure.report import describe_environment, tabulate
 
-# how rounds run: arguments of `generate` beside the drafter's
-WAYS: dict[str, Arguments] = {"as today": {}}
+WAYS = ("growing", "static", "compiled")
 # depth, top-k, nodes
 TREES = [(4, 1, 5), (4, 2, 8), (5, 4, 16), (6, 8, 32), (6, 10, 60)]
 SAMPLED = {
@@ -48,6 +46,7 @@ SAMPLED = {
     "drawn": {"verification": "token", "drawn_tree": True},
     "traversal": {"verification": "traversal"},
 }
+COMPILED_TREES = [(4, 2, 8), (5, 4, 16)]
 SAMPLED_TREES = [(4, 1, 5), (3, 2, 8), (4, 2, 16), (5, 4, 32)]
 TASKS = {"dialogues": 64, "stories": 128, "repetitive stories": 128}  # new tokens of an answer
 LEAST_TOKENS = 16  # of a dialogue's plain answer
@@ -87,6 +86,13 @@ class Cell(NamedTuple):
     temperature: float
 
 
+def ways_of(backend: str) -> dict[str, Arguments]:
+    """Return how rounds run: arguments of `generate` beside the drafter's."""
+    static = {"cache_implementation": "static"}
+    compiled = static | {"compile_config": CompileConfig(backend=backend)}
+    return dict(zip(WAYS, ({}, static, compiled), strict=True))
+
+
 def compile_anywhere(backend: str) -> CompileConfig:
     """Make what has `generate` compile on a CPU too, which it does in benchmarks alone."""
     config = CompileConfig(backend=backend)
@@ -122,7 +128,8 @@ def prompt_sets(target, tokenizer, options) -> dict[str, list[torch.Tensor]]:
             ids = encode(prompt, tokenizer)[0]
             key = (prompt.task, prompt.id, len(prompt.messages))
             if key not in known:
-                arguments = sampling_arguments(0.0, TASKS[kinds[0]])
+                most = min(TASKS[kinds[0]], options.max_new_tokens)
+                arguments = sampling_arguments(0.0, most)
                 known[key] = call_generate(target, left_padded([ids], 0), arguments).tokens[0]
                 row = dict(zip(("task", "id", "turns"), key, strict=True))
                 answers.append([row | {"tokens": known[key]}])
@@ -132,10 +139,14 @@ def prompt_sets(target, tokenizer, options) -> dict[str, list[torch.Tensor]]:
     return found
 
 
-def settings_of(temperature: float) -> dict[str, Arguments]:
-    """Return the settings of drafting that are tried, by name."""
+def settings_of(temperature: float, way: str) -> dict[str, Arguments]:
+    """Return the settings of drafting that are tried in a way, by name."""
     rules = SAMPLED if temperature else {"": {}}
     trees = SAMPLED_TREES if temperature else TREES
+    if temperature and way != "growing":  # drawn trees have no constant shapes
+        rules = {"chosen": SAMPLED["chosen"]}
+    if way == "compiled":
+        trees = COMPILED_TREES  # each takes two graphs
     names = ("tree_depth", "tree_top_k", "tree_nodes")
     return {
         f"{rule} {tree[0]}, {tree[1]}, {tree[2]}".strip(): {
@@ -148,12 +159,10 @@ def settings_of(temperature: float) -> dict[str, Arguments]:
 
 def counts(call: Call) -> dict[str, Any]:
     """Return what is pooled of a call; the first token of a row comes with the prefill."""
-    drafted = "verify" in call.stage_seconds
     return {
         "method": call.method,
         "decode_tokens": call.num_tokens - call.num_rows,
-        # rounds alone: the set-up of `generate` is in plain's prefill
-        "decode_seconds": stage_seconds(call) if drafted else call.round_seconds,
+        "decode_seconds": call.round_seconds,
         "tokens": call.num_tokens,
         "seconds": call.seconds,
         "rounds": call.num_rounds,
@@ -175,6 +184,7 @@ class Bed(NamedTuple):
     target: PreTrainedModel
     measured: list[Batch]
     choosing: list[Batch]
+    max_new_tokens: int
     calls: JsonLines
     end: float  # of the time that the process has
 
@@ -188,9 +198,14 @@ class Bed(NamedTuple):
         key = [*cell, phase]
         done = [row["calls"] for row in self.calls.read() if row["key"] == key]
         if len(done) < len(batches):
-            bench = Bench(self.target, methods, warmup=1)
-            # the longest prompt first: the static cache keeps its length
-            bench.warm_up(sorted(batches, key=lambda one: -one["input_ids"].shape[1]))
+            # the longest prompt first: the static cache of plain `generate` keeps its length; the
+            # shortest for the other capacity that rounds may have
+            by_length = sorted(batches, key=lambda one: one["input_ids"].shape[1])
+            is_compiled = any(
+                "compile_config" in own for name, own in methods.items() if name != COMPILED
+            )
+            bench = Bench(self.target, methods, warmup=2 if is_compiled else 1)
+            bench.warm_up([by_length[-1], by_length[0]])
             graphs = num_graphs()
             assert graphs or COMPILED not in methods, "nothing was compiled"
             for item in range(len(done), len(batches)):
@@ -201,21 +216,22 @@ class Bed(NamedTuple):
                 self.calls.append([{"key": key, "item": item, "calls": done[-1]}])
         return DataFrame(sum(done, [])).groupby("method").sum()
 
-    def measure(self, cell: Cell, ways: list[str], drafter, backend: str) -> list[dict]:
+    def measure(self, cell: Cell, ways: dict[str, Arguments], drafter, backend) -> list[dict]:
         """Choose a setting for each way, measure all ways beside the baselines; a row for each."""
-        common = sampling_arguments(cell.temperature, TASKS[cell.task]) | {"pad_token_id": 0}
+        common = sampling_arguments(cell.temperature, self.max_new_tokens) | {"pad_token_id": 0}
         drafting = {"assistant_model": drafter, "speculation": "always"}
-        settings = settings_of(cell.temperature)
         chosen: dict[str, str] = {}
-        for way in ways:
+        drafted: dict[str, Arguments] = {}
+        for way, how in ways.items():
             own = {
-                name: common | drafting | setting | WAYS[way] for name, setting in settings.items()
+                name: common | drafting | setting | how
+                for name, setting in settings_of(cell.temperature, way).items()
             }
             tried = self.run(cell, f"choosing {way}", {"plain": common} | own).drop("plain")
             chosen[way] = (tried["decode_tokens"] / tried["decode_seconds"]).idxmax()
+            drafted[way] = own[chosen[way]]
         static = {"cache_implementation": "static", "compile_config": compile_anywhere(backend)}
-        methods = {"plain": common, COMPILED: common | static}
-        methods |= {way: common | drafting | settings[chosen[way]] | WAYS[way] for way in ways}
+        methods = {"plain": common, COMPILED: common | static} | drafted
         pooled = self.run(cell, f"measuring {', '.join(ways)}", methods)
         return [make_row(cell, way, chosen[way], pooled) for way in ways]
 
@@ -268,7 +284,11 @@ def measure_all(options: argparse.Namespace, table: JsonLines, end: float) -> No
     known = {(*(row[name] for name in Cell._fields), row["way"]) for row in table.read()}
     for task, layers, size in product(options.task, options.layers, options.batch_size):
         cells = [Cell(task, layers, size, temperature) for temperature in options.temperature]
-        left = {cell: [way for way in options.way if (*cell, way) not in known] for cell in cells}
+        ways = ways_of(options.backend)
+        left = {
+            cell: {way: ways[way] for way in options.way if (*cell, way) not in known}
+            for cell in cells
+        }
         if not any(left.values()):
             continue
         torch._dynamo.reset()  # graphs of another bed, whose number is limited
@@ -280,9 +300,10 @@ def measure_all(options: argparse.Namespace, table: JsonLines, end: float) -> No
         )
         if not measured or not choosing:
             raise ValueError(f"{len(chosen + behind)} of `--prompts` are {task}; give more.")
-        bed = Bed(pad_target(base, layers), measured, choosing, calls, end)
-        for cell, ways in left.items():
-            for row in bed.measure(cell, ways, drafter, options.backend) if ways else ():
+        most = min(TASKS[task], options.max_new_tokens)
+        bed = Bed(pad_target(base, layers), measured, choosing, most, calls, end)
+        for cell, own in left.items():
+            for row in bed.measure(cell, own, drafter, options.backend) if own else ():
                 facts = vars(describe_environment(bed.target, drafter))
                 table.append([row | {name: facts[name] for name in FACTS}])
 
@@ -307,7 +328,8 @@ if __name__ == "__main__":
     parser.add_argument("--work", type=Path, required=True, help="folder of unfinished rows")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--num-prompts", type=int, default=40, help="of each set")
-    parser.add_argument("--backend", default="inductor", help="of torch.compile, for the baseline")
+    parser.add_argument("--max-new-tokens", type=int, default=max(TASKS.values()))
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
     several = {"task": TASKS, "way": WAYS, "layers": (8, 32), "batch-size": (1, 8)}
     for name, values in {**several, "temperature": (0.0, 1.0)}.items():
         first, *_ = values

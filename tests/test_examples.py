@@ -16,6 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from coral_hf import CoralDrafter
+from coral_hf.measure import Prompt
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -200,16 +201,28 @@ def test_a_drafter_of_own_answers_is_trained_and_its_rounds_are_timed(
     (made / "dialogues.jsonl").write_text(prompts[1] * 9)
     names += ["--drafter", made, "--prompts", made / "dialogues.jsonl", "--rows", rows]
     names += ["--work", tmp_path / "work", "--num-prompts", 1, "--backend", "eager"]
+    names += ["--max-new-tokens", 18]
     names += ["--task", "dialogues", "--layers", 2, "--batch-size", 1, "--temperature", 0.0]
-    for seconds, expected in ((0, 0), (600, 1), (600, 1)):  # begun, finished, nothing left to do
+    names += ["--way", "growing", "compiled"]
+    for seconds, expected in ((0, 0), (600, 2), (600, 2)):  # begun, finished, nothing left to do
         run(monkeypatch, "round_speed.py", *names, "--seconds", seconds)
         table = capsys.readouterr().out
         assert ("Time is up" in table) == (seconds == 0)
         found = [json.loads(line) for line in rows.read_text().splitlines()] if expected else []
-        assert [row["temperature"] for row in found] == [0.0][:expected]
+        assert [row["way"] for row in found] == ["growing", "compiled"][:expected]
     for row in found:
         assert row["num_tokens"] >= 16 and row["tau"] >= 1
         for name in ("eager", "compiled"):
             speed = row["tokens_per_second"]
             assert row["speedup"][name] == pytest.approx(speed["drafted"] / speed[name])
             assert row["efficiency"][name] == pytest.approx(row["speedup"][name] / row["tau"])
+
+
+def test_prompts_go_to_sets_by_their_plain_answers():
+    speed = runpy.run_path(str(EXAMPLES / "round_speed.py"))
+    story, turn = Prompt("stories", "0"), Prompt("dialogues", "0")
+    fresh, thrice, more = [*range(40)], [1, 2, 3, 4] * 3, [1, 2, 3, 4] * 4
+    tasks = [speed["task_of"](story, answer) for answer in (fresh, thrice, more)]
+    assert tasks == ["stories", "stories", "repetitive stories"]
+    tasks = [speed["task_of"](turn, answer) for answer in (fresh[:15], fresh[:16], more)]
+    assert tasks == [None, "dialogues", "dialogues"]
