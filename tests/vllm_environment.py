@@ -8,9 +8,14 @@ PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu, where pip does not fin
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import Distribution
 from pathlib import Path
 
@@ -79,3 +84,28 @@ def run_jobs(python: str, folder: Path, jobs: list[dict]) -> list[dict]:
     command = [python, str(ROOT / "tests" / "served.py"), str(folder)]
     subprocess.run(command, check=True, env=environment(), timeout=3000)
     return json.loads((folder / "served.json").read_text())
+
+
+@contextmanager
+def vllm_server(target: Path | str, *options: object) -> Iterator[str]:
+    """`vllm serve` with a target in fp32, at the address that is yielded."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [Path(vllm_python()).with_name("vllm"), "serve", target, "--port", port]
+    command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", *options]
+    # a busy machine compiles for minutes what vLLM compiles when it is first asked for logprobs
+    patient = {"TORCHDYNAMO_DISABLE": "1", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "3000"}
+    server = subprocess.Popen([*map(str, command)], env={**environment(), **patient})
+    try:
+        while server.poll() is None:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
+                break
+            except OSError:
+                time.sleep(1)
+        assert server.poll() is None, f"the server ended with exit code {server.returncode}"
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.terminate()
+        server.wait(60)
