@@ -65,17 +65,20 @@ class FixedLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Write (batch, kv_heads, new, head_dim) behind what is there, and return all of it."""
         start, new = self.size + self.pending, key_states.shape[-2]
-        self.keys.narrow(2, start, new).copy_(key_states)
-        self.values.narrow(2, start, new).copy_(value_states)
+        # a compiler writes these in place, and the whole buffer for a slice or a `scatter_`
+        slots = torch.arange(start, start + new, device=self.keys.device)
+        self.keys.index_copy_(2, slots, key_states)
+        self.values.index_copy_(2, slots, value_states)
         self.pending += new
         return self.keys.narrow(2, 0, start + new), self.values.narrow(2, 0, start + new)
 
     def move(self, source: Tensor, destination: Tensor) -> None:
         """Copy slots `source` to slots `destination`, (batch, kept) each."""
+        batch, heads = self.keys.shape[:2]
+        rows = torch.arange(batch, device=source.device)[:, None, None]
+        heads = torch.arange(heads, device=source.device)[None, :, None]
         for states in (self.keys, self.values):
-            shape = -1, states.shape[1], -1, states.shape[3]
-            kept = states.gather(2, source[:, None, :, None].expand(shape))
-            states.scatter_(2, destination[:, None, :, None].expand(shape), kept)
+            states[rows, heads, destination[:, None]] = states[rows, heads, source[:, None]]
 
     def reset(self) -> None:
         """Forget everything."""
