@@ -1,4 +1,4 @@
-"""Time the full LM head against routed heads, on random weights and features.
+"""Time the full LM head against routed and quantized heads, on random weights and features.
 
     OMP_NUM_THREADS=2 python examples/time_heads.py --groups 64 --share 4 --share 8 --share 16
 
@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from coral_hf.heads.draft_heads import FullHead, RoutedHead
+from coral_hf.heads.draft_heads import FullHead, QuantizedHead, RoutedHead
 from coral_hf.heads.group_logits import has_kernel
+from coral_hf.heads.quantized import quantize
 from coral_hf.heads.router import Router, Routing
 from coral_hf.lm_head import LMHead
 
@@ -23,20 +24,25 @@ SHAPES = ("Llama-3-8B:128256:4096", "Qwen2.5-7B:152064:3584", "Gemma-2-2B:256000
 
 
 def heads_of(head: LMHead, options: argparse.Namespace) -> dict:
-    """Return the full head and routed heads of the same weight, by name, with the MiB they read."""
+    """Return heads of the same weight by name, exact and quantized, with the MiB that they read."""
     vocab, hidden = head.weight.shape
     row = hidden * head.weight.element_size() / 2**20
     heads = {"all: full head": (FullHead(head), vocab * row)}
+    with_scale = (hidden + 4) / 2**20  # of a row in eight bits
+    heads["all, quantized"] = QuantizedHead(head, quantize(head.weight)), vocab * with_scale
     order = torch.randperm(vocab, device=options.device) if options.random_groups else None
     # as a drafter does: without a kernel, the weight is copied once in the order of the groups
     weight = None if order is None or has_kernel(head.weight) else head.weight[order]
+    rounded = quantize(head.weight if order is None else head.weight[order])
     for groups in options.groups or [16, 32]:
         router = Router(hidden, groups).to(options.device, head.weight.dtype)
         router.order = order
         for active in (groups // share for share in options.share or [4, 8, 16]):
             routed = RoutedHead(head, router, Routing("shared", active), weight)
-            read = min(active * routed.groups.size, vocab) + hidden + groups  # and the router
-            heads[f"{active} of {groups}"] = routed, read * row
+            read, own = min(active * routed.groups.size, vocab), (hidden + groups) * row
+            heads[f"{active} of {groups}"] = routed, read * row + own  # the router's own too
+            routed = RoutedHead(head, router, Routing("shared", active), rounded)
+            heads[f"{active} of {groups}, quantized"] = routed, read * with_scale + own
     return heads
 
 

@@ -16,7 +16,7 @@ class Inputs(NamedTuple):
     """The arguments of `group_logits`."""
 
     features: Tensor  # (batch, nodes, hidden)
-    weight: Tensor  # (vocab, hidden)
+    weight: Tensor | tuple[Tensor, Tensor]  # (vocab, hidden), or its `QuantizedRows`
     active: Tensor  # (batch, 1, slots) or (batch, nodes, slots)
     size: int
     bias: Tensor | None
@@ -57,8 +57,19 @@ def inputs(
     )
 
 
+def quantized_inputs(name: str) -> Inputs:
+    """A case whose weight is quantized."""
+    from coral_hf.heads.quantized import quantize
+
+    case = inputs(name, torch.float32, has_bias=True)
+    return case._replace(weight=quantize(case.weight, torch.int8))
+
+
 def write_interpreted(path: str) -> None:
-    """Save the kernel's logits, by case, dtype and whether there are bias and order."""
+    """Save the kernel's logits, by case, dtype and whether there are bias and order.
+
+    Those of a quantized weight by case alone.
+    """
     os.environ["TRITON_INTERPRET"] = "1"
     from coral_hf.heads import group_logits as module
 
@@ -69,6 +80,7 @@ def write_interpreted(path: str) -> None:
         for dtype in INTERPRETED
         for has_both in (False, True)
     }
+    logits |= {name: module.group_logits(*quantized_inputs(name)) for name in CASES}
     torch.save(logits, path)
 
 

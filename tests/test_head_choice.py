@@ -11,7 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from coral_hf import CoralDrafter
-from coral_hf.heads.draft_heads import FrequencyHead, FullHead, LowRankHead, RoutedHead
+from coral_hf.heads.draft_heads import (
+    FrequencyHead,
+    FullHead,
+    LowRankHead,
+    QuantizedHead,
+    RoutedHead,
+)
 from coral_hf.heads.router import order_hash
 from coral_hf.target import read_target
 
@@ -19,7 +25,9 @@ ORDER = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))
 HOT = torch.tensor([5, 3, 9, 30])
 KINDS = {
     "full": FullHead,
+    "quantized": QuantizedHead,
     "routed": RoutedHead,
+    "routed_quantized": RoutedHead,
     "frequency": FrequencyHead,
     "low_rank": LowRankHead,
 }
@@ -81,7 +89,7 @@ def test_order_and_tokens_stay_whole_numbers_in_any_dtype(target, drafter, tmp_p
     assert loaded.heads.low_rank.up.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", ["routed", "frequency", "low_rank"])
+@pytest.mark.parametrize("name", ["routed", "routed_quantized", "frequency", "low_rank"])
 def test_a_head_that_is_not_there_says_how_to_get_it(target, drafter, name):
     with pytest.raises(ValueError, match=f"`draft_head` is '{name}', but this drafter .*full'"):
         drafter.heads.bind(head_of(target, drafter), name)
@@ -94,11 +102,11 @@ def test_an_untrained_router_is_not_read(target, drafter):
 
 
 def test_an_unknown_head_raises(target, drafter):
-    with pytest.raises(ValueError, match="`draft_head` is 'half'; use one of .'full', 'routed'"):
+    with pytest.raises(ValueError, match="`draft_head` is 'half'; use one of .'full', 'quantized'"):
         drafter.heads.bind(head_of(target, drafter), "half")
 
 
-@pytest.mark.parametrize("name", ["routed", "frequency", "low_rank"])
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "full"])
 def test_a_quantised_head_can_only_be_read_whole(target, drafter, name):
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -126,7 +134,7 @@ def test_a_head_that_an_adapter_adds_to_can_only_be_read_whole(drafter):
     assert drafter.config.head_rank == 8
 
 
-@pytest.mark.parametrize("name", ["routed", "frequency", "low_rank"])
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "full"])
 def test_two_targets_take_turns_with_one_drafter(drafter, name):
     targets = [tiny_target("llama", torch.float32) for _ in range(2)]
     with torch.no_grad():
@@ -147,7 +155,7 @@ def test_a_tied_head_is_read_like_any_other(drafter):
     assert head.weight is tied.get_input_embeddings().weight
     for name in KINDS:
         logits = drafter.heads.bind(head, name).logits(*level(drafter))
-        if name != "low_rank":
+        if name in ("full", "routed", "frequency"):
             is_read = logits.isfinite()
             expected = head.logits(level(drafter)[0])[is_read]
             torch.testing.assert_close(logits[is_read], expected)
@@ -157,7 +165,7 @@ def test_what_was_copied_follows_a_head_that_has_changed(drafter):
     target = tiny_target("llama", torch.float32)
     with_all_heads(target, drafter)
     head = head_of(target, drafter)
-    for name in ("routed", "frequency"):
+    for name in ("routed", "quantized", "routed_quantized", "frequency"):
         before = drafter.heads.bind(head, name).logits(*level(drafter))
         with torch.no_grad():
             head.weight.mul_(2)
@@ -190,7 +198,44 @@ def test_a_broken_router_leaves_the_whole_head_and_says_so(target, drafter, capl
     assert "router's weights are not finite: the whole LM head is read" in caplog.text
 
 
+@pytest.mark.parametrize("order", [None, ORDER])
+def test_a_quantized_router_reads_the_groups_of_the_exact_one_with_rounded_logits(
+    target, drafter, order
+):
+    with_all_heads(target, drafter, order)
+    head = head_of(target, drafter)
+    logits = {name: drafter.heads.bind(head, name).logits(*level(drafter)) for name in KINDS}
+    is_read = logits["routed"].isfinite()
+    assert logits["routed_quantized"].isfinite().equal(is_read) and not is_read.all()
+    rounded = logits["quantized"][is_read]
+    torch.testing.assert_close(logits["routed_quantized"][is_read], rounded)
+    assert not rounded.equal(logits["full"][is_read])
+
+
+def test_a_quantized_copy_is_made_once_and_not_saved(target, drafter, tmp_path):
+    drafter.heads.configure(draft_head="quantized")
+    head = head_of(target, drafter)
+    assert drafter.heads.bind(head).rows is drafter.heads.bind(head).rows
+    assert drafter.heads.bind(head).rows.values.dtype == torch.int8
+    drafter.save_pretrained(tmp_path)
+    assert not any("heads" in name for name in load_file(tmp_path / "model.safetensors"))
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert type(loaded.heads.bind(head)) is QuantizedHead
+
+
+def test_a_fresh_drafter_may_read_the_quantized_head(target):
+    assert CoralDrafter.from_target(target, draft_head="quantized").config.draft_head == "quantized"
+
+
 # ---- bad input
+
+
+@pytest.mark.parametrize("name", ["quantized", "routed_quantized"])
+def test_a_device_without_products_of_eight_bits_is_refused(target, drafter, name, monkeypatch):
+    monkeypatch.setattr("coral_hf.heads.collection.DEVICES", ("cuda",))
+    with_all_heads(target, drafter)
+    with pytest.raises(ValueError, match=f"'{name}', but the target's LM head is on 'cpu'"):
+        drafter.heads.bind(head_of(target, drafter), name)
 
 
 @pytest.mark.parametrize(

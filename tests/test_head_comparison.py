@@ -53,12 +53,15 @@ def test_invalid_trials_are_refused(text, message):
         ({"draft_head": "frequency", "num_hot_tokens": 100}, 0.1),
         # 2 of 8 groups of 125, the router's 20 × 20 and 8 × 20
         ({"draft_head": "routed", "num_groups": 8, "num_active_groups": 2}, 0.278),
+        # one byte of four, and a scale of four bytes for 20 channels
+        ({"draft_head": "quantized"}, 0.3),
+        ({"draft_head": "routed_quantized", "num_groups": 8, "num_active_groups": 2}, 0.103),
         # 5 of 20 channels of each row, and `down`
         ({"draft_head": "low_rank", "head_rank": 5}, 0.255),
     ],
 )
 def test_the_share_read_includes_the_weights_that_a_head_adds(fields, share):
-    assert read_share({"vocab_size": 1000, "hidden_size": 20, **fields}) == pytest.approx(share)
+    assert read_share({"vocab_size": 1000, "hidden_size": 20, **fields}, 4) == pytest.approx(share)
 
 
 def test_the_command_makes_heads_once_and_measures_them(folder):  # noqa: F811
@@ -72,6 +75,8 @@ def test_the_command_makes_heads_once_and_measures_them(folder):  # noqa: F811
         "routed grouping=contiguous num_groups=4 num_active_groups=1",
         "frequency num_hot_tokens=20",
         "low_rank head_rank=4",
+        "quantized",
+        ROUTED.replace("routed", "routed_quantized"),
     ]
     out = folder / "heads"
     names = [
@@ -86,14 +91,14 @@ def test_the_command_makes_heads_once_and_measures_them(folder):  # noqa: F811
     made = {path.name for path in (out / "heads").iterdir()}
     assert made == {
         *("full", "routed-contiguous-8", "routed-contiguous-4"),
-        *("frequency-20", "low_rank-4"),
+        *("frequency-20", "low_rank-4", "quantized"),
     }
     report = json.loads((out / "report.json").read_text())
     assert [*report["trials"]] == ["full", *trials]
     calls = {(call["method"], call["temperature"]): call for call in report["calls"]}
     assert {*calls} == {(name, t) for name in ("plain", "full", *trials) for t in (0.0, 1.0)}
     greedy = [call for call in report["calls"] if call["temperature"] == 0.0]
-    assert len(greedy) == 14 and all(call["num_equal_rows"] == 1 for call in greedy)
+    assert len(greedy) == 18 and all(call["num_equal_rows"] == 1 for call in greedy)
     table = (out / "report.md").read_text()
     assert "| low_rank head_rank=4 |" in table and "## T = 1" in table
     assert (out / "sweep-contiguous-shared-0.png").stat().st_size > 1000

@@ -239,7 +239,7 @@ def with_heads(target, drafter, **config):
     return drafter
 
 
-# every way to read less than the whole head
+# every way to read less than the whole head as it is
 HEADS = {
     "shared": {"draft_head": "routed"},
     "shared until sure": {"draft_head": "routed", "num_active_groups": 2, "active_mass": 0.6},
@@ -247,6 +247,8 @@ HEADS = {
     "per_node": {"draft_head": "routed", "routing": "per_node"},
     "frequency": {"draft_head": "frequency"},
     "low_rank": {"draft_head": "low_rank"},
+    "quantized": {"draft_head": "quantized"},
+    "routed_quantized": {"draft_head": "routed_quantized"},
 }
 
 

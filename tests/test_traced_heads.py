@@ -6,7 +6,15 @@ from head_inputs import HIDDEN, make_head, make_level, make_order, make_router
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coral_hf.heads.draft_heads import FrequencyHead, FullHead, LowRank, LowRankHead, RoutedHead
+from coral_hf.heads.draft_heads import (
+    FrequencyHead,
+    FullHead,
+    LowRank,
+    LowRankHead,
+    QuantizedHead,
+    RoutedHead,
+)
+from coral_hf.heads.quantized import quantize
 from coral_hf.heads.ranking import BLOCK
 from coral_hf.heads.router import Routing
 from coral_hf.lm_head import LMHead
@@ -56,6 +64,10 @@ def make_routed(head: LMHead, routing: Routing, has_order: bool) -> RoutedHead:
 
 HEADS = {
     "full": FullHead,
+    "quantized": lambda head: QuantizedHead(head, quantize(head.weight)),
+    "routed, quantized": lambda head: RoutedHead(
+        head, make_router(64), ROUTINGS["shared"], quantize(head.weight)
+    ),
     "frequency": lambda head: FrequencyHead(head, make_order(READS), head.weight.detach()),
     "low_rank": make_low_rank_head,
     **{
@@ -97,7 +109,7 @@ def test_a_head_is_one_graph(name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Inductor itself
-@pytest.mark.parametrize("name", ["full", "routed, union", "routed by an order"])
+@pytest.mark.parametrize("name", ["full", "routed, union", "quantized", "routed, quantized"])
 @torch.no_grad()
 def test_a_compiled_head_proposes_the_same_tokens(name):
     children, level = make_children(name), make_level(batch=2)

@@ -12,8 +12,17 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..lm_head import Cached, LMHead
-from .draft_heads import DraftHead, FrequencyHead, FullHead, LowRank, LowRankHead, RoutedHead
+from .draft_heads import (
+    DraftHead,
+    FrequencyHead,
+    FullHead,
+    LowRank,
+    LowRankHead,
+    QuantizedHead,
+    RoutedHead,
+)
 from .group_logits import has_kernel
+from .quantized import DEVICES, QuantizedRows, quantize
 from .router import Router, Routing, check_order, check_token_ids, order_hash
 from .settings import DRAFT_HEADS, HEAD_FIELDS
 
@@ -32,6 +41,7 @@ TRAIN = "train one with CoralTrainer(..., args=CoralTrainingArguments(stage={!r}
 # what a drafter lacks for a draft head, and how it gets it
 REMEDIES = {
     "routed": f"trained router; {TRAIN.format('router')}",
+    "routed_quantized": f"trained router; {TRAIN.format('router')}",
     "frequency": "frequent tokens; add them with drafter.heads.add_frequency_head(token_ids)",
     "low_rank": f"such head; {TRAIN.format('low_rank')}",
 }
@@ -70,6 +80,8 @@ class DraftHeads(nn.Module):
         if config.head_rank is not None:
             self.low_rank = LowRank(config.hidden_size, config.head_rank)
         # copies of the target's head (vocab, hidden) in another order, or of some rows or channels
+        self._quantized_rows: Cached[QuantizedRows] = Cached()
+        self._quantized_groups: Cached[QuantizedRows] = Cached()
         self._grouped_rows: Cached[Tensor] = Cached()
         self._hot_rows: Cached[Tensor] = Cached()
         self._channels: Cached[Tensor] = Cached()
@@ -88,7 +100,8 @@ class DraftHeads(nn.Module):
         if name == "full":
             return FullHead(head)
         router = self.router if self.config.is_router_trained else None
-        part = {"routed": router, "frequency": self.hot_tokens, "low_rank": self.low_rank}[name]
+        parts = {"frequency": self.hot_tokens, "low_rank": self.low_rank, "quantized": self}
+        part = parts.get(name, router)
         if part is None:
             raise ValueError(
                 f"`draft_head` is {name!r}, but this drafter has no {REMEDIES[name]}, or use"
@@ -99,8 +112,16 @@ class DraftHeads(nn.Module):
                 f"`draft_head` is {name!r}, but the target's LM head is quantised, offloaded or"
                 " adapted, so that no part of it can be read alone; use draft_head='full'."
             )
+        if "quantized" in name and (device := head.weight.device.type) not in DEVICES:
+            raise ValueError(
+                f"`draft_head` is {name!r}, but the target's LM head is on {device!r}, and products"
+                f" of eight bits are there for {DEVICES}; use draft_head='full' or 'routed'."
+            )
+        if part is self:
+            rows = self._quantized_rows.get([head.weight], lambda: quantize(head.weight))
+            return QuantizedHead(head, rows)
         if isinstance(part, Router):
-            return self._routed(head, part)
+            return self._routed(head, part, is_quantized="quantized" in name)
         if isinstance(part, LowRank):
             return self._low_rank(head, part)
         return self._frequency(head, part)
@@ -115,7 +136,7 @@ class DraftHeads(nn.Module):
         rows = self._hot_rows.get([weight, hot], lambda: weight.detach()[hot])
         return FrequencyHead(head, hot, rows)  # (hot, hidden)
 
-    def _routed(self, head: LMHead, router: Router) -> DraftHead:
+    def _routed(self, head: LMHead, router: Router, is_quantized: bool) -> DraftHead:
         """Return the routed head; its own rows are (vocab, hidden) with each group in one piece.
 
         Where a target has lost rows since, it has rows of zeros, which are never drafted.
@@ -127,15 +148,19 @@ class DraftHeads(nn.Module):
                 "The router's weights are not finite: the whole LM head is read instead."
             )
             return FullHead(head)
-        order, rows = router.order, None
+        order = router.order
+        sources = [weight] if order is None else [weight, order]
         lost = max(vocab_size - len(weight), 0)
-        if lost or (order is not None and not has_kernel(weight)):
 
-            def grouped() -> Tensor:
-                padded = F.pad(weight.detach(), (0, 0, 0, lost))
-                return padded[:vocab_size] if order is None else padded[order]
+        def grouped() -> Tensor:  # (vocab, hidden)
+            padded = F.pad(weight.detach(), (0, 0, 0, lost))
+            return padded[:vocab_size] if order is None else padded[order]
 
-            rows = self._grouped_rows.get([weight, *([] if order is None else [order])], grouped)
+        rows: Tensor | QuantizedRows | None = None
+        if is_quantized:
+            rows = self._quantized_groups.get(sources, lambda: quantize(grouped()))
+        elif lost or (order is not None and not has_kernel(weight)):
+            rows = self._grouped_rows.get(sources, grouped)
         return RoutedHead(head, router, Routing.from_config(self.config), rows, vocab_size)
 
     def _low_rank(self, head: LMHead, low_rank: LowRank) -> DraftHead:

@@ -1,4 +1,4 @@
-"""Draft heads: full, frequency, low rank and routed, and what every draft head offers.
+"""Draft heads: full, quantized, frequency, low rank and routed, and what every draft head offers.
 
 In: features predicted by the drafter, (batch, nodes, hidden), and the target's LM head. Out:
 `Children`, the best next tokens of each node and how confident the drafter is of them, or logits to
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from ..lm_head import LMHead
 from .group_logits import group_logits
+from .quantized import QuantizedRows, quantized_logits
 from .ranking import rank
 from .router import UNUSED, Router, Routing
 
@@ -76,6 +77,23 @@ class FullHead:
     def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
         """Compute all logits, (batch, nodes, vocab); see [`DraftHead`]."""
         return self.head.logits(features).float()
+
+
+class QuantizedHead(FullHead):
+    """Reads the whole LM head from a copy in eight bits.
+
+    Args:
+        rows: the copy, of shape (vocab, hidden).
+    """
+
+    def __init__(self, head: LMHead, rows: QuantizedRows):
+        super().__init__(head)
+        self.rows = rows
+
+    def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
+        """Compute rounded logits, (batch, nodes, vocab); see [`DraftHead`]."""
+        logits, bias = quantized_logits(features, self.rows), self.head.bias
+        return self.head.finish(logits if bias is None else logits + bias.float())
 
 
 class FrequencyHead:
@@ -152,8 +170,8 @@ class RoutedHead:
     """Reads the active groups of the LM head.
 
     Args:
-        weight: (vocab, hidden), the head's rows in the order of the groups; None reads the head's
-            own, through the order where there is one.
+        weight: (vocab, hidden), the head's rows in the order of the groups, as they are or
+            quantized; None reads the head's own, through the order where there is one.
         vocab_size: tokens of the groups; the head's by default. A head that has more rows since
             reads these alone; of one that has fewer, `weight` has rows for those that are gone.
     """
@@ -163,7 +181,7 @@ class RoutedHead:
         head: LMHead,
         router: Router,
         routing: Routing,
-        weight: Tensor | None = None,
+        weight: Tensor | QuantizedRows | None = None,
         vocab_size: int | None = None,
     ):
         self.head = head
@@ -227,7 +245,7 @@ class RoutedHead:
     def _read(self, features: Tensor, active: Tensor) -> Tensor:
         """Compute logits of the active groups, (batch, nodes, slots, size), -inf at no token."""
         weight = self._weight
-        features = features.to(weight.dtype)
+        features = features.to(self.head.weight.dtype)
         raw = group_logits(features, weight, active, self.groups.size, self._bias, self._order)
         if self.num_rows < self.groups.vocab_size:  # the target has lost tokens
             raw = raw.masked_fill(self._tokens(active) >= self.num_rows, float("-inf"))

@@ -24,6 +24,7 @@ def fused_group_logits(
     size: int,
     bias: Tensor | None = None,
     order: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Compute the logits (batch, nodes, slots, size) of `plain_group_logits` in one launch."""
     batch, nodes, hidden = features.shape
@@ -34,11 +35,14 @@ def fused_group_logits(
     if logits.numel():
         # Triton launches on the current GPU, which need not be the tensors'
         with torch.cuda.device_of(logits):
-            tensors = (features.contiguous(), weight, bias, active.contiguous(), order, logits)
-            sizes = (nodes, hidden, weight.shape[0], slots, size, weight.stride(0))
+            tensors = (features.contiguous(), weight, scales, bias, active.contiguous(), order)
+            vocab = len(weight if scales is None else scales)
+            sizes = (nodes, hidden, vocab, slots, size, weight.stride(0))
             _group_logits[grid](
                 *tensors,
+                logits,
                 *sizes,
+                HAS_SCALES=scales is not None,
                 HAS_BIAS=bias is not None,
                 HAS_ORDER=order is not None,
                 NODES=block_nodes,
@@ -54,6 +58,7 @@ def fused_group_logits(
 def _group_logits(
     features,  # (batch, nodes, hidden)
     weight,  # (vocab, hidden), rows `weight_stride` apart
+    scales,  # (vocab,), of a quantized weight
     bias,  # (vocab,)
     active,  # (batch, slots), int64
     order,  # (vocab,), int64
@@ -64,6 +69,7 @@ def _group_logits(
     slots,
     size,
     weight_stride,
+    HAS_SCALES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     NODES: tl.constexpr,
@@ -97,7 +103,9 @@ def _group_logits(
             mask=is_token & is_channel[:, None],
             other=0.0,
         )  # (CHANNELS, TOKENS)
-        total = tl.dot(x, w, total, input_precision="ieee")
+        total = tl.dot(x, w.to(x.dtype), total, input_precision="ieee")
+    if HAS_SCALES:
+        total *= tl.load(scales + token, mask=is_token, other=0.0)
     if HAS_BIAS:
         total += tl.load(bias + token, mask=is_token, other=0.0).to(tl.float32)
 

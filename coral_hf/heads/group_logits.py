@@ -11,17 +11,20 @@ would do, takes up to five times as long on a CPU.
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .quantized import QuantizedRows, multiply, round_rows
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # which it sums in fp32
 
 
 def group_logits(
     features: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedRows,
     active: Tensor,
     size: int,
     bias: Tensor | None = None,
@@ -30,7 +33,7 @@ def group_logits(
     """Compute the logits of the tokens in the active groups: feature · weight row + bias.
 
     Args:
-        features: (batch, nodes, hidden), in the weight's dtype.
+        features: (batch, nodes, hidden), in the weight's dtype; any where it is quantized.
         weight: (vocab, hidden).
         active: (batch, 1, slots), groups that all nodes of a sequence read, or
             (batch, nodes, slots), groups that each node reads; int64, negative in unused slots.
@@ -52,25 +55,29 @@ def group_logits(
     if active.shape[1] != 1:
         # a node with groups of its own is a sequence of one node
         features, active = features.flatten(0, 1)[:, None], active.flatten(0, 1)[:, None]
+    scales = None
+    if isinstance(weight, QuantizedRows):
+        weight, scales = weight
     # the operator has no gradient
     read = plain_group_logits if _needs_gradient(features, weight, bias) else _group_logits
-    return read(features, weight, active, size, bias, order).view(batch, nodes, -1, size)
+    return read(features, weight, active, size, bias, order, scales).view(batch, nodes, -1, size)
 
 
 @torch.library.custom_op(
     "coral_hf::group_logits",
     mutates_args=(),
-    schema="(Tensor features, Tensor weight, Tensor active, int size, Tensor? bias, Tensor? order)"
-    " -> Tensor",
+    schema="(Tensor features, Tensor weight, Tensor active, int size, Tensor? bias, Tensor? order,"
+    " Tensor? scales) -> Tensor",
 )
-def _group_logits(features, weight, active, size, bias, order):
+def _group_logits(features, weight, active, size, bias, order, scales):
     """See `plain_group_logits`, whose arguments these are: (batch, nodes, slots, size)."""
-    kernel = _kernel() if has_kernel(weight) and weight.stride(-1) == 1 else None
-    return (kernel or plain_group_logits)(features, weight, active, size, bias, order)
+    is_fusible = has_kernel(weight if scales is None else features) and weight.stride(-1) == 1
+    kernel = _kernel() if is_fusible else None
+    return (kernel or plain_group_logits)(features, weight, active, size, bias, order, scales)
 
 
 @_group_logits.register_fake
-def _(features, weight, active, size, bias, order):  # (batch, nodes, slots, size), as above
+def _(features, weight, active, size, bias, order, scales):  # (batch, nodes, slots, size), as above
     shape = (*features.shape[:2], active.shape[-1], size)
     return features.new_empty(shape, dtype=torch.float32)
 
@@ -82,23 +89,60 @@ def plain_group_logits(
     size: int,
     bias: Tensor | None = None,
     order: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Compute `group_logits` group by group, for groups (batch, 1, slots) that nodes share.
 
-    Waits for the values of `active`. A group that several sequences read is read once.
+    Waits for the values of `active`. A group that several sequences read is read once. `weight` is
+    quantized where it has `scales` (vocab,).
     """
+    vocab = len(weight if scales is None else scales)
     shape = (*features.shape[:2], active.shape[-1], size)
     logits = features.new_full(shape, float("-inf"), dtype=torch.float32)
+    if scales is None:
+        read = _exact_reader(features, weight, bias)
+    else:
+        read = _rounded_reader(features, QuantizedRows(weight, scales), bias)
     for group, readers in _readers(active).items():
-        start, stop = group * size, min((group + 1) * size, weight.shape[0])
+        start, stop = group * size, min((group + 1) * size, vocab)
         if start >= stop:
             continue
         part = slice(start, stop) if order is None else order[start:stop]
         # numbers where one sequence reads the group, as views cost less than gathered copies
         rows, slots = readers[0] if len(readers) == 1 else map(list, zip(*readers, strict=True))
-        block = F.linear(features[rows], weight[part], None if bias is None else bias[part])
-        logits[rows, :, slots, : stop - start] = block.float()  # (*readers, nodes, tokens)
+        # (*readers, nodes, tokens)
+        logits[rows, :, slots, : stop - start] = read(rows, part).float()
     return logits
+
+
+# rows of the batch, rows of the weight → logits (*readers, nodes, tokens)
+Reader = Callable[[Any, Any], Tensor]
+
+
+def _exact_reader(features: Tensor, weight: Tensor, bias: Tensor | None) -> Reader:
+    """Multiply features (batch, nodes, hidden) with parts of a weight (vocab, hidden)."""
+
+    def read(rows, part):  # (*readers, nodes, tokens)
+        return F.linear(features[rows], weight[part], None if bias is None else bias[part])
+
+    return read
+
+
+def _rounded_reader(features: Tensor, weight: QuantizedRows, bias: Tensor | None) -> Reader:
+    """The same of quantized rows; on a CPU features (batch, nodes, hidden) are rounded too."""
+    rounded = round_rows(features.flatten(0, 1), weight.values.dtype)
+    values, scales = (x.unflatten(0, features.shape[:2]) for x in rounded)
+
+    def read(rows, part):  # (*readers, nodes, tokens)
+        own = QuantizedRows(weight.values[part], weight.scales[part])
+        if features.is_cuda:  # no product there takes groups of any size
+            block = F.linear(features[rows], own.values.to(features.dtype)) * own.scales
+        else:
+            block = multiply(values[rows].flatten(0, -2), scales[rows].flatten(), *own)
+            block = block.unflatten(0, scales[rows].shape)
+        return block if bias is None else block + bias[part]
+
+    return read
 
 
 def _readers(active: Tensor) -> dict[int, list[tuple[int, int]]]:

@@ -2,12 +2,18 @@
 
 from transformers import PreTrainedConfig
 
-DRAFT_HEADS = ("full", "routed", "frequency", "low_rank")
+DRAFT_HEADS = ("full", "quantized", "routed", "routed_quantized", "frequency", "low_rank")
+UNTRAINED_HEADS = ("full", "quantized")  # which every drafter has
 GROUPINGS = ("contiguous", "kmeans", "frequency", "coactivation", "custom")
 ROUTINGS = ("shared", "union", "per_node")
 
 # the field that a draft head needs
-HEAD_SIZES = {"routed": "num_groups", "frequency": "num_hot_tokens", "low_rank": "head_rank"}
+HEAD_SIZES = {
+    "routed": "num_groups",
+    "routed_quantized": "num_groups",
+    "frequency": "num_hot_tokens",
+    "low_rank": "head_rank",
+}
 # size → the field that is its largest value
 SIZE_LIMITS = {
     "num_groups": "vocab_size",

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 Method = Literal["plain", "coral", "bigram", "prompt_lookup", "assisted"]
 METHODS = get_args(Method)
-Head = Literal["full", "routed", "frequency", "low_rank"]
+Head = Literal["full", "quantized", "routed", "routed_quantized", "frequency", "low_rank"]
 Rule = Literal["token", "traversal", "block"]
 SAMPLING_ALONE = ("verification", "drawn_tree")
 DRAFTING = ("tree_depth", "tree_top_k", "tree_nodes", "draft_head", "draft_window", *SAMPLING_ALONE)

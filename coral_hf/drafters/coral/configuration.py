@@ -28,7 +28,8 @@ class CoralConfig(PreTrainedConfig):
         rope_parameters: rotary embedding, in the form transformers gives it to Llama.
         attention_bias: biases in the query, key and value projections.
         fc_bias: a bias in the projection of [embedding; feature].
-        draft_head: `"full"` reads the whole LM head, `"routed"` the groups that the router picks,
+        draft_head: `"full"` reads the whole LM head, `"quantized"` a copy of it in eight bits,
+            `"routed"` the groups that the router picks, `"routed_quantized"` these in eight bits,
             `"frequency"` the most frequent tokens, `"low_rank"` a few channels of all tokens.
         num_groups: groups of the router, `None` for a drafter without one.
         num_active_groups: groups that a routed head reads at a time.

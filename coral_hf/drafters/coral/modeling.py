@@ -33,6 +33,7 @@ from ...atomic import write_json
 from ...decoding.guard import accept_features, accept_target
 from ...decoding.settings import TREE_DEFAULTS
 from ...heads.collection import DraftHeads
+from ...heads.settings import UNTRAINED_HEADS
 from ...lm_head import execution_device
 from .configuration import CoralConfig
 from .layers import CausalContext, Context, CoralLayer
@@ -101,7 +102,10 @@ class CoralDrafter(PreTrainedModel, GenerationMixin):
         """
         accept_target(target)
         accept_features(target)
-        if heads := sorted({"draft_head", "num_hot_tokens", "head_rank"} & overrides.keys()):
+        named = {"draft_head", "num_hot_tokens", "head_rank"} & overrides.keys()
+        if overrides.get("draft_head") in UNTRAINED_HEADS:
+            named.remove("draft_head")
+        if heads := sorted(named):
             raise ValueError(
                 f"{heads} would name a draft head that has learned nothing; make the drafter, then"
                 " call add_frequency_head or add_low_rank_head of drafter.heads, or train one with"

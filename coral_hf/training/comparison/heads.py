@@ -30,12 +30,15 @@ from .trials import TrialRuns, config_fields
 
 logger = logging.getLogger(__name__)
 FULL = "full"  # the head that the others are compared with
-STAGES = {"routed": "router", "low_rank": "low_rank"}  # training stages of heads
+# training stages of heads
+STAGES = {"routed": "router", "routed_quantized": "router", "low_rank": "low_rank"}
 
 # the fields of `CoralConfig` that a head is made with, and those that a routed one is read with
 MADE_WITH = {
     FULL: (),
+    "quantized": (),
     "routed": ("grouping", "num_groups"),
+    "routed_quantized": ("grouping", "num_groups"),
     "frequency": ("num_hot_tokens",),
     "low_rank": ("head_rank",),
 }
@@ -61,18 +64,19 @@ class HeadTrial(NamedTuple):
         head, *words = text.split() or [""]
         fields = config_fields(words)
         needed = {*MADE_WITH.get(head, ())}
-        allowed = needed | {*(READ_WITH if head == "routed" else ())}
+        allowed = needed | {*(READ_WITH if head.startswith("routed") else ())}
         if head not in MADE_WITH or not needed <= fields.keys() <= allowed:
             raise ValueError(
                 f"A trial is {text!r}; write a head with what it is made with as name=value, of"
-                f" {MADE_WITH}; 'routed' also takes {READ_WITH}."
+                f" {MADE_WITH}; routed ones also take {READ_WITH}."
             )
         return cls(" ".join([head, *words]), head, fields)
 
     @property
     def key(self) -> str:
         """The name of the head's folder, which trials share if they only read it differently."""
-        return "-".join([self.head, *(str(self.fields[name]) for name in MADE_WITH[self.head])])
+        made = self.head.removesuffix("_quantized")
+        return "-".join([made, *(str(self.fields[name]) for name in MADE_WITH[self.head])])
 
 
 @dataclass
@@ -105,7 +109,8 @@ class HeadComparison(TrialRuns):
             measured, *_ = measure_prompts(bench, self.tokenizer, self.prompts)
             rows = {(row.method, row.task): row for row in summarise_tasks(measured)}
             calls += measured
-            tables.append(head_table(f"T = {temperature:g}", rows, configs))
+            title, size = f"T = {temperature:g}", self.target.dtype.itemsize
+            tables.append(head_table(title, rows, configs, size))
             for family, maps in heat_maps(rows, configs).items():
                 figures[f"sweep-{family}-{temperature:g}"] = partial(plots.heat_maps, maps)
         environment = describe_environment(self.target, self.drafter)
@@ -144,8 +149,12 @@ ENDS = {"draft, ms a round": "{0.stage_milliseconds[draft]:.2f}", "of full": "{1
 ENDS |= {name: COLUMNS[name] for name in ("speed-up", "decoding alone", "exact match")}
 
 
-def head_table(title: str, rows: Rows, configs: dict[str, dict[str, Any]]) -> Table:
-    """Make a line for each trial: τ by task and relative to the full head, draft time, speed."""
+def head_table(title: str, rows: Rows, configs: dict[str, dict[str, Any]], size: int) -> Table:
+    """Make a line for each trial: τ by task and relative to the full head, draft time, speed.
+
+    Args:
+        size: bytes of a number of the target's.
+    """
     tasks = list(dict.fromkeys(task for _, task in rows))
     lines = []
     for name, config in configs.items():
@@ -153,7 +162,7 @@ def head_table(title: str, rows: Rows, configs: dict[str, dict[str, Any]]) -> Ta
         cells = [dashed("{:.3f} ({:.1%})", *tau) for tau in taus]
         measured = rows[name, OVERALL], draft_share(rows, name)
         cells += [dashed(form, *measured) for form in ENDS.values()]
-        lines.append([name, f"{read_share(config):.1%}", *cells])
+        lines.append([name, f"{read_share(config, size):.1%}", *cells])
     return Table(title, ["head", "read", *(f"τ, {task}" for task in tasks), *ENDS], lines)
 
 
@@ -187,18 +196,21 @@ def tau_share(rows: Rows, name: str, task: str) -> float | None:
     return own / full if own and full else None
 
 
-def read_share(config: dict[str, Any]) -> float:
+def read_share(config: dict[str, Any], size: int) -> float:
     """Divide the bytes that one drafted level of one sequence reads by those of the full head.
 
-    What a head adds counts too: the router's weights, the low-rank head's `down`.
+    What a head adds counts too: the router's weights, the low-rank head's `down`, and of a
+    quantized head, beside one byte instead of `size` for a number, the scale of each row.
     """
     vocab, hidden = config["vocab_size"], config["hidden_size"]
     if config["draft_head"] == "frequency":
         return config["num_hot_tokens"] / vocab
     if config["draft_head"] == "low_rank":
         return config["head_rank"] * (vocab + hidden) / (vocab * hidden)
-    if config["draft_head"] == "routed":
+    is_quantized = config["draft_head"].endswith("quantized")
+    row = (1 + 4 / hidden) / size if is_quantized else 1.0  # of a row of the head's own
+    if config["draft_head"].startswith("routed"):
         groups = Groups(vocab, config["num_groups"])
         read = min(config["num_active_groups"] * groups.size, vocab)
-        return (read + hidden + groups.num_groups) / vocab
-    return 1.0
+        return (read * row + hidden + groups.num_groups) / vocab
+    return row
