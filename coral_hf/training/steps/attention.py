@@ -11,11 +11,16 @@ keys and values of the steps before it.
     own, second (newest)                          yes     at t alone
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 KeysValues = tuple[Tensor, Tensor]  # (batch, kv_heads, length, head_dim) each
+# query, the target's keys and values, a lag → the attention of each position t to those up to
+# t - lag, (batch, heads, length, head_dim), and its normaliser, (batch, heads, length)
+FarAttention = Callable[[Tensor, KeysValues, int], tuple[Tensor, Tensor]]
 
 
 def mixed_attention(query: Tensor, target: KeysValues, own: list[KeysValues]) -> Tensor:
@@ -53,21 +58,66 @@ def plain_mixed_attention(query: Tensor, target: KeysValues, own: list[KeysValue
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=visible)
 
 
-def _merged(query: Tensor, target: KeysValues, own: list[KeysValues]) -> Tensor:
-    """`mixed_attention` without a mask: causal attention far back, merged with a few diagonals."""
-    group = query.shape[1] // target[0].shape[1]
-    far = [part.repeat_interleave(group, dim=1) for part in target]
-    lags = torch.arange(len(own) - 1, -1, -1)
+def merged_attention(
+    query: Tensor,
+    target: KeysValues,
+    own: list[KeysValues],
+    positions: Tensor,
+    far_attention: FarAttention,
+) -> Tensor:
+    """`mixed_attention` without a mask over all keys: attention far back, merged with diagonals.
+
+    Args:
+        query, target, own: as there.
+        positions: (batch or 1, length), which begin at 0 with each document of a packed row.
+        far_attention: to the target's positions of the same document.
+
+    Returns:
+        (batch, heads, length, head_dim).
+    """
+    far, normaliser = far_attention(query, target, len(own))
+    if not own:
+        return far
+    scores, near_values = _diagonals(query, own, positions)
+    scores = scores.to(normaliser.dtype)
+    total = torch.logaddexp(scores.logsumexp(-1), normaliser)  # (batch, heads, length)
+    attended = far * (normaliser - total).exp()[..., None].to(far.dtype)
+    weights = (scores - total[..., None]).exp().to(query.dtype)
+    for k, values in enumerate(near_values):
+        attended = attended + weights[..., k, None] * values
+    return attended
+
+
+def _diagonals(
+    query: Tensor, own: list[KeysValues], positions: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Score one position of each later step.
+
+    Args:
+        query, own: as in `mixed_attention`.
+        positions: (batch or 1, length), in the document.
+
+    Returns:
+        Scores (batch, heads, length, steps), and values (batch, heads, length, head_dim) of each.
+    """
+    group = query.shape[1] // own[0][0].shape[1]
+    lags = torch.arange(len(own) - 1, -1, -1, device=query.device)
     delayed = [  # position t holds what was at t - lag
         [F.pad(part, (0, 0, lag, -lag)).repeat_interleave(group, dim=1) for part in pair]
-        for pair, lag in zip(own, lags.tolist(), strict=True)
+        for pair, lag in zip(own, reversed(range(len(own))), strict=True)
     ]
     near_keys, near_values = zip(*delayed, strict=True)
     scaled = query * query.shape[-1] ** -0.5
     scores = torch.stack([(scaled * keys).sum(-1) for keys in near_keys], dim=-1)
-    hidden = torch.arange(query.shape[2])[:, None] < lags
-    # (batch, heads, length, steps)
-    scores = scores.masked_fill(hidden, float("-inf"))
+    hidden = positions[:, None, :, None] < lags  # (batch or 1, 1, length, steps)
+    return scores.masked_fill(hidden, float("-inf")), [*near_values]
+
+
+def _merged(query: Tensor, target: KeysValues, own: list[KeysValues]) -> Tensor:
+    """`mixed_attention`, shapes too, of one document with torch's fused kernel for CPUs."""
+    group = query.shape[1] // target[0].shape[1]
+    far = [part.repeat_interleave(group, dim=1) for part in target]
+    scores, near_values = _diagonals(query, own, torch.arange(query.shape[2])[None])
     return _MergedAttention.apply(query, *far, scores, *near_values)
 
 

@@ -15,10 +15,13 @@ masks. A step's inputs are detached; the graph of all steps is kept, since CSRA 
                                         q²_3     its own input at t
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 
 from .attention import KeysValues, mixed_attention
+from .flex import FlexAttention, fits_flex
 
 # keys and values of every step so far, by layer and step
 Seen = dict[tuple[int, int], KeysValues]
@@ -32,9 +35,9 @@ class UnrollContext:
     Not a dataclass: FSDP copies those that it passes on, and `seen` has to stay shared.
     """
 
-    def __init__(self, step: int, seen: Seen, documents: Documents | None):
-        """`step` counts from 0; `seen` is shared by the steps of an unroll."""
-        self.step, self.seen, self.documents = step, seen, documents
+    def __init__(self, step: int, seen: Seen, rows: "Rows"):
+        """`step` counts from 0; `seen` and `rows` are shared by the steps of an unroll."""
+        self.step, self.seen, self.rows = step, seen, rows
 
     # `seen` changes with every step, and torch.compile would compile each of them again
     @torch.compiler.disable
@@ -44,9 +47,29 @@ class UnrollContext:
         self.seen.setdefault((layer_idx, self.step), (key, value))
         before = [self.seen[layer_idx, step] for step in range(self.step)]
         target, *own = [*before, (key, value)]
-        if self.documents is None:
+        if fits_flex(query):
+            return self.rows.flex(query, target, own)
+        if self.rows.documents is None:
             return mixed_attention(query, target, own)
-        return _by_document(self.documents, query, target, own)
+        return _by_document(self.rows.documents, query, target, own)
+
+
+class Rows:
+    """The documents of a batch.
+
+    Args:
+        positions: (batch or 1, length), which begin at 0 with each document.
+        is_packed: whether there are several documents in a row.
+    """
+
+    def __init__(self, positions: Tensor, is_packed: bool):
+        self._positions, self._is_packed = positions, is_packed
+        self.flex = FlexAttention(positions)
+
+    @cached_property
+    def documents(self) -> Documents | None:
+        """The lengths of each row's documents, which the host reads; None: one in each."""
+        return document_lengths(self._positions) if self._is_packed else None
 
 
 def _by_document(
@@ -104,14 +127,14 @@ def unroll(
     Returns:
         (steps, batch, length, hidden): at [j, :, t] the step's prediction of feature t + 1.
     """
-    documents = None if position_ids is None else document_lengths(position_ids)
+    is_packed = position_ids is not None
     if position_ids is None:
         position_ids = torch.arange(features.shape[1], device=features.device)[None]
-    begins = (position_ids == 0)[..., None]
+    rows, begins = Rows(position_ids, is_packed), (position_ids == 0)[..., None]
     seen: Seen = {}
     inputs, predicted = features, []
     for step in range(num_steps):
-        context = UnrollContext(step, seen, documents)
+        context = UnrollContext(step, seen, rows)
         predicted.append(drafter(embeddings, inputs, position_ids, context))
         # the first position has no prediction of its own and keeps the target's feature
         shifted = predicted[-1].detach().roll(1, dims=1)
