@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from coral_hf.measure.chat import with_fixed_day
-from coral_hf.training.data import conversation, tokenize
+from coral_hf.training.data import tokenize, turns
 
 IGNORED = -100
 # marks that these templates write, each a token
@@ -77,10 +77,16 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
 TURN = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
 PROMPT = "{% if add_generation_prompt %}<|assistant|>"
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+# thoughts that a prompt opens: always, as DeepSeek-R1's, or unless the switch asks for none
+LAST_PART = "<|{{ m.role }}|>{{ empty }}{{ m.content.split('</think>')[-1] }}<|end|>"
+OPENED = LAST_PART.replace("{{ empty }}", "").join(["{% for m in messages %}", "{% endfor %}"])
+OPENED += PROMPT + "<think>\n{% endif %}"
+SWITCHED = "{% set empty = '<think></think>' if m.role == 'assistant' else '' %}" + LAST_PART
+SWITCHED = SWITCHED.join(["{% for m in messages %}", "{% endfor %}"]) + PROMPT
+SWITCHED += "{{ '<think>\n' if enable_thinking is not defined or enable_thinking"
+SWITCHED += " else '<think></think>' }}{% endif %}"
 # reasons for which a conversation may be refused
-REASONS = re.compile(
-    "cannot render|leaves out|opens a thought|does not render turn|prints the arguments"
-)
+REASONS = re.compile("cannot render|leaves out|does not render turn|prints the arguments")
 
 
 def shipped() -> dict[str, str]:
@@ -94,6 +100,8 @@ def shipped() -> dict[str, str]:
         + "{% endif %}",
         "dated": "{{ strftime_now('%d %B %Y') }}" + plain,
         "no system": NO_SYSTEM + plain,
+        "opened thought": OPENED,
+        "switched thought": SWITCHED,
     }
     root = Path(transformers.__file__).parent
     for file in sorted(root.rglob("*.py")):
@@ -141,19 +149,36 @@ def tokenizer_of(template: str) -> PreTrainedTokenizerFast:
 
 def expected(
     messages: list[dict[str, Any]], tools: Any, tokenizer: Any
-) -> list[tuple[list[int], str]]:
-    """The prompt of each answer as ids, and what the template writes after it where it does."""
+) -> list[tuple[list[int], str, str]]:
+    """The prompt of each answer as ids, what is read after it, and what the target writes then."""
     found = []
     for position, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = messages[:position]
-            options = {"tools": tools, "add_generation_prompt": True}
-            ids = tokenizer.apply_chat_template(before, return_dict=False, **options)
-            prompt = tokenizer.apply_chat_template(before, tokenize=False, **options)
-            text = tokenizer.apply_chat_template([*before, message], tokenize=False, tools=tools)
-            answer = text[len(prompt) :] if text.startswith(prompt) else message["content"]
-            found.append((ids, answer))
+            found.append(asked(messages[:position], message, tools, tokenizer))
     return found
+
+
+def asked(
+    before: list[dict[str, Any]], message: dict[str, Any], tools: Any, tokenizer: Any
+) -> tuple[list[int], str, str]:
+    """One of `expected`: as the template renders it, with its switch if that is what it takes."""
+    thought, content = message.get("reasoning_content") or "", message["content"]
+    for switch in ({}, {"enable_thinking": bool(thought) or "</think>" in content}):
+        options = {"tools": tools, "add_generation_prompt": True, **switch}
+        ids = tokenizer.apply_chat_template(before, return_dict=False, **options)
+        prompt = tokenizer.apply_chat_template(before, tokenize=False, **options)
+        options["add_generation_prompt"] = False
+        text = tokenizer.apply_chat_template([*before, message], tokenize=False, **options)
+        if text.startswith(prompt) and thought in text:
+            return ids, "", text[len(prompt) :]
+    options = {"tools": tools, "add_generation_prompt": True}
+    ids = tokenizer.apply_chat_template(before, return_dict=False, **options)
+    opened = tokenizer.decode(ids).endswith("<think>\n")
+    if opened and not thought and "</think>" not in content:
+        return ids, "\n</think>\n\n", content
+    if opened and not thought:
+        content = content.removeprefix("<think>\n")
+    return ids, "", f"{thought}\n</think>\n\n{content}" if thought else content
 
 
 def spans(row: dict[str, list[int]]) -> list[tuple[int, int]]:
@@ -169,13 +194,13 @@ def spans(row: dict[str, list[int]]) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_rows_are_the_targets_prompts_and_answers(template, name, monkeypatch):
     forms = []
-    choose = conversation.rendered_form
+    choose = turns.rendered_form
 
     def noted(*given):
         forms.append(choose(*given))
         return forms[-1]
 
-    monkeypatch.setattr(conversation, "rendered_form", noted)
+    monkeypatch.setattr(turns, "rendered_form", noted)
     tokenizer, row = tokenizer_of(TEMPLATES[template]), CONVERSATIONS[name]
     try:
         rows = tokenize(row, tokenizer, 100_000)
@@ -186,10 +211,12 @@ def test_rows_are_the_targets_prompts_and_answers(template, name, monkeypatch):
     read = [(one, start, stop) for one in rows for start, stop in spans(one)]
     has_blocks = "generation %}" in TEMPLATES[template] or "generation -%}" in TEMPLATES[template]
     assert len(read) == len(pairs)
-    for (one, start, stop), (prompt, answer) in zip(read, pairs, strict=True):
+    for (one, start, stop), (prompt, empty, answer) in zip(read, pairs, strict=True):
         ids = one["input_ids"]
         assert ids[: len(prompt)] == prompt
         written = tokenizer.decode(ids[len(prompt) : stop])
+        assert written.startswith(empty)
+        written = written.removeprefix(empty)
         if not has_blocks:
-            assert start == len(prompt)
+            assert tokenizer.decode(ids[len(prompt) : start]) == empty
         assert written.startswith(answer) or (has_blocks and answer.startswith(written))

@@ -282,16 +282,17 @@ def test_a_template_that_rewrites_turns_makes_a_row_an_answer(template, rows) ->
     assert rows_of(CHAT, template) == rows
 
 
-def test_a_thought_that_only_the_prompt_opens_is_refused() -> None:
+def test_a_thought_that_only_the_prompt_opens_is_read_where_it_is_empty() -> None:
     template = PLAIN_TEMPLATE.replace("%}<bot>{% endif", "%}<bot><think>{% endif")
-    with pytest.raises(ValueError, match="prompt of turn 1 opens a thought, `<think>`, that its"):
-        rows_of(CHAT, template)
-    thought = [CHAT[0], {"role": "assistant", "content": "hm</think>yes"}]
-    assert rows_of(thought, template) == ["<s><user>hi<end><bot><think>|hm</think>yes<end>"]
+    asked = "<s><user>hi<end><bot><think>"
+    assert rows_of(CHAT[:2], template) == [f"{asked}\n\n</think>\n\n|yes<end>"]
+    for content in ("hm</think>yes", "<think>hm</think>yes"):
+        thought = [CHAT[0], {"role": "assistant", "content": content}]
+        assert rows_of(thought, template) == [f"{asked}|hm</think>yes<end>"]
     kept = {"role": "assistant", "content": "yes", "reasoning": "hm"}
-    for other in (template, PLAIN_TEMPLATE):
-        with pytest.raises(ValueError, match="thought"):
-            rows_of([CHAT[0], kept], other)
+    assert rows_of([CHAT[0], kept], template) == [f"{asked}|hm\n</think>\n\nyes<end>"]
+    with pytest.raises(ValueError, match="leaves out the thought of turn 1"):
+        rows_of([CHAT[0], kept], PLAIN_TEMPLATE)
 
 
 def test_an_answer_without_prompt_is_trained_only_where_the_template_marks_it() -> None:

@@ -24,22 +24,28 @@ PROBES = {
 }
 
 
-def rendered_form(messages: list[Message], render: Callable[..., Any]) -> list[Message]:
+class LeftOutError(ValueError):
+    """A template takes messages, but leaves a part of them out or mistakes it."""
+
+
+def rendered_form(messages: list[Message], render: Callable[..., str]) -> list[Message]:
     """Return the first form of some messages that a chat template renders whole.
 
     Args:
         messages: of a conversation, or of its start.
-        render: a function of messages and of options of `apply_chat_template`.
+        render: a function of messages, which returns their text.
 
     Raises:
-        ValueError: that of the messages as they are, if the template renders none.
+        ValueError: if the template renders none: what the first that it takes lacks, or why it does
+            not take the messages as they are.
     """
     refusal = None
     for form in forms_of(messages):
         try:
             check_all_is_rendered(form, render)
         except ValueError as error:
-            refusal = refusal or error
+            is_first_taken = isinstance(error, LeftOutError) > isinstance(refusal, LeftOutError)
+            refusal = error if refusal is None or is_first_taken else refusal
             continue
         if refusal is not None and [turn["role"] for turn in form] != [t["role"] for t in messages]:
             logger.warning_once(
@@ -150,21 +156,22 @@ def as_parts(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]
 
 
-def text_of(content: str | list[dict[str, str]]) -> str:
-    """Return the text of a content in either form."""
+def text_of(turn: Message) -> str:
+    """Return the text of a turn's content, in either form; one with calls may have none."""
+    content = turn.get("content") or ""
     return content if isinstance(content, str) else content[0]["text"]
 
 
-def check_all_is_rendered(messages: list[Message], render: Callable[..., Any]) -> None:
+def check_all_is_rendered(messages: list[Message], render: Callable[..., str]) -> None:
     """Raise a ValueError if a template refuses messages, or silently leaves a part of them out.
 
     The conversation is rendered with other names, results and instructions, which must show.
     """
     probed = [_probe(turn) for turn in messages]
-    text = render(probed, tokenize=False)
+    text = render(probed)
     for probe, what in PROBES.items():
         if probe in str(probed) and probe not in text:
-            raise ValueError(
+            raise LeftOutError(
                 f"The chat template leaves out {what}; set `tokenizer.chat_template` to one that"
                 " renders them, or drop such rows with `dataset.filter`."
             )
@@ -172,7 +179,7 @@ def check_all_is_rendered(messages: list[Message], render: Callable[..., Any]) -
         for call in turn.get("tool_calls") or []:
             arguments = call.get("function", call).get("arguments")
             if isinstance(arguments, dict) and arguments and str(arguments) in text:
-                raise ValueError(
+                raise LeftOutError(
                     f"The chat template prints the arguments {shortened(arguments)} as Python does;"
                     " give them as text, as JSON."
                 )
@@ -192,5 +199,5 @@ def _probe(turn: Message) -> Message:
     probe = {"tool": result, "system": system, "developer": system}.get(turn["role"])
     if not probe or not turn.get("content"):
         return turn
-    text = text_of(turn["content"]) + probe
+    text = text_of(turn) + probe
     return {**turn, "content": text if isinstance(turn["content"], str) else as_parts(text)}

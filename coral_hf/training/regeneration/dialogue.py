@@ -144,9 +144,9 @@ class Dialogue:
 
     def _chat_prompt(self) -> list[int]:
         given = {"tokenizer": self._tokenizer, "tools": self._tools, **self._options}
-        rendered: Callable[..., Any] = partial(render, **given)
+        rendered: Callable[..., str] = partial(render, tokenize=False, **given)
         form = rendered_form(self._messages, rendered)
-        text = rendered(form, add_generation_prompt=True, tokenize=False)
+        text = rendered(form, add_generation_prompt=True)
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _text_prompt(self) -> list[int]:
