@@ -241,7 +241,7 @@ def test_an_invalid_csv_file_is_named(tmp_path: Path) -> None:
 
 def test_a_truncated_gzip_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINE * 9)[:-20])
-    with pytest.raises(ValueError, match="a.jsonl.gz is not a whole gzip file"):
+    with pytest.raises(ValueError, match="a.jsonl.gz is not a whole gz file"):
         load_conversations(tmp_path / "a.jsonl.gz")
 
 

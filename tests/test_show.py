@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from coral_hf.training.data import render_mask, show
 from coral_hf.training.data.encoding import encode
-from coral_hf.training.data.show import TRAINED, UNTRAINED
+from coral_hf.training.data.inspection.show import SHADES
 
 ROW = {"messages": [{"role": "user", "content": "a yb"}, {"role": "assistant", "content": "é\n"}]}
 
@@ -39,7 +39,7 @@ def test_colours_tell_trained_tokens_from_others() -> None:
     labels = encode(ROW, tokenizer)[0]["labels"]
     assert len(spans) == len(labels) and "│" not in text.plain
     for index, ((_, style), label) in enumerate(zip(spans, labels, strict=True)):
-        assert style.endswith((UNTRAINED if label == -100 else TRAINED)[index % 2])
+        assert style.endswith(SHADES["read" if label == -100 else "answer"][index % 2])
     special = [word for word, style in spans if "underline" in style]
     assert special == ["<s>", "<user>", "<end>", "<bot>", "<end>"]
 

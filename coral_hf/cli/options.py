@@ -15,15 +15,39 @@ DTYPES = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 
 @dataclass(kw_only=True)
-class TargetOptions:
-    """The target."""
+class ChatOptions:
+    """How chats are rendered: by the target's tokenizer."""
 
     target: str = option("The target: a folder or a Hub id.")
-    dtype: DTYPES = option("Precision of its weights.", "auto")
     chat_template: str | None = option("Another chat template: a file, or its text.", None)
     chat_template_kwargs: str | None = option(
         """Its options: '{"enable_thinking": false}'.""", None
     )
+
+    def load_tokenizer(self):
+        """Return the target's tokenizer, with the chat template and the options that were given."""
+        from transformers import AutoTokenizer
+
+        from ..measure.chat import set_chat_options
+
+        tokenizer = AutoTokenizer.from_pretrained(self.target)
+        return set_chat_options(tokenizer, self.chat_template, self.chat_template_kwargs)
+
+    def vocab_size(self) -> int | None:
+        """Return how many tokens the target has; None where only its tokenizer is given."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.target).get_text_config(decoder=True).vocab_size
+        except (OSError, ValueError):
+            return None
+
+
+@dataclass(kw_only=True)
+class TargetOptions(ChatOptions):
+    """The target."""
+
+    dtype: DTYPES = option("Precision of its weights.", "auto")
 
     def load_target(self, device: str | None = None):
         """Return the target, on the GPU where there is one, and its tokenizer."""
@@ -35,23 +59,18 @@ class TargetOptions:
         model = AutoModelForCausalLM.from_pretrained(self.target, dtype=self.dtype).to(device)
         return model.eval(), tokenizer
 
-    def load_tokenizer(self):
-        """Return the target's tokenizer, with the chat template and the options that were given."""
-        from transformers import AutoTokenizer
-
-        from ..measure.chat import set_chat_options
-
-        tokenizer = AutoTokenizer.from_pretrained(self.target)
-        return set_chat_options(tokenizer, self.chat_template, self.chat_template_kwargs)
-
 
 @dataclass(kw_only=True)
 class DatasetOptions:
     """Conversations, of which the last ones may be held out."""
 
     dataset: list[str] = option("Conversations: a file, a folder or a Hub id; or cached features.")
+    weight: list[float] = option("Of each dataset: 2 reads its rows twice, 0.5 half of them.", [])
     hold_out: int = option("Leave out the last rows of each dataset.", 0, least=0)
     ignore_columns: list[str] = option("Leave out this column.", [], flag="ignore-column")
+    split: str = option("The split of a dataset that has several.", "train")
+    config: str | None = option("The configuration of a Hub dataset.", None)
+    revision: str | None = option("The branch, tag or commit of a Hub dataset.", None)
 
     def rows(self):
         """Return the conversations that are not held out, or cached features."""
@@ -60,25 +79,29 @@ class DatasetOptions:
         cached = [path for path in self.dataset if (Path(path) / INDEX).is_file()]
         if not cached:
             return self.conversations()
-        if len(self.dataset) > 1 or self.hold_out:
+        if len(self.dataset) > 1 or self.hold_out or self.weight:
             remedy = "give --hold-out and all datasets to `coral-hf features`."
             raise ValueError(f"{cached} is a feature cache, read alone and whole; {remedy}")
         return CachedFeatures(cached[0])
 
     def conversations(self, limit: int | None = None, held_out: bool = False):
         """Return the first conversations of each dataset, or the ones that are held out."""
-        from ..training.data import join_datasets, load_conversations
+        from ..training.data import join_datasets, load_conversations, with_weight
 
         parts, unknown = [], {*self.ignore_columns}
-        for path in self.dataset:
-            rows = load_conversations(path)
+        weights = self.weight or [1.0] * len(self.dataset)
+        if len(weights) != len(self.dataset):
+            raise ValueError(f"{len(self.dataset)} --dataset have {len(weights)} --weight.")
+        for path, weight in zip(self.dataset, weights, strict=True):
+            rows = load_conversations(path, self.split, self.config, self.revision)
             ignored = [name for name in self.ignore_columns if name in rows.column_names]
             unknown -= {*ignored}
             rows = rows.remove_columns(ignored)
             kept = range(len(rows) - self.hold_out)
             if not kept:
                 raise ValueError(f"--hold-out {self.hold_out} leaves no row of {path}.")
-            parts.append(rows.select(range(len(kept), len(rows)) if held_out else kept[:limit]))
+            chosen = rows.select(range(len(kept), len(rows)) if held_out else kept[:limit])
+            parts.append(chosen if held_out else with_weight(chosen, weight))
         if unknown:
             raise ValueError(f"--ignore-column {' '.join(unknown)}: no dataset has such a column.")
         return join_datasets(parts, self.dataset)

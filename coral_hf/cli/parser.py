@@ -25,7 +25,11 @@ def parse(name: str, command: Command, words: Sequence[str]) -> dict[str, Any]:
     parser = make_parser(name, command)
     # `--max-length` is our spelling; `--max_length`, that of transformers' scripts, is read as well
     words = [re.sub("^--[^=]+", lambda found: found[0].replace("_", "-"), word) for word in words]
-    known, others = parser.parse_known_args(words)
+    every = [one for kind in settings_of(command).values() for one in fields(kind)]
+    # a list without a name may stand before and behind options
+    is_mixed = any(one.metadata.get("positional") and is_list(one) for one in every)
+    parse_words = parser.parse_known_intermixed_args if is_mixed else parser.parse_known_args
+    known, others = parse_words(words)
     typed, arguments = vars(known), dict[str, Any]()
     if EXTRA in get_type_hints(command):
         arguments[EXTRA] = others
@@ -94,6 +98,8 @@ def add_option(parser: argparse.ArgumentParser, one: Field[Any], kind: Any) -> a
     else:
         settings["type"] = kind
     if one.metadata.get("positional"):
+        if settings.pop("action", None) == "append":
+            settings["nargs"] = "*"
         return parser.add_argument(one.name, **settings)
     settings["required"] = one.default is MISSING and one.default_factory is MISSING
     return parser.add_argument(flag(one), dest=one.name, **settings)
@@ -106,5 +112,11 @@ def help_text(one: Field[Any]) -> str:
         default = " ".join(map(str, one.default_factory()))
     says_nothing = default in (MISSING, None, "") or isinstance(default, bool)
     shown = "" if says_nothing else f" Default: {default}."
-    repeated = " May be repeated." if str(one.type).startswith("list[") else ""
+    is_named_list = is_list(one) and not one.metadata.get("positional")
+    repeated = " May be repeated." if is_named_list else ""
     return (one.metadata["help"] + repeated + shown).replace("%", "%%")
+
+
+def is_list(one: Field[Any]) -> bool:
+    """Whether a field holds several values."""
+    return str(one.type).startswith("list[")

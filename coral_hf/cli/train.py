@@ -1,4 +1,4 @@
-"""Commands that train a drafter, and show, make and store what it is trained on."""
+"""Commands that train a drafter, and make and store what it is trained on."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,40 +116,6 @@ def train(own: TrainOptions, training_options: list[str]) -> None:
             options = {"private": args.hub_private_repo, "token": args.hub_token}
             done = publish(own.output, args.hub_model_id, revision=args.hub_revision, **options)
             print(f"Published: {done.commit_url}")
-
-
-@dataclass(kw_only=True)
-class DataOptions:
-    """Rows of a dataset to be shown."""
-
-    action: Literal["show"] = option("What to do.", positional=True)
-    dataset: str = option("A file, a folder or a Hub id.")
-    target: str = option("The target or its tokenizer alone: a folder or a Hub id.")
-    chat_template: str | None = option("Another chat template: a file, or its text.", None)
-    chat_template_kwargs: str | None = option(
-        """Its options: '{"enable_thinking": false}'.""", None
-    )
-    ignore_columns: list[str] = option("Leave out this column.", [], flag="ignore-column")
-    row: int = option("The first row shown, from 0; -1 is the last.", 0)
-    limit: int = option("Rows shown.", 1, least=1)
-    max_length: int | None = option("Cut rows as training would.", None, least=1)
-
-
-def data(own: DataOptions) -> None:
-    """Show which tokens of a dataset are trained, in colour or, through a pipe, with marks."""
-    from ..training.data import show
-
-    rows = DatasetOptions(dataset=[own.dataset], ignore_columns=own.ignore_columns).conversations()
-    chosen = range(len(rows))[own.row :][: own.limit]
-    if not chosen:
-        raise ValueError(f"--row is {own.row}, but the dataset has {len(rows)} rows, from 0.")
-    given = TargetOptions(
-        target=own.target,
-        chat_template=own.chat_template,
-        chat_template_kwargs=own.chat_template_kwargs,
-    )
-    tokenizer = given.load_tokenizer()
-    show(((index, rows[index]) for index in chosen), tokenizer, own.max_length)
 
 
 @dataclass(kw_only=True)

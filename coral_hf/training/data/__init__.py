@@ -9,7 +9,8 @@ from ...measure.chat import set_chat_options
 from .collator import CoralCollator
 from .dataset import prepare_dataset
 from .encoding import tokenize
-from .loading import join_datasets, load_conversations
+from .inspection.check import DataCheck, check_dataset
+from .inspection.show import describe, render_mask, show
+from .loading import join_datasets, load_conversations, with_weight
 from .messages import to_messages
 from .packing import pack_dataset
-from .show import render_mask, show

@@ -42,6 +42,7 @@ class Chat:
         self.chat = RenderedChat(row, tokenizer)
         self.turns, self.is_complete = self.chat.turns, self.chat.is_complete
         self.has_blocks = bool(GENERATION_BLOCK.search(self.chat.template))
+        self.behaviour = self.chat.behaviour()
         self._known: dict[str, list[int]] = {}  # tokens of texts that come again and again
         self._special = {*tokenizer.added_tokens_decoder}
 
@@ -49,8 +50,10 @@ class Chat:
         """Return the training rows, one where that is exact."""
         whole = self._encode_whole()
         if whole is not None:
+            self.behaviour.append("one rendering holds every prompt and answer")
             found = [whole]
         else:
+            self.behaviour.append("a training row an answer, as turns are rendered otherwise later")
             found = [self._encode_turn(turn) for turn in self.turns if turn.is_trained]
             found = found or [{"input_ids": [], "labels": []}]
         trained = [label != IGNORED for one in found for label in one["labels"]]

@@ -4,6 +4,8 @@ In: a row and the target's tokenizer. Out: training rows of `input_ids`, `attent
 each (length,); several of a long text, or where a template renders turns otherwise later.
 """
 
+from typing import NamedTuple
+
 from transformers import PreTrainedTokenizerBase
 
 from ...identity import short_hash
@@ -11,6 +13,13 @@ from .conversation import IGNORED, Chat, Encoded
 from .layouts import TOKEN_MASKS, Row, check_masks, is_plain_text, layout_of, read_text
 
 TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask", "token_type_ids", "special_tokens_mask")
+
+
+class Encoding(NamedTuple):
+    """Training rows of a row, and how the chat template behaved."""
+
+    rows: list[Encoded]
+    behaviour: list[str]
 
 
 def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:
@@ -43,7 +52,14 @@ def encode(
 
     Plain text is split into rows of `max_length`; others are whole.
     """
-    layout = layout_of(row)
+    return encode_row(row, tokenizer, max_length).rows
+
+
+def encode_row(
+    row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> Encoding:
+    """Do as `encode`, and note how the chat template behaved."""
+    layout, behaviour = layout_of(row), list[str]()
     if is_plain_text(row):
         found = split_text(_encode_text(row, tokenizer), tokenizer.bos_token_id, max_length)
     elif layout == "token_rows":
@@ -51,7 +67,8 @@ def encode(
     elif layout == "input_ids":
         found = [_encode_ids(row)]
     else:
-        found = Chat(row, tokenizer).encode()
+        chat = Chat(row, tokenizer)
+        found, behaviour = chat.encode(), chat.behaviour
     # A drafter reads a token and the feature before it; nothing predicts the first two tokens.
     # position        0      1        2        3
     # token           x0     x1       x2       x3
@@ -60,7 +77,7 @@ def encode(
     # label           -100   -100     x2       x3
     for one in found:
         one["labels"] = [IGNORED, IGNORED, *one["labels"][2:]][: len(one["input_ids"])]
-    return found
+    return Encoding(found, behaviour)
 
 
 def _encode_token_rows(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:

@@ -3,13 +3,18 @@
 In: paths or Hub ids. Out: one `datasets.Dataset` with the columns that were found.
 """
 
+import bz2
 import gzip
 import json
+import lzma
+import math
+import random
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from reprlib import repr as shortened
+from typing import Any
 
 import datasets
 import pyarrow
@@ -20,20 +25,31 @@ KINDS = {str: "string", bool: "bool", int: "int64", float: "float64"}  # of JSON
 READERS = {
     **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"),
     ".txt": "text",
-    ".csv": "csv",
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
     ".parquet": "parquet",
+    ".arrow": "arrow",
 }
+OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+BINARY = ("parquet", "arrow")  # files without lines
 
 
-def load_conversations(path: str | Path, split: str = "train") -> Dataset:
+def load_conversations(
+    path: str | Path,
+    split: str = "train",
+    config: str | None = None,
+    revision: str | None = None,
+) -> Dataset:
     """Load conversations or plain text from a file, a folder or the Hub.
 
     Args:
-        path: a JSON, JSONL, text, parquet or CSV file, also with `.gz`; a folder of `save_to_disk`,
-            or of such files; or what `datasets.load_dataset` takes, such as a Hub id. Of a text
-            file the documents become `text` rows: where no `<|endoftext|>` separates them,
-            paragraphs are joined in order to documents of about 2000 characters.
+        path: a JSON, JSONL, text, CSV, TSV, parquet or Arrow file, the ones of lines also with
+            `.gz`, `.bz2` or `.xz`; a folder of `save_to_disk`, or of such files; or what
+            `datasets.load_dataset` takes, such as a Hub id. Of a text file the documents become
+            `text` rows: where no `<|endoftext|>` separates them, paragraphs are joined in order to
+            documents of about 2000 characters.
         split: the split; a file has `train`. Text files and saved folders take no slices of it.
+        config: of a Hub dataset that has several.
+        revision: of a Hub dataset, its branch, tag or commit.
 
     Raises:
         ValueError: for a file that is empty, truncated, not UTF-8 or not JSON, naming the line, and
@@ -42,16 +58,19 @@ def load_conversations(path: str | Path, split: str = "train") -> Dataset:
     file, name = Path(path), str(path)
     if any((file / saved).is_file() for saved in ("dataset_dict.json", "state.json")):
         found = datasets.load_from_disk(name)
-        return found[split] if isinstance(found, datasets.DatasetDict) else found
+        return split_of(found, split) if isinstance(found, dict) else found
     reader = None if file.is_dir() else _reader_of(file)
     if reader is None and file.is_file():
         raise ValueError(
-            f"{file} has the ending {file.suffix!r}; expected one of {', '.join(READERS)}, also"
-            " with .gz. Convert or rename it."
+            f"{file} has the ending {file.suffix!r}; expected one of {', '.join(READERS)}, of"
+            f" lines also with {', '.join(OPENERS)}. Convert or rename it."
         )
     if reader == "text":
         return datasets.Dataset.from_dict({"text": _documents(file, split)})
-    builder = datasets.load_dataset_builder(reader or name, data_files=name if reader else None)
+    given: dict[str, Any] = {"data_files": name, **_delimiter(file)} if reader else {}
+    if not file.exists():
+        given = {"name": config, "revision": revision}
+    builder = datasets.load_dataset_builder(reader or name, **given)
     found = (builder.config.data_files or {}).get(split.partition("[")[0], [])
     files = [Path(local) for local in found if Path(local).is_file()]  # none of a Hub id
     for local in files:  # Arrow takes bytes that are not UTF-8
@@ -65,23 +84,44 @@ def load_conversations(path: str | Path, split: str = "train") -> Dataset:
         if not files or any(_reader_of(local) != "json" for local in files):
             raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
     # rows have keys that the first ones lack
-    kept = {"data_files": name} if reader else {}
     features = whole_features(files)
-    return datasets.load_dataset(reader or name, split=split, features=features, **kept)
+    return datasets.load_dataset(reader or name, split=split, features=features, **given)
+
+
+def split_of(found: dict[str, Dataset], split: str) -> Dataset:
+    """Return a split of a dataset.
+
+    Raises:
+        ValueError: if it has no such split, naming those that it has.
+    """
+    if split not in found:
+        raise ValueError(f"`split` is {split!r}, but the dataset has {[*found]}; give one of them.")
+    return found[split]
+
+
+def _delimiter(file: Path) -> dict[str, str]:
+    return {"delimiter": "\t"} if ".tsv" in file.suffixes else {}
 
 
 def _reader_of(file: Path) -> str | None:
     """Name the reader of `datasets` for a file; None for an unknown ending."""
-    return READERS.get(Path(file.name.removesuffix(".gz")).suffix)
+    name = file.stem if file.suffix in OPENERS else file.name
+    reader = READERS.get(Path(name).suffix)
+    return None if reader in BINARY and name != file.name else reader
 
 
 def _lines(file: Path) -> Iterator[bytes]:
-    """Yield the lines of a file, decompressed if its name ends with `.gz`."""
+    """Yield the lines of a file, decompressed by the ending of its name."""
+    kind = OPENERS.get(file.suffix)
     try:
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
+        with kind(file) if kind else file.open("rb") as lines:
             yield from lines
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{file} is not a whole gzip file: {error}. Copy it again.") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, OSError) as error:
+        if kind is None:
+            raise
+        raise ValueError(
+            f"{file} is not a whole {file.suffix[1:]} file: {error}. Copy it again."
+        ) from error
 
 
 def check_lines(file: Path, parse: bool = False) -> None:
@@ -90,7 +130,7 @@ def check_lines(file: Path, parse: bool = False) -> None:
     Args:
         parse: also for what is not JSON: a JSON file holds one array, or an object a line.
     """
-    if _reader_of(file) == "parquet":
+    if _reader_of(file) in BINARY:
         return
     parse = parse and _reader_of(file) == "json"
     start = b""
@@ -194,6 +234,18 @@ def join_datasets(parts: Sequence[Dataset], names: Sequence[str]) -> Dataset:
         features = datasets.Features({name: merged[name] for name in part.features})
         aligned.append(part if part.features == features else part.cast(features))
     return datasets.concatenate_datasets(aligned)
+
+
+def with_weight(rows: Dataset, weight: float) -> Dataset:
+    """Return the rows of a dataset `weight` times: 2 is each of them twice, 0.5 a half of them.
+
+    The half is drawn with a fixed seed.
+    """
+    if not weight > 0:
+        raise ValueError(f"The weight of a dataset is {weight}; give a number above 0.")
+    whole, size = int(weight), round(math.modf(weight)[0] * len(rows))
+    part = sorted(random.Random(0).sample(range(len(rows)), size))
+    return rows.select([*[*range(len(rows))] * whole, *part]) if weight != 1 else rows
 
 
 def _unify(schemas: Sequence[pyarrow.Schema]) -> pyarrow.Schema:

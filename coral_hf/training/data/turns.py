@@ -11,7 +11,7 @@ for with the template's switch; where there is none, an opened thought that stay
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -60,15 +60,30 @@ class RenderedChat:
         self.template = tokenizer.get_chat_template(tools=tools)
         self.is_complete = row.get("is_complete") is not False
         self._options = {**chat_options(tokenizer), **own}
-        self._render = partial(render, tokenizer=tokenizer, tools=tools, **own)
+        self._render: Callable[..., Any] = partial(render, tokenizer=tokenizer, tools=tools, **own)
         # a rendering, and the messages whose ids are its key
         self._known: dict[tuple[Any, ...], tuple[Any, Sequence[Message]]] = {}
-        weighted = rendered_form(to_messages(row), self.text)
+        self._given = to_messages(row)
+        weighted = rendered_form(self._given, self.text)
         self.is_weighted = any("weight" in turn for turn in weighted)
         self.messages = [without_weight(turn) for turn in weighted]
         # no prompt can be rendered for a turn that opens the conversation
         places = [i for i, turn in enumerate(weighted) if i and turn["role"] == "assistant"]
         self.turns = [self._read_turn(i, weighted[i].get("weight") != 0) for i in places]
+
+    def behaviour(self) -> list[str]:
+        """Say how the template takes the conversation, where that is not as it stands."""
+        given = [(turn["role"], type(turn.get("content"))) for turn in self._given]
+        taken = [(turn["role"], type(turn.get("content"))) for turn in self.messages]
+        if [role for role, _ in given] != [role for role, _ in taken]:
+            found = ["turns are read as ones of another role, or joined"]
+        else:
+            found = ["contents are written as lists of parts"] if given != taken else []
+        for options in (turn.options for turn in self.turns if turn.options):
+            found += [f"answers are asked for with {name} {on}" for name, on in options.items()]
+        if any(turn.empty for turn in self.turns):
+            found.append("an empty thought is read before answers, not trained")
+        return [*dict.fromkeys(found)]
 
     def text(self, messages: Sequence[Message], **options: Any) -> str:
         """Render messages as text, once."""

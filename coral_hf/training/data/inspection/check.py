@@ -1,0 +1,272 @@
+"""Numbers of a dataset, as training would read it, and its strangest rows.
+
+In: rows of any layout, the target's tokenizer. Out: a `DataCheck`, as text or JSON. Rows are read
+in batches, by several processes, and measured into a memory-mapped table: memory stays the same.
+"""
+
+import math
+import re
+import unicodedata
+import zlib
+from collections import Counter
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.compute as arrow
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ..dataset import check_ids, code_version
+from ..encoding import IGNORED, encode_row
+from ..layouts import TOKENS, Row, is_plain_text, layout_of
+from ..messages import to_messages
+
+TEXT, INTEGER, FLOAT = (datasets.Value(kind) for kind in ("string", "int64", "float64"))
+# of a training row; `num_turns` and `num_assistant` stand in the first of those of a row
+MEASURES = {
+    **dict.fromkeys(("row", "num_tokens", "num_trained", "num_cut", "num_turns"), INTEGER),
+    **dict.fromkeys(("num_assistant", "shortest_answer", "odd_characters"), INTEGER),
+    **dict.fromkeys(("trained_share", "repetition"), FLOAT),
+    **dict.fromkeys(("layout", "behaviour", "problem"), TEXT),
+}
+# what makes a row strange: a measure, whether the most of it does, and its name
+STRANGE = [
+    ("num_tokens", True, "most tokens"),
+    ("shortest_answer", False, "shortest answer, in tokens"),
+    ("odd_characters", True, "odd characters"),
+    ("trained_share", False, "least of it is trained, as a share"),
+    ("repetition", True, "most repetition: zlib makes it shorter by the factor"),
+]
+NUM_STRANGE = 10
+LEAST_TEXT = 200  # characters of a text whose repetition counts
+# control characters, private and unassigned ones, halves of pairs; and what stands for bad bytes
+ODD, USUAL, REPLACED = {"Cc", "Cn", "Co", "Cs"}, "\n\t\r", "\ufffd"
+
+
+@dataclass
+class DataCheck:
+    """What `check_dataset` found; rows are those of the dataset, unless it says training rows."""
+
+    num_rows: int
+    num_training_rows: int
+    layouts: dict[str, int]
+    num_turns: int
+    num_assistant_turns: int
+    num_tokens: int
+    num_trained: int
+    lengths: dict[str, float]  # of training rows, in tokens: quantiles
+    max_length: int
+    num_cut_rows: int  # training rows
+    num_cut_tokens: int
+    num_dropped: int  # training rows without a trained token in their first `max_length`
+    unread: dict[str, int]  # why rows cannot be read → how many
+    unread_rows: dict[str, int]  # the first row of each
+    behaviour: dict[str, int]  # of the chat template → in how many conversations
+    strangest: list[dict[str, Any]]  # row, reason, value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it, as JSON takes it."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        share = self.num_trained / max(self.num_tokens, 1)
+        lengths = ", ".join(f"{name} {size:,.0f}" for name, size in self.lengths.items())
+        layouts = ", ".join(f"{count:,} of `{name}`" for name, count in self.layouts.items())
+        lines = [
+            f"rows       {self.num_rows:,} ({layouts}) → {self.num_training_rows:,} training rows",
+            f"turns      {self.num_turns:,}, {self.num_assistant_turns:,} of them the assistant's",
+            f"tokens     {self.num_tokens:,}; of a training row: {lengths}",
+            f"trained    {self.num_trained:,} tokens ({share:.1%})",
+            f"cut        {self.num_cut_rows:,} training rows lose {self.num_cut_tokens:,} tokens"
+            f" beyond {self.max_length:,}",
+            f"dropped    {self.num_dropped:,} training rows, without a trained token before that",
+            f"not read   {sum(self.unread.values()):,} rows, which training refuses",
+        ]
+        lines += [
+            f"           {count:,}, the first is row {self.unread_rows[why]}: {why}"
+            for why, count in self.unread.items()
+        ]
+        lines += [
+            f"{'template' if not index else '':10} {count:,} conversations: {what}"
+            for index, (what, count) in enumerate(self.behaviour.items())
+        ]
+        lines += ["strangest"] + [
+            f"           row {one['row']}: {one['reason']} {one['value']:,.4g}"
+            for one in self.strangest
+        ]
+        return "\n".join(lines)
+
+
+def check_dataset(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    num_proc: int | None = None,
+    vocab_size: int | None = None,
+) -> DataCheck:
+    """Read a dataset as training would, and count.
+
+    Args:
+        dataset: rows of any layout.
+        tokenizer: the target's.
+        max_length: tokens after which a row is cut.
+        num_proc: processes that read.
+        vocab_size: of the target, to find token ids that it does not have.
+    """
+    given = {"tokenizer": tokenizer, "max_length": max_length, "vocab_size": vocab_size}
+    measured = dataset.with_format(None).map(
+        _measure_batch,
+        batched=True,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        features=datasets.Features(MEASURES),
+        fn_kwargs={**given, "code": code_version()},
+        num_proc=num_proc,
+        desc="Reading",
+    )
+    table = measured.data.table
+    read = table.filter(arrow.equal(table["problem"], ""))
+    kept = read.filter(arrow.greater(read["num_trained"], 0))
+    problems = table.filter(arrow.not_equal(table["problem"], ""))
+    unread, unread_rows = Counter[str](), dict[str, int]()
+    for row, problem in zip(*(problems[n].to_pylist() for n in ("row", "problem")), strict=True):
+        why = re.sub(r"\d+", "N", problem)  # numbers of turns and sizes are not another reason
+        unread[why] += 1
+        unread_rows.setdefault(why, row)
+    behaviour = Counter[str]()
+    for found in arrow.value_counts(read["behaviour"].drop_null()).to_pylist():
+        for one in filter(None, found["values"].split("\n")):
+            behaviour[one] += found["counts"]
+    return DataCheck(
+        num_rows=len(dataset),
+        num_training_rows=len(kept),
+        layouts={
+            one["values"]: one["counts"]
+            for one in arrow.value_counts(table["layout"].drop_null()).to_pylist()
+        },
+        num_turns=_sum(read, "num_turns"),
+        num_assistant_turns=_sum(read, "num_assistant"),
+        num_tokens=_sum(kept, "num_tokens"),
+        num_trained=_sum(kept, "num_trained"),
+        lengths=_quantiles(kept),
+        max_length=max_length,
+        num_cut_rows=arrow.sum(arrow.greater(read["num_cut"], 0)).as_py() or 0,
+        num_cut_tokens=_sum(read, "num_cut"),
+        num_dropped=len(read) - len(kept),
+        unread=dict(unread.most_common()),
+        unread_rows=unread_rows,
+        behaviour=dict(behaviour.most_common()),
+        strangest=_strangest(read),
+    )
+
+
+def _sum(table: pyarrow.Table, name: str) -> int:
+    return arrow.sum(table[name]).as_py() or 0
+
+
+def _quantiles(table: pyarrow.Table) -> dict[str, float]:
+    """Return quantiles of the lengths of training rows."""
+    names = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1.0}
+    if not len(table):
+        return {}
+    found = arrow.quantile(table["num_tokens"], q=[*names.values()]).to_pylist()
+    return dict(zip(names, found, strict=True))
+
+
+def _strangest(table: pyarrow.Table) -> list[dict[str, Any]]:
+    """Return rows that are the first by one of the measures, in turn, each once."""
+    ranked = []
+    for name, is_most, reason in STRANGE:
+        order = "descending" if is_most else "ascending"
+        # nulls: what was not measured of a row
+        known = table.filter(arrow.is_valid(table[name]))
+        first = arrow.select_k_unstable(known, NUM_STRANGE, [(name, order), ("row", "ascending")])
+        part = known.take(first)
+        pairs = zip(part["row"].to_pylist(), part[name].to_pylist(), strict=True)
+        ranked.append([(row, reason, value) for row, value in pairs])
+    seen, found = set[int](), list[dict[str, Any]]()
+    for places in zip(*(one + [None] * (NUM_STRANGE - len(one)) for one in ranked), strict=True):
+        for place in filter(None, places):
+            if place[0] not in seen and len(found) < NUM_STRANGE:
+                seen.add(place[0])
+                found.append(dict(zip(("row", "reason", "value"), place, strict=True)))
+    return found
+
+
+def _measure_batch(batch: dict[str, list], indices: list[int], **given: Any) -> dict[str, list]:
+    """Measure rows, given by column; each becomes one row of MEASURES or more."""
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    pairs = zip(rows, indices, strict=True)
+    found = [one for row, index in pairs for one in _measure(row, index, **given)]
+    return {name: [one.get(name) for one in found] for name in MEASURES}
+
+
+def _measure(
+    row: Row,
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    vocab_size: int | None,
+    code: str,  # for the cache alone
+) -> list[dict[str, Any]]:
+    """Measure the training rows of a row."""
+    try:
+        layout = layout_of(row)
+        encoded = encode_row(row, tokenizer, max_length)
+        for one in encoded.rows:
+            check_ids(one["input_ids"], vocab_size or math.inf)
+    except ValueError as error:
+        return [{"row": index, "problem": str(error)}]
+    is_read = layout in TOKENS or is_plain_text(row)
+    turns = [] if is_read else to_messages(row)
+    found = []
+    for one in encoded.rows:
+        labels = one["labels"][:max_length]
+        answers = [len([*part]) for kept, part in groupby(labels, lambda i: i != IGNORED) if kept]
+        found.append(
+            {
+                "row": index,
+                "num_tokens": len(labels),
+                "num_trained": sum(answers),
+                "num_cut": len(one["input_ids"]) - len(labels),
+                "shortest_answer": min(answers, default=None),
+                "trained_share": sum(answers) / max(len(labels), 1),
+                "problem": "",
+            }
+        )
+    text = tokenizer.decode(encoded.rows[0]["input_ids"]) if is_read else _text_of(turns)
+    found[0] |= {
+        "layout": layout,
+        "behaviour": "\n".join(encoded.behaviour),
+        "num_turns": len(turns),
+        "num_assistant": sum(turn["role"] == "assistant" for turn in turns),
+        "odd_characters": num_odd(text) or None,
+        "repetition": repetition(text),
+    }
+    return found
+
+
+def _text_of(turns: list[dict[str, Any]]) -> str:
+    return "\n".join(str(turn.get("content") or "") for turn in turns)
+
+
+def num_odd(text: str) -> int:
+    """Count characters that no one types: control, private and unassigned ones, and bad bytes."""
+    if text.isascii() and text.isprintable():
+        return 0
+    return sum(
+        count
+        for char, count in Counter(text).items()
+        if char == REPLACED or (unicodedata.category(char) in ODD and char not in USUAL)
+    )
+
+
+def repetition(text: str) -> float | None:
+    """Return by which factor zlib makes a text shorter; None of a short one."""
+    if len(text) < LEAST_TEXT:
+        return None
+    data = text.encode("utf-8", "replace")
+    return len(data) / len(zlib.compress(data, 1))

@@ -1,0 +1,175 @@
+"""A viewer of training rows: which tokens are trained, and what they are.
+
+In: rows of any layout, a tokenizer. Out: text on a terminal, in colour or, through a pipe, with
+marks that say the same; or a JSON object for each training row.
+"""
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from ..encoding import encode
+from ..layouts import Row, layout_of
+from .spans import ANSWER, CALL, CUT, READ, THOUGHT, Piece, pieces, spans
+
+# two shades of each kind, in turn, so that neighbouring tokens are distinguishable
+SHADES = {
+    READ: ("white on grey15", "white on grey27"),
+    ANSWER: ("black on green3", "black on pale_green1"),
+    THOUGHT: ("black on sky_blue2", "black on light_sky_blue1"),
+    CALL: ("black on gold3", "black on khaki1"),
+    CUT: ("strike grey50", "strike grey62"),
+}
+MARKS = {READ: "", ANSWER: "⟦⟧", THOUGHT: "⟪⟫", CALL: "⟨⟩", CUT: "✂✂"}
+BOUNDARY, NO_TEXT = "│", "∅"
+LEGEND = [
+    Piece("trained", ANSWER, False),
+    Piece(" not trained ", READ, False),
+    Piece("<special>", READ, True),
+    Piece("thought", THOUGHT, False),
+    Piece("tool call", CALL, False),
+    Piece("cut", CUT, False),
+]
+MOST_CUT = 40  # tokens beyond `max_length` that are printed
+
+
+def show(
+    rows: Iterable[tuple[int, Row]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print which tokens of some rows are trained, with a legend and counts.
+
+    A row that cannot be read is printed with its error, and the next one follows.
+
+    Args:
+        rows: rows with their numbers, such as `enumerate(dataset)`.
+        tokenizer: the target's.
+        max_length: tokens after which rows are cut; whole rows by default.
+        console: standard output by default. Without colours, marks stand for them.
+
+    Example:
+
+    ```python
+    >>> show(enumerate(load_conversations("conversations.jsonl").select(range(3))), tokenizer)
+    ```
+    """
+    console = Console(highlight=False) if console is None else console
+    has_marks = console.no_color or console.color_system is None
+    write = partial(console.print, soft_wrap=True)
+    write(_render(LEGEND, has_marks).append("  ↵ a line break  … a part of the next character"))
+    counts = []
+    for number, row in rows:
+        try:
+            parts = _parts(row, tokenizer, max_length)
+        except ValueError as error:
+            write(Text(f"\nRow {number} cannot be read: {error}", style="red"))
+            continue
+        for index, part in enumerate(parts, start=1):
+            kept = [piece for piece in part if piece.kind != CUT]
+            counts.append((len(kept), sum(piece.kind != READ for piece in kept)))
+            name = f"{number} ({index} of {len(parts)})" if len(parts) > 1 else str(number)
+            num_cut = len(part) - len(kept)
+            lost = f"; {num_cut} more are cut" if num_cut else ""
+            write(Text(f"\nRow {name}: {_describe(*counts[-1])}{lost}", style="bold"))
+            write(Text(f"from {source_of(row)}", style="dim"))
+            write(_render(part[: len(kept) + MOST_CUT], has_marks))
+    if len(counts) > 1:
+        total = _describe(*map(sum, zip(*counts, strict=True)))
+        write(Text(f"\n{len(counts)} rows: {total}", style="bold"))
+
+
+def describe(
+    rows: Iterable[tuple[int, Row]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Yield what `show` prints as objects: a training row each, or the `error` of a row."""
+    for number, row in rows:
+        try:
+            parts = _parts(row, tokenizer, max_length)
+        except ValueError as error:
+            yield {"row": number, "error": str(error)}
+            continue
+        for index, part in enumerate(parts, start=1):
+            kinds = [piece.kind for piece in part]
+            yield {
+                "row": number,
+                "part": index,
+                "parts": len(parts),
+                "source": source_of(row),
+                "num_tokens": len(kinds) - kinds.count(CUT),
+                "num_trained": len(kinds) - kinds.count(CUT) - kinds.count(READ),
+                "num_cut": kinds.count(CUT),
+                "spans": [*spans(part)],
+            }
+
+
+def source_of(row: Row) -> str:
+    """Say which column a row is read from, and which turns stand there."""
+    layout = layout_of(row)
+    turns = row[layout] if layout in ("messages", "conversations") else []
+    roles = [str(turn.get("role", turn.get("from"))) for turn in turns]
+    return f"`{layout}`" + (f": {', '.join(roles)}" if roles else "")
+
+
+def _parts(
+    row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> list[list[Piece]]:
+    return [pieces(whole, tokenizer, max_length) for whole in encode(row, tokenizer, max_length)]
+
+
+def _describe(num_tokens: int, num_trained: int) -> str:
+    share = num_trained / max(num_tokens, 1)
+    return f"{num_tokens} tokens, {num_trained} trained ({share:.1%})"
+
+
+def render_mask(
+    row: Row,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    has_marks: bool = False,
+) -> Text:
+    """Render the tokens of a row as a `rich` text, coloured by what they are.
+
+    Where it becomes several training rows, each is a paragraph.
+
+    Args:
+        row: of any layout.
+        tokenizer: the target's.
+        max_length: tokens after which it is cut.
+        has_marks: write ⟦ ⟧ around trained tokens, ⟪ ⟫ around thoughts, ⟨ ⟩ around tool calls, ✂
+            around what is cut and │ between tokens, for where no colours are.
+
+    Raises:
+        ValueError: for a row that cannot be read.
+    """
+    parts = _parts(row, tokenizer, max_length)
+    return Text("\n").join(_render(part, has_marks) for part in parts)
+
+
+def _visible(text: str) -> str:
+    """Write out control characters: they would be invisible, or move the cursor."""
+    letters = text.replace("\n", "↵\n")
+    shown = (char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in letters)
+    return "".join(shown) or NO_TEXT
+
+
+def _render(shown: list[Piece], has_marks: bool) -> Text:
+    text, before = Text(), READ
+    for index, piece in enumerate(shown):
+        if has_marks:
+            is_same = piece.kind == before
+            closing, opening = MARKS[before][1:], MARKS[piece.kind][:1]
+            between = BOUNDARY if index and (is_same or not closing) else ""
+            text.append(between if is_same else closing + between + opening)
+        shade = SHADES[piece.kind][index % 2]
+        style = f"bold underline {shade}" if piece.is_special else shade
+        text.append(_visible(piece.text), style=style)
+        before = piece.kind
+    return text.append(MARKS[before][1:]) if has_marks else text
