@@ -61,7 +61,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", ["growing", "static", pytest.param("compiled", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("shape", [TREE, CHAIN], ids=["tree", "chain"])
 @pytest.mark.parametrize("name", ["stories260k-hf", "bitnet3m-hf", "coral-bench"])
 def test_greedy_tokens_equal_a_trained_target_alone(name, shape, way):
