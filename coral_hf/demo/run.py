@@ -20,7 +20,7 @@ from ..measure.prompts import Prompt, encode
 from ..measure.report import Report, dashed
 from ..measure.settings import BenchmarkSettings
 from ..training.data import load_conversations
-from ..training.data.show import token_texts
+from ..training.data.inspection.spans import token_texts
 from . import DemoSettings
 from .corpus import held_out_prompts
 from .models import DEVICE, kept, train_drafter, train_target
