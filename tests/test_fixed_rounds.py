@@ -17,6 +17,8 @@ from coral_hf.decoding.caches.ragged_cache import RaggedCache
 from coral_hf.decoding.rounds import loop as loop_module
 from coral_hf.decoding.rounds.fixed_rounds import FixedRounds
 from coral_hf.decoding.rounds.loop import capacity_for
+from coral_hf.heads.settings import DRAFT_HEADS
+from coral_hf.target import read_target
 
 VOCAB = 8  # small, so that much is accepted
 TREE = {"tree_depth": 4, "tree_top_k": 3, "tree_nodes": 12}
@@ -415,3 +417,20 @@ def test_chains_run_in_rounds_of_constant_shapes(way, rounds_run):
     chain = {"tree_depth": 4, "tree_top_k": 1, "tree_nodes": 5}
     given = {**prompts(rows=2), "assistant_model": drafter}
     assert target.generate(**given, **PLAIN, **chain, **way).equal(plain) and rounds_run
+
+
+@pytest.mark.parametrize("head", [name for name in DRAFT_HEADS if name != "full"])
+def test_every_draft_head_is_read_in_rounds_of_constant_shapes(head, rounds_run):
+    target, drafter = pair(dtype=torch.float32)
+    drafter.heads.add_router(4, 2)
+    drafter.config.is_router_trained = True
+    drafter.heads.add_frequency_head(torch.arange(2, VOCAB))
+    drafter.heads.add_low_rank_head(6, read_target(target).head)
+    scatter_weights(drafter.heads, seed=2)
+    drafter = drafter.double()
+    target = target.double()
+    plain = target.generate(**prompts(rows=2), **PLAIN)
+    for way in (STATIC, COMPILED):
+        ours = drafted(target, drafter, prompts(rows=2), **PLAIN, **way, draft_head=head)
+        assert ours.sequences.equal(plain) and rounds_run
+        assert ours.stats.acceptance_length > 1

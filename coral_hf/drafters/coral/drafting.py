@@ -123,7 +123,7 @@ class CoralDrafting:
         check_target(drafter.config, target.model, takes_other_vocabulary=True)
         self.drafter, self._dtype = drafter, drafter.dtype
         self.target = target
-        self.head = drafter.heads.bind(target.head, draft_head)
+        self.head, self._head_name = drafter.heads.bind(target.head, draft_head), draft_head
         self._memory, self._window = memory, _window_of(drafter, draft_window)
 
     def memory(self) -> DrafterMemory:
@@ -206,7 +206,8 @@ class CoralDrafting:
     @property
     def kind(self) -> Hashable:
         """See [`FixedDrafting`]."""
-        return weakref.ref(self.drafter), type(self.head), self._window, self.drafter.dtype
+        name = self._head_name or self.drafter.config.draft_head
+        return weakref.ref(self.drafter), name, self._window, self.drafter.dtype
 
     def forget_pass(self) -> None:
         """See [`FixedDrafting`]."""
