@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .decoding import decoder as decoder
     from .decoding import install as install
     from .decoding import register_drafting as register_drafting
+    from .decoding import register_input as register_input
     from .decoding import uninstall as uninstall
     from .decoding import warm_up as warm_up
     from .drafters.bigram import BigramConfig as BigramConfig
@@ -38,6 +39,7 @@ _MODULES = {
         "decoder",
         "install",
         "register_drafting",
+        "register_input",
         "uninstall",
         "warm_up",
     ],

@@ -7,7 +7,7 @@ text, a `Refusal` or a `Crash`.
 from typing import NamedTuple
 
 import torch
-from conftest import VOCAB, note_passes
+from conftest import VOCAB, noted_passes
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -134,10 +134,10 @@ def own_calls(target: PreTrainedModel) -> list[Call]:
 def drafted(target: PreTrainedModel, drafter, call: Call, shape: dict) -> Tensor:
     """What `generate` returns with a drafter: (batch, length)."""
     passes = []
-    counter = note_passes(target, lambda module, args, kwargs: passes.append(module))
     settings = {**shape, "speculation": "always", "assistant_model": drafter}
     try:
-        return target.generate(**call.inputs, **settings)
+        with noted_passes(target, lambda *_: passes.append(1)):
+            return target.generate(**call.inputs, **settings)
     except TimeoutError:
         raise
     except ValueError as error:
@@ -146,8 +146,6 @@ def drafted(target: PreTrainedModel, drafter, call: Call, shape: dict) -> Tensor
         raise Refusal(str(error)) from error
     except Exception as error:
         raise Crash(f"{type(error).__name__}: {error}") from error
-    finally:
-        counter.remove()
 
 
 def untrained(target: PreTrainedModel) -> CoralDrafter:

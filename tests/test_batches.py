@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import VOCAB, note_passes, scatter_weights, tiny_target
+from conftest import VOCAB, noted_passes, scatter_weights, tiny_target
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -75,11 +75,12 @@ class PassSizes:
         def note(module, args, kwargs):
             self.rows.append(kwargs["input_ids"].shape[0])
 
-        self.hook = note_passes(self.target, note)
+        self.watch = noted_passes(self.target, note)
+        self.watch.__enter__()
         return self
 
     def __exit__(self, *exception):
-        self.hook.remove()
+        self.watch.__exit__(*exception)
 
 
 @pytest.mark.parametrize("tree", [TREE, {"tree_depth": 4, "tree_top_k": 1, "tree_nodes": 5}])

@@ -13,6 +13,7 @@ from torch import Tensor
 import coral_hf
 from coral_hf import CoralDrafter
 from coral_hf.decoding.acceptance_rules import Chance
+from coral_hf.decoding.draft_policy import DraftPolicy
 from coral_hf.drafters.tree_builders import SampledTreeBuilder
 
 PACKAGE = Path(coral_hf.__file__).parent
@@ -238,6 +239,37 @@ def test_samples_follow_the_target_whatever_the_default_dtype(default_dtype, dty
     expected = second_tokens(target, ids)
     default_dtype(dtype)
     assert fits(counts_of_second_tokens(target, drafter, ids, 1500, **rule), expected)
+
+
+class StepsBackAtOnce(DraftPolicy):
+    """Gives up drafting before the first round."""
+
+    def __init__(self, shape):
+        super().__init__(shape)
+        self.is_plain = True
+
+
+@pytest.mark.parametrize("way", ["never", "stepped back"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_samples_that_are_not_drafted_follow_the_target_whatever_the_default_dtype(
+    default_dtype, dtype, way, monkeypatch
+):
+    target, drafter, ids = pair()
+    expected = second_tokens(target, ids)
+    settings = {"speculation": "never"} if way == "never" else {}
+    if way != "never":
+        monkeypatch.setattr(
+            "coral_hf.decoding.generate.choose_policy",
+            lambda _, shape, *rest: StepsBackAtOnce(shape),
+        )
+    default_dtype(dtype)
+    assert fits(counts_of_second_tokens(target, drafter, ids, 1500, **settings), expected)
+    texts = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        given = {"do_sample": True, "max_new_tokens": 8, "assistant_model": drafter, **settings}
+        texts.append(target.generate(ids, **given))
+    assert texts[0].equal(texts[1])
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import VOCAB, WINDOW, note_passes, scatter_weights, tiny_target
+from conftest import VOCAB, WINDOW, noted_passes, scatter_weights, tiny_target
 from transformers import DynamicCache
 
 from coral_hf import CoralDrafter
@@ -53,11 +53,12 @@ class TokensRead:
             given = kwargs.get(self.name, args[0] if args else None)
             self.lengths.append(given.shape[1])
 
-        self.hook = note_passes(self.module, note)
+        self.watch = noted_passes(self.module, note)
+        self.watch.__enter__()
         return self
 
     def __exit__(self, *exception):
-        self.hook.remove()
+        self.watch.__exit__(*exception)
 
 
 def test_the_second_turn_reads_only_what_is_new_in_target_and_drafter(target, drafter):

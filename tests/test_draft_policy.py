@@ -10,18 +10,16 @@ from test_generate import TheTargetItself
 
 from coral_hf import CoralDrafter
 from coral_hf.decoding.caches.continuation import CACHE
-from coral_hf.decoding.draft_policy import (
-    PATIENCE,
+from coral_hf.decoding.draft_policy import PATIENCE, AdaptiveDraft, choose_speculation
+from coral_hf.decoding.drafting import TreeShape
+from coral_hf.decoding.plain.costs import (
     PROBES,
-    AdaptiveDraft,
     CostModel,
     Costs,
     DecayedLine,
     MeasuredCosts,
     RoundSample,
-    choose_speculation,
 )
-from coral_hf.decoding.drafting import TreeShape
 from coral_hf.drafters.tree_builders import TreeBuilder
 
 SHAPE = TreeShape(depth=4, top_k=3, nodes=20)
@@ -185,7 +183,7 @@ def test_a_drafter_that_knows_the_text_keeps_drafting(target, drafter, monkeypat
     text = target.generate(PROMPT, do_sample=False, max_new_tokens=60)
     drafting = TheTargetItself(text)
     monkeypatch.setattr(
-        "coral_hf.decoding.draft_policy.MeasuredCosts", lambda _, costs: CostModel(costs)
+        "coral_hf.decoding.draft_policy.MeasuredCosts", lambda _, costs, kind: CostModel(costs)
     )
     out = target.generate(
         PROMPT,

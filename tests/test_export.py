@@ -295,8 +295,8 @@ def test_a_bias_of_the_lm_head_is_refused(tmp_path):
 
 
 def test_a_target_of_other_sizes_is_refused(target, tmp_path):
-    other = tiny_target("llama", torch.float32, vocab_size=VOCAB + 8)
-    with pytest.raises(ValueError, match="`vocab_size` of the target is 48"):
+    other = tiny_target("llama", torch.float32, hidden_size=HIDDEN // 2)
+    with pytest.raises(ValueError, match="`hidden_size` of the target is 16"):
         export_drafter(make_drafter(target), "vllm", tmp_path / "out", other)
 
 

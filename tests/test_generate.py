@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from conftest import OTHERS, as_drafter, make_target, note_passes
+from conftest import OTHERS, as_drafter, make_target, noted_passes
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
@@ -339,15 +339,15 @@ def test_settings_come_from_the_drafter_and_can_be_overridden_in_the_call(target
     drafter = CoralDrafter.from_target(target).eval()
     drafter.generation_config.tree_nodes = 7
     rows = []
-    hook = note_passes(
-        target.model, lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape[1])
-    )
-    target.generate(PROMPT, assistant_model=drafter, max_new_tokens=12)
-    assert max(rows[1:]) == 7
-    rows.clear()
-    target.generate(PROMPT, assistant_model=drafter, max_new_tokens=12, tree_nodes=13)
-    hook.remove()
-    assert max(rows[1:]) == 13
+
+    def note(module, args, kwargs):
+        rows.append(kwargs["input_ids"].shape[1])
+
+    for settings, nodes in (({}, 7), ({"tree_nodes": 13}, 13)):
+        rows.clear()
+        with noted_passes(target.model, note):
+            target.generate(PROMPT, assistant_model=drafter, max_new_tokens=12, **settings)
+        assert max(rows[1:]) == nodes
 
 
 def test_left_padding_of_a_row_changes_nothing(target, drafter):

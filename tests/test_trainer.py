@@ -321,9 +321,9 @@ def test_evaluation_reports_the_loss_of_held_out_rows(target, rows, tmp_path):
 
 
 def test_a_target_of_other_sizes_is_refused_before_training(target, rows, tmp_path):
-    other = tiny_target("llama", torch.float32, vocab_size=VOCAB + 3)
+    other = tiny_target("llama", torch.float32, hidden_size=16)
     drafter = CoralDrafter.from_target(target)
-    with pytest.raises(ValueError, match="`vocab_size` of the target is 43"):
+    with pytest.raises(ValueError, match="`hidden_size` of the target is 16"):
         make_trainer(other, rows, tmp_path, drafter)
 
 

@@ -8,6 +8,7 @@ SGLang the hot tokens of it), so routers and other draft heads stay behind.
 import json
 import shlex
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,15 @@ from ..atomic import new_folder, write_json
 from ..drafters.coral.configuration import CoralConfig
 from ..drafters.coral.modeling import CoralDrafter
 from ..heads.router import check_token_ids
-from ..target import Scales, Target, check_target, may_scale, read_scales, read_target
+from ..target import (
+    Scales,
+    Target,
+    check_target,
+    may_scale,
+    read_scales,
+    read_target,
+    text_config,
+)
 from .eagle import EMBEDDINGS, check_tensors, scale_embeddings, table_scale
 from .engines import ENGINES, engine_config, obstacles
 from .files import WEIGHTS, check_output, config_folder, read_config, read_dtype
@@ -60,7 +69,8 @@ def export_drafter(
         output: a new or an empty folder.
         target: the drafter's own. Its embeddings are copied for vLLM (which needs them for pipeline
             parallelism) and EAGLE. It is needed where it scales its embeddings inside of their
-            module, or where its config cannot be read by the name that the drafter's config has.
+            module, where its config cannot be read by the name that the drafter's config has, or
+            where its vocabulary has grown, shrunk or been padded since the drafter was made.
         dtype: of the tensors, float16, bfloat16, float32 or float64; the drafter's by default.
         hot_tokens: ids of the tokens that SGLang's drafter may propose (FR-Spec, Zhao et al. 2025);
             those of the drafter's own frequency head by default, if that is its draft head.
@@ -78,17 +88,18 @@ def export_drafter(
     if target is None:
         bound, scales = None, _named_scales(config)
     else:
-        check_target(config, target)
-        bound = read_target(target)
+        check_target(config, target, takes_other_vocabulary=True)
+        bound, config = read_target(target), copy(config)
+        config.vocab_size = text_config(target).vocab_size
         scales = Scales(table_scale(bound), bound.head.scale, bound.head.softcap)
-    hot_tokens = _hot_tokens(drafter, engine, hot_tokens)
+    hot_tokens = _hot_tokens(drafter, engine, hot_tokens, config.vocab_size)
     state = drafter.state_dict()
     body = {name: tensor for name, tensor in state.items() if name.startswith(BODY)}
     has_fc_bias = bool(body["fc.bias"].any()) if "fc.bias" in body else False
     reasons = obstacles(config, scales, engine, has_fc_bias)
     _check_reasons(reasons, engine, bound)
     fields = engine_config(config, scales, engine, has_fc_bias)
-    tensors = _for_engine(body, config, engine, has_fc_bias)
+    tensors = _for_engine(body, drafter.config, engine, has_fc_bias)
     if bound is not None and engine != "sglang":
         tensors[EMBEDDINGS] = bound.embeddings.weight
     tensors = _to_save(scale_embeddings(tensors, scales.embedding), dtype)
@@ -144,19 +155,22 @@ def _named_scales(config: CoralConfig) -> Scales:
 
 
 def _hot_tokens(
-    drafter: CoralDrafter, engine: str, given: Sequence[int] | None
+    drafter: CoralDrafter, engine: str, given: Sequence[int] | None, vocab_size: int
 ) -> list[int] | None:
-    """Return the token ids that go along: what was given, or what a frequency head reads anyway."""
+    """Return the token ids that go along: what was given, or what a frequency head reads anyway.
+
+    `vocab_size`: of the target, which may have lost tokens since the head was made.
+    """
     if given is not None:
         if engine != "sglang":
             raise ValueError(f"`hot_tokens` are read by SGLang only; leave them out for {engine}.")
         ids = torch.as_tensor(given)  # of shape (read,)
-        check_token_ids("hot_tokens", ids, drafter.config.vocab_size)
+        check_token_ids("hot_tokens", ids, vocab_size)
         return ids.tolist()
     if engine != "sglang" or drafter.config.draft_head != "frequency":
         return None
     assert drafter.heads.hot_tokens is not None, "the config says that there is such a head"
-    return drafter.heads.hot_tokens.tolist()
+    return [token for token in drafter.heads.hot_tokens.tolist() if token < vocab_size] or None
 
 
 def _check_reasons(reasons: list[str], engine: str, target: Target | None) -> None:

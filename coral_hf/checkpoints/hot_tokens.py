@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..drafters.coral.modeling import CoralDrafter
-from ..target import read_features, read_target
+from ..target import read_features, read_target, text_config
 
 HOT_TOKENS = "hot_tokens.pt"
 
@@ -40,7 +40,7 @@ def proposal_counts(
     """
     bound = read_target(target)
     draft_head = drafter.heads.bind(bound.head, head)
-    counts = torch.zeros(drafter.config.vocab_size, dtype=torch.float64)
+    counts = torch.zeros(text_config(target).vocab_size, dtype=torch.float64)
     for ids in rows:
         ids = ids.to(bound.device)
         features = read_features(target, ids, torch.ones_like(ids))  # (1, length, hidden)

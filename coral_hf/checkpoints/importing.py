@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..drafters.coral.configuration import CoralConfig
 from ..drafters.coral.modeling import CoralDrafter
 from ..identity import record_tokenizer
-from ..target import Target, check_target, read_target
+from ..target import Target, check_target, read_target, text_config
 from .eagle import (
     EMBEDDINGS,
     HEAD,
@@ -60,7 +60,8 @@ def from_eagle(
     """Make a drafter for `target` from an EAGLE-1, EAGLE-2 or HASS checkpoint, or from an export.
 
     Args:
-        target: the target that the checkpoint was made for.
+        target: the target that the checkpoint was made for. Its vocabulary may have grown, shrunk
+            or been padded since, if the checkpoint has the embeddings of its own.
         source: a folder or Hub id, with config.json and the weights in safetensors or a pickle,
             in one file or in shards.
         dtype: of the drafter; the target's by default.
@@ -75,11 +76,12 @@ def from_eagle(
     """
     dtype = target.dtype if dtype is None else read_dtype(dtype)
     folder = config_folder(source, **download)
-    check_target(CoralConfig(**read_shape(folder)), target)
+    own = {"vocab_size": text_config(target).vocab_size}
+    check_target(CoralConfig(**read_shape(folder) | own), target)
     shape, tensors = read_eagle(weights_folder(source, folder, **download))
-    drafter = CoralDrafter.from_target(target, **shape).to(dtype)
+    drafter = CoralDrafter.from_target(target, **shape | own).to(dtype)
     bound = read_target(target)
-    _drop_copies(tensors, bound, drafter)
+    _drop_copies(tensors, bound, drafter, shape["vocab_size"])
     check_tensors(tensors, drafter.state_dict(), f"The EAGLE checkpoint {source}")
     drafter.load_state_dict(scale_embeddings(tensors, 1 / table_scale(bound)))
     if tokenizer is not None:
@@ -90,20 +92,31 @@ def from_eagle(
     return drafter.eval()
 
 
-def _drop_copies(tensors: dict[str, Tensor], target: Target, drafter: CoralDrafter) -> None:
+def _drop_copies(
+    tensors: dict[str, Tensor], target: Target, drafter: CoralDrafter, vocab_size: int
+) -> None:
     """Take out of a checkpoint's tensors what is the target's own or follows from the config.
+
+    `vocab_size`: of the target when the checkpoint was made.
 
     Raises:
         ValueError: that names a tensor which differs, and how far it is off.
     """
+    size = drafter.config.vocab_size
     if EMBEDDINGS not in tensors and HEAD not in tensors:
+        if vocab_size != size:
+            raise ValueError(
+                f"`vocab_size` of the target is {size}, but the EAGLE checkpoint was made for one"
+                f" with {vocab_size}, and has no `{EMBEDDINGS}` that would tell whether it is the"
+                " same with other padding or more tokens. Use the checkpoint's own target."
+            )
         logger.warning(
             f"The EAGLE checkpoint has no `{EMBEDDINGS}`, so only its sizes say that it belongs to"
             " this target. With another one few drafted tokens would be accepted."
         )
     for name, own in ((EMBEDDINGS, target.embeddings.weight), (HEAD, target.head.weight)):
         if name in tensors:
-            _check_copy(name, tensors.pop(name), own)
+            _check_copy(name, tensors.pop(name), own, vocab_size)
     frequencies = drafter.rotary_emb.inv_freq.cpu().float()  # of shape (head_dim / 2,)
     for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
         found = tensors.pop(name).float()
@@ -114,8 +127,10 @@ def _drop_copies(tensors: dict[str, Tensor], target: Target, drafter: CoralDraft
             )
 
 
-def _check_copy(name: str, found: Tensor, own: Tensor) -> None:
+def _check_copy(name: str, found: Tensor, own: Tensor, vocab_size: int) -> None:
     """Raise a ValueError if a copy (vocab, hidden) differs from the target's own, beyond rounding.
+
+    Of a target with more or fewer than the copy's `vocab_size` rows, those count that both have.
 
     A number is compared with its own size and the table's typical one: the median over rows of the
     mean size, which a few large numbers do not move.
@@ -123,7 +138,9 @@ def _check_copy(name: str, found: Tensor, own: Tensor) -> None:
     if not is_plain(own):
         logger.info(f"`{name}` is not compared: the target's own is quantised or offloaded.")
         return
-    parts = own.detach().split(CHUNK)
+    if len(found) == vocab_size:
+        found = found[: len(own)]
+    parts = own.detach()[:vocab_size].split(CHUNK)
     typical = float(torch.cat([part.float().abs().mean(-1) for part in parts]).median())
     near = {"rtol": ROUNDING, "atol": ROUNDING * typical}
     try:

@@ -1,7 +1,7 @@
 """How much to draft in a round, and when to stop drafting: as much as pays.
 
 In: what rounds cost and gave (`RoundSample`). Out: the shape of the next tree. Costs are counted in
-plain passes of the target, which read one token a row, as plain `generate` does:
+plain passes of the target, which are steps of plain `generate`; see `plain/costs.py`:
 
     cost of a round = base + level · levels drafted + node · nodes beside the root
 
@@ -16,17 +16,13 @@ At `PATIENCE` the rest of the call is decoded plainly, unless recent rounds have
 a clock measures plain passes again before that, since a machine that slowed down slowed both.
 """
 
-import statistics
-from collections import deque
 from collections.abc import Hashable
-from dataclasses import dataclass, field
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .drafting import TreeShape
+from .plain.costs import FADING, CostModel, Costs, MeasuredCosts, RoundSample, StepSeconds
 
 logger = logging.get_logger(__name__)
 SPECULATION = ("adaptive", "always", "never")
@@ -34,148 +30,6 @@ DEFAULT_SPECULATION = "adaptive"
 PATIENCE = 2.0  # plain passes
 FIRST_CHECK = 8  # rounds after which a plain pass is measured again; then after twice as many, …
 LEAST_WORTH = 0.05  # plain passes; of a token
-PROBES = 3  # the newest plain passes, whose median counts
-FADING = 0.9  # what a round counts for, once there is a newer one
-TRUST = 100.0  # of the assumed cost of a node: as much as two rounds 14 nodes apart
-SPIKE = 4.0  # a round counts as at most so many times what was expected
-
-
-class Costs(NamedTuple):
-    """The parts of a round's cost, in plain passes; defaults are cautious for 16 layers or more."""
-
-    base: float = 1.1  # the pass over the root, and all that no tree changes
-    level: float = 0.1  # a level that the drafter drafts
-    node: float = 0.01  # a node beside the root in the target's pass
-
-    def of_round(self, levels: int, nodes: int) -> float:
-        """A round that drafted so many levels and read so many nodes, the root included."""
-        return self.base + self.level * levels + self.node * (nodes - 1)
-
-
-class RoundSample(NamedTuple):
-    """What a round did, and the seconds it took."""
-
-    rows: int
-    levels: int  # 0 in a plain round
-    nodes: int  # of a row, the root included
-    tokens: float  # of a row
-    draft: float = 0.0  # seconds of its levels
-    decode: float = 0.0  # seconds of the target's pass, of choosing tokens and of keeping them
-    read: float = 0.0  # seconds in which the drafter reads the new tokens
-
-
-class CostModel:
-    """Costs that no clock changes, so that decisions follow from tokens alone."""
-
-    is_clock = False  # whether rounds are timed
-
-    def __init__(self, costs: Costs):
-        self._costs = costs
-
-    def lacks_plain(self, rows: int) -> bool:
-        """Whether plain passes are to be measured before any round can be judged."""
-        return False
-
-    def plain(self, rows: int) -> float:
-        """The cost of a plain pass, in a unit of the model's own."""
-        return 1.0
-
-    def costs(self, rows: int) -> Costs:
-        """What a tree would cost now."""
-        return self._costs
-
-    def note(self, sample: RoundSample) -> float:
-        """Take a round into account, and return what it has cost."""
-        return self._costs.of_round(sample.levels, sample.nodes)
-
-    def forget_plain(self, rows: int) -> None:
-        """Ask for new plain passes, where they would change anything."""
-
-
-@dataclass
-class DecayedLine:
-    """A straight line through points, of which older ones count less."""
-
-    slope_before: float  # assumed until the points tell
-    sums: tuple[float, ...] = (0.0,) * 5  # of the points' weights, and of x, y, xx and xy by weight
-
-    def add(self, x: float, y: float) -> None:
-        """Take the newest point."""
-        newest = (1.0, x, y, x * x, x * y)
-        self.sums = tuple(FADING * old + new for old, new in zip(self.sums, newest, strict=True))
-
-    @property
-    def slope(self) -> float:
-        """Slope of the best line, drawn towards the slope assumed; never falling."""
-        weight, x, y, xx, xy = self.sums
-        if weight == 0:
-            return self.slope_before
-        together = xy - x * y / weight + TRUST * self.slope_before
-        return max(together / (xx - x * x / weight + TRUST), 0.0)
-
-    def at_zero(self, otherwise: float) -> float:
-        """The height at x = 0; `otherwise` without a point."""
-        weight, x, y, *_ = self.sums
-        return max((y - self.slope * x) / weight if weight else otherwise, 0.0)
-
-
-@dataclass
-class Timings:
-    """What was measured of one target at one number of rows."""
-
-    rest: DecayedLine  # nodes beside the root → passes of all but the levels
-    level: float  # passes
-    plain: deque[float] = field(default_factory=lambda: deque(maxlen=PROBES))  # seconds
-
-
-class MeasuredCosts(CostModel):
-    """Costs of one target, remembered by the process from call to call."""
-
-    is_clock = True
-
-    _remembered: "WeakKeyDictionary[PreTrainedModel, dict[Hashable, Timings]]" = WeakKeyDictionary()
-
-    def __init__(self, model: PreTrainedModel, before: Costs):
-        """`before`: costs that are assumed until rounds were measured."""
-        super().__init__(before)
-        self._timings = self._remembered.setdefault(model, {})
-        self._kind = (model.device, model.dtype)
-
-    def _of(self, rows: int) -> Timings:
-        new = Timings(DecayedLine(self._costs.node), self._costs.level)
-        return self._timings.setdefault((rows, *self._kind), new)
-
-    def lacks_plain(self, rows: int) -> bool:
-        """See [`CostModel`]."""
-        return len(self._of(rows).plain) < PROBES
-
-    def plain(self, rows: int) -> float:
-        """See [`CostModel`]. In seconds."""
-        return statistics.median(self._of(rows).plain)
-
-    def costs(self, rows: int) -> Costs:
-        """See [`CostModel`]."""
-        timings = self._of(rows)
-        return Costs(timings.rest.at_zero(self._costs.base), timings.level, timings.rest.slope)
-
-    def note(self, sample: RoundSample) -> float:
-        """See [`CostModel`]."""
-        timings = self._of(sample.rows)
-        if sample.levels == 0:
-            timings.plain.append(sample.decode)
-            return 1.0
-        plain, costs = self.plain(sample.rows), self.costs(sample.rows)
-        drafting = costs.level * sample.levels
-        draft = min(sample.draft / plain, SPIKE * drafting)
-        rest = (sample.decode + sample.read) / plain
-        rest = min(rest, SPIKE * (costs.of_round(sample.levels, sample.nodes) - drafting))
-        timings.level += (1 - FADING) * (draft / sample.levels - timings.level)
-        timings.rest.add(sample.nodes - 1, rest)
-        return draft + rest
-
-    def forget_plain(self, rows: int) -> None:
-        """See [`CostModel`]."""
-        self._of(rows).plain.clear()
 
 
 class DraftPolicy:
@@ -185,6 +39,9 @@ class DraftPolicy:
         """`shape`: the largest tree, which is drafted in every round."""
         self._shape = shape
         self.is_plain = False  # whether the drafter is done with this call
+
+    def begin(self, rows: int, step_seconds: StepSeconds) -> None:
+        """Take the beginning of a call into account; see [`CostModel`]."""
 
     def plan(self, rows: int) -> TreeShape:
         """The largest tree of the next round; of depth 0 for a plain round."""
@@ -205,6 +62,10 @@ class AdaptiveDraft(DraftPolicy):
         self._tokens = 1.0  # of a row in a recent round
         self._rounds, self._next_check = 0, FIRST_CHECK
         self._doubted: float | None = None  # a plain pass as it was known when doubts came
+
+    def begin(self, rows: int, step_seconds: StepSeconds) -> None:
+        """See [`DraftPolicy`]."""
+        self._model.begin(rows, step_seconds)
 
     def plan(self, rows: int) -> TreeShape:
         """See [`DraftPolicy`]."""
@@ -267,6 +128,7 @@ def choose_policy(
     speculation: str,
     stored: dict[str, float] | None,
     do_sample: bool,
+    kind: Hashable = None,
 ) -> DraftPolicy:
     """The policy of a call.
 
@@ -276,8 +138,10 @@ def choose_policy(
         speculation: `"adaptive"` or `"always"`.
         stored: the `Costs` that `autotune` has found, by name.
         do_sample: decide by stored costs alone, so that a seed gives the same text again.
+        kind: of call, see [`MeasuredCosts`].
     """
     if speculation == "always":
         return DraftPolicy(shape)
     costs = Costs(**(stored or {}))
-    return AdaptiveDraft(shape, CostModel(costs) if do_sample else MeasuredCosts(model, costs))
+    model_of = CostModel(costs) if do_sample else MeasuredCosts(model, costs, kind)
+    return AdaptiveDraft(shape, model_of)

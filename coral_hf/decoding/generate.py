@@ -9,7 +9,6 @@ once; calls without a CORAL drafter pass untouched. So is the function by which 
 import functools
 import inspect
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
-    StopStringCriteria,
 )
 from transformers.generation.streamers import BaseStreamer
 from transformers.pipelines import base as pipelines
@@ -37,11 +35,11 @@ from ..lm_head import execution_device
 from ..target import read_target, sliding_windows
 from .caches.continuation import CACHE, MEMORY, continued_cache, is_user_cache, returned_cache
 from .draft_policy import choose_policy, choose_speculation
-from .drafting import Family, family_of, family_options
+from .drafting import Drafting, Family, family_of, family_options
 from .guard import Call, accept_call, accept_keywords, accept_target
 from .loop import CoralGenerateOutput, DecodingLoop, Plan, decode_plainly
 from .outputs import OutputCollector
-from .preparation.needs import choose_preparation
+from .preparation.needs import Preparation, choose_preparation
 from .preparation.runner import make_runner
 from .rounds.choice import asks_for_fixed_rounds, can_capture, with_constant_shapes
 from .rounds.loop import FixedPlan
@@ -53,6 +51,7 @@ from .settings import (
     choose_rule,
     choose_shape,
     max_length_of,
+    with_stop_strings,
 )
 from .target_runner import TargetRunner
 
@@ -163,27 +162,8 @@ def _generate_with_drafter(plain: Callable, call: dict[str, Any]):
     loop = decoder(drafter, streamer=streamer, tokenizer=call.get("tokenizer"), **own)
     keywords = tuple(name for name in call if call[name] is not None)
     loop = replace(loop, keywords=keywords, is_warm_up=bool(bound and bound.is_warm_up))
-    call["stopping_criteria"] = _with_stop_strings(call, model.generation_config)
+    call["stopping_criteria"] = with_stop_strings(call, model.generation_config)
     return plain(model, **{**call, "custom_generate": loop})
-
-
-def _with_stop_strings(call: dict, own: GenerationConfig) -> StoppingCriteriaList | None:
-    """Add the criterion of `stop_strings`, of the call or of its target's `own` settings.
-
-    `generate` cannot build it: it passes no tokenizer on when a callable decodes.
-    """
-    criteria, config = call.get("stopping_criteria"), call.get("generation_config") or own
-    given = call.get("stop_strings"), config.stop_strings, own.stop_strings
-    strings = next((strings for strings in given if strings is not None), None)
-    if strings is None:
-        return criteria
-    if config is not own:
-        call["generation_config"] = copy(config)
-        call["generation_config"].stop_strings = None
-    call["stop_strings"] = None  # nothing else keeps `generate` from taking the target's own
-    if call.get("tokenizer") is None:
-        raise ValueError("`stop_strings` came without `tokenizer`; pass the target's own too.")
-    return StoppingCriteriaList([*(criteria or []), StopStringCriteria(call["tokenizer"], strings)])
 
 
 @dataclass(frozen=True)
@@ -207,50 +187,50 @@ class BoundDrafter:
         **model_kwargs,
     ) -> Tensor | CoralGenerateOutput:
         """Decode what `generate` has prepared for the target: `input_ids` are (batch, length)."""
-        config, criteria = generation_config, stopping_criteria
-        judgement = accept_target(model, len(input_ids))
-        # how trees are drafted and verified
+        config, watchers = generation_config, (logits_processor, stopping_criteria)
         own, settings = getattr(self.drafter, "generation_config", None), self.settings
         defaults: Settings = {
             name: getattr(own, name, TREE_DEFAULTS.get(name)) for name in DECODING_KEYWORDS
         }
         rule = choose_rule(config.do_sample, defaults, settings)
-        watchers = logits_processor, criteria
+        speculation = choose_speculation((defaults | settings)["speculation"])
+        if speculation == "never":  # rounds are none, so that the guard has nothing to say
+            choose_shape(None, defaults, settings, rule)
+            self._start(model)()
+            sequences = Sequences(input_ids, *watchers, self.streamer)
+            return decode_plainly(model, sequences, config, model_kwargs)
+        judgement = accept_target(model, len(input_ids))
         call = Call(model, input_ids, config, model_kwargs, *watchers, self.keywords)
         judgement &= accept_call(call, rule)
-        longest = max_length_of(model, criteria)
+        longest = max_length_of(model, stopping_criteria)
         need = choose_preparation(model, model_kwargs, len(input_ids), longest)
-        obstacle = judgement.obstacle or need.obstacle
-        shape, takes_tree = choose_shape(obstacle, defaults, settings, rule)
+        shape, takes_tree = choose_shape(judgement.obstacle, defaults, settings, rule)
         pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
-        keeps_rows = need.is_own or judgement.keeps_rows
+        keeps_rows = need > Preparation.DIRECT or judgement.keeps_rows
         sequences = Sequences(input_ids, *watchers, self.streamer, pad, not takes_tree, keeps_rows)
-        speculation = need.speculation(choose_speculation((defaults | settings)["speculation"]))
         # the two models, each with what it has read before the call
         given, windows = model_kwargs.get(CACHE), sliding_windows(model)
         # a caller who gets a cache may continue from it
         keep_cache = config.return_dict_in_generate or is_user_cache(given)
-        options = {name: settings[name] for name in self.family.options if name in settings}
-        target, memory = read_target(model), getattr(given, MEMORY, None)
-        start = partial(self.family.start, self.drafter, target, **options)
-        drafting = start(memory=memory)
-        if speculation == "never":
-            return decode_plainly(model, sequences, config, model_kwargs)
+        start = self._start(model)
+        drafting = start(memory=getattr(given, MEMORY, None))
         room = longest - input_ids.shape[1], shape.nodes
         cache = continued_cache(input_ids, model_kwargs, windows, room)
         collector = OutputCollector(config, len(input_ids), windows)
-        layers = drafting.layers
-        passes = layers, cache, collector.extras, keep_cache
-        runner = make_runner(target, need, takes_tree, *passes)
-        costs = getattr(own, "draft_costs", None)
-        policy = choose_policy(model, shape, speculation, costs, config.do_sample)
+        make = partial(make_runner, read_target(model), need, takes_tree, drafting.layers)
+        runner = make(cache, collector.extras, keep_cache)
+        costs, kind = getattr(own, "draft_costs", None), None
+        if not keeps_rows:  # else somebody outside would see the passes that are measured
+            kind = input_ids.shape[1].bit_length(), *(type(one) for one in logits_processor)
+        policy = choose_policy(model, shape, speculation, costs, config.do_sample, kind)
         plan = Plan(rule, longest, keep_cache, config.prefill_chunk_size)
         loop = DecodingLoop(drafting, runner, sequences, collector, policy, plan)
         is_captured = bool((defaults | settings)["capture"])
         if asks_for_fixed_rounds(config, is_captured):
-            is_adaptive, is_prepared = speculation == "adaptive", need.is_own or not takes_tree
-            fresh = partial(_fresh, start, partial(make_runner, target, need, takes_tree, layers))
+            is_adaptive = speculation == "adaptive"
+            is_prepared = need > Preparation.DIRECT or not takes_tree
             is_captured = is_captured and can_capture(model, config)
+            fresh = partial(_fresh, start, make)
             how = FixedPlan(shape, is_adaptive, config, fresh, is_captured, self.is_warm_up)
             loop = with_constant_shapes(loop, how, is_prepared)
         del drafting  # the loop gives it up where it does not pay
@@ -258,6 +238,13 @@ class BoundDrafter:
         filled = returned_cache(given, runner.whole_cache())
         setattr(filled, MEMORY, loop.memory())
         return loop.output(filled)
+
+    def _start(self, model: PreTrainedModel) -> Callable[..., Drafting]:
+        """What makes the drafter's side of a call."""
+        options = {
+            name: self.settings[name] for name in self.family.options if name in self.settings
+        }
+        return partial(self.family.start, self.drafter, read_target(model), **options)
 
 
 def _fresh(start: Callable, make: Callable) -> tuple[Any, TargetRunner]:

@@ -1,11 +1,11 @@
 """The decoding loop: draft trees, score them in one pass of the target, verify, commit.
 
-In: prompts and everything `generate` has prepared. Out: tokens that are exactly the target's own,
-and `DecodingStats`.
+In: prompts, and all that `generate` has prepared. Out: the target's own tokens, `DecodingStats`.
 """
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from .caches.continuation import CACHE
 from .draft_policy import DraftPolicy, RoundSample
 from .drafting import Drafting, DraftTree, TreeShape, host_tensor, root_only, with_padding
 from .outputs import OutputCollector, TargetOutput
-from .plain import decode_all, decode_rest
+from .plain import decode_all, decode_rest, step_seconds
 from .sequences import Sequences
 from .settings import Rule
 from .target_runner import PromptReader, TargetRunner
@@ -119,6 +119,8 @@ class DecodingLoop:
         """Decode until every row has ended; `model_kwargs` are what `generate` prepared."""
         self.prefill(model_kwargs)
         self.lap("prefill_seconds")
+        state = self.target.model, self.sequences, self.target.cache, self.collector.config
+        self.policy.begin(len(self.sequences.active), partial(step_seconds, *state, model_kwargs))
         while self.sequences.active and not self.policy.is_plain:
             self.round()
         if self.sequences.active:
@@ -284,9 +286,8 @@ class DecodingLoop:
         return self.drafting.memory() if self.keep_memory else None
 
     def output(self, cache: Cache) -> Tensor | CoralGenerateOutput:
-        """What `generate` returns: token ids (batch, length), or all that was asked for.
-
-        `cache`: of all tokens but the last.
+        """What `generate` returns: token ids (batch, length), or all that was asked for, and the
+        `cache` of all tokens but the last.
         """
         sequences = self.sequences.ids.clone()
         if not self.collector.returns_dict:

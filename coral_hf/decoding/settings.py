@@ -4,9 +4,15 @@ In: settings by name, a target, what `generate` has prepared. Out: a `TreeShape`
 ValueError that says what does not fit; nothing is silently done another way.
 """
 
+from copy import copy
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.utils import logging
 
 from ..target import position_limit
@@ -91,3 +97,22 @@ def max_length_of(model: PreTrainedModel, criteria: StoppingCriteriaList) -> int
     limit = position_limit(model)
     lengths = [criteria.max_length, None if limit is None else limit + 1]
     return min(length for length in lengths if length is not None)
+
+
+def with_stop_strings(call: dict, own: GenerationConfig) -> StoppingCriteriaList | None:
+    """Add the criterion of `stop_strings`, of the call or of its target's `own` settings.
+
+    `generate` cannot build it: it passes no tokenizer on when a callable decodes.
+    """
+    criteria, config = call.get("stopping_criteria"), call.get("generation_config") or own
+    given = call.get("stop_strings"), config.stop_strings, own.stop_strings
+    strings = next((strings for strings in given if strings is not None), None)
+    if strings is None:
+        return criteria
+    if config is not own:
+        call["generation_config"] = copy(config)
+        call["generation_config"].stop_strings = None
+    call["stop_strings"] = None  # nothing else keeps `generate` from taking the target's own
+    if call.get("tokenizer") is None:
+        raise ValueError("`stop_strings` came without `tokenizer`; pass the target's own too.")
+    return StoppingCriteriaList([*(criteria or []), StopStringCriteria(call["tokenizer"], strings)])

@@ -11,10 +11,10 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..drafters.coral.modeling import CoralDrafter
-from ..target import Target
+from ..target import Target, text_config
 from .arguments import MOST_GROUPS, CoralTrainingArguments
 from .grouping import group_order
 
@@ -31,6 +31,27 @@ TRAINED: dict[str, dict[str, Any]] = {
     "low_rank": {"draft_head": "low_rank"},
     "joint": {"is_router_trained": True, "draft_head": "routed"},
 }
+
+
+def follow_vocabulary(
+    drafter: CoralDrafter | PeftModel, target: PreTrainedModel, stage: str
+) -> None:
+    """Give a drafter the size of its target's vocabulary, which may have gained or lost tokens.
+
+    One with a router, or with frequent tokens that are lost, keeps those of the vocabulary before.
+    """
+    size, heads, config = text_config(target).vocab_size, drafter.heads, drafter.config
+    if size == config.vocab_size:
+        return
+    if heads.router is not None and HEAD_OF.get(stage) == "router":
+        raise ValueError(
+            f"`vocab_size` of the target is {size}, but the drafter's router has groups of"
+            f" {config.vocab_size} tokens. Call drafter.heads.remove_router() (on the command"
+            " line --fresh-head) to train a new one."
+        )
+    is_lost = heads.hot_tokens is not None and int(heads.hot_tokens.max()) >= size
+    if heads.router is None and not is_lost:
+        config.vocab_size = size
 
 
 def add_heads(

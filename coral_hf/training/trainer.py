@@ -31,7 +31,7 @@ from .refusals import check_given, tokenizer_of
 from .runs.checkpoints import AtomicCheckpoints
 from .runs.monitoring import FiniteGuard
 from .runs.publishing import DrafterPushes, PushCallback
-from .stages import TRAINED, add_heads, freeze_others
+from .stages import TRAINED, add_heads, follow_vocabulary, freeze_others
 from .steps import coral as coral  # registers the step of CORAL drafters
 from .steps import training_step
 from .train_dataset import lengths_only, prepare_rows
@@ -78,7 +78,8 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         processing_class = tokenizer_of(processing_class)
         accept_target(target_model)
         accept_features(target_model)
-        check_target(model.config, target_model)
+        check_target(model.config, target_model, takes_other_vocabulary=True)
+        follow_vocabulary(model, target_model, args.stage)
         if args.use_liger_kernel:
             check_liger(args)
         if processing_class is not None:

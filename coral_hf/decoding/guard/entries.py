@@ -38,14 +38,11 @@ Table = dict[str, Entry]  # by name, as transformers or PEFT spells it
 
 
 class Judgement(NamedTuple):
-    """What a target or a call allows, and what its rounds need."""
+    """What a target or a call allows."""
 
     way: Way = TREE
     reasons: tuple[str, ...] = ()  # of all that holds it below a tree, the lowest way first
     notes: tuple[str, ...] = ()  # what is true of the output, said once in a process
-    # whether rounds pass through the target's own preparation of inputs
-    needs_own_preparation: bool = False
-    switch_lengths: tuple[int, ...] = ()  # lengths of a sequence at which its positions change
     keeps_rows: bool = False  # whether rows that have ended stay in the pass
 
     @property
@@ -60,8 +57,6 @@ class Judgement(NamedTuple):
             both[0].way,
             both[0].reasons + both[1].reasons,
             self.notes + other.notes,
-            self.needs_own_preparation or other.needs_own_preparation,
-            tuple(sorted({*self.switch_lengths, *other.switch_lengths})),
             self.keeps_rows or other.keeps_rows,
         )
 

@@ -20,7 +20,8 @@ from ...target import (
     takes_positions,
     text_config,
 )
-from ..preparation.switches import rotary_switches, rotary_types
+from ..preparation.needs import preparation_findings
+from ..preparation.switches import rotary_types
 from ..preparation.tables import ROTARY, UNKNOWN_ROTARY
 from . import target_tables as tables
 from .adapters import adapter_findings
@@ -30,9 +31,6 @@ from .foreign import foreign_findings, foreign_hooks, has_foreign_attention
 from .quantization import quantization_findings
 
 logger = logging.get_logger(__name__)
-
-# methods by which a target prepares the inputs of each pass
-PREPARATION = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
 LINEAR = "LinearAttentionLayer"
 
@@ -52,13 +50,11 @@ def judge_target(model: PreTrainedModel, rows: int = 0) -> Judgement:
     if found.way == REFUSED:  # the rest may not be there to look at
         return found
     layers = [*_cache_layers(model), *_attention(model), *_layer_types(model), *_rotary(model)]
-    found &= judge([*layers, *quantization_findings(model)])
+    found &= judge([*layers, *quantization_findings(model), *preparation_findings(model)])
     if found.way == REFUSED:
         return found
     found &= judge(foreign_findings(model, rows))
     return found._replace(
-        needs_own_preparation=_needs_own_preparation(model),
-        switch_lengths=tuple(switch.length for switch in rotary_switches(model)),
         # a convolution reads the padding of rows that have ended, as in plain `generate`
         keeps_rows=bool(foreign_hooks(model)) or CONVOLUTION in sliding_windows(model),
     )
@@ -158,9 +154,3 @@ def _layer_types(model: PreTrainedModel) -> Findings:
 def _rotary(model: PreTrainedModel) -> Findings:
     for name in sorted(rotary_types(model)):
         yield name, ROTARY.get(name, UNKNOWN_ROTARY)
-
-
-def _needs_own_preparation(model: PreTrainedModel) -> bool:
-    """Whether a target prepares the inputs of its passes in a way of its own."""
-    own = [getattr(getattr(model, name), "__func__", None) for name in PREPARATION]
-    return own != [getattr(GenerationMixin, name) for name in PREPARATION]

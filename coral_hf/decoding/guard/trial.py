@@ -20,7 +20,7 @@ from ..draft_policy import DraftPolicy
 from ..drafting import DraftTree, TreeShape, Warp, host_tensor
 from ..loop import DecodingLoop, Plan
 from ..outputs import OutputCollector
-from ..preparation.needs import choose_preparation
+from ..preparation.needs import Preparation, choose_preparation
 from ..preparation.runner import make_runner
 from ..sequences import Sequences
 from ..settings import Rule
@@ -143,11 +143,11 @@ def _try_call(
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         windows, target = sliding_windows(model), read_target(model)
         need = choose_preparation(model, kwargs, len(input_ids), input_ids.shape[1] + new)
-        assert need.obstacle is None or not takes_tree, need.obstacle
+        assert need < Preparation.CHECKED or not takes_tree, "each round is compared with steps"
         sequences = Sequences(
             *(input_ids, logits_processor, stopping_criteria),
             is_lockstep=not takes_tree,
-            keeps_rows=keeps_rows or need.is_own,
+            keeps_rows=keeps_rows or need > Preparation.DIRECT,
         )
         collector = OutputCollector(generation_config, len(input_ids), windows)
         passes = known.layers, None, collector.extras

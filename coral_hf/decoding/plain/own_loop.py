@@ -91,9 +91,35 @@ def decode_rest(
         the output, with `sequences` (rows, all tokens) and other fields of the new tokens alone;
             and its passes.
     """
-    rows, batch = sequences.active, len(sequences.lengths)
     cache.use_plain_append()
-    # tokens before those of `input_ids`, which only the cache has
+    ids, config, kwargs = resumed(model, sequences, cache, config, model_kwargs)
+    ahead = ids.shape[1] - sequences.longest
+    if not config.return_dict_in_generate:
+        vars(config).update(dict.fromkeys(OUTPUTS, False))
+    config.return_dict_in_generate = True
+    around = WholeBatch(sequences, sequences.active, ahead, scores)
+    passes = Passes(around.criteria)
+    output = model._sample(
+        ids, around.processors, passes, config, streamer=around.streamer, **kwargs
+    )
+    output.sequences = output.sequences[:, ahead:]
+    return output, passes
+
+
+def resumed(
+    model: PreTrainedModel,
+    sequences: Sequences,
+    cache: RaggedCache,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> tuple[Tensor, GenerationConfig, dict[str, Any]]:
+    """What transformers' own loop needs to go on with the active rows; see [`decode_rest`].
+
+    Returns:
+        their ids (rows, all tokens), those before `input_ids` included, which only the cache has; a
+            copy of the config; the inputs of a pass over their last token.
+    """
+    rows, batch = sequences.active, len(sequences.lengths)
     prompts = sequences.ids[:, : sequences.prompt_length]
     ahead = whole_length(prompts, model_kwargs) - sequences.prompt_length
     kwargs = {**model_kwargs, CACHE: cache}
@@ -101,20 +127,10 @@ def decode_rest(
         kwargs = model._update_model_kwargs_for_generation({}, kwargs, is_encoder_decoder=False)
     if len(rows) < batch:
         kwargs = {name: _of_rows(value, rows, batch) for name, value in kwargs.items()}
-    ids = F.pad(sequences.ids[rows], (ahead, 0))
-    config = copy(config)
-    if not config.return_dict_in_generate:
-        vars(config).update(dict.fromkeys(OUTPUTS, False))
-    config.return_dict_in_generate = True
+    ids, config = F.pad(sequences.ids[rows], (ahead, 0)), copy(config)
     config.is_assistant = True  # or the prompt's images would be read again
     config._mask_length = ids.shape[1]
-    around = WholeBatch(sequences, rows, ahead, scores)
-    passes = Passes(around.criteria)
-    output = model._sample(
-        ids, around.processors, passes, config, streamer=around.streamer, **kwargs
-    )
-    output.sequences = output.sequences[:, ahead:]
-    return output, passes
+    return ids, config, kwargs
 
 
 def _of_rows(value: Any, rows: list[int], batch: int) -> Any:

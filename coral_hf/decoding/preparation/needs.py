@@ -1,57 +1,41 @@
 """Which calls need the target's own preparation of inputs in every round.
 
-In: a target, and what `generate` has prepared for it. Out: a `Preparation`. Where a target
-uses transformers' own preparation and a call has none but known inputs, a round needs token ids,
-mask and positions alone (`DIRECT`); else the target prepares each round itself (`OWN`), and what is
-not known to work for several tokens at once is checked in each round (`CHECKED`) or read one token
-a pass (`STEPS`).
+In: a target, and what `generate` has prepared for it. Out: a `Preparation`. Which targets and
+inputs may come is the guard's to say.
 """
 
 from collections.abc import Iterator
+from enum import IntEnum
 from numbers import Number
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
-from transformers.utils import logging
 
 from ..caches.continuation import CACHE
+from ..guard.entries import Entry
 from .switches import is_reached, rotary_switches
-from .tables import AT_A_SWITCH, CLASSES, DIRECT_INPUTS, INPUTS
-
-logger = logging.get_logger(__name__)
-
-DIRECT, OWN, CHECKED, STEPS = range(4)  # the later, the more careful
+from .tables import (
+    AT_A_SWITCH,
+    CLASSES,
+    DIRECT_INPUTS,
+    INPUTS,
+    PLAIN_INPUT,
+    UNKNOWN_INPUT,
+    UNKNOWN_PREPARE,
+    UNKNOWN_UPDATE,
+)
 
 PREPARE, UPDATE = "prepare_inputs_for_generation", "_update_model_kwargs_for_generation"
 
 
-class Preparation(NamedTuple):
-    """How the inputs of rounds are made, and why."""
+class Preparation(IntEnum):
+    """How the inputs of rounds are made; a higher way is the more careful one."""
 
-    way: int = DIRECT
-    reason: str = ""
-
-    @property
-    def is_own(self) -> bool:
-        """Whether the target prepares each round itself."""
-        return self.way > DIRECT
-
-    @property
-    def obstacle(self) -> str | None:
-        """Why no round may be a tree, if none may."""
-        return self.reason if self.way == CHECKED else None
-
-    def speculation(self, wanted: str) -> str:
-        """How eagerly a call drafts: as it wants to, or never where a round has one token."""
-        if self.way != STEPS or wanted == "never":
-            return wanted
-        logger.warning_once(
-            f"The call is decoded token by token, as without a drafter: {self.reason}, of which"
-            " nobody knows that several tokens at once get what each would get in turn."
-        )
-        return "never"
+    DIRECT = 0  # token ids, mask and positions alone: the target uses transformers' own methods
+    OWN = 1  # the target prepares each round itself
+    CHECKED = 2  # it does so by a method that is not known: rounds are compared with single steps
 
 
 def choose_preparation(
@@ -64,10 +48,15 @@ def choose_preparation(
         batch: rows of the call.
         max_length: tokens that a row may have at its end.
     """
-    found = [*_needs_of_class(model), *_needs_of_inputs(model_kwargs)]
-    if batch > 1 and is_reached(rotary_switches(model), max_length):
-        found.append(Preparation(OWN, "its rotary embedding looks at the longest row"))
-    return max(found, default=Preparation())
+    switches, owners = rotary_switches(model), set(overridden(model).values())
+    if owners - CLASSES.keys():
+        return Preparation.CHECKED
+    if not switches:
+        owners -= AT_A_SWITCH
+    # with several rows, the rotary embedding looks at the longest
+    is_switching = batch > 1 and is_reached(switches, max_length)
+    needs_own = owners or is_switching or any(further_inputs(model_kwargs))
+    return Preparation.OWN if needs_own else Preparation.DIRECT
 
 
 def overridden(model: PreTrainedModel) -> dict[str, str]:
@@ -84,23 +73,25 @@ def overridden(model: PreTrainedModel) -> dict[str, str]:
     return found
 
 
-def _needs_of_class(model: PreTrainedModel) -> Iterator[Preparation]:
+def preparation_findings(model: PreTrainedModel) -> Iterator[tuple[object, Entry]]:
+    """What is known of the methods by which a target prepares the inputs of each pass."""
+    unknown = {PREPARE: UNKNOWN_PREPARE, UPDATE: UNKNOWN_UPDATE}
     for name, owner in overridden(model).items():
-        if owner in AT_A_SWITCH and not rotary_switches(model):
-            continue
-        reason = f"it has a `{name}` of its own"
-        if owner in CLASSES:
-            yield Preparation(OWN, reason)
-        else:
-            yield Preparation(CHECKED if name == PREPARE else STEPS, reason)
+        yield owner, CLASSES.get(owner, unknown[name])
 
 
-def _needs_of_inputs(model_kwargs: dict[str, Any]) -> Iterator[Preparation]:
+def further_inputs(model_kwargs: dict[str, Any]) -> Iterator[tuple[str, Entry]]:
+    """The inputs of a call beside those that any round makes, and what is known of each."""
     for name, value in model_kwargs.items():
-        if value is None or name in DIRECT_INPUTS:
-            continue
-        is_same = name in INPUTS or isinstance(value, (Number, str))
-        yield Preparation(OWN if is_same else STEPS, f"the call has `{name}`")
+        if value is not None and name not in DIRECT_INPUTS:
+            yield name, INPUTS.get(name, PLAIN_INPUT if _is_plain(value) else UNKNOWN_INPUT)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number, a word, or a sequence of them."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(part) for part in value)
+    return value is None or isinstance(value, (Number, str))
 
 
 def agree(whole: dict[str, Any], steps: list[dict[str, Any]]) -> bool:
@@ -116,8 +107,7 @@ def _agrees(whole: Any, steps: list[Any]) -> bool:
     if isinstance(whole, Tensor) and all(isinstance(step, Tensor) for step in steps):
         is_same = all(step.equal(whole) for step in steps)
         return is_same or any(_joins(whole, steps, axis) for axis in range(whole.dim()))
-    plain = (Number, str, type(None))
-    return all(one is whole or (isinstance(one, plain) and one == whole) for one in steps)
+    return all(one is whole or (_is_plain(one) and one == whole) for one in steps)
 
 
 def _joins(whole: Tensor, steps: list[Tensor], axis: int) -> bool:

@@ -21,7 +21,7 @@ from ..caches.ragged_cache import RaggedCache
 from ..drafting import DraftTree, root_only
 from ..outputs import TargetOutput
 from ..target_runner import TargetRunner
-from .needs import CHECKED, STEPS, UPDATE, Preparation, agree, overridden
+from .needs import UPDATE, Preparation, agree, overridden
 
 STATES = ("logits", "hidden_states", "attentions")  # that no target asks for between two rounds
 TYPES = "token_type_ids"
@@ -30,7 +30,7 @@ TYPES = "token_type_ids"
 class PreparedRunner(TargetRunner):
     """Runs a target over a batch whose rows stay and are equally long.
 
-    Its `way` is that of a [`Preparation`]: `OWN`, `CHECKED` or `STEPS`.
+    Where rounds are `CHECKED`, one that differs from single steps is the last of several tokens.
     """
 
     _ids: Tensor  # (batch, length), without the root of the next tree
@@ -38,9 +38,10 @@ class PreparedRunner(TargetRunner):
     _tree: DraftTree  # the newest
     _outputs: ModelOutput  # of the newest pass, without `STATES`
 
-    def __init__(self, *args, way: int, **kwargs):
+    def __init__(self, *args, need: Preparation, **kwargs):
         super().__init__(*args, **kwargs)
-        self._way = way
+        self._is_compared = need == Preparation.CHECKED
+        self._has_differed = False
         self._updates_itself = UPDATE in overridden(self._target.model)
         self.is_limited = self.is_checked = True
 
@@ -53,7 +54,7 @@ class PreparedRunner(TargetRunner):
 
     def room(self) -> int:
         """See [`TargetRunner`]."""
-        if self._way == STEPS:
+        if self._has_differed:
             return 0
         length = self._ids.shape[1] + 1
         rooms = [super().room()]
@@ -69,14 +70,14 @@ class PreparedRunner(TargetRunner):
         """A tree, or its root alone where the target would prepare its nodes otherwise in turn."""
         if tree.tokens.shape[1] - 1 > self.room():  # whatever shape a drafter was asked for
             return root_only(tree.tokens[:, 0])
-        if self._way != CHECKED or tree.tokens.shape[1] == 1:
+        if not self._is_compared or tree.tokens.shape[1] == 1:
             return tree
         tokens = tree.tokens.to(self._target.device)
         steps = [self._prepare(tokens[:, : end + 1], 1) for end in range(tokens.shape[1])]
         whole = self._prepare(tokens, tokens.shape[1])
         if whole.get(CACHE) is not None and agree(whole, steps):
             return tree
-        self._way = STEPS
+        self._has_differed = True
         return root_only(tree.tokens[:, 0])
 
     def score(self, tree: DraftTree) -> TargetOutput:
@@ -149,8 +150,8 @@ class PreparedRunner(TargetRunner):
 
 def make_runner(target: Target, need: Preparation, takes_tree: bool, *passes) -> TargetRunner:
     """The runner of a call, which prepares rounds as it needs; see [`TargetRunner`]."""
-    if need.is_own:
-        return PreparedRunner(target, takes_tree, *passes, way=need.way)
+    if need > Preparation.DIRECT:
+        return PreparedRunner(target, takes_tree, *passes, need=need)
     return TargetRunner(target, takes_tree, *passes)
 
 

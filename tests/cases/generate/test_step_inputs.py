@@ -5,6 +5,9 @@ import torch
 from conftest import SIZES, scatter_weights
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import coral_hf
+from coral_hf.decoding.preparation import tables
+
 pytestmark = pytest.mark.parametrize("speculation", ["always", "never"])
 
 LLAMA = LlamaConfig(**SIZES, intermediate_size=48)
@@ -94,8 +97,8 @@ def test_a_model_that_prepares_its_inputs_gets_to_do_so_in_every_round(outcome, 
     assert outcome(Prepares(LLAMA), speculation) == "equal"
 
 
-def test_a_model_that_updates_its_inputs_gets_to_do_so_after_every_round(outcome, speculation):
-    assert outcome(Updates(LLAMA), speculation, strength=2.0) == "equal"
+def test_a_model_that_updates_its_inputs_is_refused(outcome, speculation):
+    assert outcome(Updates(LLAMA), speculation, strength=2.0) == "refused"
 
 
 def test_an_input_that_changes_with_the_text_gets_what_each_step_would(outcome, speculation):
@@ -103,9 +106,16 @@ def test_an_input_that_changes_with_the_text_gets_what_each_step_would(outcome, 
         assert outcome(kind(LLAMA), speculation) == "equal"
 
 
-def test_an_input_of_the_models_own_may_be_a_tensor(outcome, speculation):
-    found = outcome(Conditioned(LLAMA), speculation, 3, strength=torch.ones(3, 1, 1) * 40)
-    assert found == "equal"
+def test_an_input_of_the_models_own_is_refused_until_it_is_registered(
+    outcome, speculation, monkeypatch
+):
+    given = {"rows": 3, "strength": torch.linspace(20, 60, 3)[:, None, None]}
+    found = outcome(Conditioned(LLAMA), speculation, **given)
+    assert found == ("refused" if speculation == "always" else "equal")
+    monkeypatch.setattr(tables, "INPUTS", dict(tables.INPUTS))
+    monkeypatch.setattr("coral_hf.decoding.preparation.needs.INPUTS", tables.INPUTS)
+    coral_hf.register_input("strength")
+    assert outcome(Conditioned(LLAMA), speculation, **given) == "equal"
 
 
 @pytest.mark.parametrize("rows", [1, 3])

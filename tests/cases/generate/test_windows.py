@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import note_passes, tiny_target
+from conftest import noted_passes, tiny_target
 
 from coral_hf import CoralDrafter
 
@@ -48,6 +48,6 @@ def test_a_sliding_layer_reads_no_more_than_its_window_and_the_tree(target, spec
     def note(module, args, kwargs):
         widths.append(kwargs["attention_mask"].shape[-1])
 
-    note_passes(target.model.layers[0].self_attn, note)
-    run(target, speculation)
+    with noted_passes(target.model.layers[0].self_attn, note):
+        run(target, speculation)
     assert len(widths) > 1 and max(widths[1:]) <= ROOM  # the first pass is over the prompt

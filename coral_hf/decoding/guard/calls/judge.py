@@ -20,6 +20,7 @@ from transformers.generation import GenerationMode
 
 from ....target import position_limit, text_config
 from ...caches.continuation import CACHE
+from ...preparation.needs import further_inputs
 from ...settings import Rule
 from ...watchers import ROW_WISE, STATEFUL, STATELESS
 from ..adapters import has_adapters_by_row
@@ -55,7 +56,8 @@ def judge_call(call: Call, rule: Rule) -> Judgement:
     Args:
         rule: by which trees are drafted and verified.
     """
-    inputs = _inputs(call.model, call.input_ids, call.model_kwargs)
+    prompts = _inputs(call.model, call.input_ids, call.model_kwargs)
+    inputs = chain(prompts, further_inputs(call.model_kwargs))
     settings = chain(_modes(call.config), _fields(call.model, call.config), _keywords(call))
     watched = chain(_caches(call.model_kwargs.get(CACHE)), _rule(call, rule))
     lengths = _lengths(call.model, call.criteria)

@@ -1,0 +1,192 @@
+"""What rounds cost, in steps of plain `generate`: assumed, stored, or measured.
+
+In: `RoundSample`s. Out: `Costs`. A clock measures passes of our own loop over one token a row, now
+and then. What a step of plain `generate` is of such a pass is measured once for a kind of call, at
+its beginning, by transformers' own loop:
+
+    plain = newest passes of our loop · (a step of plain `generate` / a pass of our loop beside it)
+"""
+
+import statistics
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+from transformers import PreTrainedModel
+
+PROBES = 3  # the newest plain passes, whose median counts
+FADING = 0.9  # what a round counts for, once there is a newer one
+TRUST = 100.0  # of the assumed cost of a node: as much as two rounds 14 nodes apart
+SPIKE = 4.0  # a round counts as at most so many times what was expected
+
+StepSeconds = Callable[[], float | None]  # measures a step of transformers' own loop
+
+
+class Costs(NamedTuple):
+    """The parts of a round's cost, in plain passes; defaults are cautious for 16 layers or more."""
+
+    base: float = 1.1  # the pass over the root, and all that no tree changes
+    level: float = 0.1  # a level that the drafter drafts
+    node: float = 0.01  # a node beside the root in the target's pass
+
+    def of_round(self, levels: int, nodes: int) -> float:
+        """A round that drafted so many levels and read so many nodes, the root included."""
+        return self.base + self.level * levels + self.node * (nodes - 1)
+
+
+class RoundSample(NamedTuple):
+    """What a round did, and the seconds it took."""
+
+    rows: int
+    levels: int  # 0 in a plain round
+    nodes: int  # of a row, the root included
+    tokens: float  # of a row
+    draft: float = 0.0  # seconds of its levels
+    decode: float = 0.0  # seconds of the target's pass, of choosing tokens and of keeping them
+    read: float = 0.0  # seconds in which the drafter reads the new tokens
+
+
+class CostModel:
+    """Costs that no clock changes, so that decisions follow from tokens alone."""
+
+    is_clock = False  # whether rounds are timed
+
+    def __init__(self, costs: Costs):
+        self._costs = costs
+
+    def begin(self, rows: int, step_seconds: StepSeconds) -> None:
+        """Take the beginning of a call into account, whose rows are equally long."""
+
+    def lacks_plain(self, rows: int) -> bool:
+        """Whether plain passes are to be measured before any round can be judged."""
+        return False
+
+    def plain(self, rows: int) -> float:
+        """The cost of a plain pass, in a unit of the model's own."""
+        return 1.0
+
+    def costs(self, rows: int) -> Costs:
+        """What a tree would cost now."""
+        return self._costs
+
+    def note(self, sample: RoundSample) -> float:
+        """Take a round into account, and return what it has cost."""
+        return self._costs.of_round(sample.levels, sample.nodes)
+
+    def forget_plain(self, rows: int) -> None:
+        """Ask for new plain passes, where they would change anything."""
+
+
+@dataclass
+class DecayedLine:
+    """A straight line through points, of which older ones count less."""
+
+    slope_before: float  # assumed until the points tell
+    sums: tuple[float, ...] = (0.0,) * 5  # of the points' weights, and of x, y, xx and xy by weight
+
+    def add(self, x: float, y: float) -> None:
+        """Take the newest point."""
+        newest = (1.0, x, y, x * x, x * y)
+        self.sums = tuple(FADING * old + new for old, new in zip(self.sums, newest, strict=True))
+
+    @property
+    def slope(self) -> float:
+        """Slope of the best line, drawn towards the slope assumed; never falling."""
+        weight, x, y, xx, xy = self.sums
+        if weight == 0:
+            return self.slope_before
+        together = xy - x * y / weight + TRUST * self.slope_before
+        return max(together / (xx - x * x / weight + TRUST), 0.0)
+
+    def at_zero(self, otherwise: float) -> float:
+        """The height at x = 0; `otherwise` without a point."""
+        weight, x, y, *_ = self.sums
+        return max((y - self.slope * x) / weight if weight else otherwise, 0.0)
+
+
+@dataclass
+class Timings:
+    """What was measured of one target at one number of rows."""
+
+    rest: DecayedLine  # nodes beside the root → passes of all but the levels
+    level: float  # passes
+    plain: deque[float] = field(default_factory=lambda: deque(maxlen=PROBES))  # seconds
+
+
+@dataclass
+class Memory:
+    """What a process knows of the costs of one target."""
+
+    timings: dict[Hashable, Timings] = field(default_factory=dict)  # by rows, device and dtype
+    # by kind of call too: a step of plain `generate`, in passes of our loop over one token a row
+    steps: dict[Hashable, float] = field(default_factory=dict)
+
+
+class MeasuredCosts(CostModel):
+    """Costs of one target, remembered by the process from call to call.
+
+    Args:
+        before: costs that are assumed until rounds were measured.
+        kind: of call, of which a step of plain `generate` is a fixed part of a pass of our loop; no
+            step can be measured in calls of the kind None.
+    """
+
+    is_clock = True
+
+    _remembered: "WeakKeyDictionary[PreTrainedModel, Memory]" = WeakKeyDictionary()
+
+    def __init__(self, model: PreTrainedModel, before: Costs, kind: Hashable = None):
+        super().__init__(before)
+        self._memory = self._remembered.setdefault(model, Memory())
+        self._timings, self._kind = self._memory.timings, (model.device, model.dtype)
+        self._call = kind
+        self._step: float | None = None  # seconds, until our own passes were measured beside it
+
+    def begin(self, rows: int, step_seconds: StepSeconds) -> None:
+        """See [`CostModel`]. Passes of our loop are then measured too, to compare the two."""
+        if self._call is None or (rows, *self._kind, self._call) in self._memory.steps:
+            return
+        self._step = step_seconds()
+        if self._step is not None:
+            self.forget_plain(rows)
+
+    def _of(self, rows: int) -> Timings:
+        new = Timings(DecayedLine(self._costs.node), self._costs.level)
+        return self._timings.setdefault((rows, *self._kind), new)
+
+    def lacks_plain(self, rows: int) -> bool:
+        """See [`CostModel`]."""
+        return len(self._of(rows).plain) < PROBES
+
+    def plain(self, rows: int) -> float:
+        """See [`CostModel`]. In seconds."""
+        own, key = statistics.median(self._of(rows).plain), (rows, *self._kind, self._call)
+        if self._step is not None:
+            self._memory.steps[key], self._step = self._step / own, None
+        return own * self._memory.steps.get(key, 1.0)
+
+    def costs(self, rows: int) -> Costs:
+        """See [`CostModel`]."""
+        timings = self._of(rows)
+        return Costs(timings.rest.at_zero(self._costs.base), timings.level, timings.rest.slope)
+
+    def note(self, sample: RoundSample) -> float:
+        """See [`CostModel`]."""
+        timings = self._of(sample.rows)
+        if sample.levels == 0:
+            timings.plain.append(sample.decode)
+            return 1.0
+        plain, costs = self.plain(sample.rows), self.costs(sample.rows)
+        drafting = costs.level * sample.levels
+        draft = min(sample.draft / plain, SPIKE * drafting)
+        rest = (sample.decode + sample.read) / plain
+        rest = min(rest, SPIKE * (costs.of_round(sample.levels, sample.nodes) - drafting))
+        timings.level += (1 - FADING) * (draft / sample.levels - timings.level)
+        timings.rest.add(sample.nodes - 1, rest)
+        return draft + rest
+
+    def forget_plain(self, rows: int) -> None:
+        """See [`CostModel`]."""
+        self._of(rows).plain.clear()
