@@ -3,7 +3,8 @@
 In: `target.generate(..., assistant_model=drafter)`. Out: the same call with our loop as its
 decoding method. transformers has no registry for assistants, so its public `generate` is wrapped
 once; calls without a CORAL drafter pass untouched. So is the function by which a pipeline takes an
-`assistant_model`. Both take the folder or the Hub id of a drafter too.
+`assistant_model`. Both take the folder or the Hub id of a drafter too. `generate_batch` would leave
+out a drafter without a word, and refuses it.
 """
 
 import functools
@@ -36,7 +37,13 @@ from ..target import read_target, sliding_windows
 from .caches.continuation import CACHE, MEMORY, continued_cache, is_user_cache, returned_cache
 from .draft_policy import choose_policy, choose_speculation
 from .drafting import Drafting, Family, family_of, family_options
-from .guard import Call, accept_call, accept_keywords, accept_target
+from .guard import (
+    Call,
+    accept_call,
+    accept_keywords,
+    accept_target,
+    refuse_continuous_batching,
+)
 from .loop import CoralGenerateOutput, DecodingLoop, Plan, decode_plainly
 from .outputs import OutputCollector
 from .preparation.needs import Preparation, choose_preparation
@@ -64,7 +71,7 @@ def install() -> None:
     if is_installed():
         return
     plain, signature = GenerationMixin.generate, inspect.signature(GenerationMixin.generate)
-    plain_loading = pipelines.load_assistant_model
+    plain_batch, plain_loading = GenerationMixin.generate_batch, pipelines.load_assistant_model
 
     @functools.wraps(plain)
     def generate(self, *args, **kwargs):
@@ -75,6 +82,14 @@ def install() -> None:
         if family_of(call.get("assistant_model")) is None and not is_drafted:
             return plain(self, *args, **kwargs)
         return _generate_with_drafter(plain, {**call.pop("kwargs", {}), **call})
+
+    @functools.wraps(plain_batch)
+    def generate_batch(self, *args, **kwargs):
+        drafter, loop = kwargs.get("assistant_model"), kwargs.get("custom_generate")
+        is_named = isinstance(drafter, (str, Path)) and _is_drafter(drafter)
+        if is_named or family_of(drafter) is not None or isinstance(loop, BoundDrafter):
+            refuse_continuous_batching()
+        return plain_batch(self, *args, **kwargs)
 
     @functools.wraps(plain_loading)
     def load_assistant_model(model, assistant_model, assistant_tokenizer):
@@ -89,7 +104,7 @@ def install() -> None:
         return drafter, None
 
     vars(generate)["is_coral_door"] = True
-    GenerationMixin.generate = generate
+    GenerationMixin.generate, GenerationMixin.generate_batch = generate, generate_batch
     pipelines.load_assistant_model = load_assistant_model
 
 
@@ -97,6 +112,7 @@ def uninstall() -> None:
     """Give `generate` and pipelines back as they were before `import coral_hf`."""
     if is_installed():
         GenerationMixin.generate = GenerationMixin.generate.__wrapped__
+        GenerationMixin.generate_batch = GenerationMixin.generate_batch.__wrapped__
         pipelines.load_assistant_model = pipelines.load_assistant_model.__wrapped__
 
 

@@ -33,6 +33,20 @@ def test_a_pipeline_loads_a_drafter_from_its_folder(folder, target, tokenizer):
     assert said(target, tokenizer, assistant_model=folder) == said(target, tokenizer)
 
 
+def test_a_pipeline_hands_its_settings_to_the_guard(target, tokenizer):
+    drafter = CoralDrafter.from_target(target).eval()
+    plain = pipeline("text-generation", model=target, tokenizer=tokenizer)
+    drafted = pipeline(
+        "text-generation", model=target, tokenizer=tokenizer, assistant_model=drafter
+    )
+    allowed = {"prefix_allowed_tokens_fn": lambda row, ids: [*range(60 + len(ids) % 3, 90)]}
+    for settings in (allowed, {"stop_strings": ["l", "o"]}, {"repetition_penalty": 1.3}):
+        assert drafted("Hello", **GIVEN, **settings) == plain("Hello", **GIVEN, **settings)
+    for refused in ({"num_beams": 2}, {"use_cache": False}, {"token_healing": True}):
+        with pytest.raises(ValueError, match=f"`?{next(iter(refused))}"):
+            drafted("Hello", **GIVEN, **refused)
+
+
 def test_generate_loads_a_drafter_from_its_folder(folder, target):
     given = {"do_sample": False, "max_new_tokens": 8}
     ours = target.generate(PROMPT, assistant_model=folder, **given)

@@ -88,6 +88,11 @@ def accept_keywords(model: PreTrainedModel, call: dict[str, Any]) -> None:
     _accepted(judge([*found, *_modes(config), *_fields(model, config)]))
 
 
+def refuse_continuous_batching() -> None:
+    """Raise the ValueError of a call of `generate_batch` with a drafter."""
+    _accepted(judge([("", tables.MODES["generate_batch"])]))
+
+
 def _accepted(judgement: Judgement) -> Judgement:
     if judgement.way == REFUSED:
         raise ValueError(f"{judgement.reasons[0]}.")

@@ -38,6 +38,12 @@ MODES: Table = {
         "leave it out: a drafter has the default cache",
         test=_REFUSED,
     ),
+    "generate_batch": Entry(
+        REFUSED,
+        "`generate_batch` is continuous batching, which takes no drafter",
+        "call `generate` with padded prompts, or drop `assistant_model`",
+        test="test_continuous_batching_is_refused_with_a_drafter",
+    ),
     "rule that reads all nodes": Entry(
         REFUSED,
         "{name} may remember what it has seen, and this call reads nodes that are never emitted",
