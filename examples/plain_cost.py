@@ -1,26 +1,62 @@
 """What a token costs without drafting: plain `generate`, `speculation="never"`, and stepped back.
 
-    python examples/plain_cost.py --rows 48 --processors        # a target with Gemma 3's windows
-    python examples/plain_cost.py --target coral-bench --context 128
+    python examples/plain_cost.py                    # the whole table, in some minutes on a CPU
+    python examples/plain_cost.py --only "8k" --repeats 5
 
-Costs are processor time, and operations of torch, which no other work on the machine changes:
-those of the fastest of several calls of 56 tokens less those of 24. The drafter is untrained and
-drafting is said to be dear, so the third kind steps back at once.
+Each repeat calls all kinds in turn. Of a call, the last tokens count: a streamer takes the time at
+each, in processor time of one thread, and how many operations of torch there were. The drafter is
+untrained, so that drafting does not pay and the third kind soon steps back.
 """
 
 import argparse
+import statistics
 import time
+from itertools import pairwise
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedModel
 
 from coral_hf import CoralDrafter
 
-SHORT, LONG = 24, 56  # tokens of a call
-PROCESSORS = {"repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "do_sample": True, "top_p": 0.9}
+NEW, COUNTED = 96, 32  # tokens of a call, and those of its end that count
+PROCESSORS = {"repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "min_new_tokens": 8}
+SIZES: dict[str, Any] = {
+    "vocab_size": 1000,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 32768,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+TARGETS = {
+    "Llama": lambda: LlamaConfig(**SIZES),
+    "Gemma 3's windows": lambda: Gemma3TextConfig(
+        **SIZES,
+        sliding_window=256,
+        layer_types=(["sliding_attention"] * 5 + ["full_attention"]) * 2,
+    ),
+}
+# name of the call → its rows, tokens of the prompts, settings
+CALLS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "1 row": (1, 128, {}),
+    "48 rows, processors": (48, 128, PROCESSORS),
+    "4k tokens": (1, 4096, {}),
+    "8k tokens": (1, 8192, {}),
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "never": {"speculation": "never"},
+    "stepped back": {"speculation": "adaptive"},
+}
 
 
 class Operations(TorchDispatchMode):
@@ -34,72 +70,79 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def small_gemma() -> PreTrainedModel:
-    """A small target with Gemma 3's pattern of sliding windows."""
-    config = Gemma3TextConfig(
-        vocab_size=1000,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=12,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=64,
-        sliding_window=256,
-        layer_types=(["sliding_attention"] * 5 + ["full_attention"]) * 2,
-        max_position_embeddings=32768,
-    )
-    return AutoModelForCausalLM.from_config(config)
+class Stamps:
+    """A streamer that asks a clock at each token."""
+
+    def __init__(self, clock) -> None:
+        self.clock, self.found = clock, []
+
+    def put(self, value: Tensor) -> None:
+        """Ask the clock."""
+        self.found.append(self.clock())
+
+    def end(self) -> None:
+        """Do nothing."""
+
+    @property
+    def step(self) -> float:
+        """The median of the last tokens."""
+        steps = [after - before for before, after in pairwise(self.found)]
+        return statistics.median(steps[-COUNTED:])
+
+
+def call(target: PreTrainedModel, kind: str, drafter, inputs: dict, clock) -> float:
+    """What one of the last tokens of a call of a kind takes of a clock."""
+    stamps, settings = Stamps(clock), dict(KINDS[kind])
+    if settings:
+        settings["assistant_model"] = drafter
+    settings |= {"do_sample": False, "streamer": stamps, "return_dict_in_generate": True}
+    stats = getattr(target.generate(**inputs, **settings), "stats", None)
+    # each drafted round has a level at least; a dozen are plain
+    if kind == "stepped back" and stats.num_levels + 12 > NEW - COUNTED:
+        return call(target, kind, drafter, inputs, clock)  # it went on for too long
+    return stamps.step
+
+
+def row(target: PreTrainedModel, drafter, name: str, repeats: int) -> str:
+    """The cells of one kind of call: milliseconds of plain `generate`, and parts of it."""
+    rows, context, given = CALLS[name]
+    ids = torch.randint(3, SIZES["vocab_size"], (rows, context))
+    inputs = {"inputs": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, **given}
+    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    call(target, "stepped back", drafter, inputs, time.process_time)  # what is measured once
+    for _ in range(repeats):
+        for kind, steps in found.items():
+            steps.append(call(target, kind, drafter, inputs, time.process_time))
+    cells = [f"{1000 * statistics.median(found['plain']):.2f}"]
+    for kind in list(KINDS)[1:]:
+        parts = [own / plain for own, plain in zip(found[kind], found["plain"], strict=True)]
+        cells.append(f"{statistics.median(parts):.3f}")
+    for kind in KINDS:
+        with Operations() as counted:
+            steps = call(target, kind, drafter, inputs, lambda: counted.count)
+        cells.append(f"{steps:.0f}")
+    return " | ".join(cells)
 
 
 def main() -> None:
-    """Print the cost of a token of each kind, and what it is of plain `generate`'s."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description="What a token costs without drafting.")
-    parser.add_argument("--target", help="a folder or Hub id; by default a small Gemma 3")
-    parser.add_argument("--rows", type=int, default=1)
-    parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--processors", action="store_true", help="sample, with three processors")
+    parser.add_argument("--only", default="", help="calls whose name has these letters")
     parser.add_argument("--repeats", type=int, default=5)
     own = parser.parse_args()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    load = AutoModelForCausalLM.from_pretrained
-    target = (load(own.target) if own.target else small_gemma()).eval()
-    target.generation_config.eos_token_id, target.generation_config.pad_token_id = None, 0
-    drafter = CoralDrafter.from_target(target).eval()
-    drafter.generation_config.draft_costs = {"base": 1.0, "level": 1.0, "node": 0.0}
-    ids = torch.randint(3, 500, (own.rows, own.context))
-    given: dict[str, Any] = PROCESSORS if own.processors else {"do_sample": False}
-    kinds: dict[str, Any] = {"plain": {}}
-    for speculation in ("never", "adaptive"):
-        kinds[speculation] = {"assistant_model": drafter, "speculation": speculation}
-
-    def call(tokens: int, kind: str) -> None:
-        mask = torch.ones_like(ids)
-        target.generate(ids, attention_mask=mask, max_new_tokens=tokens, **given, **kinds[kind])
-
-    def seconds(tokens: int, kind: str) -> float:
-        start = time.process_time()
-        call(tokens, kind)
-        return time.process_time() - start
-
-    def operations(tokens: int, kind: str) -> int:
-        with Operations() as counted:
-            call(tokens, kind)
-        return counted.count
-
-    spent: dict[tuple[str, int], list[float]] = {}
-    for _ in range(own.repeats):
-        for kind in kinds:
-            for tokens in (SHORT, LONG):
-                spent.setdefault((kind, tokens), []).append(seconds(tokens, kind))
-    plain = 0.0
-    for kind in kinds:
-        more = min(spent[kind, LONG]) - min(spent[kind, SHORT])
-        plain = plain or more
-        cost = f"{1000 * more / (LONG - SHORT):.2f} ms a token ({more / plain:.3f})"
-        count = (operations(LONG, kind) - operations(SHORT, kind)) / (LONG - SHORT)
-        print(f"{kind}: {cost}, {count:.0f} operations", flush=True)
+    print("| target | call | plain, ms | never | stepped back | operations of each |||")
+    print("|---|---|--:|--:|--:|--:|--:|--:|", flush=True)
+    for target_name, make in TARGETS.items():
+        torch.manual_seed(0)
+        target = AutoModelForCausalLM.from_config(make()).eval()
+        target.generation_config.eos_token_id, target.generation_config.pad_token_id = None, 0
+        drafter = CoralDrafter.from_target(target).eval()
+        for name in CALLS:
+            if own.only in name:
+                cells = row(target, drafter, name, own.repeats)
+                print(f"| {target_name} | {name} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,14 @@ def test_a_machine_that_slows_down_is_no_reason_to_step_back():
     assert not policy.is_plain
 
 
+def test_plain_passes_that_were_measured_when_the_machine_was_slow_are_corrected():
+    policy = AdaptiveDraft(SHAPE, MeasuredCosts(tiny_target("llama"), Costs()))
+    rounds(policy, PROBES, tokens=1, seconds=(0.0, 0.03, 0.0))
+    rounds(policy, 14, tokens=1, seconds=(0.002, 0.01, 0.001))  # no token beside a plain pass's
+    rounds(policy, PROBES, tokens=1, seconds=(0.0, 0.01, 0.0))
+    assert policy.is_plain
+
+
 def test_measured_costs_are_remembered_from_call_to_call():
     model = tiny_target("llama")
     rounds(AdaptiveDraft(SHAPE, MeasuredCosts(model, Costs())), PROBES, 1, seconds=(0.0, 0.01, 0.0))

@@ -178,6 +178,8 @@ class MeasuredCosts(CostModel):
         if sample.levels == 0:
             timings.plain.append(sample.decode)
             return 1.0
+        if sample.decode < statistics.median(timings.plain):
+            timings.plain.append(sample.decode)  # a pass over one token a row costs no more
         plain, costs = self.plain(sample.rows), self.costs(sample.rows)
         drafting = costs.level * sample.levels
         draft = min(sample.draft / plain, SPIKE * drafting)
