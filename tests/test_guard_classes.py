@@ -72,3 +72,42 @@ def test_a_text_beyond_the_best_keys_is_refused():
     assert target.generate(ids, max_new_tokens=6, assistant_model=drafter, **call).equal(plain)
     with pytest.raises(ValueError, match="13 tokens, but `keep_window_size` is 12"):
         target.generate(ids, max_new_tokens=7, assistant_model=drafter, **call)
+
+
+def own_update(target):
+    target._update_model_kwargs_for_generation = lambda *args, **kwargs: {}
+
+
+CHANGES = {
+    "attention": lambda target: target.set_attn_implementation("flex_attention"),
+    "rotary, in its place": lambda target: target.config.rope_parameters.update(rope_type="spiral"),
+    "layer types": lambda target: setattr(target.config, "layer_types", ["chunked_attention"] * 2),
+    "module": lambda target: setattr(target.model.layers[1], "mlp", OfOthers()),
+    "forward": lambda target: setattr(
+        target.model.layers[1].mlp, "forward", lambda x: x.roll(1, 1)
+    ),
+    "hook": lambda target: target.lm_head.register_forward_hook(lambda _, __, out: out.roll(1, 1)),
+    "method": own_update,
+    "head": lambda target: setattr(target, "lm_head", None),
+    "quantization": lambda target: setattr(
+        target.config, "quantization_config", {"quant_method": "of_others"}
+    ),
+}
+
+
+class OfOthers(torch.nn.Module):
+    """A module that looks at the token before."""
+
+    def forward(self, states):
+        return states.roll(1, dims=1)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_target_that_has_not_changed_is_judged_once_and_a_change_is_noticed(change, monkeypatch):
+    target = tiny_target("llama")
+    assert judge_target(target, 1).way == TREE
+    with monkeypatch.context() as patch:
+        patch.setattr("coral_hf.decoding.guard.target._judge_itself", pytest.fail)
+        assert judge_target(target, 2).way == TREE
+    CHANGES[change](target)
+    assert judge_target(target, 1).way < TREE

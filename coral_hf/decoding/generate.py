@@ -243,11 +243,10 @@ class BoundDrafter:
         loop = DecodingLoop(drafting, runner, sequences, collector, policy, plan)
         is_captured = bool((defaults | settings)["capture"])
         if asks_for_fixed_rounds(config, is_captured):
-            is_adaptive = speculation == "adaptive"
             is_prepared = need > Preparation.DIRECT or not takes_tree
             is_captured = is_captured and can_capture(model, config)
-            fresh = partial(_fresh, start, make)
-            how = FixedPlan(shape, is_adaptive, config, fresh, is_captured, self.is_warm_up)
+            fresh, flags = partial(_fresh, start, make), (is_captured, self.is_warm_up)
+            how = FixedPlan(shape, speculation == "adaptive", config, fresh, *flags)
             loop = with_constant_shapes(loop, how, is_prepared)
         del drafting  # the loop gives it up where it does not pay
         loop.run(model_kwargs)

@@ -12,11 +12,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.nn.modules import module as torch_module
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from ...target import all_modules, read_target
+from ...target import all_modules, read_target, text_config
+from ..preparation.needs import PREPARE, UPDATE
 from . import target_tables as tables
 from .classes import KNOWN_CLASSES, own_class
 from .copies import small_copy
@@ -54,6 +55,46 @@ def foreign_findings(model: PreTrainedModel, rows: int = 0) -> Iterator[tuple[ob
     if rows and (hooks := foreign_hooks(model)):
         attempt = functools.partial(_try_hooks, rows=rows)
         yield _tried(model, "hooks", _name(hooks[0]), (rows, *hooks), attempt)
+
+
+def state_of(model: PreTrainedModel) -> tuple | None:
+    """What a target is now, as far as a judgement looks at it: a key by which a change is noticed.
+
+    One walk over its modules takes a fraction of what judging takes.
+
+    Returns:
+        None where others have put forward hooks or methods of their own on it, or where its weights
+            are of another kind than torch's: these may change without a trace.
+    """
+    found: list[Any] = [hook for name in GLOBAL_HOOKS for hook in getattr(torch_module, name)]
+    kinds: list[type] = []
+    for module in all_modules(model):
+        parts = module.__dict__
+        kinds.append(type(module))
+        for weight in parts["_parameters"].values():
+            if weight is not None and type(weight) is not torch.nn.Parameter:
+                return None
+        for name in HOOKS:
+            if parts[name]:
+                found += parts[name].values()
+        if "forward" in parts:
+            found.append(parts["forward"])
+    own = vars(model)
+    if (
+        PREPARE in own
+        or UPDATE in own
+        or any(root_of(one) not in tables.LIBRARIES for one in found)
+    ):
+        return None
+    configs = {id(config): config for config in (model.config, text_config(model))}
+    attention = ALL_ATTENTION_FUNCTIONS.get(model.config._attn_implementation)
+    has_head = model.get_output_embeddings() is not None
+    return tuple(kinds), tuple(map(_fields, configs.values())), attention, has_head
+
+
+def _fields(config: PreTrainedConfig) -> str:
+    """What a config says, without configs in it; as text, since a value may change in its place."""
+    return repr({n: v for n, v in vars(config).items() if not isinstance(v, PreTrainedConfig)})
 
 
 def has_foreign_attention(model: PreTrainedModel) -> bool:

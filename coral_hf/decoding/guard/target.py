@@ -5,6 +5,7 @@ is refused.
 """
 
 from collections.abc import Iterator
+from weakref import WeakKeyDictionary
 
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule
@@ -27,7 +28,7 @@ from . import target_tables as tables
 from .adapters import adapter_findings
 from .classes import refused_name
 from .entries import REFUSED, Entry, Judgement, judge
-from .foreign import foreign_findings, foreign_hooks, has_foreign_attention
+from .foreign import foreign_findings, foreign_hooks, has_foreign_attention, state_of
 from .quantization import quantization_findings
 
 logger = logging.get_logger(__name__)
@@ -35,6 +36,9 @@ logger = logging.get_logger(__name__)
 LINEAR = "LinearAttentionLayer"
 
 Findings = Iterator[tuple[object, Entry]]
+
+# of each target, the state that was judged last
+_judged: WeakKeyDictionary[PreTrainedModel, tuple[tuple | None, Judgement]] = WeakKeyDictionary()
 
 
 def judge_target(model: PreTrainedModel, rows: int = 0) -> Judgement:
@@ -46,7 +50,17 @@ def judge_target(model: PreTrainedModel, rows: int = 0) -> Judgement:
     """
     adapters = judge(adapter_findings(model))
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    found = adapters & judge(_structure(model))
+    state = state_of(model)
+    known = _judged.get(model)
+    if state is None or known is None or known[0] != state:
+        known = state, _judge_itself(model, rows)
+        if state is not None:
+            _judged[model] = known
+    return adapters & known[1]
+
+
+def _judge_itself(model: PreTrainedModel, rows: int) -> Judgement:
+    found = judge(_structure(model))
     if found.way == REFUSED:  # the rest may not be there to look at
         return found
     layers = [*_cache_layers(model), *_attention(model), *_layer_types(model), *_rotary(model)]
@@ -88,14 +102,16 @@ def judge_placement(model: PreTrainedModel) -> Judgement:
     Processes that each hold a shard of it would run different numbers of passes, and wait for each
     other's weights.
     """
+    count = distributed.get_world_size() if distributed.is_initialized() else 1
+    if count == 1:
+        return Judgement()
     # FSDP2 may wrap only a target's layers; ZeRO-3 marks the weights that it shards
     is_sharded = (
         is_fsdp_managed_module(model)
         or any(isinstance(module, FSDPModule) for module in all_modules(model))
         or any(hasattr(weight, "ds_id") for weight in model.parameters())
     )
-    count = distributed.get_world_size() if distributed.is_initialized() else 1
-    return judge([(count, tables.PLACEMENT["sharded"])] if is_sharded and count > 1 else [])
+    return judge([(count, tables.PLACEMENT["sharded"])] if is_sharded else [])
 
 
 def _structure(model: PreTrainedModel) -> Findings:
