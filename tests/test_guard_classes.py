@@ -81,7 +81,9 @@ def own_update(target):
 CHANGES = {
     "attention": lambda target: target.set_attn_implementation("flex_attention"),
     "rotary, in its place": lambda target: target.config.rope_parameters.update(rope_type="spiral"),
-    "layer types": lambda target: setattr(target.config, "layer_types", ["chunked_attention"] * 2),
+    "layer types": lambda target: vars(target.config).update(
+        layer_types=["chunked_attention"] * 2, attention_chunk_size=8
+    ),
     "module": lambda target: setattr(target.model.layers[1], "mlp", OfOthers()),
     "forward": lambda target: setattr(
         target.model.layers[1].mlp, "forward", lambda x: x.roll(1, 1)
