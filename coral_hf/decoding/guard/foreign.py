@@ -88,8 +88,7 @@ def state_of(model: PreTrainedModel) -> tuple | None:
         return None
     configs = {id(config): config for config in (model.config, text_config(model))}
     attention = ALL_ATTENTION_FUNCTIONS.get(model.config._attn_implementation)
-    has_head = model.get_output_embeddings() is not None
-    return tuple(kinds), tuple(map(_fields, configs.values())), attention, has_head
+    return tuple(kinds), tuple(map(_fields, configs.values())), attention
 
 
 def _fields(config: PreTrainedConfig) -> str:
