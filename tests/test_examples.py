@@ -16,6 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from coral_hf import CoralDrafter
+from coral_hf.decoding.caches.ragged_cache import RaggedCache
 from coral_hf.measure import Prompt
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -115,6 +116,17 @@ def test_heads_are_timed_and_their_reads_counted(groups, monkeypatch, capsys):
     # 32 bytes a row of the head: 2.93 MiB, a half, a quarter; 12 with a scale in eight bits
     assert [row[4] for row in rows] == ["3", "1", "1", "1", "1", "0"]
     assert rows[0][6] == "1.00x" and all(float(row[5].split()[0]) > 0 for row in rows)
+
+
+def test_what_a_call_holds_beside_its_caches_hardly_grows_with_the_prompt(monkeypatch, capsys):
+    monkeypatch.setattr(RaggedCache, "commit", RaggedCache.commit)  # which the script watches
+    sizes = ["--widths", "published", "--patterns", "llama", "--layers", 2, "--new", 6]
+    run(monkeypatch, "memory.py", *sizes, "--lengths", 128, 640, "--chunk", 128)
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
+    assert [row[1] for row in rows] == ["128", "640"]
+    assert float(rows[1][6]) <= 1.02  # of plain `generate`'s cache
+    short, long = (int(row[8].split()[0]) for row in rows)  # KiB
+    assert 0 < short <= long <= short + 128  # a token has 4096 bytes in a layer's cache
 
 
 def test_parts_of_a_head_are_timed_beside_torchs_own(monkeypatch, capsys):
