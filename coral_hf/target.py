@@ -126,16 +126,27 @@ def read_features(
         if position_ids is None
         else {"position_ids": position_ids}
     )
-    output = model.get_decoder()(input_ids=input_ids, use_cache=False, **rows)
+    output = decoder_of(model)(input_ids=input_ids, use_cache=False, **rows)
     return output.last_hidden_state
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the part of a target that computes its features, without the LM head."""
+    decoder = model.get_decoder()
+    if decoder.get_output_embeddings() is None:
+        return decoder
+    # the name of Llama 4's decoder is not the one that transformers looks for
+    return next(part for part in decoder.children() if isinstance(part, PreTrainedModel))
 
 
 def reads_packed_rows(model: PreTrainedModel, device: torch.device) -> bool:
     """Whether a target keeps the documents of a packed row apart, found by trying.
 
-    Most models of transformers do; some take no positions, others attend across documents.
+    Most models of transformers do; some take no positions, others attend across documents. Chunks
+    of attention begin at multiples of their size in a row, wherever a document begins.
     """
-    if not takes_positions(model.get_decoder()):
+    has_chunks = "chunked_attention" in (getattr(text_config(model), "layer_types", None) or ())
+    if has_chunks or not takes_positions(decoder_of(model)):
         return False
     lengths = (5, 8)
     # (2, length): some kinds of attention tell documents apart in a single row only
@@ -177,7 +188,7 @@ def all_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 def counts_layers(model: PreTrainedModel) -> bool:
     """Whether the layers of a target are as many as its config says; BART's counts an encoder's."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     layers = getattr(decoder, "layers", None)
     return layers is None or len(layers) == getattr(decoder.config, "num_hidden_layers", None)
 

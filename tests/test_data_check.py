@@ -1,13 +1,21 @@
 """The check of a dataset: counted as training reads it, with its strangest rows."""
 
+import bz2
 import json
+import lzma
 
 import datasets
 import pytest
 from conftest import invoke
 from test_data import CHAT, PLAIN_TEMPLATE, fresh_cache, tiny_tokenizer  # noqa: F401
 
-from coral_hf.training.data import check_dataset, describe, prepare_dataset, with_weight
+from coral_hf.training.data import (
+    check_dataset,
+    describe,
+    load_conversations,
+    prepare_dataset,
+    with_weight,
+)
 from coral_hf.training.data.inspection.check import num_odd, repetition
 from coral_hf.training.data.inspection.spans import kinds_of
 
@@ -117,3 +125,36 @@ def test_the_command_checks_files_and_fails_where_training_would(tmp_path):
     assert '"kind": "answer"' in result.output
     result = invoke("data", "check", "--target", tmp_path / "target")
     assert result.exit_code == 1 and "coral-hf data check FILE" in result.output
+
+
+def test_a_configuration_and_a_split_of_a_dataset_are_chosen(tmp_path):
+    for name in ("short", "long"):
+        for split in ("train", "test"):
+            (tmp_path / f"{name}_{split}.jsonl").write_text(json.dumps({"text": f"{name} {split}"}))
+    card = "---\nconfigs:\n" + "".join(
+        f"- config_name: {name}\n  data_files:\n"
+        f"  - {{split: train, path: {name}_train.jsonl}}\n"
+        f"  - {{split: test, path: {name}_test.jsonl}}\n"
+        for name in ("short", "long")
+    )
+    (tmp_path / "README.md").write_text(f"{card}---\n")
+    assert load_conversations(tmp_path, "test", config="long")["text"] == ["long test"]
+    with pytest.raises(ValueError, match="short"):
+        load_conversations(tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["jsonl.bz2", "jsonl.xz", "tsv", "arrow"])
+def test_files_of_other_kinds_are_read(ending, tmp_path):
+    lines = "\n".join(json.dumps({"text": text}) for text in "abc").encode()
+    file = tmp_path / f"a.{ending}"
+    if ending == "arrow":
+        datasets.Dataset.from_dict({"text": [*"abc"]}).save_to_disk(tmp_path / "saved")
+        next((tmp_path / "saved").glob("*.arrow")).rename(file)
+    else:
+        written = {"bz2": bz2.compress, "xz": lzma.compress, "tsv": lambda _: b"text\na\nb\nc\n"}
+        file.write_bytes(written[ending.split(".")[-1]](lines))
+    assert load_conversations(file)["text"] == [*"abc"]
+    if ending.startswith("jsonl"):
+        file.write_bytes(file.read_bytes()[:-9])
+        with pytest.raises(ValueError, match=f"not a whole {ending.split('.')[-1]} file"):
+            load_conversations(file)

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..target import decoder_of
+
 # what writes attention and MLP into the residual stream, in Llama and its descendants
 WRITERS = ("o_proj", "down_proj")
 
@@ -48,7 +50,7 @@ def num_padded_layers(target: PreTrainedModel) -> int:
 
 def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
     """Return the layers of the decoder, (batch, length, hidden) in and out; none if elsewhere."""
-    layers = dict(target.get_decoder().named_children()).get("layers")
+    layers = dict(decoder_of(target).named_children()).get("layers")
     return layers if isinstance(layers, nn.ModuleList) else nn.ModuleList()
 
 

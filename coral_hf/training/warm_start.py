@@ -18,7 +18,7 @@ from ..checkpoints import check_tensors, config_folder, from_eagle, read_config
 from ..drafters.coral.configuration import CoralConfig
 from ..drafters.coral.modeling import CoralDrafter
 from ..identity import tokenizer_hash
-from ..target import text_config
+from ..target import decoder_of, text_config
 from .adapters import is_adapted
 
 LAYER = "layer"
@@ -101,7 +101,7 @@ def from_layer(
         fc: a and b of fc(embedding, feature) = a · embedding + b · feature, whose weight has shape
             (hidden, 2 * hidden); `None` for a random one.
     """
-    drafter, decoder = CoralDrafter.from_target(target).float(), target.get_decoder()
+    drafter, decoder = CoralDrafter.from_target(target).float(), decoder_of(target)
     _check_layers(target, drafter.config)
     theirs, final_gain = decoder.layers[-1], decoder.norm.weight.detach().float()
     tensors = {name: tensor.float() for name, tensor in theirs.state_dict().items()}
@@ -149,8 +149,8 @@ def _stream_size(target: PreTrainedModel, num_tokens: int = 64) -> float:
     ids = torch.randint(
         text_config(target).vocab_size, (1, num_tokens), generator=generator, device="cpu"
     )
-    device = target.get_decoder().device
-    output = target.get_decoder()(ids.to(device), output_hidden_states=True, use_cache=False)
+    device = decoder_of(target).device
+    output = decoder_of(target)(ids.to(device), output_hidden_states=True, use_cache=False)
     stream = output.hidden_states[-2].float()  # (1, num_tokens, hidden)
     return float(stream.square().mean(-1).sqrt().median())
 
@@ -160,7 +160,7 @@ def _check_layers(target: PreTrainedModel, config: CoralConfig) -> None:
 
     Tensors may have any shape, such as (hidden, hidden); shapes are checked later.
     """
-    text, decoder, reason = text_config(target), target.get_decoder(), None
+    text, decoder, reason = text_config(target), decoder_of(target), None
     assert config.head_dim, "the config fills it in"
     scale = config.head_dim**-0.5
     activation = getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", None)

@@ -48,7 +48,7 @@ def load_conversations(
             `text` rows: where no `<|endoftext|>` separates them, paragraphs are joined in order to
             documents of about 2000 characters.
         split: the split; a file has `train`. Text files and saved folders take no slices of it.
-        config: of a Hub dataset that has several.
+        config: of a Hub dataset, or a folder with the card of one, that has several.
         revision: of a Hub dataset, its branch, tag or commit.
 
     Raises:
@@ -68,8 +68,8 @@ def load_conversations(
     if reader == "text":
         return datasets.Dataset.from_dict({"text": _documents(file, split)})
     given: dict[str, Any] = {"data_files": name, **_delimiter(file)} if reader else {}
-    if not file.exists():
-        given = {"name": config, "revision": revision}
+    if not reader:
+        given = {"name": config, "revision": None if file.exists() else revision}
     builder = datasets.load_dataset_builder(reader or name, **given)
     found = (builder.config.data_files or {}).get(split.partition("[")[0], [])
     files = [Path(local) for local in found if Path(local).is_file()]  # none of a Hub id
