@@ -5,7 +5,7 @@ logits (batch, nodes, slots, size). A group is `size` consecutive rows of the we
 which says where each row is. On CUDA one Triton kernel reads the weight in place; the plain form
 beside it says what the kernel computes and runs everywhere else. Both are one operator of a traced
 graph, whose shape depends on no value. Copying the active rows first, which torch's own operators
-would do, takes up to five times as long on a CPU.
+would do, takes up to six times as long on a CPU.
 """
 
 from collections import defaultdict
