@@ -76,7 +76,7 @@ def multiply(values: Tensor, scales: Tensor, row_values: Tensor, row_scales: Ten
     if is_integer:
         product = torch._int_mm(values, row_values.T)
     else:
-        one = torch.ones((), device=values.device)
+        one = torch.ones((), dtype=torch.float32, device=values.device)
         product = torch._scaled_mm(
             values, row_values.T, scale_a=one, scale_b=one, out_dtype=torch.float32
         )

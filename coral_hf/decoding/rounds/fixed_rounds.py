@@ -66,7 +66,9 @@ class FixedRounds:
         draft_probs = None
         if plan:
             levels, branching = len(plan), max(level.children for level in plan)
-            draft_probs = torch.zeros(batch, nodes, self.vocab_size, device=device)
+            draft_probs = torch.zeros(
+                batch, nodes, self.vocab_size, dtype=torch.float32, device=device
+            )
         self.tree = DraftTree(
             *(tokens, parents, depths, draft_probs),
             draws="without_replacement" if plan else "chosen",
