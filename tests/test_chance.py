@@ -151,10 +151,10 @@ def test_the_numbers_of_another_device_follow_from_the_seed_of_the_one_source(mo
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         first, second = Chance(), Chance()
-        assert first._of(torch.device("cpu")) is None
-        generator = first._of(torch.device("cuda", 0))
-        assert first._of(torch.device("cuda", 0)) is generator
-        second._of(torch.device("cuda", 1))
+        assert first.of(torch.device("cpu")) is None
+        generator = first.of(torch.device("cuda", 0))
+        assert first.of(torch.device("cuda", 0)) is generator
+        second.of(torch.device("cuda", 1))
     assert made[:2] == made[2:4] and len(set(made)) == 4
 
 
