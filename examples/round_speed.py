@@ -14,9 +14,11 @@ resumes. `examples/train_mixed.py` makes the drafter and the prompts.
 import argparse
 import time
 from collections import Counter
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from pandas import DataFrame
@@ -40,18 +42,18 @@ from coral_hf.measure.report import describe_environment, tabulate
 
 WAYS = ("growing", "static", "compiled")
 # depth, top-k, nodes
-TREES = [(4, 1, 5), (4, 2, 8), (5, 4, 16), (6, 8, 32), (6, 10, 60)]
+TREES = [(4, 2, 8), (5, 4, 16), (6, 8, 32)]
 SAMPLED = {
     "chosen": {"verification": "token", "drawn_tree": False},
     "drawn": {"verification": "token", "drawn_tree": True},
     "traversal": {"verification": "traversal"},
 }
 COMPILED_TREES = [(4, 2, 8), (5, 4, 16)]
-SAMPLED_TREES = [(4, 1, 5), (3, 2, 8), (4, 2, 16), (5, 4, 32)]
+SAMPLED_TREES = [(4, 1, 5), (4, 2, 16)]
 TASKS = {"dialogues": 64, "stories": 128, "repetitive stories": 128}  # new tokens of an answer
 LEAST_TOKENS = 16  # of a dialogue's plain answer
 MOST_REPEATS = 3  # of any four tokens in a row in a story's plain answer
-CHOOSING = 4  # batches of prompts behind the measured ones, on which the setting is chosen
+CHOOSING = 2  # batches of prompts behind the measured ones, on which the setting is chosen
 COMPILED = "plain compiled"
 FACTS = ("hardware", "num_threads", "dtype", "versions", "target", "drafter_digest")
 COLUMNS = {
@@ -113,15 +115,14 @@ def task_of(prompt: Prompt, answer: list[int]) -> str | None:
 
 
 def prompt_sets(target, tokenizer, options) -> dict[str, list[torch.Tensor]]:
-    """Answer prompts greedily, each alone, until all sets are full; (length,) token ids each."""
+    """Answer prompts greedily, each alone, until all sets are full: token ids, (length,) each."""
     answers = JsonLines(options.work / "plain_answers.jsonl")
     known = {(row["task"], row["id"], row["turns"]): row["tokens"] for row in answers.read()}
     size = options.num_prompts + CHOOSING * max(options.batch_size)
     found: dict[str, list[torch.Tensor]] = {task: [] for task in TASKS}
     for path in options.prompts:
-        kinds = (
-            ["dialogues"] if "dialogues" in Path(path).stem else ["stories", "repetitive stories"]
-        )
+        is_talk = "dialogues" in Path(path).stem
+        kinds = [task for task in options.task if (task == "dialogues") == is_talk]
         for prompt in read_prompts(path):
             if all(len(found[kind]) >= size for kind in kinds):
                 break
@@ -134,7 +135,7 @@ def prompt_sets(target, tokenizer, options) -> dict[str, list[torch.Tensor]]:
                 row = dict(zip(("task", "id", "turns"), key, strict=True))
                 answers.append([row | {"tokens": known[key]}])
             task = task_of(prompt, known[key])
-            if task is not None:
+            if task in kinds:
                 found[task].append(ids)
     return found
 
@@ -143,8 +144,6 @@ def settings_of(temperature: float, way: str) -> dict[str, Arguments]:
     """Return the settings of drafting that are tried in a way, by name."""
     rules = SAMPLED if temperature else {"": {}}
     trees = SAMPLED_TREES if temperature else TREES
-    if temperature and way != "growing":  # drawn trees have no constant shapes
-        rules = {"chosen": SAMPLED["chosen"]}
     if way == "compiled":
         trees = COMPILED_TREES  # each takes two graphs
     names = ("tree_depth", "tree_top_k", "tree_nodes")
@@ -209,7 +208,7 @@ class Bed(NamedTuple):
             graphs = num_graphs()
             assert graphs or COMPILED not in methods, "nothing was compiled"
             for item in range(len(done), len(batches)):
-                if time.perf_counter() > self.end:
+                if time.monotonic() > self.end:
                     raise TimeoutError
                 done.append([counts(call) for call in bench.compare(batches[item], item)])
                 assert num_graphs() == graphs, "a graph was compiled while it was timed"
@@ -305,15 +304,18 @@ def measure_all(options: argparse.Namespace, table: JsonLines, end: float) -> No
         for cell, own in left.items():
             for row in bed.measure(cell, own, drafter, options.backend) if own else ():
                 facts = vars(describe_environment(bed.target, drafter))
-                table.append([row | {name: facts[name] for name in FACTS}])
+                facts = {name: facts[name] for name in FACTS} | {"clock": options.clock}
+                table.append([row | facts])
 
 
 def main(options: argparse.Namespace) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     table = JsonLines(options.rows)
     table.mend()
+    clock = patch.object(time, "perf_counter", time.process_time)
     try:
-        measure_all(options, table, time.perf_counter() + options.seconds)
+        with clock if options.clock == "processor" else nullcontext():
+            measure_all(options, table, time.monotonic() + options.seconds)
     except TimeoutError:
         print("Time is up; the same command goes on.")
     print(tabulate("", COLUMNS, table.read()).to_markdown())
@@ -327,6 +329,12 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=Path, required=True, help="JSON lines, a finished row each")
     parser.add_argument("--work", type=Path, required=True, help="folder of unfinished rows")
     parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "processor"],
+        default="wall",
+        help="processor time is for one thread on a busy machine",
+    )
     parser.add_argument("--num-prompts", type=int, default=40, help="of each set")
     parser.add_argument("--max-new-tokens", type=int, default=max(TASKS.values()))
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
