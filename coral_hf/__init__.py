@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .measure.lossless import verify as verify
     from .training import CoralTrainer as CoralTrainer
     from .training import CoralTrainingArguments as CoralTrainingArguments
+    from .training.planning.plan import plan as plan
 
 __version__ = "0.1.0"
 
@@ -49,6 +50,7 @@ _MODULES = {
     "measure.autotune": ["autotune"],
     "measure.lossless": ["verify"],
     "training": ["CoralTrainer", "CoralTrainingArguments"],
+    "training.planning.plan": ["plan"],
 }
 __all__ = sorted(sum(_MODULES.values(), []))
 

@@ -28,6 +28,17 @@ logger = logging.get_logger(__name__)
 PARTIAL, REPLACED, WRITER = ".partial-", ".replaced-", "_writer"
 
 
+def free_bytes(path: str | Path) -> int:
+    """Return the bytes that are free where a file or folder is, or will be."""
+    existing = next(one for one in Path(path, "x").absolute().parents if one.exists())
+    return shutil.disk_usage(existing).free
+
+
+def shown_bytes(count: float) -> str:
+    """Write a number of bytes as GB, or as MB where they are few."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a file in one move: it holds the old or the new text, never a part.
 

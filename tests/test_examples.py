@@ -104,6 +104,15 @@ def test_training_cost_compares_two_implementations_of_one_loss(capsys, monkeypa
     assert rows[0][-2].strip() == rows[1][-2].strip()
 
 
+@pytest.mark.slow
+def test_planned_memory_is_put_beside_what_a_run_allocates(folder, monkeypatch, capsys):
+    case = ["--case", folder / "target", folder / "talk.jsonl", "--recipe", "eagle"]
+    run(monkeypatch, "plan_accuracy.py", *case, "--rows", 4)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "eagle" in line]
+    assert [row[2] for row in rows] == ["online", "cached"]
+    assert all(float(row[3]) > 0 and float(row[4]) > 0 for row in rows)
+
+
 @pytest.mark.parametrize("groups", [[], ["--random-groups"]])
 def test_heads_are_timed_and_their_reads_counted(groups, monkeypatch, capsys):
     sizes = ["--shape", "tiny:96000:8", "--groups", 4, "--share", 2, "--share", 4, *groups]

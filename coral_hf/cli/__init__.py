@@ -15,11 +15,11 @@ from .data import data
 from .measure import autotune, benchmark, compare, compare_heads, generate, sweep, verify
 from .parser import Command, parse
 from .publish import export, import_, publish
-from .train import demo, features, regenerate, train
+from .train import demo, features, plan, regenerate, train
 
 GROUPS: dict[str, list[Command]] = {
     "try": [demo],
-    "train": [train, data, regenerate, features],
+    "train": [plan, train, data, regenerate, features],
     "use": [generate],
     "measure": [verify, benchmark, sweep, compare, compare_heads, autotune],
     "publish": [publish, import_, export],

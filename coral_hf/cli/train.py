@@ -1,11 +1,13 @@
 """Commands that train a drafter, and make and store what it is trained on."""
 
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from ..demo import DemoSettings
 from ..measure.settings import option
+from ..training.planning import PlanSettings
 from ..training.regeneration import RegenerationSettings
 from .options import DatasetOptions, TargetOptions, load_drafter
 
@@ -63,6 +65,34 @@ class TrainOptions(TargetOptions, DatasetOptions):
             raise ValueError("--eval-strategy goes with --hold-out or --eval-dataset.")
         return self.conversations(held_out=True)
 
+    def plan(self, stages: list, rows, settings: PlanSettings):
+        """Return the plan of the run."""
+        from transformers import AutoConfig
+
+        from ..drafters.coral import CoralConfig
+        from ..training.planning.plan import plan as make_plan
+
+        tokenizer, target = self.load_tokenizer(), AutoConfig.from_pretrained(self.target)
+        drafter = CoralConfig.from_target(target, num_hidden_layers=self.layers)
+        if self.drafter is not None:
+            with suppress(OSError):  # the folder of an adapter has no config of its drafter
+                drafter = CoralConfig.from_pretrained(self.drafter)
+        settings = replace(settings, lora_rank=self.lora_r)
+        return make_plan(self.target, rows, stages, settings, tokenizer, self.dtype, drafter)
+
+    def show_plan(self, stages: list, rows) -> None:
+        """Print the plan of the run, and raise a ValueError if the disk cannot hold it."""
+        try:
+            planned = self.plan(stages, rows, PlanSettings(measure=False))
+        except (ValueError, OSError):  # of what was given
+            raise
+        except Exception as error:  # whatever a target's code raises without data
+            print(f"This run cannot be planned: {error!r}.", flush=True)
+            return
+        if stages[0].process_index == 0:
+            print(planned, flush=True)
+        planned.check_disk()
+
     def first_drafter(self, target, tokenizer):
         """Return the drafter that training starts from, in fp32, with its adapter if it has one."""
         from ..drafters.coral import CoralDrafter
@@ -80,6 +110,21 @@ class TrainOptions(TargetOptions, DatasetOptions):
             drafter.heads.remove_low_rank_head()
         adapter = self.lora_r and lora(self.lora_r, self.lora_alpha, self.lora_target or None)
         return with_adapter(drafter.to(target.device), "drafter", adapter)
+
+
+@dataclass(kw_only=True)
+class PlanOptions(TrainOptions):
+    """The run that is planned: the options of `coral-hf train`."""
+
+    output: Path = option("Folder of the finished drafter.", Path("coral-drafter"))
+
+
+def plan(own: PlanOptions, settings: PlanSettings, training_options: list[str]) -> None:
+    """Plan a training run: its memory, disk and hours, and what makes it fit.
+
+    Takes the options of `coral-hf train`, and loads no weights unless it times a few steps.
+    """
+    print(own.plan(own.arguments(training_options), own.rows(), settings))
 
 
 def train(own: TrainOptions, training_options: list[str]) -> None:
@@ -102,6 +147,7 @@ def train(own: TrainOptions, training_options: list[str]) -> None:
         raise ValueError("--push-to-hub needs --hub-model-id organisation/name.")
     rows = own.rows()
     eval_rows = own.eval_rows() if args.eval_strategy != "no" else None
+    own.show_plan(stages, rows)  # before the target is loaded
     # each process of a run has a GPU of its own, to which its trainer moves the target
     target, tokenizer = own.load_target(device="cpu")
     with sole_run(own.output, args.process_index == 0):
@@ -172,9 +218,12 @@ def features(own: FeaturesOptions) -> None:
     An interrupted run resumes where it stopped. Train with `coral-hf train --dataset` and this
     folder.
     """
+    from transformers import AutoConfig
+
     from ..training.data import pack_dataset, prepare_dataset
     from ..training.data.dataset import warn_of_other_ends
     from ..training.features import CachedFeatures, delete_features, plan_features, write_features
+    from ..training.features.writer import cache_bytes, check_room
 
     output, shard_bytes = own.output, own.shard_megabytes * 10**6
     if own.delete:
@@ -186,13 +235,17 @@ def features(own: FeaturesOptions) -> None:
         return
     if not own.target or not own.dataset:
         raise ValueError("Writing features needs --target and --dataset.")
-    conversations = own.conversations()
-    target, tokenizer = own.load_target()
+    conversations, tokenizer = own.conversations(), own.load_tokenizer()
     # the rows as the trainer would read them
-    warn_of_other_ends(tokenizer, target)
-    vocab_size = target.config.get_text_config(decoder=True).vocab_size
-    rows = prepare_dataset(conversations, tokenizer, own.max_length, vocab_size=vocab_size)
+    text = AutoConfig.from_pretrained(own.target).get_text_config(decoder=True)
+    rows = prepare_dataset(conversations, tokenizer, own.max_length, vocab_size=text.vocab_size)
     rows = pack_dataset(rows, own.max_length) if own.packing else rows
+    written = sum(path.stat().st_size for path in output.glob("features-*.safetensors"))
+    needed = cache_bytes(rows, text.hidden_size, own.format)
+    if not own.plan:
+        check_room(needed - written, output)  # before the target is loaded
+    target, tokenizer = own.load_target()
+    warn_of_other_ends(tokenizer, target)
     print(plan_features(target, rows, output, own.format, shard_bytes))
     if not own.plan:
         index = write_features(target, rows, output, own.format, own.batch_size, shard_bytes)

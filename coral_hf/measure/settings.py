@@ -32,7 +32,7 @@ def check_least(settings: Any) -> None:
     """Raise a ValueError for the first field of settings that is below its lower bound."""
     for one in fields(settings):
         least, value = one.metadata.get("least"), vars(settings)[one.name]
-        if least is not None:
+        if least is not None and value is not None:
             if min(value if isinstance(value, list) else [value], default=least) < least:
                 raise ValueError(f"`{one.name}` is {value}; use {least} or more.")
 

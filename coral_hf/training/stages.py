@@ -77,13 +77,18 @@ def add_heads(
         active = args.num_active_groups or max(number // 8, 1)
         drafter.heads.add_router(number, active, order, grouping)
     if head == "low_rank" and drafter.heads.low_rank is None:
-        rank = args.head_rank or min(64, drafter.config.hidden_size)
+        rank = args.head_rank or default_rank(drafter.config.hidden_size)
         drafter.heads.add_low_rank_head(rank, target.head)
 
 
 def default_groups(vocab_size: int) -> int:
     """Return the number of groups of a new router: 64, or fewer of at least 64 tokens, but 8."""
     return max(min(MOST_GROUPS, vocab_size // 64), min(8, vocab_size))
+
+
+def default_rank(hidden_size: int) -> int:
+    """Return the number of channels of a new low-rank head: 64, or fewer of a small target."""
+    return min(64, hidden_size)
 
 
 def check_head_settings(drafter: CoralDrafter | PeftModel, args: CoralTrainingArguments) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import Trainer
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer
 
 from ..target import max_positions, text_config
+from .arguments import CoralTrainingArguments
 from .data import pack_dataset
 from .data.dataset import check_rows, prepare_dataset
 from .features import CachedFeatures
@@ -29,7 +30,6 @@ def prepare_rows(dataset: Any, trainer: Trainer, packing: bool = False) -> Any:
     if isinstance(dataset, dict):
         return {name: prepare_rows(part, trainer, packing) for name, part in dataset.items()}
     tokenizer, max_length = trainer.processing_class, trainer.args.max_length
-    vocab_size = text_config(trainer.target.model).vocab_size
     if isinstance(dataset, CachedFeatures):
         if packing and not dataset.is_packed:
             raise ValueError(
@@ -39,6 +39,22 @@ def prepare_rows(dataset: Any, trainer: Trainer, packing: bool = False) -> Any:
         _check_lengths(dataset.lengths, max_length, f"the cache in {dataset.folder}")
         dataset.check_target(trainer.target.model)
         return dataset
+    return token_rows(dataset, tokenizer, trainer.args, text_config(trainer.target.model), packing)
+
+
+def token_rows(
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: CoralTrainingArguments,
+    text: PreTrainedConfig,
+    packing: bool,
+) -> Any:
+    """Return rows of token ids and labels, of conversations or of rows of token ids.
+
+    Args:
+        text: the config of the part of the target that decodes text.
+    """
+    vocab_size, max_length = text.vocab_size, args.max_length
     if isinstance(dataset, str | Path):
         raise ValueError(
             f"`dataset` is a {type(dataset).__name__} ({str(dataset)!r}); read it with"
@@ -57,10 +73,10 @@ def prepare_rows(dataset: Any, trainer: Trainer, packing: bool = False) -> Any:
             " `Dataset.from_list(rows)`."
         )
     elif "position_ids" not in (dataset.column_names or ()):  # else it was packed before
-        names = trainer.args.ignore_columns or ()  # not of every dataset
+        names = args.ignore_columns or ()  # not of every dataset
         ignored = [name for name in names if name in (dataset.column_names or names)]
         # what is cut is counted in a warning
-        longest = min(max_length, max_positions(text_config(trainer.target.model)) or max_length)
+        longest = min(max_length, max_positions(text) or max_length)
         sizes = {"vocab_size": vocab_size, "ignore_columns": ignored}
         dataset = prepare_dataset(dataset, tokenizer, longest, **sizes)
     is_packed = "position_ids" in (getattr(dataset, "column_names", None) or ())

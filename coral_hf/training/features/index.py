@@ -8,6 +8,7 @@ In: a folder. Out: its FeatureIndex, or a ValueError that names what is wrong.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,11 +17,20 @@ import torch
 from torch import Tensor
 
 from ...atomic import PARTIAL, WRITER, JsonLines
-from ...identity import file_digest
+from ...identity import TOKEN_COLUMNS, file_digest
 
 INDEX, SHARDS = "features.json", "features.jsonl"
 # bytes of a number, and of a token beside its numbers
 FORMAT_BYTES = {"bfloat16": (2, 0), "int8": (1, 4)}
+ID_BYTES = 4  # of a token id, a label or a position
+
+
+def token_bytes(hidden_size: int, format: str, columns: Iterable[str]) -> int:
+    """Count the bytes of a token: its features, and its number in each column of its row."""
+    if format not in FORMAT_BYTES:
+        raise ValueError(f"`format` is {format!r}; use one of {tuple(FORMAT_BYTES)}.")
+    number, scale = FORMAT_BYTES[format]
+    return hidden_size * number + scale + ID_BYTES * len({*TOKEN_COLUMNS} & {*columns})
 
 
 class Shard(NamedTuple):

@@ -4,7 +4,6 @@ In: a target, rows of `prepare_dataset`. Out: a plan of what it takes, or a fold
 with an index. An interrupted run resumes with the next shard.
 """
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ...atomic import JsonLines, keep_settings, new_file, sole_writer
+from ...atomic import JsonLines, free_bytes, keep_settings, new_file, shown_bytes, sole_writer
 from ...identity import TOKEN_COLUMNS, file_digest, identify, rows_digest
 from ..data import CoralCollator
 from .dataset import TargetFeatures
-from .index import FORMAT_BYTES, INDEX, SHARDS, FeatureIndex, Shard, decode, encode
+from .index import INDEX, SHARDS, FeatureIndex, Shard, decode, encode, token_bytes
 
 SHARD_BYTES = 1_000_000_000
-ID_BYTES = 4  # of a token id, a label or a position
 
 
 @dataclass(frozen=True)
@@ -41,9 +39,9 @@ class FeaturePlan:
         num_tokens = sum(map(sum, self.shards))
         return (
             f"{self.settings['num_rows']} rows, {num_tokens} tokens,"
-            f" {self.settings['format']}: {_gigabytes(self.disk_bytes)} on disk in"
-            f" {len(self.shards)} shards ({_gigabytes(self.free_bytes)} free); about"
-            f" {_gigabytes(self.memory_bytes)} of memory beside the activations"
+            f" {self.settings['format']}: {shown_bytes(self.disk_bytes)} on disk in"
+            f" {len(self.shards)} shards ({shown_bytes(self.free_bytes)} free); about"
+            f" {shown_bytes(self.memory_bytes)} of memory beside the activations"
         )
 
 
@@ -55,13 +53,9 @@ def plan_features(
     shard_bytes: int = SHARD_BYTES,
 ) -> FeaturePlan:
     """Count what [`write_features`], with the same arguments, will write; nothing is computed."""
-    if format not in FORMAT_BYTES:
-        raise ValueError(f"`format` is {format!r}; use one of {tuple(FORMAT_BYTES)}.")
-    number_bytes, scale_bytes = FORMAT_BYTES[format]
     hidden_size = target.config.get_text_config(decoder=True).hidden_size
-    num_columns = len({*TOKEN_COLUMNS} & {*rows.column_names})
-    batches = rows.with_format("arrow").select_columns("input_ids").iter(batch_size=1000)
-    lengths = np.concatenate([arrow.list_value_length(b["input_ids"]).to_numpy() for b in batches])
+    one = token_bytes(hidden_size, format, rows.column_names)
+    lengths = row_lengths(rows)
     settings = {
         "target": target.config._name_or_path,
         **identify(target)._asdict(),
@@ -70,18 +64,38 @@ def plan_features(
         "num_rows": len(lengths),
         "shard_bytes": shard_bytes,
     }
-    token_bytes = hidden_size * number_bytes + scale_bytes + ID_BYTES * num_columns
     # a shard has the rows that begin within its share of the tokens
-    shard_of = (lengths.cumsum() - lengths) // max(shard_bytes // token_bytes, 1)  # (rows,)
-    existing = next(path for path in Path(folder, "x").absolute().parents if path.exists())
+    shard_of = (lengths.cumsum() - lengths) // max(shard_bytes // one, 1)  # (rows,)
     shards = np.split(lengths, np.flatnonzero(np.diff(shard_of)) + 1)
     return FeaturePlan(
         settings,
         [shard.tolist() for shard in shards],
-        disk_bytes=int(lengths.sum()) * token_bytes,
-        free_bytes=shutil.disk_usage(existing).free,
-        memory_bytes=target.get_memory_footprint() + 2 * int(max(map(sum, shards))) * token_bytes,
+        disk_bytes=int(lengths.sum()) * one,
+        free_bytes=free_bytes(folder),
+        memory_bytes=target.get_memory_footprint() + 2 * int(max(map(sum, shards))) * one,
     )
+
+
+def row_lengths(rows: Any) -> np.ndarray:
+    """Return the tokens of each row of a `datasets.Dataset`, (rows,)."""
+    batches = rows.with_format("arrow").select_columns("input_ids").iter(batch_size=1000)
+    return np.concatenate([arrow.list_value_length(b["input_ids"]).to_numpy() for b in batches])
+
+
+def cache_bytes(rows: Any, hidden_size: int, format: str) -> int:
+    """Count the bytes of a cache of some rows' features."""
+    return int(row_lengths(rows).sum()) * token_bytes(hidden_size, format, rows.column_names)
+
+
+def check_room(needed: int, folder: Path) -> None:
+    """Raise a ValueError if so many bytes of features do not fit where a folder is, or will be."""
+    free = free_bytes(folder)
+    if needed > free:
+        raise ValueError(
+            f"The features need {shown_bytes(needed)} more, but only {shown_bytes(free)} are free"
+            f" at {folder}; free some, use format='int8' or fewer rows, or train without a cache,"
+            " which computes them in each step."
+        )
 
 
 def write_features(
@@ -120,12 +134,7 @@ def write_features(
         for shard in done.shards:
             shard.check(folder)
         needed = plan.disk_bytes - sum(shard.num_bytes for shard in done.shards)
-        if needed > plan.free_bytes:
-            raise ValueError(
-                f"The features need {_gigabytes(needed)} more, but only"
-                f" {_gigabytes(plan.free_bytes)} are free; free some, use format='int8', or fewer"
-                " rows."
-            )
+        check_room(needed, folder)
         first, start = len(done.lengths), len(done.shards)
         left = tqdm(plan.shards[start:], "Features", unit="file")
         for number, lengths in enumerate(left, start):
@@ -159,7 +168,3 @@ def _write_shard(
         size, sha256 = partial.stat().st_size, file_digest(partial)
     lengths = [len(part["input_ids"]) for part in parts]
     return Shard(path.name, lengths, size, sha256, squares, lost)
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.3g} GB"

@@ -1,0 +1,223 @@
+"""A plan of a training run: what it takes of memory, disk and time, and what makes it fit.
+
+In: a target's name, a dataset, the settings of a run. Out: a `Plan`. Configs and rows alone are
+read; weights only where steps are timed.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import IterableDataset
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from ...atomic import free_bytes, shown_bytes
+from ...drafters.coral import CoralConfig
+from ..arguments import CoralTrainingArguments
+from ..data import load_conversations
+from ..features import INDEX, CachedFeatures
+from ..features.index import FORMAT_BYTES
+from ..features.writer import cache_bytes
+from ..train_dataset import token_rows
+from . import PlanSettings
+from .report import Change, Plan, StagePlan
+from .rows import RowSizes, num_checkpoints, num_steps, row_sizes
+from .step_memory import RunShape, StepMemory, step_memory
+from .timing import timed_run
+
+SMALL = 1e9  # bytes of a target whose steps are timed without being asked
+CONTEXT = 2**30  # bytes of a GPU that are left to CUDA itself and to fragments
+PROCESS = 10**9  # bytes of memory of Python and its libraries, beside all tensors
+LEAST_LENGTH = 512  # to which rows are cut at most, to fit
+
+
+def plan(
+    target: str | Path,
+    dataset: Any,
+    stages: CoralTrainingArguments | Sequence[CoralTrainingArguments] = (),
+    settings: PlanSettings | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: str = "auto",
+    drafter: CoralConfig | None = None,
+) -> Plan:
+    """Plan a training run before anything is loaded: its memory, disk and hours.
+
+    Args:
+        target: a folder or a Hub id, of which config and tokenizer are read.
+        dataset: conversations in any form that `CoralTrainer` takes, a file, a folder or a Hub id
+            of them, or a feature cache.
+        stages: arguments of one stage or of several; by default those of the drafter's.
+        settings: what the run is planned for.
+        tokenizer: the target's; by default the one beside it.
+        dtype: of the target's weights; its config's by default.
+        drafter: its config; by default the one that follows from the target.
+
+    Example:
+
+    ```python
+    >>> print(coral_hf.plan("org/my-llama", "conversations.jsonl"))
+    ```
+    """
+    settings, target = settings or PlanSettings(), str(target)
+    stages = [stages] if isinstance(stages, CoralTrainingArguments) else [*stages]
+    stages = stages or [CoralTrainingArguments("coral-drafter", report_to="none")]
+    config = AutoConfig.from_pretrained(target)
+    text = config.get_text_config(decoder=True)
+    tokenizer = AutoTokenizer.from_pretrained(target) if tokenizer is None else tokenizer
+    rows = _read_rows(dataset, tokenizer, stages[0], text)
+    sizes = row_sizes(rows, stages[0])
+    known = config.dtype or text.dtype or torch.float32
+    shape = RunShape(
+        config,
+        known if dtype == "auto" else getattr(torch, dtype),
+        drafter or CoralConfig.from_target(config),
+        stages[0],
+        settings.lora_rank,
+        None if settings.target_bits is None else int(settings.target_bits),
+        on_cpu=settings.gpu_memory is None and stages[0].device.type == "cpu",
+    )
+    room, room_name = _room(settings, shape)
+    found = [_plan_stage(replace(shape, args=args), sizes, tokenizer) for args in stages]
+    largest = max(range(len(found)), key=lambda index: found[index].memory.total)
+    fits = found[largest].memory.total <= room
+    changes = [] if fits else [*_changes(replace(shape, args=stages[largest]), sizes, room)]
+    is_cached = isinstance(rows, CachedFeatures)
+    formats = () if is_cached else FORMAT_BYTES
+    caches = {name: cache_bytes(rows, text.hidden_size, name) for name in formats}
+    features = "cached" if is_cached else settings.features
+    seconds = None
+    if _is_timed(settings, target, found[0].memory):
+        model = AutoModelForCausalLM.from_pretrained(target, dtype=shape.dtype)
+        seconds = timed_run(model, tokenizer, rows, stages, shape.drafter, features)
+        found = [one._replace(seconds=s) for one, s in zip(found, seconds.steps, strict=True)]
+    output = Path(stages[0].output_dir)
+    return Plan(
+        target=f"{target}, {_described(config, shape)}",
+        rows=f"{len(sizes.lengths)}, of {sizes.num_tokens} tokens, at most {sizes.lengths.max()}",
+        stages=found,
+        room=room,
+        room_name=room_name,
+        changes=changes,
+        caches=caches,
+        features=features,
+        finished=max(one.memory.drafter for one in found) + _saved_bytes(tokenizer),
+        output=output,
+        free=free_bytes(output),
+        existing=sum(_written_bytes(Path(args.output_dir)) for args in stages),
+        cache_seconds=None if seconds is None else seconds.token * sizes.num_tokens,
+    )
+
+
+def _read_rows(dataset: Any, tokenizer: Any, args: CoralTrainingArguments, text: Any) -> Any:
+    """Return the rows that the trainer would make of a dataset."""
+    if isinstance(dataset, str | Path):
+        is_cache = (Path(dataset) / INDEX).is_file()
+        dataset = CachedFeatures(dataset) if is_cache else load_conversations(str(dataset))
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            "`dataset` is a stream, whose rows cannot be counted before the run; plan with a part"
+            " of it, such as `Dataset.from_list([*dataset.take(1000)])`, and `max_steps`."
+        )
+    if isinstance(dataset, CachedFeatures):
+        return dataset
+    return token_rows(dataset, tokenizer, args, text, args.packing)
+
+
+def _plan_stage(shape: RunShape, sizes: RowSizes, tokenizer: PreTrainedTokenizerBase) -> StagePlan:
+    args = shape.args
+    memory = step_memory(shape, sizes.largest_batch(args.per_device_train_batch_size))
+    steps = num_steps(len(sizes.lengths), args)
+    # an adapter's weights are half of the two states that the optimizer keeps of each
+    weights = memory.drafter if shape.lora_rank is None else memory.optimizer // 2
+    states = 0 if args.save_only_model else memory.optimizer
+    checkpoint = weights + states + _saved_bytes(tokenizer)
+    return StagePlan(args.stage, steps, memory, checkpoint, num_checkpoints(steps, args))
+
+
+def _changes(shape: RunShape, sizes: RowSizes, room: int) -> Iterator[Change]:
+    """Yield changes of a run, each on top of those before it, until it fits."""
+    for options, smaller in _smaller(shape, int(sizes.lengths.max())):
+        batch = sizes.largest_batch(smaller.args.per_device_train_batch_size)
+        batch = {name: part[:, : smaller.args.max_length] for name, part in batch.items()}
+        memory = step_memory(smaller, batch)
+        yield Change(options, memory)
+        if memory.total <= room:
+            return
+
+
+def _smaller(shape: RunShape, longest: int) -> Iterator[tuple[str, RunShape]]:
+    """Yield runs that take less and less: first those that learn the same."""
+
+    def changed(**fields: Any) -> RunShape:
+        return replace(shape, args=replace(shape.args, **fields))
+
+    while (size := shape.args.per_device_train_batch_size) > 1:
+        accumulated = -(-size * shape.args.gradient_accumulation_steps // (size // 2))
+        fields = {"per_device_train_batch_size": size // 2}
+        fields["gradient_accumulation_steps"] = accumulated
+        shape = changed(**fields)
+        yield " ".join(f"--{name} {value}" for name, value in fields.items()), shape
+    if not shape.args.gradient_checkpointing:
+        name = "activation_checkpointing"  # of newer versions of transformers
+        name = name if hasattr(shape.args, name) else "gradient_checkpointing"
+        shape = changed(**{name: True})
+        yield f"--{name} True", shape
+    if shape.dtype == torch.float32:
+        shape = replace(shape, dtype=torch.bfloat16)
+        yield "--dtype bfloat16", shape
+    is_quantized = getattr(shape.target, "quantization_config", None) is not None
+    for bits in () if is_quantized or shape.bits else (8, 4):
+        shape = replace(shape, bits=bits)
+        yield f"a target in {bits} bits (`quantization_config`, docs/scale.md)", shape
+    length = min(shape.args.max_length, longest)
+    while length > LEAST_LENGTH:
+        length = max(length // 2, LEAST_LENGTH)
+        shape = changed(max_length=length)
+        yield f"--max_length {length}", shape
+
+
+def _room(settings: PlanSettings, shape: RunShape) -> tuple[int, str]:
+    """Return the bytes of memory that a process can have, and what they are of."""
+    if settings.gpu_memory is not None:
+        size = int(settings.gpu_memory * 2**30)
+        return size - CONTEXT, f"a GPU of {settings.gpu_memory:g} GiB, one of them left to CUDA"
+    if not shape.on_cpu:
+        size = torch.cuda.get_device_properties(0).total_memory
+        return size - CONTEXT, f"this GPU of {size / 2**30:.3g} GiB, one of them left to CUDA"
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return size - PROCESS, f"this machine's {shown_bytes(size)}, one of them left to libraries"
+
+
+def _is_timed(settings: PlanSettings, target: str, memory: StepMemory) -> bool:
+    is_small = Path(target).is_dir() and memory.target <= SMALL
+    return is_small if settings.measure is None else settings.measure
+
+
+def _described(config: PreTrainedConfig, shape: RunShape) -> str:
+    kind = ", ".join(config.architectures or [config.model_type])
+    name = str(shape.dtype).removeprefix("torch.")
+    if shape.bits:
+        return f"{kind}, in {shape.bits} bits"
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    return f"{kind}, {'quantized, else ' if is_quantized else ''}{name}"
+
+
+def _saved_bytes(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Count the bytes of a tokenizer's files, which lie in every checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return _written_bytes(Path(folder))
+
+
+def _written_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,95 @@
+"""Hours of a run, from a few steps of it on this machine.
+
+In: the target, rows and settings of a run. Out: seconds of an optimizer step of each stage, and of
+a cached token where features are cached. Models are loaded; nothing that is written is kept.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from ...drafters.coral import CoralConfig, CoralDrafter
+from ..arguments import CoralTrainingArguments
+from ..features import CachedFeatures, write_features
+from ..trainer import CoralTrainer
+
+NUM_STEPS = 6  # of which the first two are left out
+UNKEPT: dict[str, Any] = {
+    "max_steps": NUM_STEPS,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "load_best_model_at_end": False,
+    "push_to_hub": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "plots": False,
+}
+
+
+class Seconds(NamedTuple):
+    """What a run takes on this machine."""
+
+    steps: list[float]  # an optimizer step of each stage
+    token: float = 0.0  # a token whose features are cached
+
+
+class StepTimer(TrainerCallback):
+    """Notes how long each optimizer step takes."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._last = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Start the clock."""
+        self._last = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Note a step."""
+        now = time.perf_counter()
+        self.seconds.append(now - self._last)
+        self._last = now
+
+
+def timed_run(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Any,
+    stages: Sequence[CoralTrainingArguments],
+    config: CoralConfig,
+    features: str = "online",
+) -> Seconds:
+    """Run a few steps of each stage on rows from all over the dataset.
+
+    Args:
+        target: on the CPU; each trainer moves it to the device of the run.
+        rows: of the trainer: token ids and labels, or `CachedFeatures`.
+        config: of the drafter.
+        features: "online", or the format in which they are cached.
+    """
+    drafter, found, token = CoralDrafter(config), list[float](), 0.0
+    with TemporaryDirectory() as folder:
+        for args in stages:
+            place: dict[str, Any] = {"output_dir": str(Path(folder, args.stage))}
+            short = replace(args, **place, **UNKEPT)
+            size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+            part = rows
+            if not isinstance(rows, CachedFeatures):
+                count = min(size * NUM_STEPS * args.world_size, len(rows))
+                part = rows.select([index * len(rows) // count for index in range(count)])
+            if features != "online":
+                start, cache = time.perf_counter(), Path(folder, f"features-{args.stage}")
+                write_features(target, part, cache, features)
+                part = CachedFeatures(cache)
+                token = (time.perf_counter() - start) / sum(part.lengths)
+            timer = StepTimer()
+            given = {"train_dataset": part, "callbacks": [timer]}
+            CoralTrainer(drafter, target, short, tokenizer, **given).train()
+            found.append(median(timer.seconds[2:]))
+    return Seconds(found, token)
