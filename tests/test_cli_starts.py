@@ -148,6 +148,7 @@ def test_two_training_runs_cannot_share_an_output_folder(folder, tmp_path):
     assert train(folder, tmp_path / "new", "--stage", "joint").exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_run_needs_a_vacant_folder_and_resumes_only_with_its_own_settings(folder, tmp_path):
     options = ["--router-epochs", 1]
     first = train(folder, tmp_path, *options)
@@ -169,6 +170,7 @@ def test_a_run_needs_a_vacant_folder_and_resumes_only_with_its_own_settings(fold
     assert not (tmp_path / "drafter").exists()
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_bytes(folder, tmp_path):
     found = []
     for name, seed in (("once", 7), ("twice", 7), ("other", 8)):

@@ -125,7 +125,9 @@ def test_rows_end_where_they_end_in_a_plain_call(rounds_run):
     assert rounds_run
 
 
-@pytest.mark.parametrize(("family", "rows"), [("llama", 1), ("gemma3", 3)])
+@pytest.mark.parametrize(
+    ("family", "rows"), [("llama", 1), pytest.param("gemma3", 3, marks=pytest.mark.slow)]
+)
 def test_a_call_continues_from_the_cache_of_one_with_constant_shapes(family, rows):
     target, drafter = pair(family)
     given = prompts(rows)
@@ -163,15 +165,15 @@ def test_capacities_double():
     ]
 
 
-def test_a_token_is_read_alone_where_drafting_does_not_pay(monkeypatch):
+@pytest.mark.parametrize("way", [STATIC, pytest.param(COMPILED, marks=pytest.mark.slow)])
+def test_a_token_is_read_alone_where_drafting_does_not_pay(way, monkeypatch):
     monkeypatch.setattr(loop_module, "measure_cost", lambda rounds, steps: 9.0)
     target, drafter = pair()
     given = prompts(rows=2)
     plain = target.generate(**given, **PLAIN)
-    for way in (STATIC, COMPILED):
-        ours = drafted(target, drafter, given, **PLAIN, **way, speculation="adaptive")
-        assert ours.sequences.equal(plain)
-        assert ours.stats.is_stepped_back and ours.stats.num_rounds > len(plain[0]) // 3
+    ours = drafted(target, drafter, given, **PLAIN, **way, speculation="adaptive")
+    assert ours.sequences.equal(plain)
+    assert ours.stats.is_stepped_back and ours.stats.num_rounds > len(plain[0]) // 3
 
 
 def test_the_same_call_drafts_alike_however_long_passes_take():
@@ -410,7 +412,7 @@ def test_graphs_are_captured_on_cuda_alone():
         drafted(target, drafter, prompts(), **PLAIN, capture=True)
 
 
-@pytest.mark.parametrize("way", [STATIC, COMPILED])
+@pytest.mark.parametrize("way", [STATIC, pytest.param(COMPILED, marks=pytest.mark.slow)])
 def test_chains_run_in_rounds_of_constant_shapes(way, rounds_run):
     target, drafter = pair()
     plain = target.generate(**prompts(rows=2), **PLAIN)
@@ -419,8 +421,9 @@ def test_chains_run_in_rounds_of_constant_shapes(way, rounds_run):
     assert target.generate(**given, **PLAIN, **chain, **way).equal(plain) and rounds_run
 
 
+@pytest.mark.parametrize("way", [STATIC, pytest.param(COMPILED, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("head", [name for name in DRAFT_HEADS if name != "full"])
-def test_every_draft_head_is_read_in_rounds_of_constant_shapes(head, rounds_run):
+def test_every_draft_head_is_read_in_rounds_of_constant_shapes(head, way, rounds_run):
     target, drafter = pair(dtype=torch.float32)
     drafter.heads.add_router(4, 2)
     drafter.config.is_router_trained = True
@@ -430,7 +433,6 @@ def test_every_draft_head_is_read_in_rounds_of_constant_shapes(head, rounds_run)
     drafter = drafter.double()
     target = target.double()
     plain = target.generate(**prompts(rows=2), **PLAIN)
-    for way in (STATIC, COMPILED):
-        ours = drafted(target, drafter, prompts(rows=2), **PLAIN, **way, draft_head=head)
-        assert ours.sequences.equal(plain) and rounds_run
-        assert ours.stats.acceptance_length > 1
+    ours = drafted(target, drafter, prompts(rows=2), **PLAIN, **way, draft_head=head)
+    assert ours.sequences.equal(plain) and rounds_run
+    assert ours.stats.acceptance_length > 1

@@ -446,7 +446,7 @@ def test_two_threads_share_one_drafter(target, drafter):
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
         ({"cache_implementation": "offloaded"}, "cache_implementation"),
         ({"draft_head": "routed"}, "no trained router"),
-        ({"draft_head": "half"}, "use one of .'full', 'routed'"),
+        ({"draft_head": "half"}, "use one of .'full', 'quantized'"),
         ({"tree_depth": 0}, "`tree_depth` is 0"),
         ({"synced_gpus": True}, "synced_gpus"),
         ({"custom_generate": lambda *args, **kwargs: None}, "custom_generate"),

@@ -64,6 +64,7 @@ def test_the_share_read_includes_the_weights_that_a_head_adds(fields, share):
     assert read_share({"vocab_size": 1000, "hidden_size": 20, **fields}, 4) == pytest.approx(share)
 
 
+@pytest.mark.slow
 def test_the_command_makes_heads_once_and_measures_them(folder):  # noqa: F811
     from transformers import AutoModelForCausalLM
 

@@ -132,6 +132,7 @@ def test_large_files_that_have_arrived_are_not_sent_twice(hub, client, drafter):
     assert "model.safetensors" in hub.files("org/again")
 
 
+@pytest.mark.slow
 def test_a_stranger_loads_shards_and_a_revision_and_works_offline(
     hub, client, stranger, drafter, tmp_path
 ):
@@ -266,6 +267,7 @@ def test_published_code_loads_a_drafter_without_an_import_or_says_what_to_instal
 # ---- the command, and cards that people write
 
 
+@pytest.mark.slow
 def test_the_command_publishes_a_folder_with_its_report(
     hub,
     client,

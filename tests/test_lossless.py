@@ -65,7 +65,10 @@ WAYS = {
     "way", ["growing", "static", pytest.param("compiled", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("shape", [TREE, CHAIN], ids=["tree", "chain"])
-@pytest.mark.parametrize("name", ["stories260k-hf", "bitnet3m-hf", "coral-bench"])
+@pytest.mark.parametrize(
+    "name",
+    ["stories260k-hf", "bitnet3m-hf", pytest.param("coral-bench", marks=pytest.mark.slow)],
+)
 def test_greedy_tokens_equal_a_trained_target_alone(name, shape, way):
     folder = shared_file(f"targets/{name}")
     target = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
@@ -92,7 +95,7 @@ def test_greedy_tokens_equal_the_target_alone_when_inductor_compiles(family, sha
     assert torch.equal(plain, drafted)
 
 
-@pytest.mark.parametrize("way", ["static", "compiled"])
+@pytest.mark.parametrize("way", ["static", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_threads_share_a_target_and_a_drafter(way):
     target = tiny_target("llama")
     torch.manual_seed(0)

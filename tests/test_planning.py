@@ -88,6 +88,7 @@ def test_planned_memory_is_what_torch_allocates(named, tmp_path, recipe, accumul
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep:FutureWarning")
+@pytest.mark.slow
 def test_what_a_run_holds_less_is_planned_less(named, tmp_path):
     shape = RunShape(
         AutoConfig.from_pretrained(named),

@@ -78,6 +78,7 @@ def test_a_killed_run_resumes_bit_for_bit(whole, tmp_path, step):
     assert_same(launched.resumed(tmp_path, resume=True, **SETTINGS), whole)
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_writing_a_checkpoint_resumes_from_the_one_before(whole, tmp_path):
     process = start(tmp_path, kill_writing=4, save_total_limit=1, **SETTINGS)
     output, _ = process.communicate(timeout=120)

@@ -42,6 +42,8 @@ def warm_up(
     >>> target.generate(**inputs, assistant_model=drafter, compile_config=CompileConfig())
     ```
     """
+    if settings.get("speculation") == "never":
+        raise ValueError("`speculation` is 'never', so that there are no rounds; leave it out.")
     start = time.perf_counter()
     loop = replace(decoder(drafter), is_warm_up=True)
     ids = torch.zeros(batch_size, 1, dtype=torch.long, device=target.device)
