@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .drafters.bigram import BigramDrafter as BigramDrafter
     from .drafters.coral import CoralConfig as CoralConfig
     from .drafters.coral import CoralDrafter as CoralDrafter
+    from .drafters.eagle3 import Eagle3Config as Eagle3Config
+    from .drafters.eagle3 import Eagle3Drafter as Eagle3Drafter
     from .hub import publish as publish
     from .measure.autotune import autotune as autotune
     from .measure.lossless import verify as verify
@@ -46,6 +48,7 @@ _MODULES = {
     ],
     "drafters.bigram": ["BigramConfig", "BigramDrafter"],
     "drafters.coral": ["CoralConfig", "CoralDrafter"],
+    "drafters.eagle3": ["Eagle3Config", "Eagle3Drafter"],
     "hub": ["publish"],
     "measure.autotune": ["autotune"],
     "measure.lossless": ["verify"],
@@ -66,10 +69,11 @@ def __getattr__(name: str):
 def register() -> None:
     """Register the drafters with the Auto classes and wrap `generate`; importing does so."""
     from .decoding import install
-    from .drafters import bigram, coral  # noqa: F401  both register themselves
+    from .drafters import bigram, coral, eagle3  # noqa: F401  they register themselves
+    from .drafters.model import Drafter
 
     install()
-    coral.CoralDrafter.publisher = staticmethod(lambda: importlib.import_module(f"{__name__}.hub"))
+    Drafter.publisher = staticmethod(lambda: importlib.import_module(f"{__name__}.hub"))
 
 
 def _is_command_line() -> bool:

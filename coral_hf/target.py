@@ -247,8 +247,10 @@ def check_target(
         text_config(model),
         config.target_model_type in (None, model.config.model_type),
     )
-    for name in ("hidden_size", "vocab_size"):
-        expected, found = getattr(config, name), getattr(text, name)
+    # a drafter may be of another width than its target
+    width = getattr(config, "target_hidden_size", config.hidden_size)
+    for name, expected in (("hidden_size", width), ("vocab_size", config.vocab_size)):
+        found = getattr(text, name)
         if expected == found:
             continue
         if name == "vocab_size" and takes_other_vocabulary and is_same_type:
@@ -261,7 +263,7 @@ def check_target(
         raise ValueError(
             f"`{name}` of the target is {found}, but the drafter was made for a target with"
             f" {expected} ({config.target_name_or_path or 'unnamed'}). Use the drafter's own"
-            " target, or train a drafter for this one with CoralDrafter.from_target(target)."
+            " target, or train a drafter for this one, from its `from_target(target)`."
         )
     _warn_of_other_target(model.config, config)
 

@@ -43,12 +43,12 @@ SEAMS = {
         "decoding/generate.py",
         "decoding/guard/target.py",
         "decoding/preparation/needs.py",
-        "drafters/coral/modeling.py",
+        "drafters/model.py",
     ],
     "get_input_embeddings": ["target.py"],
     "get_output_embeddings": [
         "decoding/guard/target.py",
-        "drafters/coral/modeling.py",
+        "drafters/model.py",
         "target.py",
     ],
     "_attn_implementation": [

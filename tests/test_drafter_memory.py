@@ -10,7 +10,8 @@ from coral_hf import CoralDrafter
 from coral_hf.decoding.caches.continuation import CACHE
 from coral_hf.decoding.drafting import TreeShape
 from coral_hf.decoding.sequences import Sequences
-from coral_hf.drafters.coral import drafting
+from coral_hf.drafters import feature_drafting as drafting
+from coral_hf.drafters.coral import CoralDrafting
 from coral_hf.target import read_target
 
 LENGTH = 90
@@ -29,7 +30,7 @@ def drafter(target):
 
 def begun(drafter, target, padding=0, **options):
     """The drafting of a call that has read two prompts, of which one is padded."""
-    own = drafting.CoralDrafting(drafter, read_target(target), **options)
+    own = CoralDrafting(drafter, read_target(target), **options)
     chance = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, VOCAB, (2, LENGTH + 1), generator=chance)
     features = torch.randn(2, LENGTH, 32, generator=chance, dtype=torch.float64)
@@ -97,7 +98,7 @@ def test_a_text_continues_with_a_drafters_window(target, drafter):
 
 def test_a_window_that_holds_no_tree_is_refused(target, drafter):
     with pytest.raises(ValueError, match="`draft_window` is 8"):
-        drafting.CoralDrafting(drafter, read_target(target), draft_window=8)
+        CoralDrafting(drafter, read_target(target), draft_window=8)
 
 
 def test_rows_of_one_length_are_processed_as_a_batch_and_as_alone():
@@ -121,14 +122,14 @@ def test_features_come_in_the_chunks_of_a_prompt_and_none_are_kept(
     mask[1, :padding] = 0
     settings = {"assistant_model": drafter, "speculation": "always", "attention_mask": mask}
     settings |= {"max_new_tokens": 16, "pad_token_id": 0, "return_dict_in_generate": True}
-    lengths, caches, extend = [], [], drafting.CoralDrafting.extend
+    lengths, caches, extend = [], [], CoralDrafting.extend
 
     def watched(own, tokens, features, positions):
         lengths.append((tokens.shape[1] - 1, features.shape[1]))
         extend(own, tokens, features, positions)
         caches.append((own._cache.positions.clone(), own._cache.layers[0].keys.clone()))
 
-    monkeypatch.setattr(drafting.CoralDrafting, "extend", watched)
+    monkeypatch.setattr(CoralDrafting, "extend", watched)
     whole = target.generate(ids, **settings)
     parts = target.generate(ids, **settings, prefill_chunk_size=40)
     assert lengths == [(90, 90), (40, 40), (40, 40), (10, 10)]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModel
 
 from coral_hf import CoralConfig, CoralDrafter
-from coral_hf.drafters.coral.layers import rotate
+from coral_hf.drafters.layers import rotate
 
 BATCH, LENGTH, HIDDEN = 2, 7, 32
 EAGLE_SHAPES = {

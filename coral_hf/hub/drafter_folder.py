@@ -20,7 +20,8 @@ from transformers.utils import (
 
 from ..atomic import write_text
 from ..drafters.coral.configuration import CoralConfig
-from ..drafters.coral.modeling import TRAINING_RECORD, CoralDrafter
+from ..drafters.coral.modeling import CoralDrafter
+from ..drafters.model import TRAINING_RECORD
 
 TOKENIZER = "tokenizer_config.json"
 CODE = "modeling_coral.py"

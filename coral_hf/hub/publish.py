@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import CommitInfo, HfApi
 from transformers import PreTrainedTokenizerBase
 
-from ..drafters.coral.modeling import TRAINING_RECORD, CoralDrafter
+from ..drafters.coral.modeling import CoralDrafter
+from ..drafters.model import TRAINING_RECORD
 from ..identity import record_tokenizer
 from .card import CardFacts, Results, bring_card, check_results, read_results, write_card
 from .drafter_folder import finish_config, published_files, read_drafter, read_tokenizer

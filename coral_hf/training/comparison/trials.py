@@ -18,6 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
 
 from ...atomic import JsonLines, keep_settings, sole_writer
+from ...drafters.configuration import DrafterConfig
 from ...drafters.coral.configuration import CoralConfig
 from ...drafters.coral.modeling import CoralDrafter
 from ...identity import digest, identify
@@ -71,7 +72,7 @@ def config_fields(words: Iterable[str]) -> dict[str, Any]:
             a value of another type.
     """
     # those that it declares itself; others are of transformers and shape no drafter
-    known = CoralConfig.__annotations__
+    known = {**DrafterConfig.__annotations__, **CoralConfig.__annotations__}
     config, fields = CoralConfig(), {}
     for word in words:
         name, _, value = word.partition("=")

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import Trainer, TrainerCallback
 
 from ...atomic import write_json
-from ...drafters.coral.modeling import TRAINING_RECORD
+from ...drafters.model import TRAINING_RECORD
 from ...hub import Branch, CardFacts, bring_card, finish_config, write_card
 from ..adapters import is_adapted
 

@@ -42,7 +42,7 @@ class UnrollContext:
     # `seen` changes with every step, and torch.compile would compile each of them again
     @torch.compiler.disable
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See [`coral_hf.drafters.coral.layers.Context`]; (batch, heads, length, head_dim)."""
+        """See [`coral_hf.drafters.layers.Context`]; (batch, heads, length, head_dim)."""
         # gradient checkpointing runs a step twice; the tensors of the first run stay
         self.seen.setdefault((layer_idx, self.step), (key, value))
         before = [self.seen[layer_idx, step] for step in range(self.step)]

@@ -1,4 +1,4 @@
-"""Layers of a CORAL drafter: Llama's, with attention over whatever a context holds.
+"""Layers of drafters: Llama's, with attention over whatever a context holds.
 
 In: hidden states, rotary positions, a context (a cache in decoding, past steps in training). Out:
 hidden states of the same shape.
@@ -9,11 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
-
-from .configuration import CoralConfig
 
 
 class Context(Protocol):
@@ -40,24 +39,30 @@ class CausalContext:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
-class CoralAttention(nn.Module):
-    """Grouped-query attention with rotary positions over whatever the context holds."""
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions over whatever the context holds.
 
-    def __init__(self, config: CoralConfig, layer_idx: int):
+    `width`: of what is projected to queries, keys and values.
+    """
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, width: int):
         super().__init__()
         self.layer_idx = layer_idx
         assert config.head_dim and config.num_key_value_heads, "the config fills these in"
         self.head_dim = config.head_dim
         # q: (batch, length, heads * head_dim); k, v: (batch, length, kv_heads * head_dim)
-        width = config.num_attention_heads * config.head_dim
-        kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        inner = config.num_attention_heads * config.head_dim
+        kv_inner = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(width, inner, bias=config.attention_bias)
+        self.k_proj = nn.Linear(width, kv_inner, bias=config.attention_bias)
+        self.v_proj = nn.Linear(width, kv_inner, bias=config.attention_bias)
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, context: Context) -> Tensor:
-        """(batch, length, hidden) → the same; `cos`, `sin`: (batch or 1, 1, length, rotary_dim)."""
+        """(batch, length, width) → (batch, length, hidden).
+
+        `cos`, `sin`: (batch or 1, 1, length, rotary_dim).
+        """
         query = rotate(self._heads(self.q_proj(hidden)), cos, sin)
         key = rotate(self._heads(self.k_proj(hidden)), cos, sin)
         attended = context.attend(self.layer_idx, query, key, self._heads(self.v_proj(hidden)))
@@ -80,10 +85,10 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned * cos + rotate_half(turned) * sin, passed], dim=-1)
 
 
-class CoralMLP(nn.Module):
+class MLP(nn.Module):
     """A SwiGLU feed-forward block."""
 
-    def __init__(self, config: CoralConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         # (batch, length, hidden) → (batch, length, intermediate) → (batch, length, hidden)
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -96,13 +101,13 @@ class CoralMLP(nn.Module):
         return self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
-class CoralLayer(GradientCheckpointingLayer):
+class DecoderLayer(GradientCheckpointingLayer):
     """A Llama-style decoder layer; the first one has no input norm, as in EAGLE-1."""
 
-    def __init__(self, config: CoralConfig, layer_idx: int):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = CoralAttention(config, layer_idx)
-        self.mlp = CoralMLP(config)
+        self.self_attn = Attention(config, layer_idx, config.hidden_size)
+        self.mlp = MLP(config)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         if layer_idx > 0:
             self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)

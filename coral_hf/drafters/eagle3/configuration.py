@@ -1,0 +1,108 @@
+"""Configuration of an EAGLE-3 drafter (Li et al. 2025) and of its 3.1 variants.
+
+In: the config of a target. Out: `Eagle3Config`: which of the target's layers the drafter reads, its
+draft vocabulary, and where its norms are.
+"""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from ..configuration import DrafterConfig
+
+DRAFT_VOCABULARY = 32000  # tokens, as published
+
+
+@strict
+class Eagle3Config(DrafterConfig):
+    """Configuration of an [`Eagle3Drafter`].
+
+    `Eagle3Config.from_target` fills in everything that follows from a target. What it shares with
+    other families is in `DrafterConfig`.
+
+    Args:
+        target_layers: the hidden states of the target that are fused, as indices into its
+            `hidden_states`: `i` is what the layers before layer `i` made, so the input of that
+            layer.
+        target_hidden_size: width of the target; `hidden_size` by default.
+        draft_vocab_size: tokens that the drafter can propose; all by default.
+        norm_before_residual: the first layer adds to the normed hidden state, not to the one that
+            it got.
+        norm_before_fc: one norm over all fused hidden states (EAGLE-3 for gpt-oss).
+        fc_norm: a norm over each of the fused hidden states (EAGLE-3.1).
+        norm_output: a step reads the last one's output after the final norm (EAGLE-3.1).
+        fc_bias: a bias in the fusion.
+        has_embeddings: whether the drafter has embeddings of its own; else it reads the target's.
+
+    Example:
+
+    ```python
+    >>> from transformers import LlamaConfig
+    >>> from coral_hf import Eagle3Config
+    >>> Eagle3Config.from_target(LlamaConfig(num_hidden_layers=32)).target_layers
+    [2, 16, 29]
+    ```
+    """
+
+    model_type = "coral_eagle3"
+
+    target_layers: list[int] | tuple[int, ...] = (2, 16, 29)
+    target_hidden_size: int | None = None
+    draft_vocab_size: int | None = None
+    norm_before_residual: bool = False
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+    fc_bias: bool = False
+    has_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.target_layers = list(self.target_layers)
+        if self.target_hidden_size is None:
+            self.target_hidden_size = self.hidden_size
+        if self.draft_vocab_size is None:
+            self.draft_vocab_size = self.vocab_size
+        if not 1 <= self.draft_vocab_size <= self.vocab_size:
+            raise ValueError(
+                f"`draft_vocab_size` is {self.draft_vocab_size}; use a value from 1 to `vocab_size`"
+                f" = {self.vocab_size}."
+            )
+        if not self.has_embeddings and self.target_hidden_size != self.hidden_size:
+            raise ValueError(
+                f"`hidden_size` is {self.hidden_size} and `target_hidden_size`"
+                f" {self.target_hidden_size}: the target's embeddings do not fit a drafter of"
+                " another width; set `has_embeddings`."
+            )
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raise a ValueError for `target_layers` that a target with so many layers has not."""
+        if wrong := [layer for layer in self.target_layers if not 0 <= layer <= num_layers]:
+            raise ValueError(
+                f"`target_layers` are {self.target_layers}, but the target has {num_layers} layers:"
+                f" there is no hidden state {wrong[0]}. Use the drafter's own target"
+                f" ({self.target_name_or_path or 'unnamed'})."
+            )
+
+    @classmethod
+    def _own_fields(cls, text: PreTrainedConfig) -> dict[str, Any]:
+        return {
+            "target_layers": default_layers(text.num_hidden_layers),
+            "target_hidden_size": text.hidden_size,
+            "draft_vocab_size": min(DRAFT_VOCABULARY, text.vocab_size),
+            "attention_bias": False,
+        }
+
+
+def default_layers(num_layers: int) -> list[int]:
+    """A low, a middle and a high hidden state of a target, as indices into its `hidden_states`.
+
+    As published, the inputs of layers 2, L // 2 and L - 3; in a target too shallow for three
+    different ones, as far apart as there are.
+    """
+    if num_layers >= 7:
+        return [2, num_layers // 2, num_layers - 3]
+    if num_layers >= 4:
+        return [1, num_layers // 2, num_layers - 1]
+    return list(range(num_layers + 1))[-3:]

@@ -1,0 +1,67 @@
+"""EAGLE-3's side of a call: it fuses hidden states of the target, and has a head of its own."""
+
+from torch import Tensor
+
+from ...heads.draft_heads import Children
+from ...heads.ranking import rank
+from ...target import Target, text_config
+from ..feature_drafting import DrafterMemory, FeatureDrafting
+from .modeling import Eagle3Drafter
+
+
+class OwnHead:
+    """A drafter's LM head over its draft vocabulary.
+
+    `num_tokens`: of the target, which may have lost some since the drafter was made.
+    """
+
+    def __init__(self, drafter: Eagle3Drafter, num_tokens: int):
+        self._drafter, self._num_tokens = drafter, num_tokens
+        tokens = drafter.draft_tokens
+        self._gone = tokens >= num_tokens if bool((tokens >= num_tokens).any()) else None
+        self._tokens = tokens.clamp(max=num_tokens - 1)
+
+    def children(self, features: Tensor, log_path: Tensor, top_k: int) -> Children:
+        """Rank the children of features (batch, nodes, hidden); see [`DraftHead`]."""
+        places, log_probs = rank(self._read(features), min(top_k, len(self._tokens)))
+        return Children(self._tokens[places], log_probs)
+
+    def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
+        """Spread logits over the target's vocabulary, (batch, nodes, vocab); see [`DraftHead`]."""
+        read = self._read(features)
+        logits = read.new_full((*read.shape[:-1], self._num_tokens), float("-inf"))
+        # a draft id without a token stands for the last one, whose logit it must not overwrite
+        return logits.scatter_reduce(-1, self._tokens.expand_as(read), read, "amax")
+
+    def _read(self, features: Tensor) -> Tensor:
+        """(batch, nodes, hidden) → (batch, nodes, draft_vocab)"""
+        logits = self._drafter.draft_logits(features).float()
+        return logits if self._gone is None else logits.masked_fill(self._gone, float("-inf"))
+
+
+class Eagle3Drafting(FeatureDrafting):
+    """Drafts for one call of `generate` with an [`Eagle3Drafter`]; see [`FeatureDrafting`]."""
+
+    drafter: Eagle3Drafter
+
+    def __init__(
+        self,
+        drafter: Eagle3Drafter,
+        target: Target,
+        memory: DrafterMemory | None = None,
+        draft_window: int | None = None,
+    ):
+        super().__init__(drafter, target, memory, draft_window)
+        text = text_config(target.model)
+        drafter.config.check_layers(text.num_hidden_layers)
+        self.layers = tuple(drafter.config.target_layers)
+        self.head = OwnHead(drafter, text.vocab_size)
+
+    def read(self, features: Tensor) -> Tensor:
+        """Fuse features, (batch, new, layers · hidden) → (batch, new, hidden)."""
+        return self.drafter.fuse(features)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embed tokens (batch, new) by the drafter's own table, or by the target's."""
+        has_own = self.drafter.config.has_embeddings
+        return self.drafter.embed(tokens) if has_own else self.target.embed(tokens)

@@ -1,0 +1,174 @@
+"""The EAGLE-3 drafter: one step, (next token, hidden state) → the next hidden state, and its head.
+
+    position          0        1        2        3
+    token             x0       x1       x2       x3
+    target features   g0       g1       g2       g3          three hidden states each, fused
+    drafter reads              (x1,g0)  (x2,g1)  (x3,g2)     at positions 0, 1, 2
+    and returns                a1       a2       a3          whose logits are for x2, x3, x4
+    the next step reads                 (x̂2,a1)  …
+
+The logits are of the draft vocabulary, the drafter's own choice of the target's tokens.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+
+from ...heads.router import check_token_ids
+from ..layers import MLP, Attention, CausalContext, Context, DecoderLayer
+from ..model import Drafter
+from .configuration import Eagle3Config
+
+
+class Eagle3Layer(GradientCheckpointingLayer):
+    """The first decoder layer, whose attention reads the embedding and the hidden state."""
+
+    def __init__(self, config: Eagle3Config):
+        super().__init__()
+        self.norms_residual = config.norm_before_residual
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hidden_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, 0, 2 * config.hidden_size)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, hidden: Tensor, embeddings: Tensor, cos: Tensor, sin: Tensor, context: Context
+    ) -> Tensor:
+        """`hidden`, `embeddings`: (batch, length, hidden). Returns the same shape."""
+        normed = self.hidden_norm(hidden)
+        both = torch.cat([self.input_layernorm(embeddings), normed], dim=-1)
+        residual = normed if self.norms_residual else hidden
+        hidden = residual + self.self_attn(both, cos, sin, context)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Eagle3Drafter(Drafter):
+    """A light model that predicts a target's next tokens from hidden states of several layers.
+
+    Example:
+
+    ```python
+    >>> drafter = Eagle3Drafter.from_target(target)  # fresh, to be trained
+    >>> drafter = from_eagle(target, "org/EAGLE3-llama3")  # or import a trained one
+    >>> target.generate(**inputs, assistant_model=drafter)
+    ```
+    """
+
+    config_class = Eagle3Config
+    config: Eagle3Config
+    _no_split_modules = ["Eagle3Layer", "DecoderLayer"]
+    d2t: Tensor  # (draft_vocab,), the token id of each draft id, less the draft id
+    t2d: Tensor  # (vocab,), whether a token can be proposed
+
+    def __init__(self, config: Eagle3Config):
+        super().__init__(config)
+        width, epsilon = config.target_hidden_size, config.rms_norm_eps
+        assert width and config.draft_vocab_size, "the config fills these in"
+        fused = len(config.target_layers)
+        # (batch, length, fused * target_hidden) → (batch, length, hidden)
+        self.fc = nn.Linear(fused * width, config.hidden_size, bias=config.fc_bias)
+        self.input_norm = LlamaRMSNorm(fused * width, epsilon) if config.norm_before_fc else None
+        self.fc_norm = (
+            nn.ModuleList(LlamaRMSNorm(width, epsilon) for _ in range(fused))
+            if config.fc_norm
+            else None
+        )
+        self.layers = nn.ModuleList([Eagle3Layer(config)])
+        self.layers.extend(DecoderLayer(config, n) for n in range(1, config.num_hidden_layers))
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.norm = LlamaRMSNorm(config.hidden_size, epsilon)
+        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        self.embed_tokens = (
+            nn.Embedding(config.vocab_size, config.hidden_size) if config.has_embeddings else None
+        )
+        draft_ids = torch.arange(config.draft_vocab_size)
+        self.register_buffer("d2t", torch.zeros_like(draft_ids))
+        self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size)
+        self.post_init()
+
+    def check(self) -> None:
+        """See [`Drafter.check`]: `d2t` and `t2d` name the same tokens."""
+        self.set_draft_vocabulary(self.draft_tokens)
+
+    @property
+    def draft_tokens(self) -> Tensor:
+        """The token id of each draft id, (draft_vocab,)."""
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def set_draft_vocabulary(self, tokens: Tensor) -> None:
+        """Let the rows of `lm_head` stand for other tokens.
+
+        Args:
+            tokens: (draft_vocab,), the token id of each row.
+
+        Raises:
+            ValueError: for another number of tokens, for one twice, for one that is none.
+        """
+        check_token_ids("draft_tokens", tokens, self.config.vocab_size, len(self.d2t))
+        tokens = tokens.to(self.d2t.device)
+        self.d2t.copy_(tokens - torch.arange(len(tokens), device=tokens.device))
+        self.t2d.fill_(False)
+        self.t2d[tokens] = True
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """Fuse the target's hidden states, side by side, to what a step reads.
+
+        (batch, length, fused * target_hidden) → (batch, length, hidden)
+        """
+        features = features.to(self.fc.weight.dtype)
+        if self.input_norm is not None:
+            features = self.input_norm(features)
+        if self.fc_norm is not None:
+            parts = features.chunk(len(self.fc_norm), dim=-1)
+            normed = [norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)]
+            features = torch.cat(normed, dim=-1)
+        return self.fc(features)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embed tokens (batch, length) by the drafter's own table: (batch, length, hidden).
+
+        A token that the target has gained since is read as the last one.
+        """
+        assert self.embed_tokens is not None, "the drafter reads its target's embeddings"
+        table = self.embed_tokens
+        return table(tokens.to(table.weight.device).clamp(max=table.num_embeddings - 1))
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        hidden: Tensor,
+        position_ids: Tensor | None = None,
+        context: Context | None = None,
+    ) -> Tensor:
+        """Predict the hidden state after each pair of (next token, hidden state).
+
+        Args:
+            inputs_embeds: (batch, length, hidden), the embedding of the token after each `hidden`.
+            hidden: (batch, length, hidden), of [`fuse`], or predicted by an earlier step.
+            position_ids: (batch or 1, length), the positions of `hidden`; 0, 1, … by default.
+            context: what can be attended to beside the inputs; causal attention among the inputs
+                by default.
+
+        Returns:
+            (batch, length, hidden), before the final norm unless the config says `norm_output`.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        context, dtype = context or CausalContext(), self.fc.weight.dtype
+        hidden, inputs_embeds = hidden.to(dtype), inputs_embeds.to(dtype)
+        cos, sin = (part[:, None] for part in self.rotary_emb(hidden, position_ids))
+        first, *others = self.layers
+        hidden = first(hidden, inputs_embeds, cos=cos, sin=sin, context=context)
+        for layer in others:
+            hidden = layer(hidden, cos=cos, sin=sin, context=context)
+        return self.norm(hidden) if self.config.norm_output else hidden
+
+    def draft_logits(self, hidden: Tensor) -> Tensor:
+        """Logits over the draft vocabulary: (*batch, hidden) → (*batch, draft_vocab)."""
+        return self.lm_head(hidden if self.config.norm_output else self.norm(hidden))
+
+    def to_target_ids(self, draft_ids: Tensor) -> Tensor:
+        """The target's ids of draft ids, (...) both."""
+        return draft_ids + self.d2t[draft_ids]

@@ -1,0 +1,190 @@
+"""What models of all families with layers share: saving, loading, publishing, and their refusals.
+
+A family's model is one step and its heads; what it has learned from lies in `training_record`.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from huggingface_hub import CommitInfo
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file
+
+from ..atomic import write_json
+from ..decoding.guard import accept_features, accept_target
+from ..decoding.settings import TREE_DEFAULTS
+from ..lm_head import execution_device
+from .configuration import DrafterConfig
+
+TRAINING_RECORD = "training_record.json"  # beside the weights
+# prefixes of fields and weights that only the first layout of this package saved
+FIRST_LAYOUT = ("training_record", "router.", "hot_tokens", "low_rank.")
+
+Made = TypeVar("Made", bound="Drafter")
+
+
+class Drafter(PreTrainedModel, GenerationMixin):
+    """A light model that proposes a target's next tokens, and cannot generate alone."""
+
+    config: DrafterConfig
+    fc: nn.Linear  # the first layer, which every such family has
+    base_model_prefix = "model"
+    main_input_name = "input_ids"  # of a batch of training, whose tokens `Trainer` counts
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    # finds the package that publishes, which imports this one; `import coral_hf` sets it
+    publisher: ClassVar[Callable[[], Any]]
+
+    def __init__(self, config: DrafterConfig):
+        super().__init__(config)
+        # one dict for each training run of the drafter: recipe, data, cost
+        self.training_record: list[dict[str, Any]] = []
+
+    def post_init(self) -> None:
+        """See [`~transformers.PreTrainedModel`]; settings of trees are set."""
+        super().post_init()
+        config = self.config
+        # `from_pretrained` replaces it by the checkpoint's own; transformers' defaults for
+        # assistants, 20 tokens and a threshold of 0.4, are meant for another method
+        self.generation_config = GenerationConfig(
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+            num_assistant_tokens=TREE_DEFAULTS["tree_depth"],
+            assistant_confidence_threshold=0.0,
+            **TREE_DEFAULTS,
+        )
+
+    @classmethod
+    def from_target(cls: type[Made], target: PreTrainedModel, **overrides) -> Made:
+        """Make an untrained drafter for `target`, in its dtype and on the device of its LM head.
+
+        `overrides` are fields of the family's config.
+
+        Raises:
+            ValueError: for a target that cannot take a drafter.
+        """
+        accept_target(target)
+        accept_features(target)
+        config = cls.config_class.from_target(target.config, **overrides)
+        device = execution_device(target.get_output_embeddings())
+        drafter = cls(config).to(device=device, dtype=target.dtype)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(drafter.generation_config, name, getattr(target.generation_config, name))
+        return drafter
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs
+    ):
+        """See [`~transformers.PreTrainedModel.from_pretrained`].
+
+        Raises:
+            ValueError: if the checkpoint cannot be read, lacks a tensor, or has one of another
+                shape or name, for which transformers would fill in random numbers and only warn;
+                if its tensors contradict each other; if an earlier layout of this package wrote it.
+        """
+        kwargs["ignore_mismatched_sizes"] = True  # they are named below
+        try:
+            drafter, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights of {pretrained_model_name_or_path} cannot be read ({error}). Download"
+                " or save them again."
+            ) from error
+        names = [*vars(drafter.config), *info["unexpected_keys"]]
+        if earlier := sorted(name for name in names if name.startswith(FIRST_LAYOUT)):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} was saved by an earlier version of coral_hf in a"
+                f" layout ({', '.join(earlier)}) that is no longer read; train the drafter again."
+            )
+        for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+            if info[kind]:
+                keys = ", ".join(sorted(map(_with_shapes, info[kind])))
+                raise ValueError(
+                    f"The checkpoint does not fit its config: {kind} {keys}. Download or save it"
+                    " again."
+                )
+        drafter.check()
+        drafter.training_record = _read_record(pretrained_model_name_or_path, kwargs)
+        return (drafter, info) if output_loading_info else drafter
+
+    def check(self) -> None:
+        """Raise a ValueError if what was loaded contradicts itself."""
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
+        """See [`~transformers.PreTrainedModel.save_pretrained`]; the training record goes along."""
+        path = Path(save_directory) / TRAINING_RECORD
+        if is_main_process and self.training_record and not path.parent.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, self.training_record)
+        elif is_main_process and path.exists():
+            path.unlink()  # of the drafter that was saved here before
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+
+    def get_input_embeddings(self) -> None:
+        """Return None: a drafter reads its target's embeddings. FSDP asks for them."""
+
+    def enable_input_require_grads(self) -> None:
+        """Does nothing: features need no gradient of their own for activation checkpointing."""
+
+    def push_to_hub(
+        self, repo_id: str, *, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs
+    ) -> CommitInfo:
+        """Upload the drafter and its model card; the card says what is known of it.
+
+        Args:
+            repo_id: `"organisation/name"`, made if it does not exist.
+            tokenizer: the target's, uploaded too.
+            kwargs: those of [`~transformers.PreTrainedModel.push_to_hub`].
+
+        Raises:
+            ValueError: if another model is at `repo_id`, or a public repository and `private` is
+                asked for; if `tokenizer` is not the one that the drafter was trained with.
+        """
+        return type(self).publisher().push(self, repo_id, tokenizer, **kwargs)
+
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):
+        # `save_pretrained(push_to_hub=True)` calls it when all files are saved
+        files = working_dir, repo_id, files_timestamps
+        return type(self).publisher().upload_saved(self, *files, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Do nothing: transformers would publish a copy of this file, without its package."""
+
+    def generate(self, *args, **kwargs):
+        """Raise a TypeError: a drafter only proposes tokens to its target."""
+        raise TypeError(
+            f"A {type(self).__name__} reads hidden states of its target and cannot generate alone."
+            " Call `target.generate(..., assistant_model=drafter)`."
+        )
+
+
+def _read_record(name: str | Path, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Read the training record beside the weights of a folder or Hub id; without one, `[]`."""
+    places = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    found = cached_file(
+        str(name),
+        TRAINING_RECORD,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **{place: options[place] for place in places if options.get(place) is not None},
+    )
+    return [] if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+
+
+def _with_shapes(key: str | tuple) -> str:
+    """Name a tensor, and for one of a wrong shape both shapes."""
+    return key if isinstance(key, str) else f"{key[0]} {tuple(key[1])} for {tuple(key[2])}"
