@@ -12,6 +12,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 OPTIONS = "chat_template_kwargs"
 GIVEN = "chat_template_given"  # whether the template is another than the tokenizer's own
@@ -115,6 +116,12 @@ def render(
     try:
         template = tokenizer.get_chat_template(given.pop("chat_template", None), tools)
         template = template if today else with_fixed_day(template)
+        own = type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
+        if own and given.get("tokenize") is False:
+            # what that method calls, without its check of messages that are checked here
+            values = {**tokenizer.special_tokens_map, **given, "chat_template": template}
+            del values["tokenize"]
+            return render_jinja_template([list(messages)], tools, **values)[0][0]
         return tokenizer.apply_chat_template(
             list(messages), tools=tools, chat_template=template, **given
         )
