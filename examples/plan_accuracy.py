@@ -4,7 +4,8 @@
 
 A case is a target and its dataset, on a CPU. Measured memory is the peak of all allocations that
 torch's profiler sees, and the target's weights, which are there before; with `--resident` also what
-a process of its own grew by without the profiler, the target's weights left out.
+a process of its own grew by without the profiler, the target's weights left out. With `--seconds`
+each run is made once more, planned with a few timed steps.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from itertools import product
 from pathlib import Path
 
@@ -77,7 +79,8 @@ def measure(options: argparse.Namespace) -> dict:
             prepared = pack_dataset(prepared, options.max_length) if options.packing else prepared
             write_features(target, prepared, Path(folder, "features"))
             rows = CachedFeatures(Path(folder, "features"))
-        planned = plan(name, rows, args, PlanSettings(measure=False), tokenizer)
+        timed = PlanSettings(measure=what == "seconds")
+        planned = plan(name, rows, args, timed, tokenizer)
         found = {"planned": planned.memory.total, "planned_disk": planned.stages[0].disk}
         set_seed(0)
         gc.collect()  # what is released during the run was not allocated in it
@@ -90,6 +93,11 @@ def measure(options: argparse.Namespace) -> dict:
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
                 train()
             found["allocated"] = weights + peak_bytes(profiler)
+        elif what == "seconds":
+            start = time.perf_counter()
+            train()
+            seconds = time.perf_counter() - start
+            return {"planned_seconds": planned.hours * 3600, "seconds": seconds}
         else:
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
             before = resident("VmRSS")
@@ -113,6 +121,7 @@ def main(options: argparse.Namespace) -> None:
     print(f"transformers {transformers.__version__}; MB")
     names = ["target", "recipe", "features", "memory planned", "allocated", "ratio"]
     names += ["disk planned", "written"] + ["process grew by"] * options.resident
+    names += ["seconds planned", "the run took"] * options.seconds
     print(f"| {' | '.join(names)} |\n|---|---|---|{'---:|' * (len(names) - 3)}", flush=True)
     words = ["--rows", str(options.rows), "--max-length", str(options.max_length)]
     words += ["--packing"] * options.packing + ["--bf16"] * options.bf16
@@ -125,6 +134,10 @@ def main(options: argparse.Namespace) -> None:
             sizes.append(run(words, case, recipe, source, "resident")["resident"])
         shown = [f"{size / 1e6:.3g}" for size in sizes]
         shown.insert(2, f"{planned / allocated:.3f}")
+        if options.seconds:
+            only = [recipe, source, "seconds"]
+            timed = measure(argparse.Namespace(**{**vars(options), "case": [case], "only": only}))
+            shown += [f"{timed['planned_seconds']:.3g}", f"{timed['seconds']:.3g}"]
         print(f"| {Path(case[0]).name} | {recipe} | {source} | {' | '.join(shown)} |", flush=True)
 
 
@@ -137,6 +150,7 @@ if __name__ == "__main__":
     parser.add_argument("--packing", action="store_true")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--resident", action="store_true", help="measure processes of their own")
+    parser.add_argument("--seconds", action="store_true", help="time the runs, too")
     parser.add_argument("--only", nargs=3)
     chosen = parser.parse_args()
     chosen.recipe = chosen.recipe or ["eagle", "coral"]

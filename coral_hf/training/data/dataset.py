@@ -7,7 +7,8 @@ are an error: on a GPU they are an assertion that names nothing.
 
 import functools
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -148,13 +149,24 @@ def _tokenize(
 
 def _tokenize_batch(batch: dict[str, list], indices: list[int], **given: Any) -> dict[str, list]:
     """Tokenize rows, given by column; each becomes one row or more."""
-    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    found = [
-        one
-        for row, index in zip(rows, indices, strict=True)
-        for one in _tokenize(row, index, **given)
-    ]
-    return {name: [one[name] for one in found] for name in (*COLUMNS, *NOTES)}
+    return by_row(partial(_tokenize, **given), batch, indices, (*COLUMNS, *NOTES))
+
+
+def by_row(
+    function: Callable[[Row, int], list[dict[str, Any]]],
+    batch: dict[str, list],
+    indices: list[int],
+    names: Collection[str],
+) -> dict[str, list]:
+    """Call a function with each row of a batch and its number, and collect the rows it returns.
+
+    Args:
+        batch: by column.
+        names: of the columns that are returned; what a row lacks is None.
+    """
+    rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+    found = [one for row, index in zip(rows, indices, strict=True) for one in function(row, index)]
+    return {name: [one.get(name) for one in found] for name in names}
 
 
 def _tokenize_or_raise(batch: dict[str, list], indices: list[int], **given: Any) -> dict[str, list]:
@@ -238,14 +250,14 @@ def warn_of_other_ends(tokenizer: PreTrainedTokenizerBase, target: PreTrainedMod
             )
 
 
-def check_ids(ids: Iterable[int], vocab_size: float, where: str = "") -> None:
+def check_ids(ids: Sequence[int], vocab_size: float, where: str = "") -> None:
     """Raise a ValueError if token ids of a row, (length,), are outside the vocabulary."""
-    for token in ids:
-        if not 0 <= token < vocab_size:
-            raise ValueError(
-                f"{where}`input_ids` has {token}, outside the target's vocabulary of {vocab_size}"
-                " tokens; encode it with the target's own tokenizer."
-            )
+    if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+        token = next(token for token in ids if not 0 <= token < vocab_size)
+        raise ValueError(
+            f"{where}`input_ids` has {token}, outside the target's vocabulary of {vocab_size}"
+            " tokens; encode it with the target's own tokenizer."
+        )
 
 
 def check_rows(dataset: Any, vocab_size: int) -> None:

@@ -72,34 +72,19 @@ def plan(
     stages = [stages] if isinstance(stages, CoralTrainingArguments) else [*stages]
     stages = stages or [CoralTrainingArguments("coral-drafter", report_to="none")]
     config = AutoConfig.from_pretrained(target)
-    text = config.get_text_config(decoder=True)
     tokenizer = AutoTokenizer.from_pretrained(target) if tokenizer is None else tokenizer
-    rows = _read_rows(dataset, tokenizer, stages[0], text)
+    rows = _read_rows(dataset, tokenizer, stages[0], config.get_text_config(decoder=True))
     sizes = row_sizes(rows, stages[0])
-    known = config.dtype or text.dtype or torch.float32
-    shape = RunShape(
-        config,
-        known if dtype == "auto" else getattr(torch, dtype),
-        drafter or CoralConfig.from_target(config),
-        stages[0],
-        settings.lora_rank,
-        None if settings.target_bits is None else int(settings.target_bits),
-        on_cpu=settings.gpu_memory is None and stages[0].device.type == "cpu",
-    )
+    shape = _shape_of(config, drafter, stages[0], settings, dtype)
     room, room_name = _room(settings, shape)
     found = [_plan_stage(replace(shape, args=args), sizes, tokenizer) for args in stages]
     largest = max(range(len(found)), key=lambda index: found[index].memory.total)
-    fits = found[largest].memory.total <= room
-    changes = [] if fits else [*_changes(replace(shape, args=stages[largest]), sizes, room)]
-    is_cached = isinstance(rows, CachedFeatures)
-    formats = () if is_cached else FORMAT_BYTES
-    caches = {name: cache_bytes(rows, text.hidden_size, name) for name in formats}
-    features = "cached" if is_cached else settings.features
-    seconds = None
+    formats = () if isinstance(rows, CachedFeatures) else FORMAT_BYTES
+    features, token_seconds = settings.features if formats else "cached", None
     if _is_timed(settings, target, found[0].memory):
         model = AutoModelForCausalLM.from_pretrained(target, dtype=shape.dtype)
-        seconds = timed_run(model, tokenizer, rows, stages, shape.drafter, features)
-        found = [one._replace(seconds=s) for one, s in zip(found, seconds.steps, strict=True)]
+        steps, token_seconds = timed_run(model, tokenizer, rows, stages, shape.drafter, features)
+        found = [one._replace(seconds=s) for one, s in zip(found, steps, strict=True)]
     output = Path(stages[0].output_dir)
     return Plan(
         target=f"{target}, {_described(config, shape)}",
@@ -107,14 +92,33 @@ def plan(
         stages=found,
         room=room,
         room_name=room_name,
-        changes=changes,
-        caches=caches,
+        changes=[*_changes(replace(shape, args=stages[largest]), found[largest], sizes, room)],
+        caches={name: cache_bytes(rows, shape.drafter.hidden_size, name) for name in formats},
         features=features,
         finished=max(one.memory.drafter for one in found) + _saved_bytes(tokenizer),
         output=output,
         free=free_bytes(output),
         existing=sum(_written_bytes(Path(args.output_dir)) for args in stages),
-        cache_seconds=None if seconds is None else seconds.token * sizes.num_tokens,
+        cache_seconds=None if token_seconds is None else token_seconds * sizes.num_tokens,
+    )
+
+
+def _shape_of(
+    config: PreTrainedConfig,
+    drafter: CoralConfig | None,
+    args: CoralTrainingArguments,
+    settings: PlanSettings,
+    dtype: str,
+) -> RunShape:
+    known = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
+    return RunShape(
+        config,
+        known if dtype == "auto" else getattr(torch, dtype),
+        drafter or CoralConfig.from_target(config),
+        args,
+        settings.lora_rank,
+        None if settings.target_bits is None else int(settings.target_bits),
+        on_cpu=settings.gpu_memory is None and args.device.type == "cpu",
     )
 
 
@@ -130,7 +134,7 @@ def _read_rows(dataset: Any, tokenizer: Any, args: CoralTrainingArguments, text:
         )
     if isinstance(dataset, CachedFeatures):
         return dataset
-    return token_rows(dataset, tokenizer, args, text, args.packing)
+    return token_rows(dataset, tokenizer, args, text)
 
 
 def _plan_stage(shape: RunShape, sizes: RowSizes, tokenizer: PreTrainedTokenizerBase) -> StagePlan:
@@ -144,8 +148,10 @@ def _plan_stage(shape: RunShape, sizes: RowSizes, tokenizer: PreTrainedTokenizer
     return StagePlan(args.stage, steps, memory, checkpoint, num_checkpoints(steps, args))
 
 
-def _changes(shape: RunShape, sizes: RowSizes, room: int) -> Iterator[Change]:
+def _changes(shape: RunShape, planned: StagePlan, sizes: RowSizes, room: int) -> Iterator[Change]:
     """Yield changes of a run, each on top of those before it, until it fits."""
+    if planned.memory.total <= room:
+        return
     for options, smaller in _smaller(shape, int(sizes.lengths.max())):
         batch = sizes.largest_batch(smaller.args.per_device_train_batch_size)
         batch = {name: part[:, : smaller.args.max_length] for name, part in batch.items()}

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
@@ -19,7 +19,9 @@ from ..arguments import CoralTrainingArguments
 from ..features import CachedFeatures, write_features
 from ..trainer import CoralTrainer
 
-NUM_STEPS = 6  # of which the first two are left out
+NUM_STEPS = 32  # at most, and LEAST_STEPS if they take longer than SECONDS
+LEAST_STEPS, SECONDS = 6, 10.0
+LEFT_OUT = 2  # steps, the first ones
 UNKEPT: dict[str, Any] = {
     "max_steps": NUM_STEPS,
     "eval_strategy": "no",
@@ -51,10 +53,12 @@ class StepTimer(TrainerCallback):
         self._last = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Note a step."""
+        """Note a step, and stop the run once enough are known."""
         now = time.perf_counter()
         self.seconds.append(now - self._last)
         self._last = now
+        if len(self.seconds) >= LEAST_STEPS and sum(self.seconds) > SECONDS:
+            control.should_training_stop = True
 
 
 def timed_run(
@@ -91,5 +95,5 @@ def timed_run(
             timer = StepTimer()
             given = {"train_dataset": part, "callbacks": [timer]}
             CoralTrainer(drafter, target, short, tokenizer, **given).train()
-            found.append(median(timer.seconds[2:]))
+            found.append(fmean(timer.seconds[LEFT_OUT:]))
     return Seconds(found, token)

@@ -70,16 +70,9 @@ def regenerate(
         ConnectionError: if a server does not answer; what it has answered is written.
     """
     settings, output = settings or RegenerationSettings(), Path(output)
-    sizes, digest = _survey(dataset, tokenizer, settings)
-    generator: AnswerGenerator | ServedTarget
-    if isinstance(target, Endpoint):
-        if drafter is not None:
-            raise ValueError("A server drafts itself (docs/serving.md); leave out `drafter`.")
-        generator = ServedTarget(target, tokenizer, settings)
-    else:
-        generator = AnswerGenerator(target, tokenizer, settings, drafter)
-    warn_of_other_ends(tokenizer, generator.target)
     sidecar = Path(f"{output}.settings.json")
+    sizes, digest = _survey(dataset, tokenizer, settings)
+    generator = _generator(target, tokenizer, settings, drafter)
     answers, left_out = JsonLines(output), JsonLines(f"{output}.left_out.jsonl")
     with sole_writer(output.parent, output.name):
         if output.exists() and not sidecar.exists():
@@ -108,6 +101,23 @@ def regenerate(
                 left_out.append([row for row in new if "reason" in row])
                 bar.update(len(new))
         return _summary(answers, left_out)
+
+
+def _generator(
+    target: PreTrainedModel | Endpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RegenerationSettings,
+    drafter: PreTrainedModel | None,
+) -> AnswerGenerator | ServedTarget:
+    if isinstance(target, Endpoint) and drafter is not None:
+        raise ValueError("A server drafts itself (docs/serving.md); leave out `drafter`.")
+    found: AnswerGenerator | ServedTarget
+    if isinstance(target, Endpoint):
+        found = ServedTarget(target, tokenizer, settings)
+    else:
+        found = AnswerGenerator(target, tokenizer, settings, drafter)
+    warn_of_other_ends(tokenizer, found.target)
+    return found
 
 
 def _survey(

@@ -10,6 +10,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -19,7 +20,7 @@ import pyarrow.compute as arrow
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..dataset import check_ids, code_version
+from ..dataset import by_row, check_ids, code_version
 from ..encoding import IGNORED, encode_row
 from ..layouts import TOKENS, Row, is_plain_text, layout_of
 from ..messages import to_messages
@@ -130,23 +131,14 @@ def check_dataset(
     table = measured.data.table
     read = table.filter(arrow.equal(table["problem"], ""))
     kept = read.filter(arrow.greater(read["num_trained"], 0))
-    problems = table.filter(arrow.not_equal(table["problem"], ""))
-    unread, unread_rows = Counter[str](), dict[str, int]()
-    for row, problem in zip(*(problems[n].to_pylist() for n in ("row", "problem")), strict=True):
-        why = re.sub(r"\d+", "N", problem)  # numbers of turns and sizes are not another reason
-        unread[why] += 1
-        unread_rows.setdefault(why, row)
+    unread, unread_rows = _unread(table)
     behaviour = Counter[str]()
-    for found in arrow.value_counts(read["behaviour"].drop_null()).to_pylist():
-        for one in filter(None, found["values"].split("\n")):
-            behaviour[one] += found["counts"]
+    for found, count in _counts(read, "behaviour").items():
+        behaviour.update(dict.fromkeys(filter(None, found.split("\n")), count))
     return DataCheck(
         num_rows=len(dataset),
         num_training_rows=len(kept),
-        layouts={
-            one["values"]: one["counts"]
-            for one in arrow.value_counts(table["layout"].drop_null()).to_pylist()
-        },
+        layouts=_counts(table, "layout"),
         num_turns=_sum(read, "num_turns"),
         num_assistant_turns=_sum(read, "num_assistant"),
         num_tokens=_sum(kept, "num_tokens"),
@@ -161,6 +153,21 @@ def check_dataset(
         behaviour=dict(behaviour.most_common()),
         strangest=_strangest(read),
     )
+
+
+def _unread(table: pyarrow.Table) -> tuple[Counter[str], dict[str, int]]:
+    """Count why rows cannot be read, and find the first row of each reason."""
+    problems, first = table.filter(arrow.not_equal(table["problem"], "")), dict[str, int]()
+    # numbers of turns and sizes are not another reason
+    reasons = [re.sub(r"\d+", "N", problem) for problem in problems["problem"].to_pylist()]
+    for why, row in zip(reasons, problems["row"].to_pylist(), strict=True):
+        first.setdefault(why, row)
+    return Counter(reasons), first
+
+
+def _counts(table: pyarrow.Table, name: str) -> dict[str, int]:
+    found = arrow.value_counts(table[name].drop_null()).to_pylist()
+    return {one["values"]: one["counts"] for one in found}
 
 
 def _sum(table: pyarrow.Table, name: str) -> int:
@@ -198,10 +205,7 @@ def _strangest(table: pyarrow.Table) -> list[dict[str, Any]]:
 
 def _measure_batch(batch: dict[str, list], indices: list[int], **given: Any) -> dict[str, list]:
     """Measure rows, given by column; each becomes one row of MEASURES or more."""
-    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    pairs = zip(rows, indices, strict=True)
-    found = [one for row, index in pairs for one in _measure(row, index, **given)]
-    return {name: [one.get(name) for one in found] for name in MEASURES}
+    return by_row(partial(_measure, **given), batch, indices, MEASURES)
 
 
 def _measure(
@@ -255,12 +259,14 @@ def _text_of(turns: list[dict[str, Any]]) -> str:
 
 def num_odd(text: str) -> int:
     """Count characters that no one types: control, private and unassigned ones, and bad bytes."""
-    if text.isascii() and text.isprintable():
+    for usual in USUAL:
+        text = text.replace(usual, "")
+    if text.isprintable() and REPLACED not in text:  # what is printable is no other odd one
         return 0
     return sum(
         count
         for char, count in Counter(text).items()
-        if char == REPLACED or (unicodedata.category(char) in ODD and char not in USUAL)
+        if char == REPLACED or unicodedata.category(char) in ODD
     )
 
 
