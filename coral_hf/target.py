@@ -107,26 +107,26 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
 def read_features(
     model: PreTrainedModel,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | dict[str, Tensor] | None,
     position_ids: Tensor | None = None,
 ) -> Tensor:
     """Compute the target's features of a padded batch, without its LM head.
 
     Args:
-        input_ids, attention_mask: (batch, length).
-        position_ids: (batch, length), for packed rows: positions begin at 0 with each document, and
-            no document attends to another. See [`reads_packed_rows`].
+        input_ids: (batch, length).
+        attention_mask: of padding (batch, length), or what is added to the scores of each token
+            (batch, 1, length, length), perhaps by layer type.
+        position_ids: (batch, length). If there is no mask, transformers finds the documents of
+            packed rows by them: positions begin at 0 with each, and none attends to another.
 
     Returns:
         (batch, length, hidden), after the final norm.
     """
-    # transformers finds the documents of packed rows by their positions, if there is no mask
-    rows = (
-        {"attention_mask": attention_mask}
-        if position_ids is None
-        else {"position_ids": position_ids}
+    positions = {} if position_ids is None else {"position_ids": position_ids}
+    decoder = decoder_of(model)
+    output = decoder(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
     )
-    output = decoder_of(model)(input_ids=input_ids, use_cache=False, **rows)
     return output.last_hidden_state
 
 
@@ -137,29 +137,6 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
         return decoder
     # the name of Llama 4's decoder is not the one that transformers looks for
     return next(part for part in decoder.children() if isinstance(part, PreTrainedModel))
-
-
-def reads_packed_rows(model: PreTrainedModel, device: torch.device) -> bool:
-    """Whether a target keeps the documents of a packed row apart, found by trying.
-
-    Most models of transformers do; some take no positions, others attend across documents. Chunks
-    of attention begin at multiples of their size in a row, wherever a document begins.
-    """
-    has_chunks = "chunked_attention" in (getattr(text_config(model), "layer_types", None) or ())
-    if has_chunks or not takes_positions(decoder_of(model)):
-        return False
-    lengths = (5, 8)
-    # (2, length): some kinds of attention tell documents apart in a single row only
-    ids = torch.arange(2 * sum(lengths), device=device).view(2, -1) % text_config(model).vocab_size
-    mask = torch.ones_like(ids)
-    positions = torch.cat([torch.arange(length, device=device) for length in lengths])
-    positions = positions.expand_as(ids)
-    second = slice(lengths[0], None)
-    alone = read_features(model, ids[:, second], mask[:, second])
-    packed = read_features(model, ids, mask, positions)[:, second]
-    as_one = read_features(model, ids, mask)[:, second]
-    # a difference far below what attending to the first document makes is rounding
-    return bool((packed - alone).abs().mean() < 0.1 * (as_one - alone).abs().mean())
 
 
 def takes_positions(model: nn.Module) -> bool:

@@ -54,6 +54,7 @@ SEAMS = {
     "_attn_implementation": [
         *(f"decoding/guard/{name}.py" for name in ("copies", "foreign", "target")),
         "measure/lossless/verify.py",
+        "training/features/reading.py",
     ],
     "DynamicCache": ["decoding/guard/target.py", "target.py"],
     "DynamicLayer": [

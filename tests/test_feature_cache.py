@@ -24,8 +24,8 @@ from coral_hf.training.features import (
     plan_features,
     write_features,
 )
-from coral_hf.training.features.dataset import TargetFeatures
 from coral_hf.training.features.index import SHARDS
+from coral_hf.training.features.reading import TargetFeatures
 
 
 @pytest.fixture(scope="module")

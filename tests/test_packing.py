@@ -9,12 +9,18 @@ from hypothesis import strategies as st
 from test_trainer import make_trainer
 
 from coral_hf import CoralDrafter
-from coral_hf.target import reads_packed_rows
 from coral_hf.training.data import CoralCollator, pack_dataset
+from coral_hf.training.data.documents import parts_of
 from coral_hf.training.data.packing import best_fit
 from coral_hf.training.evaluation.acceptance import first_document
-from coral_hf.training.features.dataset import TargetFeatures
-from coral_hf.training.steps.unroll import document_lengths, unroll
+from coral_hf.training.features.reading import TargetFeatures, reads_packed_rows
+from coral_hf.training.steps.unroll import unroll
+
+
+def document_lengths(positions: torch.Tensor) -> list[list[int]]:
+    """The lengths of the documents of each row, of positions (batch, length)."""
+    return [[part.stop - part.start for part in parts] for parts in parts_of(positions)]
+
 
 LENGTHS = [7, 3, 12, 5, 4, 9]
 ROOM = 16

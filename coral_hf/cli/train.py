@@ -204,6 +204,7 @@ class FeaturesOptions(TargetOptions, DatasetOptions):
     dataset: list[str] = option("Conversations: a file, a folder or a Hub id.", [])
     max_length: int = option("Tokens after which a row is cut.", 2048, least=1)
     packing: bool = option("Put several conversations in each row.", False)
+    share_prompts: bool = option("Put answers with the same prompt in one row.", True)
     format: Literal["bfloat16", "int8"] = option("'int8' takes half the space.", "bfloat16")
     batch_size: int = option("Rows that are read at once.", 8, least=1)
     shard_megabytes: int = option("Size of a file, about.", 1000, least=1)
@@ -220,10 +221,11 @@ def features(own: FeaturesOptions) -> None:
     """
     from transformers import AutoConfig
 
-    from ..training.data import pack_dataset, prepare_dataset
+    from ..training.data import prepare_dataset
     from ..training.data.dataset import warn_of_other_ends
     from ..training.features import CachedFeatures, delete_features, plan_features, write_features
     from ..training.features.writer import cache_bytes, check_room
+    from ..training.train_dataset import joined_rows
 
     output, shard_bytes = own.output, own.shard_megabytes * 10**6
     if own.delete:
@@ -239,7 +241,7 @@ def features(own: FeaturesOptions) -> None:
     # the rows as the trainer would read them
     text = AutoConfig.from_pretrained(own.target).get_text_config(decoder=True)
     rows = prepare_dataset(conversations, tokenizer, own.max_length, vocab_size=text.vocab_size)
-    rows = pack_dataset(rows, own.max_length) if own.packing else rows
+    rows = joined_rows(rows, own.max_length, own.share_prompts, own.packing)
     written = sum(path.stat().st_size for path in output.glob("features-*.safetensors"))
     needed = cache_bytes(rows, text.hidden_size, own.format)
     if not own.plan:

@@ -116,6 +116,9 @@ class CoralTrainingArguments(TrainingArguments):
         None, "Columns of the dataset that are not read, though they hold text or a mask."
     )
     packing: bool = _setting(False, "Pack several documents into each row of `max_length`.")
+    share_prompts: bool = _setting(
+        True, "Put answers of a conversation, if each is a row, in one row that shares prompts."
+    )
     eval_prompts: int = _setting(32, "Held-out prompts that an evaluation decodes, or 0.")
     eval_max_new_tokens: int = _setting(64, "Tokens of each of these answers at most.")
     eval_prompt_length: int = _setting(16, "Tokens of a plain text that are its prompt.")

@@ -12,34 +12,35 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer
 
 from ..target import max_positions, text_config
 from .arguments import CoralTrainingArguments
-from .data import pack_dataset
+from .data import pack_dataset, share_prompts
 from .data.dataset import check_rows, prepare_dataset
 from .features import CachedFeatures
 
 
-def prepare_rows(dataset: Any, trainer: Trainer, packing: bool = False) -> Any:
+def prepare_rows(dataset: Any, trainer: Trainer, is_trained: bool = False) -> Any:
     """Return rows of token ids and labels, or a cache of features, checked against the target.
 
     Args:
         dataset: conversations; rows of token ids, if there is no tokenizer; a cache; several of
             them by name; or None.
         trainer: with the `target` of the run.
+        is_trained: whether rows may be joined; held-out ones are documents.
     """
     if dataset is None:
         return None
     if isinstance(dataset, dict):
-        return {name: prepare_rows(part, trainer, packing) for name, part in dataset.items()}
-    tokenizer, max_length = trainer.processing_class, trainer.args.max_length
+        return {name: prepare_rows(part, trainer, is_trained) for name, part in dataset.items()}
+    tokenizer, args = trainer.processing_class, trainer.args
     if isinstance(dataset, CachedFeatures):
-        if packing and not dataset.is_packed:
+        if args.packing and is_trained and not dataset.is_packed:
             raise ValueError(
                 f"`packing` is True, but each row of the cache in {dataset.folder} is one document;"
                 " write the cache with packing, or pass packing=False."
             )
-        _check_lengths(dataset.lengths, max_length, f"the cache in {dataset.folder}")
+        _check_lengths(dataset.lengths, args.max_length, f"the cache in {dataset.folder}")
         dataset.check_target(trainer.target.model)
         return dataset
-    return token_rows(dataset, tokenizer, trainer.args, text_config(trainer.target.model), packing)
+    return token_rows(dataset, tokenizer, args, text_config(trainer.target.model), is_trained)
 
 
 def token_rows(
@@ -47,12 +48,13 @@ def token_rows(
     tokenizer: PreTrainedTokenizerBase | None,
     args: CoralTrainingArguments,
     text: PreTrainedConfig,
-    packing: bool,
+    is_trained: bool = True,
 ) -> Any:
     """Return rows of token ids and labels, of conversations or of rows of token ids.
 
     Args:
         text: the config of the part of the target that decodes text.
+        is_trained: whether rows may be joined.
     """
     vocab_size, max_length = text.vocab_size, args.max_length
     if isinstance(dataset, str | Path):
@@ -79,8 +81,18 @@ def token_rows(
         longest = min(max_length, max_positions(text) or max_length)
         sizes = {"vocab_size": vocab_size, "ignore_columns": ignored}
         dataset = prepare_dataset(dataset, tokenizer, longest, **sizes)
-    is_packed = "position_ids" in (getattr(dataset, "column_names", None) or ())
-    return pack_dataset(dataset, max_length) if packing and not is_packed else dataset
+    if not is_trained or "position_ids" in (getattr(dataset, "column_names", None) or ()):
+        return dataset
+    # rows of token ids may be padded
+    share = args.share_prompts and tokenizer is not None
+    return joined_rows(dataset, max_length, share, args.packing)
+
+
+def joined_rows(dataset: Any, max_length: int, share: bool, packing: bool) -> Any:
+    """Let rows of `prepare_dataset` share prompts, and pack them; a stream is packed alone."""
+    if share and isinstance(dataset, Dataset):
+        dataset = share_prompts(dataset, max_length)
+    return pack_dataset(dataset, max_length) if packing else dataset
 
 
 def lengths_only(dataset: Any) -> Any:

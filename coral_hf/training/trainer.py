@@ -96,7 +96,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         # losses are sums over trained tokens, divided by their number over all accumulated batches
         self.model_accepts_loss_kwargs = True
         place_target(target_model, self)
-        self.train_dataset = prepare_rows(kwargs.get("train_dataset"), self, args.packing)
+        self.train_dataset = prepare_rows(kwargs.get("train_dataset"), self, is_trained=True)
         self.eval_dataset = prepare_rows(kwargs.get("eval_dataset"), self)
         if not is_adapted(model):
             add_heads(model, args, self.target, self.train_dataset, processing_class)

@@ -13,4 +13,4 @@ from .inspection.check import DataCheck, check_dataset
 from .inspection.show import describe, render_mask, show
 from .loading import join_datasets, load_conversations, with_weight
 from .messages import to_messages
-from .packing import pack_dataset
+from .packing import pack_dataset, share_prompts

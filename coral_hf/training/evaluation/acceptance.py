@@ -149,10 +149,10 @@ def held_out_prompts(dataset: Any, target: Target, args: CoralTrainingArguments)
 
 
 def first_document(row: Any) -> dict[str, list[int]]:
-    """Cut `input_ids` and `labels` of a row, of shape (length,), after its first document."""
+    """Cut `input_ids` and `labels` of a row, of shape (length,), after its first part."""
     ids, labels = (torch.as_tensor(row[name]).tolist() for name in ("input_ids", "labels"))
     positions = list(row.get("position_ids", range(len(ids))))
-    end = next((i for i in range(1, len(ids)) if positions[i] == 0), len(ids))
+    end = next((i for i in range(1, len(ids)) if positions[i] != i), len(ids))
     return {"input_ids": ids[:end], "labels": labels[:end]}
 
 

@@ -1,7 +1,6 @@
-"""Features as training reads them: a memory-mapped cache of rows, and the target's of a batch.
+"""A feature cache as training reads it: a memory-mapped dataset.
 
-In: a folder of `write_features`, or a target and batches of the collator. Out: rows of tokens,
-labels and features, or the features (batch, length, hidden), without gradient.
+In: a folder of `write_features`. Out: rows of tokens, labels and features (length, hidden).
 """
 
 from bisect import bisect_right
@@ -11,67 +10,16 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from ...identity import TOKEN_COLUMNS, identify
-from ...target import read_features, reads_packed_rows
 from ..data import CoralCollator
-from ..steps.unroll import document_lengths
 from .index import FeatureIndex, decode
+from .reading import TargetFeatures
 
 # another config is off by most of its features, int8 by a hundredth and int4 by a tenth
 TOLERANCE = 0.2
-
-
-class TargetFeatures:
-    """A reader of features, which keeps the documents of packed rows apart.
-
-    Args:
-        target: the target, on its device.
-    """
-
-    def __init__(self, target: PreTrainedModel):
-        self._target = target
-        self._reads_packed_rows: bool | None = None  # found out once
-
-    def read(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return a batch's own features if it carries any, else the target's.
-
-        Args:
-            batch: `input_ids`, `attention_mask` and perhaps `position_ids`, each (batch, length);
-                `features` (batch, length, hidden) of a cache.
-
-        Returns:
-            (batch, length, hidden).
-        """
-        if "features" in batch:
-            return batch["features"]
-        ids, positions = batch["input_ids"], batch.get("position_ids")
-        if positions is not None and self._reads_packed_rows is None:
-            self._reads_packed_rows = reads_packed_rows(self._target, ids.device)
-        if positions is None or self._reads_packed_rows:
-            return read_features(self._target, ids, batch["attention_mask"], positions)
-        return self._read_by_document(ids, positions)
-
-    def _read_by_document(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Read packed rows with a target that would look across their documents.
-
-        Args:
-            ids: (batch, length).
-            positions: (batch, length), from 0 in each document.
-
-        Returns:
-            (batch, length, hidden).
-        """
-        lengths = [length for row in document_lengths(positions) for length in row]
-        documents = ids.flatten().split(lengths)
-        mask = pad_sequence([torch.ones_like(ids) for ids in documents], batch_first=True)
-        padded = pad_sequence(list(documents), batch_first=True)  # (documents, longest)
-        features = read_features(self._target, padded, mask)  # (documents, longest, hidden)
-        return features[mask.bool()].view(*ids.shape, -1)
 
 
 class CachedFeatures(Dataset):

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from ...atomic import JsonLines, free_bytes, keep_settings, new_file, shown_bytes, sole_writer
 from ...identity import TOKEN_COLUMNS, file_digest, identify, rows_digest
 from ..data import CoralCollator
-from .dataset import TargetFeatures
 from .index import INDEX, SHARDS, FeatureIndex, Shard, decode, encode, token_bytes
+from .reading import TargetFeatures
 
 SHARD_BYTES = 1_000_000_000
 

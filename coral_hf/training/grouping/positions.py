@@ -21,7 +21,7 @@ from ...lm_head import execution_device
 from ...target import Target, text_config
 from ..data import CoralCollator
 from ..data.encoding import IGNORED
-from ..features.dataset import TargetFeatures
+from ..features.reading import TargetFeatures
 
 # in what these leave out, a real target's tokens are too improbable to be drafted
 TOP_K = 64

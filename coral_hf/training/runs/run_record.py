@@ -33,7 +33,8 @@ SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
     # of the batches and their order
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "packing", "max_length"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("packing", "share_prompts", "max_length"),
     *("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last"),
 )
 GROUPS = ("num_groups", "grouping", "grouping_hash")  # of a router that is trained

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ...target import Target
 from ..arguments import CoralTrainingArguments
+from ..data.documents import part_begins
 from ..data.encoding import IGNORED
 
 
@@ -23,7 +24,7 @@ class Trained(NamedTuple):
 
     predicted: Tensor  # (steps, positions, hidden)
     target: Tensor  # (positions, hidden), the features that were to be predicted
-    lengths: list[int]  # trained positions of each document of the batch
+    lengths: list[int]  # trained positions of each document of the batch, or branch of one
 
 
 class Unrolled(NamedTuple):
@@ -50,8 +51,8 @@ class Unrolled(NamedTuple):
         if self.position_ids is None:
             lengths = is_trained.sum(1)
         else:
-            document = (self.position_ids[:, :-1] == 0).flatten().cumsum(0) - 1
-            lengths = torch.bincount(document[is_trained.flatten()])
+            part = part_begins(self.position_ids[:, :-1]).flatten().cumsum(0) - 1
+            lengths = torch.bincount(part[is_trained.flatten()])
         target = self.features[:, 1:][is_trained]
         return Trained(self.predicted[:, is_trained], target, lengths.tolist())
 

@@ -11,7 +11,7 @@ from ...drafters.coral.modeling import CoralDrafter
 from ...identity import seed_of
 from ...target import Target
 from ..arguments import CoralTrainingArguments
-from ..features.dataset import TargetFeatures
+from ..features.reading import TargetFeatures
 from . import Losses, Trained, Unrolled, register_step
 from .objectives import drafter_losses, low_rank_losses, router_losses
 from .unroll import unroll

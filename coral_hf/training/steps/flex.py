@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 from torch.nn.functional import pad
 
+from ..data.documents import Places
 from .attention import KeysValues, merged_attention
 
 BLOCK = 128  # queries, and keys, that are seen or skipped together
@@ -59,24 +60,25 @@ def _kernel() -> Callable:
 def block_mask(positions: Tensor, lag: int) -> flex.BlockMask:
     """Let each position t see those up to t - lag of its document; positions (batch or 1, length).
 
-    Documents of a row follow each other, so blocks are compared by their first and last ones.
+    Documents of a row follow each other, so blocks are compared by their first and last ones. Of a
+    document with branches, those of the other branches are read in vain.
     """
     length = positions.shape[1]
-    documents = (positions == 0).cumsum(1)
-    # (batch or 1, whole blocks), what fills the last block is of no document
-    documents = pad(documents, (0, -length % BLOCK), value=length + 1)
+    # (batch or 1, whole blocks), what fills the last block is a document of its own
+    places = Places.of(pad(positions, (0, -length % BLOCK)))
     shift = torch.tensor(lag, device=positions.device)  # a tensor: one graph for all lags
 
     def is_seen(row, head, query, key):  # () each
-        row = row % documents.shape[0]
-        return (documents[row, query] == documents[row, key]) & (key <= query - shift)
+        return places.sees(row % positions.shape[0], query, key, shift)
 
-    first, last = documents[:, ::BLOCK], documents[:, BLOCK - 1 :: BLOCK]  # (batch or 1, blocks)
+    (first, last), (part, end_part) = (
+        (where[:, ::BLOCK], where[:, BLOCK - 1 :: BLOCK]) for where in (places.trunk, places.start)
+    )  # (batch or 1, blocks)
     start = torch.arange(first.shape[1], device=positions.device) * BLOCK
     end = (start + BLOCK).clamp(max=length) - 1
     # (batch or 1, blocks of queries, blocks of keys)
-    is_one = (first == last)[:, :, None] & (first == last)[:, None]
-    is_whole = is_one & (first[:, :, None] == first[:, None]) & (end <= start[:, None] - lag)
+    is_one = (part == end_part)[:, :, None] & (part == end_part)[:, None]
+    is_whole = is_one & (part[:, :, None] == part[:, None]) & (end <= start[:, None] - lag)
     is_shared = (last[:, None] >= first[:, :, None]) & (first[:, None] <= last[:, :, None])
     is_needed = is_shared & (start <= end[:, None] - lag)
     return flex.BlockMask.from_kv_blocks(

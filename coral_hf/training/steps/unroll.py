@@ -20,13 +20,12 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from ..data.documents import REPEATED, Part, has_branches, parts_of
 from .attention import KeysValues, mixed_attention
 from .flex import FlexAttention, fits_flex
 
 # keys and values of every step so far, by layer and step
 Seen = dict[tuple[int, int], KeysValues]
-# lengths of the documents of each row, adding up to the row's
-Documents = list[list[int]]
 
 
 class UnrollContext:
@@ -49,9 +48,9 @@ class UnrollContext:
         target, *own = [*before, (key, value)]
         if fits_flex(query):
             return self.rows.flex(query, target, own)
-        if self.rows.documents is None:
+        if self.rows.parts is None:
             return mixed_attention(query, target, own)
-        return _by_document(self.rows.documents, query, target, own)
+        return _by_document(self.rows.parts, query, target, own)
 
 
 class Rows:
@@ -67,13 +66,13 @@ class Rows:
         self.flex = FlexAttention(positions)
 
     @cached_property
-    def documents(self) -> Documents | None:
-        """The lengths of each row's documents, which the host reads; None: one in each."""
-        return document_lengths(self._positions) if self._is_packed else None
+    def parts(self) -> list[list[Part]] | None:
+        """The parts of each row, which the host reads; None: one document in each."""
+        return parts_of(self._positions) if self._is_packed else None
 
 
 def _by_document(
-    documents: Documents, query: Tensor, target: KeysValues, own: list[KeysValues]
+    parts: list[list[Part]], query: Tensor, target: KeysValues, own: list[KeysValues]
 ) -> Tensor:
     """Compute attention within each document of packed rows: no document sees another.
 
@@ -84,27 +83,17 @@ def _by_document(
     Returns:
         (batch, heads, length, head_dim).
     """
-    tensors = [query, *target, *(part for pair in own for part in pair)]
+    tensors = [query, *target, *(one for pair in own for one in pair)]
     rows = []
-    for row, lengths in enumerate(documents):
-        parts = zip(*(part[row : row + 1].split(lengths, dim=2) for part in tensors), strict=True)
-        attended = [
-            mixed_attention(query, (keys, values), list(zip(rest[::2], rest[1::2], strict=True)))
-            for query, keys, values, *rest in parts
-        ]
+    for row, found in enumerate(parts):
+        attended = []
+        for part in found:
+            query, keys, values, *rest = (part.of(one[row : row + 1], dim=2) for one in tensors)
+            pairs = list(zip(rest[::2], rest[1::2], strict=True))
+            whole = mixed_attention(query, (keys, values), pairs)
+            attended.append(whole[:, :, part.shared :])
         rows.append(torch.cat(attended, dim=2))
     return torch.cat(rows)
-
-
-def document_lengths(position_ids: Tensor) -> Documents:
-    """Return the lengths of each row's documents: a document begins where a position is 0.
-
-    position_ids (batch, length)     0  1  2  0  1  2  3  0  1
-    lengths                          3        4           2
-    """
-    batch, length = position_ids.shape
-    starts = [[*(row == 0).nonzero()[:, 0].tolist(), length] for row in position_ids]
-    return [[b - a for a, b in zip(row, row[1:])] for row in starts]  # noqa: B905
 
 
 def unroll(
@@ -122,12 +111,21 @@ def unroll(
         features: (batch, length, hidden), the target's.
         num_steps: N of CORAL and HASS, at least 1.
         position_ids: (batch, length), of packed rows: they begin at 0 with each document, and
-            documents do not attend to each other.
+            documents do not attend to each other; see [`coral_hf.training.data.documents`].
 
     Returns:
-        (steps, batch, length, hidden): at [j, :, t] the step's prediction of feature t + 1.
+        (steps, batch, length, hidden): at [j, :, t] the step's prediction of feature t + 1. Of a
+        branch, the first `num_steps - 1` are not those of its document.
+
+    Raises:
+        ValueError: for more steps than the tokens that branches repeat allow.
     """
     is_packed = position_ids is not None
+    if num_steps >= REPEATED and position_ids is not None and has_branches(position_ids):
+        raise ValueError(
+            f"`num_steps` is {num_steps}, but rows that share prompts allow {REPEATED - 1} at"
+            " most; pass share_prompts=False, and write a feature cache with that again."
+        )
     if position_ids is None:
         position_ids = torch.arange(features.shape[1], device=features.device)[None]
     rows, begins = Rows(position_ids, is_packed), (position_ids == 0)[..., None]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import WINDOW, any_target
 
-from coral_hf.training.features.dataset import TargetFeatures
+from coral_hf.training.features.reading import TargetFeatures
 
 ROWS = [{"input_ids": [*range(20)], "labels": [*range(20)], "attention_mask": [1] * 20}]
 
