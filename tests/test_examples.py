@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_target
+from conftest import shared_file, tiny_target
 from eagle_checkpoint import eagle_tensors, write_checkpoint
 from loopback_hub import Client, running_hub
 from tokenizers import Tokenizer
@@ -195,6 +195,21 @@ def test_a_measured_drafter_is_published(folder, tmp_path):
         assert "loaded by its id" in printed
         assert "results/report.json" in hub.files("org/example")
         assert b"Speed was measured" in hub.files("org/example")["README.md"]
+
+
+@pytest.mark.slow
+def test_drafters_of_a_thinking_target_are_compared_by_their_rows(tmp_path, monkeypatch, capsys):
+    data = ["--target", shared_file("targets/coral-bench"), "--output", tmp_path]
+    data += ["--dialogues", shared_file("train/sgd/sgd_train.jsonl.gz")]
+    short = ["--taught", 8, "--taught-steps", 1, "--answered", 2, "--steps", 1, "--prompts", 2]
+    for _ in range(2):  # the second run finds all of it done
+        run(monkeypatch, "exact_rows.py", *data, *short)
+        found = capsys.readouterr().out.splitlines()
+        kinds = [line.split(":")[0] for line in found if "of them trained" in line]
+        assert kinds == ["whole", "exact", "shared"]
+        rows = [json.loads(line) for line in (tmp_path / "results.jsonl").open()]
+        assert len(rows) == 3 * 2 * 2
+    assert found[-1].startswith(("| shared less whole", "2 prompts, none"))
 
 
 @pytest.mark.slow
