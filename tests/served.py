@@ -30,7 +30,8 @@ COUNTS = {
 
 
 def speculation(job: dict) -> dict:
-    return {"method": "eagle", "model": job["drafter"], "num_speculative_tokens": job["depth"]}
+    method = job.get("method", "eagle")
+    return {"method": method, "model": job["drafter"], "num_speculative_tokens": job["depth"]}
 
 
 def serve(job: dict) -> dict:

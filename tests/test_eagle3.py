@@ -15,6 +15,7 @@ SWITCHES = {
     "residual": {"norm_before_residual": True, "norm_before_fc": True},
     "own embeddings": {"has_embeddings": True, "hidden_size": 24, "head_dim": 6},
     "two layers": {"num_hidden_layers": 2, "fc_bias": True, "attention_bias": True},
+    "extras": {"output_bias": True, "mlp_bias": True, "qk_norm": True},
 }
 
 
@@ -55,6 +56,8 @@ def test_a_config_takes_the_published_draft_vocabulary_or_all_of_a_small_one():
     [
         ({"draft_vocab_size": VOCAB + 1}, "`draft_vocab_size` is 41; use a value from 1 to"),
         ({"hidden_size": 24}, "target's embeddings do not fit"),
+        ({"target_layers": [1, 3]}, "`target_layers` are .1, 3., and the target has 2 layers"),
+        ({"target_layers": []}, "use hidden states from 0 to 2, such as .0, 1, 2."),
     ],
 )
 def test_fields_that_do_not_fit_together_are_refused(target, fields, message):
@@ -62,10 +65,10 @@ def test_fields_that_do_not_fit_together_are_refused(target, fields, message):
         Eagle3Config.from_target(target.config, **fields)
 
 
-def test_a_target_that_is_too_shallow_is_refused(target):
-    drafter = made(target, target_layers=[1, 2, 5])
-    with pytest.raises(ValueError, match="but the target has 2 layers: there is no hidden state 5"):
-        target.generate(torch.tensor([[5, 9]]), assistant_model=drafter, max_new_tokens=4)
+def test_a_target_of_another_depth_is_refused(target):
+    other = tiny_target("llama", num_hidden_layers=3)
+    with pytest.raises(ValueError, match="of a target of 2 layers .unnamed., and this one has 3"):
+        other.generate(torch.tensor([[5, 9]]), assistant_model=made(target), max_new_tokens=4)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +88,12 @@ def test_both_maps_of_the_vocabulary_say_the_same(target):
     drafter = made(target)
     assert drafter.t2d.nonzero()[:, 0].equal(drafter.draft_tokens)
     assert drafter.to_target_ids(torch.arange(DRAFT_VOCAB)).equal(drafter.draft_tokens)
+
+
+def test_embeddings_of_its_own_start_from_what_the_target_sees():
+    target = tiny_target("granite")
+    drafter = Eagle3Drafter.from_target(target, has_embeddings=True)
+    assert drafter.embed_tokens.weight.equal(3.0 * target.get_input_embeddings().weight)
 
 
 @pytest.mark.parametrize("switches", SWITCHES)

@@ -101,6 +101,25 @@ def test_a_pushed_drafter_is_loaded_by_its_id_and_its_card_is_filled_in(hub, cli
     stranger.run(snippet_of(card))
 
 
+def test_an_eagle3_drafter_is_pushed_and_published_as_any_other(hub, client, stranger, tmp_path):
+    make = (
+        MAKE.replace("CoralDrafter", "Eagle3Drafter")
+        + f"drafter.save_pretrained({str(tmp_path)!r})"
+    )
+    client.run(make + "\ndrafter.push_to_hub('org/eagle3')")
+    publish(client, tmp_path, "org/eagle3-folder")
+    for repo in ("org/eagle3", "org/eagle3-folder"):
+        card = card_of(hub, repo)
+        assert metadata_of(card)["tags"] == ["eagle-3", "speculative-decoding", "drafter"]
+        assert "| draft head | its own, over 256 tokens |" in card
+        assert "| hidden states of the target that it reads | 0, 1, 2 |" in card
+        assert "[EAGLE-3 (NeurIPS 2025)]" in card and "CORAL" not in card
+        assert b"import Eagle3Config, Eagle3Drafter" in hub.files(repo)["modeling_coral.py"]
+        stranger.run(snippet_of(card))
+        loads = IS_LOADED.replace("CoralDrafter", "Eagle3Drafter")
+        stranger.run(loads, folder=tmp_path, repo=repo)
+
+
 def test_a_folder_is_published_whole_in_one_commit_with_large_files_in_parts(
     hub, client, stranger, drafter
 ):

@@ -1,45 +1,37 @@
 """Lossless: greedy gives the target's own tokens, sampling the target's own distribution."""
 
 import copy
-import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import shared_file, tiny_target
-from scipy.stats import chisquare
+from enumerated import (
+    TINY,
+    VOCAB,
+    chances_of_all_texts,
+    own_chances,
+    p_value,
+    sample_texts,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     CompileConfig,
-    GenerationConfig,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
-    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from coral_hf import CoralDrafter
 from coral_hf.decoding import verifier as verifier_module
-from coral_hf.decoding.acceptance_rules import Chance
-from coral_hf.decoding.draft_policy import DraftPolicy
 from coral_hf.decoding.drafting import TreeShape
-from coral_hf.decoding.loop import DecodingLoop, Plan
-from coral_hf.decoding.outputs import OutputCollector
-from coral_hf.decoding.sequences import Sequences
-from coral_hf.decoding.settings import Rule
-from coral_hf.decoding.target_runner import TargetRunner
-from coral_hf.decoding.verifier import Step, Verdict, Verifier, siblings_at, token_step
-from coral_hf.drafters.coral.drafting import CoralDrafting
+from coral_hf.decoding.verifier import Step, token_step
 from coral_hf.drafters.tree_builders import SampledTreeBuilder
 from coral_hf.target import read_target
 
 TREE = {"tree_depth": 4, "tree_top_k": 6, "tree_nodes": 24}
-PROMPT = torch.tensor([[1, 2, 3]])
-VOCAB, LENGTH = 4, 3  # of the enumerated texts
-TINY = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "bos_token_id": None}
 SEEDS = (11, 22, 33)
 
 
@@ -110,105 +102,10 @@ def test_threads_share_a_target_and_a_drafter(way):
         assert all(one[1].equal(text) for one, text in zip(found, expected, strict=True))
 
 
-class Branch(Verifier):
-    """The verifier along one branch of all that chance may do, and how likely that branch is."""
-
-    def follow(self, text, rule):
-        self.text, self.rule_of_step, self.likelihood = text, rule, 1.0
-        return self
-
-    def verdict(self, tree, logits):
-        # float64 all the way, where `generate` itself goes on in fp32
-        start, path = self.sequences.longest - PROMPT.shape[1], [0]
-        for token in self.text[start:]:
-            probs = logits[:, path[-1]].double().softmax(-1)
-            siblings = siblings_at(tree, torch.tensor([path[-1]]))
-            self.likelihood *= chance_of(token, siblings, probs, self.rule_of_step)
-            child = int(siblings.with_token(torch.tensor([token])))
-            if child == 0 or start + len(path) == LENGTH:
-                break
-            path.append(child)
-        return Verdict(torch.tensor([path]), torch.tensor([len(path)]), torch.tensor([token]))
-
-
-class Script(Chance):
-    """Answers as was laid down, then the first way; `others` turn off from this one."""
-
-    def __init__(self, answers):
-        self.answers, self.asked, self.weight, self.others = answers, 0, 1.0, []
-
-    def decide(self, weights) -> int:
-        possible = [answer for answer, weight in enumerate(weights) if weight > 0]
-        if self.asked == len(self.answers):
-            self.others += [[*self.answers, answer] for answer in possible[1:]]
-            self.answers = [*self.answers, possible[0]]
-        self.asked += 1
-        answer = self.answers[self.asked - 1]
-        self.weight *= weights[answer]
-        return answer
-
-    def accept(self, chances):
-        chance = float(chances[0])
-        return torch.tensor([self.decide([1 - chance, chance]) == 1])
-
-    def draw(self, probs):
-        return torch.tensor([self.decide(probs[0].tolist())])
-
-
-def chance_of(token, siblings, probs, rule) -> float:
-    """How likely the rule is to give `token`, summed over every draw that it may make."""
-    scripts, likely = [[]], 0.0
-    while scripts:
-        script = Script(scripts.pop())
-        step = rule(siblings, probs, script)
-        likely += script.weight * (int(step.token) == token)
-        scripts += script.others
-    return likely
-
-
 def without_residual(siblings, target_probs, chance):
     """A mistake: what comes after the accepted nodes is drawn from p, whatever was rejected."""
     step = token_step(siblings, target_probs, chance)
     return Step(torch.where(step.child > 0, step.token, chance.draw(target_probs)), step.child)
-
-
-def chances_of_all_texts(target, drafter, shape, rule=token_step) -> torch.Tensor:
-    """The chance of each text of `LENGTH` tokens, through drafter, tree, target pass and commit."""
-    chances = []
-    for text in itertools.product(range(VOCAB), repeat=LENGTH):
-        bound = read_target(target)
-        end = PROMPT.shape[1] + LENGTH
-        criteria = StoppingCriteriaList([MaxLengthCriteria(end)])
-        # a round may look at tokens beyond the text, which no chance depends on
-        config = GenerationConfig(do_sample=True)
-        sequences = Sequences(PROMPT, LogitsProcessorList(), criteria)
-        collector = OutputCollector(config, 1)
-        loop = DecodingLoop(
-            CoralDrafting(drafter, bound),
-            TargetRunner(bound, takes_tree=True, layers=(-1,)),
-            sequences,
-            collector,
-            DraftPolicy(shape),
-            Plan(Rule("token", is_drawn=False), end),
-        )
-        branch = loop.verifier = Branch(sequences, collector, "token").follow(text, rule)
-        loop.run({"use_cache": True})
-        chances.append(branch.likelihood)
-    return torch.tensor(chances, dtype=torch.float64)
-
-
-def own_chances(target, processors=None) -> torch.Tensor:
-    """The chance of each text by the target alone."""
-    chances = []
-    for text in itertools.product(range(VOCAB), repeat=LENGTH):
-        ids, chance = PROMPT, 1.0
-        for token in text:
-            logits = target(ids).logits[:, -1]
-            logits = logits if processors is None else processors(ids, logits.float())
-            chance *= float(logits.double().softmax(-1)[0, token])
-            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
-        chances.append(chance)
-    return torch.tensor(chances, dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -280,36 +177,6 @@ def test_samples_drafted_by_every_head_fit_the_target(pair, head, rule):
 def test_the_enumeration_notices_a_missing_residual_step(pair):
     found = chances_of_all_texts(*pair, TreeShape(2, 2, 7), rule=without_residual)
     assert (found - own_chances(pair[0])).abs().max() > 1e-3
-
-
-def sample_texts(
-    target, drafter, seed, count, processors=None, batch=250, **settings
-) -> torch.Tensor:
-    """How often each text came out of the public `generate`, `batch` of them a call."""
-    torch.manual_seed(seed)
-    counts = torch.zeros(VOCAB**LENGTH)
-    places = VOCAB ** torch.arange(LENGTH - 1, -1, -1)
-    for _ in range(count // batch):
-        texts = target.generate(
-            PROMPT,
-            do_sample=True,
-            top_k=0,
-            max_new_tokens=LENGTH,
-            assistant_model=drafter,
-            logits_processor=processors,
-            num_return_sequences=batch,
-            **{"tree_depth": 2, "tree_top_k": 2, "tree_nodes": 5, **settings},
-        )
-        counts += (texts[:, -LENGTH:] * places).sum(1).bincount(minlength=len(counts))
-    return counts
-
-
-def p_value(counts: torch.Tensor, chances: torch.Tensor) -> float:
-    """χ² of the counts against the chances; texts that cannot be are required not to be."""
-    possible = chances > 0
-    assert counts[~possible].sum() == 0
-    expected = (chances / chances.sum() * counts.sum())[possible]
-    return float(chisquare(counts[possible].double().numpy(), expected.numpy()).pvalue)
 
 
 @torch.no_grad()

@@ -10,18 +10,20 @@ In: a folder. Out: the sizes of the drafter, and its tensors under our names, wh
     first layer sees, which is `scale` times a row for Gemma or Granite. So fc differs by 1 / scale.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import CONFIG_NAME
 
 from ..drafters.coral.configuration import CoralConfig
 from ..target import Target
-from .files import check_dense, read_config, read_weights
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
 # what EAGLE takes where a config says nothing, which is not what transformers gives to a model of
@@ -36,53 +38,31 @@ ROPE_THETA = 10000.0
 EMBEDDINGS, HEAD = "embed_tokens.weight", "lm_head.weight"
 # where the config does not say whether there is a bias, these tensors do
 BIASES = {"fc_bias": "fc.bias", "attention_bias": "layers.0.self_attn.q_proj.bias"}
-# what an EAGLE-3 drafter has and an EAGLE-1 drafter has not
-EAGLE3_TENSORS = ("d2t", "t2d", "midlayer.", "hidden_norm.", "layers.0.hidden_norm.")
 ROUNDING = 1e-2  # relative: a copy of the target's weights may be in half precision
 
 
-def read_eagle(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a checkpoint, without checking that it fits a target.
-
-    Returns:
-        fields of `CoralConfig`, and all tensors, of any shapes.
-
-    Raises:
-        ValueError: if a file is damaged, a field makes no sense, a tensor cannot be used, or the
-            drafter is EAGLE-3's.
-    """
-    sizes, tensors = read_shape(folder), read_weights(folder)
-    foreign = sorted(name for name in tensors if name.startswith(EAGLE3_TENSORS))
-    if foreign:
-        _refuse_eagle3(folder, ", ".join(foreign[:3]))
-    check_dense(tensors, folder)
-    return {field: name in tensors for field, name in BIASES.items()} | sizes, tensors
-
-
-def read_shape(folder: Path) -> dict[str, Any]:
+def read_eagle_shape(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Read the sizes of a drafter from its config.json.
 
     Returns:
         fields of `CoralConfig`, without those of biases that the config does not mention.
 
     Raises:
-        ValueError: if a field is missing or makes no sense, or the drafter is CORAL's or EAGLE-3's.
+        ValueError: if a field is missing or makes no sense.
     """
-    config = read_config(folder)
-    if config.get("model_type") == CoralConfig.model_type:
-        raise ValueError(
-            f"{folder} is a CORAL drafter already; load it with AutoModel.from_pretrained."
-        )
-    if config.get("draft_vocab_size") is not None:
-        _refuse_eagle3(folder, "`draft_vocab_size`")
-    if "eagle3" in str(config.get("architectures")).lower():
-        _refuse_eagle3(folder, "`architectures`")
     if config.get("model_type") == "eagle" and isinstance(config.get("model"), dict):
         config = config["model"]  # an older layout of vLLM
     # transformers writes null where it means the default
     fields = {name: value for name, value in config.items() if value is not None}
+    with naming_config(folder):
+        return checked_shape(fields)
+
+
+@contextmanager
+def naming_config(folder: Path) -> Iterator[None]:
+    """Turn errors about fields of a config into a ValueError that names the file."""
     try:
-        return _checked_shape(fields)
+        yield
     except Exception as error:  # transformers raises any, wherever it meets a field
         raise ValueError(
             f"{folder / CONFIG_NAME} lacks a field, or has one that makes no sense"
@@ -90,7 +70,7 @@ def read_shape(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def _checked_shape(fields: dict[str, Any]) -> dict[str, Any]:
+def checked_shape(fields: dict[str, Any]) -> dict[str, Any]:
     """Return a drafter's sizes, after making its config and rotary frequencies from them."""
     shape = {name: fields[name] for name in SIZES}
     shape |= {name: fields.get(name, default) for name, default in DEFAULTS.items()}
@@ -109,14 +89,6 @@ def _checked_shape(fields: dict[str, Any]) -> dict[str, Any]:
     if not LlamaRotaryEmbedding(config).inv_freq.isfinite().all():
         raise ValueError(f"the frequencies of `rope_parameters` {rope} are not finite")
     return shape
-
-
-def _refuse_eagle3(folder: Path, found: str) -> NoReturn:
-    raise ValueError(
-        f"{folder} is an EAGLE-3 drafter ({found}): it reads three of the target's layers and has"
-        " norms and an LM head of its own, for which a CORAL drafter has no place. Import an"
-        " EAGLE-1, EAGLE-2 or HASS drafter, or serve this one with vLLM or SGLang."
-    )
 
 
 def check_tensors(
@@ -147,6 +119,22 @@ def check_tensors(
     listed = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
     if listed:
         raise ValueError(f"{what} has other tensors than expected; {'; '.join(listed)}. {remedy}")
+
+
+def drop_frequencies(tensors: dict[str, Tensor], config: PreTrainedConfig) -> None:
+    """Take out of a checkpoint's tensors rotary frequencies, (head_dim / 2,) each.
+
+    Raises:
+        ValueError: if they are not what the drafter's config gives.
+    """
+    frequencies = LlamaRotaryEmbedding(config).inv_freq
+    for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
+        found = tensors.pop(name).float()
+        if found.shape != frequencies.shape or not found.allclose(frequencies, rtol=ROUNDING):
+            raise ValueError(
+                f"`{name}` of the EAGLE checkpoint is not what its config's `rope_theta` gives; set"
+                " `rope_theta` in config.json to what the drafter was trained with."
+            )
 
 
 def is_plain(table: object) -> bool:

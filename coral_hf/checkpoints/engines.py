@@ -11,9 +11,11 @@ engine cannot express. From the engines' own sources: vLLM
     eagle          as it says    qkv_bias           none          none      default, or base 10,000
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..drafters.coral.configuration import CoralConfig
+from torch import Tensor
+
+from ..drafters.configuration import DrafterConfig
 from ..target import Scales
 
 ENGINES = ("vllm", "sglang", "eagle")
@@ -38,8 +40,17 @@ ROTARY = ("default", "linear", "dynamic", "yarn", "llama3")
 EAGLE_BASE = 10000.0
 
 
+class Content(NamedTuple):
+    """What an engine's folder holds of a drafter."""
+
+    fields: dict[str, Any]  # of config.json
+    tensors: dict[str, Tensor]
+    reasons: list[str]  # why the drafter would predict something else there
+    notes: list[str]  # what else is different there
+
+
 def engine_config(
-    config: CoralConfig, scales: Scales, engine: str, has_fc_bias: bool
+    config: DrafterConfig, scales: Scales, engine: str, has_fc_bias: bool
 ) -> dict[str, Any]:
     """Write the fields of an engine's config.json; [`obstacles`] lists what they leave out.
 
@@ -61,7 +72,7 @@ def engine_config(
     return fields
 
 
-def _sglang_fields(config: CoralConfig, scales: Scales) -> dict[str, Any]:
+def _sglang_fields(config: DrafterConfig, scales: Scales) -> dict[str, Any]:
     """Return the fields that name SGLang's class; its Llama with q/k/v biases has one in o_proj."""
     family = "Qwen2" if config.attention_bias else "Llama"
     fields: dict[str, Any] = {"architectures": [f"{family}ForCausalLMEagle"]}
@@ -72,7 +83,7 @@ def _sglang_fields(config: CoralConfig, scales: Scales) -> dict[str, Any]:
     return fields
 
 
-def _rotary_fields(config: CoralConfig, engine: str) -> dict[str, Any]:
+def _rotary_fields(config: DrafterConfig, engine: str) -> dict[str, Any]:
     """Return rotary parameters in the forms of transformers 5 and 4; engines read either."""
     assert config.rope_parameters, "the config fills them in"
     rope = dict(config.rope_parameters)
@@ -86,7 +97,7 @@ def _rotary_fields(config: CoralConfig, engine: str) -> dict[str, Any]:
     return {"rope_parameters": {**rope, "rope_theta": theta}, **both}
 
 
-def obstacles(config: CoralConfig, scales: Scales, engine: str, has_fc_bias: bool) -> list[str]:
+def obstacles(config: DrafterConfig, scales: Scales, engine: str, has_fc_bias: bool) -> list[str]:
     """List why a drafter would predict something else in an engine."""
     found = []
     if engine == "vllm" and has_fc_bias:

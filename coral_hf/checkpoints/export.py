@@ -1,8 +1,8 @@
-"""Export of CORAL drafters to vLLM, SGLang and EAGLE's own code.
+"""Export of CORAL and EAGLE-3 drafters to vLLM, SGLang and EAGLE's own code.
 
 In: a drafter. Out: a folder that the engine loads, whose tensors were compared with those that the
-drafter's config gives before anything is written. The engines read the target's whole LM head (or
-SGLang the hot tokens of it), so routers and other draft heads stay behind.
+drafter's config gives before anything is written. A CORAL drafter reads the target's whole LM head
+there (or in SGLang the hot tokens of it), so routers and other draft heads stay behind.
 """
 
 import json
@@ -19,8 +19,11 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from ..atomic import new_folder, write_json
+from ..drafters.configuration import DrafterConfig
 from ..drafters.coral.configuration import CoralConfig
 from ..drafters.coral.modeling import CoralDrafter
+from ..drafters.eagle3 import Eagle3Drafter
+from ..drafters.families import FAMILIES
 from ..heads.router import check_token_ids
 from ..target import (
     Scales,
@@ -32,7 +35,8 @@ from ..target import (
     text_config,
 )
 from .eagle import EMBEDDINGS, check_tensors, scale_embeddings, table_scale
-from .engines import ENGINES, engine_config, obstacles
+from .eagle3_export import eagle3_content
+from .engines import ENGINES, Content, engine_config, obstacles
 from .files import WEIGHTS, check_output, config_folder, read_config, read_dtype
 from .hot_tokens import HOT_TOKENS
 
@@ -54,7 +58,7 @@ class Exported(NamedTuple):
 
 
 def export_drafter(
-    drafter: CoralDrafter,
+    drafter: CoralDrafter | Eagle3Drafter,
     engine: str,
     output: str | Path,
     target: PreTrainedModel | None = None,
@@ -86,31 +90,47 @@ def export_drafter(
     read = (drafter.name_or_path, config.target_name_or_path, getattr(target, "name_or_path", None))
     check_output(output, overwrite, export_files(engine), read)
     if target is None:
-        bound, scales = None, _named_scales(config)
+        reads_target = not getattr(config, "has_embeddings", False)
+        bound, scales = None, _named_scales(config) if reads_target else Scales()
     else:
         check_target(config, target, takes_other_vocabulary=True)
         bound, config = read_target(target), copy(config)
         config.vocab_size = text_config(target).vocab_size
         scales = Scales(table_scale(bound), bound.head.scale, bound.head.softcap)
-    hot_tokens = _hot_tokens(drafter, engine, hot_tokens, config.vocab_size)
+    if isinstance(drafter, Eagle3Drafter):
+        if hot_tokens is not None:
+            raise ValueError("`hot_tokens` are for CORAL drafters; an EAGLE-3 one has its own.")
+        made = eagle3_content(drafter, engine, bound, scales.embedding, config.vocab_size)
+    else:
+        hot_tokens = _hot_tokens(drafter, engine, hot_tokens, config.vocab_size)
+        made = _coral_content(drafter, config, engine, bound, scales)
+    _check_reasons(made.reasons, engine)
+    tensors = _to_save(made.tensors, dtype)
+    names = dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
+    with new_folder(output, last=CONFIG_NAME) as folder:
+        write_json(folder / CONFIG_NAME, made.fields | names)
+        _save(tensors, folder / export_files(engine)[1])
+        if hot_tokens is not None:
+            torch.save(hot_tokens, folder / HOT_TOKENS)
+    notes = [*made.notes, *_notes(drafter, scales.embedding, engine, hot_tokens)]
+    return Exported(Path(output), notes, _command(config, engine, Path(output), hot_tokens))
+
+
+def _coral_content(
+    drafter: CoralDrafter, config: CoralConfig, engine: str, target: Target | None, scales: Scales
+) -> Content:
+    """Gather what a folder holds of a CORAL drafter; `config` is as wide as the target."""
     state = drafter.state_dict()
     body = {name: tensor for name, tensor in state.items() if name.startswith(BODY)}
     has_fc_bias = bool(body["fc.bias"].any()) if "fc.bias" in body else False
     reasons = obstacles(config, scales, engine, has_fc_bias)
-    _check_reasons(reasons, engine, bound)
-    fields = engine_config(config, scales, engine, has_fc_bias)
+    if target is not None and target.head.bias is not None:
+        reasons = [*reasons, "the target's LM head has a bias, which engines drop"]
     tensors = _for_engine(body, drafter.config, engine, has_fc_bias)
-    if bound is not None and engine != "sglang":
-        tensors[EMBEDDINGS] = bound.embeddings.weight
-    tensors = _to_save(scale_embeddings(tensors, scales.embedding), dtype)
-    fields |= dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
-    with new_folder(output, last=CONFIG_NAME) as folder:
-        write_json(folder / CONFIG_NAME, fields)
-        _save(tensors, folder / export_files(engine)[1])
-        if hot_tokens is not None:
-            torch.save(hot_tokens, folder / HOT_TOKENS)
-    notes = _notes(state.keys() - body.keys(), scales.embedding, engine, hot_tokens)
-    return Exported(Path(output), notes, _command(config, engine, Path(output), hot_tokens))
+    if target is not None and engine != "sglang":
+        tensors[EMBEDDINGS] = target.embeddings.weight
+    fields = engine_config(config, scales, engine, has_fc_bias)
+    return Content(fields, scale_embeddings(tensors, scales.embedding), reasons, [])
 
 
 def export_files(engine: str) -> tuple[str, ...]:
@@ -123,17 +143,17 @@ def export_files(engine: str) -> tuple[str, ...]:
 
 
 def check_drafter(source: str | Path) -> None:
-    """Raise a ValueError if a folder or Hub id holds no CORAL drafter, from its config alone."""
+    """Raise a ValueError if a folder or Hub id holds no drafter, from its config alone."""
     found = read_config(config_folder(source)).get("model_type")
-    if found != CoralConfig.model_type:
+    if found not in FAMILIES:
         raise ValueError(
-            f"{source} holds a {found} model, not a CORAL drafter. If it is an EAGLE-1, EAGLE-2 or"
-            f" HASS checkpoint, import it first: coral-hf import {source} --target TARGET --output"
-            " FOLDER. If it is a target, give its drafter."
+            f"{source} holds a {found} model, not a CORAL or EAGLE-3 drafter of this library. If it"
+            " is another one's checkpoint, import it first: coral-hf import"
+            f" {source} --target TARGET --output FOLDER. If it is a target, give its drafter."
         )
 
 
-def _named_scales(config: CoralConfig) -> Scales:
+def _named_scales(config: DrafterConfig) -> Scales:
     """Read the scales of the target that a drafter's config names, from that target's config."""
     family, name = config.target_model_type or "", config.target_name_or_path
     if family.startswith(SCALED_TABLES):
@@ -173,10 +193,8 @@ def _hot_tokens(
     return [token for token in drafter.heads.hot_tokens.tolist() if token < vocab_size] or None
 
 
-def _check_reasons(reasons: list[str], engine: str, target: Target | None) -> None:
+def _check_reasons(reasons: list[str], engine: str) -> None:
     """Raise a ValueError with all reasons why an engine would predict something else."""
-    if target is not None and target.head.bias is not None:
-        reasons = [*reasons, "the target's LM head has a bias, which engines drop"]
     if reasons:
         why = "; ".join(reasons)
         raise ValueError(f"The drafter cannot be exported for {engine}: {why}. {USE_TRANSFORMERS}")
@@ -205,7 +223,8 @@ def _to_save(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
     """Copy tensors of any shapes in one dtype; a ValueError for a number it cannot hold."""
     saved = {}
     for name, tensor in tensors.items():
-        saved[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+        kept = dtype if tensor.is_floating_point() else tensor.dtype
+        saved[name] = tensor.detach().to("cpu", kept, copy=True).contiguous()
         if not saved[name].isfinite().all():
             raise ValueError(
                 f"`{name}` has numbers that are not finite in {dtype}; export it with dtype"
@@ -222,9 +241,16 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
 
 
-def _notes(left: set[str], scale: float, engine: str, hot_tokens: list[int] | None) -> list[str]:
+def _notes(
+    drafter: CoralDrafter | Eagle3Drafter, scale: float, engine: str, hot_tokens: list[int] | None
+) -> list[str]:
     """Say what stays behind, and what moved."""
     notes = []
+    if isinstance(drafter, Eagle3Drafter):
+        if scale != 1.0:
+            notes.append(f"The target's embedding scale, {scale:.6g}, is in `{EMBEDDINGS}` now.")
+        return notes
+    left = {name for name in drafter.state_dict() if not name.startswith(BODY)}
     if hot_tokens is not None:
         left = left - {"heads.hot_tokens"}  # they are in a file of their own
     if left:
@@ -238,18 +264,23 @@ def _notes(left: set[str], scale: float, engine: str, hot_tokens: list[int] | No
     return notes
 
 
-def _command(config: CoralConfig, engine: str, output: Path, hot_tokens: list[int] | None) -> str:
+def _command(
+    config: DrafterConfig, engine: str, output: Path, hot_tokens: Sequence[int] | None
+) -> str:
     """Return the command that serves the drafter, with the engine's usual lengths of drafts."""
     target, folder = config.target_name_or_path or "TARGET", str(output)
+    draft_vocab = getattr(config, "draft_vocab_size", None)
+    method = "eagle" if draft_vocab is None else "eagle3"
     if engine == "eagle":
         path = f"base_model_path={target!r}, ea_model_path={folder!r}"
-        return f"EaModel.from_pretrained({path}, use_eagle3=False)"
+        return f"EaModel.from_pretrained({path}, use_eagle3={method == 'eagle3'})"
     if engine == "vllm":
-        settings = {"method": "eagle", "model": folder, "num_speculative_tokens": 3}
+        settings = {"method": method, "model": folder, "num_speculative_tokens": 3}
         return shlex.join(["vllm", "serve", target, "--speculative-config", json.dumps(settings)])
     parts = ["python", "-m", "sglang.launch_server", "--model-path", target]
-    parts += ["--speculative-algorithm", "EAGLE", "--speculative-draft-model-path", folder]
-    top_k = min(8, config.vocab_size if hot_tokens is None else len(hot_tokens))
+    parts += ["--speculative-algorithm", method.upper(), "--speculative-draft-model-path", folder]
+    num_tokens = draft_vocab or (config.vocab_size if hot_tokens is None else len(hot_tokens))
+    top_k = min(8, num_tokens)
     # a tree holds its root, then as many nodes as 5 levels of it can have
     nodes = min(32, 1 + top_k + 4 * top_k**2)
     parts += ["--speculative-num-steps", "5", "--speculative-eagle-topk", str(top_k)]

@@ -1,11 +1,12 @@
-"""Import of EAGLE-1, EAGLE-2 and HASS drafters.
+"""Import of EAGLE-1, EAGLE-2, EAGLE-3 and HASS drafters.
 
-In: a target and a folder or Hub id. Out: a CORAL drafter with the predictions of the checkpoint.
-Each tensor has its place, is compared with the target's own and dropped, or is an error.
+In: a target and a folder or Hub id. Out: a CORAL or an EAGLE-3 drafter with the predictions of the
+checkpoint. Each tensor has its place, is compared with the target's own and dropped, or is an
+error.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,20 +16,37 @@ from transformers.utils import logging
 
 from ..drafters.coral.configuration import CoralConfig
 from ..drafters.coral.modeling import CoralDrafter
+from ..drafters.eagle3 import Eagle3Drafter
+from ..drafters.families import FAMILIES
 from ..identity import record_tokenizer
 from ..target import Target, check_target, read_target, text_config
 from .eagle import (
+    BIASES,
     EMBEDDINGS,
     HEAD,
     ROUNDING,
     check_tensors,
+    drop_frequencies,
     is_plain,
-    read_eagle,
-    read_shape,
+    read_eagle_shape,
     scale_embeddings,
     table_scale,
 )
-from .files import config_folder, read_dtype, weights_folder
+from .eagle3 import (
+    OWN_TENSORS,
+    eagle3_drafter,
+    fitted_shape,
+    names_eagle3,
+    read_eagle3_shape,
+)
+from .files import (
+    check_dense,
+    config_folder,
+    read_config,
+    read_dtype,
+    read_weights,
+    weights_folder,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -47,6 +65,46 @@ DRAFTER_FILES = (
     "merges.txt",
     "*.model",
 )
+# what the config of a family that is not imported holds
+OTHER_FAMILIES = {
+    "peagle": "P-EAGLE",
+    "dflash": "DFlash",
+    "dspark": "DSpark",
+    "domino": "Domino",
+    "medusa": "Medusa",
+    "mtp": "MTP",
+    "recurrent_draft": "Recurrent Drafter",
+}
+
+
+class Shape(NamedTuple):
+    """What a checkpoint's config.json says."""
+
+    config: dict[str, Any]  # as it is written
+    fields: dict[str, Any]  # of `CoralConfig` or `Eagle3Config`
+    is_eagle3: bool
+
+
+def read_shape(folder: Path) -> Shape:
+    """Read the sizes of a drafter from its config.json.
+
+    Raises:
+        ValueError: if a field is missing or makes no sense, or the drafter is of another family.
+    """
+    config = read_config(folder)
+    if family := FAMILIES.get(config.get("model_type", "")):
+        raise ValueError(
+            f"{folder} is a {family.name} drafter already; load it with AutoModel.from_pretrained."
+        )
+    kinds = [config.get(n) for n in ("speculators_model_type", "architectures", "model_type")]
+    said = str([*kinds, *(n for n in config if n.startswith("medusa_"))]).lower()
+    if names := [name for word, name in OTHER_FAMILIES.items() if word in said]:
+        raise ValueError(
+            f"{folder} is a {names[0]} drafter; import one of EAGLE-1, EAGLE-2, EAGLE-3 or HASS."
+        )
+    if names_eagle3(config):
+        return Shape(config, read_eagle3_shape(config, folder), is_eagle3=True)
+    return Shape(config, read_eagle_shape(config, folder), is_eagle3=False)
 
 
 def from_eagle(
@@ -56,8 +114,8 @@ def from_eagle(
     dtype: str | torch.dtype | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     **download: Any,
-) -> CoralDrafter:
-    """Make a drafter for `target` from an EAGLE-1, EAGLE-2 or HASS checkpoint, or from an export.
+) -> CoralDrafter | Eagle3Drafter:
+    """Make a drafter for `target` from an EAGLE-1, 2 or 3 or a HASS checkpoint, or from an export.
 
     Args:
         target: the target that the checkpoint was made for. Its vocabulary may have grown, shrunk
@@ -76,14 +134,17 @@ def from_eagle(
     """
     dtype = target.dtype if dtype is None else read_dtype(dtype)
     folder = config_folder(source, **download)
-    own = {"vocab_size": text_config(target).vocab_size}
-    check_target(CoralConfig(**read_shape(folder) | own), target)
-    shape, tensors = read_eagle(weights_folder(source, folder, **download))
-    drafter = CoralDrafter.from_target(target, **shape | own).to(dtype)
-    bound = read_target(target)
-    _drop_copies(tensors, bound, drafter, shape["vocab_size"])
-    check_tensors(tensors, drafter.state_dict(), f"The EAGLE checkpoint {source}")
-    drafter.load_state_dict(scale_embeddings(tensors, 1 / table_scale(bound)))
+    shape, own = read_shape(folder), {"vocab_size": text_config(target).vocab_size}
+    if shape.is_eagle3:
+        fields = fitted_shape(shape.fields, shape.config, target)
+    else:
+        fields = shape.fields
+        check_target(CoralConfig(**fields | own), target)
+    tensors, make = read_weights(weights_folder(source, folder, **download)), _eagle_drafter
+    if shape.is_eagle3 or any(name.startswith(OWN_TENSORS) for name in tensors):
+        make = eagle3_drafter
+        fields = fitted_shape(read_eagle3_shape(shape.config, folder), shape.config, target)
+    drafter = make(target, fields, tensors, folder, dtype)
     if tokenizer is not None:
         record_tokenizer(tokenizer, drafter.config)
     is_local = Path(source).is_dir()  # a path of this machine means nothing elsewhere
@@ -92,17 +153,34 @@ def from_eagle(
     return drafter.eval()
 
 
-def _drop_copies(
-    tensors: dict[str, Tensor], target: Target, drafter: CoralDrafter, vocab_size: int
-) -> None:
-    """Take out of a checkpoint's tensors what is the target's own or follows from the config.
+def _eagle_drafter(
+    target: PreTrainedModel,
+    shape: dict[str, Any],
+    tensors: dict[str, Tensor],
+    folder: Path,
+    dtype: torch.dtype,
+) -> CoralDrafter:
+    """Make a CORAL drafter from the shape and the tensors of an EAGLE-1 checkpoint."""
+    check_dense(tensors, folder)
+    shape = {field: name in tensors for field, name in BIASES.items()} | shape
+    own = {"vocab_size": text_config(target).vocab_size}
+    drafter, bound = CoralDrafter.from_target(target, **shape | own).to(dtype), read_target(target)
+    _drop_copies(tensors, bound, shape["vocab_size"])
+    drop_frequencies(tensors, drafter.config)
+    check_tensors(tensors, drafter.state_dict(), f"The EAGLE checkpoint {folder}")
+    drafter.load_state_dict(scale_embeddings(tensors, 1 / table_scale(bound)))
+    return drafter
+
+
+def _drop_copies(tensors: dict[str, Tensor], target: Target, vocab_size: int) -> None:
+    """Take out of a checkpoint's tensors what is the target's own.
 
     `vocab_size`: of the target when the checkpoint was made.
 
     Raises:
         ValueError: that names a tensor which differs, and how far it is off.
     """
-    size = drafter.config.vocab_size
+    size = text_config(target.model).vocab_size
     if EMBEDDINGS not in tensors and HEAD not in tensors:
         if vocab_size != size:
             raise ValueError(
@@ -117,14 +195,6 @@ def _drop_copies(
     for name, own in ((EMBEDDINGS, target.embeddings.weight), (HEAD, target.head.weight)):
         if name in tensors:
             _check_copy(name, tensors.pop(name), own, vocab_size)
-    frequencies = drafter.rotary_emb.inv_freq.cpu().float()  # of shape (head_dim / 2,)
-    for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
-        found = tensors.pop(name).float()
-        if found.shape != frequencies.shape or not found.allclose(frequencies, rtol=ROUNDING):
-            raise ValueError(
-                f"`{name}` of the EAGLE checkpoint is not what its config's `rope_theta` gives; set"
-                " `rope_theta` in config.json to what the drafter was trained with."
-            )
 
 
 def _check_copy(name: str, found: Tensor, own: Tensor, vocab_size: int) -> None:

@@ -38,7 +38,7 @@ def publish(own: PublishOptions) -> None:
 class ImportOptions(TargetOptions):
     """The checkpoint, and the folder that it goes to."""
 
-    source: str = option("An EAGLE-1, EAGLE-2 or HASS folder or Hub id.", positional=True)
+    source: str = option("An EAGLE-1, 2, 3 or HASS folder or Hub id.", positional=True)
     output: Path = option("Folder of the drafter.")
     revision: str | None = option("Revision of the checkpoint's Hub id.", None)
     cache_dir: Path | None = option("Where a Hub id is downloaded to; its cache by default.", None)
@@ -47,7 +47,7 @@ class ImportOptions(TargetOptions):
 
 
 def import_(own: ImportOptions) -> None:
-    """Turn an EAGLE-1, EAGLE-2 or HASS checkpoint into a drafter."""
+    """Turn an EAGLE-1, EAGLE-2, EAGLE-3 or HASS checkpoint into a drafter."""
     from ..atomic import new_folder
     from ..checkpoints import DRAFTER_FILES, check_output, config_folder, from_eagle, read_shape
 
@@ -82,7 +82,8 @@ class ExportOptions(DatasetOptions):
 
 def export(own: ExportOptions) -> None:
     """Write a drafter as vLLM, SGLang or EAGLE's own code reads it."""
-    from .. import CoralDrafter
+    from transformers import AutoModel
+
     from ..checkpoints import check_drafter, check_output, export_drafter, export_files
 
     if own.num_hot_tokens is not None and own.to != "sglang":
@@ -91,7 +92,7 @@ def export(own: ExportOptions) -> None:
     check_output(own.output, own.overwrite, export_files(own.to), sources)
     check_drafter(own.drafter)
     target, hot_tokens = None, None
-    drafter = CoralDrafter.from_pretrained(own.drafter, dtype="auto")
+    drafter = AutoModel.from_pretrained(own.drafter, dtype="auto")
     if own.target is not None:
         target, tokenizer = TargetOptions(target=own.target).load_target()
         drafter = drafter.to(target.device)

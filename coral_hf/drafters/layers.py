@@ -4,7 +4,7 @@ In: hidden states, rotary positions, a context (a cache in decoding, past steps 
 hidden states of the same shape.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +39,26 @@ class CausalContext:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
+class Extras(NamedTuple):
+    """What some layers have beside Llama's weights."""
+
+    output_bias: bool = False  # of the attention's output projection
+    mlp_bias: bool = False
+    qk_norm: bool = False  # norms of each query and key, as in Qwen3
+
+
+PLAIN = Extras()
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions over whatever the context holds.
 
     `width`: of what is projected to queries, keys and values.
     """
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int, width: int):
+    def __init__(
+        self, config: PreTrainedConfig, layer_idx: int, width: int, extras: Extras = PLAIN
+    ):
         super().__init__()
         self.layer_idx = layer_idx
         assert config.head_dim and config.num_key_value_heads, "the config fills these in"
@@ -56,16 +69,24 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(width, inner, bias=config.attention_bias)
         self.k_proj = nn.Linear(width, kv_inner, bias=config.attention_bias)
         self.v_proj = nn.Linear(width, kv_inner, bias=config.attention_bias)
-        self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=extras.output_bias)
+        self.q_norm, self.k_norm = (
+            LlamaRMSNorm(config.head_dim, config.rms_norm_eps) if extras.qk_norm else None
+            for _ in "qk"
+        )
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, context: Context) -> Tensor:
         """(batch, length, width) → (batch, length, hidden).
 
         `cos`, `sin`: (batch or 1, 1, length, rotary_dim).
         """
-        query = rotate(self._heads(self.q_proj(hidden)), cos, sin)
-        key = rotate(self._heads(self.k_proj(hidden)), cos, sin)
-        attended = context.attend(self.layer_idx, query, key, self._heads(self.v_proj(hidden)))
+        query, key, value = (
+            self._heads(project(hidden)) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        attended = context.attend(self.layer_idx, query, key, value)
         return self.o_proj(attended.transpose(1, 2).flatten(-2))
 
     def _heads(self, projected: Tensor) -> Tensor:
@@ -88,12 +109,13 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class MLP(nn.Module):
     """A SwiGLU feed-forward block."""
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config: PreTrainedConfig, extras: Extras = PLAIN):
         super().__init__()
+        width, inner, bias = config.hidden_size, config.intermediate_size, extras.mlp_bias
         # (batch, length, hidden) → (batch, length, intermediate) → (batch, length, hidden)
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -104,10 +126,10 @@ class MLP(nn.Module):
 class DecoderLayer(GradientCheckpointingLayer):
     """A Llama-style decoder layer; the first one has no input norm, as in EAGLE-1."""
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, extras: Extras = PLAIN):
         super().__init__()
-        self.self_attn = Attention(config, layer_idx, config.hidden_size)
-        self.mlp = MLP(config)
+        self.self_attn = Attention(config, layer_idx, config.hidden_size, extras)
+        self.mlp = MLP(config, extras)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         if layer_idx > 0:
             self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)

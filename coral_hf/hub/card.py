@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..decoding.settings import TREE_DEFAULTS
-from ..drafters.coral.modeling import CoralDrafter
+from ..drafters.families import FAMILIES
+from ..drafters.model import Drafter
 from ..identity import weights_digest
 from ..measure.settings import DRAFTING
 from .drafter_folder import hub_id
@@ -23,7 +24,7 @@ from .repository import CARD, Branch
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 LIBRARY = "coral_hf"
-TAGS = ("coral", "speculative-decoding", "drafter")
+TAGS = ("speculative-decoding", "drafter")
 # the end of a card of ours, with a number made from the text before it; any other card, and one
 # whose text has another number, was written or edited by hand
 MARK = "<!-- Written by coral_hf from what the checkpoint and its reports hold. Edit it: it stays. "
@@ -55,7 +56,7 @@ class Results(NamedTuple):
 
 
 def make_card(
-    drafter: CoralDrafter,
+    drafter: Drafter,
     facts: CardFacts,
     results: Sequence[Results] = (),
     earlier: Mapping[str, Any] | None = None,
@@ -67,7 +68,9 @@ def make_card(
         earlier: metadata of an earlier card, kept where nothing else is known.
     """
     config, own, stages = drafter.config, drafter.generation_config, drafter.training_record
-    data = _metadata(facts, hub_id(config.target_name_or_path), stages, earlier or {})
+    family = FAMILIES[config.model_type]
+    tagged = facts._replace(tags=[family.name.lower(), *TAGS, *facts.tags])
+    data = _metadata(tagged, hub_id(config.target_name_or_path), stages, earlier or {})
     chats = facts.has_chat_template
     if chats is None:
         chats = bool(stages) and stages[-1].get("has_chat_template", False)
@@ -78,6 +81,7 @@ def make_card(
         target=data.base_model,
         target_folder=Path(config.target_name_or_path or "").name,
         config=config,
+        paper=family.paper,
         num_parameters=drafter.num_parameters(),
         dtype=str(drafter.dtype).removeprefix("torch."),
         tree={name: getattr(own, name, value) for name, value in TREE_DEFAULTS.items()},
@@ -111,7 +115,7 @@ def _metadata(
         "library_name": LIBRARY,
         "license": facts.license or earlier.get("license"),
         "pipeline_tag": "text-generation",
-        "tags": [*dict.fromkeys([*TAGS, *facts.tags, *earlier.get("tags", [])])],
+        "tags": [*dict.fromkeys([*facts.tags, *earlier.get("tags", [])])],
         "model-index": None,  # results of other weights
     }
     return ModelCardData(**{**earlier, **known})
@@ -135,7 +139,7 @@ def has_card_by_hand(folder: str | Path) -> bool:
 
 def write_card(
     folder: str | Path,
-    drafter: CoralDrafter,
+    drafter: Drafter,
     facts: CardFacts,
     results: Sequence[Results] = (),
 ) -> bool:
@@ -191,7 +195,7 @@ def read_results(path: str | Path) -> Results:
     return results
 
 
-def check_results(results: Results, drafter: CoralDrafter, targets: Sequence[str | None]) -> None:
+def check_results(results: Results, drafter: Drafter, targets: Sequence[str | None]) -> None:
     """Check that a report is of this drafter.
 
     Args:

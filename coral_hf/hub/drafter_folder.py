@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_SAFE_WEIGHTS_NAME,
@@ -19,21 +19,21 @@ from transformers.utils import (
 )
 
 from ..atomic import write_text
-from ..drafters.coral.configuration import CoralConfig
-from ..drafters.coral.modeling import CoralDrafter
-from ..drafters.model import TRAINING_RECORD
+from ..drafters.configuration import DrafterConfig
+from ..drafters.families import FAMILIES
+from ..drafters.model import TRAINING_RECORD, Drafter
 
 TOKENIZER = "tokenizer_config.json"
 CODE = "modeling_coral.py"
 # all that a repository holds of this package; without it transformers says what to install
 CODE_TEXT = """\
 # a drafter for speculative decoding; to load it and to generate with it: pip install coral_hf
-from coral_hf import CoralConfig, CoralDrafter  # noqa: F401
+from coral_hf import {config}, {model}  # noqa: F401
 """
 AUTO_MAP = {
-    "AutoConfig": "modeling_coral.CoralConfig",
-    "AutoModel": "modeling_coral.CoralDrafter",
-    "AutoModelForCausalLM": "modeling_coral.CoralDrafter",  # assistants are loaded by it
+    "AutoConfig": "modeling_coral.{config}",
+    "AutoModel": "modeling_coral.{model}",
+    "AutoModelForCausalLM": "modeling_coral.{model}",  # assistants are loaded by it
 }
 # the weights that are loaded by default, whole or in shards; not a variant of them (fp16)
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -42,7 +42,7 @@ KINDS = (".json", ".safetensors", ".jinja", ".model", ".txt", ".png", ".md")
 LEFT_OUT = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
 
 
-def read_drafter(folder: str | Path) -> CoralDrafter:
+def read_drafter(folder: str | Path) -> Drafter:
     """Read the drafter in a folder and check every tensor.
 
     Raises:
@@ -54,14 +54,14 @@ def read_drafter(folder: str | Path) -> CoralDrafter:
             f"{folder} holds no drafter. Give the folder that `coral-hf train --output` or"
             " `drafter.save_pretrained` wrote; if it is an adapter, merge it into its drafter."
         )
-    model_type = CoralConfig.get_config_dict(folder)[0].get("model_type")
-    if model_type != CoralConfig.model_type:
+    model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    if model_type not in FAMILIES:
         raise ValueError(f"{folder} holds a {model_type} model, not a drafter.")
     if all((folder / name).exists() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
         raise ValueError(
             f"{folder} holds two checkpoints, {SAFE_WEIGHTS_NAME} and shards; delete the older one."
         )
-    drafter = CoralDrafter.from_pretrained(folder).eval()
+    drafter = FAMILIES[model_type].model.from_pretrained(folder).eval()
     broken = [name for name, values in drafter.state_dict().items() if not values.isfinite().all()]
     if broken:
         raise ValueError(
@@ -116,7 +116,7 @@ def stale_files(there: list[str], here: list[str]) -> list[str]:
 
 
 def finish_config(
-    config: CoralConfig, folder: str | Path, base_model: str | None = None
+    config: DrafterConfig, folder: str | Path, base_model: str | None = None
 ) -> str | None:
     """Write a config.json that others can load, and the code beside it.
 
@@ -130,9 +130,14 @@ def finish_config(
     """
     target = base_model or hub_id(config.target_name_or_path)
     published = deepcopy(config)
-    published.target_name_or_path, published.auto_map = target, dict(AUTO_MAP)
+    names = {
+        "config": type(config).__name__,
+        "model": FAMILIES[config.model_type].model.__name__,
+    }
+    published.target_name_or_path = target
+    published.auto_map = {auto: name.format(**names) for auto, name in AUTO_MAP.items()}
     published.save_pretrained(folder)
-    write_text(Path(folder) / CODE, CODE_TEXT)
+    write_text(Path(folder) / CODE, CODE_TEXT.format(**names))
     return target
 
 

@@ -11,8 +11,7 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import CommitInfo, HfApi
 from transformers import PreTrainedTokenizerBase
 
-from ..drafters.coral.modeling import CoralDrafter
-from ..drafters.model import TRAINING_RECORD
+from ..drafters.model import TRAINING_RECORD, Drafter
 from ..identity import record_tokenizer
 from .card import CardFacts, Results, bring_card, check_results, read_results, write_card
 from .drafter_folder import finish_config, published_files, read_drafter, read_tokenizer
@@ -68,7 +67,7 @@ def publish(
 
 
 def push(
-    drafter: CoralDrafter,
+    drafter: Drafter,
     repo_id: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
     private: bool | None = None,
@@ -100,7 +99,7 @@ def push(
 
 
 def upload_saved(
-    drafter: CoralDrafter,
+    drafter: Drafter,
     folder: str | Path,
     repo_id: str,
     timestamps: Mapping[str, float],
@@ -124,7 +123,7 @@ def upload_saved(
 
 
 def _with_tokenizer(
-    facts: CardFacts, drafter: CoralDrafter, tokenizer: PreTrainedTokenizerBase | None
+    facts: CardFacts, drafter: Drafter, tokenizer: PreTrainedTokenizerBase | None
 ) -> CardFacts:
     """Read off the tokenizer that is published along; its hash goes into the drafter's config.
 
@@ -139,7 +138,7 @@ def _with_tokenizer(
 
 def _prepare(
     folder: Path,
-    drafter: CoralDrafter,
+    drafter: Drafter,
     branch: Branch,
     facts: CardFacts,
     results: Sequence[Results] = (),

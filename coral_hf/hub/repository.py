@@ -19,7 +19,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import RepositoryNotFoundError
 from transformers.utils import ADAPTER_CONFIG_NAME
 
-from ..drafters.coral.configuration import CoralConfig
+from ..drafters.families import FAMILIES
 from .drafter_folder import stale_files
 
 CARD = "README.md"
@@ -65,7 +65,7 @@ class Branch(NamedTuple):
         """Name what a repository holds that is neither a drafter nor an adapter of one."""
         model_type = (found.config or {}).get("model_type")
         names = [sibling.rfilename for sibling in found.siblings or []]
-        is_drafter = model_type == CoralConfig.model_type
+        is_drafter = model_type in FAMILIES
         if is_drafter or (ADAPTER_CONFIG_NAME in names and self._adapts_drafter()):
             return None
         if model_type is not None:

@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from ...decoding.drafting import register_drafting
-from .configuration import Eagle3Config
+from .configuration import Eagle3Config, default_layers
 from .drafting import Eagle3Drafting
 from .modeling import Eagle3Drafter
 

@@ -25,6 +25,7 @@ class Eagle3Config(DrafterConfig):
         target_layers: the hidden states of the target that are fused, as indices into its
             `hidden_states`: `i` is what the layers before layer `i` made, so the input of that
             layer.
+        target_num_layers: of the target.
         target_hidden_size: width of the target; `hidden_size` by default.
         draft_vocab_size: tokens that the drafter can propose; all by default.
         norm_before_residual: the first layer adds to the normed hidden state, not to the one that
@@ -32,7 +33,9 @@ class Eagle3Config(DrafterConfig):
         norm_before_fc: one norm over all fused hidden states (EAGLE-3 for gpt-oss).
         fc_norm: a norm over each of the fused hidden states (EAGLE-3.1).
         norm_output: a step reads the last one's output after the final norm (EAGLE-3.1).
-        fc_bias: a bias in the fusion.
+        fc_bias, output_bias, mlp_bias: biases in the fusion, the attention's output projection and
+            the feed-forward blocks.
+        qk_norm: norms of queries and keys, as in Qwen3.
         has_embeddings: whether the drafter has embeddings of its own; else it reads the target's.
 
     Example:
@@ -48,6 +51,7 @@ class Eagle3Config(DrafterConfig):
     model_type = "coral_eagle3"
 
     target_layers: list[int] | tuple[int, ...] = (2, 16, 29)
+    target_num_layers: int | None = None
     target_hidden_size: int | None = None
     draft_vocab_size: int | None = None
     norm_before_residual: bool = False
@@ -55,6 +59,9 @@ class Eagle3Config(DrafterConfig):
     fc_norm: bool = False
     norm_output: bool = False
     fc_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
     has_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -69,6 +76,12 @@ class Eagle3Config(DrafterConfig):
                 f"`draft_vocab_size` is {self.draft_vocab_size}; use a value from 1 to `vocab_size`"
                 f" = {self.vocab_size}."
             )
+        depth, layers = self.target_num_layers, self.target_layers
+        if not layers or (depth is not None and not all(0 <= layer <= depth for layer in layers)):
+            raise ValueError(
+                f"`target_layers` are {layers}, and the target has {depth} layers: use hidden"
+                f" states from 0 to {depth}, such as {default_layers(depth or 32)}."
+            )
         if not self.has_embeddings and self.target_hidden_size != self.hidden_size:
             raise ValueError(
                 f"`hidden_size` is {self.hidden_size} and `target_hidden_size`"
@@ -76,19 +89,21 @@ class Eagle3Config(DrafterConfig):
                 " another width; set `has_embeddings`."
             )
 
-    def check_layers(self, num_layers: int) -> None:
-        """Raise a ValueError for `target_layers` that a target with so many layers has not."""
-        if wrong := [layer for layer in self.target_layers if not 0 <= layer <= num_layers]:
+    def check_depth(self, num_layers: int) -> None:
+        """Raise a ValueError if the drafter was made for a target of another number of layers."""
+        if self.target_num_layers not in (None, num_layers):
             raise ValueError(
-                f"`target_layers` are {self.target_layers}, but the target has {num_layers} layers:"
-                f" there is no hidden state {wrong[0]}. Use the drafter's own target"
-                f" ({self.target_name_or_path or 'unnamed'})."
+                f"The drafter reads hidden states of a target of {self.target_num_layers} layers"
+                f" ({self.target_name_or_path or 'unnamed'}), and this one has {num_layers}. Use"
+                " the drafter's own target, or train a drafter for this one, from its"
+                " `from_target(target)`."
             )
 
     @classmethod
     def _own_fields(cls, text: PreTrainedConfig) -> dict[str, Any]:
         return {
             "target_layers": default_layers(text.num_hidden_layers),
+            "target_num_layers": text.num_hidden_layers,
             "target_hidden_size": text.hidden_size,
             "draft_vocab_size": min(DRAFT_VOCABULARY, text.vocab_size),
             "attention_bias": False,

@@ -52,9 +52,9 @@ class Eagle3Drafting(FeatureDrafting):
         draft_window: int | None = None,
     ):
         super().__init__(drafter, target, memory, draft_window)
-        text = text_config(target.model)
-        drafter.config.check_layers(text.num_hidden_layers)
-        self.layers = tuple(drafter.config.target_layers)
+        text, config = text_config(target.model), drafter.config
+        config.check_depth(text.num_hidden_layers)
+        self.layers = tuple(config.target_layers)
         self.head = OwnHead(drafter, text.vocab_size)
 
     def read(self, features: Tensor) -> Tensor:

@@ -12,11 +12,13 @@ The logits are of the draft vocabulary, the drafter's own choice of the target's
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from ...heads.router import check_token_ids
-from ..layers import MLP, Attention, CausalContext, Context, DecoderLayer
+from ...target import read_target
+from ..layers import MLP, Attention, CausalContext, Context, DecoderLayer, Extras
 from ..model import Drafter
 from .configuration import Eagle3Config
 
@@ -24,14 +26,14 @@ from .configuration import Eagle3Config
 class Eagle3Layer(GradientCheckpointingLayer):
     """The first decoder layer, whose attention reads the embedding and the hidden state."""
 
-    def __init__(self, config: Eagle3Config):
+    def __init__(self, config: Eagle3Config, extras: Extras):
         super().__init__()
         self.norms_residual = config.norm_before_residual
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hidden_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, 0, 2 * config.hidden_size)
+        self.self_attn = Attention(config, 0, 2 * config.hidden_size, extras)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, extras)
 
     def forward(
         self, hidden: Tensor, embeddings: Tensor, cos: Tensor, sin: Tensor, context: Context
@@ -75,8 +77,11 @@ class Eagle3Drafter(Drafter):
             if config.fc_norm
             else None
         )
-        self.layers = nn.ModuleList([Eagle3Layer(config)])
-        self.layers.extend(DecoderLayer(config, n) for n in range(1, config.num_hidden_layers))
+        extras = Extras(config.output_bias, config.mlp_bias, config.qk_norm)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, idx, extras) if idx > 0 else Eagle3Layer(config, extras)
+            for idx in range(config.num_hidden_layers)
+        )
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.norm = LlamaRMSNorm(config.hidden_size, epsilon)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
@@ -87,6 +92,23 @@ class Eagle3Drafter(Drafter):
         self.register_buffer("d2t", torch.zeros_like(draft_ids))
         self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size)
         self.post_init()
+
+    @classmethod
+    def from_target(cls, target: PreTrainedModel, **overrides) -> "Eagle3Drafter":
+        """Make an untrained drafter for `target`; embeddings of its own start from the target's.
+
+        `overrides` are fields of [`Eagle3Config`].
+
+        Raises:
+            ValueError: for a target that cannot take a drafter.
+        """
+        drafter = super().from_target(target, **overrides)
+        table = drafter.embed_tokens
+        if table is not None and table.embedding_dim == drafter.config.target_hidden_size:
+            with torch.no_grad():
+                ids = torch.arange(table.num_embeddings)
+                table.weight.copy_(read_target(target).embed(ids[None])[0])
+        return drafter
 
     def check(self) -> None:
         """See [`Drafter.check`]: `d2t` and `t2d` name the same tokens."""

@@ -1,0 +1,248 @@
+"""Checkpoints of EAGLE-3 (Li et al. 2025), as four trainers write them.
+
+In: a config and tensors. Out: fields of `Eagle3Config`, and the tensors under our names.
+
+                    first layer   config                     hidden states of the target
+    SafeAILab       midlayer      top level                  inputs of layers 2, L // 2, L - 3
+    SpecForge       midlayer      top level                  listed in `eagle_config`, or as above
+    Model-Optimizer layers.0      top level                  listed in `eagle_config`
+    speculators     layers.0      transformer_layer_config   listed at the top level
+
+The list at the top level counts inputs of layers. One in `eagle_config` counts outputs, as both
+trainers write it and as SGLang reads it for a Llama, unless it is the published default in inputs
+or names the output of the last layer as one. This was read from the code of trainers and engines,
+and from published names and shapes, not from a checkpoint.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CONFIG_MAPPING, PreTrainedModel
+
+from ..drafters.eagle3 import Eagle3Config, Eagle3Drafter, default_layers
+from ..target import Target, check_target, read_target, text_config
+from .eagle import (
+    EMBEDDINGS,
+    check_tensors,
+    checked_shape,
+    drop_frequencies,
+    is_plain,
+    naming_config,
+    table_scale,
+)
+from .files import check_dense
+
+SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+LAYERS = "eagle_aux_hidden_state_layer_ids"
+MAPS = ("d2t", "t2d")
+# what an EAGLE-3 drafter has and an EAGLE-1 drafter has not
+OWN_TENSORS = (*MAPS, "midlayer.", "hidden_norm.", "layers.0.hidden_norm.")
+# beginnings of names, as older files have them → ours; the norms are of trainers before 3.1
+OLD_NAMES = {
+    "midlayer.": "layers.0.",
+    "aux_norm_low.": "fc_norm.0.",
+    "aux_norm_mid.": "fc_norm.1.",
+    "aux_norm_high.": "fc_norm.2.",
+}
+# fields that tensors decide; a norm that the config names must be there
+FROM_TENSORS = {
+    "fc_bias": "fc.bias",
+    "attention_bias": "layers.0.self_attn.q_proj.bias",
+    "output_bias": "layers.0.self_attn.o_proj.bias",
+    "mlp_bias": "layers.0.mlp.down_proj.bias",
+    "norm_before_fc": "input_norm.weight",
+    "fc_norm": "fc_norm.0.weight",
+    "qk_norm": "layers.0.self_attn.q_norm.weight",
+    "has_embeddings": EMBEDDINGS,
+}
+SAMPLE = 4096  # rows of two tables that are compared
+SAME_TABLE = 0.5  # mean cosine of rows from which on one table was trained from the other
+
+
+def names_eagle3(config: dict[str, Any]) -> bool:
+    """Whether a config.json says that it is of an EAGLE-3 drafter."""
+    return (
+        config.get("speculators_model_type") == "eagle3"
+        or config.get("draft_vocab_size") is not None
+        or "eagle3" in str(config.get("architectures")).lower()
+    )
+
+
+def read_eagle3_shape(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Read fields of `Eagle3Config` from a config.json.
+
+    Returns:
+        the fields, without those of [`FROM_TENSORS`], those that follow from the target, and what
+        it does not say.
+
+    Raises:
+        ValueError: if a field is missing or makes no sense, or the drafter fuses no layers.
+    """
+    nested = config.get("eagle_config") or {}
+    said = {**nested, **{name: value for name, value in config.items() if value is not None}}
+    if said.get("use_aux_hidden_state") is False:
+        raise ValueError(
+            f"{folder} is a drafter of `use_aux_hidden_state` false: it reads the target's last"
+            " hidden state without a fusion, which neither EAGLE-1 nor EAGLE-3 does."
+        )
+    with naming_config(folder):
+        shape = checked_shape(_layer_fields(config))
+        switches = {name: bool(said[name]) for name in SWITCHES if said.get(name) is not None}
+        if "transformer_layer_config" in config:  # as vLLM reads an older one
+            switches.setdefault("norm_before_residual", True)
+        for name in ("draft_vocab_size", "target_hidden_size"):
+            shape |= {name: int(said[name])} if said.get(name) is not None else {}
+        is_wider = shape.get("target_hidden_size", shape["hidden_size"]) != shape["hidden_size"]
+        shape |= {**switches, "has_embeddings": is_wider}
+        Eagle3Config(**shape)
+    return shape
+
+
+def _layer_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the decoder layer; speculators leaves out what is its class's default."""
+    layer = config.get("transformer_layer_config")
+    if layer is not None:
+        config = CONFIG_MAPPING[layer.get("model_type", "llama")](**layer).to_dict()
+    # transformers writes null where it means the default; the tensors tell of biases
+    biases = ("bias", "qkv_bias")
+    return {k: v for k, v in config.items() if v is not None and k not in biases}
+
+
+def fitted_shape(
+    shape: dict[str, Any], config: dict[str, Any], target: PreTrainedModel
+) -> dict[str, Any]:
+    """Add the hidden states that a drafter reads of a target.
+
+    Raises:
+        ValueError: if the drafter was made for a target of other sizes.
+    """
+    text = text_config(target)
+    depth = text.num_hidden_layers
+    shape = shape | {"target_layers": _target_layers(config, depth), "target_num_layers": depth}
+    verifier = (config.get("speculators_config") or {}).get("verifier") or {}
+    name = {"target_name_or_path": verifier.get("name_or_path")}
+    own = {"vocab_size": max(text.vocab_size, shape.get("draft_vocab_size", 0))}
+    check_target(Eagle3Config(**shape | own | name), target, takes_other_vocabulary=True)
+    if depth in shape["target_layers"]:
+        raise ValueError(
+            f"The EAGLE-3 checkpoint reads the hidden state {depth}, the output of the target's"
+            " last layer before the final norm; transformers returns it after the norm only. Serve"
+            " the checkpoint with vLLM or SGLang."
+        )
+    return shape
+
+
+def _target_layers(config: dict[str, Any], depth: int) -> list[int]:
+    """The indices of hidden states of a target of `depth` layers that a config lists, or means."""
+    listed = config.get(LAYERS)
+    if not listed:
+        listed = (config.get("eagle_config") or {}).get(LAYERS)
+        if not listed:
+            return default_layers(depth)
+        counts_inputs = list(listed) == default_layers(depth) or depth in listed
+        listed = [layer + (not counts_inputs) for layer in listed]
+    return list(listed)
+
+
+def eagle3_drafter(
+    target: PreTrainedModel,
+    shape: dict[str, Any],
+    tensors: dict[str, Tensor],
+    folder: Path,
+    dtype: torch.dtype,
+) -> Eagle3Drafter:
+    """Make a drafter from the shape and the tensors of a checkpoint.
+
+    Raises:
+        ValueError: that names each tensor which is missing, unknown, of another shape or value.
+    """
+    tensors = {_our_name(name): tensor for name, tensor in tensors.items()}
+    check_dense({name: one for name, one in tensors.items() if name not in MAPS}, folder)
+    if "lm_head.weight" in tensors:
+        shape = {"draft_vocab_size": len(tensors["lm_head.weight"])} | shape
+    bound = read_target(target)
+    _settle_embeddings(tensors, bound, shape)
+    found = {field for field, name in FROM_TENSORS.items() if name in tensors}
+    shape = shape | {field: field in found or shape.get(field, False) for field in FROM_TENSORS}
+    drafter = Eagle3Drafter.from_target(target, **shape).to(dtype)
+    drop_frequencies(tensors, drafter.config)
+    _settle_maps(tensors, drafter)
+    check_tensors(tensors, drafter.state_dict(), f"The EAGLE-3 checkpoint {folder}")
+    drafter.load_state_dict(tensors)
+    return drafter
+
+
+def _our_name(name: str) -> str:
+    name = name.removeprefix("model.")
+    for theirs, ours in OLD_NAMES.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def _settle_embeddings(tensors: dict[str, Tensor], target: Target, shape: dict[str, Any]) -> None:
+    """Drop embeddings (vocab, hidden) that are the target's own, which the drafter reads then.
+
+    Where the target scales its embeddings, the drafter gets a copy of the rows, as engines feed
+    them.
+
+    Raises:
+        ValueError: if they are of another target, or would be needed to tell.
+    """
+    own, found = target.embeddings.weight, tensors.get(EMBEDDINGS)
+    vocab_size, is_wider = shape["vocab_size"], shape["has_embeddings"]
+    num_tokens = text_config(target.model).vocab_size
+    if found is None:
+        if vocab_size != num_tokens:
+            raise ValueError(
+                f"`vocab_size` of the target is {num_tokens}, but the EAGLE-3 checkpoint was made"
+                f" for one with {vocab_size}, and has no `{EMBEDDINGS}` that would tell whether it"
+                " is the same with other padding or more tokens. Use the checkpoint's own target."
+            )
+        if table_scale(target) != 1.0 and not is_wider:
+            tensors[EMBEDDINGS] = own.detach().cpu().clone()
+        return
+    if not is_plain(own) or found.ndim != 2 or found.shape[1] != own.shape[1]:
+        return  # nothing to compare with; a wrong shape is named with the others
+    rows = min(len(found), len(own))
+    ours = own.detach()[:rows].to(found.device, found.dtype)
+    if found[:rows].equal(ours) and table_scale(target) == 1.0:
+        del tensors[EMBEDDINGS]
+        return
+    pair = (found[: min(rows, SAMPLE)].float(), ours[:SAMPLE].float())
+    if F.cosine_similarity(*pair, dim=1).mean() < SAME_TABLE:
+        raise ValueError(
+            f"`{EMBEDDINGS}` of the EAGLE-3 checkpoint was made for another target: its rows are"
+            " not this target's, nor trained from them. Use the checkpoint's own target."
+        )
+
+
+def _settle_maps(tensors: dict[str, Tensor], drafter: Eagle3Drafter) -> None:
+    """Check the maps between the vocabularies, (draft_vocab,) and (vocab,), or fill them in.
+
+    Raises:
+        ValueError: if `d2t` leaves the vocabulary, or they contradict each other.
+    """
+    config, found = drafter.config, tensors.get("d2t")
+    if found is None and config.draft_vocab_size == config.vocab_size:
+        tensors["d2t"] = found = torch.zeros(config.vocab_size, dtype=torch.long)
+    if found is None or found.shape != drafter.d2t.shape:
+        return  # named with all other tensors that do not fit
+    tokens = found.cpu().long() + torch.arange(len(found))
+    outside = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
+    if len(outside):
+        raise ValueError(
+            f"`d2t` of the EAGLE-3 checkpoint leads to token {int(outside[0])}, but the vocabulary"
+            f" has {config.vocab_size} tokens. It belongs to another target, or is damaged."
+        )
+    drafter.set_draft_vocabulary(tokens)
+    mask = drafter.t2d.cpu()
+    given = tensors.setdefault("t2d", mask).cpu().bool()
+    if given.shape == mask.shape and given.ne(mask).any():
+        raise ValueError(
+            "`d2t` and `t2d` of the EAGLE-3 checkpoint name different tokens; download it again, or"
+            " delete `t2d`, which follows from `d2t`."
+        )

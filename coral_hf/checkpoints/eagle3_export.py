@@ -1,0 +1,163 @@
+"""Export of EAGLE-3 drafters: what vLLM, SGLang and EAGLE's own code read of one.
+
+In: a drafter. Out: the `Content` of an engine's folder, or why the drafter would predict something
+else there. From the engines' own sources: vLLM 0.32 (`llama_eagle3.py`, `qwen3_eagle3.py`), SGLang
+0.5.23 (`llama_eagle3.py`), EAGLE 3.0 (`cnets.py`).
+
+              hidden states of the target             embeddings
+    vllm      listed, any before the final norm       its own, or the target's
+    sglang    listed by the layers that made them     the target's, unless of another width
+    eagle     inputs of layers 2, L // 2, L - 3       its own, or the target's
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..drafters.eagle3 import Eagle3Config, Eagle3Drafter, default_layers
+from ..target import Scales, Target, text_config
+from .eagle import EMBEDDINGS, is_plain
+from .eagle3 import LAYERS
+from .engines import Content, engine_config, obstacles
+
+SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+BIASES = ("attention_bias", "output_bias", "mlp_bias", "qk_norm")
+# fields of the config that an engine's drafters do not have
+MISSING = {
+    "vllm": ("fc_bias",),
+    "sglang": ("fc_bias", *BIASES, "norm_before_residual"),
+    "eagle": ("fc_bias", *BIASES, *SWITCHES),
+}
+# targets of which SGLang counts the listed layers otherwise
+COUNTED_OTHERWISE = ("gpt_oss", "deepseek", "kimi", "glm4_moe_lite")
+
+
+def eagle3_content(
+    drafter: Eagle3Drafter, engine: str, target: Target | None, scale: float, vocab_size: int
+) -> Content:
+    """Gather what an engine's folder holds of a drafter.
+
+    Args:
+        target: the drafter's own, if it is at hand.
+        scale: what the target's first layer sees, as a multiple of its table's row.
+        vocab_size: of the target, which may have grown or shrunk since.
+    """
+    config, tensors = drafter.config, drafter.state_dict()
+    if target is not None:
+        config.check_depth(text_config(target.model).num_hidden_layers)
+    _add_embeddings(tensors, engine, target, scale)
+    reasons = _reasons(drafter, engine, vocab_size)
+    if config.has_embeddings or scale != 1.0:
+        reasons += _embedding_reasons(tensors.get(EMBEDDINGS), engine, target, config, vocab_size)
+    if config.draft_vocab_size == vocab_size:
+        # engines give a whole vocabulary no maps: the rows are in the order of the tokens
+        del tensors["d2t"], tensors["t2d"]
+        tensors["lm_head.weight"] = drafter.lm_head.weight[drafter.draft_tokens.argsort()]
+    else:
+        tensors["t2d"] = torch.zeros(vocab_size, dtype=torch.bool)
+        tensors["t2d"][drafter.draft_tokens[drafter.draft_tokens < vocab_size].cpu()] = True
+    if engine == "vllm" and (config.attention_bias or config.output_bias):
+        _fill_biases(tensors)
+    if engine != "vllm":
+        tensors = {_old_name(name): tensor for name, tensor in tensors.items()}
+    return Content(_fields(config, engine, vocab_size), tensors, reasons, [])
+
+
+def _add_embeddings(
+    tensors: dict[str, Tensor], engine: str, target: Target | None, scale: float
+) -> None:
+    """Add the table (vocab, hidden) that the drafter reads, where an engine may need it."""
+    if EMBEDDINGS in tensors or target is None or (engine == "sglang" and scale == 1.0):
+        return
+    tensors[EMBEDDINGS] = target.embeddings.weight * scale
+
+
+def _reasons(drafter: Eagle3Drafter, engine: str, vocab_size: int) -> list[str]:
+    """List why a drafter would predict something else in an engine."""
+    config = drafter.config
+    found = obstacles(config, Scales(), engine, has_fc_bias=False)
+    if names := [name for name in MISSING[engine] if getattr(config, name)]:
+        found.append(f"{engine}'s EAGLE-3 drafters have no {', '.join(names)}")
+    if engine != "vllm" and config.num_hidden_layers > 1:
+        found.append(f"`num_hidden_layers` is {config.num_hidden_layers}, and {engine} runs one")
+    if bool((drafter.draft_tokens >= vocab_size).any()):
+        found.append(f"some of its draft tokens are beyond the target's {vocab_size} tokens")
+    return found + _layer_reasons(config, engine)
+
+
+def _layer_reasons(config: Eagle3Config, engine: str) -> list[str]:
+    """List why an engine would read other hidden states."""
+    layers, depth = list(config.target_layers), config.target_num_layers
+    if depth is None:
+        return ["`target_num_layers` is not known; set it in the drafter's config"]
+    found = []
+    if layers != sorted(set(layers)):
+        found.append(f"`target_layers` are {layers}, and engines read each once, lowest first")
+    if depth in layers:
+        found.append(f"it reads hidden state {depth} after the final norm, engines before it")
+    if _is_default(config):
+        return found
+    if engine == "eagle":
+        found.append(f"`target_layers` are {layers}, and EAGLE's code reads [2, L // 2, L - 3]")
+    if engine == "sglang" and layers[0] == 0:
+        found.append("it reads the target's embeddings as a hidden state, which SGLang has not")
+    family = str(config.target_model_type)
+    if engine == "sglang" and family.startswith(COUNTED_OTHERWISE):
+        found.append(f"SGLang counts the layers of a {family} target otherwise")
+    return found
+
+
+def _is_default(config: Eagle3Config) -> bool:
+    """Whether a drafter reads the hidden states that every engine reads where none are listed."""
+    depth = config.target_num_layers or 0
+    return depth >= 7 and list(config.target_layers) == default_layers(depth)
+
+
+def _embedding_reasons(
+    table: Tensor | None, engine: str, target: Target | None, config: Eagle3Config, vocab_size: int
+) -> list[str]:
+    """List why an engine would feed other embeddings than `table`, (vocab, hidden)."""
+    if table is not None and len(table) != vocab_size:
+        return [f"its embeddings have {len(table)} rows for {vocab_size} tokens"]
+    if engine != "sglang" or config.target_hidden_size != config.hidden_size:
+        return []
+    if target is not None and table is not None and is_plain(target.embeddings.weight):
+        if table.equal(target.embeddings.weight.to(table.device, table.dtype)):
+            return []
+    remedy = " (`target` would tell whether they are the same)" if target is None else ""
+    return [f"SGLang feeds it the target's embeddings, not its own{remedy}"]
+
+
+def _fields(config: Eagle3Config, engine: str, vocab_size: int) -> dict[str, Any]:
+    """Write the fields of an engine's config.json."""
+    fields = engine_config(config, Scales(), engine, has_fc_bias=False)
+    fields |= {"model_type": "llama", "architectures": ["LlamaForCausalLMEagle3"]}
+    fields |= {"vocab_size": vocab_size, "draft_vocab_size": config.draft_vocab_size}
+    fields |= {"target_hidden_size": config.target_hidden_size, "attention_bias": False}
+    if engine == "eagle":
+        return fields | {"architectures": ["LlamaForCausalLM"]}
+    fields |= {name: getattr(config, name) for name in SWITCHES}
+    layers, count = list(config.target_layers), len(config.target_layers)
+    if engine == "vllm":
+        fields |= {LAYERS: layers, "num_aux_hidden_states": count, "mlp_bias": config.mlp_bias}
+        fields["attention_bias"] = config.attention_bias or config.output_bias
+        fields.pop("qkv_bias", None)
+        if config.qk_norm:
+            fields |= {"model_type": "qwen3", "architectures": ["Eagle3Qwen3ForCausalLM"]}
+        return fields
+    fields["eagle_config"] = {"use_aux_hidden_state": True}
+    if not _is_default(config):
+        fields["eagle_config"][LAYERS] = [layer - 1 for layer in layers]
+    return fields
+
+
+def _fill_biases(tensors: dict[str, Tensor]) -> None:
+    """Add biases of 0 where the attention has some, since vLLM's has all four or none."""
+    for name in [name for name in tensors if name.endswith("_proj.weight") and "attn" in name]:
+        bias = name.replace("weight", "bias")
+        tensors.setdefault(bias, torch.zeros_like(tensors[name][:, 0]))
+
+
+def _old_name(name: str) -> str:
+    return name.replace("layers.0.", "midlayer.", 1) if name.startswith("layers.0.") else name

@@ -1,0 +1,26 @@
+"""Families of drafters that are trained, saved and published: what differs by name alone."""
+
+from typing import NamedTuple
+
+from .coral import CoralDrafter
+from .eagle3 import Eagle3Drafter
+from .model import Drafter
+
+
+class Family(NamedTuple):
+    """A family, as users meet it."""
+
+    name: str
+    model: type[Drafter]
+    paper: str  # the method and where it is described, in Markdown
+
+
+# by `model_type` of the config
+FAMILIES = {
+    CoralDrafter.config_class.model_type: Family(
+        "CORAL", CoralDrafter, "[CORAL (ACL 2025)](https://arxiv.org/abs/2502.16880)"
+    ),
+    Eagle3Drafter.config_class.model_type: Family(
+        "EAGLE-3", Eagle3Drafter, "[EAGLE-3 (NeurIPS 2025)](https://arxiv.org/abs/2503.01840)"
+    ),
+}
