@@ -36,7 +36,7 @@ def test_colours_tell_trained_tokens_from_others() -> None:
     tokenizer = tiny_tokenizer()
     text = render_mask(ROW, tokenizer)
     spans = [(text.plain[span.start : span.end], str(span.style)) for span in text.spans]
-    labels = encode(ROW, tokenizer)[0]["labels"]
+    labels = encode(ROW, tokenizer).rows[0]["labels"]
     assert len(spans) == len(labels) and "│" not in text.plain
     for index, ((_, style), label) in enumerate(zip(spans, labels, strict=True)):
         assert style.endswith(SHADES["read" if label == -100 else "answer"][index % 2])

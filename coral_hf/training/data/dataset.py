@@ -129,9 +129,9 @@ def _tokenize(
     problem, num_empty, whole = "", 0, [{"input_ids": list[int](), "labels": list[int]()}]
     try:
         found = encode(row, tokenizer, max_length)
-        for one in found:
+        for one in found.rows:
             check_ids(one["input_ids"], vocab_size or math.inf)
-        num_empty, whole = count_empty_turns(row), found
+        num_empty, whole = count_empty_turns(row, found.messages), found.rows
     except ValueError as error:
         problem = str(error)
     notes = {"source": index, "num_empty": num_empty, "problem": problem}

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ...identity import short_hash
 from .conversation import IGNORED, Chat, Encoded
 from .layouts import TOKEN_MASKS, Row, check_masks, is_plain_text, layout_of, read_text
+from .messages import Message
 
 TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask", "token_type_ids", "special_tokens_mask")
 
@@ -19,6 +20,7 @@ class Encoding(NamedTuple):
     """Training rows of a row, and how the chat template behaved."""
 
     rows: list[Encoded]
+    messages: list[Message]  # of a conversation, as the row gives them
     behaviour: list[str]
 
 
@@ -32,7 +34,7 @@ def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> l
     Raises:
         ValueError: for a row that cannot be read, or that the chat template cannot render.
     """
-    return [cut(one, max_length) for one in encode(row, tokenizer, max_length)]
+    return [cut(one, max_length) for one in encode(row, tokenizer, max_length).rows]
 
 
 def cut(encoded: Encoded, max_length: int) -> Encoded:
@@ -45,21 +47,12 @@ def cut(encoded: Encoded, max_length: int) -> Encoded:
     }
 
 
-def encode(
-    row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
-) -> list[Encoded]:
+def encode(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Encoding:
     """Turn a row into training rows of `input_ids` and `labels`, each (length,).
 
     Plain text is split into rows of `max_length`; others are whole.
     """
-    return encode_row(row, tokenizer, max_length).rows
-
-
-def encode_row(
-    row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
-) -> Encoding:
-    """Do as `encode`, and note how the chat template behaved."""
-    layout, behaviour = layout_of(row), list[str]()
+    layout, messages, behaviour = layout_of(row), list[Message](), list[str]()
     if is_plain_text(row):
         found = split_text(_encode_text(row, tokenizer), tokenizer.bos_token_id, max_length)
     elif layout == "token_rows":
@@ -68,7 +61,7 @@ def encode_row(
         found = [_encode_ids(row)]
     else:
         chat = Chat(row, tokenizer)
-        found, behaviour = chat.encode(), chat.behaviour
+        found, messages, behaviour = chat.encode(), chat.chat.given, chat.behaviour
     # A drafter reads a token and the feature before it; nothing predicts the first two tokens.
     # position        0      1        2        3
     # token           x0     x1       x2       x3
@@ -77,7 +70,7 @@ def encode_row(
     # label           -100   -100     x2       x3
     for one in found:
         one["labels"] = [IGNORED, IGNORED, *one["labels"][2:]][: len(one["input_ids"])]
-    return Encoding(found, behaviour)
+    return Encoding(found, messages, behaviour)
 
 
 def _encode_token_rows(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from reprlib import repr as shortened
 from typing import Any
 
-from .layouts import TOKENS, Row, check_unread, is_plain_text, layout_of, read_text, read_turns
+from .layouts import Row, check_unread, is_plain_text, read_text, read_turns
 
 Message = dict[str, Any]
 
@@ -110,13 +110,11 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
-def count_empty_turns(row: Row) -> int:
-    """Count the turns without a word and without a tool call; an empty text is one."""
-    if layout_of(row) in TOKENS:
-        return 0
+def count_empty_turns(row: Row, messages: list[Message]) -> int:
+    """Count the turns of a row without a word and without a tool call; an empty text is one."""
     if is_plain_text(row):
         return int(not read_text(row)[1].strip())
-    return sum(not (turn.get("tool_calls") or turn["content"].strip()) for turn in to_messages(row))
+    return sum(not (turn.get("tool_calls") or turn["content"].strip()) for turn in messages)
 
 
 def read_tools(row: Row) -> list[Any] | None:

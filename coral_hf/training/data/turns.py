@@ -63,8 +63,8 @@ class RenderedChat:
         self._render: Callable[..., Any] = partial(render, tokenizer=tokenizer, tools=tools, **own)
         # a rendering, and the messages whose ids are its key
         self._known: dict[tuple[Any, ...], tuple[Any, Sequence[Message]]] = {}
-        self._given = to_messages(row)
-        weighted = rendered_form(self._given, self.text)
+        self.given = to_messages(row)
+        weighted = rendered_form(self.given, self.text)
         self.is_weighted = any("weight" in turn for turn in weighted)
         self.messages = [without_weight(turn) for turn in weighted]
         # no prompt can be rendered for a turn that opens the conversation
@@ -73,7 +73,7 @@ class RenderedChat:
 
     def behaviour(self) -> list[str]:
         """Say how the template takes the conversation, where that is not as it stands."""
-        given = [(turn["role"], type(turn.get("content"))) for turn in self._given]
+        given = [(turn["role"], type(turn.get("content"))) for turn in self.given]
         taken = [(turn["role"], type(turn.get("content"))) for turn in self.messages]
         if [role for role, _ in given] != [role for role, _ in taken]:
             found = ["turns are read as ones of another role, or joined"]

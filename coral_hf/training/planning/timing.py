@@ -85,7 +85,8 @@ def timed_run(
             size = args.per_device_train_batch_size * args.gradient_accumulation_steps
             part = rows
             if not isinstance(rows, CachedFeatures):
-                count = min(size * NUM_STEPS * args.world_size, len(rows))
+                batches = NUM_STEPS if features == "online" else LEAST_STEPS
+                count = min(size * batches * args.world_size, len(rows))
                 part = rows.select([index * len(rows) // count for index in range(count)])
             if features != "online":
                 start, cache = time.perf_counter(), Path(folder, f"features-{args.stage}")

@@ -21,9 +21,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..dataset import by_row, check_ids, code_version
-from ..encoding import IGNORED, encode_row
-from ..layouts import TOKENS, Row, is_plain_text, layout_of
-from ..messages import to_messages
+from ..encoding import IGNORED, encode
+from ..layouts import Row, layout_of
 
 TEXT, INTEGER, FLOAT = (datasets.Value(kind) for kind in ("string", "int64", "float64"))
 # of a training row; `num_turns` and `num_assistant` stand in the first of those of a row
@@ -219,14 +218,12 @@ def _measure(
     """Measure the training rows of a row."""
     try:
         layout = layout_of(row)
-        encoded = encode_row(row, tokenizer, max_length)
+        encoded = encode(row, tokenizer, max_length)
         for one in encoded.rows:
             check_ids(one["input_ids"], vocab_size or math.inf)
     except ValueError as error:
         return [{"row": index, "problem": str(error)}]
-    is_read = layout in TOKENS or is_plain_text(row)
-    turns = [] if is_read else to_messages(row)
-    found = []
+    turns, found = encoded.messages, []
     for one in encoded.rows:
         labels = one["labels"][:max_length]
         answers = [len([*part]) for kept, part in groupby(labels, lambda i: i != IGNORED) if kept]
@@ -241,7 +238,7 @@ def _measure(
                 "problem": "",
             }
         )
-    text = tokenizer.decode(encoded.rows[0]["input_ids"]) if is_read else _text_of(turns)
+    text = _text_of(turns) if turns else tokenizer.decode(encoded.rows[0]["input_ids"])
     found[0] |= {
         "layout": layout,
         "behaviour": "\n".join(encoded.behaviour),

@@ -121,7 +121,8 @@ def source_of(row: Row) -> str:
 def _parts(
     row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> list[list[Piece]]:
-    return [pieces(whole, tokenizer, max_length) for whole in encode(row, tokenizer, max_length)]
+    found = encode(row, tokenizer, max_length).rows
+    return [pieces(whole, tokenizer, max_length) for whole in found]
 
 
 def _describe(num_tokens: int, num_trained: int) -> str:
