@@ -85,6 +85,7 @@ def export(own: ExportOptions) -> None:
     from transformers import AutoModel
 
     from ..checkpoints import check_drafter, check_output, export_drafter, export_files
+    from ..measure.chat import restore_chat_options
 
     if own.num_hot_tokens is not None and own.to != "sglang":
         raise ValueError("--num-hot-tokens goes with --to sglang.")
@@ -97,6 +98,7 @@ def export(own: ExportOptions) -> None:
         target, tokenizer = TargetOptions(target=own.target).load_target()
         drafter = drafter.to(target.device)
         if own.num_hot_tokens is not None:
+            restore_chat_options(tokenizer, drafter.config)
             rows = own.token_ids(tokenizer, own.limit)
             hot_tokens = _hot_tokens(own.num_hot_tokens, rows, drafter, target)
     dtype = None if own.dtype == "auto" else own.dtype
