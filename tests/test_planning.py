@@ -197,11 +197,17 @@ def test_plan_takes_the_options_of_train_and_says_what_a_cache_takes(named, fold
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("features", ["online", "int8"])
+@pytest.mark.parametrize("features", ["online", "int8", "cached"])
 def test_hours_come_from_a_few_steps_and_nothing_is_kept(folder, tmp_path, features):  # noqa: F811
-    settings = PlanSettings(features=features)  # a small folder is timed without being asked
+    name, data = folder / "target", folder / "talk.jsonl"
+    settings = PlanSettings()  # a small folder is timed without being asked
+    if features == "cached":
+        target, data = AutoModelForCausalLM.from_pretrained(name), tmp_path / "features"
+        write_features(target, rows(20, 30, 25, 20), data)
+    else:
+        settings = PlanSettings(features=features)
     args = arguments(tmp_path, max_steps=1000)
-    planned = coral_hf.plan(folder / "target", folder / "talk.jsonl", args, settings)
+    planned = coral_hf.plan(name, data, args, settings)
     assert planned.hours == pytest.approx(
         (planned.stages[0].seconds * 1000 + planned.cache_seconds) / 3600
     )

@@ -83,12 +83,12 @@ def timed_run(
             place: dict[str, Any] = {"output_dir": str(Path(folder, args.stage))}
             short = replace(args, **place, **UNKEPT)
             size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-            part = rows
-            if not isinstance(rows, CachedFeatures):
+            part, is_cached = rows, isinstance(rows, CachedFeatures)
+            if not is_cached:
                 batches = NUM_STEPS if features == "online" else LEAST_STEPS
                 count = min(size * batches * args.world_size, len(rows))
                 part = rows.select([index * len(rows) // count for index in range(count)])
-            if features != "online":
+            if features != "online" and not is_cached:
                 start, cache = time.perf_counter(), Path(folder, f"features-{args.stage}")
                 write_features(target, part, cache, features)
                 part = CachedFeatures(cache)
