@@ -4,6 +4,7 @@
     python examples/memory.py --widths published          # heads as published models have them
     python examples/memory.py --patterns gemma --lengths 16384 --chunk 512
     python examples/memory.py --window 512                # a drafter that attends to 512 tokens
+    python examples/memory.py --static --lengths 1000     # rounds of constant shapes, 1024 tokens
 
 Bytes come from torch's profiler, which sees every allocation. The three peaks of a call are those
 of the target's pass over the prompt, of the drafter's, and of the rounds.
@@ -160,7 +161,12 @@ def line(own: argparse.Namespace, pattern: str, length: int, largest: Largest) -
     cells = [pattern, str(length), in_kib(*alone), in_kib(plain), in_kib(*ours)]
     cells += [in_kib(largest.target), f"{(largest.target - tree) / plain:.3f}"]
     cells += [in_kib(largest.drafter), f"{in_kib(other)} ({other / ours[2]:.1%})"]
-    return [*cells, f"{in_kib(alone[2] - plain)} ({(alone[2] - plain) / alone[2]:.1%})"]
+    cells.append(f"{in_kib(alone[2] - plain)} ({(alone[2] - plain) / alone[2]:.1%})")
+    if own.static:
+        settings |= {"assistant_model": drafter, "speculation": "always"}
+        static, _ = peaks(model, ids, **settings, cache_implementation="static")
+        cells += [in_kib(*static), f"{static[2] / ours[2]:.3f}, {max(static) / max(ours):.3f}"]
+    return cells
 
 
 def main() -> None:
@@ -173,6 +179,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=12, help="tokens of an answer")
     parser.add_argument("--window", type=int, help="tokens that the drafter attends to")
     parser.add_argument("--chunk", type=int, help="tokens of a prompt read in one pass")
+    parser.add_argument("--static", action="store_true", help="rounds of constant shapes too")
     own = parser.parse_args()
     SIZES["num_hidden_layers"] = own.layers
     transformers.logging.set_verbosity_error()
@@ -181,8 +188,10 @@ def main() -> None:
         "pattern, tokens, plain's peaks, cache, peaks with a drafter, target's cache, less the tree"
     )
     names += ", drafter's cache, everything else, plain's"
+    if own.static:
+        names += ", peaks of static rounds, over growing ones: rounds and all"
     print(f"| {' | '.join(names.split(', '))} |")
-    print("|---|" + "---:|" * 9)
+    print("|---|" + "---:|" * names.count(", "))
     largest = Largest()
     largest.watch()
     for pattern in own.patterns:

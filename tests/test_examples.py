@@ -138,6 +138,25 @@ def test_what_a_call_holds_beside_its_caches_hardly_grows_with_the_prompt(monkey
     assert 0 < short <= long <= short + 128  # a token has 4096 bytes in a layer's cache
 
 
+def test_static_rounds_hold_what_growing_ones_do_at_the_same_capacity(monkeypatch, capsys):
+    monkeypatch.setattr(RaggedCache, "commit", RaggedCache.commit)  # which the script watches
+    sizes = ["--widths", "published", "--patterns", "llama", "--layers", 2, "--new", 6]
+    run(monkeypatch, "memory.py", *sizes, "--lengths", 1000, "--chunk", 256, "--static")
+    row = capsys.readouterr().out.splitlines()[3].strip("| ").split(" | ")
+    assert max(map(float, row[-1].split(", "))) <= 1.10
+
+
+def test_operators_of_a_round_are_listed_by_way(folder, tmp_path, monkeypatch, capsys):
+    target = AutoModelForCausalLM.from_pretrained(folder / "target")
+    CoralDrafter.from_target(target).save_pretrained(tmp_path / "drafter")
+    names = ["--target", folder / "target", "--drafter", tmp_path / "drafter", "--new", 6]
+    ways = ["--way", "growing", "static", "--tree", 2, 2, 4, "--context", 9, "--top", 2]
+    run(monkeypatch, "round_operators.py", *names, *ways)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0].strip("| ") for row in rows] == 3 * ["growing"] + 3 * ["static"]
+    assert rows[2][1] == rows[5][1] == "all" and float(rows[5][2]) > float(rows[3][2]) > 0
+
+
 def test_parts_of_a_head_are_timed_beside_torchs_own(monkeypatch, capsys):
     sizes = ["--vocab", 300, "--rows", 2, "--shape", "640:8", "--top-k", 3, "--repeats", 1]
     run(monkeypatch, "time_head_parts.py", *sizes)

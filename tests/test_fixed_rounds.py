@@ -4,49 +4,30 @@ import logging
 
 import pytest
 import torch
-from conftest import WINDOW, scatter_weights, tiny_target
+from conftest import scatter_weights
+from fixed_calls import (
+    COMPILED,
+    FAMILIES,
+    PLAIN,
+    STATIC,
+    TREE,
+    VOCAB,
+    costing,
+    drafted,
+    pair,
+    prompts,
+)
 from scipy.stats import chisquare
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, StoppingCriteria
 
 import coral_hf
-from coral_hf import CoralDrafter
 from coral_hf.decoding.caches.continuation import CACHE
 from coral_hf.decoding.caches.fixed_cache import FixedCache
 from coral_hf.decoding.caches.ragged_cache import RaggedCache
 from coral_hf.decoding.rounds import loop as loop_module
-from coral_hf.decoding.rounds.fixed_rounds import FixedRounds
 from coral_hf.decoding.rounds.loop import capacity_for
 from coral_hf.heads.settings import DRAFT_HEADS
 from coral_hf.target import read_target
-
-VOCAB = 8  # small, so that much is accepted
-TREE = {"tree_depth": 4, "tree_top_k": 3, "tree_nodes": 12}
-STATIC = {"cache_implementation": "static"}
-COMPILED = {"compile_config": CompileConfig(backend="eager")}
-PLAIN = {"do_sample": False, "max_new_tokens": 40, "pad_token_id": 0}
-FAMILIES = ["llama", "qwen3", "gemma3", "gpt_oss", "mistral_window", "phi3", "olmo2", "gpt2"]
-
-
-def pair(family="llama", dtype=torch.float64, **overrides):
-    target = tiny_target(family, dtype, vocab_size=VOCAB, **overrides)
-    torch.manual_seed(0)
-    drafter = CoralDrafter.from_target(target).eval()
-    scatter_weights(drafter, seed=1)
-    return target, drafter
-
-
-def prompts(rows=1, length=WINDOW + 5):
-    ids = torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    for row in range(1, rows):
-        mask[row, : 2 * row] = 0
-    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
-
-
-def drafted(target, drafter, given, **settings):
-    keep = {"return_dict_in_generate": True}
-    return target.generate(**given, assistant_model=drafter, **TREE, **keep, **settings)
 
 
 @pytest.fixture
@@ -155,19 +136,15 @@ def test_a_text_continues_in_the_next_capacity_token_for_token(way, monkeypatch,
     assert drafted(target, drafter, given, **settings, **way).sequences.equal(plain) and rounds_run
 
 
-def test_capacities_double():
-    assert [capacity_for(length) for length in (1, 256, 257, 1000, 1025)] == [
-        256,
-        256,
-        512,
-        1024,
-        2048,
-    ]
+def test_capacities_double_and_long_ones_have_one_between():
+    lengths = (1, 256, 257, 1000, 1024, 1025, 1536, 1537, 3000, 4144, 16400)
+    capacities = [256, 256, 512, 1024, 1024, 1536, 1536, 2048, 3072, 6144, 24576]
+    assert [capacity_for(length) for length in lengths] == capacities
 
 
 @pytest.mark.parametrize("way", [STATIC, pytest.param(COMPILED, marks=pytest.mark.slow)])
 def test_a_token_is_read_alone_where_drafting_does_not_pay(way, monkeypatch):
-    monkeypatch.setattr(loop_module, "measure_cost", lambda rounds, steps: 9.0)
+    monkeypatch.setattr(loop_module, "measure_costs", costing(9.0))
     target, drafter = pair()
     given = prompts(rows=2)
     plain = target.generate(**given, **PLAIN)
@@ -183,50 +160,6 @@ def test_the_same_call_drafts_alike_however_long_passes_take():
     for other in others:
         assert other.sequences.equal(first.sequences)
         assert other.stats.round_lengths == first.stats.round_lengths
-
-
-class NoSync(TorchDispatchMode):
-    """Refuses what waits for a device, or copies to it from Python."""
-
-    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        assert name not in self.REFUSED, name
-        # a list becomes a tensor; a number that is assigned is filled in on the device
-        assert name != "lift_fresh" or args[0].dim() == 0, name
-        if name in ("index", "index_put", "index_put_"):
-            assert all(one is None or one.dtype != torch.bool for one in args[1]), name
-        return func(*args, **(kwargs or {}))
-
-
-SAMPLING = {"do_sample": True, "top_k": 5, "temperature": 0.7}
-
-
-@pytest.mark.parametrize(
-    ("family", "sampling"),
-    [
-        *((family, {}) for family in FAMILIES),
-        ("llama", SAMPLING),
-        ("gemma3", {**SAMPLING, "top_p": 0.9, "drawn_tree": True}),
-        ("llama", {**SAMPLING, "verification": "traversal"}),
-    ],
-)
-def test_a_step_waits_for_no_device(family, sampling, monkeypatch):
-    target, drafter = pair(family, torch.float32)
-    target.set_experts_implementation("batched_mm")  # the eager one is a loop over experts
-
-    def watched(step):
-        def run(rounds):
-            with NoSync():
-                return step(rounds)
-
-        return run
-
-    steps = {name: watched(getattr(FixedRounds, name)) for name in ("draft", "verify", "token")}
-    monkeypatch.setattr("coral_hf.decoding.rounds.steps.STEPS", steps)
-    settings = {**PLAIN, **STATIC, **sampling, "speculation": "adaptive"}
-    assert drafted(target, drafter, prompts(rows=2), **settings).stats.num_rounds > 0
 
 
 RULES = [
@@ -309,37 +242,6 @@ def test_what_needs_order_runs_in_rounds_that_grow_and_says_so(settings, caplog,
         drafted(target, drafter, prompts(), **{**PLAIN, **STATIC, **settings})
     assert not rounds_run
     assert "varying shapes" in caplog.text
-
-
-def test_a_target_that_cannot_be_traced_runs_as_it_is_and_says_so_once(caplog):
-    target, drafter = pair()
-    plain = target.generate(**prompts(), **PLAIN)
-
-    def broken(graph, example_inputs):
-        raise RuntimeError("this backend compiles nothing")
-
-    settings = {**PLAIN, "compile_config": CompileConfig(backend=broken)}
-    for _ in range(2):
-        assert drafted(target, drafter, prompts(), **settings).sequences.equal(plain)
-    assert caplog.text.count("cannot be compiled") == 2  # of each step that it runs, once
-
-
-def test_an_interrupted_round_leaves_target_and_drafter_usable(monkeypatch):
-    target, drafter = pair()
-    plain = target.generate(**prompts(), **PLAIN)
-    whole, calls = FixedRounds._accept, []
-
-    def interrupted(self, tree):
-        calls.append(1)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return whole(self, tree)
-
-    monkeypatch.setattr(FixedRounds, "_accept", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        drafted(target, drafter, prompts(), **PLAIN, **STATIC)
-    assert drafted(target, drafter, prompts(), **PLAIN, **STATIC).sequences.equal(plain)
-    assert drafted(target, drafter, prompts(), **PLAIN).sequences.equal(plain)
 
 
 @pytest.mark.parametrize("window", [None, 9])

@@ -98,7 +98,8 @@ class Uniforms:
     def draw_all(self) -> None:
         """Draw all numbers afresh, from torch's generator of the CPU."""
         if len(self.numbers):
-            self.numbers.copy_(torch.rand(self.numbers.shape, dtype=torch.float64, device="cpu"))
+            numbers = torch.rand(self.numbers.shape, dtype=torch.float64, device="cpu")
+            self.numbers.copy_(numbers, non_blocking=True)
         if self.noise.numel():
             self.noise.exponential_(generator=self._source.of(self.noise.device))
             self.noise.clamp_(min=torch.finfo(self.noise.dtype).tiny)

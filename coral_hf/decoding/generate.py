@@ -34,8 +34,8 @@ from transformers.pipelines import base as pipelines
 from ..identity import check_tokenizer
 from ..lm_head import execution_device
 from ..target import read_target, sliding_windows
-from .caches.continuation import CACHE, MEMORY, continued_cache, is_user_cache, returned_cache
-from .draft_policy import choose_policy, choose_speculation
+from .caches.continuation import MEMORY, continued_cache, given_cache, is_user_cache, returned_cache
+from .draft_policy import Costs, choose_policy, choose_speculation
 from .drafting import Drafting, Family, family_of, family_options
 from .guard import (
     Call,
@@ -60,7 +60,6 @@ from .settings import (
     max_length_of,
     with_stop_strings,
 )
-from .target_runner import TargetRunner
 
 # by target: the name of the drafter that was loaded last, and what else it depends on; the drafter
 _NAMED: WeakKeyDictionary[PreTrainedModel, tuple[tuple, PreTrainedModel]] = WeakKeyDictionary()
@@ -177,7 +176,7 @@ def _generate_with_drafter(plain: Callable, call: dict[str, Any]):
     streamer = call.get("streamer") or (bound and bound.streamer)
     loop = decoder(drafter, streamer=streamer, tokenizer=call.get("tokenizer"), **own)
     keywords = tuple(name for name in call if call[name] is not None)
-    loop = replace(loop, keywords=keywords, is_warm_up=bool(bound and bound.is_warm_up))
+    loop = replace(loop, keywords=keywords, num_compiled=bound and bound.num_compiled)
     call["stopping_criteria"] = with_stop_strings(call, model.generation_config)
     return plain(model, **{**call, "custom_generate": loop})
 
@@ -191,7 +190,7 @@ class BoundDrafter:
     settings: Settings  # by keyword, the options of the drafter's family included
     streamer: BaseStreamer | None
     keywords: tuple[str, ...] = ()  # of `generate`, that the caller has set
-    is_warm_up: bool = False  # whether to compile what the call needs, and no more
+    num_compiled: int | None = None  # sizes of tree to compile and no more; None: decode
 
     def __call__(
         self,
@@ -225,7 +224,7 @@ class BoundDrafter:
         keeps_rows = need > Preparation.DIRECT or judgement.keeps_rows
         sequences = Sequences(input_ids, *watchers, self.streamer, pad, not takes_tree, keeps_rows)
         # the two models, each with what it has read before the call
-        given, windows = model_kwargs.get(CACHE), sliding_windows(model)
+        given, windows = given_cache(model_kwargs), sliding_windows(model)
         # a caller who gets a cache may continue from it
         keep_cache = config.return_dict_in_generate or is_user_cache(given)
         start = self._start(model)
@@ -245,8 +244,10 @@ class BoundDrafter:
         if asks_for_fixed_rounds(config, is_captured):
             is_prepared = need > Preparation.DIRECT or not takes_tree
             is_captured = is_captured and can_capture(model, config)
-            fresh, flags = partial(_fresh, start, make), (is_captured, self.is_warm_up)
-            how = FixedPlan(shape, speculation == "adaptive", config, fresh, *flags)
+            # drawn text follows from its seed, and so never from a clock
+            given_costs = Costs(**(costs or {})) if config.do_sample else None
+            rest = (lambda: (start(), make())), given_costs, is_captured, self.num_compiled
+            how = FixedPlan(shape, speculation == "adaptive", config, *rest)
             loop = with_constant_shapes(loop, how, is_prepared)
         del drafting  # the loop gives it up where it does not pay
         loop.run(model_kwargs)
@@ -260,11 +261,6 @@ class BoundDrafter:
             name: self.settings[name] for name in self.family.options if name in self.settings
         }
         return partial(self.family.start, self.drafter, read_target(model), **options)
-
-
-def _fresh(start: Callable, make: Callable) -> tuple[Any, TargetRunner]:
-    """The two sides of a call as they are before its first pass."""
-    return start(), make()
 
 
 def decoder(

@@ -219,9 +219,13 @@ class Sequences:
         self._reserve(self.longest + new)
         padded = [row + [self.pad_token] * (new - len(row)) for row in tokens]
         starts = host_tensor([self.lengths[row] for row in rows])
-        places = (starts[:, None] + torch.arange(new, device="cpu")).to(self._buffer.device)
-        index_of_rows = host_tensor(rows).to(self._buffer.device)[:, None]
-        self._buffer[index_of_rows, places] = self._buffer.new_tensor(padded)
+        places = starts[:, None] + torch.arange(new, device="cpu")
+        # without waiting for what the device has still to do
+        where = tuple(
+            part.to(self._buffer.device, non_blocking=True)
+            for part in (host_tensor(rows)[:, None], places)
+        )
+        self._buffer[where] = host_tensor(padded).to(self._buffer, non_blocking=True)
         for index, row in enumerate(rows):
             self.lengths[row] += len(tokens[index])
             self._newest[row] = tokens[index][-1]

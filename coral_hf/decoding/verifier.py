@@ -196,11 +196,7 @@ def _normed(probs: Tensor, token: Tensor, otherwise: Tensor) -> Tensor:
 
 
 class Verifier:
-    """Verifies trees for the rows of a call that have not ended, by one rule.
-
-    Args:
-        rule: `"greedy"`, `"token"`, `"traversal"` or `"block"`.
-    """
+    """Verifies trees for the rows of a call that have not ended, by a rule of `settings.RULES`."""
 
     def __init__(self, sequences: Sequences, collector: OutputCollector, rule: str):
         self.sequences, self.collector, self.rule = sequences, collector, rule

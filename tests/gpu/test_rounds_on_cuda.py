@@ -12,6 +12,8 @@ from conftest import scatter_weights, tiny_target
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 from coral_hf import CoralDrafter
+from coral_hf.decoding.rounds import steps
+from coral_hf.decoding.rounds.loop import FixedLoop
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,22 +69,21 @@ def test_captured_rounds_draw_what_static_rounds_draw(sampling):
     assert texts[0].equal(texts[1])
 
 
-def test_a_step_waits_for_nothing(monkeypatch):
-    from coral_hf.decoding.rounds import steps
-
+def test_neither_a_step_nor_the_next_draft_waits_for_anything(monkeypatch):
     target, drafter = pair("llama", torch.float16)
 
     def watched(step):
-        def run(rounds):
+        def run(own):
             torch.cuda.set_sync_debug_mode("error")
             try:
-                return step(rounds)
+                return step(own)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
         return run
 
     monkeypatch.setattr(steps, "STEPS", {name: watched(one) for name, one in steps.STEPS.items()})
+    monkeypatch.setattr(FixedLoop, "_draft", watched(FixedLoop._draft))
     for sampling in ({}, {"do_sample": True, "verification": "traversal", "top_p": 0.9}):
         settings = {**PLAIN, **TREE, **WAYS["static"], **sampling, "speculation": "always"}
         target.generate(**prompts(2), assistant_model=drafter, **settings)

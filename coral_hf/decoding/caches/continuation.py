@@ -31,6 +31,25 @@ def is_user_cache(cache: Cache | None) -> bool:
     )
 
 
+def given_cache(model_kwargs: dict) -> Cache | None:
+    """The cache that came with a call, or the growing one that `generate` has made.
+
+    One of fixed capacity that `generate` has made is given up: our own take its place, and its
+    memory may be reserved already.
+    """
+    given = model_kwargs.get(CACHE)
+    if given is None or is_user_cache(given) or _grows(given):
+        return given
+    given.layers.clear()  # `generate` still holds the cache itself
+    model_kwargs[CACHE] = None
+    return None
+
+
+def _grows(cache: Cache) -> bool:
+    """Whether all layers of a cache are such as ours can take the place of."""
+    return all(isinstance(layer, DynamicLayer) for layer in getattr(cache, "layers", ()))
+
+
 def continued_cache(
     input_ids: Tensor,
     model_kwargs: dict,
@@ -46,13 +65,21 @@ def continued_cache(
         room: new tokens of a row at most, and nodes of a tree.
 
     Raises:
-        ValueError: if the cache has dropped slots and the sequences do not come whole.
+        ValueError: if the cache has another number of rows, or has dropped slots and the sequences
+            do not come whole.
     """
     given, fresh = model_kwargs.get(CACHE), RaggedCache(windows)
     length, whole = input_ids.shape[1], whole_length(input_ids, model_kwargs)
     fresh.reserve(whole, *room)
     if given is None or given.get_seq_length() == 0:
         return fresh
+    held = [getattr(layer, "keys", None) for layer in given.layers]
+    rows = next((len(keys) for keys in held if isinstance(keys, Tensor)), len(input_ids))
+    if rows != len(input_ids):
+        raise ValueError(
+            f"`{CACHE}` holds {rows} rows, but `input_ids` has {len(input_ids)}; continue the rows"
+            f" of the earlier call, or leave out `{CACHE}`."
+        )
     is_whole = length == whole
     # the last token at least is read, for its logits
     kept = min(given.get_seq_length(), length - 1 if is_whole else whole)
@@ -97,7 +124,7 @@ def returned_cache(given: Cache | None, cache: Cache) -> Cache:
     """The caller's own cache, filled, where it is one that grows; else ours."""
     if isinstance(cache, RaggedCache):  # a target that read its text again has made its own
         cache.set_recording(False)
-    if given is None or not all(isinstance(layer, DynamicLayer) for layer in given.layers):
+    if given is None or not _grows(given):
         return cache
     given.layers = cache.layers
     return given

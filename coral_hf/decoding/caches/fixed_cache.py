@@ -49,16 +49,20 @@ class FixedLayer(CacheLayerMixin):
         )
         self.is_initialized = True
 
-    def take(self, layer: RaggedLayer, tokens: Tensor) -> None:
+    def take(self, layer: RaggedLayer, tokens: Tensor | None) -> None:
         """Take over the committed slots of a layer.
 
-        `tokens`: (batch, size), which token of its row each slot holds; negative where none.
+        `tokens`: (batch, size), which token of its row each slot holds, negative where none; None:
+            of each slot its own.
         """
         self.lazy_initialization(layer.keys, layer.values)
-        places = (tokens - layer.start).clamp(0, layer.held - 1).to(self.keys.device)
         for own, states in ((self.keys, layer.keys), (self.values, layer.values)):
-            index = places[:, None, :, None].expand(-1, own.shape[1], -1, own.shape[3])
-            torch.gather(states, 2, index, out=own.narrow(2, 0, self.size))
+            if tokens is None:
+                own.narrow(2, layer.start, layer.held).copy_(states)
+                continue
+            places = (tokens - layer.start).clamp(0, layer.held - 1).to(own.device)
+            rows, heads = self._axes()
+            own.narrow(2, 0, self.size).copy_(states[rows, heads, places[:, None]])
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
@@ -74,11 +78,15 @@ class FixedLayer(CacheLayerMixin):
 
     def move(self, source: Tensor, destination: Tensor) -> None:
         """Copy slots `source` to slots `destination`, (batch, kept) each."""
-        batch, heads = self.keys.shape[:2]
-        rows = torch.arange(batch, device=source.device)[:, None, None]
-        heads = torch.arange(heads, device=source.device)[None, :, None]
+        rows, heads = self._axes()
         for states in (self.keys, self.values):
             states[rows, heads, destination[:, None]] = states[rows, heads, source[:, None]]
+
+    def _axes(self) -> tuple[Tensor, Tensor]:
+        """Indices of all rows and heads: (batch, 1, 1) and (1, kv_heads, 1)."""
+        sizes = self.keys.shape[:2]
+        rows, heads = (torch.arange(size, device=self.keys.device) for size in sizes)
+        return rows[:, None, None], heads[None, :, None]
 
     def reset(self) -> None:
         """Forget everything."""
@@ -127,7 +135,8 @@ class FixedCache(Cache):
             self._seen[window] = torch.cat([seen, torch.zeros_like(seen[:, :1])], dim=1)
         for index, layer in enumerate(layers):
             if source.layers[index].is_initialized:
-                layer.take(source.layers[index], self._tokens(layer.window))
+                is_plain = layer.size == capacity
+                layer.take(source.layers[index], None if is_plain else self._tokens(layer.window))
                 source.layers[index].reset()
 
     def _size(self, window: int | None) -> int:

@@ -126,9 +126,11 @@ class RaggedLayer(DynamicLayer):
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget everything, and give its memory back."""
         super().reset()
-        self.start = 0
+        self.keys = self.values = None
+        self.is_initialized: bool = False
+        self.start, self._buffers = 0, []
 
     def _has_room(self, held: int) -> bool:
         if not self._buffers or held > self._buffers[0].shape[-2]:

@@ -61,7 +61,7 @@ def with_constant_shapes(loop: DecodingLoop, how: FixedPlan, is_prepared: bool) 
     obstacle = _obstacle(loop, is_prepared)
     if obstacle is None:
         return FixedLoop(**{name: vars(loop)[name] for name in _PARTS}, fixed=how)
-    if how.is_warm_up:
+    if how.num_compiled is not None:
         raise ValueError(f"There is nothing to compile: {obstacle}.")
     logger.info(f"The rounds of this call have varying shapes: {obstacle}.")
     return loop

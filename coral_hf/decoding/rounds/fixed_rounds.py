@@ -10,7 +10,8 @@ No value decides a shape and nothing is read on the way, so that each of the thr
 or captured once. All that a round leaves to the next stays in the same buffers.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from transformers import LogitsProcessor
 from ...target import text_config
 from ..acceptance_rules import Uniforms
 from ..caches.fixed_cache import FixedCache
-from ..drafting import PADDING, DraftTree, FixedDrafting, TreeShape, root_only
+from ..drafting import PADDING, DraftTree, FixedDrafting, Level, TreeShape, root_only
 from ..settings import Rule
 from ..target_runner import TargetRunner
 from ..verifier import Verdict, verify_greedy, verify_token
@@ -35,7 +36,7 @@ class FixedRounds:
         drafting: which has read the prompts.
         target: which has read them too.
         root: (batch,), the newest token of each row.
-        shape: of every tree.
+        shape: of every tree; where rounds may be `smaller` too, of the largest.
         rule: by which trees are drafted and verified.
         processors: whose scores follow from logits alone.
         capacity: tokens that a row may have.
@@ -57,12 +58,30 @@ class FixedRounds:
         self.target.cache = FixedCache(self.target.cache, self.capacity, nodes)
         self.root = self.root.clone()
         self.is_active = torch.ones(batch, dtype=torch.bool, device=device)
+        self._plant(nodes, plan)
+        races = sum(level.families for level in plan), self.vocab_size if plan else 0
+        levels, branching = self.tree.levels, self.tree.branching
+        counts = {"greedy": 0, "token": (levels + 1) * (branching * bool(plan) + 1)}
+        count = counts.get(self.rule.name, nodes + 1)
+        self.uniforms = Uniforms(batch, count, races, device)
+
+    def smaller(self, shape: TreeShape) -> "FixedRounds":
+        """Rounds over the same rows and buffers, with smaller trees of chosen tokens."""
+        rounds = copy(self)
+        rounds.shape = shape
+        rounds._plant(shape.nodes, ())
+        return rounds
+
+    def _plant(self, nodes: int, plan: tuple[Level, ...]) -> None:
+        """Make the buffers of a tree, whose levels are drawn as planned, or chosen."""
+        # steps of which this call has checked that their graph is still right; see `Compiled`
+        self.checked: dict[str, Callable] = {}
+        batch, device = len(self.root), self.root.device
         tokens, parents, depths = (
             torch.full((batch, nodes), fill, dtype=torch.long, device=device)
             for fill in (0, PADDING, 0)
         )
         levels, branching = self.shape.depth, self.shape.top_k
-        races = sum(level.families for level in plan), self.vocab_size if plan else 0
         draft_probs = None
         if plan:
             levels, branching = len(plan), max(level.children for level in plan)
@@ -76,24 +95,11 @@ class FixedRounds:
             branching=branching,
             plan=plan,
         )
-        counts = {"greedy": 0, "token": (levels + 1) * (branching * bool(plan) + 1)}
-        count = counts.get(self.rule.name, nodes + 1)
-        self.uniforms = Uniforms(batch, count, races, device)
 
     @property
     def vocab_size(self) -> int:
         """Tokens that the target gives logits of."""
         return text_config(self.target.model).vocab_size
-
-    @property
-    def kind(self) -> Hashable:
-        """All that shapes and constants of the steps follow from, beside the target."""
-        processors = tuple(
-            (type(one), tuple((k, repr(v)) for k, v in vars(one).items()))
-            for one in self.processors
-        )
-        sizes = len(self.root), self.capacity, self.shape, self.rule
-        return *sizes, processors, self.drafting.kind, self.root.device
 
     def forget_pass(self) -> None:
         """Forget what a step has left that was broken off."""

@@ -6,43 +6,81 @@ In: a call whose scores follow from logits alone. Out: what the general loop giv
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import CompileConfig, GenerationConfig
 
-from ..draft_policy import AdaptiveDraft, CostModel, Costs, DraftPolicy, RoundSample
+from ..draft_policy import Costs, DraftPolicy, RoundSample
 from ..drafting import FixedDrafting, TreeShape, host_tensor
 from ..loop import DecodingLoop
 from ..target_runner import TargetRunner
 from .fixed_rounds import FixedRounds
-from .steps import Steps, measure_cost, run_dry, steps_of
+from .rungs import RungDraft, ladder
+from .steps import Steps, measure_costs, run_dry, steps_of
 
 LEAST_CAPACITY = 256
+FINE = 1024  # a capacity from which on there is another one between each and its double
 FAR = 4096  # new tokens for which there is room from the start, where a call may write more
 
 
 def capacity_for(length: int) -> int:
-    """The smallest capacity for rows of `length` tokens: 256, 512, 1024, …"""
-    return max(LEAST_CAPACITY, 1 << (length - 1).bit_length())
+    """The smallest capacity for rows of `length` tokens: 256, 512, 1024, 1536, 2048, 3072, …
+
+    A pass attends to all of it, so long ones are no more than a half longer than their text.
+    """
+    capacity = max(LEAST_CAPACITY, 1 << (length - 1).bit_length())
+    smaller = capacity * 3 // 4
+    return smaller if length <= smaller and capacity > FINE else capacity
 
 
 class FixedPlan(NamedTuple):
     """How a call runs its rounds."""
 
-    shape: TreeShape  # of every tree
-    is_adaptive: bool  # whether drafting is given up where it does not pay
+    shape: TreeShape  # of the largest tree
+    is_adaptive: bool  # whether trees are smaller, or given up, where that pays
     config: GenerationConfig  # of the call
     # makes the two sides of the call anew, as they are before its first pass
-    fresh: Callable[[], tuple[FixedDrafting, TargetRunner]]
+    fresh: Callable[[], tuple[Any, TargetRunner]]
+    costs: Costs | None = None  # what rounds cost; None: measured once in a process
     is_captured: bool = False  # whether steps are captured in CUDA graphs
-    is_warm_up: bool = False  # whether to compile what the call needs, and no more
+    num_compiled: int | None = None  # sizes of tree to compile and no more; None: decode
 
     @property
     def compile_config(self) -> CompileConfig | None:
         """How steps are compiled, if they are."""
         return None if self.config.disable_compile else self.config.compile_config
+
+
+class Rung(NamedTuple):
+    """Rounds with trees of one size."""
+
+    rounds: FixedRounds
+    steps: Steps
+
+    def run(self, name: str) -> Tensor | None:
+        """Run a step of a round."""
+        return self.steps.run(name, self.rounds)
+
+
+class HostCopy:
+    """A tensor on its way to the host, for which nobody waits before it is read."""
+
+    def __init__(self, tensor: Tensor):
+        self._tensor = tensor
+        self._event: torch.cuda.Event | None = None
+        if tensor.device.type == "cuda":
+            there = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+            self._tensor = there.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(tensor.device))
+
+    def read(self) -> list:
+        """Wait for the tensor, and no more: what was launched since goes on."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensor.tolist()
 
 
 @dataclass
@@ -55,13 +93,23 @@ class FixedLoop(DecodingLoop):
     drafting: FixedDrafting
     fixed: FixedPlan = field(kw_only=True)
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.shapes = [self.fixed.shape]  # the largest first
+        if self.fixed.is_adaptive and not self.plan.rule.is_drawn and not self.fixed.is_captured:
+            self.shapes = ladder(self.fixed.shape)
+        # a device that works by itself drafts while the host reads; a draft keeps nothing
+        self.drafts_ahead = self.sequences.ids.is_cuda
+        self.ahead: Rung | None = None  # whose next tree is being drafted
+
     def run(self, model_kwargs: dict) -> None:
         """Decode until every row has ended; `model_kwargs` are what `generate` prepared."""
-        prompt = self.sequences.prompt_length
-        self.capacity = self._capacity(min(self.plan.max_length, prompt + FAR))
+        prompt, compiled = self.sequences.prompt_length, self.fixed.num_compiled
+        longest = self.plan.max_length
+        self.capacity = self._capacity(longest if compiled else min(longest, prompt + FAR))
         if self.fixed.compile_config is not None:
-            self.warm_up()
-        if self.fixed.is_warm_up:
+            self.warm_up(self.shapes[: 1 if compiled is None else compiled])
+        if compiled is not None:
             return
         self.lap_start = time.perf_counter()
         self.prefill(model_kwargs)
@@ -73,39 +121,65 @@ class FixedLoop(DecodingLoop):
             self.end_rounds()
         self.sequences.end()
 
-    def warm_up(self) -> None:
+    def warm_up(self, shapes: list[TreeShape]) -> None:
         """Compile what this call runs, on prompts of two tokens, before its first token."""
+        first = self._steps(self.fixed.shape)
+        is_ready = all(self._steps(shape).is_ready("draft", "verify") for shape in shapes)
+        if is_ready and (not self.fixed.is_adaptive or first.costs or self.fixed.costs):
+            return
         drafting, target = self.fixed.fresh()
         prompts = self.sequences.ids[:, :1].expand(-1, 2)
         output = target.prefill(prompts, {"attention_mask": torch.ones_like(prompts)})
         tokens = torch.cat([prompts, prompts[:, :1]], dim=1)
         drafting.begin(tokens, output.features, target.cache.positions)
-        rounds = self._rounds(drafting, target, self.capacity)
-        steps = self._ready(rounds)
-        if self.fixed.is_adaptive:
-            measure_cost(rounds, steps)
+        rungs = self._rungs(drafting, target)
+        self._ready(rungs[0])
+        for rung in rungs[1 : len(shapes)]:
+            run_dry(*rung, "draft", "verify")
         self.lap("warm_up_seconds")
 
     def begin_rounds(self) -> None:
         """Go on from the prompts in buffers of constant shape."""
-        self.rounds = self._rounds(self.drafting, self.target, self.capacity)
-        self.steps = self._ready(self.rounds)
+        self._begin()
         self.policy = DraftPolicy(self.fixed.shape)
         if self.fixed.is_adaptive:
-            cost = Costs(measure_cost(self.rounds, self.steps), level=0.0, node=0.0)
-            self.policy = AdaptiveDraft(self.fixed.shape, CostModel(cost))
+            costs = self.fixed.costs or measure_costs(*self.largest)
+            self.policy = RungDraft([shape for shape in self.shapes if shape in self.rungs], costs)
+
+    def _begin(self) -> None:
+        """Make rounds of all sizes; of compiled ones those that need no more compiling."""
+        self.largest, *smaller = self._rungs(self.drafting, self.target)
+        self._ready(self.largest)
+        if self.fixed.compile_config is not None:
+            smaller = [rung for rung in smaller if rung.steps.is_ready("draft", "verify")]
+        self.rungs = {rung.rounds.shape: rung for rung in (self.largest, *smaller)}
+        self.num_stopped = 0
         self._note_ends()
 
-    def _rounds(self, drafting: FixedDrafting, target: TargetRunner, capacity: int) -> FixedRounds:
+    def _rungs(self, drafting: FixedDrafting, target: TargetRunner) -> list[Rung]:
+        """Rounds of all sizes, over the same buffers."""
         root = self.sequences.last(list(range(len(self.sequences.lengths))))
         how = self.fixed.shape, self.plan.rule, tuple(self.sequences.processors)
-        return FixedRounds(drafting, target, root, *how, capacity)
+        first = FixedRounds(drafting, target, root, *how, self.capacity)
+        rounds = [first, *(first.smaller(shape) for shape in self.shapes[1:])]
+        return [Rung(one, self._steps(one.shape)) for one in rounds]
 
-    def _ready(self, rounds: FixedRounds) -> Steps:
-        """The steps of rounds, each of which has run once."""
-        steps = steps_of(rounds, self.fixed.compile_config, self.fixed.is_captured)
-        run_dry(rounds, steps, ["draft", "verify", *(["token"] if self.fixed.is_adaptive else [])])
-        return steps
+    def _steps(self, shape: TreeShape) -> Steps:
+        """The steps of rounds with trees of a shape, which all calls of a kind share."""
+        processors = tuple(
+            (type(one), tuple((name, repr(value)) for name, value in vars(one).items()))
+            for one in self.sequences.processors
+        )
+        sizes = len(self.sequences.lengths), self.capacity, shape, self.fixed.shape, self.plan.rule
+        kind = *sizes, processors, self.drafting.kind, self.sequences.ids.device
+        how = self.fixed.compile_config, self.fixed.is_captured
+        return steps_of(self.target.model, kind, *how)
+
+    def _ready(self, rung: Rung) -> None:
+        """Run each step of the largest rounds once, and measure them where somebody asks."""
+        run_dry(*rung, "draft", "verify", *(["token"] if self.fixed.is_adaptive else []))
+        if self.fixed.is_adaptive and self.fixed.costs is None:
+            measure_costs(*rung)
 
     def _capacity(self, length: int) -> int:
         """What rows of `length` tokens need, with all that a round may write behind them."""
@@ -119,50 +193,62 @@ class FixedLoop(DecodingLoop):
         return rows
 
     def round(self) -> None:
-        """Draft and verify, and read what came out."""
-        rows = self.sequences.active
-        if (
-            max(self.sequences.lengths[row] for row in rows) + self.fixed.shape.depth
-            >= self.capacity
-        ):
-            self._grow()
-        self.lap_start, is_plain = time.perf_counter(), self.policy.is_plain
-        self.rounds.uniforms.draw_all()
-        if is_plain:
+        """Draft and verify, and read what came out; by then the next draft may be under way."""
+        rows, self.lap_start = self.sequences.active, time.perf_counter()
+        rung, self.ahead = self.ahead or self._draft(), None
+        if is_plain := self.policy.is_plain:
             self.stats.is_stepped_back, self.keep_memory = True, False
-            read = self.steps.run("token", self.rounds)
-        else:
-            self.steps.run("draft", self.rounds)
-            self.lap("draft_seconds")
-            read = self.steps.run("verify", self.rounds)
-        found = self._read(read)
+            rung = self.largest
+        self.lap("draft_seconds")
+        copy = HostCopy(rung.run("token" if is_plain else "verify"))
+        if self.drafts_ahead and not self._is_full(rounds=2):
+            self.ahead = self._draft()
+        found = self._tokens(copy.read())
         self.lap("verify_seconds")
         counts = [len(new) for new in self.sequences.emit([found[row] for row in rows])]
         self._note_ends()
         self.stats.num_rounds += 1
         self.stats.round_lengths += counts
-        tree = self.rounds.tree
-        self.stats.num_levels += 0 if is_plain else tree.levels
-        self.stats.num_nodes += 1 if is_plain else tree.tokens.shape[1]
+        levels, nodes = rung.rounds.tree.levels, rung.rounds.tree.tokens.shape[1]
+        self.stats.num_levels += 0 if is_plain else levels
+        self.stats.num_nodes += 1 if is_plain else nodes
         if not is_plain:
-            sizes = len(rows), tree.levels, tree.tokens.shape[1]
-            self.policy.note(RoundSample(*sizes, sum(counts) / len(rows)))
+            self.policy.note(RoundSample(len(rows), levels, nodes, sum(counts) / len(rows)))
         self.lap("other_seconds")
 
-    def _read(self, read: Tensor) -> list[list[int]]:
+    def _draft(self) -> Rung:
+        """Begin a round, with a tree where drafting pays: of the size that pays most."""
+        if self._is_full():
+            self._grow()
+        size = self.policy.plan(len(self.sequences.active))
+        rung = self.rungs.get(size, self.largest)
+        rung.rounds.uniforms.draw_all()
+        if not self.policy.is_plain:
+            rung.run("draft")
+        return rung
+
+    def _is_full(self, rounds: int = 1) -> bool:
+        """Whether some row may not have room for so many rounds more."""
+        longest = max(self.sequences.lengths[row] for row in self.sequences.active)
+        return longest + rounds * (self.fixed.shape.depth + 1) > self.capacity
+
+    def _tokens(self, found: list[list[int]]) -> list[list[int]]:
         """The new tokens of each row, from what a step gives, (batch, depth + 2)."""
-        found = [row[: row[-1]] for row in read.tolist()]
-        if any(token < 0 for row in self.sequences.active for token in found[row]):
+        tokens = [row[: row[-1]] for row in found]
+        if any(token < 0 for row in self.sequences.active for token in tokens[row]):
             raise RuntimeError(
                 "The target's probabilities are no distribution: they contain inf or nan, or are"
                 " all zero. Check its weights and dtype, or the logits processors of the call."
             )
-        return found
+        return tokens
 
     def _note_ends(self) -> None:
-        """Tell the device which rows have ended."""
-        is_active = host_tensor([not is_stopped for is_stopped in self.sequences.is_stopped])
-        self.rounds.is_active.copy_(is_active)
+        """Tell the device which rows have ended, when one has."""
+        is_stopped = self.sequences.is_stopped
+        if sum(is_stopped) > self.num_stopped:
+            self.num_stopped = sum(is_stopped)
+            is_active = host_tensor([not one for one in is_stopped])
+            self.largest.rounds.is_active.copy_(is_active, non_blocking=True)
 
     def _grow(self) -> None:
         """Go on in buffers of the next capacity."""
@@ -170,9 +256,7 @@ class FixedLoop(DecodingLoop):
         self.target.cache = self.target.cache.grown(lengths)
         self.drafting.unfix(lengths)
         self.capacity = self._capacity(max(lengths) + self.capacity // 2 + 1)
-        self.rounds = self._rounds(self.drafting, self.target, self.capacity)
-        self.steps = self._ready(self.rounds)
-        self._note_ends()
+        self._begin()
 
     def _committed(self) -> list[int]:
         """Tokens of each row that both models have read: all but the newest."""

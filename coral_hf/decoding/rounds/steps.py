@@ -20,6 +20,7 @@ from transformers import CompileConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..caches.shared_keys import sharing_keys
+from ..plain.costs import Costs
 from .fixed_rounds import FixedRounds
 
 logger = logging.get_logger(__name__)
@@ -30,6 +31,7 @@ STEPS: dict[str, Step] = {
     "verify": FixedRounds.verify,
     "token": FixedRounds.token,
 }
+COMPILERS = ("torch._dynamo", "torch._inductor")  # whose errors come before anything has run
 _COMPILING = Lock()  # one thread at a time
 TRIALS = 3  # dry rounds, whose median says what a round costs
 
@@ -40,33 +42,71 @@ class Steps:
 
     by_name: dict[str, Step] = field(default_factory=lambda: dict(STEPS))
     first_seconds: dict[str, float] = field(default_factory=dict)  # of a step's first run
-    cost: float | None = None  # of a round, in passes of one token
+    costs: list[Costs] = field(default_factory=list)  # of a round, once they were measured
 
     def run(self, name: str, rounds: FixedRounds) -> Tensor | None:
         """Run a step; the target's heads share keys also where it is traced."""
+        if name in rounds.checked:
+            return rounds.checked[name](rounds)
+        step = self.by_name[name]
         with sharing_keys():
-            return self.by_name[name](rounds)
+            if not isinstance(step, Compiled):
+                return step(rounds)
+            try:
+                found = step(rounds)
+            except Exception as error:
+                if not type(error).__module__.startswith(COMPILERS):
+                    raise
+                # the target has changed since, and what it is now does not compile
+                self.give_up(name, error)
+                rounds.forget_pass()
+                return self.by_name[name](rounds)
+            unguarded = step.unguarded() if rounds.root.device.type == "cpu" else None
+            if unguarded is not None:
+                rounds.checked[name] = unguarded
+            return found
+
+    def is_ready(self, *names: str) -> bool:
+        """Whether some steps have run, so that nothing of them is left to compile."""
+        return self.first_seconds.keys() >= {*names}
+
+    def give_up(self, name: str, error: Exception) -> None:
+        """Run a step as it is from now on, and say so once."""
+        self.by_name[name] = STEPS[name]
+        reason = " ".join(str(error).strip().split("\n")[:2])
+        logger.warning_once(
+            f"The step `{name}` of a round cannot be compiled or captured with this target and"
+            f" drafter, and runs as it is ({type(error).__name__}: {reason}). Leave out"
+            " `compile_config` or `capture`, or call `torch._logging.set_logs(graph_breaks=True)`"
+            " to see why."
+        )
 
 
 # by target, and by kind
 _STEPS: "WeakKeyDictionary[PreTrainedModel, dict[Hashable, Steps]]" = WeakKeyDictionary()
 
 
-def steps_of(rounds: FixedRounds, config: CompileConfig | None, is_captured: bool) -> Steps:
-    """The steps of a call's rounds, compiled where a `config` asks for it; made once a process.
+def steps_of(
+    model: PreTrainedModel, kind: Hashable, config: CompileConfig | None, is_captured: bool
+) -> Steps:
+    """The steps of rounds, compiled where a `config` asks for it; made once a process.
 
     Those that are captured are of one call, whose buffers they know by their addresses.
+
+    Args:
+        model: the target.
+        kind: all that shapes and constants of the steps follow from, beside the target.
     """
     options = None if config is None else _options(config)
-    kind = rounds.kind, repr(options), is_captured
-    known = _STEPS.setdefault(rounds.target.model, {})
+    kind = kind, repr(options), is_captured
+    known = _STEPS.setdefault(model, {})
     if kind not in known:
         known[kind] = Steps()
         if options is not None:
-            known[kind].by_name = {name: _compiled(step, options) for name, step in STEPS.items()}
+            known[kind].by_name = {name: Compiled(step, options) for name, step in STEPS.items()}
     if is_captured:
         captured: dict[str, Step] = {name: Captured(step) for name, step in STEPS.items()}
-        return Steps(captured, cost=known[kind].cost)
+        return Steps(captured, costs=known[kind].costs)
     return known[kind]
 
 
@@ -78,13 +118,32 @@ def _options(config: CompileConfig) -> dict[str, Any]:
     return options
 
 
-def _compiled(step: Step, options: dict[str, Any]) -> Step:
+class Compiled:
     """A step that compiles when it is first run, with a cache of graphs of its own.
 
     torch keeps graphs by code object and gives up after a few of one, so each kind has a copy.
+    Before each run it checks all that the graph took for granted of the target, thousands of facts;
+    a call has them checked once.
     """
-    code = step.__code__.replace(co_name=f"{step.__name__}_of_one_kind")
-    return torch.compile(FunctionType(code, step.__globals__, step.__name__), **options)
+
+    def __init__(self, step: Step, options: dict[str, Any]):
+        code = step.__code__.replace(co_name=f"{step.__name__}_of_one_kind")
+        self._plain = FunctionType(code, step.__globals__, step.__name__)
+        self._guarded = torch.compile(self._plain, **options)
+
+    def __call__(self, rounds: FixedRounds) -> Tensor | None:
+        """Run the step, and compile what has not been or has changed."""
+        # hooks change the text too, which torch leaves to whoever adds them
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            return self._guarded(rounds)
+
+    def unguarded(self) -> Step | None:
+        """The step without checks, for a call that has run it; None where graphs are several.
+
+        Not on CUDA, where torch counts runs to manage the memory of its own CUDA graphs.
+        """
+        graphs = torch._dynamo.eval_frame._debug_get_cache_entry_list(self._plain.__code__)
+        return FunctionType(graphs[0].code, self._plain.__globals__) if len(graphs) == 1 else None
 
 
 class Captured:
@@ -118,14 +177,14 @@ class Captured:
         self._graph, self._output = graph, output
 
 
-def run_dry(rounds: FixedRounds, steps: Steps, names: list[str]) -> None:
+def run_dry(rounds: FixedRounds, steps: Steps, *names: str) -> None:
     """Run each step once on rows that keep nothing, so that what compiles has compiled.
 
-    A step that cannot be compiled or captured runs as it is from then on, and says so once.
+    A step that cannot be compiled or captured runs as it is from then on.
     """
     rounds.is_active.fill_(False)
     for name in names:
-        if name in steps.first_seconds:
+        if steps.is_ready(name):
             continue
         start = time.perf_counter()
         try:
@@ -134,35 +193,26 @@ def run_dry(rounds: FixedRounds, steps: Steps, names: list[str]) -> None:
         except Exception as error:
             if steps.by_name[name] is STEPS[name]:
                 raise
-            _give_up(steps, name, error)
+            steps.give_up(name, error)
             rounds.forget_pass()
         steps.first_seconds[name] = time.perf_counter() - start
     rounds.is_active.fill_(True)
 
 
-def _give_up(steps: Steps, name: str, error: Exception) -> None:
-    """Run a step as it is from now on."""
-    steps.by_name[name] = STEPS[name]
-    reason = str(error).strip().split("\n")[0]
-    logger.warning_once(
-        f"The step `{name}` of a round cannot be compiled or captured with this target and drafter,"
-        f" and runs as it is ({type(error).__name__}: {reason}). Leave out `compile_config` or"
-        " `capture`, or call `torch._logging.set_logs(graph_breaks=True)` to see why."
-    )
-
-
-def measure_cost(rounds: FixedRounds, steps: Steps) -> float:
-    """What a round costs in passes of one token: measured once, in rounds that keep nothing.
+def measure_costs(rounds: FixedRounds, steps: Steps) -> Costs:
+    """What rounds cost in passes of one token: measured once, in rounds that keep nothing.
 
     Once in a process, so that calls alike decide alike.
     """
-    if steps.cost is None:
+    if not steps.costs:
         rounds.is_active.fill_(False)
         seconds = {name: [_timed(rounds, steps, name) for _ in range(TRIALS)] for name in STEPS}
         draft, verify, token = (statistics.median(seconds[name]) for name in STEPS)
-        steps.cost = (draft + verify) / token
+        tree = rounds.tree
+        more = max(verify / token - 1, 0.0) / max(tree.tokens.shape[1] - 1, 1)
+        steps.costs.append(Costs(base=1.0, level=draft / token / tree.levels, node=more))
         rounds.is_active.fill_(True)
-    return steps.cost
+    return steps.costs[0]
 
 
 def _timed(rounds: FixedRounds, steps: Steps, name: str) -> float:

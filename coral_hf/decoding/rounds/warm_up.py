@@ -7,6 +7,7 @@ import torch
 from transformers import CompileConfig, PreTrainedModel
 
 from ..generate import decoder
+from .rungs import NUM_RUNGS
 
 
 @torch.no_grad()
@@ -16,6 +17,7 @@ def warm_up(
     batch_size: int = 1,
     max_length: int = 1024,
     compile_config: CompileConfig | None = None,
+    num_sizes: int = 1,
     **settings,
 ) -> float:
     """Compile what calls of `generate` need that pass the same `compile_config` and settings.
@@ -25,8 +27,12 @@ def warm_up(
         drafter: of the target.
         batch_size: rows of the calls.
         max_length: tokens of their longest rows, which decides the capacity of caches: 256, 512,
-            1024, … tokens, tree included. Calls in another capacity compile for themselves.
+            1024, 1536, 2048, 3072, … tokens, tree included. Calls in another capacity compile for
+            themselves.
         compile_config: transformers' own defaults by default.
+        num_sizes: of trees, at most 3: the one that the settings ask for, and smaller ones, each a
+            level less deep and of half the nodes. Adaptive drafting chooses among those that are
+            compiled; each takes two graphs.
         settings: of the calls, such as `tree_nodes`, `do_sample` and `temperature`.
 
     Returns:
@@ -44,8 +50,10 @@ def warm_up(
     """
     if settings.get("speculation") == "never":
         raise ValueError("`speculation` is 'never', so that there are no rounds; leave it out.")
+    if not 1 <= num_sizes <= NUM_RUNGS:
+        raise ValueError(f"`num_sizes` is {num_sizes}; use 1 to {NUM_RUNGS}.")
     start = time.perf_counter()
-    loop = replace(decoder(drafter), is_warm_up=True)
+    loop = replace(decoder(drafter), num_compiled=num_sizes)
     ids = torch.zeros(batch_size, 1, dtype=torch.long, device=target.device)
     lengths = {"max_length": max_length, "compile_config": compile_config or CompileConfig()}
     mask = torch.ones_like(ids)
