@@ -22,6 +22,7 @@ TINY = {
     "router_budget": STEPS,
     "row_length": 64,
     "pad_layers": 3,
+    "compile": False,
     "num_prompts": 2,
     "max_new_tokens": 8,
 }
@@ -85,6 +86,15 @@ def test_the_drafter_loads_with_a_trained_router(first_run, settings):
 def test_the_second_run_trains_nothing(first_run, settings):
     _, shown = shown_by(settings)
     assert "Training" in first_run[1] and "Training" not in shown
+
+
+@pytest.mark.slow
+def test_the_padded_target_is_compiled_and_the_seconds_are_shown(first_run, settings):
+    reports, shown = shown_by(replace(settings, compile=True))
+    assert "Its rounds were compiled ahead, in" in shown
+    assert reports[0].environment.compile_seconds is None
+    assert reports[1].environment.compile_seconds > 0
+    assert {row.exact_match for row in reports[1].numbers["rows"][-2:]} == {1.0}
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ class DemoSettings:
         num_files: files of the standard library that are trained on; None for all.
         row_length: tokens of a training row.
         pad_layers: depth of the padded target; a deeper one is measured as it is.
+        compiled_tree: depth, top-k and nodes of the one tree that is compiled.
     """
 
     output: Path = option("Folder of models, reports and plots.", Path("coral-demo"))
@@ -36,6 +37,7 @@ class DemoSettings:
         """Its options: '{"enable_thinking": false}'.""", None
     )
     fresh: bool = option("Train again what the folder holds.", False)
+    compile: bool = option("Compile the rounds of the padded target.", True)
     # in Python alone
     num_files: int | None = None
     target_budget: Budget = Budget(max_steps=10_000, max_seconds=150)
@@ -43,6 +45,7 @@ class DemoSettings:
     router_budget: Budget = Budget(max_steps=1000, max_seconds=12)
     row_length: int = 256
     pad_layers: int = 32
+    compiled_tree: tuple[int, int, int] = (5, 4, 16)
     num_prompts: int = 5
     max_new_tokens: int = 64
     seed: int = 0

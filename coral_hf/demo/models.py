@@ -38,7 +38,7 @@ SMALL_VOCAB = 8192
 # likely tokens lie in many groups of a small vocabulary: half of it is read, not an eighth
 SMALL_VOCAB_GROUPS: dict[str, Any] = {"num_groups": 8, "num_active_groups": 4}
 # settings on which no weights depend
-NOT_TRAINED = ("output", "fresh", "pad_layers", "max_new_tokens")
+NOT_TRAINED = ("output", "fresh", "compile", "pad_layers", "compiled_tree", "max_new_tokens")
 RECORD = "demo.json"  # in the folder of a model
 
 

@@ -5,6 +5,7 @@ answers in the terminal. Models that the folder holds are not trained again.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from rich import get_console
@@ -61,10 +62,16 @@ def run_demo(settings: DemoSettings) -> list[Report]:
     prompts = held_out_prompts(settings)
     console.rule(f"{len(prompts)} held-out prompts, {settings.max_new_tokens} new tokens each")
     measured = BenchmarkSettings(max_new_tokens=settings.max_new_tokens, seed=settings.seed)
-    targets = [target]
+    reports = [run_benchmark(target, drafter, tokenizer, prompts, measured)]
     if target.config.get_text_config().num_hidden_layers < settings.pad_layers:
-        targets.append(pad_target(target, settings.pad_layers))
-    reports = [run_benchmark(one, drafter, tokenizer, prompts, measured) for one in targets]
+        padded = pad_target(target, settings.pad_layers)
+        if settings.compile:
+            console.print("Compiling rounds of constant shapes …")
+            depth, top_k, nodes = settings.compiled_tree
+            measured = replace(
+                measured, compile=True, tree_depth=depth, tree_top_k=top_k, tree_nodes=nodes
+            )
+        reports.append(run_benchmark(padded, drafter, tokenizer, prompts, measured))
     answers = {call.prompt: call for call in reports[0].calls if call.method == "coral"}
     for prompt in [prompt for prompt in prompts if prompt.id in answers][:2]:
         console.print(accepted_text(tokenizer, prompt, answers[prompt.id]))
@@ -73,6 +80,8 @@ def run_demo(settings: DemoSettings) -> list[Report]:
         report.write(settings.output / f"{report.environment.num_target_layers}-layers")
         plain, coral = report.numbers["rows"][-2:]  # over all prompts
         console.print(dashed(RESULT, report.environment, plain, coral))
+        if (seconds := report.environment.compile_seconds) is not None:
+            console.print(f"Its rounds were compiled ahead, in {seconds:.0f} s.")
     console.print(f"Models, reports and plots are in {settings.output}.", soft_wrap=True)
     return reports
 

@@ -6,7 +6,7 @@ latter with a small model of the target's vocabulary.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, zip_longest
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..decoding import warm_up
 from .calls import Arguments, Bench, Call, sampling_arguments
 from .plots import acceptance_figure, speed_figure
 from .prompts import Prompt, encode, left_padded, room_for_prompt
@@ -123,8 +124,23 @@ def run_benchmark(
             raise ValueError(f"`methods` has {name!r}, but `{argument}` is None; pass a model.")
         methods[name] = common | own[name]
     bench = Bench(target, methods, settings.repeats, settings.warmup, settings.seed)
+    seconds = None
+    if settings.compile and "coral" in settings.methods:
+        seconds = compile_ahead(bench, {encode(one, tokenizer).shape[1] for one in prompts})
     measured = measure_prompts(bench, tokenizer, prompts, settings.max_turns)
-    return benchmark_report(settings, describe_environment(target, drafter, assistant), *measured)
+    environment = describe_environment(target, drafter, assistant)
+    environment.compile_seconds = seconds
+    return benchmark_report(settings, environment, *measured)
+
+
+def compile_ahead(bench: Bench, lengths: Iterable[int]) -> float:
+    """Compile what calls of "coral" run, so that no timed one does; returns the seconds.
+
+    `lengths`: of prompts, in tokens.
+    """
+    own = {**bench.methods["coral"]}
+    drafter, new = own.pop("assistant_model"), own.pop("max_new_tokens")
+    return sum(warm_up(bench.target, drafter, max_length=length + new, **own) for length in lengths)
 
 
 def benchmark_report(

@@ -13,7 +13,8 @@ METHODS = get_args(Method)
 Head = Literal["full", "quantized", "routed", "routed_quantized", "frequency", "low_rank"]
 Rule = Literal["token", "traversal", "block"]
 SAMPLING_ALONE = ("verification", "drawn_tree")
-DRAFTING = ("tree_depth", "tree_top_k", "tree_nodes", "draft_head", "draft_window", *SAMPLING_ALONE)
+TREE = ("tree_depth", "tree_top_k", "tree_nodes")
+DRAFTING = (*TREE, "draft_head", "draft_window", "cache_implementation", *SAMPLING_ALONE)
 
 
 def option(help: str, default: Any = MISSING, **metadata: Any) -> Any:
@@ -56,9 +57,20 @@ class TreeSettings:
 
 @dataclass(kw_only=True)
 class HeadSettings(TreeSettings):
-    """The draft tree, and the head that it is read from."""
+    """The draft tree, the head that it is read from, and how rounds are run."""
 
     draft_head: Head | None = option("Draft head; the drafter's own by default.", None)
+    cache_implementation: Literal["static"] | None = option("Rounds of constant shapes.", None)
+    compile: bool = option("Compile them, with torch's own defaults.", False)
+
+    def drafting(self) -> dict[str, Any]:
+        """Return the keywords of `generate` for a drafter that were chosen."""
+        chosen = super().drafting()
+        if self.compile:
+            from transformers import CompileConfig
+
+            chosen["compile_config"] = CompileConfig(mode="default")
+        return chosen
 
 
 @dataclass(kw_only=True)
