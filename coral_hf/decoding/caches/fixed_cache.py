@@ -217,9 +217,11 @@ class FixedCache(Cache):
         positions = torch.where(slots < first[:, None], before, later)
         cache.restore(positions.masked_fill(slots >= ends, HIDDEN), lengths)
         for layer, own in zip(cache.layers, self.layers, strict=True):
-            if own.is_initialized:
-                if layer.window is not None:
-                    layer.start = max(min(lengths) - layer.window + 1, 0)
+            if own.is_initialized and layer.window is None:
+                layer.adopt(own.keys, own.values, width)
+                own.reset()
+            elif own.is_initialized:
+                layer.start = max(min(lengths) - layer.window + 1, 0)
                 places = torch.arange(layer.start, width, device=own.keys.device) % own.size
                 layer.update(own.keys[:, :, places], own.values[:, :, places])
                 own.reset()

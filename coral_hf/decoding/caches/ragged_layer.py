@@ -84,6 +84,12 @@ class RaggedLayer(DynamicLayer):
         self.keys, self.values = keys.narrow(-2, 0, held + new), values.narrow(-2, 0, held + new)
         return self.keys, self.values
 
+    def adopt(self, keys: Tensor, values: Tensor, held: int) -> None:
+        """Take buffers (batch, kv_heads, capacity, head_dim) over, of which `held` slots count."""
+        self.lazy_initialization(keys, values)
+        self._buffers = [keys, values]
+        self.keys, self.values = (states.narrow(-2, 0, held) for states in self._buffers)
+
     def move(self, source: Tensor, destination: Tensor) -> None:
         """Copy slots `source` to slots `destination`, (batch, kept) each."""
         rows = torch.arange(len(source), device=self.keys.device)[:, None]
