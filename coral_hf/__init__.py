@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .drafters.coral import CoralDrafter as CoralDrafter
     from .drafters.eagle3 import Eagle3Config as Eagle3Config
     from .drafters.eagle3 import Eagle3Drafter as Eagle3Drafter
+    from .drafters.language_model import LanguageModelDrafter as LanguageModelDrafter
     from .hub import publish as publish
     from .measure.autotune import autotune as autotune
     from .measure.lossless import verify as verify
@@ -49,6 +50,7 @@ _MODULES = {
     "drafters.bigram": ["BigramConfig", "BigramDrafter"],
     "drafters.coral": ["CoralConfig", "CoralDrafter"],
     "drafters.eagle3": ["Eagle3Config", "Eagle3Drafter"],
+    "drafters.language_model": ["LanguageModelDrafter"],
     "hub": ["publish"],
     "measure.autotune": ["autotune"],
     "measure.lossless": ["verify"],
@@ -69,7 +71,7 @@ def __getattr__(name: str):
 def register() -> None:
     """Register the drafters with the Auto classes and wrap `generate`; importing does so."""
     from .decoding import install
-    from .drafters import bigram, coral, eagle3  # noqa: F401  they register themselves
+    from .drafters import bigram, coral, eagle3, language_model  # noqa: F401  they register themselves
     from .drafters.model import Drafter
 
     install()

@@ -192,9 +192,9 @@ def test_memory_fits_only_where_the_text_continues(target, drafter):
     first = reply(target, words(7, 0), assistant_model=drafter, **TREE)
     memory = first[CACHE].drafter_memory
     end = first.sequences.shape[1] - 1
-    assert memory.fits(drafter, torch.tensor([[end, end + 1]]))
-    assert not memory.fits(drafter, torch.tensor([[end + 1]]))
-    assert not memory.fits(CoralDrafter.from_target(target), torch.tensor([[end]]))
+    assert memory.fits(drafter, torch.tensor([end]), [None])
+    assert not memory.fits(drafter, torch.tensor([end + 1]), [None])
+    assert not memory.fits(CoralDrafter.from_target(target), torch.tensor([end]), [None])
 
 
 @pytest.mark.parametrize("chunk", [2, 3, 100])

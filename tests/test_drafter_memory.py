@@ -10,7 +10,7 @@ from coral_hf import CoralDrafter
 from coral_hf.decoding.caches.continuation import CACHE
 from coral_hf.decoding.drafting import TreeShape
 from coral_hf.decoding.sequences import Sequences
-from coral_hf.drafters import feature_drafting as drafting
+from coral_hf.drafters import cached_drafting as drafting
 from coral_hf.drafters.coral import CoralDrafting
 from coral_hf.target import read_target
 

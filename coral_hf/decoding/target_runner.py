@@ -178,7 +178,11 @@ class TargetRunner:
             inputs["position_ids"] = positions
         if self._takes_tree:
             is_plain = tree.tokens.shape[1] == 1 and self.cache.sees_all()
-            inputs["attention_mask"] = None if is_plain else self._masks(tree, positions)
+            inputs["attention_mask"] = (
+                None
+                if is_plain
+                else masks_by_layer(self.model, self.cache, positions, tree.ancestry())
+            )
         elif not self.cache.is_dense:  # the 2-D mask of padded prompts, grown to the chain's end
             seen = self.cache.positions != HIDDEN
             own = torch.ones_like(tree.tokens, dtype=torch.bool)
@@ -233,20 +237,30 @@ class TargetRunner:
         """One pass of the target."""
         return self._target.model(**inputs, return_dict=True)
 
-    def _masks(self, tree: DraftTree, positions: Tensor) -> Tensor | dict[str, Tensor]:
-        """The additive mask (batch, 1, nodes, slots + nodes), by layer type where layers differ.
 
-        `positions`: (batch, nodes).
-        """
-        ancestry, dtype = tree.ancestry(), self._target.model.dtype
-        masks = {
-            window: self.cache.mask(positions, ancestry, dtype, window)[:, None]
-            for window in set(self._windows) - {0}
-        }
-        if len(masks) == 1:
-            return next(iter(masks.values()))
-        names = dict(zip(text_config(self._target.model).layer_types, self._windows, strict=False))
-        return {name: masks[window] for name, window in names.items()}
+def masks_by_layer(
+    model: PreTrainedModel, cache: RaggedCache, positions: Tensor, own: Tensor
+) -> Tensor | dict[str, Tensor]:
+    """What a pass over uncommitted tokens adds to scores, by layer type where layers differ.
+
+    Args:
+        model: that the pass is of.
+        cache: what it has read; its layers have the windows of the model's.
+        positions: (batch, new), of the tokens.
+        own: (batch, new, new or more), which tokens attend to which; see [`RaggedCache.mask`].
+
+    Returns:
+        (batch, 1, new, slots + new or more)
+    """
+    windows = [layer.window for layer in cache.layers]
+    masks = {
+        window: cache.mask(positions, own, model.dtype, window)[:, None]
+        for window in set(windows) - {0}
+    }
+    if len(masks) == 1:
+        return next(iter(masks.values()))
+    names = dict(zip(text_config(model).layer_types, windows, strict=False))
+    return {name: masks[window] for name, window in names.items()}
 
 
 def _check_slots(cache: RaggedCache) -> None:

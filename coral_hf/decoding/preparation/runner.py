@@ -20,7 +20,7 @@ from ..caches.continuation import CACHE
 from ..caches.ragged_cache import RaggedCache
 from ..drafting import DraftTree, root_only
 from ..outputs import TargetOutput
-from ..target_runner import TargetRunner
+from ..target_runner import TargetRunner, masks_by_layer
 from .needs import UPDATE, Preparation, agree, overridden
 
 STATES = ("logits", "hidden_states", "attentions")  # that no target asks for between two rounds
@@ -88,7 +88,10 @@ class PreparedRunner(TargetRunner):
             positions = inputs.get("position_ids")
             root = self.cache.width if positions is None else positions[..., :1]
             own = self.cache.position_ids(tree.depths)
-            inputs |= {"position_ids": root + tree.depths, "attention_mask": self._masks(tree, own)}
+            inputs |= {
+                "position_ids": root + tree.depths,
+                "attention_mask": masks_by_layer(self.model, self.cache, own, tree.ancestry()),
+            }
         if inputs.get(CACHE) is not None:
             return self._read_tree(inputs)
         # the target reads its text again, the root alone behind it

@@ -1,0 +1,278 @@
+"""The drafting side of a call, of drafters with a KV cache: what they have read, and their trees.
+
+In: committed tokens. Out: a `DraftTree` a round. The loop knows a drafter by the protocol
+`Drafting` and nothing else. A family says how a step goes, and by which head its output is read.
+
+    a step reads      a level's nodes, and the outputs of its step for their parents
+    a node attends    to what is committed, to its ancestors and to itself
+"""
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from copy import deepcopy
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..decoding.acceptance_rules import Uniforms
+from ..decoding.caches.fixed_cache import FixedCache
+from ..decoding.caches.ragged_cache import HIDDEN, RaggedCache
+from ..decoding.drafting import DraftTree, Level, TreeShape, Warp
+from ..heads.draft_heads import DraftHead
+from ..target import Target, text_config
+from .tree_builders import Beam, SampledTreeBuilder, TreeBuilder, plan_levels
+
+# tokens of a prompt that are read at once, so that masks and activations do not grow with it
+LEAST_PIECE, LARGEST_PIECE = 128, 256
+MASK_SIZE = 2**20  # of a piece's mask, one row's
+LEVELS = 64  # nodes of a default tree's levels, all of them
+
+
+Windows = list[int | None]  # of each layer, None for full attention
+
+
+class DrafterMemory(NamedTuple):
+    """What a drafter has read of sequences that may continue; it travels with their cache."""
+
+    drafter: weakref.ref
+    cache: RaggedCache
+
+    def __reduce__(self) -> tuple:
+        """A cache is saved without it: where it is loaded, the drafter is another object."""
+        return type(None), ()
+
+    def __deepcopy__(self, memo: dict) -> "DrafterMemory":
+        return DrafterMemory(self.drafter, deepcopy(self.cache, memo))
+
+    def fits(self, drafter: PreTrainedModel, starts: Tensor, windows: Windows) -> bool:
+        """Whether sequences that begin at `starts`, (batch,), continue where these end."""
+        ends = self.cache.next_positions
+        return (
+            self.drafter() is drafter
+            and [layer.window for layer in self.cache.layers] == windows
+            and len(ends) == len(starts)
+            and bool((ends.to(starts.device) == starts).all())
+        )
+
+
+class CachedDrafting(ABC):
+    """Drafts for one call of `generate`; a family says how its steps go and what reads them.
+
+    Args:
+        drafter: shared by calls; all state of this call is here.
+        target: what the drafter reads of its target.
+        windows: committed tokens that each layer of the drafter attends to, and so keeps.
+        memory: of an earlier call; ignored where the sequences do not continue it.
+    """
+
+    layers: tuple[int, ...]
+    head: DraftHead  # reads the outputs of steps
+    # positions by which the next token that the drafter reads is ahead of the target's next feature
+    lead: ClassVar[int] = 0
+    _output: Tensor  # (batch, 1, hidden), of the step that has read the root
+
+    def __init__(
+        self,
+        drafter: PreTrainedModel,
+        target: Target,
+        windows: Windows,
+        memory: DrafterMemory | None = None,
+    ):
+        self.drafter, self.target = drafter, target
+        self._dtype, self._memory, self._windows = drafter.dtype, memory, windows
+        self._narrowest = min((window for window in windows if window), default=None)
+
+    @abstractmethod
+    def _begin(self, tokens: Tensor, features: Tensor, positions: Tensor, is_new: bool) -> None:
+        """Read what [`begin`] got, shapes too; `is_new`: not what continues a memory."""
+
+    @abstractmethod
+    def _step(self, tokens: Tensor, states: Tensor, positions: Tensor, mask: Any) -> Tensor:
+        """One step of the drafter, behind what its cache holds: (batch, new, hidden).
+
+        Args:
+            tokens: (batch, new).
+            states: (batch, new, hidden), features or outputs of the step before each token.
+            positions: (batch or 1, new or 1).
+            mask: of `_mask`; None: tokens see all before them.
+        """
+
+    def _mask(self, positions: Tensor, own: Tensor) -> Any:
+        """The mask of a step, (batch, new, slots + new); see [`RaggedCache.mask`]."""
+        return self._cache.mask(positions, own, self._dtype, self._narrowest)
+
+    def read(self, features: Tensor) -> Tensor:
+        """What a step reads of features (batch, new, width): (batch, new, hidden)."""
+        return features
+
+    def memory(self) -> DrafterMemory:
+        """Return what was read so far, for a call that continues the same sequences."""
+        return DrafterMemory(weakref.ref(self.drafter), self._cache)
+
+    def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
+        """Read prompts or what continues them, (batch, length); see [`Drafting`]."""
+        memory, self._memory = self._memory, None
+        is_new = True
+        if memory is not None:
+            is_new = not memory.fits(self.drafter, positions[:, 0] + self.lead, self._windows)
+        if is_new or memory is None:
+            self._use(RaggedCache(self._windows))
+            self._cache.begin(len(tokens), self.device)
+        else:
+            self._use(memory.cache)
+            self._cache.truncate()  # an interrupted call may have left drafted slots
+        length = positions.shape[1]
+        self._cache.reserve(self._cache.width + length, length, LEVELS)
+        self._begin(tokens, features, positions, is_new)
+
+    def _use(self, cache: RaggedCache | FixedCache) -> None:
+        """Read and write a cache from now on."""
+        self._cache = cache
+
+    def _read(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
+        """Read parts of prompts piece by piece, (batch, new) tokens and their positions."""
+        device, start = self.device, 0
+        positions = positions.to(device)
+        self._cache.set_recording(False)
+        while start < positions.shape[1]:
+            stop = start + max(LEAST_PIECE, MASK_SIZE // (self._cache.width + LEAST_PIECE))
+            piece = slice(start, min(stop, start + LARGEST_PIECE))
+            self._read_piece(tokens[:, piece].to(device), features[:, piece], positions[:, piece])
+            start = piece.stop
+        self._cache.set_recording(True)
+
+    def _read_piece(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
+        """Read tokens (batch, new) of prompts, each with the feature before it."""
+        seen, new = positions != HIDDEN, positions.shape[1]
+        mask = None  # a prompt without padding is plainly causal
+        if self._cache.width or not seen.all() or (self._narrowest or new) < new:
+            causal = torch.ones(new, new, dtype=torch.bool, device=seen.device).tril()
+            itself = torch.eye(new, dtype=torch.bool, device=seen.device)  # padding sees something
+            mask = self._mask(positions, causal & seen[:, None] | itself)
+        predicted = self._step(
+            tokens, self.read(features.to(self.device)), positions.clamp(min=0), mask
+        )
+        self._cache.append(positions)
+        self._output = predicted[:, -1:].clone()  # a view would keep them all
+
+    def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
+        """Read tokens (batch, new) and keep the first `counts` of each row; see [`Drafting`]."""
+        # prompts may stay on the CPU, and a target's last layer may be on another device
+        device = self.device
+        tokens, new = tokens.to(device), tokens.shape[1]
+        steps = torch.arange(new, device=device)
+        positions = self._cache.position_ids(steps[None])  # (batch, new)
+        causal = (steps <= steps[:, None]).expand(len(tokens), -1, -1)
+        # a lone node attends to all there is
+        is_plain = new == 1 and self._cache.sees_all()
+        mask = None if is_plain else self._mask(positions, causal)
+        predicted = self._step(tokens, self.read(features.to(self.device)), positions, mask)
+        last = (counts.to(device)[:, None, None] - 1).clamp(min=0)
+        feature = predicted.gather(1, last.expand(-1, -1, predicted.shape[2]))
+        if isinstance(self._cache, FixedCache):
+            self._cache.commit(counts)
+            is_new = (counts > 0)[:, None, None]
+            self._output.copy_(torch.where(is_new, feature, self._output))
+        else:
+            self._cache.commit(counts.tolist())
+            self._output = feature
+
+    def fix(self, capacity: int, shape: TreeShape, is_drawn: bool) -> tuple[Level, ...]:
+        """See [`FixedDrafting`]."""
+        room = max(shape.depth + 1, shape.top_k * (shape.depth - 1))
+        self._use(FixedCache(self._cache, capacity, room))
+        self._output = self._output.clone(memory_format=torch.contiguous_format)
+        return tuple(plan_levels(shape)) if is_drawn else ()
+
+    @property
+    def device(self) -> torch.device:
+        """See [`FixedDrafting`]."""
+        return self.drafter.device
+
+    @property
+    def kind(self) -> Hashable:
+        """See [`FixedDrafting`]."""
+        return weakref.ref(self.drafter), *self._windows, self._dtype
+
+    def forget_pass(self) -> None:
+        """See [`FixedDrafting`]."""
+        self._cache.truncate()
+
+    def unfix(self, lengths: list[int]) -> None:
+        """See [`FixedDrafting`]."""
+        self._use(self._cache.grown(lengths))
+
+    def select(self, rows: Tensor) -> None:
+        """Keep rows of the batch, of shape (kept,); see [`Drafting`]."""
+        self._cache.select(rows.tolist())
+        self._output = self._output[rows]
+
+    def propose(
+        self,
+        root: Tensor,
+        shape: TreeShape,
+        warp: Warp | None = None,
+        chance: Uniforms | None = None,
+    ) -> DraftTree:
+        """Draft EAGLE-2's dynamic tree, or a drawn one, below `root` (batch,)."""
+        root = root.to(self.device)
+        if warp is None:
+            tree = self._choose(root, shape)
+        else:
+            tree = self._draw(SampledTreeBuilder(root, chance), shape, warp)
+        self._cache.truncate()  # what the levels wrote
+        return tree
+
+    def _draw(self, builder: SampledTreeBuilder, shape: TreeShape, warp: Warp) -> DraftTree:
+        """A tree of draws without replacement among siblings."""
+        features = self._output
+        seen: Tensor | None = None  # as in `_choose`
+        for depth, level in enumerate(plan_levels(shape)):
+            beam = builder.best(level.families)
+            if depth > 0:
+                seen = self._see_itself(seen, beam)
+                features = self._expand(beam, features, seen, depth - 1)
+            logits = self.head.logits(features, beam.log_path)  # (batch, families, vocab)
+            probs = warp(logits.flatten(0, 1)).softmax(-1).view_as(logits)
+            builder.draw(probs, level.children)
+        return builder.build()
+
+    def _choose(self, root: Tensor, shape: TreeShape) -> DraftTree:
+        """The most confident nodes below `root` (batch,) (Li et al. 2024, sections 4.1 and 4.2)."""
+        builder, features = TreeBuilder(root, shape), self._output
+        top_k = min(shape.top_k, text_config(self.target.model).vocab_size)
+        log_path = features.new_zeros(features.shape[:2], dtype=torch.float32)
+        beam = builder.add_level(*self.head.children(features, log_path, top_k))
+        seen: Tensor | None = None  # (batch, beam, nodes that were expanded)
+        for depth in range(1, shape.depth):
+            if not builder.is_worth_more(beam):
+                break
+            seen = self._see_itself(seen, beam)
+            features = self._expand(beam, features, seen, depth - 1)
+            beam = builder.add_level(*self.head.children(features, beam.log_path, top_k))
+        return builder.build()
+
+    @staticmethod
+    def _see_itself(seen: Tensor | None, beam: Beam) -> Tensor:
+        """Let each new beam node see the expanded nodes that its parent sees, and itself.
+
+        (batch, parents, expanded) → (batch, beam, expanded + beam); None if the parent is the root.
+        """
+        batch, width = beam.tokens.shape
+        itself = torch.eye(width, dtype=torch.bool, device=beam.tokens.device)
+        itself = itself.expand(batch, -1, -1)
+        if seen is None:
+            return itself
+        inherited = seen.gather(1, beam.parents[..., None].expand(-1, -1, seen.shape[2]))
+        return torch.cat([inherited, itself], dim=2)
+
+    def _expand(self, beam: Beam, features: Tensor, seen: Tensor, depth: int) -> Tensor:
+        """One drafter step over the beam: (batch, beam, hidden) features that its nodes predict."""
+        parents = beam.parents[..., None].expand(-1, -1, features.shape[2])
+        depths = seen.new_full((1, 1), depth, dtype=torch.long)
+        positions = self._cache.position_ids(depths)  # (batch, 1)
+        mask = self._mask(positions.expand(seen.shape[:2]), seen)
+        return self._step(beam.tokens, features.gather(1, parents), positions, mask)
