@@ -423,7 +423,7 @@ def test_what_does_not_fit_is_named(target, tmp_path, config, changes, said):
 
 def test_a_coral_drafter_is_not_imported_again(target, tmp_path):
     CoralDrafter.from_target(target).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a CORAL drafter already; load it with AutoModel"):
+    with pytest.raises(ValueError, match=r"of coral_hf already \(CORAL\); load it with AutoModel"):
         from_eagle(target, tmp_path)
 
 
@@ -541,7 +541,7 @@ def test_a_private_checkpoint_is_read_with_a_token_of_a_revision(hub, reader, ta
     hub.put_files("org/mine", {"config.json": b'{"model_type": "coral"}'})
     with pytest.raises(RuntimeError, match="(?s)RepositoryNotFoundError.*org/mine"):
         take("org/mine", token=False)
-    with pytest.raises(RuntimeError, match="is a CORAL drafter already"):
+    with pytest.raises(RuntimeError, match="holds a drafter of coral_hf already"):
         take("org/mine")
     take("org/mine", revision=first)
 
@@ -595,7 +595,7 @@ def test_the_command_reads_the_config_and_its_options_before_the_target(tmp_path
         str(tmp_path / "out"),
     ]
     write_checkpoint(tmp_path, {**LLAMA2, "architectures": ["DFlashDraftModel"]}, {})
-    assert "is a DFlash drafter; import one of EAGLE-1" in printed(invoke(*arguments))
+    assert "of another kind, DFlash; import one of EAGLE-1" in printed(invoke(*arguments))
     refused = invoke(*arguments, "--dtype", "int8")
     assert refused.exit_code == 2 and "invalid choice: 'int8'" in printed(refused)
     arguments[1] = "org/not-cached"

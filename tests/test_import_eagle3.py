@@ -132,23 +132,23 @@ def test_published_configs_are_read(tmp_path, name, vocab, depth, layers):
 def test_the_published_config_of_another_family_is_named(tmp_path):
     path = shared_file("drafter_configs/specforge/qwen3-8b-peagle.json")
     (tmp_path / "config.json").write_text(path.read_text())
-    with pytest.raises(ValueError, match="is a P-EAGLE drafter; import one of EAGLE-1"):
+    with pytest.raises(ValueError, match="of another kind, P-EAGLE; import one of EAGLE-1"):
         read_shape(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("fields", "family"),
     [
-        ({"speculators_model_type": "dflash"}, "DFlash"),
+        ({"speculators_model_type": "dflash"}, "of another kind, DFlash;"),
         ({"architectures": ["Qwen3DSparkModel"]}, "DSpark"),
         ({"medusa_num_heads": 3}, "Medusa"),
         ({"model_type": "recurrent_drafting_drafter"}, "Recurrent Drafter"),
-        ({"model_type": "coral_eagle3"}, "EAGLE-3 drafter already"),
+        ({"model_type": "coral_eagle3"}, r"of coral_hf already \(EAGLE-3\); load it"),
     ],
 )
 def test_a_drafter_of_another_family_is_named(target, tmp_path, fields, family):
     written(tmp_path, config=fields)
-    with pytest.raises(ValueError, match=f"is a {family}"):
+    with pytest.raises(ValueError, match=family):
         from_eagle(target, tmp_path)
 
 

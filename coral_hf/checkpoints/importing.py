@@ -94,13 +94,15 @@ def read_shape(folder: Path) -> Shape:
     config = read_config(folder)
     if family := FAMILIES.get(config.get("model_type", "")):
         raise ValueError(
-            f"{folder} is a {family.name} drafter already; load it with AutoModel.from_pretrained."
+            f"{folder} holds a drafter of coral_hf already ({family.name}); load it with"
+            " AutoModel.from_pretrained."
         )
     kinds = [config.get(n) for n in ("speculators_model_type", "architectures", "model_type")]
     said = str([*kinds, *(n for n in config if n.startswith("medusa_"))]).lower()
     if names := [name for word, name in OTHER_FAMILIES.items() if word in said]:
         raise ValueError(
-            f"{folder} is a {names[0]} drafter; import one of EAGLE-1, EAGLE-2, EAGLE-3 or HASS."
+            f"{folder} holds a drafter of another kind, {names[0]}; import one of EAGLE-1, EAGLE-2,"
+            " EAGLE-3 or HASS."
         )
     if names_eagle3(config):
         return Shape(config, read_eagle3_shape(config, folder), is_eagle3=True)
