@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import LinearAttentionLayer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
 from .identity import full_name
@@ -23,6 +24,8 @@ logger = logging.get_logger(__name__)
 # index of the feature in a target's `hidden_states`, taken after the final norm; given this index,
 # newer versions of transformers keep that one only and older ones keep them all
 FEATURE = -1
+# whether `output_hidden_states` may name several, as from transformers 5.24 on
+NAMES_STATES = "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__
 CONVOLUTION = -1  # instead of a window: no slot is attended to, the states of a convolution are
 
 
@@ -109,6 +112,7 @@ def read_features(
     input_ids: Tensor,
     attention_mask: Tensor | dict[str, Tensor] | None,
     position_ids: Tensor | None = None,
+    layers: tuple[int, ...] = (FEATURE,),
 ) -> Tensor:
     """Compute the target's features of a padded batch, without its LM head.
 
@@ -118,16 +122,32 @@ def read_features(
             (batch, 1, length, length), perhaps by layer type.
         position_ids: (batch, length). If there is no mask, transformers finds the documents of
             packed rows by them: positions begin at 0 with each, and none attends to another.
+        layers: indices into `hidden_states`; -1 is the one after the final norm.
 
     Returns:
-        (batch, length, hidden), after the final norm.
+        (batch, length, len(layers) · hidden), side by side.
     """
-    positions = {} if position_ids is None else {"position_ids": position_ids}
-    decoder = decoder_of(model)
-    output = decoder(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
-    )
-    return output.last_hidden_state
+    inner = tuple(layer for layer in layers if layer != FEATURE)
+    is_named = counts_layers(model) and 0 not in sliding_windows(model)
+    given: dict = {"attention_mask": attention_mask, "use_cache": False}
+    given["output_hidden_states"] = named_states(inner) if is_named else bool(inner)
+    if position_ids is not None:
+        given["position_ids"] = position_ids
+    output = decoder_of(model)(input_ids=input_ids, **given)
+    last = output.last_hidden_state
+    states = [last if n == FEATURE else output.hidden_states[n].to(last.device) for n in layers]
+    return torch.cat(states, dim=-1) if inner else last
+
+
+def named_states(layers: tuple[int, ...]) -> bool | int | list[int]:
+    """The value of `output_hidden_states` that returns at least the states of some layers.
+
+    Newer versions of transformers return the named states alone; older ones return all for -1, and
+    know no -1 in a list.
+    """
+    if layers in ((), (FEATURE,)):
+        return layers[0] if layers else False
+    return list(layers) if NAMES_STATES else True
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -220,14 +240,10 @@ def check_target(
         takes_other_vocabulary: whether the target may have gained or lost rows of its embedding
             since, as it does where its tokenizer gained tokens or a padding was added.
     """
-    text, is_same_type = (
-        text_config(model),
-        config.target_model_type in (None, model.config.model_type),
-    )
-    # a drafter may be of another width than its target
-    width = getattr(config, "target_hidden_size", config.hidden_size)
+    is_same_type = config.target_model_type in (None, model.config.model_type)
+    width = getattr(config, "target_hidden_size", config.hidden_size)  # a drafter may differ
     for name, expected in (("hidden_size", width), ("vocab_size", config.vocab_size)):
-        found = getattr(text, name)
+        found = getattr(text_config(model), name)
         if expected == found:
             continue
         if name == "vocab_size" and takes_other_vocabulary and is_same_type:

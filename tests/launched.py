@@ -18,10 +18,11 @@ from loss_inputs import POSITIONS, features
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
+from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments, Eagle3Drafter
+from coral_hf.drafters.model import Drafter
 from coral_hf.training.losses.csra import csra_loss, of_other_devices
 from coral_hf.training.runs.checkpoints import sole_run
-from coral_hf.training.steps.coral import add_noise
+from coral_hf.training.steps.base import add_noise
 
 SETTINGS = {
     "max_steps": 4,
@@ -53,10 +54,10 @@ def make_rows(count: int = 24, length: int = 14) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def make_drafter() -> CoralDrafter:
+def make_drafter(kind: type[Drafter] = CoralDrafter) -> Drafter:
     """A random drafter of `TARGET`."""
     torch.manual_seed(0)
-    drafter = CoralDrafter.from_target(TARGET).float()
+    drafter = kind.from_target(TARGET).float()
     # as it is initialised, the gradients of its attention are tiny
     scatter_weights(drafter)
     with torch.no_grad():
@@ -129,6 +130,15 @@ def results(trainer: CoralTrainer, drafter: CoralDrafter | None = None) -> dict:
     }
 
 
+def eagle3(folder: Path, **settings) -> dict:
+    """A drafter whose own LM head is trained, and gradients that pass from step to step."""
+    given = {"drafter": make_drafter(Eagle3Drafter), "recipe": "eagle3", "num_steps": 3}
+    trainer, gradients = make_trainer(folder / "eagle3", **given, **settings), Gradients()
+    trainer.add_callback(gradients)
+    trainer.train()
+    return {**results(trainer), "gradients": gradients.found}
+
+
 # positions of each process, which may have nothing to train
 SHARES = [(4, POSITIONS - 4), (POSITIONS, 0)]
 STAGES = ("drafter", "router", "low_rank", "joint")
@@ -189,11 +199,11 @@ def gathered_losses() -> dict:
 
 def all_at_once(folder: Path, **settings) -> dict:
     """Every check of two processes, in one launch."""
-    found = {"plain": all_stages(folder / "plain", **settings)}
-    found["accumulated"] = all_stages(
-        folder / "accumulated",
-        **{**settings, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
-    )
+    accumulated = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    found: dict = {}
+    for how, given in {"plain": settings, "accumulated": settings | accumulated}.items():
+        found[how] = all_stages(folder / how, **given)
+        found[how]["eagle3"] = eagle3(folder / how, **given)
     found["broken"] = stops_at_a_broken_row(folder)
     torch.manual_seed(0)
     found["noise"] = add_noise(torch.zeros(4, 8), 0.1, PartialState().process_index)

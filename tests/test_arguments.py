@@ -29,7 +29,10 @@ def test_the_defaults_are_the_papers_where_they_are_known(tmp_path):
         ({"classification_weight": -0.1}, "`classification_weight` is -0.1"),
         ({"csra_negatives": "all"}, "`csra_negatives` is 'all'; use one of"),
         ({"csra_weight": -0.1}, "`csra_weight` is -0.1"),
-        ({"recipe": "medusa"}, "`recipe` is 'medusa'; use one of \\('eagle', 'hass', 'coral'\\)"),
+        (
+            {"recipe": "medusa"},
+            "`recipe` is 'medusa'; use one of \\('eagle', 'hass', 'coral', 'ea",
+        ),
         ({"recipe": "hass", "top_k": 0}, "`top_k` is 0; use 1 or more"),
         ({"csra_positives": "target"}, "`csra_positives` is 'target'"),
         ({"csra_gradient": "none"}, "`csra_gradient` is 'none'"),
@@ -66,15 +69,16 @@ def test_settings_are_part_of_to_dict(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        ("eagle", (1, 1.0, 0.1, 0.0, 0.0)),
-        ("hass", (3, 1.0, 0.1, 1.0, 0.0)),
-        ("coral", (3, 1.0, 0.1, 0.0, 0.1)),
+        ("eagle", (1, 1.0, 0.1, 0.0, 0.0, 1.0)),
+        ("hass", (3, 1.0, 0.1, 1.0, 0.0, 1.0)),
+        ("coral", (3, 1.0, 0.1, 0.0, 0.1, 1.0)),
+        ("eagle3", (7, 0.0, 1.0, 0.0, 0.0, 0.8)),
     ],
 )
 def test_a_recipe_sets_what_is_not_set(tmp_path, recipe, expected):
     assert make_arguments(tmp_path, recipe=recipe).resolved == expected
     own = make_arguments(tmp_path, recipe=recipe, num_steps=4, classification_weight=1.0)
-    assert own.resolved == (4, 1.0, 1.0, *expected[3:])
+    assert own.resolved == (4, expected[1], 1.0, *expected[3:])
 
 
 def weights(args: CoralTrainingArguments) -> tuple:
@@ -83,12 +87,12 @@ def weights(args: CoralTrainingArguments) -> tuple:
 
 def test_another_recipe_changes_only_what_is_not_set(tmp_path):
     coral = make_arguments(tmp_path, classification_weight=1.0)
-    assert weights(dataclasses.replace(coral, recipe="hass")) == (3, 1.0, 1.0, 1.0, 0.0)
-    assert weights(dataclasses.replace(coral, recipe="eagle")) == (1, 1.0, 1.0, 0.0, 0.0)
+    assert weights(dataclasses.replace(coral, recipe="hass")) == (3, 1.0, 1.0, 1.0, 0.0, 1.0)
+    assert weights(dataclasses.replace(coral, recipe="eagle")) == (1, 1.0, 1.0, 0.0, 0.0, 1.0)
     # 0.1 is what CORAL's recipe gave, but here it is given
     own = dataclasses.replace(coral, recipe="hass", csra_weight=0.1)
-    assert weights(own) == (3, 1.0, 1.0, 1.0, 0.1)
-    assert weights(dataclasses.replace(own, recipe="coral")) == (3, 1.0, 1.0, 0.0, 0.1)
+    assert weights(own) == (3, 1.0, 1.0, 1.0, 0.1, 1.0)
+    assert weights(dataclasses.replace(own, recipe="coral")) == (3, 1.0, 1.0, 0.0, 0.1, 1.0)
     assert weights(dataclasses.replace(own, recipe="hass")) == weights(own)
     back = dataclasses.replace(dataclasses.replace(coral, recipe="eagle"), recipe="coral")
     assert weights(back) == weights(coral)

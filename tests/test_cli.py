@@ -118,7 +118,7 @@ def test_options_of_the_trainer_are_passed_on_and_those_of_other_commands_refuse
     names = ["--target", "t", "--dataset", "d", "--output", "o"]
     arguments = parse("train", COMMANDS["train"], [*names, "--learning_rate", "1e-3", "--bf16"])
     assert arguments["training_options"] == ["--learning-rate", "1e-3", "--bf16"]
-    assert arguments["own"].stage == ["drafter", "router"]
+    assert arguments["own"].output == Path("o")
     refused = invoke("regenerate", *names, "--learning-rate", "1e-3")
     assert refused.exit_code == 2 and "unrecognized arguments: --learning-rate" in refused.output
 

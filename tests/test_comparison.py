@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import printed
+from conftest import printed, tiny_target
 from test_cli import invoke
 from test_examples import folder  # noqa: F401  a saved target and its conversations
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from coral_hf import Eagle3Drafter
 from coral_hf.atomic import sole_writer
 from coral_hf.training.comparison import (
     Comparison,
@@ -43,6 +44,14 @@ def result(trial: str, seed: int, value: float, steps: int = 10) -> Result:
 def test_a_trial_is_a_recipe_and_settings(text, name, options):
     trial = Trial.parse(text)
     assert (trial.name, trial.options) == (name, options)
+
+
+def test_a_trial_has_the_drafter_that_its_recipe_is_for():
+    trial = Trial.parse("eagle3 csra_weight=0.1 drafter.draft_vocab_size=20")
+    drafter = trial.fresh(tiny_target("llama"))
+    assert type(drafter) is Eagle3Drafter and drafter.config.draft_vocab_size == 20
+    with pytest.raises(ValueError, match="`num_groups` is no field of Eagle3Config"):
+        Trial.parse("eagle3 drafter.num_groups=4")
 
 
 @pytest.mark.parametrize("text", ["", "coral csra_weight", "coral =3"])

@@ -62,11 +62,12 @@ def one(tmp_path_factory):
     """What one process finds on batches of twice the size."""
     folder = tmp_path_factory.mktemp("one")
     settings = {"per_device_train_batch_size": 4, "max_steps": 3, "optim": "sgd"}
-    return launched.all_stages(folder, **settings)
+    stages = launched.all_stages(folder, **settings)
+    return {**stages, "eagle3": launched.eagle3(folder, **settings)}
 
 
 @pytest.mark.parametrize("how", ["plain", "accumulated"])
-@pytest.mark.parametrize("stage", launched.STAGES)
+@pytest.mark.parametrize("stage", [*launched.STAGES, "eagle3"])
 def test_two_processes_have_the_gradients_of_one_with_twice_the_batch(one, two, how, stage):
     assert len(one[stage]["gradients"]) == 3
     for step, expected in enumerate(one[stage]["gradients"]):

@@ -58,7 +58,7 @@ class Weights(TrainerCallback):
 def test_a_loss_that_is_not_finite_is_named_with_its_batch(tmp_path):
     accumulated = {"gradient_accumulation_steps": 2, **SAVING}
     trainer = launched.make_trainer(tmp_path, **accumulated)
-    trainer.step = BrokenStep(trainer.target, trainer.args)
+    trainer.step = BrokenStep(trainer.drafter.config, trainer.target, trainer.args)
     weights = Weights()
     trainer.add_callback(weights)
     expected = r"loss \(tokens, total\) of rows 0 \[.* batch 2 of optimizer step 3"

@@ -19,6 +19,7 @@ from coral_hf.training.planning import PlanSettings
 from coral_hf.training.planning.live_bytes import bytes_of
 from coral_hf.training.planning.rows import num_checkpoints
 from coral_hf.training.planning.step_memory import RunShape, step_memory
+from coral_hf.training.steps import kind_of_recipe
 
 UNTIMED = PlanSettings(measure=False)
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
@@ -51,7 +52,7 @@ def allocated(target, args, data) -> tuple[int, CoralTrainer]:
     """The peak of what torch allocates in a run, with the target's weights, and the trainer."""
     gc.collect()  # what is released during the run was not allocated in it
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        drafter = CoralDrafter.from_target(target).float()
+        drafter = kind_of_recipe(args.recipe).drafter.from_target(target).float()
         trainer = CoralTrainer(drafter, target, args, train_dataset=data)
         trainer.train()
     live = peak = 0
@@ -69,13 +70,17 @@ def allocated(target, args, data) -> tuple[int, CoralTrainer]:
         ("eagle", 1, False),
         pytest.param("coral", 1, True, marks=pytest.mark.slow),
         pytest.param("eagle", 3, True, marks=pytest.mark.slow),
+        pytest.param("eagle3", 1, False, marks=pytest.mark.slow),
+        pytest.param("eagle3", 1, True, marks=pytest.mark.slow),
     ],
 )
 def test_planned_memory_is_what_torch_allocates(named, tmp_path, recipe, accumulated, is_cached):
     target = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(named))
     data = rows(96, 40, 64, 96, 80, 33, 96, 50, 41, 90)
     if is_cached:
-        write_features(target, data, tmp_path / "features")
+        kind = kind_of_recipe(recipe)
+        layers = kind.layers(kind.drafter.config_class.from_target(target.config))
+        write_features(target, data, tmp_path / "features", layers=layers)
         data = CachedFeatures(tmp_path / "features")
     given = {"gradient_accumulation_steps": accumulated, "num_train_epochs": 2}
     args = arguments(tmp_path, recipe=recipe, **given)

@@ -1,5 +1,7 @@
 """Simulated acceptance: one unroll gives the rounds that greedy chain decoding takes."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import VOCAB, tiny_target
@@ -10,11 +12,11 @@ from coral_hf.target import read_features, read_target
 from coral_hf.training.evaluation.replay import (
     accepted_chains,
     agreement,
-    first_choices,
     replayed_rounds,
     walk,
 )
 from coral_hf.training.steps import Unrolled
+from coral_hf.training.steps.coral import CoralStep
 from coral_hf.training.steps.unroll import unroll
 
 DEPTH = 4
@@ -67,6 +69,11 @@ def unrolled(target, drafter, texts):
     return unroll(drafter, read.embed(texts[:, 1:]), features[:, :-1], DEPTH), features
 
 
+def chooser(drafter, read):
+    """The drafter's first choices, (rows, hidden) → (rows,)."""
+    return partial(CoralStep(drafter.config, read, None).choices, drafter)
+
+
 def decoded_rounds(target, drafter, prompt, new):
     output = target.generate(
         prompt,
@@ -85,7 +92,7 @@ def test_on_the_targets_own_text_the_rounds_are_those_of_chain_decoding(target, 
     labels[:, :4] = -100
     read = read_target(target)
     replayed = replayed_rounds(
-        drafter, read, Unrolled(*unrolled(target, drafter, texts), labels, None)
+        chooser(drafter, read), read, Unrolled(*unrolled(target, drafter, texts), labels, None)
     )
     decoded = [decoded_rounds(target, drafter, text[None, :4], 20) for text in texts]
     assert replayed == sum(decoded, [])
@@ -96,7 +103,7 @@ def test_from_every_prefix_a_chain_is_accepted_as_far_as_its_diagonal(target, dr
     text = texts[:1]
     predicted, features = unrolled(target, drafter, text)
     read = read_target(target)
-    agreed = agreement(drafter, read, predicted[:, 0, :-1], features[0, 1:-1])
+    agreed = agreement(chooser(drafter, read), read, predicted[:, 0, :-1], features[0, 1:-1])
     accepted = accepted_chains(agreed[:, None])[0].tolist()
     # the root is token t + 1, which the prompt's pass emits; its chain is that of position t
     for t in range(3, text.shape[1] - 2 - DEPTH):
@@ -130,7 +137,8 @@ def test_a_chain_ends_with_its_document(target, drafter, texts):
     labels = row.clone()
     labels[:, [0, 1, 24, 25]] = -100
     read = read_target(target)
-    rounds = replayed_rounds(drafter, read, Unrolled(*unrolled(target, drafter, row), labels, None))
+    whole = Unrolled(*unrolled(target, drafter, row), labels, None)
+    rounds = replayed_rounds(chooser(drafter, read), read, whole)
     # of each text the first two tokens and the one of the prompt's pass belong to no round
     assert sum(rounds) == 2 * (24 - 3)
 
@@ -145,7 +153,7 @@ def test_a_routed_heads_first_choices_are_its_best_children(target, drafter):
     head, root = routed.heads.bind(read.head), torch.zeros(1, 1)
     with torch.no_grad():
         children = [head.children(row[None, None], root, 1).tokens.item() for row in features]
-        assert first_choices(routed, read, features).tolist() == children
+        assert chooser(routed, read)(features).tolist() == children
         best = read.head.logits(features).argmax(-1).tolist()
         assert children != best  # the router leaves some of the best tokens out
-        assert first_choices(drafter, read, features).tolist() == best
+        assert chooser(drafter, read)(features).tolist() == best

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import VOCAB, tiny_target
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModel, TrainerCallback
+from transformers import AutoModel, PreTrainedConfig, TrainerCallback
 from transformers.utils.logging import warning_once
 
 import coral_hf
@@ -17,7 +18,8 @@ from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
 from coral_hf.target import read_target
 from coral_hf.training.losses.csra import csra_loss
 from coral_hf.training.steps import Trained, register_step, training_step
-from coral_hf.training.steps.coral import CoralStep, add_noise
+from coral_hf.training.steps.base import add_noise
+from coral_hf.training.steps.coral import CoralStep
 
 
 @pytest.fixture(scope="module")
@@ -122,12 +124,18 @@ def test_the_loss_is_the_weighted_sum_over_trained_tokens(target, rows, tmp_path
 
 def test_a_family_of_drafters_trains_by_the_step_that_it_registers(target, tmp_path):
     args = CoralTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
-    read = read_target(target)
+    read, config = read_target(target), PreTrainedConfig()
+    config.model_type = "toy"
     with pytest.raises(ValueError, match="a 'toy' drafter, for which no training step is regis"):
-        training_step("toy", read, args)
-    register_step("toy", lambda target, args: (target, args))
-    assert training_step("toy", read, args) == (read, args)
-    assert isinstance(training_step("coral", read, args), CoralStep)
+        training_step(config, read, args)
+
+    class ToyStep(CoralStep):
+        stages = ("drafter",)
+
+    register_step("toy", ToyStep)
+    assert type(training_step(config, read, args)) is ToyStep
+    with pytest.raises(ValueError, match="`stage` is 'joint', .* use one of .'drafter',."):
+        training_step(config, read, replace(args, stage="joint"))
 
 
 def test_training_leaves_the_target_unchanged(target, rows, tmp_path):

@@ -157,7 +157,7 @@ def test_a_drafter_starts_from_a_folder(target, other, tokenizer, tmp_path):
 
 def test_a_drafter_of_another_width_is_refused(other):
     target = tiny_target("llama", torch.float32, hidden_size=64)
-    with pytest.raises(ValueError, match="`hidden_size` of the target is 64, but the.* has 32"):
+    with pytest.raises(ValueError, match="`hidden_size` of the target is 64, but the.* with 32"):
         from_drafter(target, other)
 
 

@@ -11,11 +11,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .data import data
+from .data import data, features
 from .measure import autotune, benchmark, compare, compare_heads, generate, sweep, verify
 from .parser import Command, parse
 from .publish import export, import_, publish
-from .train import demo, features, plan, regenerate, train
+from .train import demo, plan, regenerate, train
 
 GROUPS: dict[str, list[Command]] = {
     "try": [demo],

@@ -1,13 +1,14 @@
-"""The command that shows and checks what a drafter would be trained on."""
+"""Commands that show, check and store what a drafter is trained on."""
 
 import json
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ..measure.settings import option
-from .options import ChatOptions, DatasetOptions
+from .options import ChatOptions, DatasetOptions, TargetOptions
 
 ROWS_OF_A_PROCESS = 2000  # fewer are read sooner by one
 
@@ -78,3 +79,79 @@ def check(own: DataOptions, rows: Any) -> None:
     print(json.dumps(found.to_dict(), ensure_ascii=False) if own.json else found)
     if found.unread:
         sys.exit(1)
+
+
+@dataclass(kw_only=True)
+class FeaturesOptions(TargetOptions, DatasetOptions):
+    """Which features are stored, and how."""
+
+    output: Path = option("Folder of the features.")
+    # not read by --check and --delete
+    target: str = option("The target: a folder or a Hub id.", "")
+    dataset: list[str] = option("Conversations: a file, a folder or a Hub id.", [])
+    max_length: int = option("Tokens after which a row is cut.", 2048, least=1)
+    packing: bool = option("Put several conversations in each row.", False)
+    share_prompts: bool = option("Put answers with the same prompt in one row.", True)
+    recipe: str = option("'eagle3' reads inner layers too.", "coral")
+    drafter: str | None = option("A drafter that will be trained on them.", None, excludes="recipe")
+    format: Literal["bfloat16", "int8"] = option("'int8' takes half the space.", "bfloat16")
+    batch_size: int = option("Rows that are read at once.", 8, least=1)
+    shard_megabytes: int = option("Size of a file, about.", 1000, least=1)
+    plan: bool = option("Print time and space that it takes, and stop.", False)
+    check: bool = option("Compare files and checksums, and stop.", False)
+    delete: bool = option("Delete the features, and stop.", False)
+
+    def layers(self, target) -> tuple[int, ...]:
+        """Return the layers that are stored, of a target with this config."""
+        from transformers import AutoConfig
+
+        from ..training.steps import kind_of_recipe, step_kind
+
+        if self.drafter is not None:
+            config = AutoConfig.from_pretrained(self.drafter)
+            return step_kind(config.model_type).layers(config)
+        kind = kind_of_recipe(self.recipe)
+        return kind.layers(kind.drafter.config_class.from_target(target))
+
+
+def features(own: FeaturesOptions) -> None:
+    """Store the target's features on disk, so that training runs need not compute them.
+
+    An interrupted run resumes where it stopped. Train with `coral-hf train --dataset` and this
+    folder.
+    """
+    from transformers import AutoConfig
+
+    from ..training.data import prepare_dataset
+    from ..training.data.dataset import warn_of_other_ends
+    from ..training.features import CachedFeatures, delete_features, plan_features, write_features
+    from ..training.features.writer import cache_bytes, check_room
+    from ..training.train_dataset import joined_rows
+
+    output, shard_bytes = own.output, own.shard_megabytes * 10**6
+    if own.delete:
+        print(f"Deleted {delete_features(output) / 1e9:.3g} GB in {output}.")
+        return
+    if own.check:
+        index = CachedFeatures(output, checksums=True).index
+        print(f"{output} is whole: {index.num_rows} rows of {index.target}.")
+        return
+    if not own.target or not own.dataset:
+        raise ValueError("Writing features needs --target and --dataset.")
+    conversations, tokenizer = own.conversations(), own.load_tokenizer()
+    # the rows as the trainer would read them
+    config = AutoConfig.from_pretrained(own.target)
+    text, layers = config.get_text_config(decoder=True), own.layers(config)
+    rows = prepare_dataset(conversations, tokenizer, own.max_length, vocab_size=text.vocab_size)
+    rows = joined_rows(rows, own.max_length, own.share_prompts, own.packing)
+    written = sum(path.stat().st_size for path in output.glob("features-*.safetensors"))
+    needed = cache_bytes(rows, text.hidden_size, own.format, len(layers))
+    if not own.plan:
+        check_room(needed - written, output)  # before the target is loaded
+    target, tokenizer = own.load_target()
+    warn_of_other_ends(tokenizer, target)
+    print(plan_features(target, rows, output, own.format, shard_bytes, layers))
+    if not own.plan:
+        sizes = own.batch_size, shard_bytes
+        index = write_features(target, rows, output, own.format, *sizes, layers)
+        print(f"The features are in {output}. Storing them lost {index.lost:.2%} (RMS).")

@@ -3,7 +3,7 @@
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..demo import DemoSettings
 from ..measure.settings import option
@@ -12,6 +12,7 @@ from ..training.regeneration import RegenerationSettings
 from .options import DatasetOptions, TargetOptions, load_drafter
 
 STAGES = Literal["drafter", "joint", "router", "low_rank"]
+DEFAULT_STAGES: tuple[STAGES, ...] = ("drafter", "router")  # of a family that has them
 
 
 def demo(settings: DemoSettings) -> None:
@@ -28,6 +29,12 @@ class TrainOptions(TargetOptions, DatasetOptions):
     output: Path = option("Folder of the finished drafter.")
     eval_dataset: list[str] = option("For --eval-strategy, in place of --hold-out.", [])
     layers: int = option("Layers of a fresh drafter.", 1, least=1, excludes="drafter warm_start")
+    draft_vocab_size: int | None = option(
+        "Tokens that a fresh EAGLE-3 drafter can propose.",
+        None,
+        least=1,
+        excludes="drafter warm_start",
+    )
     drafter: str | None = option("A drafter of this target, to be trained further.", None)
     warm_start: str | None = option(
         "'layer', the target's, or a drafter.", None, excludes="drafter"
@@ -35,7 +42,7 @@ class TrainOptions(TargetOptions, DatasetOptions):
     lora_r: int | None = option("Train a LoRA of this rank instead.", None, needs="drafter")
     lora_alpha: int | None = option("Its alpha; twice its rank by default.", None, needs="lora_r")
     lora_target: list[str] = option("Its layers, such as fc; default: all.", [], needs="lora_r")
-    stage: list[STAGES] = option("Trained one after the other.", ["drafter", "router"])
+    stage: list[STAGES] = option("One after the other; default: drafter, and its router.", [])
     fresh_head: bool = option("Replace the drafter's own heads.", False, needs="drafter")
     router_epochs: float = option("Epochs of the router's stage; 0 trains no router.", 0.2)
     resume: bool = option("Continue from the last checkpoint.", False)
@@ -44,17 +51,42 @@ class TrainOptions(TargetOptions, DatasetOptions):
         """Return the arguments of each stage: the options of transformers that were typed."""
         from ..training import parse_arguments
 
-        found = []
+        kind, found, own = self._kind(typed), [], dict[str, str]()
+        if not any(word.split("=")[0] == "--recipe" for word in typed):
+            own["recipe"] = kind.recipes[0]
+        self.stage = self.stage or [name for name in DEFAULT_STAGES if name in kind.stages]
         for name in self.stage:
-            fields: dict[str, float] = {}
+            fields: dict[str, Any] = {**own}
             if name == "router" and len(self.stage) > 1:
                 if self.router_epochs == 0:
                     continue
                 # the options are for the drafter's stage, which is longer
-                fields = {"num_train_epochs": self.router_epochs, "max_steps": -1}
+                fields |= {"num_train_epochs": self.router_epochs, "max_steps": -1}
             folder = self.output / ("adapter" if name == "drafter" and self.lora_r else name)
             found.append(parse_arguments(folder, typed, stage=name, **fields))
         return found
+
+    def _kind(self, typed: list[str]):
+        """Return the training step of the drafter's family: its own, or the one of a recipe."""
+        from ..training import parse_arguments
+        from ..training.steps import kind_of_recipe
+        from ..training.warm_start import LAYER, kind_of_source
+
+        source = self.drafter or self.warm_start
+        if source and source != LAYER:
+            with suppress(OSError):  # the folder of an adapter has no config of its drafter
+                return kind_of_source(source)
+        return kind_of_recipe(parse_arguments(self.output, typed).recipe)
+
+    def _fields(self, kind) -> dict[str, int]:
+        """Return what the config of a fresh drafter is given."""
+        fields = {"num_hidden_layers": self.layers}
+        if self.draft_vocab_size is not None:
+            config = kind.drafter.config_class
+            if "draft_vocab_size" not in config.__annotations__:
+                raise ValueError("--draft-vocab-size goes with --recipe eagle3.")
+            fields["draft_vocab_size"] = self.draft_vocab_size
+        return fields
 
     def eval_rows(self):
         """Return the conversations that are evaluated."""
@@ -69,14 +101,15 @@ class TrainOptions(TargetOptions, DatasetOptions):
         """Return the plan of the run."""
         from transformers import AutoConfig
 
-        from ..drafters.coral import CoralConfig
         from ..training.planning.plan import plan as make_plan
+        from ..training.steps import kind_of_recipe
 
         tokenizer, target = self.load_tokenizer(), AutoConfig.from_pretrained(self.target)
-        drafter = CoralConfig.from_target(target, num_hidden_layers=self.layers)
+        kind = kind_of_recipe(stages[0].recipe)
+        drafter = kind.drafter.config_class.from_target(target, **self._fields(kind))
         if self.drafter is not None:
             with suppress(OSError):  # the folder of an adapter has no config of its drafter
-                drafter = CoralConfig.from_pretrained(self.drafter)
+                drafter = kind.drafter.config_class.from_pretrained(self.drafter)
         settings = replace(settings, lora_rank=self.lora_r)
         return make_plan(self.target, rows, stages, settings, tokenizer, self.dtype, drafter)
 
@@ -93,17 +126,19 @@ class TrainOptions(TargetOptions, DatasetOptions):
             print(planned, flush=True)
         planned.check_disk()
 
-    def first_drafter(self, target, tokenizer):
+    def first_drafter(self, target, tokenizer, recipe: str):
         """Return the drafter that training starts from, in fp32, with its adapter if it has one."""
-        from ..drafters.coral import CoralDrafter
         from ..training.adapters import lora, with_adapter
+        from ..training.steps import kind_of_recipe
         from ..training.warm_start import warm_start
+
+        kind = kind_of_recipe(recipe)
 
         if self.warm_start is not None:
             return warm_start(target, self.warm_start, tokenizer)
         if self.drafter is None:
-            return CoralDrafter.from_target(target, num_hidden_layers=self.layers).float()
-        drafter = CoralDrafter.from_pretrained(self.drafter, dtype="float32")
+            return kind.drafter.from_target(target, **self._fields(kind)).float()
+        drafter = kind.drafter.from_pretrained(self.drafter, dtype="float32")
         if self.fresh_head and {"router", "joint"} & set(self.stage):
             drafter.heads.remove_router()
         if self.fresh_head and "low_rank" in self.stage:
@@ -131,7 +166,8 @@ def train(own: TrainOptions, training_options: list[str]) -> None:
     """Train a drafter and its router, or the stages that are given.
 
     Every other option is one of CoralTrainingArguments, as in any Trainer script:
-    --learning-rate 1e-3 --num-steps 3.
+    --learning-rate 1e-3 --num-steps 3. A fresh drafter is of the family that the recipe is for:
+    --recipe eagle3 makes an EAGLE-3 drafter.
     """
     from transformers import set_seed
 
@@ -139,10 +175,10 @@ def train(own: TrainOptions, training_options: list[str]) -> None:
     from ..training import pipeline
     from ..training.runs.checkpoints import sole_run
 
-    if own.drafter is None and own.stage[0] in ("router", "low_rank"):
-        raise ValueError(f"--stage {own.stage[0]} goes with --drafter.")
     stages = own.arguments(training_options)
     args = stages[0]
+    if own.drafter is None and args.stage in ("router", "low_rank"):
+        raise ValueError(f"--stage {args.stage} goes with --drafter.")
     if args.push_to_hub and args.hub_model_id is None:
         raise ValueError("--push-to-hub needs --hub-model-id organisation/name.")
     rows = own.rows()
@@ -152,7 +188,7 @@ def train(own: TrainOptions, training_options: list[str]) -> None:
     target, tokenizer = own.load_target(device="cpu")
     with sole_run(own.output, args.process_index == 0):
         set_seed(args.seed)  # before weights of a drafter or an adapter are drawn
-        drafter = own.first_drafter(target, tokenizer)
+        drafter = own.first_drafter(target, tokenizer, args.recipe)
         inputs = (target, tokenizer, rows, stages, drafter, own.resume, eval_rows)
         trained = pipeline.train(*inputs)
         pipeline.save(trained, tokenizer, own.output)
@@ -192,63 +228,3 @@ def regenerate(own: RegenerateOptions, settings: RegenerationSettings) -> None:
     done = answer(target, tokenizer, rows, own.output, settings, drafter)
     print(f"{done.num_rows} rows are in {own.output}; {done.num_unfinished} answers were cut off,")
     print(f"{done.num_left_out} rows have no answer and are left out.")
-
-
-@dataclass(kw_only=True)
-class FeaturesOptions(TargetOptions, DatasetOptions):
-    """Which features are stored, and how."""
-
-    output: Path = option("Folder of the features.")
-    # not read by --check and --delete
-    target: str = option("The target: a folder or a Hub id.", "")
-    dataset: list[str] = option("Conversations: a file, a folder or a Hub id.", [])
-    max_length: int = option("Tokens after which a row is cut.", 2048, least=1)
-    packing: bool = option("Put several conversations in each row.", False)
-    share_prompts: bool = option("Put answers with the same prompt in one row.", True)
-    format: Literal["bfloat16", "int8"] = option("'int8' takes half the space.", "bfloat16")
-    batch_size: int = option("Rows that are read at once.", 8, least=1)
-    shard_megabytes: int = option("Size of a file, about.", 1000, least=1)
-    plan: bool = option("Print time and space that it takes, and stop.", False)
-    check: bool = option("Compare files and checksums, and stop.", False)
-    delete: bool = option("Delete the features, and stop.", False)
-
-
-def features(own: FeaturesOptions) -> None:
-    """Store the target's features on disk, so that training runs need not compute them.
-
-    An interrupted run resumes where it stopped. Train with `coral-hf train --dataset` and this
-    folder.
-    """
-    from transformers import AutoConfig
-
-    from ..training.data import prepare_dataset
-    from ..training.data.dataset import warn_of_other_ends
-    from ..training.features import CachedFeatures, delete_features, plan_features, write_features
-    from ..training.features.writer import cache_bytes, check_room
-    from ..training.train_dataset import joined_rows
-
-    output, shard_bytes = own.output, own.shard_megabytes * 10**6
-    if own.delete:
-        print(f"Deleted {delete_features(output) / 1e9:.3g} GB in {output}.")
-        return
-    if own.check:
-        index = CachedFeatures(output, checksums=True).index
-        print(f"{output} is whole: {index.num_rows} rows of {index.target}.")
-        return
-    if not own.target or not own.dataset:
-        raise ValueError("Writing features needs --target and --dataset.")
-    conversations, tokenizer = own.conversations(), own.load_tokenizer()
-    # the rows as the trainer would read them
-    text = AutoConfig.from_pretrained(own.target).get_text_config(decoder=True)
-    rows = prepare_dataset(conversations, tokenizer, own.max_length, vocab_size=text.vocab_size)
-    rows = joined_rows(rows, own.max_length, own.share_prompts, own.packing)
-    written = sum(path.stat().st_size for path in output.glob("features-*.safetensors"))
-    needed = cache_bytes(rows, text.hidden_size, own.format)
-    if not own.plan:
-        check_room(needed - written, output)  # before the target is loaded
-    target, tokenizer = own.load_target()
-    warn_of_other_ends(tokenizer, target)
-    print(plan_features(target, rows, output, own.format, shard_bytes))
-    if not own.plan:
-        index = write_features(target, rows, output, own.format, own.batch_size, shard_bytes)
-        print(f"The features are in {output}. Storing them lost {index.lost:.2%} (RMS).")

@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 from ..target import (
     Target,
     counts_layers,
+    named_states,
     position_limit,
     sliding_windows,
     takes_positions,
@@ -213,7 +214,7 @@ class TargetRunner:
             inputs |= {CACHE: self.cache, "use_cache": True}
         names = [name.removeprefix("output_") for name in self._extras]
         layers = self._layers
-        inputs["output_hidden_states"] = bool(layers) if self._skips else _named_states(layers)
+        inputs["output_hidden_states"] = bool(layers) if self._skips else named_states(layers)
         inputs |= dict.fromkeys(self._extras, True)
         outputs = self._run(inputs)
         tokens = inputs["input_ids"]
@@ -272,14 +273,3 @@ def _check_slots(cache: RaggedCache) -> None:
                 f"Layer {index} of the target's cache has {found} slots for {cache.width} tokens,"
                 " so that rejected tokens cannot be dropped; leave out `assistant_model`."
             )
-
-
-def _named_states(layers: tuple[int, ...]) -> bool | int | list[int]:
-    """The value of `output_hidden_states` that returns at least the states of some layers.
-
-    Newer versions of transformers return the named states alone; older ones return all for -1, and
-    know no -1 in a list.
-    """
-    if layers in ((), (-1,)):
-        return layers[0] if layers else False
-    return list(layers) if CACHE == "cache" else True

@@ -9,7 +9,7 @@ import copy
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers.utils import logging
 
-from ..drafters.coral.modeling import CoralDrafter
+from ..drafters.model import Drafter
 
 logger = logging.get_logger(__name__)
 
@@ -25,8 +25,8 @@ def lora(rank: int, alpha: int | None = None, targets: list[str] | None = None) 
 
 
 def with_adapter(
-    model: CoralDrafter | PeftModel, stage: str, peft_config: PeftConfig | None
-) -> CoralDrafter | PeftModel:
+    model: Drafter | PeftModel, stage: str, peft_config: PeftConfig | None
+) -> Drafter | PeftModel:
     """Return the model to train: the drafter itself, or a `PeftModel` that trains its adapter.
 
     Raises:
@@ -49,14 +49,12 @@ def with_adapter(
     return model
 
 
-def is_adapted(model: CoralDrafter | PeftModel) -> bool:
+def is_adapted(model: Drafter | PeftModel) -> bool:
     """Whether a drafter has an adapter, around it or loaded into it by transformers."""
     return isinstance(model, PeftModel) or model._hf_peft_config_loaded
 
 
-def _check_adapter(
-    model: CoralDrafter | PeftModel, stage: str, peft_config: PeftConfig | None
-) -> None:
+def _check_adapter(model: Drafter | PeftModel, stage: str, peft_config: PeftConfig | None) -> None:
     """Raise a ValueError for an adapter that cannot be trained, with what to do instead."""
     if stage != "drafter":
         raise ValueError(
@@ -83,7 +81,7 @@ def _check_adapter(
         )
 
 
-def _wrapped(model: CoralDrafter, config: PeftConfig) -> PeftModel:
+def _wrapped(model: Drafter, config: PeftConfig) -> PeftModel:
     """Put a new adapter around a drafter, on all layers but its heads by default."""
     if config.target_modules is None and getattr(config, "target_parameters", None) is None:
         config.target_modules = DRAFTER_LAYERS

@@ -23,6 +23,7 @@ class Recipe(NamedTuple):
     classification_weight: float = 0.1
     top_k_weight: float = 0.0
     csra_weight: float = 0.0
+    step_decay: float = 1.0
 
 
 RECIPES = {
@@ -32,6 +33,9 @@ RECIPES = {
     "hass": Recipe(num_steps=3, top_k_weight=1.0),
     # N steps, whose predictions are pulled together (CORAL)
     "coral": Recipe(num_steps=3, csra_weight=0.1),
+    # N steps without a goal for their hidden states, which gradients pass through, each weighted
+    # less than the one before it (EAGLE-3, training-time test)
+    "eagle3": Recipe(num_steps=7, regression_weight=0.0, classification_weight=1.0, step_decay=0.8),
 }
 CHOICES = {
     "stage": ("drafter", "router", "low_rank", "joint"),
@@ -63,7 +67,7 @@ def _setting(default: Any, help: str) -> Any:
 class CoralTrainingArguments(TrainingArguments):
     """[`~transformers.TrainingArguments`] with the settings of CORAL.
 
-    L = Σ_steps (w_reg L_reg + w_cls L_cls + w_topk L_topk) + w_csra L_csra
+    L = Σ_steps decay^(step - 1) (w_reg L_reg + w_cls L_cls + w_topk L_topk) + w_csra L_csra
 
     The number of steps and the weights are those of `recipe` where they are not set: `resolved`
     has them all.
@@ -77,13 +81,18 @@ class CoralTrainingArguments(TrainingArguments):
         "'drafter' trains the drafter; 'router' or 'low_rank' that head, the rest frozen; 'joint'"
         " the drafter and its router.",
     )
-    recipe: str = _setting("coral", "'eagle', 'hass' or 'coral': values of unset steps, weights.")
+    recipe: str = _setting(
+        "coral",
+        "'eagle', 'hass' or 'coral', of CORAL drafters, 'eagle3' of EAGLE-3's: values of unset"
+        " steps, weights.",
+    )
     num_steps: int | None = _setting(None, "Steps of the unroll (N of CORAL and HASS).")
     regression_weight: float | None = _setting(None, "Weight of the smooth L1 loss on features.")
     classification_weight: float | None = _setting(None, "Weight of the cross-entropy on tokens.")
     top_k_weight: float | None = _setting(None, "The same for the target's top k tokens (HASS).")
     top_k: int = _setting(10, "Tokens of the top-k loss at each position.")
     csra_weight: float | None = _setting(None, "Weight of cross-step representation alignment.")
+    step_decay: float | None = _setting(None, "Weight of a step's losses over the step before it.")
     csra_temperature: float = _setting(0.07, "Temperature of CSRA.")
     csra_negatives: str = _setting(
         "sequence",

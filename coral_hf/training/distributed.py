@@ -13,12 +13,23 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from .steps import TrainingStep
+
 
 def shards_weights(trainer: Trainer) -> bool:
     """Whether each process of the run holds only a part of the drafter's weights (FSDP, ZeRO-3)."""
     return trainer.is_fsdp_enabled or (
         trainer.is_deepspeed_enabled and is_deepspeed_zero3_enabled()
     )
+
+
+def check_sharding(step: TrainingStep) -> None:
+    """Raise a ValueError for a family whose drafters cannot be sharded."""
+    if not step.can_shard:
+        raise ValueError(
+            f"FSDP and ZeRO-3 cannot hold parts of a {step.drafter.__name__}; train it with plain"
+            " data parallelism (DDP, ZeRO-1 or ZeRO-2)."
+        )
 
 
 def sharded_copy(drafter: PreTrainedModel) -> PreTrainedModel:

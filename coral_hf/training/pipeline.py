@@ -13,12 +13,13 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..drafters.coral.modeling import CoralDrafter
+from ..drafters.model import Drafter
 from ..hub.drafter_folder import stale_files
 from .arguments import CoralTrainingArguments
 from .runs.checkpoints import INCOMPLETE, flush, write_error
 from .runs.run_record import check_vacant
 from .stages import check_head_settings
+from .steps import kind_of_recipe
 from .trainer import CoralTrainer
 
 
@@ -27,10 +28,10 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     dataset,
     stages: list[CoralTrainingArguments],
-    drafter: CoralDrafter | PeftModel | None = None,
+    drafter: Drafter | PeftModel | None = None,
     resume: bool = False,
     eval_dataset=None,
-) -> CoralDrafter:
+) -> Drafter:
     """Run training stages one after the other on one drafter.
 
     Args:
@@ -39,16 +40,16 @@ def train(
         dataset: conversations in any form that `prepare_dataset` takes, or `CachedFeatures`.
         stages: usually one with `stage="drafter"` and one with `stage="router"`, each with its own
             `output_dir`.
-        drafter: to be trained further; by default a fresh one in fp32, drawn with the first stage's
-            seed. If it is a `PeftModel` (see `with_adapter`), its adapter is trained, saved in the
-            first stage's folder, and merged.
+        drafter: to be trained further; by default a fresh one in fp32, of the family that the first
+            stage's recipe is for, drawn with its seed. If it is a `PeftModel` (see `with_adapter`),
+            its adapter is trained, saved in the first stage's folder, and merged.
         resume: resume each stage from its last checkpoint, where it has one; otherwise a folder
             with checkpoints is refused.
         eval_dataset: held-out conversations, for arguments with an `eval_strategy`.
     """
     if drafter is None:
         set_seed(stages[0].seed)
-        drafter = CoralDrafter.from_target(target).float()
+        drafter = kind_of_recipe(stages[0].recipe).drafter.from_target(target).float()
     for args in stages:  # before the first stage is trained
         check_head_settings(drafter, args)
         if not resume:
@@ -65,7 +66,7 @@ def train(
     return drafter.eval()
 
 
-def save(drafter: CoralDrafter, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+def save(drafter: Drafter, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write drafter, router, tokenizer and settings into one folder, ready for the Hub.
 
     An existing drafter is replaced once all of the new one is on the disk.

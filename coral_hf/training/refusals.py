@@ -34,7 +34,7 @@ def check_given(model: Any, target_model: Any, args: Any, others: Mapping[str, A
     Args:
         others: further arguments of `Trainer`, by name.
     """
-    drafter_remedy = "load the drafter with `CoralDrafter.from_pretrained`"
+    drafter_remedy = "load the drafter with `AutoModel.from_pretrained`"
     remedies = {"model": drafter_remedy, "target_model": "load it with `AutoModelForCausalLM`"}
     for name, given in {"model": model, "target_model": target_model}.items():
         if not isinstance(given, nn.Module | PeftModel):

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..drafters.coral.modeling import CoralDrafter
+from ..drafters.model import Drafter
 from ..target import Target, text_config
 from .arguments import MOST_GROUPS, CoralTrainingArguments
 from .grouping import group_order
@@ -91,7 +92,7 @@ def default_rank(hidden_size: int) -> int:
     return min(64, hidden_size)
 
 
-def check_head_settings(drafter: CoralDrafter | PeftModel, args: CoralTrainingArguments) -> None:
+def check_head_settings(drafter: Drafter | PeftModel, args: CoralTrainingArguments) -> None:
     """Raise a ValueError for a setting of a new head that differs from the head to be trained."""
     names = HEAD_SETTINGS.get(HEAD_OF.get(args.stage, ""), ())
     if not names or getattr(drafter.config, names[0]) is None:
@@ -107,9 +108,11 @@ def check_head_settings(drafter: CoralDrafter | PeftModel, args: CoralTrainingAr
 
 
 def freeze_others(model: nn.Module, stage: str) -> None:
-    """Freeze the weights, of any shape, that the stage does not train."""
+    """Freeze the weights, of any shape, that the stage does not train; embeddings in all stages."""
     for name, parameter in model.named_parameters():
-        if name.startswith("heads."):
+        if name.startswith("embed_tokens."):
+            parameter.requires_grad_(False)
+        elif name.startswith("heads."):
             parameter.requires_grad_(name.split(".")[1] == HEAD_OF.get(stage))
         else:
             parameter.requires_grad_(stage in ("drafter", "joint"))

@@ -23,7 +23,7 @@ def prepare_rows(dataset: Any, trainer: Trainer, is_trained: bool = False) -> An
     Args:
         dataset: conversations; rows of token ids, if there is no tokenizer; a cache; several of
             them by name; or None.
-        trainer: with the `target` of the run.
+        trainer: with the `target` and the `step` of the run.
         is_trained: whether rows may be joined; held-out ones are documents.
     """
     if dataset is None:
@@ -38,6 +38,7 @@ def prepare_rows(dataset: Any, trainer: Trainer, is_trained: bool = False) -> An
                 " write the cache with packing, or pass packing=False."
             )
         _check_lengths(dataset.lengths, args.max_length, f"the cache in {dataset.folder}")
+        dataset.select(trainer.step.layers(trainer.drafter.config))
         dataset.check_target(trainer.target.model)
         return dataset
     return token_rows(dataset, tokenizer, args, text_config(trainer.target.model), is_trained)

@@ -15,30 +15,29 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, set_seed
 
 from ..decoding.guard import accept_features, accept_target
-from ..drafters.coral.modeling import CoralDrafter
+from ..drafters.model import Drafter
 from ..identity import record_tokenizer
 from ..measure.chat import keep_chat_options
 from ..target import check_target, read_target
-from .adapters import is_adapted, with_adapter
+from .adapters import with_adapter
 from .arguments import CoralTrainingArguments
 from .data import CoralCollator
 from .data.dataset import warn_of_other_ends
 from .data.encoding import IGNORED
-from .distributed import GiveBack, place_target, sharded_copy, shards_weights
+from .distributed import GiveBack, check_sharding, place_target, sharded_copy, shards_weights
 from .evaluation import Evaluation, PlotCallback, check_best_metric
 from .losses.liger_loss import check_liger
 from .refusals import check_given, tokenizer_of
 from .runs.checkpoints import AtomicCheckpoints
 from .runs.monitoring import FiniteGuard
 from .runs.publishing import DrafterPushes, PushCallback
-from .stages import TRAINED, add_heads, follow_vocabulary, freeze_others
-from .steps import coral as coral  # registers the step of CORAL drafters
+from .stages import TRAINED
 from .steps import training_step
 from .train_dataset import lengths_only, prepare_rows
 
 
 class CoralTrainer(AtomicCheckpoints, DrafterPushes):
-    """Train a [`CoralDrafter`] or its draft head.
+    """Train a drafter of any family that has a training step, or a draft head of it.
 
     Args:
         model: the drafter, or one in a `PeftModel`, of which the adapter is trained.
@@ -67,7 +66,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
 
     def __init__(
         self,
-        model: CoralDrafter | PeftModel,
+        model: Drafter | PeftModel,
         target_model: PreTrainedModel,
         args: CoralTrainingArguments,
         processing_class=None,
@@ -79,7 +78,6 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         accept_target(target_model)
         accept_features(target_model)
         check_target(model.config, target_model, takes_other_vocabulary=True)
-        follow_vocabulary(model, target_model, args.stage)
         if args.use_liger_kernel:
             check_liger(args)
         if processing_class is not None:
@@ -87,7 +85,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
             keep_chat_options(processing_class, model.config)
             warn_of_other_ends(processing_class, target_model)
         self.target = read_target(target_model.eval().requires_grad_(False))
-        self.step = training_step(model.config.model_type, self.target, args)
+        self.step = training_step(model.config, self.target, args)
         self._evaluation: Evaluation | None = None  # the one that is running
         set_seed(args.seed)  # `Trainer` does so too, after an adapter was drawn
         model = with_adapter(model, args.stage, peft_config)
@@ -98,22 +96,21 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         place_target(target_model, self)
         self.train_dataset = prepare_rows(kwargs.get("train_dataset"), self, is_trained=True)
         self.eval_dataset = prepare_rows(kwargs.get("eval_dataset"), self)
-        if not is_adapted(model):
-            add_heads(model, args, self.target, self.train_dataset, processing_class)
-            freeze_others(model, args.stage)
+        self.step.prepare(model, self.train_dataset, processing_class)
         if self.compute_metrics is None:  # a function of the user may add any metric
-            check_best_metric(args, self.eval_dataset, model)
+            check_best_metric(args, self.eval_dataset, self.step, model)
         self._guard = FiniteGuard(self.accelerator)
         self.add_callback(self._guard)
         self.add_callback(PushCallback(self))
         if args.plots:
             self.add_callback(PlotCallback(self.callback_handler))
         if shards_weights(self):
+            check_sharding(self.step)
             self.model = self.model_wrapped = sharded_copy(model)
             self.add_callback(GiveBack(model))
 
     @property
-    def drafter(self) -> CoralDrafter:
+    def drafter(self) -> Drafter:
         """The drafter that is trained, without wrappers."""
         return self.accelerator.unwrap_model(self.model)
 
@@ -175,7 +172,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
             eval_dataset = prepare_rows(eval_dataset, self)
         device = self.args.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            self._evaluation = Evaluation(self.drafter, self.target, self.args)
+            self._evaluation = Evaluation(self.step, self.drafter, self.target, self.args)
             try:
                 return super().evaluate(eval_dataset, *args, **kwargs)
             finally:

@@ -14,12 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
-from ..checkpoints import check_tensors, config_folder, from_eagle, read_config
-from ..drafters.coral.configuration import CoralConfig
-from ..drafters.coral.modeling import CoralDrafter
+from ..checkpoints import check_tensors, config_folder, from_eagle, read_config, read_shape
+from ..drafters.coral import CoralConfig, CoralDrafter
+from ..drafters.eagle3 import Eagle3Config, Eagle3Drafter
+from ..drafters.model import Drafter
 from ..identity import tokenizer_hash
 from ..target import decoder_of, text_config
 from .adapters import is_adapted
+from .steps import TrainingStep, step_kind, step_kinds
 
 LAYER = "layer"
 # fields that the weights of a drafter depend on; the others follow from the target
@@ -35,60 +37,95 @@ OWN_SHAPE = (
     "attention_bias",
     "fc_bias",
 )
+# what an EAGLE-3 drafter proposes and embeds: it is lost where the tokens are others
+OF_TOKENS = ("d2t", "t2d", "lm_head.weight", "embed_tokens.weight")
 # the first layer of a drafter does not normalise the output of `fc`
 INPUT_NORM = "input_layernorm.weight"
 
 
 def warm_start(
     target: PreTrainedModel,
-    source: str | Path | CoralDrafter,
+    source: str | Path | Drafter,
     tokenizer: PreTrainedTokenizerBase | None = None,
-) -> CoralDrafter:
+) -> Drafter:
     """Make a drafter for `target` that starts from `source`, in fp32 on the target's device.
 
     All tensors of the source keep their shapes, such as (hidden, 2 * hidden) of `fc`.
 
     Args:
         source: `"layer"` for the target's own last layer; a drafter of another target of the same
-            width, or its folder or Hub id; the folder or Hub id of an EAGLE-1 or EAGLE-2
-            checkpoint.
+            width, or its folder or Hub id; the folder or Hub id of an EAGLE-1, EAGLE-2 or EAGLE-3
+            checkpoint. The drafter is of the same family, of `"layer"` a CORAL one.
         tokenizer: the target's; draft heads of the source are kept if they were made for it.
 
     Raises:
         ValueError: if a tensor of the source has no place in the drafter, or the reverse.
     """
-    if isinstance(source, CoralDrafter):
+    if isinstance(source, Drafter):
         return from_drafter(target, source, tokenizer)
     if str(source) == LAYER:
         return from_layer(target)
-    if read_config(config_folder(source)).get("model_type") == CoralConfig.model_type:
-        other = CoralDrafter.from_pretrained(source, dtype=torch.float32)
+    if (own := read_config(config_folder(source)).get("model_type")) in step_kinds():
+        other = step_kind(own).drafter.from_pretrained(source, dtype=torch.float32)
         return from_drafter(target, other, tokenizer)
-    return from_eagle(target, source, dtype=torch.float32).train()
+    return from_eagle(target, source, dtype=torch.float32, tokenizer=tokenizer).train()
+
+
+def kind_of_source(source: str | Path) -> type[TrainingStep]:
+    """The training step of a drafter in a folder or on the Hub, ours or an EAGLE checkpoint."""
+    folder = config_folder(source)
+    own = read_config(folder).get("model_type")
+    if own not in step_kinds():
+        own = (Eagle3Config if read_shape(folder).is_eagle3 else CoralConfig).model_type
+    return step_kind(own)
 
 
 def from_drafter(
-    target: PreTrainedModel, other: CoralDrafter, tokenizer: PreTrainedTokenizerBase | None = None
-) -> CoralDrafter:
+    target: PreTrainedModel, other: Drafter, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Drafter:
     """Make a drafter with the weights of another target's drafter; see [`warm_start`]."""
     if is_adapted(other):
         raise ValueError(
             "The drafter to start from has an adapter; merge it first: model.merge_and_unload()."
         )
     config, text = other.config, text_config(target)
-    if config.hidden_size != text.hidden_size:
+    width = getattr(config, "target_hidden_size", config.hidden_size)
+    if width != text.hidden_size:
         raise ValueError(
-            f"`hidden_size` of the target is {text.hidden_size}, but the drafter to start from has"
-            f" {config.hidden_size}; use warm_start(target, 'layer')."
+            f"`hidden_size` of the target is {text.hidden_size}, but the drafter to start from is"
+            f" one of a target with {width}; use warm_start(target, 'layer')."
         )
     shape = {name: getattr(config, name) for name in OWN_SHAPE}
+    # what stands for tokens, such as a router's groups, is of its tokenizer
+    is_same_size = config.vocab_size == text.vocab_size
+    hashes = {config.tokenizer_hash, tokenizer and tokenizer_hash(tokenizer)}
+    if isinstance(other, Eagle3Drafter):
+        is_same = is_same_size and len(hashes - {None}) < 2
+        return _from_eagle3(target, other, shape, is_same)
     drafter = CoralDrafter.from_target(target, **shape).float()
-    # tokens of a router's groups are those of its tokenizer
-    is_same_size = tokenizer is not None and config.vocab_size == text.vocab_size
-    if is_same_size and config.tokenizer_hash == tokenizer_hash(tokenizer):
+    if is_same_size and len(hashes) == 1 and tokenizer is not None:
         drafter.heads.adopt(config)
     kept = drafter.state_dict().keys()
     drafter.load_state_dict({k: v for k, v in other.state_dict().items() if k in kept})
+    return drafter
+
+
+def _from_eagle3(
+    target: PreTrainedModel, other: Eagle3Drafter, shape: dict, is_same: bool
+) -> Eagle3Drafter:
+    """`from_drafter` of an EAGLE-3 drafter; `is_same`: no token is known to be another's.
+
+    Where tokens are others, the draft vocabulary is counted anew, and its head begins at random.
+    """
+    config, lost = other.config, {"target_num_layers"}
+    if not is_same:
+        lost |= {"draft_vocab_size", "has_embeddings"}
+    if config.target_num_layers not in (None, text_config(target).num_hidden_layers):
+        lost |= {"target_layers"}
+    shape |= {n: getattr(config, n) for n in Eagle3Config.__annotations__ if n not in lost}
+    tensors = {k: v for k, v in other.state_dict().items() if is_same or k not in OF_TOKENS}
+    drafter = Eagle3Drafter.from_target(target, **shape).float()
+    drafter.load_state_dict(tensors, strict=is_same)
     return drafter
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState,
 from ...atomic import JsonLines, keep_settings, sole_writer
 from ...drafters.configuration import DrafterConfig
 from ...drafters.coral.configuration import CoralConfig
-from ...drafters.coral.modeling import CoralDrafter
+from ...drafters.model import Drafter
 from ...identity import digest, identify
 from ...measure.calls import decoded_rounds
 from ...measure.prompts import Prompt, encode
@@ -29,6 +29,8 @@ from ...target import read_target
 from .. import CoralTrainer, parse_arguments
 from ..data import prepare_dataset
 from ..runs.run_record import rows_identity
+from ..steps import TrainingStep, kind_of_recipe
+from ..steps.coral import CoralStep
 
 logger = logging.getLogger(__name__)
 DRAFTER = "drafter."
@@ -37,12 +39,18 @@ DRAFTER = "drafter."
 class Trial(NamedTuple):
     """Settings of `CoralTrainingArguments` as they are typed: `coral csra_weight=0.5`.
 
-    Those of the drafter's config have a prefix: `coral drafter.num_hidden_layers=2`.
+    Those of the drafter's config have a prefix: `coral drafter.num_hidden_layers=2`. The drafter is
+    of the family that the recipe is for.
     """
 
     name: str  # as it was typed
     options: list[str]  # of training, as on a command line
     drafter_fields: dict[str, Any]
+    kind: type[TrainingStep] = CoralStep
+
+    def fresh(self, target: PreTrainedModel) -> Drafter:
+        """Make the drafter that is trained."""
+        return self.kind.drafter.from_target(target, **self.drafter_fields)
 
     @classmethod
     def parse(cls, text: str) -> "Trial":
@@ -59,32 +67,37 @@ class Trial(NamedTuple):
             )
         own = [word.removeprefix(DRAFTER) for word in words if word.startswith(DRAFTER)]
         options = [f"--{word}" for word in words if not word.startswith(DRAFTER)]
-        return cls(" ".join([first, *rest]), options, config_fields(own))
+        recipes = [word.removeprefix("recipe=") for word in words if word.startswith("recipe=")]
+        kind = kind_of_recipe(recipes[-1]) if recipes else CoralStep
+        fields = config_fields(own, kind.drafter.config_class)
+        return cls(" ".join([first, *rest]), options, fields, kind)
 
 
-def config_fields(words: Iterable[str]) -> dict[str, Any]:
-    """Read fields of `CoralConfig` as they are typed, `name=value` each.
+def config_fields(words: Iterable[str], kind: type[DrafterConfig] = CoralConfig) -> dict[str, Any]:
+    """Read fields of a drafter's config as they are typed, `name=value` each.
 
     A value is JSON (`true`, `4`) or a string.
 
     Raises:
-        ValueError: for a field that `CoralConfig` lacks, which it would accept and ignore, and for
-            a value of another type.
+        ValueError: for a field that the config lacks, which it would accept and ignore, and for a
+            value of another type.
     """
     # those that it declares itself; others are of transformers and shape no drafter
-    known = {**DrafterConfig.__annotations__, **CoralConfig.__annotations__}
-    config, fields = CoralConfig(), {}
+    known = {**DrafterConfig.__annotations__, **kind.__annotations__}
+    config, fields = kind(), {}
     for word in words:
         name, _, value = word.partition("=")
         if name not in known:
-            raise ValueError(f"`{name}` is no field of CoralConfig; use one of {', '.join(known)}.")
+            raise ValueError(
+                f"`{name}` is no field of {kind.__name__}; use one of {', '.join(known)}."
+            )
         fields[name] = value
         with suppress(json.JSONDecodeError):
             fields[name] = json.loads(value)
         try:
             setattr(config, name, fields[name])
         except StrictDataclassError as error:
-            raise ValueError(f"{word!r} does not fit CoralConfig: {error}") from error
+            raise ValueError(f"{word!r} does not fit {kind.__name__}: {error}") from error
     return fields
 
 
@@ -135,9 +148,7 @@ class TrialRuns:
         own = {"target": identify(self.target), "rows": rows_identity(self.dataset)}
         keep_settings(self.settings.output / "settings.json", own | others, self.settings.output)
 
-    def train(
-        self, drafter: CoralDrafter, options: Sequence[str] = (), **fields: Any
-    ) -> TrainerState:
+    def train(self, drafter: Drafter, options: Sequence[str] = (), **fields: Any) -> TrainerState:
         """Train a drafter or its head, and write nothing; the options are added to all trials'."""
         fields |= {"save_strategy": "no", "disable_tqdm": True, "plots": False}
         fields["include_num_input_tokens_seen"] = "non_padding"
@@ -182,7 +193,7 @@ class Comparison(TrialRuns):
             raise ValueError(f"`steps` is {min(steps)}; use 1 or more.")
         for trial in trials:
             parse_arguments(self.settings.output, [*self.settings.options, *trial.options])
-            CoralDrafter.from_target(self.target, **trial.drafter_fields)
+            trial.fresh(self.target)
         depends_on = asdict(self.settings)
         del depends_on["output"], depends_on["batch_size"]
         with sole_writer(self.settings.output):
@@ -196,7 +207,7 @@ class Comparison(TrialRuns):
             if (result.trial, result.seed, result.steps) == (trial.name, seed, steps):
                 return result
         set_seed(seed)
-        drafter = CoralDrafter.from_target(self.target, **trial.drafter_fields).float()
+        drafter = trial.fresh(self.target).float()
         often = max(steps // 10, 1)
         state = self.train(drafter, trial.options, max_steps=steps, seed=seed, logging_steps=often)
         drafter = drafter.to(self.target.dtype).eval()
@@ -215,7 +226,7 @@ class Comparison(TrialRuns):
         logger.info(f"{trial.name}, seed {seed}, {steps} steps: τ {result.cells['mean']:.3f}")
         return result
 
-    def _measure(self, drafter: CoralDrafter, temperature: float) -> dict[str, float]:
+    def _measure(self, drafter: Drafter, temperature: float) -> dict[str, float]:
         """Measure the τ of each task."""
         target = read_target(self.target)
         sizes = self.settings.max_new_tokens, temperature, self.settings.batch_size

@@ -7,6 +7,7 @@ In: held-out rows, and what the unroll predicts for them. Out: metrics by name, 
 
 import re
 from collections.abc import Iterable
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -16,12 +17,12 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ...decoding.settings import TREE_DEFAULTS
-from ...drafters.coral.modeling import CoralDrafter
+from ...drafters.model import Drafter
 from ...measure.calls import decoded_rounds
 from ...target import Target, max_positions, text_config
 from ..arguments import CoralTrainingArguments
 from ..data.encoding import IGNORED
-from ..steps import Unrolled
+from ..steps import TrainingStep, Unrolled
 from .replay import replayed_rounds
 from .routing import NAMES as ROUTING
 from .routing import routing_metrics, routing_sums
@@ -34,15 +35,18 @@ class Evaluation:
     """The acceptance metrics of one evaluation.
 
     Args:
+        step: of the trainer.
         drafter: without wrappers.
         target: of the drafter.
         args: of the trainer.
     """
 
-    def __init__(self, drafter: CoralDrafter, target: Target, args: CoralTrainingArguments):
-        self._drafter = drafter
-        self._target = target
-        self._args = args
+    def __init__(
+        self, step: TrainingStep, drafter: Drafter, target: Target, args: CoralTrainingArguments
+    ):
+        self._drafter, self._target, self._args = drafter, target, args
+        self._choose = partial(step.choices, drafter)
+        self._has_router = has_trained_router(step, drafter)
         self.depth = tree_depth(drafter)  # steps of the unroll that are counted
         self._replayed: list[int] = []  # tokens of each round
         self._held = torch.zeros(self.depth, len(ROUTING) + 1, dtype=torch.float64)
@@ -50,8 +54,8 @@ class Evaluation:
     def add(self, unrolled: Unrolled) -> None:
         """Count a batch: replay chain decoding, and compare the router's groups."""
         unrolled = unrolled._replace(predicted=unrolled.predicted[: self.depth])
-        self._replayed += replayed_rounds(self._drafter, self._target, unrolled)
-        if self._drafter.config.is_router_trained:
+        self._replayed += replayed_rounds(self._choose, self._target, unrolled)
+        if self._has_router:
             self._held += routing_sums(self._drafter, self._target, unrolled.trained())
 
     def metrics(self, dataset: Iterable, accelerator: Accelerator) -> dict[str, float]:
@@ -67,7 +71,7 @@ class Evaluation:
 
         replayed = summed(count_rounds(self._replayed, self.depth))
         found = {"simulated_acceptance_length": acceptance_length(replayed)}
-        if self._drafter.config.is_router_trained:
+        if self._has_router:
             found |= routing_metrics(summed(self._held))
         if self._args.eval_prompts:
             counts = summed(self._decode(dataset, accelerator))
@@ -91,11 +95,19 @@ class Evaluation:
         return count_rounds(rounds, self.depth)
 
 
-def check_best_metric(args: CoralTrainingArguments, dataset: Any, drafter: CoralDrafter) -> None:
+def has_trained_router(step: TrainingStep, drafter: Drafter) -> bool:
+    """Whether a drafter reads a router, whose groups an evaluation compares."""
+    return "router" in step.stages and drafter.config.is_router_trained
+
+
+def check_best_metric(
+    args: CoralTrainingArguments, dataset: Any, step: TrainingStep, drafter: Drafter
+) -> None:
     """Refuse a metric for the best checkpoint that no evaluation will give.
 
     Args:
         dataset: that is evaluated, or several by name.
+        step: of the trainer.
         drafter: as it is before training.
 
     Raises:
@@ -107,7 +119,7 @@ def check_best_metric(args: CoralTrainingArguments, dataset: Any, drafter: Coral
     depths = range(1, tree_depth(drafter) + 1)
     if args.eval_prompts:
         names += ["acceptance_length", *(f"acceptance_depth_{depth}" for depth in depths)]
-    if drafter.config.is_router_trained or args.stage in ("router", "joint"):
+    if has_trained_router(step, drafter) or args.stage in ("router", "joint"):
         names += [f"{name}_depth_{depth}" for depth in depths for name in ROUTING]
     if isinstance(dataset, dict):
         names = [f"{part}_{name}" for part in dataset for name in names]
@@ -119,7 +131,7 @@ def check_best_metric(args: CoralTrainingArguments, dataset: Any, drafter: Coral
         )
 
 
-def tree_depth(drafter: CoralDrafter) -> int:
+def tree_depth(drafter: Drafter) -> int:
     """Return the levels of a drafter's own trees; older checkpoints leave them to the defaults."""
     return getattr(drafter.generation_config, "tree_depth", TREE_DEFAULTS["tree_depth"])
 

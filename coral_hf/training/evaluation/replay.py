@@ -17,27 +17,26 @@ other text a round continues along the text where the target itself would have g
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import takewhile
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...drafters.coral.modeling import CoralDrafter
-from ...heads.draft_heads import RoutedHead
 from ...target import Target
 from ..data.encoding import IGNORED
 from ..steps import Unrolled
 
 CHUNK = 256  # rows of logits held at a time
+# a token for each row, (rows, hidden) → (rows,)
+Choose = Callable[[Tensor], Tensor]
 
 
-def replayed_rounds(drafter: CoralDrafter, target: Target, unrolled: Unrolled) -> list[int]:
+def replayed_rounds(choose: Choose, target: Target, unrolled: Unrolled) -> list[int]:
     """Count the tokens that each round of greedy chain decoding would emit, row after row.
 
     Args:
-        drafter: whose draft head is read.
+        choose: the drafter's first choices.
         target: of the drafter.
         unrolled: of as many steps as a chain has levels.
     """
@@ -45,41 +44,27 @@ def replayed_rounds(drafter: CoralDrafter, target: Target, unrolled: Unrolled) -
     is_trained[:, :2] = False
     shape = len(found.predicted), *is_trained[:, 2:].shape  # position t predicts token t + 2
     agreed = torch.zeros(shape, dtype=torch.bool, device=is_trained.device)
-    agreed[:, is_trained[:, 2:]] = agreement(drafter, target, found.predicted, found.target)
+    agreed[:, is_trained[:, 2:]] = agreement(choose, target, found.predicted, found.target)
     rows = zip(accepted_chains(agreed).tolist(), is_trained.tolist(), strict=True)
     return [tokens for accepted, row in rows for tokens in walk(accepted, row)]
 
 
 @torch.no_grad()
-def agreement(drafter: CoralDrafter, target: Target, predicted: Tensor, features: Tensor) -> Tensor:
+def agreement(choose: Choose, target: Target, predicted: Tensor, features: Tensor) -> Tensor:
     """Mark where the drafter's first choice is the target's: (steps, positions).
 
     Args:
-        drafter, target: see `replayed_rounds`.
+        choose, target: see `replayed_rounds`.
         predicted: (steps, positions, hidden).
         features: (positions, hidden), what was to be predicted.
     """
     best = _by_chunk(lambda rows: target.head.logits(rows).argmax(-1), features)
-    choose = partial(first_choices, drafter, target)
     return torch.stack([_by_chunk(choose, one) == best for one in predicted])
 
 
-def _by_chunk(choose: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+def _by_chunk(choose: Choose, features: Tensor) -> Tensor:
     """Apply a function to a few features at a time: (rows, hidden) → (rows,)."""
     return torch.cat([choose(rows) for rows in features.split(CHUNK)])
-
-
-def first_choices(drafter: CoralDrafter, target: Target, features: Tensor) -> Tensor:
-    """Choose the best child of each node by the drafter's own head: (rows, hidden) → (rows,).
-
-    A level of a chain has one node, so each row reads what it wants itself.
-    """
-    head = drafter.heads.bind(target.head)
-    if isinstance(head, RoutedHead):
-        head = head.by_node()
-    features = features[None].to(drafter.dtype)  # (1, rows, hidden)
-    children = head.children(features, features.new_zeros(features.shape[:2]), top_k=1)
-    return children.tokens[0, :, 0]
 
 
 def accepted_chains(agreed: Tensor) -> Tensor:

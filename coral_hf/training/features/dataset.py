@@ -1,15 +1,17 @@
 """A feature cache as training reads it: a memory-mapped dataset.
 
-In: a folder of `write_features`. Out: rows of tokens, labels and features (length, hidden).
+In: a folder of `write_features`. Out: rows of tokens, labels and features (length, width).
 """
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
@@ -23,10 +25,11 @@ TOLERANCE = 0.2
 
 
 class CachedFeatures(Dataset):
-    """Rows with `input_ids`, `attention_mask`, `labels` and `features` (length, hidden).
+    """Rows with `input_ids`, `attention_mask`, `labels` and `features`.
 
-    Files are mapped into memory, and a row is read when it is asked for. The first time, its file
-    is compared with the checksum that it was written with. `lengths` are the tokens of each row.
+    `features` are (length, layers · hidden), of all layers or of those that `select` names. Files
+    are mapped into memory, and a row is read when it is asked for. The first time, its file is
+    compared with the checksum that it was written with. `lengths` are the tokens of each row.
 
     Args:
         folder: written by [`write_features`].
@@ -48,6 +51,7 @@ class CachedFeatures(Dataset):
         for shard in shards:
             shard.check(self.folder, checksums)
         self._files: dict[str, Any] = {}
+        self._layers = self.index.layers
         # (shards,), shared with the worker processes that read rows for this one
         self._is_checked = torch.full((len(shards),), checksums).share_memory_()
         self._first_rows = [0, *accumulate(len(shard.lengths) for shard in shards)][:-1]
@@ -67,7 +71,7 @@ class CachedFeatures(Dataset):
         return {
             **tokens,
             "attention_mask": [1] * len(tokens["input_ids"]),
-            "features": decode(found["features"], found.get("scales")),
+            "features": self._selected(decode(found["features"], found.get("scales"))),
         }
 
     def __getstate__(self) -> dict[str, Any]:
@@ -78,6 +82,33 @@ class CachedFeatures(Dataset):
     def is_packed(self) -> bool:
         """Whether its rows hold several documents."""
         return "position_ids" in self[0]
+
+    def column(self, name: str) -> Iterator[Tensor]:
+        """Yield a column of token ids or labels, (tokens,) of each file, without the features."""
+        for number in range(len(self.index.shards)):
+            yield self._file(number).get_tensor(name)
+
+    def select(self, layers: tuple[int, ...]) -> None:
+        """Give the features of these layers alone, of those that the cache holds.
+
+        Raises:
+            ValueError: if it lacks one of them.
+        """
+        if not {*layers} <= {*self.index.layers}:
+            raise ValueError(
+                f"The features in {self.folder} are those of layers {[*self.index.layers]}, but the"
+                f" drafter is trained on layers {[*layers]} of its target; write a cache for it:"
+                " `coral-hf features` with --recipe, or with --drafter."
+            )
+        self._layers = layers
+
+    def _selected(self, features: Tensor) -> Tensor:
+        """Select the layers of features (length, layers · hidden)."""
+        held = self.index.layers
+        if self._layers == held:
+            return features
+        parts = features.unflatten(-1, (len(held), -1))
+        return parts[:, [held.index(layer) for layer in self._layers]].flatten(-2)
 
     def check_target(self, target: PreTrainedModel) -> None:
         """Check that these are the features of a target, by its weights and by the first row.
@@ -103,13 +134,13 @@ class CachedFeatures(Dataset):
     def _is_first_row_of(self, target: PreTrainedModel) -> bool:
         """Check that a target's features of the first row are nearly the stored ones."""
         batch = {name: part.to(target.device) for name, part in CoralCollator()([self[0]]).items()}
-        found = batch.pop("features").float()  # (1, length, hidden)
-        expected = TargetFeatures(target).read(batch).float()
+        found = batch.pop("features").float()  # (1, length, layers · hidden)
+        expected = TargetFeatures(target, self._layers).read(batch).float()
         is_alike = found.shape == expected.shape
         return is_alike and bool((found - expected).norm() <= TOLERANCE * expected.norm())
 
     def _file(self, number: int) -> Any:
-        """Open the file of a shard, which holds features (tokens, hidden), and compare it once."""
+        """Open the file of a shard, with features (tokens, layers · hidden); compare it once."""
         shard = self.index.shards[number]
         if not self._is_checked[number]:
             shard.check(self.folder, checksum=True)

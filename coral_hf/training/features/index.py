@@ -18,19 +18,22 @@ from torch import Tensor
 
 from ...atomic import PARTIAL, WRITER, JsonLines
 from ...identity import TOKEN_COLUMNS, file_digest
+from ...target import FEATURE
 
 INDEX, SHARDS = "features.json", "features.jsonl"
-# bytes of a number, and of a token beside its numbers
+# bytes of a number, and of each layer of a token beside its numbers
 FORMAT_BYTES = {"bfloat16": (2, 0), "int8": (1, 4)}
 ID_BYTES = 4  # of a token id, a label or a position
 
 
-def token_bytes(hidden_size: int, format: str, columns: Iterable[str]) -> int:
+def token_bytes(hidden_size: int, format: str, columns: Iterable[str], num_layers: int = 1) -> int:
     """Count the bytes of a token: its features, and its number in each column of its row."""
     if format not in FORMAT_BYTES:
         raise ValueError(f"`format` is {format!r}; use one of {tuple(FORMAT_BYTES)}.")
     number, scale = FORMAT_BYTES[format]
-    return hidden_size * number + scale + ID_BYTES * len({*TOKEN_COLUMNS} & {*columns})
+    return num_layers * (hidden_size * number + scale) + ID_BYTES * len(
+        {*TOKEN_COLUMNS} & {*columns}
+    )
 
 
 class Shard(NamedTuple):
@@ -70,6 +73,7 @@ class FeatureIndex:
     num_rows: int
     shard_bytes: int  # of a file, about
     shards: list[Shard]
+    layers: tuple[int, ...] = (FEATURE,)  # of the target's `hidden_states`, side by side
 
     @property
     def lengths(self) -> list[int]:
@@ -92,38 +96,44 @@ class FeatureIndex:
         _check_is_cache(folder)
         try:
             shards = [Shard(**shard) for shard in JsonLines(folder / SHARDS).read()]
-            return cls(**json.loads((folder / INDEX).read_text(encoding="utf-8")), shards=shards)
+            fields = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            layers = tuple(fields.pop("layers", (FEATURE,)))  # those of one layer do not say so
+            return cls(**fields, shards=shards, layers=layers)
         except (ValueError, TypeError) as error:
             raise damaged(folder / INDEX, f"cannot be read ({error})") from error
 
 
-def encode(features: Tensor, format: str) -> dict[str, Tensor]:
-    """Convert features to what is stored: bf16, or int8 with a scale for each token.
+def encode(features: Tensor, format: str, num_layers: int = 1) -> dict[str, Tensor]:
+    """Convert features to what is stored: bf16, or int8 with a scale for each token and layer.
 
     Args:
-        features: (tokens, hidden).
+        features: (tokens, layers · hidden).
         format: of `FORMAT_BYTES`.
 
     Returns:
-        `features` (tokens, hidden), and of int8 `scales` (tokens, 1).
+        `features` (tokens, layers · hidden), and of int8 `scales` (tokens, layers).
     """
     if format == "bfloat16":
         return {"features": features.to(torch.bfloat16).contiguous()}
-    scales = features.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127  # (tokens, 1)
-    return {"features": (features.float() / scales).round().to(torch.int8), "scales": scales}
+    parts = features.float().unflatten(-1, (num_layers, -1))
+    scales = parts.abs().amax(-1).clamp(min=1e-12) / 127  # (tokens, layers)
+    rounded = (parts / scales[..., None]).round().to(torch.int8)
+    return {"features": rounded.flatten(-2), "scales": scales}
 
 
 def decode(features: Tensor, scales: Tensor | None = None) -> Tensor:
     """Convert what `encode` returned to features again.
 
     Args:
-        features: (tokens, hidden).
-        scales: (tokens, 1).
+        features: (tokens, layers · hidden).
+        scales: (tokens, layers).
 
     Returns:
-        (tokens, hidden).
+        (tokens, layers · hidden).
     """
-    return features if scales is None else features * scales
+    if scales is None:
+        return features
+    return (features.unflatten(-1, (scales.shape[-1], -1)) * scales[..., None]).flatten(-2)
 
 
 def damaged(path: Path, what: str) -> ValueError:

@@ -1,6 +1,7 @@
 """The target's features of a batch, whose rows may hold several documents.
 
-In: a target, batches of the collator. Out: features (batch, length, hidden), without gradient.
+In: a target, batches of the collator. Out: features (batch, length, layers · hidden), without
+gradient.
 """
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ...target import (
     CONVOLUTION,
+    FEATURE,
     decoder_of,
     read_features,
     sliding_windows,
@@ -18,16 +20,19 @@ from ...target import (
 )
 from ..data.documents import Places, has_branches, parts_of
 
+Layers = tuple[int, ...]  # indices into a target's `hidden_states`
+
 
 class TargetFeatures:
     """A reader of features, which keeps the documents of packed rows apart.
 
     Args:
         target: the target, on its device.
+        layers: which of its `hidden_states` are read, side by side.
     """
 
-    def __init__(self, target: PreTrainedModel):
-        self._target = target
+    def __init__(self, target: PreTrainedModel, layers: Layers = (FEATURE,)):
+        self.target, self.layers = target, layers
         self._reads: dict[bool, bool] = {}  # by whether there are branches; found out once
 
     def read(self, batch: dict[str, Tensor]) -> Tensor:
@@ -35,18 +40,18 @@ class TargetFeatures:
 
         Args:
             batch: `input_ids`, `attention_mask` and perhaps `position_ids`, each (batch, length);
-                `features` (batch, length, hidden) of a cache.
+                `features` (batch, length, layers · hidden) of a cache.
 
         Returns:
-            (batch, length, hidden).
+            (batch, length, layers · hidden).
         """
         if "features" in batch:
             return batch["features"]
         ids, positions = batch["input_ids"], batch.get("position_ids")
         if positions is None:
-            return read_features(self._target, ids, batch["attention_mask"])
+            return read_features(self.target, ids, batch["attention_mask"], layers=self.layers)
         if self._keeps_apart(positions):
-            return read_documents(self._target, ids, positions)
+            return read_documents(self.target, ids, positions, self.layers)
         return self._read_by_document(ids, positions)
 
     def _keeps_apart(self, positions: Tensor) -> bool:
@@ -54,7 +59,7 @@ class TargetFeatures:
         kind = has_branches(positions)
         if kind not in self._reads:
             found_by = reads_branches if kind else reads_packed_rows
-            self._reads[kind] = found_by(self._target, positions.device)
+            self._reads[kind] = found_by(self.target, positions.device)
         return self._reads[kind]
 
     def _read_by_document(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -65,31 +70,35 @@ class TargetFeatures:
             positions: (batch, length), from 0 in each document.
 
         Returns:
-            (batch, length, hidden).
+            (batch, length, layers · hidden).
         """
         parts = [(row, part) for row, found in enumerate(parts_of(positions)) for part in found]
         documents = [part.of(ids[row]) for row, part in parts]
         mask = pad_sequence([torch.ones_like(one) for one in documents], batch_first=True)
         padded = pad_sequence(documents, batch_first=True)  # (documents, longest)
-        features = read_features(self._target, padded, mask)  # (documents, longest, hidden)
+        # (documents, longest, layers · hidden)
+        features = read_features(self.target, padded, mask, layers=self.layers)
         is_own = mask.bool()
         for index, (_, part) in enumerate(parts):
             is_own[index, : part.shared] = False
         return features[is_own].view(*ids.shape, -1)
 
 
-def read_documents(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> Tensor:
+def read_documents(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, layers: Layers = (FEATURE,)
+) -> Tensor:
     """Compute the features of rows of documents in one pass.
 
     Args:
         ids: (batch, length).
         positions: (batch, length), see [`coral_hf.training.data.documents`].
+        layers: of the target's `hidden_states`.
 
     Returns:
-        (batch, length, hidden).
+        (batch, length, layers · hidden).
     """
     masks = _branch_masks(model, positions) if has_branches(positions) else None
-    return read_features(model, ids, masks, positions)
+    return read_features(model, ids, masks, positions, layers)
 
 
 def _branch_masks(model: PreTrainedModel, positions: Tensor) -> Tensor | dict[str, Tensor]:

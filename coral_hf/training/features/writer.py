@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ...atomic import JsonLines, free_bytes, keep_settings, new_file, shown_bytes, sole_writer
 from ...identity import TOKEN_COLUMNS, file_digest, identify, rows_digest
+from ...target import FEATURE
 from ..data import CoralCollator
 from .index import INDEX, SHARDS, FeatureIndex, Shard, decode, encode, token_bytes
 from .reading import TargetFeatures
@@ -51,10 +52,11 @@ def plan_features(
     folder: str | Path,
     format: str = "bfloat16",
     shard_bytes: int = SHARD_BYTES,
+    layers: tuple[int, ...] = (FEATURE,),
 ) -> FeaturePlan:
     """Count what [`write_features`], with the same arguments, will write; nothing is computed."""
     hidden_size = target.config.get_text_config(decoder=True).hidden_size
-    one = token_bytes(hidden_size, format, rows.column_names)
+    one = token_bytes(hidden_size, format, rows.column_names, len(layers))
     lengths = row_lengths(rows)
     settings = {
         "target": target.config._name_or_path,
@@ -63,6 +65,7 @@ def plan_features(
         "fingerprint": rows_digest(rows),
         "num_rows": len(lengths),
         "shard_bytes": shard_bytes,
+        **({} if layers == (FEATURE,) else {"layers": [*layers]}),
     }
     # a shard has the rows that begin within its share of the tokens
     shard_of = (lengths.cumsum() - lengths) // max(shard_bytes // one, 1)  # (rows,)
@@ -82,9 +85,10 @@ def row_lengths(rows: Any) -> np.ndarray:
     return np.concatenate([arrow.list_value_length(b["input_ids"]).to_numpy() for b in batches])
 
 
-def cache_bytes(rows: Any, hidden_size: int, format: str) -> int:
+def cache_bytes(rows: Any, hidden_size: int, format: str, num_layers: int = 1) -> int:
     """Count the bytes of a cache of some rows' features."""
-    return int(row_lengths(rows).sum()) * token_bytes(hidden_size, format, rows.column_names)
+    one = token_bytes(hidden_size, format, rows.column_names, num_layers)
+    return int(row_lengths(rows).sum()) * one
 
 
 def check_room(needed: int, folder: Path) -> None:
@@ -105,6 +109,7 @@ def write_features(
     format: str = "bfloat16",
     batch_size: int = 8,
     shard_bytes: int = SHARD_BYTES,
+    layers: tuple[int, ...] = (FEATURE,),
 ) -> FeatureIndex:
     """Compute the target's features of a dataset and store them.
 
@@ -116,6 +121,7 @@ def write_features(
             holds what it lost.
         batch_size: rows that go through the target at once.
         shard_bytes: of a file, about.
+        layers: of the target's `hidden_states` that a drafter's training step reads.
 
     Raises:
         ValueError: if the folder holds other features, such as those of the target before it was
@@ -124,7 +130,7 @@ def write_features(
     folder = Path(folder)
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; use at least 1.")
-    plan = plan_features(target, rows, folder, format, shard_bytes)
+    plan = plan_features(target.eval(), rows, folder, format, shard_bytes, layers)
     if not (folder / INDEX).exists() and any(folder.glob("[!_.]*")):
         raise ValueError(f"{folder} holds other files; give a new folder for the features.")
     with sole_writer(folder):
@@ -140,25 +146,25 @@ def write_features(
         for number, lengths in enumerate(left, start):
             part = rows.select(range(first, first + len(lengths)))
             path = folder / f"features-{number:05}.safetensors"
-            shard = _write_shard(target, part, path, format, batch_size)
+            shard = _write_shard(TargetFeatures(target, layers), part, path, format, batch_size)
             JsonLines(folder / SHARDS).append([shard._asdict()])
             first += len(lengths)
         return FeatureIndex.read(folder)
 
 
 def _write_shard(
-    target: PreTrainedModel, rows: Any, path: Path, format: str, batch_size: int
+    reader: TargetFeatures, rows: Any, path: Path, format: str, batch_size: int
 ) -> Shard:
-    """Compute and store the features of some rows, (tokens, hidden)."""
-    reader, collate = TargetFeatures(target.eval()), CoralCollator()
+    """Compute and store the features of some rows, (tokens, layers · hidden)."""
+    collate, device = CoralCollator(), reader.target.device
     parts: list[dict[str, Tensor]] = []
     squares = lost = 0.0
     for start in range(0, len(rows), batch_size):
         batch = [rows[row] for row in range(start, min(start + batch_size, len(rows)))]
-        inputs = {name: part.to(target.device) for name, part in collate(batch).items()}
+        inputs = {name: part.to(device) for name, part in collate(batch).items()}
         for row, padded in zip(batch, reader.read(inputs).cpu(), strict=True):
-            features = padded[: len(row["input_ids"])]  # (length, hidden)
-            stored = encode(features, format)
+            features = padded[: len(row["input_ids"])]  # (length, layers · hidden)
+            stored = encode(features, format, len(reader.layers))
             squares += float(features.double().square().sum())
             lost += float((features.double() - decode(**stored).double()).square().sum())
             tokens = {name: torch.tensor(row[name]).int() for name in TOKEN_COLUMNS if name in row}

@@ -4,17 +4,23 @@ In: a target and its training rows. Out: (vocab,) token ids, those that pad the 
 how often the target generates each token.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as arrow
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from torch.nn import functional as F
 
 from ...heads.router import Groups
 from ...heads.settings import GROUPINGS
 from ...target import Target, text_config
+from ..data.encoding import IGNORED
+from ..features import CachedFeatures
 from .clusters import coactivation_groups, kmeans_groups
 from .positions import read_top_k
 
@@ -121,13 +127,47 @@ def token_counts(
     return F.pad(counts, (0, text_config(target.model).vocab_size - len(counts)))
 
 
+def label_counts(rows: Any, vocab_size: int) -> Tensor:
+    """Count the trained tokens of rows: (vocab,), on the CPU.
+
+    Args:
+        rows: as the trainer has them: token ids and labels, or `CachedFeatures`.
+
+    Raises:
+        ValueError: for a stream, and if none of their tokens is trained.
+    """
+    if isinstance(rows, IterableDataset):
+        raise ValueError(
+            "A draft vocabulary is counted from the training rows before training, but"
+            " `train_dataset` is a stream. Set the tokens of the drafter first, such as those of a"
+            " part of the stream: drafter.set_draft_vocabulary(tokens)."
+        )
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for labels in _columns(rows, "labels"):
+        counts += np.bincount(labels[labels != IGNORED], minlength=vocab_size)
+    if not counts.any():
+        raise ValueError("`rows` have no trained token; check the chat template and the data.")
+    return torch.from_numpy(counts)
+
+
+def _columns(rows: Any, name: str) -> Iterator[np.ndarray]:
+    """Yield a column of rows in parts, (tokens,) each."""
+    if isinstance(rows, CachedFeatures):
+        yield from (part.numpy() for part in rows.column(name))
+    elif isinstance(rows, Dataset):
+        for batch in rows.with_format("arrow").select_columns(name).iter(batch_size=1000):
+            yield np.asarray(arrow.list_flatten(batch[name]))
+    else:
+        yield from (np.asarray(row[name]) for row in rows)
+
+
 def most_frequent_first(counts: Tensor) -> Tensor:
     """Sort the tokens by their counts; equal counts keep the order of the ids.
 
     The first of them make a frequency head, slices of them a grouping.
 
     Args:
-        counts: (vocab,), of `token_counts`.
+        counts: (vocab,), of `token_counts` or `label_counts`.
 
     Returns:
         (vocab,), token ids.

@@ -22,12 +22,13 @@ from transformers import (
 )
 
 from ...atomic import free_bytes, shown_bytes
-from ...drafters.coral import CoralConfig
+from ...drafters.configuration import DrafterConfig
 from ..arguments import CoralTrainingArguments
 from ..data import load_conversations
 from ..features import INDEX, CachedFeatures
 from ..features.index import FORMAT_BYTES
 from ..features.writer import cache_bytes
+from ..steps import kind_of_recipe, step_kind
 from ..train_dataset import token_rows
 from . import PlanSettings
 from .report import Change, Plan, StagePlan
@@ -48,7 +49,7 @@ def plan(
     settings: PlanSettings | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str = "auto",
-    drafter: CoralConfig | None = None,
+    drafter: DrafterConfig | None = None,
 ) -> Plan:
     """Plan a training run before anything is loaded: its memory, disk and hours.
 
@@ -60,7 +61,7 @@ def plan(
         settings: what the run is planned for.
         tokenizer: the target's; by default the one beside it.
         dtype: of the target's weights; its config's by default.
-        drafter: its config; by default the one that follows from the target.
+        drafter: its config; by default the one that follows from the target and the recipe.
 
     Example:
 
@@ -93,7 +94,7 @@ def plan(
         room=room,
         room_name=room_name,
         changes=[*_changes(replace(shape, args=stages[largest]), found[largest], sizes, room)],
-        caches={name: cache_bytes(rows, shape.drafter.hidden_size, name) for name in formats},
+        caches={name: cache_bytes(rows, *_width(shape, name)) for name in formats},
         features=features,
         finished=max(one.memory.drafter for one in found) + _saved_bytes(tokenizer),
         output=output,
@@ -103,9 +104,15 @@ def plan(
     )
 
 
+def _width(shape: RunShape, format: str) -> tuple[int, str, int]:
+    """What the bytes of a cached token follow from: hidden size, format, number of layers."""
+    layers = step_kind(shape.drafter.model_type).layers(shape.drafter)
+    return shape.target.get_text_config(decoder=True).hidden_size, format, len(layers)
+
+
 def _shape_of(
     config: PreTrainedConfig,
-    drafter: CoralConfig | None,
+    drafter: DrafterConfig | None,
     args: CoralTrainingArguments,
     settings: PlanSettings,
     dtype: str,
@@ -114,7 +121,7 @@ def _shape_of(
     return RunShape(
         config,
         known if dtype == "auto" else getattr(torch, dtype),
-        drafter or CoralConfig.from_target(config),
+        drafter or kind_of_recipe(args.recipe).drafter.config_class.from_target(config),
         args,
         settings.lora_rank,
         None if settings.target_bits is None else int(settings.target_bits),

@@ -20,13 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from ...drafters.coral import CoralConfig, CoralDrafter
+from ...drafters.configuration import DrafterConfig
 from ...target import read_features, read_target
 from ..adapters import lora, with_adapter
 from ..arguments import CoralTrainingArguments
 from ..stages import HEAD_OF, default_groups, default_rank, freeze_others
-from ..steps import Trained, TrainingStep, Unrolled, training_step
-from ..steps import coral as coral  # registers the step of CORAL drafters
+from ..steps import Trained, TrainingStep, Unrolled, step_kind, training_step
 from .live_bytes import LiveBytes, bytes_of
 from .target_size import plain_config, target_size
 
@@ -55,7 +54,7 @@ class RunShape:
 
     target: PreTrainedConfig
     dtype: torch.dtype  # of the target's weights
-    drafter: CoralConfig
+    drafter: DrafterConfig
     args: CoralTrainingArguments
     lora_rank: int | None = None
     bits: int | None = None  # 4 or 8, of a target that is quantized when it is loaded
@@ -67,7 +66,7 @@ def step_memory(run: RunShape, batch: Mapping[str, Tensor]) -> StepMemory:
 
     Args:
         batch: of the collator, (batch, length) each; of a feature cache also `features` (batch,
-            length, hidden), of which only the shapes are read.
+            length, layers · hidden), of which only the shapes are read.
     """
     trained = _trained_positions(batch)
     with torch.device("meta"):
@@ -78,7 +77,7 @@ def step_memory(run: RunShape, batch: Mapping[str, Tensor]) -> StepMemory:
         for one in (target, model):
             _drop_data(one)
         target.requires_grad_(False)
-        step = training_step(run.drafter.model_type, read_target(target), run.args)
+        step = training_step(run.drafter, read_target(target), run.args)
         shapes = {name: torch.empty(part.shape, dtype=part.dtype) for name, part in batch.items()}
         found = _Simulation(run, target, model, step).run(shapes, trained)
     size = target_size(target, run.target, run.bits)
@@ -108,7 +107,7 @@ def _make_model(run: RunShape) -> nn.Module:
         config.num_groups = run.args.num_groups or default_groups(config.vocab_size)
     if head == "low_rank" and config.head_rank is None:
         config.head_rank = run.args.head_rank or default_rank(config.hidden_size)
-    drafter = CoralDrafter(config)
+    drafter = step_kind(config.model_type).drafter(config)
     if run.lora_rank and run.args.stage == "drafter":
         return with_adapter(drafter, "drafter", lora(run.lora_rank))
     freeze_others(drafter, run.args.stage)
@@ -132,6 +131,8 @@ class _Simulation:
         self._run, self._target, self._model, self._step = run, target, model, step
         is_adapted = isinstance(model, PeftModel)
         self._drafter = model.get_base_model() if is_adapted else model
+        self._layers = step.layers(run.drafter)
+        self._width = len(self._layers) * run.target.get_text_config(decoder=True).hidden_size
         args = run.args
         if args.gradient_checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None)  # its newer name
@@ -153,7 +154,7 @@ class _Simulation:
         with LiveBytes(self._target, self._model) as live:
             held = list[Tensor]()
             if features is None and not self._target_runs(batch):
-                features = torch.empty(*batch["input_ids"].shape, self._run.drafter.hidden_size)
+                features = torch.empty(*batch["input_ids"].shape, self._width)
             if features is not None:
                 # `Trainer` fetches the batches of a step together, and on a CPU the next one too
                 count = accumulated + self._run.on_cpu
@@ -185,7 +186,8 @@ class _Simulation:
         torchs = getLogger("torch._subclasses.fake_tensor")  # prints what it raises
         was_off, torchs.disabled = torchs.disabled, True
         try:
-            read_features(self._target, batch["input_ids"], batch["attention_mask"])
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            read_features(self._target, ids, mask, layers=self._layers)
         except Exception as error:  # whatever that code raises
             logger.warning(
                 "The activations of the target's own pass are not counted, since its code reads"

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from ...drafters.coral import CoralConfig, CoralDrafter
+from ...drafters.configuration import DrafterConfig
 from ..arguments import CoralTrainingArguments
 from ..features import CachedFeatures, write_features
+from ..steps import step_kind
 from ..trainer import CoralTrainer
 
 NUM_STEPS = 32  # at most, and LEAST_STEPS if they take longer than SECONDS
@@ -66,7 +67,7 @@ def timed_run(
     tokenizer: PreTrainedTokenizerBase,
     rows: Any,
     stages: Sequence[CoralTrainingArguments],
-    config: CoralConfig,
+    config: DrafterConfig,
     features: str = "online",
 ) -> Seconds:
     """Run a few steps of each stage on rows from all over the dataset.
@@ -77,7 +78,8 @@ def timed_run(
         config: of the drafter.
         features: "online", or the format in which they are cached.
     """
-    drafter, found, token = CoralDrafter(config), list[float](), 0.0
+    kind, found, token = step_kind(config.model_type), list[float](), 0.0
+    drafter = kind.drafter(config)
     with TemporaryDirectory() as folder:
         for args in stages:
             place: dict[str, Any] = {"output_dir": str(Path(folder, args.stage))}
@@ -90,7 +92,8 @@ def timed_run(
                 part = rows.select([index * len(rows) // count for index in range(count)])
             if features != "online" and not is_cached:
                 start, cache = time.perf_counter(), Path(folder, f"features-{args.stage}")
-                write_features(target, part, cache, features)
+                layers = kind.layers(config)
+                write_features(target, part, cache, features, layers=layers)
                 part = CachedFeatures(cache)
                 token = (time.perf_counter() - start) / sum(part.lengths)
             timer = StepTimer()

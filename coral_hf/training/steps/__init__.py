@@ -1,18 +1,19 @@
 """Training steps: from a batch to its losses, one class per family of drafters.
 
-In: a drafter's `model_type`. Out: the step that the trainer runs. A new family is added with
-`register_step(model_type, factory)`.
+In: a drafter's config. Out: the step that the trainer runs. A new family is added with
+`register_step(model_type, kind)`.
 """
 
-from collections.abc import Callable
+import importlib
 from functools import reduce
-from typing import NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from ...drafters.model import Drafter
 from ...target import Target
 from ..arguments import CoralTrainingArguments
 from ..data.documents import part_begins
@@ -73,7 +74,41 @@ class Losses(NamedTuple):
 
 
 class TrainingStep(Protocol):
-    """How the trainer trains one family of drafters."""
+    """How the trainer trains one family of drafters; made as `kind(config, target, args)`.
+
+    `recipes` are those of `RECIPES` that are the family's, the first one by default.
+    """
+
+    drafter: ClassVar[type[Drafter]]
+    recipes: ClassVar[tuple[str, ...]]
+    stages: ClassVar[tuple[str, ...]]
+    can_shard: ClassVar[bool]  # whether FSDP and ZeRO-3 may hold parts of the drafter
+
+    def __init__(self, config: Any, target: Target, args: CoralTrainingArguments):
+        """Keep what the step reads: the drafter's config, its target, the settings of the run.
+
+        Raises:
+            ValueError: for settings that mean nothing to the family.
+        """
+        ...
+
+    @classmethod
+    def layers(cls, config: Any) -> tuple[int, ...]:
+        """Which of the target's `hidden_states` a drafter is trained on; the last is the feature.
+
+        Features of a batch, computed or cached, are these side by side.
+        """
+        ...
+
+    def prepare(self, drafter: Any, rows: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Get a drafter ready for its stage: make what it lacks, freeze what is not trained.
+
+        Args:
+            drafter: perhaps in a `PeftModel`.
+            rows: the training rows; None for a trainer that only evaluates.
+            tokenizer: the target's.
+        """
+        ...
 
     def unroll(self, model: nn.Module, batch: dict[str, Tensor], num_steps: int) -> Unrolled:
         """Run the drafter on a batch; every forward pass goes through `model`.
@@ -81,32 +116,76 @@ class TrainingStep(Protocol):
         Args:
             model: the drafter as the run wraps it (DDP, FSDP2, DeepSpeed).
             batch: of the collator, (batch, length) each; of a feature cache also `features`
-                (batch, length, hidden).
+                (batch, length, layers · hidden).
         """
         ...
 
-    def losses(self, drafter: PreTrainedModel, trained: Trained) -> Losses:
+    def losses(self, drafter: Any, trained: Trained) -> Losses:
         """Compute the losses of the stage; `drafter` has no wrappers, and may run its heads."""
         ...
 
-
-_FACTORIES: dict[str, Callable[[Target, CoralTrainingArguments], TrainingStep]] = {}
-
-
-def register_step(model_type: str, factory: Callable[..., TrainingStep]) -> None:
-    """Train drafters of a `model_type` with the step that `factory(target, args)` makes."""
-    _FACTORIES[model_type] = factory
+    def choices(self, drafter: Any, predicted: Tensor) -> Tensor:
+        """The token that the drafter finds best after each step: (rows, hidden) → (rows,)."""
+        ...
 
 
-def training_step(model_type: str, target: Target, args: CoralTrainingArguments) -> TrainingStep:
-    """Make the step of a family of drafters.
+_KINDS: dict[str, type[TrainingStep]] = {}
+_BUILT_IN = ("coral", "eagle3")  # modules that register their step
+
+
+def register_step(model_type: str, kind: type[TrainingStep]) -> None:
+    """Train drafters of a `model_type` with the steps that `kind(config, target, args)` makes."""
+    _KINDS[model_type] = kind
+
+
+def step_kinds() -> dict[str, type[TrainingStep]]:
+    """The kind of step of each family, by the `model_type` of its drafters."""
+    for name in _BUILT_IN:
+        importlib.import_module(f"{__name__}.{name}")
+    return _KINDS
+
+
+def step_kind(model_type: str) -> type[TrainingStep]:
+    """The kind of step of a family.
 
     Raises:
         ValueError: if none is registered for it.
     """
-    if model_type not in _FACTORIES:
+    if model_type not in step_kinds():
         raise ValueError(
             f"`model` is a {model_type!r} drafter, for which no training step is registered, only"
-            f" for {sorted(_FACTORIES)}; see `coral_hf.training.steps.register_step`."
+            f" for {sorted(_KINDS)}; see `coral_hf.training.steps.register_step`."
         )
-    return _FACTORIES[model_type](target, args)
+    return _KINDS[model_type]
+
+
+def kind_of_recipe(recipe: str) -> type[TrainingStep]:
+    """The kind of step of the family that a recipe is for.
+
+    Raises:
+        ValueError: if it is for none.
+    """
+    kinds = step_kinds().values()
+    found = next((kind for kind in kinds if recipe in kind.recipes), None)
+    if found is None:
+        names = tuple(name for kind in kinds for name in kind.recipes)
+        raise ValueError(f"`recipe` is {recipe!r}; use one of {names}.")
+    return found
+
+
+def training_step(
+    config: PreTrainedConfig, target: Target, args: CoralTrainingArguments
+) -> TrainingStep:
+    """Make the step of a family of drafters.
+
+    Raises:
+        ValueError: if none is registered for it, and for a recipe or a stage of another family.
+    """
+    kind = step_kind(config.model_type)
+    for name, known in {"recipe": kind.recipes, "stage": kind.stages}.items():
+        if getattr(args, name) not in known:
+            raise ValueError(
+                f"`{name}` is {getattr(args, name)!r}, but `model` is a {kind.drafter.__name__};"
+                f" use one of {known}."
+            )
+    return kind(config, target, args)

@@ -1,47 +1,47 @@
 """Training step of CORAL drafters: target features → multi-step unroll → losses.
 
-In: batches of the collator. Out: predicted features of every step, and their losses. The target
-runs without gradient; `Unrolled` draws how tokens, features and predictions are shifted.
+In: batches of the collator. Out: predicted features of every step, and their losses.
 """
 
-import torch
-from torch import Tensor, nn
+from typing import Any
 
-from ...drafters.coral.modeling import CoralDrafter
-from ...identity import seed_of
-from ...target import Target
-from ..arguments import CoralTrainingArguments
-from ..features.reading import TargetFeatures
-from . import Losses, Trained, Unrolled, register_step
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ...drafters.coral import CoralConfig, CoralDrafter
+from ...heads.draft_heads import RoutedHead
+from ...target import FEATURE
+from ..adapters import is_adapted
+from ..stages import HEAD_OF, add_heads, follow_vocabulary, freeze_others
+from . import Losses, Trained, register_step
+from .base import UnrolledStep
 from .objectives import drafter_losses, low_rank_losses, router_losses
-from .unroll import unroll
 
 
-class CoralStep:
+class CoralStep(UnrolledStep):
     """See [`coral_hf.training.steps.TrainingStep`]."""
 
-    def __init__(self, target: Target, args: CoralTrainingArguments):
-        self.target = target
-        self.args = args
-        self.features = TargetFeatures(target.model)
+    drafter = CoralDrafter
+    recipes = ("coral", "eagle", "hass")
+    stages = ("drafter", *HEAD_OF)
 
-    def unroll(self, model: nn.Module, batch: dict[str, Tensor], num_steps: int) -> Unrolled:
-        """Predict the feature after each pair of (next token, feature), `num_steps` times.
+    @classmethod
+    def layers(cls, config: CoralConfig) -> tuple[int, ...]:
+        """The feature alone."""
+        return (FEATURE,)
 
-        position t           0        1        2        3
-        the drafter reads    (x1,f0)  (x2,f1)  (x3,f2)  (x4,f3)
-        and predicts         f̂1       f̂2       f̂3       f̂4
-        """
-        features = self.features.read(batch)  # (batch, length, hidden)
-        read = features[:, :-1]
-        if model.training:
-            read = add_noise(read, self.args.feature_noise, self.args.process_index)
-        embeddings = self.target.embed(batch["input_ids"][:, 1:])
-        position_ids = batch.get("position_ids")
-        positions = None if position_ids is None else position_ids[:, :-1]
-        # not under no_grad in a head's stage: DDP prepares its gradients in this forward pass
-        predicted = unroll(model, embeddings, read, num_steps, positions)
-        return Unrolled(predicted, features, batch["labels"], position_ids)
+    def prepare(
+        self,
+        drafter: CoralDrafter | PeftModel,
+        rows: Any,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
+        """Add the head of the stage, and freeze the rest; see [`TrainingStep`]."""
+        follow_vocabulary(drafter, self.target.model, self.args.stage)
+        if not is_adapted(drafter):
+            add_heads(drafter, self.args, self.target, rows, tokenizer)
+            freeze_others(drafter, self.args.stage)
 
     def losses(self, drafter: CoralDrafter, trained: Trained) -> Losses:
         """Compute the losses of the stage: of the drafter, its router, its low-rank head."""
@@ -62,27 +62,17 @@ class CoralStep:
             losses += router_losses(log_mass, trained.target, head, groups, weight)
         return losses
 
+    def choices(self, drafter: CoralDrafter, predicted: Tensor) -> Tensor:
+        """Choose the best child of each node by the drafter's own head: (rows, hidden) → (rows,).
 
-def add_noise(features: Tensor, scale: float, process: int) -> Tensor:
-    """Add uniform noise to features that a drafter reads in training (EAGLE, data augmentation).
-
-    Torch's own generator, whose state is in every checkpoint, draws the seed. It is the same in all
-    processes, to agree on the order of the data, so each process draws its noise from another one.
-
-    Args:
-        features: (batch, length, hidden).
-        scale: the largest magnitude; 0 leaves features as they are.
-        process: index of the process.
-
-    Returns:
-        (batch, length, hidden).
-    """
-    if not scale:
-        return features
-    seed = seed_of(int(torch.randint(2**40, (), device="cpu")), process)
-    generator = torch.Generator(features.device).manual_seed(seed)
-    noise = torch.empty_like(features)
-    return features + noise.uniform_(-scale, scale, generator=generator)
+        A level of a chain has one node, so each row reads what it wants itself.
+        """
+        head = drafter.heads.bind(self.target.head)
+        if isinstance(head, RoutedHead):
+            head = head.by_node()
+        features = predicted[None].to(drafter.dtype)  # (1, rows, hidden)
+        children = head.children(features, features.new_zeros(features.shape[:2]), top_k=1)
+        return children.tokens[0, :, 0]
 
 
-register_step("coral", CoralStep)
+register_step(CoralConfig.model_type, CoralStep)

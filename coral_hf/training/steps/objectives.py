@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ...heads.router import Groups
 from ...lm_head import LMHead
-from ..arguments import CoralTrainingArguments
+from ..arguments import CoralTrainingArguments, Recipe
 from ..losses import regression_loss, router_loss
 from ..losses.csra import csra_loss, of_other_devices
 from ..losses.liger_loss import LigerChunkLoss
@@ -27,21 +27,49 @@ def drafter_losses(trained: Trained, args: CoralTrainingArguments, head: LMHead)
     kernel = LigerChunkLoss() if args.use_liger_kernel else None
     tokens = token_loss(predicted, target, head.logits, weights, chunk_loss=kernel)
     regression = regression_loss(predicted, target)
-    terms = {"regression": recipe.regression_weight * regression.sum(), "tokens": tokens.loss.sum()}
+    weight = step_weights(recipe, tokens.loss)
+    terms = {
+        "regression": recipe.regression_weight * (regression * weight).sum(),
+        "tokens": (tokens.loss * weight).sum(),
+    }
     notes = {
         "regression_loss": regression.mean(),
-        "classification_loss": tokens.classification.mean(),
+        **token_notes(predicted, tokens.classification, tokens.agreed),
         **by_step("regression_loss", regression),
-        **by_step("classification_loss", tokens.classification),
-        **by_step("agreement", tokens.agreed.sum(-1)),
-        **by_step("feature_similarity", step_similarity(predicted), first=2),
     }
     if recipe.top_k_weight:
         notes["top_k_loss"] = tokens.top_k.mean()
-    if recipe.csra_weight:
-        notes["csra_loss"] = _csra(trained, args)
-        terms["csra"] = recipe.csra_weight * notes["csra_loss"]
-    return Losses(terms, notes)
+    return Losses(terms, notes) + alignment(trained, args)
+
+
+def step_weights(recipe: Recipe, losses: Tensor) -> Tensor:
+    """The weight of each step's losses, (steps,), of tensors that begin with steps."""
+    dtype = torch.promote_types(losses.dtype, torch.float32)
+    return recipe.step_decay ** torch.arange(len(losses), dtype=dtype, device=losses.device)
+
+
+def token_notes(predicted: Tensor, classification: Tensor, agreed: Tensor) -> dict[str, Tensor]:
+    """What is logged of losses on tokens.
+
+    Args:
+        predicted: (steps, positions, hidden).
+        classification: (steps,), summed over positions.
+        agreed: (steps, positions), whether the drafter's first choice is the target's.
+    """
+    return {
+        "classification_loss": classification.mean(),
+        **by_step("classification_loss", classification),
+        **by_step("agreement", agreed.sum(-1)),
+        **by_step("feature_similarity", step_similarity(predicted), first=2),
+    }
+
+
+def alignment(trained: Trained, args: CoralTrainingArguments) -> Losses:
+    """Compute L_csra with its weight; nothing where it has none."""
+    if not (weight := args.resolved.csra_weight):
+        return Losses({}, {})
+    loss = _csra(trained, args)
+    return Losses({"csra": weight * loss}, {"csra_loss": loss})
 
 
 def by_step(name: str, totals: Iterable[Tensor], first: int = 1) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 In: a target's features and the embeddings of the tokens after them. Out: the predicted features of
 every step. Context mixing of HASS (Zhang et al. 2024, harmonized context alignment) with -inf
-masks. A step's inputs are detached; the graph of all steps is kept, since CSRA couples them.
+masks; EAGLE-3's training-time test attends to the same positions, by another indexing. A step's
+inputs are detached unless a family lets gradients through; the graph of all steps is kept.
 
     position t               0      1      2      3
     step 1 reads             f0     f1     f2     f3           predicts f̂¹_1 … f̂¹_4
@@ -42,6 +43,8 @@ class UnrollContext:
     @torch.compiler.disable
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See [`coral_hf.drafters.layers.Context`]; (batch, heads, length, head_dim)."""
+        # autocast may have left rotated ones in fp32, beside values in half precision
+        query, key = query.to(value.dtype), key.to(value.dtype)
         # gradient checkpointing runs a step twice; the tensors of the first run stay
         self.seen.setdefault((layer_idx, self.step), (key, value))
         before = [self.seen[layer_idx, step] for step in range(self.step)]
@@ -102,6 +105,7 @@ def unroll(
     features: Tensor,
     num_steps: int,
     position_ids: Tensor | None = None,
+    is_detached: bool = True,
 ) -> Tensor:
     """Run the drafter `num_steps` times, each time on its own last predictions.
 
@@ -112,6 +116,7 @@ def unroll(
         num_steps: N of CORAL and HASS, at least 1.
         position_ids: (batch, length), of packed rows: they begin at 0 with each document, and
             documents do not attend to each other; see [`coral_hf.training.data.documents`].
+        is_detached: whether a step's inputs pass no gradient on to the step before it.
 
     Returns:
         (steps, batch, length, hidden): at [j, :, t] the step's prediction of feature t + 1. Of a
@@ -135,6 +140,7 @@ def unroll(
         context = UnrollContext(step, seen, rows)
         predicted.append(drafter(embeddings, inputs, position_ids, context))
         # the first position has no prediction of its own and keeps the target's feature
-        shifted = predicted[-1].detach().roll(1, dims=1)
+        last = predicted[-1].detach() if is_detached else predicted[-1]
+        shifted = last.roll(1, dims=1)
         inputs = torch.where(begins, features.to(shifted.dtype), shifted)
     return torch.stack(predicted)

@@ -1,0 +1,84 @@
+"""What training steps of families share that predict hidden states: target features → unroll.
+
+In: batches of the collator. Out: what every step predicts. The target runs without gradient;
+`Unrolled` draws how tokens, features and predictions are shifted.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...identity import seed_of
+from ...target import Target
+from ..arguments import CoralTrainingArguments
+from ..features.reading import TargetFeatures
+from . import TrainingStep, Unrolled
+from .unroll import unroll
+
+
+class UnrolledStep(TrainingStep):
+    """A training step whose drafter runs on its own predictions.
+
+    A family says by `layers` and `inputs` what its first step reads.
+    """
+
+    can_shard = True
+    is_detached = True  # a step's inputs: no gradient flows to the step before it
+
+    def __init__(self, config: Any, target: Target, args: CoralTrainingArguments):
+        self.target, self.args = target, args
+        self.features = TargetFeatures(target.model, self.layers(config))
+
+    def inputs(self, model: nn.Module, tokens: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
+        """What the first step reads.
+
+        Args:
+            tokens: (batch, length), the token after each feature.
+            read: (batch, length, layers · hidden), the target's.
+
+        Returns:
+            Embeddings and features, (batch, length, hidden) each.
+        """
+        return self.target.embed(tokens), read
+
+    def unroll(self, model: nn.Module, batch: dict[str, Tensor], num_steps: int) -> Unrolled:
+        """Predict what follows each pair of (next token, feature), `num_steps` times.
+
+        position t           0        1        2        3
+        the drafter reads    (x1,f0)  (x2,f1)  (x3,f2)  (x4,f3)
+        and predicts         f̂1       f̂2       f̂3       f̂4
+        """
+        features = self.features.read(batch)  # (batch, length, layers · hidden)
+        read = features[:, :-1]
+        if model.training:
+            read = add_noise(read, self.args.feature_noise, self.args.process_index)
+        position_ids = batch.get("position_ids")
+        positions = None if position_ids is None else position_ids[:, :-1]
+        # not under no_grad in a head's stage: DDP prepares its gradients in this forward pass
+        inputs = self.inputs(model, batch["input_ids"][:, 1:], read)
+        predicted = unroll(model, *inputs, num_steps, positions, self.is_detached)
+        width = features.shape[-1] // len(self.features.layers)
+        return Unrolled(predicted, features[..., -width:], batch["labels"], position_ids)
+
+
+def add_noise(features: Tensor, scale: float, process: int) -> Tensor:
+    """Add uniform noise to features that a drafter reads in training (EAGLE, data augmentation).
+
+    Torch's own generator, whose state is in every checkpoint, draws the seed. It is the same in all
+    processes, to agree on the order of the data, so each process draws its noise from another one.
+
+    Args:
+        features: (batch, length, hidden).
+        scale: the largest magnitude; 0 leaves features as they are.
+        process: index of the process.
+
+    Returns:
+        (batch, length, hidden).
+    """
+    if not scale:
+        return features
+    seed = seed_of(int(torch.randint(2**40, (), device="cpu")), process)
+    generator = torch.Generator(features.device).manual_seed(seed)
+    noise = torch.empty_like(features)
+    return features + noise.uniform_(-scale, scale, generator=generator)
