@@ -19,12 +19,12 @@ from ..arguments import CoralTrainingArguments
 from ..features import CachedFeatures, write_features
 from ..steps import step_kind
 from ..trainer import CoralTrainer
+from .rows import num_steps
 
-NUM_STEPS = 32  # at most, and LEAST_STEPS if they take longer than SECONDS
+NUM_STEPS = 32  # at most, fewer of a short run; LEAST_STEPS if they take longer than SECONDS
 LEAST_STEPS, SECONDS = 6, 10.0
 LEFT_OUT = 2  # steps, the first ones
 UNKEPT: dict[str, Any] = {
-    "max_steps": NUM_STEPS,
     "eval_strategy": "no",
     "save_strategy": "no",
     "load_best_model_at_end": False,
@@ -82,12 +82,13 @@ def timed_run(
     drafter = kind.drafter(config)
     with TemporaryDirectory() as folder:
         for args in stages:
-            place: dict[str, Any] = {"output_dir": str(Path(folder, args.stage))}
-            short = replace(args, **place, **UNKEPT)
+            most = min(NUM_STEPS, max(num_steps(len(rows), args), LEAST_STEPS))
+            own: dict[str, Any] = {"output_dir": str(Path(folder, args.stage)), "max_steps": most}
+            short = replace(args, **own, **UNKEPT)
             size = args.per_device_train_batch_size * args.gradient_accumulation_steps
             part, is_cached = rows, isinstance(rows, CachedFeatures)
             if not is_cached:
-                batches = NUM_STEPS if features == "online" else LEAST_STEPS
+                batches = most if features == "online" else LEAST_STEPS
                 count = min(size * batches * args.world_size, len(rows))
                 part = rows.select([index * len(rows) // count for index in range(count)])
             if features != "online" and not is_cached:
