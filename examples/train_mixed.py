@@ -30,7 +30,7 @@ EVERY = 18
 TURNS = 8
 BEGINNING = 10  # words
 OPTIONS = (
-    "--max_steps 250 --per_device_train_batch_size 4 --learning_rate 2e-3 --warmup_steps 10"
+    "--max_steps 1200 --per_device_train_batch_size 4 --learning_rate 2e-3 --warmup_steps 10"
     " --lr_scheduler_type cosine --adam_beta2 0.95 --bf16 True --classification_weight 1.0"
     " --max_length 512 --train_sampling_strategy group_by_length --use_cpu True --save_steps 100"
     " --report_to none"
@@ -121,5 +121,5 @@ if __name__ == "__main__":
     parser.add_argument("--held-out-stories", required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--every", type=int, default=EVERY, help="one dialogue in so many")
-    parser.add_argument("--router-steps", type=int, default=30)
+    parser.add_argument("--router-steps", type=int, default=400)
     main(*parser.parse_known_args())
