@@ -10,8 +10,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from coral_hf import CoralDrafter
 from coral_hf.decoding.guard import judge_target
-from coral_hf.decoding.guard.adapters import BY_TOKEN, TYPES
-from coral_hf.decoding.guard.entries import REFUSED
+from coral_hf.decoding.guard.entries import REFUSED, TABLES, TREE
 
 # PEFT asks for a property that newer versions of transformers have renamed
 pytestmark = [
@@ -40,11 +39,14 @@ CONFIGS = {
     "VBLORA": {"vector_length": 4, "num_vectors": 16, "topk": 2},
     "WAVEFT": {"n_frequency": 20},
 }
+TYPES = TABLES["Adapters of PEFT"]
 FAST = ("LORA", "IA3", "OFT", "LN_TUNING", "TRAINABLE_TOKENS", "POLY", "ROAD")
+INSTALLED = {getattr(one, "value", one) for one in PEFT_TYPE_TO_CONFIG_MAPPING}
 KNOWN = [
     pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
-    for name in BY_TOKEN
-    if name in {getattr(one, "value", one) for one in PEFT_TYPE_TO_CONFIG_MAPPING}
+    for name, entry in TYPES.items()
+    if entry.way == TREE
+    and name in {getattr(one, "value", one) for one in PEFT_TYPE_TO_CONFIG_MAPPING}
 ]
 
 

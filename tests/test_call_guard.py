@@ -26,7 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 import coral_hf
 from coral_hf import CoralDrafter, decoder
 from coral_hf.decoding.caches.continuation import CACHE
-from coral_hf.decoding.guard.calls.fields import FIELDS, KEYWORDS
+from coral_hf.decoding.guard.calls import FIELDS, KEYWORDS
 
 TREE = {"speculation": "always", "tree_depth": 3, "tree_top_k": 2, "tree_nodes": 8}
 GREEDY = {"do_sample": False, "max_new_tokens": 10}

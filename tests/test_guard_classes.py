@@ -9,8 +9,10 @@ from transformers import AutoConfig, PreTrainedModel
 
 from coral_hf import CoralDrafter
 from coral_hf.decoding.guard import CHAIN, REFUSED, TREE, judge_target
-from coral_hf.decoding.guard.classes import KNOWN_CLASSES, REFUSED_CLASSES
+from coral_hf.decoding.guard.entries import TABLES
+from coral_hf.decoding.guard.foreign import KNOWN_CLASSES
 
+REFUSED_CLASSES = TABLES["Classes of transformers"]
 CLASSES = {class_name(*pair): pair for pair in all_classes()}
 # they lack what `generate` needs: a number of layers, or `generate` of transformers
 LACKING = {"BltForCausalLM", "DiffusionGemmaForBlockDiffusion"}
@@ -55,7 +57,7 @@ def test_known_classes_are_in_order():
 )
 def test_a_class_that_is_not_known_is_tried(name, way, monkeypatch):
     monkeypatch.setattr("coral_hf.decoding.guard.foreign.KNOWN_CLASSES", frozenset())
-    monkeypatch.setattr("coral_hf.decoding.guard.target.refused_name", lambda kind: None)
+    monkeypatch.setitem(TABLES, "Classes of transformers", {})
     judgement = judge_target(target_of(name))
     assert judgement.way == way
     assert way != REFUSED or "was tried on a small copy" in judgement.reasons[0]

@@ -7,8 +7,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from coral_hf import CoralDrafter
 from coral_hf.decoding.guard import REFUSED, TREE, judge_target
-from coral_hf.decoding.guard.quantization import AGREEMENT, QUANTIZATION
+from coral_hf.decoding.guard.entries import TABLES
 
+QUANTIZATION = TABLES["Quantization"]
+AGREEMENT = "its text agrees with plain `generate` but for near ties"
 DYNAMIC = {"dynamic": True, "strategy": "tensor"}
 PER_TOKEN = {"dynamic": True, "strategy": "token"}
 INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}

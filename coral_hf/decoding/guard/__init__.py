@@ -1,6 +1,6 @@
 """The guard: from target and call to a tree, a chain, or a refusal with its reason."""
 
-from .calls.judge import (
+from .calls import (
     Call,
     accept_call,
     accept_keywords,

@@ -1,11 +1,14 @@
 """Ways to draft, and what is known of one thing that a target or a call may have.
 
-In: findings, each an `Entry` of a table. Out: a `Judgement`, in which the lowest way wins.
+In: findings, each an `Entry` of tables.yaml. Out: a `Judgement`, in which the lowest way wins.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import IntEnum
+from pathlib import Path
 from typing import NamedTuple
+
+import yaml
 
 
 class Way(IntEnum):
@@ -35,6 +38,36 @@ class Entry(NamedTuple):
 
 
 Table = dict[str, Entry]  # by name, as transformers or PEFT spells it
+Finding = tuple[object, Entry]  # what was found, and what is known of it
+Findings = Iterator[Finding]
+
+
+def _read_entry(fields: dict[str, str]) -> Entry:
+    way = next(way for way in Way if way.name.lower() in fields)
+    return Entry(way, fields.pop(way.name.lower()), **fields)
+
+
+def _read_tables() -> dict[str, Table]:
+    """Read tables.yaml, whose keys are names with commas between them."""
+    text = Path(__file__).with_name("tables.yaml").read_text(encoding="utf-8")
+    tables: dict[str, Table] = {}
+    for title, table in yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)).items():
+        entries = [(names, _read_entry(fields)) for names, fields in table.items()]
+        tables[title] = {name: entry for names, entry in entries for name in names.split(", ")}
+    return tables
+
+
+TABLES = _read_tables()
+
+
+def finding(title: str, name: str, found: object = None) -> Finding:
+    """Look up a name in a table, or what it says of any other.
+
+    Args:
+        found: what the reason names, if that is not `name`.
+    """
+    table = TABLES[title]
+    return name if found is None else found, table.get(name) or table["any other"]
 
 
 class Judgement(NamedTuple):
@@ -61,7 +94,7 @@ class Judgement(NamedTuple):
         )
 
 
-def judge(findings: Iterable[tuple[object, Entry]]) -> Judgement:
+def judge(findings: Iterable[Finding]) -> Judgement:
     """The judgement of all that was found, each with its name."""
     found = list(findings)
     low = [(entry.way, entry.said(name)) for name, entry in found if entry.way < TREE]

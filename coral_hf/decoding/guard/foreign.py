@@ -6,6 +6,7 @@ In: a target. Out: what of it is neither of transformers nor of a library that t
 
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,14 +19,25 @@ from transformers.utils import logging
 
 from ...target import all_modules, read_target, text_config
 from ..preparation.needs import PREPARE, UPDATE
-from . import target_tables as tables
-from .classes import KNOWN_CLASSES, own_class
 from .copies import small_copy
-from .entries import TREE, Entry
+from .entries import TABLES, TREE, Finding, Findings, finding
 from .trial import Verdict, try_target
 
 logger = logging.get_logger(__name__)
 
+# packages whose modules, hooks and attention functions are known; the last two lines are of
+# quantized layers, which have a table of their own
+LIBRARIES = frozenset(
+    """
+    transformers torch accelerate peft deepspeed liger_kernel coral_hf
+    aqlm auto_round awq bitsandbytes compressed_tensors eetq fbgemm_gpu fouroversix fp_quant
+    gptqmodel hqq optimum quark sinq spqr_quant torchao vptq
+    """.split()
+)
+# classes that keep their own text in trees or chains with every version, each tried by
+# `test_a_class_keeps_its_own_text_or_is_refused_in_a_sentence`; a class that is in neither this
+# list nor a table, as a newer one, is tried before it drafts
+KNOWN_CLASSES = frozenset(Path(__file__).with_name("known_classes.txt").read_text().split())
 PROMPTS = [(3,), (11, 4)]  # tokens of the rows of each call of a trial
 NEW = 20  # tokens of a text of a copy, which crosses its window and its switch
 REMEMBERED = 32  # trials of a target
@@ -36,7 +48,7 @@ GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 _found: WeakKeyDictionary[PreTrainedModel, dict[tuple, Verdict]] = WeakKeyDictionary()
 
 
-def foreign_findings(model: PreTrainedModel, rows: int = 0) -> Iterator[tuple[object, Entry]]:
+def foreign_findings(model: PreTrainedModel, rows: int = 0) -> Findings:
     """What of a target is foreign, with the way in which it was exact.
 
     `rows`: of the call for which hooks are tried, since they may count them; 0 for no call.
@@ -46,7 +58,7 @@ def foreign_findings(model: PreTrainedModel, rows: int = 0) -> Iterator[tuple[ob
         function = ALL_ATTENTION_FUNCTIONS.get(name)
         yield _tried(model, "attention function", name, (function,), _try_copy)
     kind = own_class(type(model))
-    is_foreign = root_of(kind) not in tables.LIBRARIES
+    is_foreign = root_of(kind) not in LIBRARIES
     if is_foreign or kind.__name__ not in KNOWN_CLASSES:
         name = "class" if is_foreign else "new class"
         yield _tried(model, name, kind.__name__, (kind,), _try_copy)
@@ -80,11 +92,7 @@ def state_of(model: PreTrainedModel) -> tuple | None:
         if "forward" in parts:
             found.append(parts["forward"])
     own = vars(model)
-    if (
-        PREPARE in own
-        or UPDATE in own
-        or any(root_of(one) not in tables.LIBRARIES for one in found)
-    ):
+    if PREPARE in own or UPDATE in own or any(root_of(one) not in LIBRARIES for one in found):
         return None
     configs = {id(config): config for config in (model.config, text_config(model))}
     attention = ALL_ATTENTION_FUNCTIONS.get(model.config._attn_implementation)
@@ -100,8 +108,8 @@ def has_foreign_attention(model: PreTrainedModel) -> bool:
     """Whether the attention function of a target is in no table, or registered by others."""
     name = model.config._attn_implementation
     function = ALL_ATTENTION_FUNCTIONS.get(name)
-    is_known = function is None or root_of(function) in tables.LIBRARIES
-    return name not in tables.ATTENTION or not is_known
+    is_known = function is None or root_of(function) in LIBRARIES
+    return name not in TABLES["Attention functions"] or not is_known
 
 
 def foreign_modules(model: PreTrainedModel) -> list[type | Callable]:
@@ -112,12 +120,12 @@ def foreign_modules(model: PreTrainedModel) -> list[type | Callable]:
         if "forward" in module.__dict__:
             found[module.__dict__["forward"]] = None
     found.pop(type(model))
-    return [one for one in found if root_of(one) not in tables.LIBRARIES]
+    return [one for one in found if root_of(one) not in LIBRARIES]
 
 
 def foreign_hooks(model: PreTrainedModel) -> list[Callable]:
     """The forward hooks of a target that no library has put there."""
-    hooks = (hook for hook in forward_hooks(model) if root_of(hook) not in tables.LIBRARIES)
+    hooks = (hook for hook in forward_hooks(model) if root_of(hook) not in LIBRARIES)
     return list(dict.fromkeys(hooks))
 
 
@@ -137,6 +145,20 @@ def _name(one: Any) -> str:
     return getattr(one, "__qualname__", type(one).__qualname__)
 
 
+def own_class(kind: type) -> type:
+    """The class of a target: what wraps it at run time, as FSDP does, is none."""
+    bases = (base for base in kind.__mro__[:-1] if not base.__module__.startswith("torch."))
+    return next(bases, kind)
+
+
+def has_adapters_by_row(model: PreTrainedModel) -> bool:
+    """Whether PEFT has given each row of the passes of a call an adapter or a task of its own.
+
+    It does so by hooks that hang on the layers of a target for the time of a call.
+    """
+    return any(root_of(hook) == "peft" for hook in forward_hooks(model))
+
+
 def root_of(one: Any) -> str:
     """The package that a function, a method, an object or a class comes from."""
     while isinstance(one, functools.partial):
@@ -153,7 +175,7 @@ def _tried(
     name: str,
     parts: tuple,
     attempt: Callable[[PreTrainedModel], Verdict],
-) -> tuple[object, Entry]:
+) -> Finding:
     """Try a target once for its foreign parts, and return the entry of what was found."""
     found, key = _found.setdefault(model, {}), (kind, model.config._attn_implementation, *parts)
     if key not in found:
@@ -162,10 +184,9 @@ def _tried(
         found[key] = attempt(model)
         logger.info(f"The {kind} {name!r} of the target was tried: {found[key].way.name.lower()}.")
     way, said = found[key]
-    entry = tables.TRIED[kind]
-    return name, entry._replace(
-        way=way, reason=f"{entry.reason} ({said})" if said else entry.reason
-    )
+    _, entry = finding("Code of others, which is tried", kind)
+    reason = f"{entry.reason} ({said})" if said else entry.reason
+    return name, entry._replace(way=way, reason=reason)
 
 
 def _try_copy(model: PreTrainedModel) -> Verdict:

@@ -13,85 +13,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...target import all_modules
-from .entries import REFUSED, TREE, Entry, Table
-
-AGREEMENT = "its text agrees with plain `generate` but for near ties"
-_TEST = "test_a_kind_of_quantization_is_exact_agrees_or_is_refused"
-_ROWS = "test_a_torchao_layer_has_independent_rows_unless_it_is_said"
-
-_WEIGHTS = Entry(TREE, "only its weights are quantized", test=_TEST)
-_TOKENS = Entry(TREE, "its activations are scaled token by token", test=_TEST)
-_STATIC = Entry(TREE, "the scales of its activations are fixed", test=_TEST)
-_TENSOR = Entry(
-    TREE,
-    "it scales activations over all tokens of a pass ({name})",
-    test=_TEST,
-    note=AGREEMENT,
-)
-_SCHEME = Entry(
-    TREE, "its config may scale activations over a pass ({name})", test=_TEST, note=AGREEMENT
-)
-
-# `quant_method`, with what tells kinds of it apart
-QUANTIZATION: Table = {
-    "aqlm": _WEIGHTS,
-    "auto-round": _WEIGHTS,
-    "awq": _WEIGHTS,
-    "bitnet": _TOKENS,
-    "bitsandbytes_4bit": _WEIGHTS,
-    "bitsandbytes_8bit": Entry(
-        TREE,
-        "LLM.int8 chooses its outlier columns over all tokens of a pass",
-        test=_TEST,
-        note=AGREEMENT,
-    ),
-    "bitsandbytes_8bit without outliers": _TOKENS,
-    "compressed-tensors": _WEIGHTS,
-    "compressed-tensors of dynamic tensors": _TENSOR,
-    "eetq": _WEIGHTS,
-    "fbgemm_fp8": _TOKENS,
-    "fouroversix": _SCHEME,
-    "fp8": Entry(TREE, "its activations are scaled token by token, in blocks", test=_TEST),
-    "fp8 static": _STATIC,
-    "fp_quant": _SCHEME,
-    "fp_quant mxfp4": Entry(TREE, "its activations are scaled in blocks of a token", test=_TEST),
-    "gemma": _STATIC,
-    "gguf": _WEIGHTS,
-    "gptq": _WEIGHTS,
-    "higgs": _WEIGHTS,
-    "hqq": _WEIGHTS,
-    "metal": _WEIGHTS,
-    "mxfp4": _WEIGHTS,
-    "mxfp8": Entry(TREE, "its activations are scaled in blocks of a token", test=_TEST),
-    "nvfp4": Entry(
-        TREE,
-        "its kernel quantizes activations in passes over several tokens, and not in those over one",
-        test=_TEST,
-        note=AGREEMENT,
-    ),
-    "quanto": _WEIGHTS,
-    "quanto of activations": _STATIC,
-    "quark": _SCHEME,
-    "sinq": _WEIGHTS,
-    "spqr": _WEIGHTS,
-    "torchao": _WEIGHTS._replace(test=_ROWS),
-    "torchao by row": _TOKENS._replace(test=_ROWS),
-    "torchao by tensor": _TENSOR._replace(test=_ROWS),
-    "vptq": _WEIGHTS,
-}
-
-UNKNOWN = Entry(
-    REFUSED,
-    "its layers are quantized by {name!r}, of which nothing is known",
-    "dequantize the target",
-    test=_TEST,
-)
+from .entries import Findings, finding
 
 
-def quantization_findings(model: PreTrainedModel) -> Iterator[tuple[object, Entry]]:
+def quantization_findings(model: PreTrainedModel) -> Findings:
     """The entries of all kinds of quantization that a target has."""
     for kind in sorted({*_of_config(model), *_of_torchao(model)}):
-        yield kind, QUANTIZATION.get(kind, UNKNOWN)
+        yield finding("Quantization", kind)
 
 
 def _of_config(model: PreTrainedModel) -> Iterator[str]:

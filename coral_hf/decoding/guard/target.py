@@ -4,7 +4,6 @@ In: any model of transformers, as it is. Out: a `Judgement` by the tables; what 
 is refused.
 """
 
-from collections.abc import Iterator
 from weakref import WeakKeyDictionary
 
 from torch import distributed
@@ -24,18 +23,13 @@ from ...target import (
 from ..preparation.needs import preparation_findings
 from ..preparation.switches import rotary_types
 from ..preparation.tables import ROTARY, UNKNOWN_ROTARY
-from . import target_tables as tables
-from .adapters import adapter_findings
-from .classes import refused_name
-from .entries import REFUSED, Entry, Judgement, judge
+from .entries import REFUSED, TABLES, Findings, Judgement, finding, judge
 from .foreign import foreign_findings, foreign_hooks, has_foreign_attention, state_of
 from .quantization import quantization_findings
 
 logger = logging.get_logger(__name__)
 
 LINEAR = "LinearAttentionLayer"
-
-Findings = Iterator[tuple[object, Entry]]
 
 # of each target, the state that was judged last
 _judged: WeakKeyDictionary[PreTrainedModel, tuple[tuple | None, Judgement]] = WeakKeyDictionary()
@@ -48,7 +42,7 @@ def judge_target(model: PreTrainedModel, rows: int = 0) -> Judgement:
         model: any model of transformers, or one in a `PeftModel`.
         rows: of the call that is to be drafted for, if any; what hangs on a target may count them.
     """
-    adapters = judge(adapter_findings(model))
+    adapters = judge(_adapters(model))
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     state = state_of(model)
     known = _judged.get(model)
@@ -111,41 +105,52 @@ def judge_placement(model: PreTrainedModel) -> Judgement:
         or any(isinstance(module, FSDPModule) for module in all_modules(model))
         or any(hasattr(weight, "ds_id") for weight in model.parameters())
     )
-    return judge([(count, tables.PLACEMENT["sharded"])] if is_sharded else [])
+    return judge([finding("Placement", "sharded", count)] if is_sharded else [])
+
+
+def _adapters(model: PreTrainedModel) -> Findings:
+    """What the adapters of PEFT in a target allow."""
+    title = "Adapters of PEFT"
+    # where PEFT learns a prompt, it replaces this method of the target for the time of a call
+    prepare = getattr(model, "prepare_inputs_for_generation", None)
+    around = getattr(getattr(prepare, "__self__", model), "active_peft_config", None)
+    if around is not None and around.is_prompt_learning:
+        yield finding(title, "prompt learning", around.peft_type.value)
+    for adapter in getattr(model, "peft_config", {}).values():
+        if getattr(adapter, "alora_invocation_tokens", None):
+            yield finding(title, "aLoRA")
+        elif not adapter.is_prompt_learning:
+            yield finding(title, getattr(adapter.peft_type, "value", adapter.peft_type))
 
 
 def _structure(model: PreTrainedModel) -> Findings:
-    entries, text = tables.STRUCTURE, text_config(model)
-    if model.config.is_encoder_decoder:
-        yield "", entries["encoder-decoder"]
-    if getattr(text, "num_hidden_layers", None) is None:
-        yield "", entries["no layers"]
-    if not isinstance(model, GenerationMixin):
-        yield "", entries["no text token by token"]
-    if name := refused_name(type(model)):
-        yield name, tables.REFUSED_CLASSES[name]
-    if model.get_output_embeddings() is None:
-        yield "", entries["no LM head"]
-    if getattr(text, "expert_capacity", None):
-        yield "", entries["expert capacity"]
-    if model._is_stateful:
-        yield "", entries["recurrent state"]
-    if not takes_positions(model):
-        yield "", entries["no position_ids"]
-    if getattr(text, "alibi", False):
-        yield "", entries["alibi"]
-    if "local" in getattr(text, "attention_layers", ()):  # GPT-Neo
-        yield "", entries["local attention"]
+    text, classes = text_config(model), "Classes of transformers"
+    refused = [base.__name__ for base in type(model).__mro__ if base.__name__ in TABLES[classes]]
+    if refused:
+        yield finding(classes, refused[0])
+    found = {
+        "encoder-decoder": model.config.is_encoder_decoder,
+        "no layers": getattr(text, "num_hidden_layers", None) is None,
+        "no text token by token": not isinstance(model, GenerationMixin),
+        "no LM head": model.get_output_embeddings() is None,
+        "expert capacity": getattr(text, "expert_capacity", None),
+        "recurrent state": model._is_stateful,
+        "no position_ids": not takes_positions(model),
+        "alibi": getattr(text, "alibi", False),
+        "local attention": "local" in getattr(text, "attention_layers", ()),  # GPT-Neo
+    }
+    for name in (name for name, is_so in found.items() if is_so):
+        yield finding("Structure", name)
 
 
 def _features(model: PreTrainedModel) -> Findings:
-    entries, text = tables.FEATURES, text_config(model)
+    title, text = "Features, for drafters that read them", text_config(model)
     streams = getattr(text, "altup_num_inputs", 1)
     if streams != 1:
-        yield streams, entries["streams"]
+        yield finding(title, "streams", streams)
     width = getattr(read_target(model).embeddings, "embedding_dim", text.hidden_size)
     if width != text.hidden_size:  # OPT-350m
-        yield f"{width} and its layers {text.hidden_size}", entries["embedding width"]
+        yield finding(title, "embedding width", f"{width} and its layers {text.hidden_size}")
 
 
 def _cache_layers(model: PreTrainedModel) -> Findings:
@@ -153,18 +158,17 @@ def _cache_layers(model: PreTrainedModel) -> Findings:
     if LINEAR in names and not model._is_stateful:  # as transformers itself tells them apart
         names = names - {LINEAR} | {f"{LINEAR} of convolutions alone"}
     for name in sorted(names):
-        yield name, tables.CACHE_LAYERS.get(name, tables.UNKNOWN_CACHE_LAYER)
+        yield finding("Cache layers", name)
 
 
 def _attention(model: PreTrainedModel) -> Findings:
     if not has_foreign_attention(model):
-        name = model.config._attn_implementation
-        yield name, tables.ATTENTION[name]
+        yield finding("Attention functions", model.config._attn_implementation)
 
 
 def _layer_types(model: PreTrainedModel) -> Findings:
     for name in sorted(set(getattr(text_config(model), "layer_types", None) or ())):
-        yield name, tables.LAYER_TYPES.get(name, tables.UNKNOWN_LAYER_TYPE)
+        yield finding("Layer types", name)
 
 
 def _rotary(model: PreTrainedModel) -> Findings:

@@ -3,7 +3,6 @@
 In: a target, and everything that `generate` has prepared. Out: a `Judgement` by the tables.
 """
 
-from collections.abc import Iterator
 from inspect import signature
 from itertools import chain
 from typing import Any, NamedTuple
@@ -18,24 +17,23 @@ from transformers import (
 )
 from transformers.generation import GenerationMode
 
-from ....target import position_limit, text_config
-from ...caches.continuation import CACHE
-from ...preparation.needs import further_inputs
-from ...settings import Rule
-from ...watchers import ROW_WISE, STATEFUL, STATELESS
-from ..adapters import has_adapters_by_row
-from ..entries import REFUSED, TREE, Entry, Judgement, judge
-from ..foreign import root_of
-from ..target import judge_placement
-from ..target_tables import LIBRARIES
-from . import tables
-from .fields import FIELDS, KEYWORDS, UNKNOWN_FIELD, UNKNOWN_KEYWORD
+from ...target import position_limit, text_config
+from ..caches.continuation import CACHE
+from ..preparation.needs import further_inputs
+from ..settings import Rule
+from ..watchers import ROW_WISE, STATEFUL, STATELESS
+from .entries import REFUSED, TABLES, TREE, Findings, Judgement, finding, judge
+from .foreign import LIBRARIES, has_adapters_by_row, root_of
+from .target import judge_placement
+
+# A field of a refused entry is refused where its value is neither the default nor the one that
+# the target's own config has; a keyword where it is passed. Names in neither table are refused.
+KEYWORDS, FIELDS = TABLES["Keywords of a call"], TABLES["Generation settings"]
+UNKNOWN, MODES, PROMPTS = "Other settings", "Modes of a call", "Prompts of a call"
 
 DECODING_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # "static" asks for fixed shapes, which is about speed: the tokens are the same with ours
 KNOWN_CACHES = (None, "dynamic", "dynamic_full", "static")
-
-Findings = Iterator[tuple[object, Entry]]
 
 
 class Call(NamedTuple):
@@ -77,9 +75,10 @@ def accept_keywords(model: PreTrainedModel, call: dict[str, Any]) -> None:
     altogether, or raises an error of its own before it hands the call on.
     """
     given = {n: value for n, value in call.items() if value is not None and value is not False}
-    found = [(name, KEYWORDS[name]) for name in given if name in KEYWORDS]
+    title = "Keywords of a call"
+    found = [finding(title, name) for name in given if name in KEYWORDS]
     if given.get("cache_implementation") == "paged":
-        found.append(("", KEYWORDS["paged"]))
+        found.append(finding(title, "paged"))
     config = GenerationConfig()
     # the last one wins
     for settings in (model.generation_config, given.get("generation_config"), given):
@@ -90,7 +89,7 @@ def accept_keywords(model: PreTrainedModel, call: dict[str, Any]) -> None:
 
 def refuse_continuous_batching() -> None:
     """Raise the ValueError of a call of `generate_batch` with a drafter."""
-    _accepted(judge([("", tables.MODES["generate_batch"])]))
+    _accepted(judge([finding(MODES, "generate_batch")]))
 
 
 def _accepted(judgement: Judgement) -> Judgement:
@@ -103,13 +102,13 @@ def _modes(config: GenerationConfig) -> Findings:
     """What of a call's mode does not go with a drafter."""
     mode = config.get_generation_mode()
     if config.prompt_lookup_num_tokens is not None:
-        yield "", tables.MODES["prompt_lookup_num_tokens"]
+        yield finding(MODES, "prompt_lookup_num_tokens")
     if mode not in DECODING_MODES:
-        yield mode.value, tables.MODES["mode"]
+        yield finding(MODES, "mode", mode.value)
     if config.use_cache is False:
-        yield "", tables.MODES["use_cache"]
+        yield finding(MODES, "use_cache")
     if config.cache_implementation not in KNOWN_CACHES:
-        yield config.cache_implementation, tables.MODES["cache_implementation"]
+        yield finding(MODES, "cache_implementation", config.cache_implementation)
 
 
 def _fields(model: PreTrainedModel, config: GenerationConfig) -> Findings:
@@ -118,7 +117,7 @@ def _fields(model: PreTrainedModel, config: GenerationConfig) -> Findings:
     defaults = plain._get_default_generation_params()
     own = model.generation_config
     for name in vars(plain):
-        entry = FIELDS.get(name, UNKNOWN_FIELD)
+        entry = FIELDS.get(name, TABLES[UNKNOWN]["any other field"])
         value = getattr(config, name, None)
         # the target's own settings are for any drafter, and plain calls have them too
         untouched = (None, False, defaults.get(name), getattr(own, name, None))
@@ -133,7 +132,7 @@ def _keywords(call: Call) -> Findings:
     known = {*KEYWORDS, *FIELDS, *vars(call.config), *call.model_kwargs, *taken}
     for name in call.keywords:
         if name not in known:
-            yield name, UNKNOWN_KEYWORD
+            yield finding(UNKNOWN, "any other keyword", name)
 
 
 def _caches(cache: Cache | None) -> Findings:
@@ -144,11 +143,11 @@ def _caches(cache: Cache | None) -> Findings:
     layers = getattr(cache, "layers", ())
     kinds = {base.__name__ for layer in layers for base in type(layer).__mro__}
     if kinds & {"QuantizedLayer", "BaseQuantizedLayer"}:
-        yield name, tables.CACHES["quantized"]
+        yield finding("Caches of a call", "quantized", name)
     if getattr(cache, "offloading", False):
-        yield name, tables.CACHES["offloaded"]
+        yield finding("Caches of a call", "offloaded", name)
     if any(root_of(type(one)) not in LIBRARIES for one in (cache, *layers)):
-        yield name, tables.CACHES["foreign"]
+        yield finding("Caches of a call", "foreign", name)
 
 
 def _rule(call: Call, rule: Rule) -> Findings:
@@ -157,10 +156,10 @@ def _rule(call: Call, rule: Rule) -> Findings:
     for one in call.processors:
         is_unknown = type(one) not in STATELESS
         if (reads_all and is_unknown) or (rule.is_drawn and isinstance(one, STATEFUL)):
-            yield type(one).__name__, tables.MODES["rule that reads all nodes"]
+            yield finding(MODES, "rule that reads all nodes", type(one).__name__)
     is_row_wise = all(type(one) in ROW_WISE for one in call.processors)
     if reads_all and len(call.input_ids) > 1 and not is_row_wise:
-        yield rule.name, tables.MODES["rule that reads rows alone"]
+        yield finding(MODES, "rule that reads rows alone", rule.name)
 
 
 def _inputs(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict) -> Findings:
@@ -168,18 +167,19 @@ def _inputs(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict) -> Fi
     length, limit = input_ids.shape[1], position_limit(model)
     mask = model_kwargs.get("attention_mask")
     if model_kwargs.get("inputs_embeds") is not None:
-        yield "", tables.INPUTS["inputs_embeds"]
+        yield finding(PROMPTS, "inputs_embeds")
     elif length == 0:
-        yield "", tables.INPUTS["empty prompt"]
+        yield finding(PROMPTS, "empty prompt")
     elif mask is not None and not mask[:, -1].all():
-        yield "", tables.INPUTS["padding on the right"]
+        yield finding(PROMPTS, "padding on the right")
     elif limit is not None and length > limit:
         sizes = f"{length} tokens, but the target has {limit}"
-        yield sizes, tables.INPUTS["prompt beyond the positions"]
+        yield finding(PROMPTS, "prompt beyond the positions", sizes)
 
 
 def _lengths(model: PreTrainedModel, criteria: StoppingCriteriaList) -> Findings:
     """What of the longest text that a call may write a drafter cannot follow."""
     keys, longest = getattr(text_config(model), "keep_window_size", None), criteria.max_length
     if keys is not None and longest is not None and longest > keys:  # Doge
-        yield f"{longest} tokens, but `keep_window_size` is {keys}", tables.INPUTS["best keys"]
+        sizes = f"{longest} tokens, but `keep_window_size` is {keys}"
+        yield finding(PROMPTS, "best keys", sizes)

@@ -1,1 +1,0 @@
-"""Judgement of calls of `generate`, and what they may have."""
