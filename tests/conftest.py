@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import first_import  # noqa: F401  before anything else imports the package
 import pytest
 import torch
 from loopback_hub import Client, running_hub
@@ -325,6 +326,21 @@ def stranger(hub, tmp_path_factory):
     client = Client(hub.url, tmp_path_factory.mktemp("stranger"), HF_TOKEN="")
     yield client
     client.close()
+
+
+@pytest.fixture(scope="session")
+def trained_folder(tmp_path_factory):
+    """A folder with a target, conversations, and `trained`, a drafter that the command made."""
+    from test_cli import TINY_TRAINING
+    from test_examples import save_target_and_talk
+
+    folder = tmp_path_factory.mktemp("trained")
+    save_target_and_talk(folder)
+    names = ["--target", folder / "target", "--dataset", folder / "talk.jsonl"]
+    options = ["--output", folder / "trained", "--router-epochs", 1, *TINY_TRAINING]
+    result = invoke("train", *names, *options)
+    assert result.exit_code == 0, result.output
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -110,17 +110,15 @@ def chances_of_all_texts(target, drafter, shape, rule=token_step) -> torch.Tenso
 
 
 def own_chances(target, processors=None) -> torch.Tensor:
-    """The chance of each text by the target alone."""
-    chances = []
-    for text in itertools.product(range(VOCAB), repeat=LENGTH):
-        ids, chance = PROMPT, 1.0
-        for token in text:
-            logits = target(ids).logits[:, -1]
-            logits = logits if processors is None else processors(ids, logits.float())
-            chance *= float(logits.double().softmax(-1)[0, token])
-            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
-        chances.append(chance)
-    return torch.tensor(chances, dtype=torch.float64)
+    """The chance of each text by the target alone: all texts in a batch, a token at a time."""
+    texts = torch.cartesian_prod(*[torch.arange(VOCAB)] * LENGTH)
+    ids, chances = PROMPT.expand(len(texts), -1), torch.ones(len(texts), dtype=torch.float64)
+    for tokens in texts.T[..., None]:  # (texts, 1)
+        logits = target(ids).logits[:, -1]
+        logits = logits if processors is None else processors(ids, logits.float())
+        chances *= logits.double().softmax(-1).gather(1, tokens)[:, 0]
+        ids = torch.cat([ids, tokens], dim=1)
+    return chances
 
 
 def sample_texts(

@@ -6,6 +6,8 @@ CPU: Triton asks for its interpreter once, when it is imported, so that takes a 
 
 import os
 import sys
+from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -71,6 +73,10 @@ def write_interpreted(path: str) -> None:
     Those of a quantized weight by case alone.
     """
     os.environ["TRITON_INTERPRET"] = "1"
+    # the modules of the package without its `__init__`, which imports transformers
+    package = ModuleType("coral_hf")
+    package.__path__ = [str(Path(__file__).parents[1] / "coral_hf")]
+    sys.modules["coral_hf"] = package
     from coral_hf.heads import group_logits as module
 
     module.has_kernel = lambda weight: True  # the interpreter works where no CUDA is

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -78,6 +79,14 @@ def make_trainer(target, rows, folder, drafter=None, eval_dataset=None, **settin
     )
 
 
+@pytest.fixture(scope="module")
+def trained(target, rows, tmp_path_factory):
+    """A drafter that has learned some of the rows."""
+    trainer = make_trainer(target, rows, tmp_path_factory.mktemp("trained"), max_steps=40)
+    trainer.train()
+    return trainer.model
+
+
 def logged(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
@@ -110,7 +119,12 @@ def test_conversations_given_to_evaluate_are_prepared_like_eval_dataset(tmp_path
         model=CoralDrafter.from_target(target),
         target_model=target,
         args=CoralTrainingArguments(
-            output_dir=str(tmp_path), eval_prompts=2, plots=False, report_to="none", use_cpu=True
+            output_dir=str(tmp_path),
+            eval_prompts=2,
+            eval_max_new_tokens=12,
+            plots=False,
+            report_to="none",
+            use_cpu=True,
         ),
         eval_dataset=chats,
         processing_class=tiny_tokenizer(),
@@ -135,11 +149,10 @@ def test_rows_beyond_the_limit_are_refused_by_evaluate_too(target, rows, tmp_pat
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_the_acceptance_length_is_that_of_generate(target, rows, tmp_path, batch_size):
+def test_the_acceptance_length_is_that_of_generate(target, rows, trained, tmp_path, batch_size):
     trainer = make_trainer(
-        target, rows, tmp_path, per_device_eval_batch_size=batch_size, max_steps=40
+        target, rows, tmp_path, deepcopy(trained), per_device_eval_batch_size=batch_size
     )
-    trainer.train()
     metrics = trainer.evaluate()
     rounds = decoded(target, trainer.model, [rows[16 + index] for index in (0, 2, 4, 6)])
     assert metrics["eval_acceptance_length"] == pytest.approx(sum(rounds) / len(rounds))
@@ -258,6 +271,7 @@ def test_the_example_of_the_documentation_selects_the_best_checkpoint(
     example = re.search(r"```python\n(from .*?)```", page, re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)  # where the example's folder goes
     small = {"eval_prompts": 2, "eval_max_new_tokens": 8, "use_cpu": True, "report_to": "none"}
+    small["plots"] = False
     names = {
         "CoralTrainer": CoralTrainer,
         "CoralTrainingArguments": partial(CoralTrainingArguments, **small),
@@ -297,10 +311,9 @@ def test_early_stopping_works_with_the_acceptance_length(target, rows, tmp_path)
     assert trainer.state.global_step == 6
 
 
-def test_each_of_several_datasets_has_its_own_metrics(target, rows, tmp_path):
+def test_each_of_several_datasets_has_its_own_metrics(target, rows, trained, tmp_path):
     parts = {"chat": Dataset.from_list(rows[16:20]), "code": Dataset.from_list(rows[20:])}
-    trainer = make_trainer(target, rows, tmp_path, eval_dataset=parts, max_steps=20)
-    trainer.train()
+    trainer = make_trainer(target, rows, tmp_path, deepcopy(trained), eval_dataset=parts)
     metrics = trainer.evaluate()
     for name, part in (("chat", rows[16:20]), ("code", rows[20:])):
         rounds = decoded(target, trainer.model, part)
@@ -311,11 +324,9 @@ def test_each_of_several_datasets_has_its_own_metrics(target, rows, tmp_path):
         assert found == alone["eval_simulated_acceptance_length"]
 
 
-def test_the_routers_stage_decodes_with_the_routed_head(target, rows, tmp_path):
-    first = make_trainer(target, rows, tmp_path / "drafter", max_steps=20)
-    first.train()
+def test_the_routers_stage_decodes_with_the_routed_head(target, rows, trained, tmp_path):
     groups = {"num_groups": 20, "num_active_groups": 1}
-    second = make_trainer(target, rows, tmp_path / "router", first.model, stage="router", **groups)
+    second = make_trainer(target, rows, tmp_path, deepcopy(trained), stage="router", **groups)
     full = second.evaluate()
     second.train()
     routed = second.evaluate()
@@ -328,9 +339,8 @@ def test_the_routers_stage_decodes_with_the_routed_head(target, rows, tmp_path):
     assert full[simulated] != routed[simulated]
 
 
-def test_sampled_answers_are_the_same_at_every_evaluation(target, rows, tmp_path):
-    trainer = make_trainer(target, rows, tmp_path, eval_temperature=1.0, max_steps=40)
-    trainer.train()
+def test_sampled_answers_are_the_same_at_every_evaluation(target, rows, trained, tmp_path):
+    trainer = make_trainer(target, rows, tmp_path, deepcopy(trained), eval_temperature=1.0)
     metrics = [trainer.evaluate()["eval_acceptance_length"] for _ in range(2)]
     assert metrics[0] == metrics[1]
     trainer.args.eval_temperature = 0.0

@@ -2,6 +2,7 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import pytest
 import torch
@@ -35,14 +36,9 @@ TREE = {"tree_depth": 4, "tree_top_k": 6, "tree_nodes": 24}
 SEEDS = (11, 22, 33)
 
 
-def greedy_texts(target, drafter, prompt, tree, max_new_tokens=24):
-    settings = {"do_sample": False, "max_new_tokens": max_new_tokens}
-    mask = torch.ones_like(prompt)
-    plain = target.generate(prompt, attention_mask=mask, **settings)
-    drafted = target.generate(
-        prompt, attention_mask=mask, assistant_model=drafter, **settings, **tree
-    )
-    return plain, drafted
+def greedy_text(target, prompt, max_new_tokens=24, **drafting):
+    settings = {"do_sample": False, "max_new_tokens": max_new_tokens, **drafting}
+    return target.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
 
 
 CHAIN = {"tree_depth": 4, "tree_top_k": 1, "tree_nodes": 5}
@@ -51,6 +47,18 @@ WAYS = {
     "static": {"cache_implementation": "static"},
     "compiled": {"compile_config": CompileConfig(backend="eager")},
 }
+
+
+@cache
+def trained(name):
+    """A trained target, a random drafter, a prompt, and the target's own text."""
+    folder = shared_file(f"targets/{name}")
+    target = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    drafter = CoralDrafter.from_target(target).eval()
+    prompt = tokenizer("Once upon a time there was", return_tensors="pt").input_ids
+    return target, drafter, prompt, greedy_text(target, prompt, 40)
 
 
 @pytest.mark.parametrize(
@@ -62,14 +70,8 @@ WAYS = {
     ["stories260k-hf", "bitnet3m-hf", pytest.param("coral-bench", marks=pytest.mark.slow)],
 )
 def test_greedy_tokens_equal_a_trained_target_alone(name, shape, way):
-    folder = shared_file(f"targets/{name}")
-    target = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    torch.manual_seed(0)
-    drafter = CoralDrafter.from_target(target).eval()
-    prompt = tokenizer("Once upon a time there was", return_tensors="pt").input_ids
-    settings = shape | WAYS[way]
-    plain, drafted = greedy_texts(target, drafter, prompt, settings, max_new_tokens=40)
+    target, drafter, prompt, plain = trained(name)
+    drafted = greedy_text(target, prompt, 40, assistant_model=drafter, **shape, **WAYS[way])
     assert torch.equal(plain, drafted)
 
 
@@ -82,9 +84,9 @@ def test_greedy_tokens_equal_the_target_alone_when_inductor_compiles(family, sha
     torch.manual_seed(0)
     drafter = CoralDrafter.from_target(target).eval()
     prompt = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
-    compiled = {"compile_config": CompileConfig()}
-    plain, drafted = greedy_texts(target, drafter, prompt, shape | compiled, max_new_tokens=30)
-    assert torch.equal(plain, drafted)
+    compiled = {"compile_config": CompileConfig(), "assistant_model": drafter, **shape}
+    drafted = greedy_text(target, prompt, 30, **compiled)
+    assert torch.equal(greedy_text(target, prompt, 30), drafted)
 
 
 @pytest.mark.parametrize("way", ["static", pytest.param("compiled", marks=pytest.mark.slow)])
@@ -94,12 +96,11 @@ def test_threads_share_a_target_and_a_drafter(way):
     drafter = CoralDrafter.from_target(target).eval()
     chance = torch.Generator().manual_seed(0)
     texts = [torch.randint(3, 40, (1, length), generator=chance) for length in (5, 9, 14, 20)]
-    expected = [greedy_texts(target, drafter, text, TREE)[0] for text in texts]
+    expected = [greedy_text(target, text) for text in texts]
+    drafting = {"assistant_model": drafter, **TREE, **WAYS[way]}
     with ThreadPoolExecutor(4) as threads:
-        found = threads.map(
-            lambda text: greedy_texts(target, drafter, text, TREE | WAYS[way]), texts
-        )
-        assert all(one[1].equal(text) for one, text in zip(found, expected, strict=True))
+        found = threads.map(lambda text: greedy_text(target, text, **drafting), texts)
+        assert all(one.equal(text) for one, text in zip(found, expected, strict=True))
 
 
 def without_residual(siblings, target_probs, chance):
@@ -165,7 +166,10 @@ def test_what_the_drafter_reads_does_not_change_the_distribution(pair, head):
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("rule", ["chosen", "drawn", "traversal"])
+# "chosen" trees of every head are enumerated above
+@pytest.mark.parametrize(
+    "rule", [pytest.param("chosen", marks=pytest.mark.slow), "drawn", "traversal"]
+)
 @torch.no_grad()
 def test_samples_drafted_by_every_head_fit_the_target(pair, head, rule):
     target, drafter = pair[0], with_heads(*pair, **HEADS[head])

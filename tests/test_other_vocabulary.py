@@ -72,7 +72,7 @@ def test_greedy_tokens_equal_those_of_a_resized_target_alone(head, change):
     # a bias of the LM head is grouped as its rows are
     target, drafter = resized_pair(head, CHANGES[change], bias="routed" in head)
     prompts = PROMPTS.clamp(max=target.config.vocab_size - 1)
-    given = {"do_sample": False, "max_new_tokens": 24}
+    given = {"do_sample": False, "max_new_tokens": 14}
     expected = target.generate(prompts, **given)
     for settings in (TREE, {"tree_top_k": 1}):
         ours = target.generate(prompts, assistant_model=drafter, **given, **settings)

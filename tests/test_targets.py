@@ -1,5 +1,7 @@
 """Every family of targets: exactly its own text with a drafter, or a refusal that says why."""
 
+from functools import cache
+
 import pytest
 import torch
 from conftest import FAMILIES, VOCAB, any_target, tiny_target
@@ -12,7 +14,7 @@ TREE = {"tree_depth": 4, "tree_top_k": 6, "tree_nodes": 24}
 CHAIN = {"tree_depth": 4, "tree_top_k": 1}
 BATCHES = (1, 3)  # rows of a call
 LENGTHS = (19, 3, 11)  # of the prompts; the first one is longer than the windows
-NEW = 16  # tokens of a text
+NEW = 12  # tokens of a text; the shortest prompt grows beyond the windows
 # how far apart the target's two best logits may be where texts differ: fp32 rounds a pass over many
 # rows otherwise than one over a single row
 TIES = {torch.float64: 0.0, torch.float32: 1e-4}
@@ -87,10 +89,13 @@ def random_drafter(target: PreTrainedModel) -> CoralDrafter:
     return CoralDrafter.from_target(target).eval()
 
 
-def assert_same_texts(target, drafter, batch, tie=0.0, shapes=(TREE, CHAIN)) -> None:
-    """The target's continuations with and without a drafter; ties closer than `tie` may part."""
+def assert_same_texts(target, drafter, batch, tie=0.0, shapes=(TREE, CHAIN), plain=None) -> None:
+    """The target's continuations with and without a drafter; ties closer than `tie` may part.
+
+    `plain`: those without, where they are known.
+    """
     prompts = make_prompts()
-    plain = [continue_plainly(target, prompt) for prompt in prompts]
+    plain = plain or [continue_plainly(target, prompt) for prompt in prompts]
     assert any(len(set(text.tolist())) > 1 for text in plain), "the target repeats one token"
     for shape in shapes:
         drafted = continue_drafted(target, drafter, prompts, batch, **shape)
@@ -100,6 +105,15 @@ def assert_same_texts(target, drafter, batch, tie=0.0, shapes=(TREE, CHAIN)) -> 
             assert torch.equal(own, text) or gap < tie, (len(prompt), shape, gap)
 
 
+@cache
+def pair_and_texts(family: str, attention: str, dtype: torch.dtype):
+    """A target with its random drafter, and its own continuations."""
+    target = tiny_target(family, dtype)
+    set_attention(target, attention)
+    plain = [continue_plainly(target, prompt) for prompt in make_prompts()]
+    return target, random_drafter(target), plain
+
+
 @pytest.mark.parametrize("dtype", [one if one == torch.float64 else SLOWLY[one] for one in TIES])
 @pytest.mark.parametrize(
     ("attention", "batch"),
@@ -107,10 +121,9 @@ def assert_same_texts(target, drafter, batch, tie=0.0, shapes=(TREE, CHAIN)) -> 
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_equal_the_target_alone(family, attention, dtype, batch):
-    target = tiny_target(family, dtype)
-    set_attention(target, attention)
+    target, drafter, plain = pair_and_texts(family, attention, dtype)
     skip_what_padding_breaks(target, batch)
-    assert_same_texts(target, random_drafter(target), batch, TIES[dtype])
+    assert_same_texts(target, drafter, batch, TIES[dtype], plain=plain)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
