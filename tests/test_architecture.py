@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -77,11 +78,18 @@ def module_of(name: str) -> str:
     return module.removesuffix(".__init__")
 
 
+@cache
+def nodes(name: str) -> list[ast.AST]:
+    """All nodes of a file's syntax tree."""
+    return list(ast.walk(ast.parse(FILES[name].read_text())))
+
+
+@cache
 def imports(name: str) -> set[str]:
     """The modules that a file imports, at module level and inside functions, in full."""
     package = ".".join(["coral_hf", *Path(name).parts[:-1]])
     found = set()
-    for node in ast.walk(ast.parse(FILES[name].read_text())):
+    for node in nodes(name):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -94,12 +102,12 @@ def imports(name: str) -> set[str]:
     return found
 
 
+@cache
 def names(name: str) -> set[str]:
     """All names that a file imports or uses."""
-    nodes = list(ast.walk(ast.parse(FILES[name].read_text())))
-    used = {node.id for node in nodes if isinstance(node, ast.Name)}
-    used |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    return used | {node.name for node in nodes if isinstance(node, ast.alias)}
+    used = {node.id for node in nodes(name) if isinstance(node, ast.Name)}
+    used |= {node.attr for node in nodes(name) if isinstance(node, ast.Attribute)}
+    return used | {node.name for node in nodes(name) if isinstance(node, ast.alias)}
 
 
 def test_imports_run_one_way():

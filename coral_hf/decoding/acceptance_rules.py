@@ -56,7 +56,7 @@ class Chance:
         return torch.searchsorted(mass, drawn, right=True)[:, 0].clamp(max=probs.shape[1] - 1)
 
     def race(self, probs: Tensor) -> Tensor:
-        """Each p over an exponential draw of its own, (..., vocab), positive where p is.
+        """Each p over an exponential draw of its own, of shape (..., vocab), positive where p is.
 
         In descending order they are draws without replacement (Kool et al. 2019, section 3, where
         they are log p plus Gumbel noise).
@@ -82,6 +82,8 @@ class Chance:
 class Uniforms:
     """The same draws from numbers that are drawn before, so that no step waits for one.
 
+    `numbers` are (count, batch), and `noise` (batch, families, vocab).
+
     Args:
         batch: rows.
         count: answers and tokens that are drawn of a row, between two calls of `draw_all`.
@@ -96,7 +98,7 @@ class Uniforms:
         self._next = self._next_race = 0
 
     def draw_all(self) -> None:
-        """Draw all numbers afresh, from torch's generator of the CPU."""
+        """Draw all numbers afresh, (count, batch), from torch's generator of the CPU."""
         if len(self.numbers):
             numbers = torch.rand(self.numbers.shape, dtype=torch.float64, device="cpu")
             self.numbers.copy_(numbers, non_blocking=True)
@@ -131,7 +133,7 @@ class Uniforms:
         return probs / self.noise[:, start : self._next_race]
 
     def _take(self) -> Tensor:
-        """The next numbers, (batch,)."""
+        """The next numbers, of shape (batch,)."""
         self._next += 1
         return self.numbers[self._next - 1]
 

@@ -107,7 +107,10 @@ def root_only(tokens: Tensor) -> DraftTree:
 
 
 def with_padding(tree: DraftTree, rows: list[int], pad_token: int) -> DraftTree:
-    """Replace the trees of some rows, by their index, by chains of a padding token."""
+    """Replace the trees of some rows, by their index, by chains of a padding token.
+
+    All parts of a tree are (batch, nodes).
+    """
     if not rows or tree.tokens.shape[1] == 1:
         return tree
     nodes = torch.arange(tree.tokens.shape[1], device=tree.tokens.device)

@@ -135,7 +135,10 @@ def _attended(
 
 
 def _by_token(rows: list[list[Tensor]]) -> tuple[Tensor, ...]:
-    """Stack the rows' entries of each token along (batch, …); zeros where a row has none left."""
+    """Stack the rows' entries of each token, (batch, ...) each; zeros where a row has none left.
+
+    Entries of a token have one shape, such as (vocab,).
+    """
     longest = max(rows, key=len)
     return tuple(
         torch.stack([row[i] if i < len(row) else torch.zeros_like(longest[i]) for row in rows])

@@ -273,7 +273,10 @@ class Verifier:
         return [Move(*pair) for pair in pairs]
 
     def _padding_move(self, tree: DraftTree, row: int, node: int, move: Move) -> Move:
-        """What becomes of the `move` of a row that has ended and stays: its token is padding."""
+        """What becomes of the `move` of a row that has ended and stays: its token is padding.
+
+        The tree's parts are (batch, nodes).
+        """
         token = self.sequences.pad_token
         is_next = (tree.parents[row] == node) & (tree.tokens[row] == token)  # (nodes,)
         is_next[0] = False

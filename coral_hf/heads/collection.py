@@ -127,14 +127,17 @@ class DraftHeads(nn.Module):
         return self._frequency(head, part)
 
     def _frequency(self, head: LMHead, hot: Tensor) -> DraftHead:
-        """Return the frequency head of tokens (hot,), of those that the target has."""
+        """Return the frequency head of tokens (hot,), of those that the target has.
+
+        Its rows are (hot, hidden).
+        """
         weight = head.weight
         if len(weight) < self.config.vocab_size:
             hot = self._hot_tokens.get([hot, weight], lambda: hot[hot < len(weight)])
             if not len(hot):
                 return FullHead(head)
         rows = self._hot_rows.get([weight, hot], lambda: weight.detach()[hot])
-        return FrequencyHead(head, hot, rows)  # (hot, hidden)
+        return FrequencyHead(head, hot, rows)
 
     def _routed(self, head: LMHead, router: Router, is_quantized: bool) -> DraftHead:
         """Return the routed head; its own rows are (vocab, hidden) with each group in one piece.

@@ -252,7 +252,7 @@ class RoutedHead:
         return self.head.finish(raw)
 
     def _tokens(self, active: Tensor) -> Tensor:
-        """List the tokens of groups (…): (…, size)."""
+        """List the tokens of groups (batch, nodes, slots): (batch, nodes, slots, size)."""
         offsets = torch.arange(self.groups.size, device=active.device)
         return self.groups.tokens(active[..., None], offsets)
 

@@ -162,7 +162,10 @@ def has_kernel(weight: Tensor) -> bool:
 
 @cache
 def _kernel() -> Callable[..., Tensor] | None:
-    """Import the Triton kernel when it is first needed; None where Triton is not installed."""
+    """Import the Triton kernel when it is first needed; None where Triton is not installed.
+
+    It makes (batch, nodes, slots, size) logits, see `group_logits`.
+    """
     try:
         from .group_kernel import fused_group_logits
     except ImportError:

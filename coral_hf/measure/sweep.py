@@ -143,7 +143,7 @@ def sized_batches(
     """Yield the batches of each size and context, with their task.
 
     Args:
-        rows: ids of each prompt, (length,), as in the batches.
+        rows: ids of each prompt, of shape (length,), as in the batches.
         room: tokens that a prompt may have.
     """
     fitting = [row for row in rows if len(row) <= room]

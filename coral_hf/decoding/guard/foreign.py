@@ -212,7 +212,7 @@ def _try_hooks(model: PreTrainedModel, rows: int) -> Verdict:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _alters(model: PreTrainedModel, rows: int) -> bool:
-    """Whether a target's foreign hooks change what passes through them, seen over two tokens."""
+    """Whether a target's foreign hooks change what passes through them, over (rows, 2) tokens."""
     hooks, altered = foreign_hooks(model), []
     places = _places(model)
     before = [dict(place) for place in places]
@@ -240,7 +240,7 @@ def _alters(model: PreTrainedModel, rows: int) -> bool:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and dicts."""
+    """All tensors, of any shape, in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):

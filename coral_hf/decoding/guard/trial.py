@@ -62,7 +62,7 @@ class KnownText:
         self._lengths = [length + count for length, count in pairs]
 
     def select(self, rows: Tensor) -> None:
-        """Keep some rows."""
+        """Keep some rows, by their index of shape (batch,)."""
         self._texts = [self._texts[row] for row in rows.tolist()]
         self._lengths = [self._lengths[row] for row in rows.tolist()]
 
@@ -70,7 +70,10 @@ class KnownText:
         """Return None: nothing is continued."""
 
     def propose(self, root: Tensor, shape: TreeShape, warp: Warp | None = None) -> DraftTree:
-        """The true tokens below `root` (batch,) and wrong ones; of a chain, the last are wrong."""
+        """The true tokens below `root` (batch,) and wrong ones; of a chain, the last are wrong.
+
+        All parts of the tree are (batch, nodes).
+        """
         depth = min(shape.depth, SHAPE.depth)
         if self._takes_tree:
             nodes = [node for node, level in enumerate(DEPTHS) if level <= depth]
@@ -167,7 +170,10 @@ def _compare(
     start: int,
     rounding: float,
 ) -> None:
-    """Raise an AssertionError where logits differ by more than rounding at equal texts."""
+    """Raise an AssertionError where logits differ by more than rounding at equal texts.
+
+    The logits of a token are (batch, vocab), and the texts (batch, length).
+    """
     same = torch.ones(len(plain.sequences), dtype=torch.bool, device=plain.sequences.device)
     for step, (expected, found) in enumerate(zip(plain.logits, drafted.logits, strict=True)):
         scale = expected.std(dim=-1)

@@ -161,7 +161,8 @@ def greedy_checks(
 ) -> list[Check]:
     """Compare greedy answers with and without the drafter, and list where they part.
 
-    `decides`: whether a difference that is more than a tie is a failure.
+    `decides`: whether a difference that is more than a tie is a failure. A tie is one of the two
+    best logits of a token, (1, vocab).
     """
     name = str(target.dtype).removeprefix("torch.")
     logger.info("greedy answers in %s", name)

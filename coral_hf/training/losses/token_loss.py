@@ -134,7 +134,7 @@ ChunkLoss = Callable[[Tensor, Goal, TokenWeights], Chunk]
 class TorchChunkLoss:
     """The losses of a chunk in torch's own operations.
 
-    Chunks share a buffer: large temporaries cost page faults at every allocation.
+    Chunks share a buffer (rows, vocab): large temporaries cost page faults at every allocation.
     """
 
     def __init__(self) -> None:
