@@ -17,10 +17,14 @@ def lines() -> set[str]:
     return set(text.splitlines()) if f"transformers {transformers.__version__}." in text else set()
 
 
-@pytest.mark.parametrize(
-    "pair",
-    [pytest.param(pair, id=f"{class_name(*pair)}-{pair[1].model_type}") for pair in all_classes()],
-)
+def pytest_generate_tests(metafunc):
+    # to know the classes is to import all of them, which takes seconds
+    is_left_out = "not slow" in metafunc.config.option.markexpr
+    pairs = [] if is_left_out else all_classes()
+    ids = [f"{class_name(*pair)}-{pair[1].model_type}" for pair in pairs]
+    metafunc.parametrize("pair", pairs, ids=ids)
+
+
 def test_a_class_keeps_its_own_text_or_is_refused_in_a_sentence(pair):
     found: Finding = find(*pair)
     assert found.way not in ("wrong", "crash"), found

@@ -3,9 +3,14 @@
 import pytest
 import torch
 from conftest import SIZES, VOCAB, make_target, tiny_target
-from every_class import all_classes, class_name
 from tiny_models import tiny_model
-from transformers import AutoConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 from coral_hf import CoralDrafter
 from coral_hf.decoding.guard import CHAIN, REFUSED, TREE, judge_target
@@ -13,7 +18,6 @@ from coral_hf.decoding.guard.entries import TABLES
 from coral_hf.decoding.guard.foreign import KNOWN_CLASSES
 
 REFUSED_CLASSES = TABLES["Classes of transformers"]
-CLASSES = {class_name(*pair): pair for pair in all_classes()}
 # they lack what `generate` needs: a number of layers, or `generate` of transformers
 LACKING = {"BltForCausalLM", "DiffusionGemmaForBlockDiffusion"}
 WITHOUT = sorted({*REFUSED_CLASSES, *LACKING})
@@ -21,11 +25,18 @@ WITHOUT = sorted({*REFUSED_CLASSES, *LACKING})
 
 def target_of(name: str) -> PreTrainedModel:
     """A tiny target of a class by its name, which older versions of transformers may lack."""
-    if name not in CLASSES:
+    # by the names in the mappings: going through what they hold imports all classes
+    pairs = [
+        (auto_class, model_type)
+        for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText)
+        for model_type, own in auto_class._model_mapping._model_mapping.items()
+        if own == name
+    ]
+    if not pairs:
         pytest.skip(f"no {name} in this version of transformers")
-    auto_class, config_class = CLASSES[name]
+    auto_class, model_type = pairs[0]
     try:
-        return tiny_model(config_class, auto_class)
+        return tiny_model(CONFIG_MAPPING[model_type], auto_class)
     except ValueError:
         pytest.skip(f"no tiny {name} in this version of transformers")
 
