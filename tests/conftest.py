@@ -321,11 +321,20 @@ def client(hub, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def stranger(hub, tmp_path_factory):
-    """A process of somebody without a token."""
-    client = Client(hub.url, tmp_path_factory.mktemp("stranger"), HF_TOKEN="")
-    yield client
-    client.close()
+def stranger(hub, client, tmp_path_factory):
+    """A process of somebody without a token.
+
+    `first` is what it printed when it loaded published code before it had imported this package.
+    """
+    from test_hub import WITHOUT_IMPORT, publish, save_drafter
+
+    home = tmp_path_factory.mktemp("stranger")
+    save_drafter(home / "drafter")
+    publish(client, home / "drafter", "org/code")
+    stranger = Client(hub.url, home, HF_TOKEN="")
+    stranger.first = stranger.run(WITHOUT_IMPORT, saved=home / "saved")
+    yield stranger
+    stranger.close()
 
 
 @pytest.fixture(scope="session")

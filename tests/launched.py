@@ -1,6 +1,7 @@
 """What tests start in processes of their own: small trainings with their results in a folder.
 
 accelerate launch --num_processes 2 tests/launched.py FOLDER NAME '{"max_steps": 2}'
+python tests/launched.py FOLDER NAME '{"max_steps": 2}' --two    # the same, of one set of imports
 """
 
 import json
@@ -11,10 +12,11 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate import DistributedType, PartialState
+from accelerate import DistributedType, PartialState, debug_launcher
 from conftest import VOCAB, invoke, scatter_weights, tiny_target
 from datasets import Dataset
 from loss_inputs import POSITIONS, features
+from torch import distributed
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
@@ -269,8 +271,17 @@ def zero(folder: Path, **settings) -> dict:
     return found
 
 
+def save(folder: Path, name: str, settings: dict) -> None:
+    """Run a function of this file, and save what it finds beside its rank."""
+    found = globals()[name](folder, **settings)
+    rank = distributed.get_rank() if distributed.is_initialized() else 0
+    torch.save(found, folder / f"{name}_{rank}.pt")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder, name, settings = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-    found = globals()[name](folder, **settings)
-    torch.save(found, folder / f"{name}_{os.environ.get('RANK', 0)}.pt")
+    asked = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    if "--two" in sys.argv:
+        debug_launcher(save, asked)
+    else:
+        save(*asked)

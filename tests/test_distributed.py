@@ -30,17 +30,22 @@ def free_port() -> int:
 
 def launch(config: str, script: Path, *arguments: object, more: tuple = ()) -> str:
     """Two processes of a script by `accelerate launch`; their output."""
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command = ["-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", str(CONFIGS / config), "--num_processes", "2", *more]
     command += ["--mixed_precision", "no", "--main_process_port", str(free_port())]
+    # accelerate knows no DeepSpeed on a CPU that it is told to use, but it does without a GPU
+    use_cpu = str("deepspeed" not in config).lower()
+    return run_python(*command, script, *arguments, ACCELERATE_USE_CPU=use_cpu)
+
+
+def run_python(*words: object, **variables: str) -> str:
+    """The output of a program, which fails with its errors."""
     paths = os.pathsep.join([str(Path(coral_hf.__file__).parents[1]), str(TESTS)])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    # accelerate knows no DeepSpeed on a CPU that it is told to use, but it does without a GPU
-    environment["ACCELERATE_USE_CPU"] = str("deepspeed" not in config).lower()
     environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
-        [*command, str(script), *map(str, arguments)],
-        env=environment,
+        [sys.executable, *map(str, words)],
+        env=environment | variables,
         capture_output=True,
         text=True,
         timeout=300,
@@ -53,7 +58,7 @@ def launch(config: str, script: Path, *arguments: object, more: tuple = ()) -> s
 def two(tmp_path_factory):
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("two")
-    launch("ddp.yaml", TESTS / "launched.py", folder, "all_at_once", SETTINGS)
+    run_python(TESTS / "launched.py", folder, "all_at_once", SETTINGS, "--two")
     return [torch.load(folder / f"all_at_once_{process}.pt") for process in (0, 1)]
 
 

@@ -54,7 +54,8 @@ def test_rounds_of_constant_shapes_give_the_tokens_of_a_plain_call(family, rows,
     assert min(ours.stats.round_lengths) < TREE["tree_depth"] + 1
 
 
-@pytest.mark.parametrize("rows", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 3])
 def test_a_compiled_call_gives_the_tokens_of_a_plain_one(rows):
     target, drafter = pair("gemma3")
     given = prompts(rows)
