@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 
 from coral_hf.decoding.guard import CHAIN, REFUSED, TREE, Entry, Judgement
-from coral_hf.decoding.guard.__main__ import CLASSES, all_tables, guard_page
-from coral_hf.decoding.guard.entries import judge
+from coral_hf.decoding.guard.__main__ import CLASSES, guard_page
+from coral_hf.decoding.guard.entries import TABLES, judge
 
 TESTS = Path(__file__).parent
-TABLES = all_tables()
 
 
 @pytest.fixture(scope="module")

@@ -12,5 +12,5 @@ from .drafting import (
 )
 from .generate import decoder, install, uninstall
 from .loop import CoralGenerateOutput, DecodingStats
-from .preparation.tables import register_input
+from .preparation.needs import register_input
 from .rounds.warm_up import warm_up

@@ -74,11 +74,7 @@ class CoralGenerateOutput(GenerateDecoderOnlyOutput):
 def decode_plainly(
     model: PreTrainedModel, sequences: Sequences, config: GenerationConfig, model_kwargs: dict
 ) -> Tensor | CoralGenerateOutput:
-    """Decode a call as plain `generate` does, from what it has prepared; with stats.
-
-    Returns:
-        token ids (batch, length), or all that was asked for.
-    """
+    """Decode as plain `generate` does: token ids (batch, length), or all that was asked for."""
     output, passes = decode_all(model, sequences, config, model_kwargs)
     if isinstance(output, Tensor):
         return output
@@ -273,10 +269,7 @@ class DecodingLoop:
         self.lap("verify_seconds")
 
     def catch_up(self, behind: list[int]) -> None:
-        """Read one token of the rows that are behind; the others wait, in the same pass.
-
-        The pass gives logits (batch, 1, vocab), of which those of `behind` are looked at.
-        """
+        """Read a token of the rows that are behind, (batch, 1) in one pass; the others wait."""
         rows = self.sequences.active
         tree = root_only(self.sequences.last(rows))
         output, where = self.target.score(tree), [rows.index(row) for row in behind]

@@ -273,10 +273,7 @@ class Verifier:
         return [Move(*pair) for pair in pairs]
 
     def _padding_move(self, tree: DraftTree, row: int, node: int, move: Move) -> Move:
-        """What becomes of the `move` of a row that has ended and stays: its token is padding.
-
-        The tree's parts are (batch, nodes).
-        """
+        """The `move` in a tree (batch, nodes) of a row that has ended and stays: padding."""
         token = self.sequences.pad_token
         is_next = (tree.parents[row] == node) & (tree.tokens[row] == token)  # (nodes,)
         is_next[0] = False

@@ -1,7 +1,6 @@
 """`python -m coral_hf.decoding.guard > docs/guard.md`: the tables as a page of the docs."""
 
 from .. import watchers
-from ..preparation import tables as preparation
 from .entries import TABLES, Entry, Table, Way
 
 HEAD = """\
@@ -30,14 +29,9 @@ CLASSES = {
 }
 
 
-def all_tables() -> dict[str, Table]:
-    """All tables by title, those of inputs that the target prepares included."""
-    return {**TABLES, **preparation.TABLES}
-
-
 def guard_page() -> str:
     """The page."""
-    return HEAD + "".join(_section(title, table) for title, table in all_tables().items())
+    return HEAD + "".join(_section(title, table) for title, table in TABLES.items())
 
 
 def _section(title: str, table: Table) -> str:

@@ -22,7 +22,6 @@ from ...target import (
 )
 from ..preparation.needs import preparation_findings
 from ..preparation.switches import rotary_types
-from ..preparation.tables import ROTARY, UNKNOWN_ROTARY
 from .entries import REFUSED, TABLES, Findings, Judgement, finding, judge
 from .foreign import foreign_findings, foreign_hooks, has_foreign_attention, state_of
 from .quantization import quantization_findings
@@ -173,4 +172,4 @@ def _layer_types(model: PreTrainedModel) -> Findings:
 
 def _rotary(model: PreTrainedModel) -> Findings:
     for name in sorted(rotary_types(model)):
-        yield name, ROTARY.get(name, UNKNOWN_ROTARY)
+        yield finding("Rotary embeddings", name)

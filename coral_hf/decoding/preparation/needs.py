@@ -12,22 +12,28 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from ..caches.continuation import CACHE
-from ..guard.entries import Entry
+from ..guard.entries import TABLES, TREE, Entry, Findings
 from .switches import is_reached, rotary_switches
-from .tables import (
-    AT_A_SWITCH,
-    CLASSES,
-    DIRECT_INPUTS,
-    INPUTS,
-    PLAIN_INPUT,
-    UNKNOWN_INPUT,
-    UNKNOWN_PREPARE,
-    UNKNOWN_UPDATE,
-)
 
 PREPARE, UPDATE = "prepare_inputs_for_generation", "_update_model_kwargs_for_generation"
+# classes of transformers that override one of them, and of these, those whose method does nothing
+# more than to drop a cache at the switch of LongRoPE
+CLASSES = TABLES["Targets that prepare the inputs of each step"]
+AT_A_SWITCH = {name for name, entry in CLASSES.items() if entry is CLASSES["Phi3ForCausalLM"]}
+# what a round needs, or none does: with nothing else, rounds are made without the target's methods
+DIRECT_INPUTS = {
+    "attention_mask",
+    "position_ids",
+    "use_cache",
+    "logits_to_keep",
+    CACHE,
+    *MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL,
+}
+# further inputs, of which a new token gets what the one before it had
+INPUTS = TABLES["Inputs that reach the target at each step"]
 
 
 class Preparation(IntEnum):
@@ -73,18 +79,29 @@ def overridden(model: PreTrainedModel) -> dict[str, str]:
     return found
 
 
-def preparation_findings(model: PreTrainedModel) -> Iterator[tuple[object, Entry]]:
+def preparation_findings(model: PreTrainedModel) -> Findings:
     """What is known of the methods by which a target prepares the inputs of each pass."""
-    unknown = {PREPARE: UNKNOWN_PREPARE, UPDATE: UNKNOWN_UPDATE}
+    verbs = {PREPARE: "prepares", UPDATE: "updates"}
     for name, owner in overridden(model).items():
-        yield owner, CLASSES.get(owner, unknown[name])
+        yield owner, CLASSES.get(owner) or CLASSES[f"any other that {verbs[name]} them"]
 
 
 def further_inputs(model_kwargs: dict[str, Any]) -> Iterator[tuple[str, Entry]]:
     """The inputs of a call beside those that any round makes, and what is known of each."""
     for name, value in model_kwargs.items():
         if value is not None and name not in DIRECT_INPUTS:
-            yield name, INPUTS.get(name, PLAIN_INPUT if _is_plain(value) else UNKNOWN_INPUT)
+            other = "numbers and words" if _is_plain(value) else "any other"
+            yield name, INPUTS.get(name) or INPUTS[other]
+
+
+def register_input(name: str) -> None:
+    """Let drafters follow calls with a keyword of the target's own that holds tensors.
+
+    Args:
+        name: of the keyword. Of what it holds, the target must give each token the same, however
+            many a pass reads; or its own methods make what each pass gets, by the tokens in it.
+    """
+    INPUTS[name] = Entry(TREE, "registered by the user", test=INPUTS["any other"].test)
 
 
 def _is_plain(value: Any) -> bool:

@@ -6,7 +6,7 @@ from conftest import SIZES, scatter_weights
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import coral_hf
-from coral_hf.decoding.preparation import tables
+from coral_hf.decoding.preparation import needs
 
 pytestmark = pytest.mark.parametrize("speculation", ["always", "never"])
 
@@ -112,8 +112,7 @@ def test_an_input_of_the_models_own_is_refused_until_it_is_registered(
     given = {"rows": 3, "strength": torch.linspace(20, 60, 3)[:, None, None]}
     found = outcome(Conditioned(LLAMA), speculation, **given)
     assert found == ("refused" if speculation == "always" else "equal")
-    monkeypatch.setattr(tables, "INPUTS", dict(tables.INPUTS))
-    monkeypatch.setattr("coral_hf.decoding.preparation.needs.INPUTS", tables.INPUTS)
+    monkeypatch.setattr(needs, "INPUTS", dict(needs.INPUTS))
     coral_hf.register_input("strength")
     assert outcome(Conditioned(LLAMA), speculation, **given) == "equal"
 
