@@ -153,6 +153,8 @@ def named_states(layers: tuple[int, ...]) -> bool | int | list[int]:
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """Return the part of a target that computes its features, without the LM head."""
     decoder = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):  # ModernBERT has an LM head of this name
+        decoder = model.base_model
     if decoder.get_output_embeddings() is None:
         return decoder
     # the name of Llama 4's decoder is not the one that transformers looks for

@@ -70,6 +70,19 @@ def pytest_configure(config):
         torch.set_num_threads(1)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give the tests of a file to one process, and all of the Hub: they share what takes long."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "hub" if "/test_hub" in file else file
+
+    return ByFile(config, log)
+
+
 class Invoked(NamedTuple):
     """What became of a command."""
 

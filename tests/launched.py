@@ -273,9 +273,10 @@ def zero(folder: Path, **settings) -> dict:
 
 def save(folder: Path, name: str, settings: dict) -> None:
     """Run a function of this file, and save what it finds beside its rank."""
+    if distributed.is_initialized():  # in a fork, which finds its rank there alone
+        os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(distributed.get_rank())
     found = globals()[name](folder, **settings)
-    rank = distributed.get_rank() if distributed.is_initialized() else 0
-    torch.save(found, folder / f"{name}_{rank}.pt")
+    torch.save(found, folder / f"{name}_{os.environ.get('RANK', 0)}.pt")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from coral_hf import CoralDrafter
 from coral_hf.decoding.guard import CHAIN, REFUSED, TREE, judge_target
 from coral_hf.decoding.guard.entries import TABLES
 from coral_hf.decoding.guard.foreign import KNOWN_CLASSES
+from coral_hf.target import decoder_of
 
 REFUSED_CLASSES = TABLES["Classes of transformers"]
 # they lack what `generate` needs: a number of layers, or `generate` of transformers
@@ -50,6 +51,12 @@ def test_a_class_that_no_drafter_can_follow_is_refused(name):
         ids = torch.tensor([[5, 6, 7]])
         with pytest.raises(ValueError, match="cannot take a drafter"):
             target.generate(ids, max_new_tokens=8, assistant_model=foreign)
+
+
+def test_the_decoder_of_a_target_is_no_lm_head_of_that_name():
+    target = target_of("ModernBertDecoderForCausalLM")
+    assert isinstance(target.decoder, torch.nn.Linear)
+    assert decoder_of(target) is target.base_model
 
 
 def test_known_classes_are_in_order():

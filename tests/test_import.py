@@ -449,8 +449,8 @@ def hub(tmp_path_factory):
     write_checkpoint(cut, LLAMA2, eagle_tensors(LLAMA2))
     write_shards(cut, LLAMA2, shards())
     with running_hub() as hub:
-        for where in (safe, pickled, wide, cut):
-            hub.put(f"org/{where.name.rstrip('0')}", where)
+        for name, where in (("safe", safe), ("pickled", pickled), ("wide", wide), ("cut", cut)):
+            hub.put(f"org/{name}", where)
         yield hub
 
 

@@ -101,7 +101,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "glm4v_text": SECTIONS,
     "glm4v_moe_text": TWO_SECTIONS,
     "glm5_next_text": {"index_kpool": 1},
-    "glm_ocr_text": TWO_SECTIONS,
+    "glm_ocr_text": SECTIONS,
     "granite4_vision": {
         "deepstack_layer_map": [[-1, 1]],
         "spatial_target_layers": [1],

@@ -5,6 +5,7 @@ rule by the name of a field gives its size; `EXCEPTIONS` lists what must be so f
 """
 
 import re
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def _fields(default: PreTrainedConfig) -> dict[str, Any]:
         changed |= {"use_sliding_window": True, "sliding_window": WINDOW}
     if "is_decoder" in given and not given.get("is_encoder_decoder"):
         changed["is_decoder"] = True
-    changed |= EXCEPTIONS.get(default.model_type, {})
+    changed |= deepcopy(EXCEPTIONS.get(default.model_type, {}))  # which configs change
     return {name: value for name, value in changed.items() if value != given.get(name, ...)}
 
 
