@@ -70,10 +70,27 @@ def pytest_configure(config):
         torch.set_num_threads(1)
 
 
+# files that take over ten seconds: they go first, so that no process is left alone with one
+LONG = """
+    test_targets test_lossless test_fixed_rounds test_cli_starts test_trainer test_families
+    test_verification_rules test_resume test_adapters test_evaluation test_distributed
+    test_properties test_other_vocabulary test_hub test_hub_again test_hub_refusals
+    test_hub_training test_regenerate_served test_demo test_target_variants test_planning
+    test_rounds_on_a_device test_rungs
+""".split()
+
+
+def pytest_collection_modifyitems(items):
+    """Put long files first, each whole and in its order."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Give the tests of a file to one process, and all of the Hub: they share what takes long."""
     from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
 
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid):

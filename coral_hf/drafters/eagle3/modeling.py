@@ -106,8 +106,9 @@ class Eagle3Drafter(Drafter):
         table = drafter.embed_tokens
         if table is not None and table.embedding_dim == drafter.config.target_hidden_size:
             with torch.no_grad():
-                ids = torch.arange(table.num_embeddings)
-                table.weight.copy_(read_target(target).embed(ids[None])[0])
+                read = read_target(target)
+                ids = torch.arange(table.num_embeddings, dtype=torch.int64, device=read.device)
+                table.weight.copy_(read.embed(ids[None])[0])
         return drafter
 
     def check(self) -> None:
