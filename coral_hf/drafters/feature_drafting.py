@@ -79,7 +79,7 @@ class FeatureDrafting(CachedDrafting):
         return self.target.embed(tokens)
 
     def extend(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
-        """Read the next part of prompts, piece by piece; see [`PartwiseDrafting`]."""
+        """Read the next part of prompts, (batch, length + 1); see [`PartwiseDrafting`]."""
         self._read(tokens[:, 1:], features, positions)  # each feature with the token after it
 
     def _begin(self, tokens: Tensor, features: Tensor, positions: Tensor, is_new: bool) -> None:

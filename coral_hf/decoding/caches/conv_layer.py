@@ -43,7 +43,7 @@ class ConvLayer(LinearAttentionLayer):
         self._committed, self._drafted = length, 0
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
+        """Keep some rows, by their index of shape (rows,)."""
         self.reorder_cache(indices)
 
     def move(self, source: Tensor, destination: Tensor) -> None:

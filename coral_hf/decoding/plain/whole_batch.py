@@ -70,7 +70,7 @@ class WholeBatch:
         return done[self._rows] | self._ended
 
     def put(self, tokens: Tensor) -> None:
-        """Stream the newest tokens, (rows,)."""
+        """Stream the newest tokens, of shape (rows,)."""
         assert self._sequences.streamer is not None, "there is one to wrap"
         self._sequences.streamer.put(self._with_padding(tokens))
 

@@ -117,14 +117,14 @@ class Eagle3Drafter(Drafter):
 
     @property
     def draft_tokens(self) -> Tensor:
-        """The token id of each draft id, (draft_vocab,)."""
+        """The token id of each draft id, of shape (draft_vocab,)."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
     def set_draft_vocabulary(self, tokens: Tensor) -> None:
         """Let the rows of `lm_head` stand for other tokens.
 
         Args:
-            tokens: (draft_vocab,), the token id of each row.
+            tokens: of shape (draft_vocab,), the token id of each row.
 
         Raises:
             ValueError: for another number of tokens, for one twice, for one that is none.
@@ -193,5 +193,5 @@ class Eagle3Drafter(Drafter):
         return self.lm_head(hidden if self.config.norm_output else self.norm(hidden))
 
     def to_target_ids(self, draft_ids: Tensor) -> Tensor:
-        """The target's ids of draft ids, (...) both."""
+        """The target's ids of draft ids, both of shape (...)."""
         return draft_ids + self.d2t[draft_ids]

@@ -128,7 +128,7 @@ def token_counts(
 
 
 def label_counts(rows: Any, vocab_size: int) -> Tensor:
-    """Count the trained tokens of rows: (vocab,), on the CPU.
+    """Count the trained tokens of rows, of shape (vocab,), on the CPU.
 
     Args:
         rows: as the trainer has them: token ids and labels, or `CachedFeatures`.
@@ -167,7 +167,7 @@ def most_frequent_first(counts: Tensor) -> Tensor:
     The first of them make a frequency head, slices of them a grouping.
 
     Args:
-        counts: (vocab,), of `token_counts` or `label_counts`.
+        counts: of shape (vocab,), of `token_counts` or `label_counts`.
 
     Returns:
         (vocab,), token ids.
