@@ -36,7 +36,7 @@ DRAWING = {
     "heads/collection.py",  # initial weights of a router
     "training/grouping/positions.py",
     "training/regeneration/answers.py",
-    "training/steps/coral.py",
+    "training/steps/base.py",
     "training/warm_start.py",
 }
 
