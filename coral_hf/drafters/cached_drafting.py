@@ -183,7 +183,7 @@ class CachedDrafting(ABC):
     def fix(self, capacity: int, shape: TreeShape, is_drawn: bool) -> tuple[Level, ...]:
         """See [`FixedDrafting`]."""
         room = max(shape.depth + 1, shape.top_k * (shape.depth - 1))
-        self._use(FixedCache(self._cache, capacity, room))
+        self._use(FixedCache(self._cache, capacity, room, shape.depth + 1))
         self._output = self._output.clone(memory_format=torch.contiguous_format)
         return tuple(plan_levels(shape)) if is_drawn else ()
 

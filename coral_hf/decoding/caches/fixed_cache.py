@@ -9,7 +9,7 @@ on the device: nothing waits for it, and nothing is compiled or captured twice.
 
 A pass writes behind the last committed slot there could be, at the same place in all rounds, and a
 commit copies what is kept to the end of its row. A layer with a sliding window of w is a ring of
-`size` = w + room slots (or as a full layer, if that is less):
+`size` = w + kept slots (or as a full layer, if that is less):
 
     slot of a row's token n: n mod size        token in slot s: the largest n before the row's end
 """
@@ -113,12 +113,13 @@ class FixedCache(Cache):
         source: whose slots are taken over; its layers are given up one by one.
         capacity: tokens that a row may have.
         room: tokens of passes between two commits, at most.
+        kept: that a commit keeps of a row, at most; all by default.
     """
 
     lengths: tuple[int, ...] = ()  # no count is known on the host
 
-    def __init__(self, source: RaggedCache, capacity: int, room: int):
-        self.capacity, self.room = capacity, room
+    def __init__(self, source: RaggedCache, capacity: int, room: int, kept: int | None = None):
+        self.capacity, self.room, self.kept = capacity, room, room if kept is None else kept
         self._first = source.positions, source.ends, source.next_positions  # where it began
         self.ends, self.next_positions = source.ends.clone(), source.next_positions.clone()
         windows = [layer.window for layer in source.layers]
@@ -140,8 +141,8 @@ class FixedCache(Cache):
                 source.layers[index].reset()
 
     def _size(self, window: int | None) -> int:
-        """Committed slots of a layer; a row may be cut by the tokens of a pass when it ends."""
-        return self.capacity if window is None else min(self.capacity, window + self.room)
+        """Committed slots of a layer; a row may be cut by the tokens of a commit when it ends."""
+        return self.capacity if window is None else min(self.capacity, window + self.kept)
 
     def _tokens(self, window: int | None) -> Tensor:
         """Which token of its row each slot holds: (batch, size), negative where none does."""

@@ -55,7 +55,8 @@ class FixedRounds:
         plan = self.drafting.fix(self.capacity, self.shape, self.rule.is_drawn)
         drawn = sum(level.families * level.children for level in plan)
         nodes = 1 + drawn if plan else self.shape.nodes
-        self.target.cache = FixedCache(self.target.cache, self.capacity, nodes)
+        sizes = self.capacity, nodes, self.shape.depth + 1
+        self.target.cache = FixedCache(self.target.cache, *sizes)
         self.root = self.root.clone()
         self.is_active = torch.ones(batch, dtype=torch.bool, device=device)
         self._plant(nodes, plan)
