@@ -39,7 +39,7 @@ def run_demo(settings: DemoSettings) -> list[Report]:
     """Train what is not there yet, load it, measure it on held-out prompts and show the result.
 
     With the default settings it takes at most six minutes on two CPU cores the first time, one
-    minute after that, and no network.
+    minute after that, and the time of compiling; and no network.
 
     Returns:
         The reports at the target's own depth, and padded.
