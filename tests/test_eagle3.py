@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfi
 
 import coral_hf
 from coral_hf import Eagle3Config, Eagle3Drafter
+from coral_hf.drafters.eagle3 import Eagle3Drafting
 
 DRAFT_VOCAB = 12
 SWITCHES = {
@@ -125,6 +126,32 @@ def test_greedy_tokens_are_the_targets_own(target, switches):
     drafter = made(target, **SWITCHES[switches])
     settings |= {"assistant_model": drafter, "speculation": "always", "do_sample": False}
     assert target.generate(ids, **settings).equal(plain)
+
+
+@pytest.mark.parametrize("way", [{}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize(
+    "family", ["qwen2", "qwen3", "gemma3", "phi3", "gpt2", "gpt_oss", "mixtral", "granite"]
+)
+def test_targets_of_many_families_are_read_layer_by_layer(family, way, monkeypatch):
+    target = tiny_target(family)
+    drafter, read, begin = made(target), [], Eagle3Drafting.begin
+    monkeypatch.setattr(
+        Eagle3Drafting,
+        "begin",
+        lambda own, tokens, features, *rest: (
+            read.append(features),
+            begin(own, tokens, features, *rest),
+        )[1],
+    )
+    ids = torch.tensor([[5, 9, 3, 17]])
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 20, "pad_token_id": 0}
+    plain = target.generate(ids, do_sample=False, **settings)
+    settings |= {"assistant_model": drafter, "speculation": "always", "do_sample": False, **way}
+    assert target.generate(ids, **settings).equal(plain)
+    with torch.no_grad():
+        states = target(ids, output_hidden_states=True).hidden_states
+    expected = torch.cat([states[layer] for layer in drafter.config.target_layers], -1)
+    torch.testing.assert_close(read[0], expected)
 
 
 def test_it_cannot_generate_alone(target):
