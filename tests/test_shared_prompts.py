@@ -10,7 +10,7 @@ from test_data import tiny_tokenizer
 from test_flex_attention import eager_flex  # noqa: F401  flex attention on a CPU
 from test_trainer import make_trainer
 
-from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
+from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments, Eagle3Drafter
 from coral_hf.training.data import CoralCollator, pack_dataset, share_prompts
 from coral_hf.training.data.documents import REPEATED, has_branches, parts_of
 from coral_hf.training.features import CachedFeatures, write_features
@@ -262,3 +262,17 @@ def test_the_trainer_joins_the_answers_of_a_conversation(tmp_path):
 def test_rows_of_token_ids_may_be_padded_and_share_nothing(tmp_path):
     trainer = make_trainer(tiny_target("llama", torch.float32), make_rows(), tmp_path)
     assert len(trainer.train_dataset) == len(make_rows())
+
+
+def test_drafters_of_eagle3_learn_the_same_from_shared_prompts(tmp_path):
+    found, rows = [], Dataset.from_list(make_rows())
+    target = tiny_target("llama", torch.float32)
+    for dataset in (rows, share_prompts(rows, 2 * ROOM)):
+        torch.manual_seed(0)
+        drafter = Eagle3Drafter.from_target(target)
+        given = {"max_length": 2 * ROOM, "per_device_train_batch_size": 8}  # and seven steps
+        trainer = make_trainer(target, dataset, tmp_path, drafter, recipe="eagle3", **given)
+        loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+        loss.backward()
+        found.append((loss.detach(), trainer.model.fc.weight.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
