@@ -79,7 +79,7 @@ def test_greedy_tokens_equal_those_of_a_resized_target_alone(head, change):
         assert ours.equal(expected)
 
 
-@pytest.mark.parametrize("rule", ["chosen", "drawn"])
+@pytest.mark.parametrize("rule", [pytest.param("chosen", marks=pytest.mark.slow), "drawn"])
 @pytest.mark.parametrize("size", [9, 6], ids=["gained", "lost"])
 @pytest.mark.parametrize("head", HEADS)
 @torch.no_grad()

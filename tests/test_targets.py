@@ -20,6 +20,8 @@ NEW = 12  # tokens of a text; the shortest prompt grows beyond the windows
 TIES = {torch.float64: 0.0, torch.float32: 1e-4}
 # float64 holds the tokens equal in every run of the tests, float32 in the slow ones
 SLOWLY = {torch.float32: pytest.param(torch.float32, marks=pytest.mark.slow)}
+# eager attention in every run of the tests: without sdpa, with its own scores, and plain ones
+EAGER = ("gemma2", "gpt_oss", "deepseek_v3", "bitnet", "llama", "gpt2")
 CHAIN_ONLY = ("bloom", "falcon_alibi", "gpt_neo", "llama4")
 RECURRENT = ("mamba", "recurrent_gemma", "falcon_h1", "qwen3_next")
 
@@ -116,10 +118,15 @@ def pair_and_texts(family: str, attention: str, dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", [one if one == torch.float64 else SLOWLY[one] for one in TIES])
 @pytest.mark.parametrize(
-    ("attention", "batch"),
-    [("sdpa", 1), ("sdpa", 3), ("eager", 1), pytest.param("eager", 3, marks=pytest.mark.slow)],
+    ("family", "attention", "batch"),
+    [
+        pytest.param(family, attention, batch, marks=pytest.mark.slow if is_slow else ())
+        for family in FAMILIES
+        for attention in ("sdpa", "eager")
+        for batch in BATCHES
+        for is_slow in [attention == "eager" and (batch > 1 or family not in EAGER)]
+    ],
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_equal_the_target_alone(family, attention, dtype, batch):
     target, drafter, plain = pair_and_texts(family, attention, dtype)
     skip_what_padding_breaks(target, batch)
