@@ -189,7 +189,8 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 
 def _active_adapters(model: PreTrainedModel) -> str:
-    if isinstance(model, PreTrainedModel) and not model._hf_peft_config_loaded:
+    is_wrapper = hasattr(model, "get_base_model")  # a `PeftModel`
+    if not is_wrapper and not getattr(model, "_hf_peft_config_loaded", False):
         return ""
     from peft import get_model_status
 

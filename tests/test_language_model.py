@@ -1,15 +1,17 @@
 """A small language model drafts trees for batches: what it takes, refuses and reads."""
 
+import json
 from copy import deepcopy
 
 import pytest
 import torch
 from conftest import any_target, scatter_weights, tiny_target
+from test_examples import folder  # noqa: F401  a fixture: a saved target and its conversations
 from test_generate import tokenizer  # noqa: F401  a fixture: of the tiny targets' 40 tokens
 from transformers import CompileConfig, pipeline
 
 import coral_hf
-from coral_hf import CoralDrafter, LanguageModelDrafter
+from coral_hf import CoralDrafter, LanguageModelDrafter, cli
 from coral_hf.decoding.caches.continuation import CACHE
 from coral_hf.drafters.language_model import LanguageModelDrafting
 from coral_hf.target import read_target
@@ -138,3 +140,15 @@ def test_scattered_weights_make_two_different_models():
     scatter_weights(small, seed=5)
     ours = drafted(target, LanguageModelDrafter(small), prompts())
     assert min(ours.stats.round_lengths) < 4
+
+
+def test_the_command_line_takes_a_language_model_as_a_drafter(folder, tmp_path):  # noqa: F811
+    """`folder`: a saved target, which here drafts for itself."""
+    cli.main(
+        f"benchmark --target {folder / 'target'} --drafter {folder / 'target'} --prompts"
+        f" {folder / 'talk.jsonl'} --limit 1 --max-new-tokens 9 --output {tmp_path}"
+        " --tree-depth 3 --tree-top-k 1 --tree-nodes 4 --speculation always --repeats 1".split()
+    )
+    report = json.loads((tmp_path / "report.json").read_text())
+    own = next(row for row in report["rows"] if row["method"] == "coral")
+    assert own["tau_per_token"] == 4  # all of a chain, and the target's own token

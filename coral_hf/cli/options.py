@@ -133,7 +133,7 @@ class PromptOptions:
 class DrafterOptions(TargetOptions):
     """A drafter and its target."""
 
-    drafter: str = option("The drafter: a folder or a Hub id.")
+    drafter: str = option("The drafter, or a small language model: a folder or a Hub id.")
 
     def load_models(self, pad_layers: int | None = None) -> tuple:
         """Return the target, padded if that was asked for, the drafter and the tokenizer."""
@@ -168,10 +168,18 @@ class MeasuredOptions(DrafterOptions, PromptOptions):
 
 
 def load_drafter(name: str, target):
-    """Return a drafter in its target's dtype, on its device; an untrained one without a name."""
-    from .. import CoralDrafter
+    """Return a drafter in its target's dtype, on its device; an untrained one without a name.
+
+    A language model drafts as a [`LanguageModelDrafter`].
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .. import CoralDrafter, LanguageModelDrafter
     from ..decoding import generate
 
     if not name:
         return CoralDrafter.from_target(target).eval()
-    return generate.load_drafter(name, target)
+    if generate.is_drafter(name):
+        return generate.load_drafter(name, target)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=target.dtype).to(target.device)
+    return LanguageModelDrafter(model, AutoTokenizer.from_pretrained(name))

@@ -85,7 +85,7 @@ def install() -> None:
     @functools.wraps(plain_batch)
     def generate_batch(self, *args, **kwargs):
         drafter, loop = kwargs.get("assistant_model"), kwargs.get("custom_generate")
-        is_named = isinstance(drafter, (str, Path)) and _is_drafter(drafter)
+        is_named = isinstance(drafter, (str, Path)) and is_drafter(drafter)
         if is_named or family_of(drafter) is not None or isinstance(loop, BoundDrafter):
             refuse_continuous_batching()
         return plain_batch(self, *args, **kwargs)
@@ -93,7 +93,7 @@ def install() -> None:
     @functools.wraps(plain_loading)
     def load_assistant_model(model, assistant_model, assistant_tokenizer):
         drafter = assistant_model
-        if isinstance(drafter, str) and model.can_generate() and _is_drafter(drafter):
+        if isinstance(drafter, str) and model.can_generate() and is_drafter(drafter):
             drafter = named_drafter(drafter, model)
         if family_of(drafter) is None:
             return plain_loading(model, assistant_model, assistant_tokenizer)
@@ -138,16 +138,17 @@ def named_drafter(name: str | Path, target: PreTrainedModel) -> PreTrainedModel:
     key = (str(name), max(stamps, default=None), target.dtype, target.device)
     loaded = _NAMED.get(target)
     if loaded is None or loaded[0] != key:
-        if not _is_drafter(name):
+        if not is_drafter(name):
             raise ValueError(
                 f"`assistant_model` is {str(name)!r}, which is no drafter of coral_hf. Load a small"
-                " model with AutoModelForCausalLM.from_pretrained, and pass the model."
+                " model with AutoModelForCausalLM.from_pretrained, and pass the model, or"
+                " `LanguageModelDrafter(model)`, which drafts trees."
             )
         _NAMED[target] = loaded = key, load_drafter(name, target)
     return loaded[1]
 
 
-def _is_drafter(name: str | Path) -> bool:
+def is_drafter(name: str | Path) -> bool:
     """Whether a folder or a Hub id is one of a drafter of a registered family."""
     return family_of(SimpleNamespace(config=AutoConfig.from_pretrained(name))) is not None
 

@@ -96,6 +96,7 @@ class LanguageModelDrafter(nn.Module):
         super().__init__()
         self.model = model.eval()
         self.config = LanguageModelConfig(vocab_size=text_config(model).vocab_size)
+        self.config._name_or_path = model.name_or_path
         if tokenizer is not None:
             record_tokenizer(tokenizer, self.config)
 
@@ -103,6 +104,10 @@ class LanguageModelDrafter(nn.Module):
     def generation_config(self) -> GenerationConfig:
         """The model's own."""
         return self.model.generation_config
+
+    def num_parameters(self) -> int:
+        """Count the model's parameters."""
+        return self.model.num_parameters()
 
 
 class OtherVocabulary(FullHead):

@@ -238,7 +238,7 @@ def decoded_rounds(
     """
     # where it does not, the rows of a batch wait for each other
     size = batch_size if judge_target(target.model).way == TREE else 1
-    pad = drafter.config.pad_token_id or 0
+    pad = getattr(drafter.config, "pad_token_id", None) or 0
     arguments = sampling_arguments(temperature, max_new_tokens)
     arguments |= {"assistant_model": drafter, "speculation": "always", "pad_token_id": pad}
     rounds: list[int] = []
