@@ -191,20 +191,3 @@ def test_one_graph_serves_all_lags(monkeypatch):
         found = torch.compiler.disable(attention)(*inputs)
         torch.testing.assert_close(found, expected)
     assert len(graphs) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Inductor itself
-@torch.no_grad()
-def test_the_compiled_kernel_of_a_cpu_gives_the_same_values():
-    positions = positions_of([[100, 400, 3, 137], [640]])
-    query, target, own = make_inputs(2, length=640)
-    given = (
-        query.float(),
-        tuple(x.float() for x in target),
-        [tuple(x.float() for x in p) for p in own],
-    )
-    torch.compiler.reset()
-    found = FlexAttention(positions)(*given)
-    expected = document_by_document(positions, query, target, own)
-    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
