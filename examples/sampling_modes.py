@@ -210,7 +210,7 @@ class ListDrafting(CoralDrafting):
     def expander(self, warp: Warp) -> Expand:
         """Start at the root; the drafter reads a level at each call."""
         self._cache.truncate()
-        features, seen, depth = self._feature, None, -1
+        features, seen, depth = self._output, None, -1
 
         def expand(tokens: list[int], places: list[int]) -> Tensor:
             nonlocal features, seen, depth

@@ -45,8 +45,17 @@ def test_the_target_as_its_own_drafter_accepts_every_path(family, way):
     assert {*ours.stats.round_lengths[:-3]} == {4}
 
 
-@pytest.mark.parametrize("settings", [{}, {"compile_config": CompileConfig(backend="eager")}])
-@pytest.mark.parametrize("family", ["qwen3", "gemma3", "gpt2"])
+COMPILED = {"compile_config": CompileConfig(backend="eager")}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        *((family, {}) for family in ("qwen3", "gemma3", "gpt2")),
+        ("gemma3", COMPILED),
+        *(pytest.param(family, COMPILED, marks=pytest.mark.slow) for family in ("qwen3", "gpt2")),
+    ],
+)
 def test_a_drafter_of_another_architecture_changes_no_token(family, settings):
     target, small = tiny_target("llama"), tiny_target(family, seed=1)
     given = prompts()

@@ -205,9 +205,7 @@ class BoundDrafter:
         """Decode what `generate` has prepared for the target: `input_ids` are (batch, length)."""
         config, watchers = generation_config, (logits_processor, stopping_criteria)
         own, settings = getattr(self.drafter, "generation_config", None), self.settings
-        defaults: Settings = {
-            name: getattr(own, name, TREE_DEFAULTS.get(name)) for name in DECODING_KEYWORDS
-        }
+        defaults = _defaults(own)
         rule = choose_rule(config.do_sample, defaults, settings)
         speculation = choose_speculation((defaults | settings)["speculation"])
         if speculation == "never":  # rounds are none, so that the guard has nothing to say
@@ -262,6 +260,11 @@ class BoundDrafter:
             name: self.settings[name] for name in self.family.options if name in self.settings
         }
         return partial(self.family.start, self.drafter, read_target(model), **options)
+
+
+def _defaults(own: GenerationConfig | None) -> Settings:
+    """Settings of calls that leave them out, from a drafter's `generation_config`."""
+    return {name: getattr(own, name, TREE_DEFAULTS.get(name)) for name in DECODING_KEYWORDS}
 
 
 def decoder(
