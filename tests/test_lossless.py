@@ -89,6 +89,28 @@ def test_greedy_tokens_equal_the_target_alone_when_inductor_compiles(family, sha
     assert torch.equal(greedy_text(target, prompt, 30), drafted)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rule", ["chosen", "drawn", "traversal"])
+def test_samples_are_those_of_static_rounds_when_inductor_compiles(rule, rows):
+    target = tiny_target("llama")
+    torch.manual_seed(0)
+    drafter = CoralDrafter.from_target(target).eval()
+    prompt = torch.randint(3, 40, (rows, 9), generator=torch.Generator().manual_seed(0))
+    settings = {"verification": "traversal" if rule == "traversal" else "token"}
+    if rule != "traversal":
+        settings["drawn_tree"] = rule == "drawn"
+    found = []
+    for way in ({"cache_implementation": "static"}, {"compile_config": CompileConfig()}):
+        for seed in range(3):
+            torch.manual_seed(seed)
+            keep = {"do_sample": True, "max_new_tokens": 40, "pad_token_id": 0}
+            sampled = target.generate(prompt, assistant_model=drafter, **keep, **settings, **way)
+            found.append(sampled)
+    assert all(a.equal(b) for a, b in zip(found[:3], found[3:], strict=True))
+    assert not found[0].equal(found[1])
+
+
 @pytest.mark.parametrize("way", ["static", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_threads_share_a_target_and_a_drafter(way):
     target = tiny_target("llama")

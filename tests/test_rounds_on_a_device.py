@@ -16,7 +16,7 @@ from coral_hf.decoding.rounds.fixed_rounds import FixedRounds
 
 
 class NoSync(TorchDispatchMode):
-    """Refuses what waits for a device, or copies to it from Python."""
+    """Refuses what waits for a device, copies to it from Python, or compiles to something else."""
 
     REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
 
@@ -25,6 +25,8 @@ class NoSync(TorchDispatchMode):
         assert name not in self.REFUSED, name
         # a list becomes a tensor; a number that is assigned is filled in on the device
         assert name != "lift_fresh" or args[0].dim() == 0, name
+        # Inductor's kernel of it for a CPU reads lanes that nobody wrote
+        assert name not in ("argmax", "argmin") or args[0].is_floating_point(), name
         if name in ("_to_copy", "copy_"):
             devices = {one.device for one in args if isinstance(one, torch.Tensor)}
             devices |= {torch.device(one) for one in [(kwargs or {}).get("device")] if one}

@@ -61,7 +61,7 @@ class Siblings(NamedTuple):
 
     def with_token(self, token: Tensor) -> Tensor:
         """Find the first child that has a `token`, 0 if none has; both have shape (batch,)."""
-        return _first(self.is_child & (self.tokens == token[:, None]))
+        return first_true(self.is_child & (self.tokens == token[:, None]))
 
 
 class Move(NamedTuple):
@@ -163,7 +163,7 @@ def token_step(siblings: Siblings, target_probs: Tensor, chance: Chance | Unifor
     child = torch.zeros_like(tokens[:, 0])
     may_look = chance.may_look(tokens.device)
     for _ in range(siblings.most or int(is_child.sum(1).max())):
-        tried = _first(is_child)  # (batch,)
+        tried = first_true(is_child)  # (batch,)
         is_tried = (tried > 0) & (child == 0)
         if may_look and not is_tried.any():
             break
@@ -182,9 +182,16 @@ def token_step(siblings: Siblings, target_probs: Tensor, chance: Chance | Unifor
     return Step(torch.where(child > 0, tokens.gather(1, child[:, None])[:, 0], drawn), child)
 
 
-def _first(mask: Tensor) -> Tensor:
-    """Find the first True of each row of a mask (batch, nodes), 0 if there is none: (batch,)."""
-    return mask.to(torch.uint8).argmax(1)
+def first_true(mask: Tensor) -> Tensor:
+    """Find the first True of each row of a mask (batch, nodes), 0 if there is none: (batch,).
+
+    Not by `argmax` of integers: what Inductor makes of it on a CPU reads lanes that nobody wrote
+    where all are equal, and gives any number (torch 2.13).
+    """
+    nodes = mask.shape[1]
+    ids = torch.arange(nodes, device=mask.device)
+    first = torch.where(mask, ids, nodes).amin(1)
+    return torch.where(first < nodes, first, 0)
 
 
 def _normed(probs: Tensor, token: Tensor, otherwise: Tensor) -> Tensor:
@@ -277,7 +284,7 @@ class Verifier:
         token = self.sequences.pad_token
         is_next = (tree.parents[row] == node) & (tree.tokens[row] == token)  # (nodes,)
         is_next[0] = False
-        return move._replace(token=token, child=int(is_next.to(torch.uint8).argmax()))
+        return move._replace(token=token, child=int(first_true(is_next[None])))
 
     def _decide(self, tree: DraftTree, row: int, logits: Tensor) -> dict[int, Move]:
         """Decide a row by the scores of every node: the move from each node of the accepted path.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..acceptance_rules import Chance, Uniforms
 from ..drafting import PADDING, DraftTree
-from ..verifier import Verdict, follow
+from ..verifier import Verdict, first_true, follow
 
 
 class Chances(NamedTuple):
@@ -49,7 +49,7 @@ def verify_traversal(tree: DraftTree, probs: Tensor, chance: Chance | Uniforms) 
     rest = probs[rows, last[:, 0]].double()  # (batch, vocab), of a leaf
     for families, left in chances.left:
         is_last = families == last  # (batch, families)
-        place = is_last.to(torch.uint8).argmax(1)
+        place = first_true(is_last)
         rest = torch.where(is_last.any(1, keepdim=True), left[rows, place], rest)
     return Verdict(path, lengths, chance.draw(rest))
 
