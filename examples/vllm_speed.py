@@ -2,7 +2,7 @@
 
 python examples/vllm_speed.py --target T --drafter D [--drafter D2] --prompts FILE --batch-size 8
 
-Needs an environment with vLLM and coral_hf (docs/serving.md).
+Needs an environment with vLLM and coral_hf (docs/use/serve.md).
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """EAGLE-3 checkpoints of four layouts, and what such a drafter computes, from raw tensors.
 
-Names and shapes as published, formulas from docs/eagle3.md: nothing of the package is in it.
+Names and shapes as published, formulas from docs/use/eagle3.md: nothing of the package is in it.
 """
 
 import math

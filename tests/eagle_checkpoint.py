@@ -1,6 +1,6 @@
 """Checkpoints as EAGLE's training writes them, and what such a drafter computes, from raw tensors.
 
-Written from the formulas (docs/serving.md) in plain torch: nothing of the package is in it.
+Written from the formulas (docs/use/serve.md) in plain torch: nothing of the package is in it.
 """
 
 import json

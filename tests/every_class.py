@@ -44,7 +44,7 @@ WAYS = {
 HEAD = """\
 # Every class of target
 
-Reference: [what is drafted, and what is refused](../guard.md). All classes of
+Reference: [what is drafted, and what is refused](../reference/guard.md). All classes of
 `MODEL_FOR_CAUSAL_LM_MAPPING` and, for text alone, of `MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING`, as
 tiny random models in float64 (float32 where a class computes in no other dtype, and for padded rows
 where its softmax does): windows and rotary switches within the text, greedy, {new} tokens after a

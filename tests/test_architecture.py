@@ -1,4 +1,4 @@
-"""Imports run one way, and each seam to transformers is in a known file (docs/architecture.md)."""
+"""Imports run one way, and each seam to transformers is in a known file: see architecture.md."""
 
 import ast
 import importlib.util

@@ -267,7 +267,7 @@ def test_the_refusal_names_exactly_the_metrics_that_evaluations_give(target, row
 def test_the_example_of_the_documentation_selects_the_best_checkpoint(
     target, rows, tmp_path, monkeypatch
 ):
-    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "use" / "evaluation.md").read_text()
     example = re.search(r"```python\n(from .*?)```", page, re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)  # where the example's folder goes
     small = {"eval_prompts": 2, "eval_max_new_tokens": 8, "use_cpu": True, "report_to": "none"}

@@ -35,8 +35,8 @@ def test_a_line_for_several_classes_is_in_a_table():
 
 
 def test_the_page_of_the_docs_is_what_the_tables_say():
-    page = (TESTS.parent / "docs" / "guard.md").read_text()
-    assert page == guard_page(), "run `python -m coral_hf.decoding.guard > docs/guard.md`"
+    page = (TESTS.parent / "docs" / "reference" / "guard.md").read_text()
+    assert page == guard_page(), "run `python -m coral_hf.decoding.guard > docs/reference/guard.md`"
 
 
 def test_the_lowest_way_of_all_that_was_found_wins():

@@ -1,6 +1,6 @@
 """A draft tree keeps its best nodes, and each node sees its own ancestors and nothing else.
 
-The running example, "The cat sat …", is the one of docs/draft_tree.md, number for number.
+The running example, "The cat sat …", is that of docs/understand/draft_tree.md.
 """
 
 import math
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from coral_hf.decoding.drafting import PADDING, DraftTree, TreeShape, root_only
 from coral_hf.drafters.tree_builders import Beam, TreeBuilder
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[1] / "docs" / "understand"
 
 WORDS = ["The", "cat", "sat", "on", "down", "the", "a", "mat", "sofa", "."]
 ROOT = "sat"

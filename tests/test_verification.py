@@ -1,4 +1,4 @@
-"""The running example, "The cat sat …": number for number that of docs/verification.md.
+"""The running example, "The cat sat …": the numbers of docs/understand/verification.md.
 
 The rules themselves are shown lossless in test_verification_rules.py.
 """

@@ -1,6 +1,6 @@
 """Every rule gives the target's own distribution, summed over all that drafter and chance may do.
 
-The worked example is the one of docs/verification.md, number for number.
+The worked example is the one of docs/understand/verification.md, number for number.
 """
 
 import itertools

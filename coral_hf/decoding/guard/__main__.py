@@ -1,4 +1,4 @@
-"""`python -m coral_hf.decoding.guard > docs/guard.md`: the tables as a page of the docs."""
+"""The tables as a page: `python -m coral_hf.decoding.guard > docs/reference/guard.md`."""
 
 from .. import watchers
 from .entries import TABLES, Entry, Table, Way
@@ -15,8 +15,8 @@ that applies wins, and what is in no table is refused or tried. `CoralDrafter.fr
 *Agreement only*: a layer of the target looks at all tokens of a pass, so that its text agrees with
 plain `generate` but for near ties; that is said once.
 
-Each line names the test that holds it. `python -m coral_hf.decoding.guard > docs/guard.md` writes
-this page.
+Each line names the test that holds it. This page is written by
+`python -m coral_hf.decoding.guard > docs/reference/guard.md`.
 """
 WORDS = {Way.TREE: "tree", Way.CHAIN: "chain", Way.REFUSED: "refused"}
 # lines of the tables that stand for classes of transformers

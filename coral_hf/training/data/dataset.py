@@ -190,7 +190,7 @@ def _drop_untrained(rows: Dataset, num_rows: int, max_length: int) -> Dataset:
     if len(bad):
         raise ValueError(
             f"Row {bad['source'].iloc[0]}: {bad['problem'].iloc[0]} Of {num_rows} rows, {len(bad)}"
-            " cannot be read; repair them or drop them with `dataset.filter` (docs/data.md)."
+            " cannot be read; repair them or drop them with `dataset.filter` (docs/use/data.md)."
         )
     sources = notes.groupby("source")
     lost, empty = notes["num_lost"], sources["num_empty"].max()

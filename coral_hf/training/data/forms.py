@@ -50,7 +50,7 @@ def rendered_form(messages: list[Message], render: Callable[..., str]) -> list[M
         if refusal is not None and [turn["role"] for turn in form] != [t["role"] for t in messages]:
             logger.warning_once(
                 "The chat template does not take some conversations as they are, such as for their"
-                " roles: turns are read as ones of another role, or joined (docs/data.md)."
+                " roles: turns are read as ones of another role, or joined (docs/use/data.md)."
             )
         return form
     assert refusal is not None, "messages have at least one form"

@@ -172,7 +172,7 @@ def check_unread(row: Row, read: Iterable[str], texts: Iterable[str]) -> None:
         if is_mask or unread:
             raise ValueError(
                 f"The column `{name}` is not read, but holds {'a mask' if is_mask else 'text'}:"
-                f" {shortened(value)}. Rename it to one that is (docs/data.md), or name it in"
+                f" {shortened(value)}. Rename it to one that is (docs/use/data.md), or name it in"
                 " `ignore_columns`."
             )
 

@@ -1,8 +1,8 @@
 """Acceptance length of a drafter in training: tokens per target pass, decoded and replayed.
 
 In: held-out rows, and what the unroll predicts for them. Out: metrics by name, defined in
-`docs/evaluation.md`. Decoded: the target answers prompts with the drafter, by the tree decoding of
-`generate`. Simulated: chain decoding replayed over the rows' own text, see `replay.py`.
+`docs/use/evaluation.md`. Decoded: the target answers prompts with the drafter, by the tree decoding
+of `generate`. Simulated: chain decoding replayed over the rows' own text, see `replay.py`.
 """
 
 import re

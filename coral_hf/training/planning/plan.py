@@ -191,7 +191,7 @@ def _smaller(shape: RunShape, longest: int) -> Iterator[tuple[str, RunShape]]:
     is_quantized = getattr(shape.target, "quantization_config", None) is not None
     for bits in () if is_quantized or shape.bits else (8, 4):
         shape = replace(shape, bits=bits)
-        yield f"a target in {bits} bits (`quantization_config`, docs/scale.md)", shape
+        yield f"a target in {bits} bits (`quantization_config`, docs/use/scale.md)", shape
     length = min(shape.args.max_length, longest)
     while length > LEAST_LENGTH:
         length = max(length // 2, LEAST_LENGTH)

@@ -110,7 +110,7 @@ def _generator(
     drafter: PreTrainedModel | None,
 ) -> AnswerGenerator | ServedTarget:
     if isinstance(target, Endpoint) and drafter is not None:
-        raise ValueError("A server drafts itself (docs/serving.md); leave out `drafter`.")
+        raise ValueError("A server drafts itself (docs/use/serve.md); leave out `drafter`.")
     found: AnswerGenerator | ServedTarget
     if isinstance(target, Endpoint):
         found = ServedTarget(target, tokenizer, settings)
@@ -133,7 +133,7 @@ def _survey(
         except ValueError as error:
             raise ValueError(
                 f"Row {number}: {error} Repair or drop such rows with `dataset.filter`"
-                " (docs/data.md)."
+                " (docs/use/data.md)."
             ) from error
         digest.update(row.content.encode())
         sizes.append((row.num_turns, len(row.content)))
