@@ -42,7 +42,7 @@ WAYS = {
     "crash": "an error that names no reason, or comes after the first pass",
 }
 HEAD = """\
-# Every class of target
+# Targets: what becomes of every class?
 
 Reference: [what is drafted, and what is refused](../reference/guard.md). All classes of
 `MODEL_FOR_CAUSAL_LM_MAPPING` and, for text alone, of `MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING`, as

@@ -1,28 +1,41 @@
-"""The commands in README and docs are ones that the program takes, and the README's code runs."""
+"""Commands of the docs are ones that the program takes, their code runs, links lead somewhere."""
 
+import importlib.util
+import os
 import re
 import shlex
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import yaml
+from test_demo import TINY
 from test_examples import folder  # noqa: F401  a saved target and its conversations
 from transformers import AutoModelForCausalLM
 
+import coral_hf
 from coral_hf import CoralDrafter
-from coral_hf.cli import COMMANDS
-from coral_hf.cli.parser import parse
+from coral_hf.cli import COMMANDS, main
+from coral_hf.cli.parser import make_parser, parse
+from coral_hf.demo import DemoSettings
+from coral_hf.demo.run import run_demo
 from coral_hf.training import parse_arguments
+from coral_hf.training.arguments import RECIPES
 from coral_hf.training.data import load_conversations
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 
 def commands(page: Path) -> list[list[str]]:
     """The words of each `coral-hf` command in a page's shell blocks; not of those with dots."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    blocks = re.findall(r"^ *```bash\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL)
+    lines = [line.strip() for line in "".join(blocks).replace("\\\n", " ").splitlines()]
     lines = [
         line.replace("|", " ; ")
         for line in lines
@@ -32,6 +45,11 @@ def commands(page: Path) -> list[list[str]]:
     found = [words[words.index("coral-hf") + 1 :] for words in split]
     whole = [words for words in found if "..." not in words]
     return [words[: words.index(";")] if ";" in words else words for words in whole]
+
+
+def python_blocks(text: str) -> list[str]:
+    """The code of a page's Python blocks."""
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 SHOWN = [(page.name, words) for page in PAGES for words in commands(page)]
@@ -56,10 +74,112 @@ def test_the_code_of_the_readme_runs(folder, tmp_path):  # noqa: F811
     code = code.replace('output_dir="coral-my-llama"', f'output_dir="{tmp_path}", max_steps=1')
     code = code.replace("bf16=True", 'bf16=True, use_cpu=True, report_to="none"')
     code = code.replace("trainer.push_to_hub()", "")  # needs an account
-    generating, training = re.findall(r"^```python\n(.*?)^```", code, re.MULTILINE | re.DOTALL)
+    generating, training = python_blocks(code)
     names = {"conversations": load_conversations(folder / "talk.jsonl")}
     exec(generating, names)
     alone = target.generate(**names["inputs"], max_new_tokens=8, do_sample=False)
     assert torch.equal(names["output"], alone)
     exec(training, names)
     assert names["trainer"].state.global_step == 1
+
+
+@pytest.mark.slow
+def test_commands_on_the_models_of_the_demo_run_as_they_stand(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    run_demo(DemoSettings(**TINY))
+    start = [DOCS / "start" / f"{name}.md" for name in ("first_minutes", "own_model")]
+    making = re.search("^cat .*", start[1].read_text(), re.MULTILINE)[0]
+    subprocess.run(making, shell=True, check=True)
+    for page in (*start, *sorted((DOCS / "use").glob("*.md"))):
+        for words in commands(page):
+            if any(word.startswith("coral-demo/") for word in words):
+                main(words)
+        if page in start:
+            for code in python_blocks(page.read_text()):
+                exec(code, {})
+
+
+# ---- the site
+
+
+@cache
+def hooks() -> ModuleType:
+    """What the site adds to the pages."""
+    spec = importlib.util.spec_from_file_location("site_hooks", DOCS / "site" / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def prose(page: Path) -> str:
+    """A page with the tables that are made of the code, and without blocks of code."""
+    text = hooks().filled(page.read_text())
+    return re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def headings(page: Path) -> set[str]:
+    """The names by which links reach the headings of a page, on GitHub and on the site."""
+    titles = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_a_link_leads_to_a_file_and_a_heading():
+    pages = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)\s]+)\)", prose(page))]
+    inside = [(page, link) for page, link in links if not link.startswith("http")]
+    broken = []
+    for page, link in inside:
+        path, _, heading = link.partition("#")
+        leads_to = (page.parent / path).resolve() if path else page
+        if not leads_to.exists() or (heading and heading not in headings(leads_to)):
+            broken.append(f"{page.relative_to(ROOT)}: {link}")
+    assert len(inside) > 200 and not broken
+
+
+def test_a_page_that_code_names_is_there():
+    parts = ("coral_hf", "examples", "tests")
+    files = [path for part in parts for path in (ROOT / part).rglob("*")]
+    texts = [path.read_text() for path in files if path.suffix in (".py", ".yaml", ".md")]
+    named = {name for text in texts for name in re.findall(r"\bdocs/[\w/]+\.\w+", text)}
+    assert "docs/reference/guard.md" in named
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_the_navigation_of_the_site_has_every_page_once():
+    settings = yaml.safe_load((DOCS / "site" / "mkdocs.yml").read_text())
+    pages = re.findall(r"[\w/]+\.md", str(settings["nav"]))
+    assert sorted(pages) == sorted(path.relative_to(DOCS).as_posix() for path in PAGES[1:])
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "use").glob("*.md")), ids=lambda page: page.stem)
+def test_a_page_of_use_begins_with_a_command_and_ends_with_what_goes_wrong(page):
+    begin, *_, end = re.split(r"^## ", page.read_text(), flags=re.MULTILINE)
+    assert re.match(r"# .+\n\n```bash\ncoral-hf ", begin)
+    assert end.startswith("What goes wrong\n")
+
+
+def test_the_reference_lists_every_option_and_every_setting():
+    page = hooks().filled((DOCS / "reference" / "cli.md").read_text())
+    one_command = re.compile(r"^### coral-hf (\S+)\n(.*?)(?=^##|\Z)", re.MULTILINE | re.DOTALL)
+    parts = dict(one_command.findall(page))
+    assert parts.keys() == COMMANDS.keys()
+    for name, one in COMMANDS.items():
+        flags = re.findall(r"(--[a-z][\w-]+)", make_parser(name, one).format_help())
+        assert {*flags} - {"--help"} <= {*re.findall(r"--[a-z][\w-]+", parts[name])}, name
+    page = hooks().filled((DOCS / "reference" / "settings.md").read_text())
+    assert "| `csra_temperature` | `0.07` | Temperature of CSRA. |" in page
+    assert "`adam_beta1`" not in page and all(f"| `{name}` | " in page for name in RECIPES)
+    page = hooks().filled((DOCS / "reference" / "api.md").read_text())
+    assert all(f"::: coral_hf.{name}\n" in page for name in coral_hf.__all__)
+
+
+def test_a_page_that_loads_a_file_from_elsewhere_is_found(caplog):
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
+    for tag in ('<a href="https://x.org">', '<link rel="canonical" href="https://x.org">', "<img>"):
+        hooks().on_post_page(tag, page)
+    assert not caplog.records
+    for tag in ('<script src="https://x.org/x.js">', '<link href="//x.org/x.css">'):
+        hooks().on_post_page(tag, page)
+    assert len(caplog.records) == 2
