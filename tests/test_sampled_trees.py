@@ -8,6 +8,7 @@ from conftest import VOCAB, scatter_weights, tiny_target
 from transformers import SynthIDTextWatermarkingConfig
 
 from coral_hf import CoralDrafter
+from coral_hf.decoding.acceptance_rules import Uniforms
 from coral_hf.decoding.drafting import PADDING, TreeShape
 from coral_hf.drafters.tree_builders import Level, SampledTreeBuilder, plan_levels
 
@@ -58,25 +59,39 @@ def test_a_plan_never_has_more_nodes_than_it_may(depth, top_k, nodes):
 # ---- the draws
 
 
-def draw_families(probs: torch.Tensor, children: int, batch: int, seed: int = 0):
+def drawn_before(nodes: int, batch: int) -> Uniforms:
+    """Numbers that are there before a round, as those of constant shapes have them."""
+    numbers = Uniforms(batch, 0, nodes, torch.device("cpu"))
+    numbers.draw_all()
+    return numbers
+
+
+CHANCES = pytest.mark.parametrize("chance", [None, drawn_before], ids=["at once", "before"])
+
+
+def draw_families(probs: torch.Tensor, children: int, batch: int, seed: int = 0, chance=None):
     torch.manual_seed(seed)
-    builder = SampledTreeBuilder(torch.zeros(batch, dtype=torch.long))
+    source = chance and chance(children, batch)
+    builder = SampledTreeBuilder(torch.zeros(batch, dtype=torch.long), source)
     builder.best(1)
     builder.draw(probs.expand(batch, 1, -1).clone(), children)
     return builder
 
 
-def test_siblings_are_drawn_in_order_without_replacement():
+@CHANCES
+def test_siblings_are_drawn_in_order_without_replacement(chance):
     probs, batch = torch.tensor([0.5, 0.3, 0.15, 0.05]), 60_000
-    tree = draw_families(probs, 2, batch).build()
+    tree = draw_families(probs, 2, batch, chance=chance).build()
     pairs = (tree.tokens[:, 1] * 4 + tree.tokens[:, 2]).bincount(minlength=16) / batch
     for first, second in itertools.product(range(4), repeat=2):
-        chance = 0.0 if first == second else probs[first] * probs[second] / (1 - probs[first])
-        assert pairs[4 * first + second] == pytest.approx(float(chance), abs=0.008)
+        share = 0.0 if first == second else probs[first] * probs[second] / (1 - probs[first])
+        assert pairs[4 * first + second] == pytest.approx(float(share), abs=0.008)
 
 
-def test_a_distribution_of_few_tokens_gives_as_many_children_as_it_has():
-    tree = draw_families(torch.tensor([0.0, 0.6, 0.0, 0.4, 0.0]), 4, batch=50).build()
+@CHANCES
+def test_a_distribution_of_few_tokens_gives_as_many_children_as_it_has(chance):
+    few = torch.tensor([0.0, 0.6, 0.0, 0.4, 0.0])
+    tree = draw_families(few, 4, batch=50, chance=chance).build()
     assert tree.parents[:, 1:3].eq(0).all() and tree.parents[:, 3:].eq(PADDING).all()
     assert tree.tokens[:, 1:3].sort(1).values.tolist() == [[1, 3]] * 50
     assert tree.children_of(torch.zeros(50, dtype=torch.long))[:, 1:3].all()

@@ -65,6 +65,16 @@ class Chance:
         noise.exponential_(generator=self.of(probs.device))
         return probs / noise.clamp_(min=torch.finfo(noise.dtype).tiny)
 
+    def draw_siblings(self, probs: Tensor, children: int) -> tuple[Tensor, Tensor]:
+        """Draw tokens without replacement, in order.
+
+        Returns:
+            tokens (batch, families, children) of `probs` (batch, families, vocab), and which of
+            them there are: a distribution of few tokens gives as many as it has.
+        """
+        order, tokens = self.race(probs).topk(children, dim=2)
+        return tokens, order > 0
+
     def is_accepted(self, chance: float) -> bool:
         """Draw one answer: the `Accept` of the rules over lists, which reads no tensor."""
         return float(torch.rand((), dtype=torch.float64, device="cpu")) < chance
@@ -82,33 +92,31 @@ class Chance:
 class Uniforms:
     """The same draws from numbers that are drawn before, so that no step waits for one.
 
-    `numbers` are (count, batch), and `noise` (batch, families, vocab).
+    `numbers` are (count, batch), and `siblings` (nodes, batch).
 
     Args:
         batch: rows.
         count: answers and tokens that are drawn of a row, between two calls of `draw_all`.
-        races: distributions of a row that are raced, and their tokens.
+        nodes: of a row's tree that are drawn.
         device: of the rows.
     """
 
-    def __init__(self, batch: int, count: int, races: tuple[int, int], device: torch.device):
-        self.numbers = torch.empty(count, batch, dtype=torch.float64, device=device)
-        self.noise = torch.ones(batch, *races, dtype=torch.float64, device=device)
-        self._source = Chance()
-        self._next = self._next_race = 0
+    def __init__(self, batch: int, count: int, nodes: int, device: torch.device):
+        self.numbers, self.siblings = (
+            torch.empty(size, batch, dtype=torch.float64, device=device) for size in (count, nodes)
+        )
+        self._next = self._next_sibling = 0
 
     def draw_all(self) -> None:
         """Draw all numbers afresh, (count, batch), from torch's generator of the CPU."""
-        if len(self.numbers):
-            numbers = torch.rand(self.numbers.shape, dtype=torch.float64, device="cpu")
-            self.numbers.copy_(numbers, non_blocking=True)
-        if self.noise.numel():
-            self.noise.exponential_(generator=self._source.of(self.noise.device))
-            self.noise.clamp_(min=torch.finfo(self.noise.dtype).tiny)
+        for numbers in (self.numbers, self.siblings):
+            if len(numbers):
+                drawn = torch.rand(numbers.shape, dtype=torch.float64, device="cpu")
+                numbers.copy_(drawn, non_blocking=True)
 
     def rewind(self) -> None:
         """Begin with the first number."""
-        self._next = self._next_race = 0
+        self._next = self._next_sibling = 0
 
     def may_look(self, device: torch.device) -> bool:
         """See [`Chance`]."""
@@ -120,22 +128,37 @@ class Uniforms:
 
     def draw(self, probs: Tensor) -> Tensor:
         """A token of each distribution: (batch, vocab) → (batch,); -1 of what is none."""
-        mass = probs.double().cumsum(-1)
-        total = mass[:, -1]
-        drawn = (total * self._take())[:, None]
-        token = torch.searchsorted(mass, drawn, right=True)[:, 0].clamp(max=probs.shape[1] - 1)
-        return torch.where(total.isfinite() & (total > 0), token, -1)
+        token, is_there = _place(probs.double(), self._take())
+        return torch.where(is_there, token, -1)
 
-    def race(self, probs: Tensor) -> Tensor:
-        """Each p over an exponential draw of its own, (batch, families, vocab); see [`Chance`]."""
-        start = self._next_race
-        self._next_race += probs.shape[1]
-        return probs / self.noise[:, start : self._next_race]
+    def draw_siblings(self, probs: Tensor, children: int) -> tuple[Tensor, Tensor]:
+        """Draw tokens without replacement, one after the other; see [`Chance`]."""
+        left, drawn, families = probs.double(), [], probs.shape[1]
+        for _ in range(children):
+            start = self._next_sibling
+            self._next_sibling += families
+            drawn.append(_place(left, self.siblings[start : start + families].T))
+            left = left.scatter(2, drawn[-1][0][..., None], 0)
+        tokens, is_there = zip(*drawn, strict=True)
+        return torch.stack(tokens, dim=2), torch.stack(is_there, dim=2)
 
     def _take(self) -> Tensor:
         """The next numbers, of shape (batch,)."""
         self._next += 1
         return self.numbers[self._next - 1]
+
+
+def _place(probs: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Find where numbers (...) lie in the cumulated mass of `probs` (..., vocab), which may have any.
+
+    Returns:
+        tokens (...), and whether there is a finite mass to draw from. One of probability 0 has no
+        place, so that what was set to 0 is not drawn again.
+    """
+    mass = probs.cumsum(-1)
+    total = mass[..., -1]
+    place = torch.searchsorted(mass, (total * uniform)[..., None], right=True)[..., 0]
+    return place.clamp(max=probs.shape[-1] - 1), total.isfinite() & (total > 0)
 
 
 class Outcome(NamedTuple):

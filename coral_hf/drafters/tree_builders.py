@@ -163,10 +163,10 @@ class SampledTreeBuilder:
             probs: (batch, families, vocab), q after each of them.
             children: of each; a q with fewer tokens gives as many as it has.
         """
-        order, tokens = self._chance.race(probs).topk(children, dim=2)
+        tokens, is_there = self._chance.draw_siblings(probs, children)
         drawn = probs.gather(2, tokens)  # (batch, families, children)
         log_path = self._beam_log_path[..., None] + drawn.log()
-        is_node = (order > 0) & (log_path > float("-inf"))
+        is_node = is_there & (log_path > float("-inf"))
         parents = self._beam[..., None].expand_as(tokens).masked_fill(~is_node, PADDING)
         self._expanded.append((self._beam, probs))
         self._tokens.append(tokens.flatten(1))

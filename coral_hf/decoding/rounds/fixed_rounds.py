@@ -60,11 +60,10 @@ class FixedRounds:
         self.root = self.root.clone()
         self.is_active = torch.ones(batch, dtype=torch.bool, device=device)
         self._plant(nodes, plan)
-        races = sum(level.families for level in plan), self.vocab_size if plan else 0
         levels, branching = self.tree.levels, self.tree.branching
         counts = {"greedy": 0, "token": (levels + 1) * (branching * bool(plan) + 1)}
         count = counts.get(self.rule.name, nodes + 1)
-        self.uniforms = Uniforms(batch, count, races, device)
+        self.uniforms = Uniforms(batch, count, drawn, device)
 
     def smaller(self, shape: TreeShape) -> "FixedRounds":
         """Rounds over the same rows and buffers, with smaller trees of chosen tokens."""
