@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .hub import publish as publish
     from .measure.autotune import autotune as autotune
     from .measure.lossless import verify as verify
+    from .training import AssistantTrainer as AssistantTrainer
+    from .training import AssistantTrainingArguments as AssistantTrainingArguments
     from .training import CoralTrainer as CoralTrainer
     from .training import CoralTrainingArguments as CoralTrainingArguments
     from .training.planning.plan import plan as plan
@@ -54,7 +56,12 @@ _MODULES = {
     "hub": ["publish"],
     "measure.autotune": ["autotune"],
     "measure.lossless": ["verify"],
-    "training": ["CoralTrainer", "CoralTrainingArguments"],
+    "training": [
+        "AssistantTrainer",
+        "AssistantTrainingArguments",
+        "CoralTrainer",
+        "CoralTrainingArguments",
+    ],
     "training.planning.plan": ["plan"],
 }
 __all__ = sorted(sum(_MODULES.values(), []))

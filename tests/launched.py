@@ -20,8 +20,16 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments, Eagle3Drafter
+from coral_hf import (
+    AssistantTrainer,
+    AssistantTrainingArguments,
+    CoralDrafter,
+    CoralTrainer,
+    CoralTrainingArguments,
+    Eagle3Drafter,
+)
 from coral_hf.drafters.model import Drafter
+from coral_hf.training.assistant.small_model import small_model
 from coral_hf.training.losses.csra import csra_loss, of_other_devices
 from coral_hf.training.runs.checkpoints import sole_run
 from coral_hf.training.steps.base import add_noise
@@ -197,6 +205,26 @@ def gathered_losses() -> dict:
         loss.backward()
         found[counts[0]] = (loss.detach(), own.grad)
     return found
+
+
+def assistant(folder: Path, **settings) -> dict:
+    """The gradients of a small language model, and what an evaluation finds."""
+    torch.manual_seed(0)
+    args = {
+        name: value for name, value in SETTINGS.items() if name not in ("plots", "csra_negatives")
+    }
+    args = AssistantTrainingArguments(
+        output_dir=str(folder), loss="tvd", per_device_eval_batch_size=4, **{**args, **settings}
+    )
+    rows = make_rows()
+    data = {"train_dataset": rows, "eval_dataset": rows}
+    trainer = AssistantTrainer(small_model(TARGET.config, num_layers=1), args, TARGET, **data)
+    gradients = Gradients()
+    trainer.add_callback(gradients)
+    trainer.train()
+    metrics = trainer.evaluate()
+    names = ("eval_loss", "eval_expected_acceptance", "eval_simulated_acceptance_length")
+    return {"gradients": gradients.found, "metrics": {name: metrics[name] for name in names}}
 
 
 def all_at_once(folder: Path, **settings) -> dict:

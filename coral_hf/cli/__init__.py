@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from .data import data, features
+from .distill import distill
 from .measure import autotune, benchmark, compare, compare_heads, generate, sweep, verify
 from .parser import Command, parse
 from .publish import export, import_, publish
@@ -19,7 +20,7 @@ from .train import demo, plan, regenerate, train
 
 GROUPS: dict[str, list[Command]] = {
     "try": [demo],
-    "train": [plan, train, data, regenerate, features],
+    "train": [plan, train, distill, data, regenerate, features],
     "use": [generate],
     "measure": [verify, benchmark, sweep, compare, compare_heads, autotune],
     "publish": [publish, import_, export],

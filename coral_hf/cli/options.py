@@ -115,6 +115,24 @@ class DatasetOptions:
 
 
 @dataclass(kw_only=True)
+class TrainingDataOptions(DatasetOptions):
+    """Conversations, and those that an evaluation reads."""
+
+    eval_dataset: list[str] = option("For --eval-strategy, in place of --hold-out.", [])
+
+    def eval_rows(self, strategy: str):
+        """Return the conversations that are evaluated; None where none are."""
+        if strategy == "no":
+            return None
+        if self.eval_dataset:
+            ignored = self.ignore_columns
+            return DatasetOptions(dataset=self.eval_dataset, ignore_columns=ignored).rows()
+        if not self.hold_out:
+            raise ValueError("--eval-strategy goes with --hold-out or --eval-dataset.")
+        return self.conversations(held_out=True)
+
+
+@dataclass(kw_only=True)
 class PromptOptions:
     """Files of prompts."""
 

@@ -9,7 +9,7 @@ from ..demo import DemoSettings
 from ..measure.settings import option
 from ..training.planning import PlanSettings
 from ..training.regeneration import RegenerationSettings
-from .options import DatasetOptions, TargetOptions, load_drafter
+from .options import DatasetOptions, TargetOptions, TrainingDataOptions, load_drafter
 
 STAGES = Literal["drafter", "joint", "router", "low_rank"]
 DEFAULT_STAGES: tuple[STAGES, ...] = ("drafter", "router")  # of a family that has them
@@ -23,11 +23,10 @@ def demo(settings: DemoSettings) -> None:
 
 
 @dataclass(kw_only=True)
-class TrainOptions(TargetOptions, DatasetOptions):
+class TrainOptions(TargetOptions, TrainingDataOptions):
     """What is trained, from where, and in which stages."""
 
     output: Path = option("Folder of the finished drafter.")
-    eval_dataset: list[str] = option("For --eval-strategy, in place of --hold-out.", [])
     layers: int = option("Layers of a fresh drafter.", 1, least=1, excludes="drafter warm_start")
     draft_vocab_size: int | None = option(
         "Tokens that a fresh EAGLE-3 drafter can propose.",
@@ -87,15 +86,6 @@ class TrainOptions(TargetOptions, DatasetOptions):
                 raise ValueError("--draft-vocab-size goes with --recipe eagle3.")
             fields["draft_vocab_size"] = self.draft_vocab_size
         return fields
-
-    def eval_rows(self):
-        """Return the conversations that are evaluated."""
-        if self.eval_dataset:
-            ignored = self.ignore_columns
-            return DatasetOptions(dataset=self.eval_dataset, ignore_columns=ignored).rows()
-        if not self.hold_out:
-            raise ValueError("--eval-strategy goes with --hold-out or --eval-dataset.")
-        return self.conversations(held_out=True)
 
     def plan(self, stages: list, rows, settings: PlanSettings):
         """Return the plan of the run."""
@@ -182,7 +172,7 @@ def train(own: TrainOptions, training_options: list[str]) -> None:
     if args.push_to_hub and args.hub_model_id is None:
         raise ValueError("--push-to-hub needs --hub-model-id organisation/name.")
     rows = own.rows()
-    eval_rows = own.eval_rows() if args.eval_strategy != "no" else None
+    eval_rows = own.eval_rows(args.eval_strategy)
     own.show_plan(stages, rows)  # before the target is loaded
     # each process of a run has a GPU of its own, to which its trainer moves the target
     target, tokenizer = own.load_target(device="cpu")

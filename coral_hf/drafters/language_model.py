@@ -95,10 +95,7 @@ class LanguageModelDrafter(nn.Module):
             )
         super().__init__()
         self.model = model.eval()
-        self.config = LanguageModelConfig(vocab_size=text_config(model).vocab_size)
-        self.config._name_or_path = model.name_or_path
-        if tokenizer is not None:
-            record_tokenizer(tokenizer, self.config)
+        self.config = config_of(model, tokenizer)
 
     @property
     def generation_config(self) -> GenerationConfig:
@@ -108,6 +105,17 @@ class LanguageModelDrafter(nn.Module):
     def num_parameters(self) -> int:
         """Count the model's parameters."""
         return self.model.num_parameters()
+
+
+def config_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> LanguageModelConfig:
+    """Note which tokens a small model has: how many, and its tokenizer's where that is given."""
+    config = LanguageModelConfig(vocab_size=text_config(model).vocab_size)
+    config._name_or_path = model.name_or_path
+    if tokenizer is not None:
+        record_tokenizer(tokenizer, config)
+    return config
 
 
 class OtherVocabulary(FullHead):
@@ -139,7 +147,7 @@ class LanguageModelDrafting(CachedDrafting):
         self, drafter: LanguageModelDrafter, target: Target, memory: DrafterMemory | None = None
     ):
         model, num_tokens = drafter.model, text_config(target.model).vocab_size
-        _check_vocabulary(drafter.config, num_tokens)
+        check_vocabulary(drafter.config, num_tokens)
         super().__init__(model, target, sliding_windows(model), memory)
         own = read_target(model)
         self.head = OtherVocabulary(own.head, num_tokens)
@@ -175,13 +183,20 @@ class LanguageModelDrafting(CachedDrafting):
             return self._decoder(input_ids=tokens, **inputs).last_hidden_state
 
 
-def _check_vocabulary(config: LanguageModelConfig, num_tokens: int) -> None:
-    """Raise a ValueError if only a tokenizer can tell whether two models have the same tokens."""
+def check_vocabulary(
+    config: LanguageModelConfig,
+    num_tokens: int,
+    remedy: str = "LanguageModelDrafter(model, tokenizer=tokenizer)",
+) -> None:
+    """Raise a ValueError if only a tokenizer can tell whether two models have the same tokens.
+
+    `remedy`: how the small model's is passed.
+    """
     if config.vocab_size != num_tokens and config.tokenizer_hash is None:
         raise ValueError(
             f"The small model has {config.vocab_size} tokens and the target {num_tokens}. If their"
             " tokenizers are the same and the vocabularies are padded otherwise, say so with"
-            f" `LanguageModelDrafter(model, tokenizer=tokenizer)`. {UNIVERSAL}"
+            f" `{remedy}`. {UNIVERSAL}"
         )
 
 

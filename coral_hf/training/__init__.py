@@ -8,15 +8,23 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .arguments import CoralTrainingArguments, parse_arguments
+    from .arguments import AssistantTrainingArguments, CoralTrainingArguments, parse_arguments
+    from .assistant.trainer import AssistantTrainer
     from .trainer import CoralTrainer
 
-__all__ = ["CoralTrainer", "CoralTrainingArguments", "parse_arguments"]
+__all__ = [
+    "AssistantTrainer",
+    "AssistantTrainingArguments",
+    "CoralTrainer",
+    "CoralTrainingArguments",
+    "parse_arguments",
+]
+_TRAINERS = {"AssistantTrainer": "assistant.trainer", "CoralTrainer": "trainer"}
 
 
 def __getattr__(name: str):
     """Import a public name."""
     if name in __all__:
-        module = "trainer" if name == "CoralTrainer" else "arguments"
+        module = _TRAINERS.get(name, "arguments")
         return getattr(importlib.import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

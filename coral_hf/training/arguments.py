@@ -7,12 +7,14 @@ that are not set come from a recipe, the values of a published method.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..heads.settings import GROUPINGS
+
+Kind = TypeVar("Kind", bound="RowArguments")
 
 
 class Recipe(NamedTuple):
@@ -44,6 +46,7 @@ CHOICES = {
     "csra_negatives": ("sequence", "batch", "gathered"),
     "csra_positives": ("steps", "steps_and_target"),
     "csra_gradient": ("all_steps", "later_steps"),
+    "loss": ("ce", "kl", "tvd", "tvd++"),
 }
 MOST_GROUPS = 64  # of a new router, by default
 LEAST = {
@@ -64,7 +67,48 @@ def _setting(default: Any, help: str) -> Any:
 
 
 @dataclass
-class CoralTrainingArguments(TrainingArguments):
+class RowArguments(TrainingArguments):
+    """[`~transformers.TrainingArguments`] with what decides how a dataset becomes rows."""
+
+    max_length: int = _setting(2048, "Tokens after which a conversation is cut.")
+    ignore_columns: list[str] | None = _setting(
+        None, "Columns of the dataset that are not read, though they hold text or a mask."
+    )
+    # every trained weight is used in every batch
+    ddp_find_unused_parameters: bool | None = _setting(False, "DDP looks for unused parameters.")
+    # the `forward` of a drafter does not name the columns of a batch
+    remove_unused_columns: bool = _setting(False, "Leave it: the collator picks the columns.")
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"])
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, value in vars(self).items():
+            if name in CHOICES and value not in CHOICES[name]:
+                raise ValueError(f"`{name}` is {value!r}; use one of {CHOICES[name]}.")
+            if name in LEAST and value is not None and value < LEAST[name]:
+                raise ValueError(f"`{name}` is {value}; use {LEAST[name]} or more.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # `Trainer` pickles its arguments into every checkpoint, and uploads them
+        return {**vars(self), "hub_token": None}
+
+
+@dataclass
+class AssistantTrainingArguments(RowArguments):
+    """[`~transformers.TrainingArguments`] of a small language model that shall draft."""
+
+    loss: str = _setting(
+        "kl", "'ce' on tokens, or 'kl', 'tvd', 'tvd++' on the target's probabilities."
+    )
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """How the assistant is trained, as plain values by name."""
+        return {"stage": "assistant", "loss": self.loss}
+
+
+@dataclass
+class CoralTrainingArguments(RowArguments):
     """[`~transformers.TrainingArguments`] with the settings of CORAL.
 
     L = Σ_steps decay^(step - 1) (w_reg L_reg + w_cls L_cls + w_topk L_topk) + w_csra L_csra
@@ -120,10 +164,6 @@ class CoralTrainingArguments(TrainingArguments):
     )
     router_weight: float = _setting(0.1, "Weight of the router's loss in the joint stage.")
     head_rank: int | None = _setting(None, "Channels of a new low-rank head: 64 by default.")
-    max_length: int = _setting(2048, "Tokens after which a conversation is cut.")
-    ignore_columns: list[str] | None = _setting(
-        None, "Columns of the dataset that are not read, though they hold text or a mask."
-    )
     packing: bool = _setting(False, "Pack several documents into each row of `max_length`.")
     share_prompts: bool = _setting(
         True, "Put answers of a conversation, if each is a row, in one row that shares prompts."
@@ -133,21 +173,9 @@ class CoralTrainingArguments(TrainingArguments):
     eval_prompt_length: int = _setting(16, "Tokens of a plain text that are its prompt.")
     eval_temperature: float = _setting(0.0, "Temperature of these answers; 0 is greedy.")
     plots: bool = _setting(True, "Plot what was logged into `output_dir`, as PNG files.")
-    # every trained weight is used in every batch
-    ddp_find_unused_parameters: bool | None = _setting(False, "DDP looks for unused parameters.")
-    # the `forward` of a drafter does not name the columns of a batch
-    remove_unused_columns: bool = _setting(False, "Leave it: the collator picks the columns.")
-    label_names: list[str] | None = field(default_factory=lambda: ["labels"])
 
     def __post_init__(self):
         super().__post_init__()
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; use one of {choices}.")
-        for name, least in LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"`{name}` is {value}; use {least} or more.")
         most = self.num_groups or MOST_GROUPS
         if (self.num_active_groups or 0) > most:
             raise ValueError(
@@ -181,9 +209,11 @@ class CoralTrainingArguments(TrainingArguments):
                 " `top_k_weight` 0 and a `classification_weight` above 0."
             )
 
-    def __getstate__(self) -> dict[str, Any]:
-        # `Trainer` pickles its arguments into every checkpoint, and uploads them
-        return {**vars(self), "hub_token": None}
+    @property
+    def method(self) -> dict[str, Any]:
+        """What is trained and how, as plain values by name."""
+        recipe = {"recipe": self.recipe, "weights": self.resolved._asdict()}
+        return {"stage": self.stage, **(recipe if self.stage in ("drafter", "joint") else {})}
 
     def to_dict(self) -> dict[str, Any]:
         """See [`~transformers.TrainingArguments.to_dict`]; with the values of the recipe."""
@@ -194,10 +224,17 @@ def parse_arguments(
     output_dir: str | Path, options: Sequence[str], **fields: Any
 ) -> CoralTrainingArguments:
     """Parse options of the command line, such as `--num_steps 3`; `fields` replace them."""
+    return parse_as(CoralTrainingArguments, output_dir, options, **fields)
+
+
+def parse_as(
+    kind: type[Kind], output_dir: str | Path, options: Sequence[str], **fields: Any
+) -> Kind:
+    """Parse options of the command line as arguments of a kind; see [`parse_arguments`]."""
     # the usage that argparse writes would list two hundred options
-    usage = "[options of CoralTrainingArguments]"
-    parser = HfArgumentParser(CoralTrainingArguments, prog="coral-hf", usage=usage)
+    usage = f"[options of {kind.__name__}]"
+    parser = HfArgumentParser(kind, prog="coral-hf", usage=usage)
     # pinned memory without CUDA makes torch warn
     has_cuda = torch.cuda.is_available()
     parser.set_defaults(output_dir=output_dir, report_to="none", dataloader_pin_memory=has_cuda)
-    return CoralTrainingArguments(**{**vars(parser.parse_args(options)), **fields})
+    return kind(**{**vars(parser.parse_args(options)), **fields})

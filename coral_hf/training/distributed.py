@@ -9,10 +9,12 @@ import copy
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from .data.encoding import IGNORED
 from .steps import TrainingStep
 
 
@@ -107,3 +109,17 @@ def _shard_layers(target: PreTrainedModel, device: torch.device) -> None:
     for layer in [module for module in target.modules() if type(module).__name__ in kinds]:
         # each layer is a root of FSDP, which by default stays gathered after a forward pass
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+
+
+def mean_loss(trainer: Trainer, total: Tensor, labels: Tensor, num_items: Tensor | int | None):
+    """Divide the sum of a batch's losses, (), by the tokens that are trained.
+
+    Args:
+        labels: (batch, length), counted where `num_items` is not known, as in an evaluation.
+        num_items: trained tokens of all accumulated batches.
+    """
+    if num_items is None:
+        return total / (labels != IGNORED).sum()
+    # where the items are those of all processes, DDP averages over processes again
+    is_global = trainer.args.average_tokens_across_devices
+    return total * (trainer.accelerator.num_processes if is_global else 1) / num_items

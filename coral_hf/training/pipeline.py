@@ -11,12 +11,11 @@ from pathlib import Path
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..drafters.model import Drafter
 from ..hub.drafter_folder import stale_files
 from .arguments import CoralTrainingArguments
-from .runs.checkpoints import INCOMPLETE, flush, write_error
+from .runs.checkpoints import INCOMPLETE, flush, last_checkpoint, write_error
 from .runs.run_record import check_vacant
 from .stages import check_head_settings
 from .steps import kind_of_recipe
@@ -57,16 +56,14 @@ def train(
     for args in stages:
         datasets = {"train_dataset": dataset, "eval_dataset": eval_dataset}
         trainer = CoralTrainer(drafter, target, args, tokenizer, **datasets)
-        can_resume = resume and Path(args.output_dir).is_dir()
-        last = get_last_checkpoint(args.output_dir) if can_resume else None
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir, resume))
         if isinstance(trainer.drafter, PeftModel):
             trainer.save_model()
             drafter = trainer.drafter.merge_and_unload()
     return drafter.eval()
 
 
-def save(drafter: Drafter, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+def save(drafter: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write drafter, router, tokenizer and settings into one folder, ready for the Hub.
 
     An existing drafter is replaced once all of the new one is on the disk.

@@ -1,6 +1,6 @@
 """What a trainer cannot take: checked once, when it is made, with the name of what was passed.
 
-In: the arguments of `CoralTrainer`. Out: the tokenizer, or a ValueError that says what to pass.
+In: the arguments of a trainer. Out: the tokenizer, or a ValueError that says what to pass.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from .arguments import CoralTrainingArguments
+from .arguments import CoralTrainingArguments, RowArguments
 
 # settings of every `Trainer` that the losses of a drafter never read, with the value that is none
 UNREAD: dict[str, tuple[Any, str]] = {
@@ -39,12 +39,27 @@ def check_given(model: Any, target_model: Any, args: Any, others: Mapping[str, A
     for name, given in {"model": model, "target_model": target_model}.items():
         if not isinstance(given, nn.Module | PeftModel):
             raise ValueError(f"`{name}` is {described(given)}, not a model; {remedies[name]}.")
-    if not isinstance(args, CoralTrainingArguments):
+    check_settings(args, others, CoralTrainingArguments, UNREAD)
+
+
+def check_settings(
+    args: Any,
+    others: Mapping[str, Any],
+    kind: type[RowArguments],
+    unread: Mapping[str, tuple[Any, str]],
+) -> None:
+    """Raise a ValueError for settings of another kind, or that mean nothing.
+
+    Args:
+        others: further arguments of `Trainer`, by name.
+        unread: settings that are never read, see `UNREAD`.
+    """
+    if not isinstance(args, kind):
         raise ValueError(
-            f"`args` is {described(args)}; pass `CoralTrainingArguments`, which takes the same"
+            f"`args` is {described(args)}; pass `{kind.__name__}`, which takes the same"
             " settings and those of a drafter."
         )
-    for name, (none, reason) in UNREAD.items():
+    for name, (none, reason) in unread.items():
         value = getattr(args, name, none)
         if value is not None and value != none:
             raise ValueError(f"`{name}` is {value!r}, which means nothing here: {reason}.")

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer
 
 from ..target import max_positions, text_config
-from .arguments import CoralTrainingArguments
+from .arguments import CoralTrainingArguments, RowArguments
 from .data import pack_dataset, share_prompts
 from .data.dataset import check_rows, prepare_dataset
 from .features import CachedFeatures
@@ -41,21 +41,19 @@ def prepare_rows(dataset: Any, trainer: Trainer, is_trained: bool = False) -> An
         dataset.select(trainer.step.layers(trainer.drafter.config))
         dataset.check_target(trainer.target.model)
         return dataset
-    return token_rows(dataset, tokenizer, args, text_config(trainer.target.model), is_trained)
+    read = trained_rows if is_trained else token_rows
+    return read(dataset, tokenizer, args, text_config(trainer.target.model))
 
 
 def token_rows(
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase | None,
-    args: CoralTrainingArguments,
+    args: RowArguments,
     text: PreTrainedConfig,
-    is_trained: bool = True,
 ) -> Any:
     """Return rows of token ids and labels, of conversations or of rows of token ids.
 
-    Args:
-        text: the config of the part of the target that decodes text.
-        is_trained: whether rows may be joined.
+    `text`: the config of the part of the target that decodes text.
     """
     vocab_size, max_length = text.vocab_size, args.max_length
     if isinstance(dataset, str | Path):
@@ -82,11 +80,22 @@ def token_rows(
         longest = min(max_length, max_positions(text) or max_length)
         sizes = {"vocab_size": vocab_size, "ignore_columns": ignored}
         dataset = prepare_dataset(dataset, tokenizer, longest, **sizes)
-    if not is_trained or "position_ids" in (getattr(dataset, "column_names", None) or ()):
-        return dataset
+    return dataset
+
+
+def trained_rows(
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: CoralTrainingArguments,
+    text: PreTrainedConfig,
+) -> Any:
+    """Return rows as [`token_rows`] does, joined as `args` say."""
+    rows = token_rows(dataset, tokenizer, args, text)
+    if "position_ids" in (getattr(rows, "column_names", None) or ()):
+        return rows
     # rows of token ids may be padded
     share = args.share_prompts and tokenizer is not None
-    return joined_rows(dataset, max_length, share, args.packing)
+    return joined_rows(rows, args.max_length, share, args.packing)
 
 
 def joined_rows(dataset: Any, max_length: int, share: bool, packing: bool) -> Any:

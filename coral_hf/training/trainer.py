@@ -10,6 +10,8 @@ Of `Trainer`'s private names these are used, since nothing public does the same:
     _get_train_sampler, _get_eval_sampler  grouping by length would read all cached features
 """
 
+from typing import Any
+
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, set_seed
@@ -24,7 +26,14 @@ from .arguments import CoralTrainingArguments
 from .data import CoralCollator
 from .data.dataset import warn_of_other_ends
 from .data.encoding import IGNORED
-from .distributed import GiveBack, check_sharding, place_target, sharded_copy, shards_weights
+from .distributed import (
+    GiveBack,
+    check_sharding,
+    mean_loss,
+    place_target,
+    sharded_copy,
+    shards_weights,
+)
 from .evaluation import Evaluation, PlotCallback, check_best_metric
 from .losses.liger_loss import check_liger
 from .refusals import check_given, tokenizer_of
@@ -114,6 +123,11 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         """The drafter that is trained, without wrappers."""
         return self.accelerator.unwrap_model(self.model)
 
+    @property
+    def training_record(self) -> list[dict[str, Any]]:
+        """What the runs of the drafter did; it is saved with it."""
+        return self.drafter.training_record
+
     def train(self, *args, **kwargs):
         """See [`~transformers.Trainer.train`]; the drafter reads the head that the stage trains.
 
@@ -130,15 +144,9 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the loss of a batch, of shape (), a sum divided by `num_items_in_batch`."""
-        num_items, num_processes = num_items_in_batch, 1
-        if num_items is None:
-            num_items = (inputs["labels"] != IGNORED).sum()
-        elif self.args.average_tokens_across_devices:
-            # the items are those of all processes, and DDP averages over processes again
-            num_processes = self.accelerator.num_processes
         trained = self.step.unroll(model, inputs, self.args.resolved.num_steps).trained()
         losses = self.step.losses(self.drafter, trained)
-        loss = losses.total * num_processes / num_items
+        loss = mean_loss(self, losses.total, inputs["labels"], num_items_in_batch)
         if model.training:
             self.meter.add(losses.notes, len(trained.target))
             self._guard.watch(inputs, trained.target, {**losses.terms, "total": loss})
@@ -187,15 +195,6 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
             found = self._evaluation.metrics(dataloader.dataset, self.accelerator)
             output.metrics.update({f"{metric_key_prefix}_{name}": found[name] for name in found})
         return output
-
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """See [`~transformers.Trainer.log`].
-
-        Adds the averages since the last entry: losses, agreement, similarity of the steps.
-        """
-        if "loss" in logs:
-            logs |= self.meter.take(self.accelerator.reduce)
-        super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
         return super()._get_train_sampler(lengths_only(train_dataset))

@@ -40,12 +40,23 @@ def replayed_rounds(choose: Choose, target: Target, unrolled: Unrolled) -> list[
         target: of the drafter.
         unrolled: of as many steps as a chain has levels.
     """
-    found, is_trained = unrolled.trained(), unrolled.labels != IGNORED  # (batch, length)
+    found = unrolled.trained()
+    return rounds_of(agreement(choose, target, found.predicted, found.target), unrolled.labels)
+
+
+def rounds_of(agreed: Tensor, labels: Tensor) -> list[int]:
+    """Count the tokens that each round of a greedy chain would emit, row after row.
+
+    Args:
+        agreed: (steps, positions), at trained positions: the first choices of step and target are
+            the same.
+        labels: (batch, length).
+    """
+    is_trained = labels != IGNORED
     is_trained[:, :2] = False
-    shape = len(found.predicted), *is_trained[:, 2:].shape  # position t predicts token t + 2
-    agreed = torch.zeros(shape, dtype=torch.bool, device=is_trained.device)
-    agreed[:, is_trained[:, 2:]] = agreement(choose, target, found.predicted, found.target)
-    rows = zip(accepted_chains(agreed).tolist(), is_trained.tolist(), strict=True)
+    spread = agreed.new_zeros(len(agreed), *is_trained[:, 2:].shape)  # t predicts token t + 2
+    spread[:, is_trained[:, 2:]] = agreed
+    rows = zip(accepted_chains(spread).tolist(), is_trained.tolist(), strict=True)
     return [tokens for accepted, row in rows for tokens in walk(accepted, row)]
 
 

@@ -40,7 +40,7 @@ def draft_goal(logits: Tensor, tokens: Tensor) -> DraftGoal:
         logits: (rows, vocab), the target's.
         tokens: (draft_vocab,), their ids.
     """
-    part = _wide(logits[:, tokens])
+    part = wide(logits[:, tokens])
     best = part.argmax(-1)
     is_inside = tokens[best] == logits.argmax(-1)
     probs = part.softmax(-1) * is_inside[:, None]
@@ -89,7 +89,7 @@ class _ChunkedDraftLoss(torch.autograd.Function):
     ):
         steps, positions, _ = predicted.shape  # (steps, positions, hidden)
         gradients = [torch.zeros_like(one) for one in (predicted, *weights)]
-        classification = _wide(predicted.new_zeros(steps))
+        classification = wide(predicted.new_zeros(steps))
         agreed = torch.zeros(steps, positions, dtype=torch.bool, device=predicted.device)
         for start in range(0, positions, chunk_size):
             rows = slice(start, start + chunk_size)
@@ -119,10 +119,10 @@ def _chunk(
     part: Tensor, goal: DraftGoal, logits_of: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Loss of each step, (steps,), and agreement (steps, rows), of `part` (steps, rows, hidden)."""
-    logits = _wide(logits_of(part))  # (steps, rows, draft_vocab)
+    logits = wide(logits_of(part))  # (steps, rows, draft_vocab)
     return cross_entropy(logits, goal), logits.detach().argmax(-1) == goal.first
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
     """A tensor of any shape in fp32, or in its own dtype where that is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -29,7 +29,7 @@ from ..features import INDEX, CachedFeatures
 from ..features.index import FORMAT_BYTES
 from ..features.writer import cache_bytes
 from ..steps import kind_of_recipe, step_kind
-from ..train_dataset import token_rows
+from ..train_dataset import trained_rows
 from . import PlanSettings
 from .report import Change, Plan, StagePlan
 from .rows import RowSizes, num_checkpoints, num_steps, row_sizes
@@ -141,7 +141,7 @@ def _read_rows(dataset: Any, tokenizer: Any, args: CoralTrainingArguments, text:
         )
     if isinstance(dataset, CachedFeatures):
         return dataset
-    return token_rows(dataset, tokenizer, args, text)
+    return trained_rows(dataset, tokenizer, args, text)
 
 
 def _plan_stage(shape: RunShape, sizes: RowSizes, tokenizer: PreTrainedTokenizerBase) -> StagePlan:

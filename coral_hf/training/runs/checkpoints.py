@@ -31,7 +31,7 @@ INCOMPLETE = "_incomplete"
 class AtomicCheckpoints(Trainer):
     """A `Trainer` that alone writes to its folder and never shows a half-written checkpoint.
 
-    A subclass has the `target` and the `drafter` of the run.
+    A subclass has the `target`, or None, the `drafter` and the `training_record` of the run.
     """
 
     def __init__(self, *args, **kwargs):
@@ -80,12 +80,17 @@ class AtomicCheckpoints(Trainer):
         self.meter.start(cost["trained_tokens"] if is_main else 0, cost["seconds"])
 
     def _update_record(self) -> None:
-        """Update the entry of this run in the drafter's training record; all processes call it."""
+        """Update the entry of this run in the training record; all processes call it."""
         tokens = self.accelerator.reduce(torch.tensor(self.meter.tokens, device=self.args.device))
         self._entry.update(run_summary(self, int(tokens), self.meter.seconds))
-        record = self.drafter.training_record
-        if not any(entry is self._entry for entry in record):
-            record.append(self._entry)
+        if not any(entry is self._entry for entry in self.training_record):
+            self.training_record.append(self._entry)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """See [`~transformers.Trainer.log`]; adds the averages since the last entry."""
+        if "loss" in logs:
+            logs |= self.meter.take(self.accelerator.reduce)
+        super().log(logs, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """See [`~transformers.Trainer.get_batch_samples`]; a finished run takes no further step."""
@@ -159,6 +164,11 @@ class AtomicCheckpoints(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._is_staging:  # uploads run in the background, from the final place
             super()._push_from_checkpoint(checkpoint_folder)
+
+
+def last_checkpoint(folder: str | Path, resume: bool) -> str | None:
+    """Find the checkpoint that a run resumes from; None where it begins, asked to resume or not."""
+    return get_last_checkpoint(folder) if resume and Path(folder).is_dir() else None
 
 
 @contextmanager

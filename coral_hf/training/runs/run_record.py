@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ...identity import identify, rows_digest
 from ...measure.report import hardware_name
+from ...target import Target
 from ..arguments import Recipe
 from ..features import CachedFeatures
 
@@ -27,7 +28,7 @@ logger = logging.get_logger(__name__)
 RUN = "coral_run.json"
 SETTINGS = (
     # of the losses
-    *("stage", *Recipe._fields, "top_k", "router_weight", "feature_noise"),
+    *("loss", "stage", *Recipe._fields, "top_k", "router_weight", "feature_noise"),
     *("csra_temperature", "csra_negatives", "csra_positives", "csra_gradient"),
     # of the optimizer, which takes its own from the checkpoint
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim"),
@@ -53,10 +54,8 @@ def _read_run(checkpoint: Path) -> dict[str, Any] | None:
 
 def run_settings(trainer: Trainer) -> dict[str, Any]:
     """Return what decides the outcome of a run, by name, as plain values; all processes call it."""
-    args, config = trainer.args, trainer.drafter.config
+    args = trainer.args
     values, by_steps = args.to_dict(), args.max_steps > 0
-    found = identify(trainer.target.model)
-    packed = "" if found.quantization is None else f", quantised by {found.quantization}"
     settings = {
         # older versions of transformers lack some of them
         **{name: values[name] for name in SETTINGS if name in values},
@@ -64,11 +63,20 @@ def run_settings(trainer: Trainer) -> dict[str, Any]:
         "num_train_epochs": None if by_steps else args.num_train_epochs,
         "processes": args.world_size,
         "rows": rows_identity(trainer.train_dataset),
-        "target": f"in {found.dtype}{packed}, SHA-256 {found.digest[:SHOWN_DIGITS]}",
+        "target": target_identity(trainer.target),
     }
-    if args.stage in ("router", "joint"):
-        settings |= {name: getattr(config, name) for name in GROUPS}
+    if values.get("stage") in ("router", "joint"):
+        settings |= {name: getattr(trainer.drafter.config, name) for name in GROUPS}
     return json.loads(json.dumps(settings, default=str))
+
+
+def target_identity(target: Target | None) -> str | None:
+    """Describe the weights of a target; None where a run has none."""
+    if target is None:
+        return None
+    found = identify(target.model)
+    packed = "" if found.quantization is None else f", quantised by {found.quantization}"
+    return f"in {found.dtype}{packed}, SHA-256 {found.digest[:SHOWN_DIGITS]}"
 
 
 def rows_identity(rows: Any) -> str:
@@ -133,8 +141,8 @@ def check_resume(checkpoint: Path, settings: dict, folder: Path) -> dict[str, An
     if changed:
         raise ValueError(
             f"The run of {checkpoint} began otherwise: {'; '.join(changed.values())}. Resume it"
-            " with the former values, or begin a run in another folder with the drafter of this"
-            " checkpoint (on the command line --drafter)."
+            " with the former values, or begin a run in another folder with the model of this"
+            " checkpoint (on the command line --drafter or --assistant)."
         )
     return run
 
@@ -150,16 +158,14 @@ def run_summary(trainer: Trainer, tokens: int, seconds: float) -> dict[str, Any]
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     name = "eval_acceptance_length"
     lengths = [entry[name] for entry in state.log_history if name in entry] or [None]
-    recipe = {"recipe": args.recipe, "weights": args.resolved._asdict()}
     hardware = hardware_name(args.device)
     if args.world_size > 1:
         hardware = f"{args.world_size} processes, each on {hardware}"
     return {
-        "stage": args.stage,
+        **args.method,
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
         "learning_rate": args.learning_rate,
         "max_length": args.max_length,
-        **(recipe if args.stage in ("drafter", "joint") else {}),
         "datasets": hub_datasets(rows),
         "rows": len(rows) if isinstance(rows, Sized) else None,  # of a stream
         "has_chat_template": bool(tokenizer is not None and tokenizer.chat_template),

@@ -1,0 +1,1 @@
+"""A small language model that drafts for a target: a fresh one, and its training."""
