@@ -1,7 +1,7 @@
 """Drafters by language: one for all languages, one for each, and a CORAL drafter, of one target.
 
     apt-get install manpages-de manpages-fr
-    python examples/language_drafters.py --output languages --rows docs/results/languages.jsonl
+    python examples/language_drafters.py --output languages --rows languages.jsonl
 
 Without root, `apt-get download` the packages, `dpkg-deb -x` each into a folder, and pass its
 `usr/share/man` by `--pages`, after `/usr/share/man` itself.

@@ -149,7 +149,7 @@ class Uniforms:
 
 
 def _place(probs: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Find where numbers (...) lie in the cumulated mass of `probs` (..., vocab), which may have any.
+    """Find where numbers (...) below 1 lie in the cumulated `probs` (..., vocab).
 
     Returns:
         tokens (...), and whether there is a finite mass to draw from. One of probability 0 has no
