@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from .drafters.eagle3 import Eagle3Drafter as Eagle3Drafter
     from .drafters.language_model import LanguageModelDrafter as LanguageModelDrafter
     from .hub import publish as publish
-    from .measure.autotune import autotune as autotune
     from .measure.lossless import verify as verify
+    from .measure.tuning.autotune import autotune as autotune
     from .training import AssistantTrainer as AssistantTrainer
     from .training import AssistantTrainingArguments as AssistantTrainingArguments
     from .training import CoralTrainer as CoralTrainer
@@ -54,7 +54,7 @@ _MODULES = {
     "drafters.eagle3": ["Eagle3Config", "Eagle3Drafter"],
     "drafters.language_model": ["LanguageModelDrafter"],
     "hub": ["publish"],
-    "measure.autotune": ["autotune"],
+    "measure.tuning.autotune": ["autotune"],
     "measure.lossless": ["verify"],
     "training": [
         "AssistantTrainer",

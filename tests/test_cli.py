@@ -28,7 +28,11 @@ def drafter(trained_folder, tmp_path_factory):
 
 def test_train_saves_a_drafter_with_a_trained_router_and_its_tokenizer(drafter):
     loaded = AutoModel.from_pretrained(drafter)
-    assert loaded.config.draft_head == "routed"
+    assert loaded.config.is_router_trained
+    figures = loaded.training_record[-1]["heads"]["figures"]
+    assert [*figures] == ["full", "routed"]
+    fastest = max(figures, key=lambda name: figures[name]["speedup"])
+    assert loaded.config.draft_head == fastest
     assert (drafter / "tokenizer.json").exists()
 
 

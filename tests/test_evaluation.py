@@ -389,7 +389,9 @@ def test_a_prompt_is_what_precedes_the_first_trained_token():
 def prompts_of(target, rows, folder, **settings):
     read = read_target(target)
     fields = {"output_dir": str(folder), "report_to": "none", "use_cpu": True}
-    return held_out_prompts(rows, read, CoralTrainingArguments(**fields, **settings))
+    args = CoralTrainingArguments(**fields, **settings)
+    sizes = args.eval_prompts, args.eval_max_new_tokens, args.eval_prompt_length
+    return held_out_prompts(rows, read, *sizes)
 
 
 def test_prompts_are_spread_over_the_dataset_and_leave_room_to_answer(target, rows, tmp_path):

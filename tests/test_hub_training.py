@@ -184,7 +184,7 @@ run(name, words)
         client.run(command, arguments=go)
     client.run(command, arguments=[*go, "--hub_model_id", "org/command2"])
     config = json.loads(hub.files("org/command2")["config.json"])
-    assert config["draft_head"] == "routed"
+    assert config["is_router_trained"]
     record = json.loads(hub.files("org/command2")["training_record.json"])
     assert [entry["stage"] for entry in record] == ["drafter", "router"]
     assert config["target_revision"] == hub.repos["org/target"].branches["main"]

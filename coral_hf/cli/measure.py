@@ -144,17 +144,24 @@ def compare_heads(
 class AutotuneOptions(MeasuredOptions):
     """Which drafter is tuned, for how long, and where the result goes."""
 
-    output: Path = option("Folder of generation_config.json: the drafter's own, say.")
+    output: Path = option("Folder of the two configs: the drafter's own, say.")
     max_seconds: float = option("No new call begins after them.", 45.0, least=0)
 
 
 def autotune(own: AutotuneOptions) -> None:
-    """Find the fastest draft tree on this machine, and save it with the drafter."""
-    from ..measure.autotune import autotune as find_tree
+    """Find the fastest draft head and tree on this machine, and save them with the drafter."""
+    from ..atomic import write_json
+    from ..drafters.model import TRAINING_RECORD
+    from ..measure.tuning.autotune import autotune as find_tree
 
     target, drafter, tokenizer, prompts = own.load()
     ids = [measure.encode(prompt, tokenizer) for prompt in prompts]  # (1, length) each
     tuning = find_tree(drafter, target, ids, max_seconds=own.max_seconds)
     drafter.generation_config.save_pretrained(own.output)
+    if tuning.heads:
+        drafter.config.save_pretrained(own.output)
+        if drafter.training_record:
+            write_json(own.output / TRAINING_RECORD, drafter.training_record)
+        print("; ".join(f"{name} {one['speedup']:.2f}x" for name, one in tuning.heads.items()))
     shown = " ".join(f"{name}={value}" for name, value in tuning.tree.items())
     print(f"{shown}: {tuning.speedup:.2f}x plain decoding, kept in {own.output}.")

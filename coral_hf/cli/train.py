@@ -13,6 +13,8 @@ from .options import DatasetOptions, TargetOptions, TrainingDataOptions, load_dr
 
 STAGES = Literal["drafter", "joint", "router", "low_rank"]
 DEFAULT_STAGES: tuple[STAGES, ...] = ("drafter", "router")  # of a family that has them
+ROUTER_EPOCHS = 0.2
+LEAST_VOCAB = 8192  # tokens, of which reading all takes longer than a router does
 
 
 def demo(settings: DemoSettings) -> None:
@@ -43,7 +45,11 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
     lora_target: list[str] = option("Its layers, such as fc; default: all.", [], needs="lora_r")
     stage: list[STAGES] = option("One after the other; default: drafter, and its router.", [])
     fresh_head: bool = option("Replace the drafter's own heads.", False, needs="drafter")
-    router_epochs: float = option("Epochs of the router's stage; 0 trains no router.", 0.2)
+    router_epochs: float | None = option(
+        "Epochs of the router's stage; 0 trains no router. Default: 0.2, and 0 for a vocabulary of"
+        f" fewer than {LEAST_VOCAB} tokens.",
+        None,
+    )
     resume: bool = option("Continue from the last checkpoint.", False)
 
     def arguments(self, typed: list[str]) -> list:
@@ -53,17 +59,29 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
         kind, found, own = self._kind(typed), [], dict[str, str]()
         if not any(word.split("=")[0] == "--recipe" for word in typed):
             own["recipe"] = kind.recipes[0]
-        self.stage = self.stage or [name for name in DEFAULT_STAGES if name in kind.stages]
+        self.stage = self.stage or self._default_stages(kind)
         for name in self.stage:
             fields: dict[str, Any] = {**own}
             if name == "router" and len(self.stage) > 1:
-                if self.router_epochs == 0:
+                epochs = ROUTER_EPOCHS if self.router_epochs is None else self.router_epochs
+                if epochs == 0:
                     continue
                 # the options are for the drafter's stage, which is longer
-                fields |= {"num_train_epochs": self.router_epochs, "max_steps": -1}
+                fields |= {"num_train_epochs": epochs, "max_steps": -1}
             folder = self.output / ("adapter" if name == "drafter" and self.lora_r else name)
             found.append(parse_arguments(folder, typed, stage=name, **fields))
         return found
+
+    def _default_stages(self, kind) -> list[STAGES]:
+        """Return the stages of a family, without a router that costs more than it saves."""
+        from transformers import AutoConfig
+
+        stages = [name for name in DEFAULT_STAGES if name in kind.stages]
+        if self.router_epochs is None and "router" in stages:
+            config = AutoConfig.from_pretrained(self.target).get_text_config()
+            if config.vocab_size < LEAST_VOCAB:
+                stages.remove("router")
+        return stages
 
     def _kind(self, typed: list[str]):
         """Return the training step of the drafter's family: its own, or the one of a recipe."""

@@ -82,14 +82,14 @@ def training_rows(settings: DemoSettings, tokenizer: PreTrainedTokenizerBase) ->
     return rows.shuffle(seed=settings.seed).select(range(min(most, len(rows))))
 
 
-def held_out_prompts(settings: DemoSettings) -> list[Prompt]:
-    """Return prompts from text that is in no training row."""
+def held_out_prompts(settings: DemoSettings, part: int = 0) -> list[Prompt]:
+    """Return prompts from text that is in no training row; other parts of a file are others."""
     if settings.dataset is not None:
         rows = split(settings.dataset, settings)["test"]
         return [prompt_of_row(dict(row), str(index)) for index, row in enumerate(rows)]
     sources, prompts = read_library(), []
     for name in HELD_OUT:
-        for text in long_parts(sources.get(name, ""))[:1]:
+        for text in long_parts(sources.get(name, ""))[part : part + 1]:
             prompts.append(Prompt("stdlib", Path(name).stem, text=first_lines(text)))
     return prompts[: settings.num_prompts]
 

@@ -27,10 +27,12 @@ from transformers import (
 
 from ..atomic import keep_settings, new_folder
 from ..drafters.coral import CoralDrafter
+from ..measure.prompts import encode
+from ..measure.tuning.head_choice import choose_head
 from ..training import CoralTrainer, CoralTrainingArguments
 from ..training.pipeline import save
 from . import Budget, DemoSettings
-from .corpus import DRAFTER_BATCH_SIZE, documents, pack, training_rows
+from .corpus import DRAFTER_BATCH_SIZE, documents, held_out_prompts, pack, training_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARMUP_STEPS = 20
@@ -110,7 +112,10 @@ def train_drafter(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
 ) -> None:
-    """Train the drafter, then its router, each in its own time, and save both in `folder`."""
+    """Train the drafter, then its router, each in its own time, and save both in `folder`.
+
+    The drafter reads the faster of its two heads, by prompts that are neither trained on nor shown.
+    """
     rows = training_rows(settings, tokenizer)
     # fp32, whatever the target's dtype: small updates vanish in lower ones
     drafter = CoralDrafter.from_target(target).float()
@@ -128,6 +133,8 @@ def train_drafter(
         )
         given = {"train_dataset": rows, "callbacks": [BudgetCallback(budget)]}
         CoralTrainer(drafter, target, args, tokenizer, **given).train()
+    prompts = held_out_prompts(settings, part=1)  # those of part 0 are measured
+    choose_head(drafter, target, [encode(prompt, tokenizer)[0] for prompt in prompts])
     save(drafter, tokenizer, folder)
 
 

@@ -11,15 +11,20 @@ from pathlib import Path
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging
 
 from ..drafters.model import Drafter
 from ..hub.drafter_folder import stale_files
+from ..measure.tuning.head_choice import NEW_TOKENS, PROMPTS, choose_head
 from .arguments import CoralTrainingArguments
+from .evaluation.acceptance import held_out_prompts
 from .runs.checkpoints import INCOMPLETE, flush, last_checkpoint, write_error
 from .runs.run_record import check_vacant
-from .stages import check_head_settings
+from .stages import HEAD_OF, check_head_settings
 from .steps import kind_of_recipe
 from .trainer import CoralTrainer
+
+logger = logging.get_logger(__name__)
 
 
 def train(
@@ -32,6 +37,9 @@ def train(
     eval_dataset=None,
 ) -> Drafter:
     """Run training stages one after the other on one drafter.
+
+    After a head's stage the drafter reads the fastest of its draft heads, measured on prompts of
+    the held-out rows, or else of the training rows; in runs of several processes the trained one.
 
     Args:
         target: frozen.
@@ -60,7 +68,24 @@ def train(
         if isinstance(trainer.drafter, PeftModel):
             trainer.save_model()
             drafter = trainer.drafter.merge_and_unload()
-    return drafter.eval()
+    drafter.eval()
+    if any(args.stage in HEAD_OF for args in stages) and PartialState().num_processes == 1:
+        rows = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
+        _choose_head(drafter, trainer, rows)
+    return drafter
+
+
+def _choose_head(drafter: Drafter, trainer: CoralTrainer, rows) -> None:
+    """Let a drafter read its fastest head on prompts of rows, or keep the one that was trained."""
+    if isinstance(rows, dict):  # several by name
+        rows = next(iter(rows.values()))
+    sizes = PROMPTS, NEW_TOKENS, trainer.args.eval_prompt_length
+    try:
+        prompts = held_out_prompts(rows, trainer.target, *sizes)
+    except ValueError as error:  # none leaves room for an answer
+        logger.warning(f"Draft heads are not compared: {error}")
+        return
+    choose_head(drafter, trainer.target.model, prompts)
 
 
 def save(drafter: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

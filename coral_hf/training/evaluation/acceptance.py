@@ -88,10 +88,11 @@ class Evaluation:
                 f"`eval_prompts` needs a whole drafter, but {accelerator.distributed_type} shards"
                 " its weights; pass eval_prompts=0, or train with plain data parallelism."
             )
-        prompts = held_out_prompts(dataset, self._target, args)
+        sizes = args.eval_prompts, args.eval_max_new_tokens, args.eval_prompt_length
+        prompts = held_out_prompts(dataset, self._target, *sizes)
         own = prompts[accelerator.process_index :: accelerator.num_processes]
-        sizes = args.eval_max_new_tokens, args.eval_temperature, args.per_device_eval_batch_size
-        rounds = decoded_rounds(self._drafter, self._target, own, *sizes, args.seed)
+        settings = args.eval_max_new_tokens, args.eval_temperature, args.per_device_eval_batch_size
+        rounds = decoded_rounds(self._drafter, self._target, own, *settings, args.seed)
         return count_rounds(rounds, self.depth)
 
 
@@ -136,21 +137,23 @@ def tree_depth(drafter: Drafter) -> int:
     return getattr(drafter.generation_config, "tree_depth", TREE_DEFAULTS["tree_depth"])
 
 
-def held_out_prompts(dataset: Any, target: Target, args: CoralTrainingArguments) -> list[list[int]]:
-    """Collect token ids of up to `eval_prompts` prompts, from rows spread evenly over a dataset.
+def held_out_prompts(
+    dataset: Any, target: Target, number: int, max_new_tokens: int, text_length: int
+) -> list[list[int]]:
+    """Collect token ids of up to `number` prompts, from rows spread evenly over a dataset.
 
     A prompt is what precedes the first trained token, and of plain text, of which everything is
-    trained, its first `eval_prompt_length` tokens. Rows that hold no more than their prompt, or
-    that leave the target no room to answer, are skipped. A stream gives its first rows.
+    trained, its first `text_length` tokens. Rows that hold no more than their prompt, or that leave
+    the target no room for `max_new_tokens`, are skipped. A stream gives its first rows.
     """
     if isinstance(dataset, IterableDataset):
-        rows = [first_document(row) for row in islice(dataset, args.eval_prompts)]
+        rows = [first_document(row) for row in islice(dataset, number)]
     else:
-        number = min(args.eval_prompts, len(dataset))
+        number = min(number, len(dataset))
         places = (index * len(dataset) // number for index in range(number))
         rows = [first_document(dataset[place]) for place in places]
-    room = (max_positions(text_config(target.model)) or float("inf")) - args.eval_max_new_tokens
-    found = [(prompt_of(row, args.eval_prompt_length), len(row["input_ids"])) for row in rows]
+    room = (max_positions(text_config(target.model)) or float("inf")) - max_new_tokens
+    found = [(prompt_of(row, text_length), len(row["input_ids"])) for row in rows]
     prompts = [prompt for prompt, length in found if len(prompt) < length and len(prompt) <= room]
     if not prompts:
         raise ValueError(

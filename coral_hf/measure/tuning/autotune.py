@@ -1,8 +1,8 @@
-"""Search for the fastest draft tree on this machine, over short calls within a given time.
+"""Search for the fastest draft head and tree on this machine, within a given time.
 
-In: a drafter, its target and prompts. Out: a Tuning. One setting is changed at a time, each tree is
-compared with plain decoding of the same prompt just before it, and all measurements together give
-the costs by which sampling decides how much to draft.
+In: a drafter, its target and prompts. Out: a Tuning. The head is chosen first. Then one setting of
+the tree is changed at a time, each tree is compared with plain decoding of the same prompt just
+before it, and all measurements together give the costs by which sampling decides how much to draft.
 """
 
 import time
@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..decoding.guard import TREE, judge_target
-from ..decoding.settings import TREE_DEFAULTS
-from .calls import ROUND_STAGES, Bench, Call, sampling_arguments
-from .prompts import Prompt, encode, left_padded
+from ...decoding.guard import TREE, judge_target
+from ...decoding.settings import TREE_DEFAULTS
+from ..calls import ROUND_STAGES, Bench, Call, sampling_arguments
+from ..prompts import Prompt, encode, left_padded
+from .head_choice import PROMPTS, Figures, choose_head
 
 CANDIDATES = {
     "tree_nodes": (8, 16, 32, 60, 100),
@@ -54,6 +55,7 @@ def stage_seconds(call: Call) -> float:
 class Tuning(NamedTuple):
     """The result of `autotune`."""
 
+    heads: Figures  # of a drafter that has several
     tree: Tree
     costs: dict[str, float]  # `base`, `level` and `node`, in plain passes of the target
     speedup: float  # over plain decoding, the prefill left out
@@ -66,14 +68,15 @@ def autotune(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_seconds: float = 45.0,
 ) -> Tuning:
-    """Find the fastest tree for a drafter and its target on this machine, and keep it.
+    """Find the fastest head and tree for a drafter and its target on this machine, and keep them.
 
-    The tree and the costs go into the drafter's `generation_config`, which `save_pretrained` saves.
+    The head goes into the drafter's config, the tree and the costs into its `generation_config`;
+    `save_pretrained` saves both.
 
     Args:
         prompts: token ids (1, length) each, or texts; as varied as those to come.
         tokenizer: the target's, for prompts that are texts.
-        max_seconds: after which no new call begins.
+        max_seconds: after which no new call begins; a quarter of them for the head.
 
     Raises:
         ValueError: for no prompts, texts without a tokenizer, or a prompt that is answered with a
@@ -86,8 +89,11 @@ def autotune(
     tree = {name: getattr(own, name, value) for name, value in TREE_DEFAULTS.items()}
     if judge_target(base).way != TREE:  # a chain has a depth and nothing else
         tree = {"tree_depth": tree["tree_depth"]}
-    ids = cycle(_encode(prompt, tokenizer).to(target.device) for prompt in prompts)
+    encoded = [_encode(prompt, tokenizer).to(target.device) for prompt in prompts]
     end = time.perf_counter() + max_seconds
+    some = [ids[0] for ids in encoded[:PROMPTS]]  # (length,) each
+    heads = choose_head(drafter, target, some, max_seconds / 4)
+    ids = cycle(encoded)
     compare(drafter, target, next(ids), tree, WARMUP_TOKENS)
     trials: list[Trial] = []
     for candidate in search(tree, trials):
@@ -98,7 +104,7 @@ def autotune(
     costs = fit_costs(trials)
     for name, value in {**best, "draft_costs": costs}.items():
         setattr(own, name, value)
-    return Tuning(best, costs, speedup(best, trials))
+    return Tuning(heads, best, costs, speedup(best, trials))
 
 
 def _encode(prompt: Tensor | str, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
