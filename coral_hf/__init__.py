@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .checkpoints import from_eagle as from_eagle
+    from .checkpoints import from_medusa as from_medusa
     from .decoding import CoralGenerateOutput as CoralGenerateOutput
     from .decoding import decoder as decoder
     from .decoding import install as install
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from .drafters.eagle3 import Eagle3Config as Eagle3Config
     from .drafters.eagle3 import Eagle3Drafter as Eagle3Drafter
     from .drafters.language_model import LanguageModelDrafter as LanguageModelDrafter
+    from .drafters.medusa import MedusaConfig as MedusaConfig
+    from .drafters.medusa import MedusaDrafter as MedusaDrafter
     from .hub import publish as publish
     from .measure.lossless import verify as verify
     from .measure.tuning.autotune import autotune as autotune
@@ -39,7 +42,7 @@ __version__ = "0.1.0"
 
 # public names, and the modules that are imported when they are first used
 _MODULES = {
-    "checkpoints": ["from_eagle"],
+    "checkpoints": ["from_eagle", "from_medusa"],
     "decoding": [
         "CoralGenerateOutput",
         "decoder",
@@ -53,6 +56,7 @@ _MODULES = {
     "drafters.coral": ["CoralConfig", "CoralDrafter"],
     "drafters.eagle3": ["Eagle3Config", "Eagle3Drafter"],
     "drafters.language_model": ["LanguageModelDrafter"],
+    "drafters.medusa": ["MedusaConfig", "MedusaDrafter"],
     "hub": ["publish"],
     "measure.tuning.autotune": ["autotune"],
     "measure.lossless": ["verify"],
@@ -78,7 +82,7 @@ def __getattr__(name: str):
 def register() -> None:
     """Register the drafters with the Auto classes and wrap `generate`; importing does so."""
     from .decoding import install
-    from .drafters import bigram, coral, eagle3, language_model  # noqa: F401  they register themselves
+    from .drafters import bigram, coral, eagle3, language_model, medusa  # noqa: F401  registered so
     from .drafters.model import Drafter
 
     install()

@@ -30,8 +30,8 @@ def test_the_defaults_are_the_papers_where_they_are_known(tmp_path):
         ({"csra_negatives": "all"}, "`csra_negatives` is 'all'; use one of"),
         ({"csra_weight": -0.1}, "`csra_weight` is -0.1"),
         (
-            {"recipe": "medusa"},
-            "`recipe` is 'medusa'; use one of \\('eagle', 'hass', 'coral', 'ea",
+            {"recipe": "eagle4"},
+            "`recipe` is 'eagle4'; use one of \\('eagle', 'hass', 'coral', 'ea",
         ),
         ({"recipe": "hass", "top_k": 0}, "`top_k` is 0; use 1 or more"),
         ({"csra_positives": "target"}, "`csra_positives` is 'target'"),

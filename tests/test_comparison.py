@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coral_hf import Eagle3Drafter
 from coral_hf.atomic import sole_writer
+from coral_hf.training import parse_arguments
 from coral_hf.training.comparison import (
     Comparison,
     ComparisonSettings,
@@ -48,7 +49,7 @@ def test_a_trial_is_a_recipe_and_settings(text, name, options):
 
 def test_a_trial_has_the_drafter_that_its_recipe_is_for():
     trial = Trial.parse("eagle3 csra_weight=0.1 drafter.draft_vocab_size=20")
-    drafter = trial.fresh(tiny_target("llama"))
+    drafter = trial.fresh(tiny_target("llama"), parse_arguments("unused", trial.options))
     assert type(drafter) is Eagle3Drafter and drafter.config.draft_vocab_size == 20
     with pytest.raises(ValueError, match="`num_groups` is no field of Eagle3Config"):
         Trial.parse("eagle3 drafter.num_groups=4")

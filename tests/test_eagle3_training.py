@@ -175,8 +175,11 @@ def test_embeddings_of_its_own_are_read_and_stay(tmp_path):
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({"regression_weight": 1.0}, "`regression_weight` is 1.0, which is for CORAL drafters"),
-        ({"top_k_weight": 0.5}, "`top_k_weight` is 0.5, which is for CORAL drafters"),
+        (
+            {"regression_weight": 1.0},
+            "`regression_weight` is 1.0, which is not for a Eagle3",
+        ),
+        ({"top_k_weight": 0.5}, "`top_k_weight` is 0.5, which is not for a Eagle3Drafter"),
     ],
 )
 def test_losses_that_it_has_not_are_refused(target, tmp_path, settings, said):

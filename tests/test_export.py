@@ -579,7 +579,7 @@ def test_the_command_takes_coral_drafters_alone(tmp_path, model_type):
     names = ["--target", "no-target", "--output", str(tmp_path / "out"), "--to", "vllm"]
     result = invoke("export", str(tmp_path), *names)
     assert result.exit_code == 1
-    assert f"holds a {model_type} model, not a CORAL or EAGLE-3 drafter" in printed(result)
+    assert f"holds a {model_type} model, not a drafter of this library" in printed(result)
     assert f"import it first: coral-hf import {tmp_path} --target" in printed(result)
 
 

@@ -8,7 +8,13 @@ from conftest import scatter_weights, tiny_target
 from enumerated import TINY, chances_of_all_texts, own_chances, p_value, sample_texts
 from transformers import AutoModelForCausalLM, CompileConfig
 
-from coral_hf import BigramDrafter, CoralDrafter, Eagle3Drafter, LanguageModelDrafter
+from coral_hf import (
+    BigramDrafter,
+    CoralDrafter,
+    Eagle3Drafter,
+    LanguageModelDrafter,
+    MedusaDrafter,
+)
 from coral_hf.decoding.caches.continuation import CACHE
 from coral_hf.decoding.drafting import TreeShape
 from coral_hf.decoding.rounds import loop as fixed_loop
@@ -52,19 +58,39 @@ def language_model(target):
     return LanguageModelDrafter(tiny_target("llama", vocab_size=size, num_hidden_layers=1))
 
 
+def medusa(target):
+    return MedusaDrafter.from_target(target, num_heads=4)
+
+
+def medusa_static(target):
+    """Heads that share the target's LM head, and a tree whose nodes are fixed ranks."""
+    choices = [[0], [0, 0], [1], [0, 1], [0, 0, 0], [2], [1, 0], [0, 0, 1], [0, 0, 0, 0]]
+    return MedusaDrafter.from_target(target, num_heads=4, has_lm_heads=False, tree_choices=choices)
+
+
+STATIC = "medusa, static"
 FAMILIES = {
     "coral": coral,
     "bigram": bigram,
     "eagle3": eagle3,
     "eagle3.1": eagle3_1,
     "language_model": language_model,
+    "medusa": medusa,
+    STATIC: medusa_static,
 }
 # a bigram tree follows from its root: there is nothing to compile, and it has no other rounds
-FIXED = ["coral", "eagle3", "eagle3.1", "language_model"]
-# they have layers of their own, and are saved as drafters
-SAVED = FIXED[:3]
-# it takes a tree's nodes by confidence alone, and draws none
-DRAWING = FIXED
+FIXED = [family for family in FAMILIES if family != "bigram"]
+# they have a cache of their own, which a later call continues; heads read one feature anew
+REMEMBERING = [family for family in FIXED if "medusa" not in family]
+# they are saved as drafters
+SAVED = [family for family in FIXED if family != "language_model"]
+# a bigram tree and a static one take nodes by rank alone, and draw none
+DRAWING = [family for family in FIXED if family != STATIC]
+
+
+def each(families):
+    """Families as parameters; how static trees of ranks differ is in test_medusa.py too."""
+    return [pytest.param(one, marks=pytest.mark.slow) if one == STATIC else one for one in families]
 
 
 def pair(family, **overrides):
@@ -98,7 +124,7 @@ def fixed_rounds(monkeypatch):
 
 @pytest.mark.parametrize("way", SOME_WAYS)
 @pytest.mark.parametrize("shape", [TREE, CHAIN], ids=["tree", "chain"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each(FAMILIES))
 def test_greedy_tokens_of_a_batch_are_the_targets_own(family, shape, way, fixed_rounds):
     target, drafter = pair(family)
     given = prompts()
@@ -111,7 +137,7 @@ def test_greedy_tokens_of_a_batch_are_the_targets_own(family, shape, way, fixed_
 
 
 @pytest.mark.parametrize("way", ["growing", "static"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each(FAMILIES))
 def test_rows_end_where_they_end_in_a_plain_call(family, way):
     target, drafter = pair(family)
     given = prompts()
@@ -123,7 +149,7 @@ def test_rows_end_where_they_end_in_a_plain_call(family, way):
 
 @pytest.mark.parametrize("way", ["growing", "static"])
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each(FAMILIES))
 def test_a_call_continues_from_the_cache_of_another(family, rows, way):
     target, drafter = pair(family)
     given = prompts(rows)
@@ -132,12 +158,12 @@ def test_a_call_continues_from_the_cache_of_another(family, rows, way):
     mask = torch.nn.functional.pad(given["attention_mask"], (0, 13), value=1)
     more = {"input_ids": first.sequences, "attention_mask": mask, CACHE: first[CACHE]}
     if rows == 1:
-        assert (first[CACHE].drafter_memory is not None) == (family in FIXED)
+        assert (first[CACHE].drafter_memory is not None) == (family in REMEMBERING)
     ours = drafted(target, drafter, more, **{**PLAIN, "max_new_tokens": 19})
     assert ours.sequences.equal(whole)
 
 
-@pytest.mark.parametrize("family", SAVED)
+@pytest.mark.parametrize("family", each(SAVED))
 def test_a_prompt_in_parts_and_a_short_memory_change_no_token(family):
     target, drafter = pair(family)
     given = prompts(length=50)
@@ -146,13 +172,14 @@ def test_a_prompt_in_parts_and_a_short_memory_change_no_token(family):
     parts = drafted(target, drafter, given, **PLAIN, prefill_chunk_size=20)
     assert parts.stats.round_lengths == whole.stats.round_lengths
     assert parts.sequences.equal(plain)
-    assert drafted(target, drafter, given, **PLAIN, draft_window=32).sequences.equal(plain)
+    if family in REMEMBERING:
+        assert drafted(target, drafter, given, **PLAIN, draft_window=32).sequences.equal(plain)
 
 
 @pytest.mark.parametrize(
     "shape", [TreeShape(2, 1, 3), TreeShape(2, 2, 7), TreeShape(1, 4, 5)], ids=str
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each(FAMILIES))
 @torch.no_grad()
 def test_the_distribution_of_the_output_is_exactly_the_targets(family, shape):
     target, drafter = pair(family, **TINY)
@@ -166,12 +193,18 @@ RULES = {
     "traversal": {"verification": "traversal"},
     "block": {"verification": "block", "tree_top_k": 1},
 }
+QUICK = ("chosen", "drawn")  # of heads, whose drawn trees are those of every family
 
 
 @pytest.mark.parametrize("way", ["growing", pytest.param("static", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("family", "rule"),
-    [(f, rule) for f in FAMILIES for rule in RULES if rule == "chosen" or f in DRAWING],
+    [
+        pytest.param(one, rule, marks=[pytest.mark.slow] * ("medusa" in one and rule not in QUICK))
+        for one in FAMILIES
+        for rule in RULES
+        if rule == "chosen" or one in DRAWING
+    ],
 )
 @torch.no_grad()
 def test_samples_fit_the_targets_distribution(family, rule, way):
@@ -181,7 +214,7 @@ def test_samples_fit_the_targets_distribution(family, rule, way):
     assert p_value(counts, own_chances(target)) > 1e-3
 
 
-@pytest.mark.parametrize("family", SAVED)
+@pytest.mark.parametrize("family", each(SAVED))
 def test_a_saved_drafter_drafts_the_same_rounds(family, tmp_path, caplog):
     target, drafter = pair(family)
     drafter.save_pretrained(tmp_path)

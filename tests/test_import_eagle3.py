@@ -121,8 +121,8 @@ def test_a_target_writes_the_same_tokens_with_an_imported_drafter(target, tmp_pa
 def test_published_configs_are_read(tmp_path, name, vocab, depth, layers):
     path = shared_file(f"drafter_configs/{name}.json")
     (tmp_path / "config.json").write_text(path.read_text())
-    config, fields, is_eagle3 = read_shape(tmp_path)
-    assert is_eagle3 and fields["draft_vocab_size"] == vocab
+    config, fields, kind = read_shape(tmp_path)
+    assert kind is Eagle3Drafter and fields["draft_vocab_size"] == vocab
     sizes = {name: fields[name] for name in ("hidden_size", "vocab_size", "num_attention_heads")}
     with torch.device("meta"):
         target = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=depth))

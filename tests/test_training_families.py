@@ -20,8 +20,9 @@ from coral_hf.training.planning.plan import plan
 from coral_hf.training.steps import step_kind
 from coral_hf.training.warm_start import kind_of_source, warm_start
 
-FAMILIES = ["coral", "coral_eagle3"]
+FAMILIES = ["coral", "coral_eagle3", "coral_medusa"]
 STEPS = 3  # of the unroll: fewer than by default are faster
+LAST_SLOW = pytest.param(FAMILIES[2], marks=pytest.mark.slow)
 UNTIMED = PlanSettings(measure=False)
 
 
@@ -110,7 +111,7 @@ def test_training_from_the_cache_is_training_online(family, target, texts, tmp_p
 
 
 def test_a_cache_of_more_layers_is_read_and_one_of_fewer_is_refused(target, texts, tmp_path):
-    coral, eagle3 = map(step_kind, FAMILIES)
+    coral, eagle3 = map(step_kind, FAMILIES[:2])
     config = eagle3.drafter.config_class.from_target(target.config)
     wide, narrow = tmp_path / "wide", tmp_path / "narrow"
     write_features(target, texts, wide, layers=eagle3.layers(config))
@@ -136,7 +137,7 @@ def test_an_evaluation_measures_what_decoding_accepts(family, target, texts, tmp
 
 
 def test_a_recipe_and_a_stage_of_another_family_are_refused(target, texts, tmp_path):
-    coral, eagle3 = map(step_kind, FAMILIES)
+    coral, eagle3 = map(step_kind, FAMILIES[:2])
     with pytest.raises(ValueError, match="`recipe` is 'eagle3', but `model` is a CoralDrafter; u"):
         trainer_of(coral, target, texts, tmp_path, recipe="eagle3")
     with pytest.raises(ValueError, match="`stage` is 'router', but `model` is a Eagle3Drafter; us"):
@@ -183,6 +184,7 @@ def test_a_plan_counts_the_layers_and_runs_the_step(family, folder, tmp_path):  
     assert found.memory.features > 0 and found.memory.optimizer > 0
 
 
+@pytest.mark.parametrize("family", [*FAMILIES[:2], LAST_SLOW], indirect=True)
 def test_the_command_trains_resumes_and_trains_further(family, folder, tmp_path):  # noqa: F811
     names = ["--target", folder / "target", "--dataset", folder / "talk.jsonl"]
     quick = ["--max-steps", 2, "--num-steps", 2, "--use-cpu", "True"]

@@ -17,13 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, logging
 
 from ..drafters.coral.configuration import CoralConfig
 from ..target import Target
+
+logger = logging.get_logger(__name__)
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
 # what EAGLE takes where a config says nothing, which is not what transformers gives to a model of
@@ -39,6 +42,7 @@ EMBEDDINGS, HEAD = "embed_tokens.weight", "lm_head.weight"
 # where the config does not say whether there is a bias, these tensors do
 BIASES = {"fc_bias": "fc.bias", "attention_bias": "layers.0.self_attn.q_proj.bias"}
 ROUNDING = 1e-2  # relative: a copy of the target's weights may be in half precision
+CHUNK = 4096  # rows that are compared at a time
 
 
 def read_eagle_shape(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -119,6 +123,31 @@ def check_tensors(
     listed = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
     if listed:
         raise ValueError(f"{what} has other tensors than expected; {'; '.join(listed)}. {remedy}")
+
+
+def check_copy(name: str, found: Tensor, own: Tensor, vocab_size: int) -> None:
+    """Raise a ValueError if a copy (vocab, hidden) differs from the target's own, beyond rounding.
+
+    Of a target with more or fewer than the copy's `vocab_size` rows, those count that both have.
+
+    A number is compared with its own size and the table's typical one: the median over rows of the
+    mean size, which a few large numbers do not move.
+    """
+    if not is_plain(own):
+        logger.info(f"`{name}` is not compared: the target's own is quantised or offloaded.")
+        return
+    if len(found) == vocab_size:
+        found = found[: len(own)]
+    parts = own.detach()[:vocab_size].split(CHUNK)
+    typical = float(torch.cat([part.float().abs().mean(-1) for part in parts]).median())
+    near = {"rtol": ROUNDING, "atol": ROUNDING * typical}
+    try:
+        assert_close(found.split(CHUNK), parts, check_device=False, check_dtype=False, **near)
+    except AssertionError as error:
+        raise ValueError(
+            f"`{name}` of the checkpoint was made for another target. Use that one, or delete"
+            f" the tensor to import the rest all the same. {error}"
+        ) from error
 
 
 def drop_frequencies(tensors: dict[str, Tensor], config: PreTrainedConfig) -> None:

@@ -11,12 +11,16 @@ engine cannot express. From the engines' own sources: vLLM
     eagle          as it says    qkv_bias           none          none      default, or base 10,000
 """
 
+import json
+import shlex
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..drafters.configuration import DrafterConfig
+from ..drafters.configuration import DrafterConfig, FamilyConfig
 from ..target import Scales
+from .hot_tokens import HOT_TOKENS
 
 ENGINES = ("vllm", "sglang", "eagle")
 SIZES = (
@@ -123,3 +127,30 @@ def obstacles(config: DrafterConfig, scales: Scales, engine: str, has_fc_bias: b
             " `num_attention_heads`"
         )
     return found
+
+
+def serving_command(
+    config: FamilyConfig, engine: str, output: Path, num_hot_tokens: int | None
+) -> str:
+    """Return the command that serves the drafter, with the engine's usual lengths of drafts."""
+    target, folder = config.target_name_or_path or "TARGET", str(output)
+    draft_vocab, num_heads = (getattr(config, n, None) for n in ("draft_vocab_size", "num_heads"))
+    method = "medusa" if num_heads else "eagle" if draft_vocab is None else "eagle3"
+    if engine == "medusa":
+        return shlex.join(["python", "-m", "medusa.inference.cli", "--model", folder])
+    if engine == "eagle":
+        path = f"base_model_path={target!r}, ea_model_path={folder!r}"
+        return f"EaModel.from_pretrained({path}, use_eagle3={method == 'eagle3'})"
+    if engine == "vllm":
+        settings = {"method": method, "model": folder, "num_speculative_tokens": num_heads or 3}
+        return shlex.join(["vllm", "serve", target, "--speculative-config", json.dumps(settings)])
+    parts = ["python", "-m", "sglang.launch_server", "--model-path", target]
+    parts += ["--speculative-algorithm", method.upper(), "--speculative-draft-model-path", folder]
+    top_k = min(8, draft_vocab or num_hot_tokens or config.vocab_size)
+    # a tree holds its root, then as many nodes as 5 levels of it can have
+    nodes = min(32, 1 + top_k + 4 * top_k**2)
+    parts += ["--speculative-num-steps", "5", "--speculative-eagle-topk", str(top_k)]
+    parts += ["--speculative-num-draft-tokens", str(nodes)]
+    if num_hot_tokens is not None:
+        parts += ["--speculative-token-map", str(output / HOT_TOKENS)]
+    return shlex.join(parts)

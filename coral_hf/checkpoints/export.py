@@ -1,12 +1,10 @@
-"""Export of CORAL and EAGLE-3 drafters to vLLM, SGLang and EAGLE's own code.
+"""Export of drafters to vLLM, SGLang, and the code of EAGLE and Medusa.
 
 In: a drafter. Out: a folder that the engine loads, whose tensors were compared with those that the
 drafter's config gives before anything is written. A CORAL drafter reads the target's whole LM head
 there (or in SGLang the hot tokens of it), so routers and other draft heads stay behind.
 """
 
-import json
-import shlex
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
@@ -19,11 +17,13 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from ..atomic import new_folder, write_json
-from ..drafters.configuration import DrafterConfig
+from ..drafters.configuration import FamilyConfig
 from ..drafters.coral.configuration import CoralConfig
 from ..drafters.coral.modeling import CoralDrafter
 from ..drafters.eagle3 import Eagle3Drafter
 from ..drafters.families import FAMILIES
+from ..drafters.medusa import MedusaDrafter
+from ..drafters.model import Drafter
 from ..heads.router import check_token_ids
 from ..target import (
     Scales,
@@ -36,9 +36,10 @@ from ..target import (
 )
 from .eagle import EMBEDDINGS, check_tensors, scale_embeddings, table_scale
 from .eagle3_export import eagle3_content
-from .engines import ENGINES, Content, engine_config, obstacles
+from .engines import ENGINES, Content, engine_config, obstacles, serving_command
 from .files import WEIGHTS, check_output, config_folder, read_config, read_dtype
 from .hot_tokens import HOT_TOKENS
+from .medusa import MEDUSA_ENGINES, MEDUSA_WEIGHTS, medusa_content
 
 BODY = ("fc.", "layers.")
 REMEDY = (
@@ -58,7 +59,7 @@ class Exported(NamedTuple):
 
 
 def export_drafter(
-    drafter: CoralDrafter | Eagle3Drafter,
+    drafter: Drafter,
     engine: str,
     output: str | Path,
     target: PreTrainedModel | None = None,
@@ -69,7 +70,9 @@ def export_drafter(
     """Write a drafter as an inference engine reads it.
 
     Args:
-        engine: `"vllm"`, `"sglang"`, or `"eagle"` for EAGLE's own code.
+        drafter: a CORAL or EAGLE-3 drafter, or Medusa heads.
+        engine: `"vllm"`, `"sglang"`, or `"eagle"` for EAGLE's own code; of Medusa heads `"vllm"`,
+            or `"medusa"` for Medusa's own.
         output: a new or an empty folder.
         target: the drafter's own. Its embeddings are copied for vLLM (which needs them for pipeline
             parallelism) and EAGLE. It is needed where it scales its embeddings inside of their
@@ -84,24 +87,31 @@ def export_drafter(
         ValueError: if the drafter would predict something else in the engine, naming each reason,
             or if `output` holds something else. Nothing is written then.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"`engine` is {engine!r}; use one of {ENGINES}.")
+    is_medusa = isinstance(drafter, MedusaDrafter)
+    engines = MEDUSA_ENGINES if is_medusa else ENGINES
+    if engine not in engines:
+        raise ValueError(f"`engine` is {engine!r}; use one of {engines}.")
     config, dtype = drafter.config, read_dtype(dtype or drafter.dtype)
     read = (drafter.name_or_path, config.target_name_or_path, getattr(target, "name_or_path", None))
     check_output(output, overwrite, export_files(engine), read)
+    scales, bound = Scales(), None  # of Medusa heads, which read no embedding
     if target is None:
-        reads_target = not getattr(config, "has_embeddings", False)
-        bound, scales = None, _named_scales(config) if reads_target else Scales()
+        if not (is_medusa or getattr(config, "has_embeddings", False)):
+            scales = _named_scales(config)
     else:
         check_target(config, target, takes_other_vocabulary=True)
         bound, config = read_target(target), copy(config)
         config.vocab_size = text_config(target).vocab_size
-        scales = Scales(table_scale(bound), bound.head.scale, bound.head.softcap)
+        if not is_medusa:
+            scales = Scales(table_scale(bound), bound.head.scale, bound.head.softcap)
+    if hot_tokens is not None and not isinstance(drafter, CoralDrafter):
+        raise ValueError("`hot_tokens` are for CORAL drafters; others have heads of their own.")
     if isinstance(drafter, Eagle3Drafter):
-        if hot_tokens is not None:
-            raise ValueError("`hot_tokens` are for CORAL drafters; an EAGLE-3 one has its own.")
         made = eagle3_content(drafter, engine, bound, scales.embedding, config.vocab_size)
+    elif isinstance(drafter, MedusaDrafter):
+        made = medusa_content(drafter, engine, bound, config.vocab_size)
     else:
+        assert isinstance(drafter, CoralDrafter), "the families that are exported"
         hot_tokens = _hot_tokens(drafter, engine, hot_tokens, config.vocab_size)
         made = _coral_content(drafter, config, engine, bound, scales)
     _check_reasons(made.reasons, engine)
@@ -109,11 +119,12 @@ def export_drafter(
     names = dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
     with new_folder(output, last=CONFIG_NAME) as folder:
         write_json(folder / CONFIG_NAME, made.fields | names)
-        _save(tensors, folder / export_files(engine)[1])
+        _save(tensors, folder / export_files(engine)[-1 if is_medusa else 1])
         if hot_tokens is not None:
             torch.save(hot_tokens, folder / HOT_TOKENS)
     notes = [*made.notes, *_notes(drafter, scales.embedding, engine, hot_tokens)]
-    return Exported(Path(output), notes, _command(config, engine, Path(output), hot_tokens))
+    num_hot = None if hot_tokens is None else len(hot_tokens)
+    return Exported(Path(output), notes, serving_command(config, engine, Path(output), num_hot))
 
 
 def _coral_content(
@@ -135,11 +146,12 @@ def _coral_content(
 
 def export_files(engine: str) -> tuple[str, ...]:
     """Return the names of the files that an export for an engine may have."""
-    safe, pickle = WEIGHTS
-    # all versions of EAGLE's code read the pickle, only the newest the other
-    weights = pickle if engine == "eagle" else safe
+    # all versions of EAGLE's code read the pickle, only the newest the other; so does Medusa's
+    weights = {"eagle": WEIGHTS[1], "medusa": MEDUSA_WEIGHTS[1]}.get(engine, WEIGHTS[0])
     names = (CONFIG_NAME, weights)
-    return (*names, HOT_TOKENS) if engine == "sglang" else names
+    # TGI reads that name alone, vLLM any
+    others = {"sglang": (HOT_TOKENS,), "vllm": (MEDUSA_WEIGHTS[0],)}
+    return (*names, *others.get(engine, ()))
 
 
 def check_drafter(source: str | Path) -> None:
@@ -147,13 +159,13 @@ def check_drafter(source: str | Path) -> None:
     found = read_config(config_folder(source)).get("model_type")
     if found not in FAMILIES:
         raise ValueError(
-            f"{source} holds a {found} model, not a CORAL or EAGLE-3 drafter of this library. If it"
+            f"{source} holds a {found} model, not a drafter of this library. If it"
             " is another one's checkpoint, import it first: coral-hf import"
             f" {source} --target TARGET --output FOLDER. If it is a target, give its drafter."
         )
 
 
-def _named_scales(config: DrafterConfig) -> Scales:
+def _named_scales(config: FamilyConfig) -> Scales:
     """Read the scales of the target that a drafter's config names, from that target's config."""
     family, name = config.target_model_type or "", config.target_name_or_path
     if family.startswith(SCALED_TABLES):
@@ -235,22 +247,18 @@ def _to_save(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     """Write tensors of any shapes as a pickle or as safetensors, by the name of the file."""
-    if path.suffix == ".bin":
+    if path.suffix in (".bin", ".pt"):
         torch.save(tensors, path)
     else:
         save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _notes(
-    drafter: CoralDrafter | Eagle3Drafter, scale: float, engine: str, hot_tokens: list[int] | None
+    drafter: Drafter, scale: float, engine: str, hot_tokens: Sequence[int] | None
 ) -> list[str]:
     """Say what stays behind, and what moved."""
-    notes = []
-    if isinstance(drafter, Eagle3Drafter):
-        if scale != 1.0:
-            notes.append(f"The target's embedding scale, {scale:.6g}, is in `{EMBEDDINGS}` now.")
-        return notes
-    left = {name for name in drafter.state_dict() if not name.startswith(BODY)}
+    notes, is_coral = list[str](), isinstance(drafter, CoralDrafter)
+    left = {name for name in drafter.state_dict() if is_coral and not name.startswith(BODY)}
     if hot_tokens is not None:
         left = left - {"heads.hot_tokens"}  # they are in a file of their own
     if left:
@@ -260,31 +268,6 @@ def _notes(
             f" drafter reads {instead}."
         )
     if scale != 1.0:
-        notes.append(f"The target's embedding scale, {scale:.6g}, is in `fc.weight` now.")
+        place = "fc.weight" if is_coral else EMBEDDINGS
+        notes.append(f"The target's embedding scale, {scale:.6g}, is in `{place}` now.")
     return notes
-
-
-def _command(
-    config: DrafterConfig, engine: str, output: Path, hot_tokens: Sequence[int] | None
-) -> str:
-    """Return the command that serves the drafter, with the engine's usual lengths of drafts."""
-    target, folder = config.target_name_or_path or "TARGET", str(output)
-    draft_vocab = getattr(config, "draft_vocab_size", None)
-    method = "eagle" if draft_vocab is None else "eagle3"
-    if engine == "eagle":
-        path = f"base_model_path={target!r}, ea_model_path={folder!r}"
-        return f"EaModel.from_pretrained({path}, use_eagle3={method == 'eagle3'})"
-    if engine == "vllm":
-        settings = {"method": method, "model": folder, "num_speculative_tokens": 3}
-        return shlex.join(["vllm", "serve", target, "--speculative-config", json.dumps(settings)])
-    parts = ["python", "-m", "sglang.launch_server", "--model-path", target]
-    parts += ["--speculative-algorithm", method.upper(), "--speculative-draft-model-path", folder]
-    num_tokens = draft_vocab or (config.vocab_size if hot_tokens is None else len(hot_tokens))
-    top_k = min(8, num_tokens)
-    # a tree holds its root, then as many nodes as 5 levels of it can have
-    nodes = min(32, 1 + top_k + 4 * top_k**2)
-    parts += ["--speculative-num-steps", "5", "--speculative-eagle-topk", str(top_k)]
-    parts += ["--speculative-num-draft-tokens", str(nodes)]
-    if hot_tokens is not None:
-        parts += ["--speculative-token-map", str(output / HOT_TOKENS)]
-    return shlex.join(parts)

@@ -30,11 +30,13 @@ def config_folder(source: str | Path, **download: Any) -> Path:
     return _local(source, [CONFIG_NAME], **download)
 
 
-def weights_folder(source: str | Path, folder: Path, **download: Any) -> Path:
+def weights_folder(
+    source: str | Path, folder: Path, names: tuple[str, ...] = WEIGHTS, **download: Any
+) -> Path:
     """Add the weights to the folder of [`config_folder`], in the first format that there is."""
     # a folder of the Hub's cache is named after the commit that the config came from
     at_commit = {**download, "revision": folder.name}
-    for name in WEIGHTS:
+    for name in names:
         stem, suffix = name.split(".")
         _local(source, [f"{stem}*.{suffix}", name + INDEX], **at_commit)
         if any(folder.glob(f"{stem}*.{suffix}")):
@@ -58,26 +60,26 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read the fields of a drafter's config.json as they are written."""
     if not (folder / CONFIG_NAME).is_file():
         raise ValueError(
-            f"{folder} has no {CONFIG_NAME}; start from a folder of a drafter, or of an EAGLE"
+            f"{folder} has no {CONFIG_NAME}; start from a folder of a drafter, or of a"
             " checkpoint with its config. An adapter is merged first: model.merge_and_unload()."
         )
     return PreTrainedConfig.get_config_dict(folder)[0]
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path, names: tuple[str, ...] = WEIGHTS) -> dict[str, Tensor]:
     """Read all tensors of a folder, of any shapes, from one file or from shards.
 
     Raises:
         ValueError: that names the file, if one is missing or damaged, holds anything but plain
             tensors, or if shards and their index disagree.
     """
-    for name in WEIGHTS:
+    for name in names:
         if (folder / (name + INDEX)).is_file():
             return _read_shards(folder / (name + INDEX))
         if (folder / name).is_file():
             return _read_tensors(folder / name)
     raise ValueError(
-        f"{folder} has none of {', '.join(WEIGHTS)} and no index of shards; download it again."
+        f"{folder} has none of {', '.join(names)} and no index of shards; download it again."
     )
 
 

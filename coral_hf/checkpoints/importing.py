@@ -1,16 +1,16 @@
-"""Import of EAGLE-1, EAGLE-2, EAGLE-3 and HASS drafters.
+"""Import of EAGLE-1, EAGLE-2, EAGLE-3 and HASS drafters, and of Medusa heads.
 
-In: a target and a folder or Hub id. Out: a CORAL or an EAGLE-3 drafter with the predictions of the
-checkpoint. Each tensor has its place, is compared with the target's own and dropped, or is an
-error.
+In: a target and a folder or Hub id. Out: a drafter with the predictions of the checkpoint, of the
+family that it is of. Each tensor has its place, is compared with the target's own and dropped, or
+is an error.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -18,16 +18,17 @@ from ..drafters.coral.configuration import CoralConfig
 from ..drafters.coral.modeling import CoralDrafter
 from ..drafters.eagle3 import Eagle3Drafter
 from ..drafters.families import FAMILIES
+from ..drafters.medusa import MedusaDrafter
+from ..drafters.model import Drafter
 from ..identity import record_tokenizer
 from ..target import Target, check_target, read_target, text_config
 from .eagle import (
     BIASES,
     EMBEDDINGS,
     HEAD,
-    ROUNDING,
+    check_copy,
     check_tensors,
     drop_frequencies,
-    is_plain,
     read_eagle_shape,
     scale_embeddings,
     table_scale,
@@ -40,6 +41,7 @@ from .eagle3 import (
     read_eagle3_shape,
 )
 from .files import (
+    WEIGHTS,
     check_dense,
     config_folder,
     read_config,
@@ -47,10 +49,10 @@ from .files import (
     read_weights,
     weights_folder,
 )
+from .medusa import MEDUSA_WEIGHTS, medusa_drafter, names_medusa
 
 logger = logging.get_logger(__name__)
 
-CHUNK = 4096  # rows that are compared at a time
 # patterns of the file names that saving a drafter and its target's tokenizer writes
 DRAFTER_FILES = (
     "config.json",
@@ -71,9 +73,14 @@ OTHER_FAMILIES = {
     "dflash": "DFlash",
     "dspark": "DSpark",
     "domino": "Domino",
-    "medusa": "Medusa",
     "mtp": "MTP",
     "recurrent_draft": "Recurrent Drafter",
+}
+# what checkpoints become, and the function that reads such ones alone
+KINDS: dict[type[Drafter], str] = {
+    CoralDrafter: "from_eagle",
+    Eagle3Drafter: "from_eagle",
+    MedusaDrafter: "from_medusa",
 }
 
 
@@ -81,8 +88,8 @@ class Shape(NamedTuple):
     """What a checkpoint's config.json says."""
 
     config: dict[str, Any]  # as it is written
-    fields: dict[str, Any]  # of `CoralConfig` or `Eagle3Config`
-    is_eagle3: bool
+    fields: dict[str, Any]  # of the drafter's config, those that do not follow from tensors
+    kind: type[Drafter]
 
 
 def read_shape(folder: Path) -> Shape:
@@ -97,33 +104,37 @@ def read_shape(folder: Path) -> Shape:
             f"{folder} holds a drafter of coral_hf already ({family.name}); load it with"
             " AutoModel.from_pretrained."
         )
-    kinds = [config.get(n) for n in ("speculators_model_type", "architectures", "model_type")]
-    said = str([*kinds, *(n for n in config if n.startswith("medusa_"))]).lower()
+    kinds = ("speculators_model_type", "architectures", "model_type")
+    said = str([config.get(name) for name in kinds]).lower()
     if names := [name for word, name in OTHER_FAMILIES.items() if word in said]:
         raise ValueError(
             f"{folder} holds a drafter of another kind, {names[0]}; import one of EAGLE-1, EAGLE-2,"
-            " EAGLE-3 or HASS."
+            " EAGLE-3, HASS or Medusa."
         )
+    if names_medusa(config):
+        return Shape(config, {}, MedusaDrafter)
     if names_eagle3(config):
-        return Shape(config, read_eagle3_shape(config, folder), is_eagle3=True)
-    return Shape(config, read_eagle_shape(config, folder), is_eagle3=False)
+        return Shape(config, read_eagle3_shape(config, folder), Eagle3Drafter)
+    return Shape(config, read_eagle_shape(config, folder), CoralDrafter)
 
 
-def from_eagle(
+def import_drafter(
     target: PreTrainedModel,
     source: str | Path,
+    kinds: Collection[type[Drafter]] = tuple(KINDS),
     *,
     dtype: str | torch.dtype | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     **download: Any,
-) -> CoralDrafter | Eagle3Drafter:
-    """Make a drafter for `target` from an EAGLE-1, 2 or 3 or a HASS checkpoint, or from an export.
+) -> Drafter:
+    """Make a drafter for `target` from a checkpoint of any family that is read, or an export.
 
     Args:
         target: the target that the checkpoint was made for. Its vocabulary may have grown, shrunk
             or been padded since, if the checkpoint has the embeddings of its own.
         source: a folder or Hub id, with config.json and the weights in safetensors or a pickle,
             in one file or in shards.
+        kinds: what it may become.
         dtype: of the drafter; the target's by default.
         tokenizer: the target's, whose hash the drafter then remembers.
         download: `revision`, `cache_dir`, `token` and `local_files_only` of a Hub id, as in
@@ -136,23 +147,69 @@ def from_eagle(
     """
     dtype = target.dtype if dtype is None else read_dtype(dtype)
     folder = config_folder(source, **download)
-    shape, own = read_shape(folder), {"vocab_size": text_config(target).vocab_size}
-    if shape.is_eagle3:
-        fields = fitted_shape(shape.fields, shape.config, target)
+    shape = read_shape(folder)
+    if shape.kind not in kinds:
+        family = FAMILIES[shape.kind.config_class.model_type].name
+        raise ValueError(
+            f"{folder} holds a drafter of another kind, {family}; read it with"
+            f" coral_hf.{KINDS[shape.kind]}(target, source), or with coral-hf import."
+        )
+    if shape.kind is MedusaDrafter:
+        names = (*MEDUSA_WEIGHTS, *WEIGHTS)
+        tensors = read_weights(weights_folder(source, folder, names, **download), names)
+        drafter: Drafter = medusa_drafter(target, shape.config, tensors, folder, dtype)
     else:
-        fields = shape.fields
-        check_target(CoralConfig(**fields | own), target)
-    tensors, make = read_weights(weights_folder(source, folder, **download)), _eagle_drafter
-    if shape.is_eagle3 or any(name.startswith(OWN_TENSORS) for name in tensors):
-        make = eagle3_drafter
-        fields = fitted_shape(read_eagle3_shape(shape.config, folder), shape.config, target)
-    drafter = make(target, fields, tensors, folder, dtype)
+        drafter = _from_eagle(target, shape, source, folder, dtype, download)
     if tokenizer is not None:
         record_tokenizer(tokenizer, drafter.config)
     is_local = Path(source).is_dir()  # a path of this machine means nothing elsewhere
     origin = (None, None) if is_local else (str(source), folder.name)
     drafter.training_record = [{"stage": "import", "source": origin[0], "revision": origin[1]}]
     return drafter.eval()
+
+
+def from_eagle(
+    target: PreTrainedModel, source: str | Path, **options: Any
+) -> CoralDrafter | Eagle3Drafter:
+    """Make a drafter for `target` from an EAGLE-1, 2 or 3 or a HASS checkpoint, or from an export.
+
+    Args, errors: those of [`coral_hf.checkpoints.import_drafter`].
+    """
+    drafter = import_drafter(target, source, (CoralDrafter, Eagle3Drafter), **options)
+    assert isinstance(drafter, CoralDrafter | Eagle3Drafter)
+    return drafter
+
+
+def from_medusa(target: PreTrainedModel, source: str | Path, **options: Any) -> MedusaDrafter:
+    """Make a drafter for `target` from published Medusa heads, or from an export.
+
+    Args, errors: those of [`coral_hf.checkpoints.import_drafter`].
+    """
+    drafter = import_drafter(target, source, (MedusaDrafter,), **options)
+    assert isinstance(drafter, MedusaDrafter)
+    return drafter
+
+
+def _from_eagle(
+    target: PreTrainedModel,
+    shape: Shape,
+    source: str | Path,
+    folder: Path,
+    dtype: torch.dtype,
+    download: dict[str, Any],
+) -> CoralDrafter | Eagle3Drafter:
+    """Make a drafter from a checkpoint whose config is that of an EAGLE drafter."""
+    own = {"vocab_size": text_config(target).vocab_size}
+    if shape.kind is Eagle3Drafter:
+        fields = fitted_shape(shape.fields, shape.config, target)
+    else:
+        fields = shape.fields
+        check_target(CoralConfig(**fields | own), target)
+    tensors = read_weights(weights_folder(source, folder, **download))
+    if shape.kind is Eagle3Drafter or any(name.startswith(OWN_TENSORS) for name in tensors):
+        fields = fitted_shape(read_eagle3_shape(shape.config, folder), shape.config, target)
+        return eagle3_drafter(target, fields, tensors, folder, dtype)
+    return _eagle_drafter(target, fields, tensors, folder, dtype)
 
 
 def _eagle_drafter(
@@ -196,29 +253,4 @@ def _drop_copies(tensors: dict[str, Tensor], target: Target, vocab_size: int) ->
         )
     for name, own in ((EMBEDDINGS, target.embeddings.weight), (HEAD, target.head.weight)):
         if name in tensors:
-            _check_copy(name, tensors.pop(name), own, vocab_size)
-
-
-def _check_copy(name: str, found: Tensor, own: Tensor, vocab_size: int) -> None:
-    """Raise a ValueError if a copy (vocab, hidden) differs from the target's own, beyond rounding.
-
-    Of a target with more or fewer than the copy's `vocab_size` rows, those count that both have.
-
-    A number is compared with its own size and the table's typical one: the median over rows of the
-    mean size, which a few large numbers do not move.
-    """
-    if not is_plain(own):
-        logger.info(f"`{name}` is not compared: the target's own is quantised or offloaded.")
-        return
-    if len(found) == vocab_size:
-        found = found[: len(own)]
-    parts = own.detach()[:vocab_size].split(CHUNK)
-    typical = float(torch.cat([part.float().abs().mean(-1) for part in parts]).median())
-    near = {"rtol": ROUNDING, "atol": ROUNDING * typical}
-    try:
-        assert_close(found.split(CHUNK), parts, check_device=False, check_dtype=False, **near)
-    except AssertionError as error:
-        raise ValueError(
-            f"`{name}` of the EAGLE checkpoint was made for another target. Use that one, or delete"
-            f" the tensor to import the rest all the same. {error}"
-        ) from error
+            check_copy(name, tensors.pop(name), own, vocab_size)

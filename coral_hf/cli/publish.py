@@ -38,7 +38,7 @@ def publish(own: PublishOptions) -> None:
 class ImportOptions(TargetOptions):
     """The checkpoint, and the folder that it goes to."""
 
-    source: str = option("An EAGLE-1, 2, 3 or HASS folder or Hub id.", positional=True)
+    source: str = option("An EAGLE-1, 2, 3, HASS or Medusa folder or Hub id.", positional=True)
     output: Path = option("Folder of the drafter.")
     revision: str | None = option("Revision of the checkpoint's Hub id.", None)
     cache_dir: Path | None = option("Where a Hub id is downloaded to; its cache by default.", None)
@@ -47,9 +47,15 @@ class ImportOptions(TargetOptions):
 
 
 def import_(own: ImportOptions) -> None:
-    """Turn an EAGLE-1, EAGLE-2, EAGLE-3 or HASS checkpoint into a drafter."""
+    """Turn an EAGLE-1, EAGLE-2, EAGLE-3, HASS or Medusa checkpoint into a drafter."""
     from ..atomic import new_folder
-    from ..checkpoints import DRAFTER_FILES, check_output, config_folder, from_eagle, read_shape
+    from ..checkpoints import (
+        DRAFTER_FILES,
+        check_output,
+        config_folder,
+        import_drafter,
+        read_shape,
+    )
 
     place = (own.output, own.overwrite, DRAFTER_FILES, (own.source, own.target))
     check_output(*place)
@@ -57,7 +63,7 @@ def import_(own: ImportOptions) -> None:
     download["local_files_only"] = own.local_files_only
     read_shape(config_folder(own.source, **download))  # before the target, which takes longer
     target, tokenizer = own.load_target()
-    drafter = from_eagle(target, own.source, tokenizer=tokenizer, **download)
+    drafter = import_drafter(target, own.source, tokenizer=tokenizer, **download)
     check_output(*place)  # again: the loading takes minutes
     with new_folder(own.output, last="config.json") as folder:
         drafter.save_pretrained(folder)
@@ -70,7 +76,7 @@ class ExportOptions(DatasetOptions):
     """The drafter, and how it is written."""
 
     drafter: str = option("The drafter: a folder or a Hub id.", positional=True)
-    to: Literal["vllm", "sglang", "eagle"] = option("The program that reads it.")
+    to: Literal["vllm", "sglang", "eagle", "medusa"] = option("The program that reads it.")
     output: Path = option("A new or an empty folder.")
     target: str | None = option("The target, whose embeddings are then copied or compared.", None)
     dtype: DTYPES = option("Precision that is written; the drafter's own by default.", "auto")
@@ -81,7 +87,7 @@ class ExportOptions(DatasetOptions):
 
 
 def export(own: ExportOptions) -> None:
-    """Write a drafter as vLLM, SGLang or EAGLE's own code reads it."""
+    """Write a drafter as vLLM, SGLang, or the code of EAGLE or Medusa reads it."""
     from transformers import AutoModel
 
     from ..checkpoints import check_drafter, check_output, export_drafter, export_files

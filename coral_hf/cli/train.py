@@ -95,9 +95,9 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
                 return kind_of_source(source)
         return kind_of_recipe(parse_arguments(self.output, typed).recipe)
 
-    def _fields(self, kind) -> dict[str, int]:
+    def _fields(self, kind, args) -> dict[str, Any]:
         """Return what the config of a fresh drafter is given."""
-        fields = {"num_hidden_layers": self.layers}
+        fields = {"num_hidden_layers": self.layers, **kind.fresh_fields(args)}
         if self.draft_vocab_size is not None:
             config = kind.drafter.config_class
             if "draft_vocab_size" not in config.__annotations__:
@@ -114,7 +114,7 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
 
         tokenizer, target = self.load_tokenizer(), AutoConfig.from_pretrained(self.target)
         kind = kind_of_recipe(stages[0].recipe)
-        drafter = kind.drafter.config_class.from_target(target, **self._fields(kind))
+        drafter = kind.drafter.config_class.from_target(target, **self._fields(kind, stages[0]))
         if self.drafter is not None:
             with suppress(OSError):  # the folder of an adapter has no config of its drafter
                 drafter = kind.drafter.config_class.from_pretrained(self.drafter)
@@ -134,18 +134,18 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
             print(planned, flush=True)
         planned.check_disk()
 
-    def first_drafter(self, target, tokenizer, recipe: str):
+    def first_drafter(self, target, tokenizer, args):
         """Return the drafter that training starts from, in fp32, with its adapter if it has one."""
         from ..training.adapters import lora, with_adapter
         from ..training.steps import kind_of_recipe
         from ..training.warm_start import warm_start
 
-        kind = kind_of_recipe(recipe)
+        kind = kind_of_recipe(args.recipe)
 
         if self.warm_start is not None:
             return warm_start(target, self.warm_start, tokenizer)
         if self.drafter is None:
-            return kind.drafter.from_target(target, **self._fields(kind)).float()
+            return kind.drafter.from_target(target, **self._fields(kind, args)).float()
         drafter = kind.drafter.from_pretrained(self.drafter, dtype="float32")
         if self.fresh_head and {"router", "joint"} & set(self.stage):
             drafter.heads.remove_router()
@@ -175,7 +175,7 @@ def train(own: TrainOptions, training_options: list[str]) -> None:
 
     Every other option is one of CoralTrainingArguments, as in any Trainer script:
     --learning-rate 1e-3 --num-steps 3. A fresh drafter is of the family that the recipe is for:
-    --recipe eagle3 makes an EAGLE-3 drafter.
+    --recipe eagle3 makes an EAGLE-3 drafter, --recipe medusa Medusa heads.
     """
     from transformers import set_seed
 
@@ -196,7 +196,7 @@ def train(own: TrainOptions, training_options: list[str]) -> None:
     target, tokenizer = own.load_target(device="cpu")
     with sole_run(own.output, args.process_index == 0):
         set_seed(args.seed)  # before weights of a drafter or an adapter are drawn
-        drafter = own.first_drafter(target, tokenizer, args.recipe)
+        drafter = own.first_drafter(target, tokenizer, args)
         inputs = (target, tokenizer, rows, stages, drafter, own.resume, eval_rows)
         trained = pipeline.train(*inputs)
         pipeline.save(trained, tokenizer, own.output)

@@ -1,7 +1,7 @@
-"""Configuration that drafters of all families with layers share.
+"""Configuration that drafters of all families share, and those with layers beside it.
 
-In: the config of a target. Out: a drafter's sizes, its rotary embedding, and the identity of its
-target.
+In: the config of a target. Out: the identity of a drafter's target; sizes of its layers, and their
+rotary embedding.
 """
 
 from typing import Any, TypeVar
@@ -12,19 +12,16 @@ from transformers import PreTrainedConfig
 from ..identity import cached_commit, full_name
 from ..target import max_positions
 
-Made = TypeVar("Made", bound="DrafterConfig")
+Made = TypeVar("Made", bound="FamilyConfig")
 
 
 @strict
-class DrafterConfig(PreTrainedConfig):
-    """What a family's config begins with.
+class FamilyConfig(PreTrainedConfig):
+    """What the config of every family begins with.
 
     Args:
         vocab_size: rows of the target's LM head, padding included.
         hidden_size: width of the drafter.
-        num_hidden_layers: decoder layers of the drafter.
-        rope_parameters: rotary embedding, in the form transformers gives it to Llama.
-        attention_bias: biases in the query, key and value projections.
         target_name_or_path, target_revision, target_model_type: the target that the drafter was
             made for.
         tokenizer_hash, tokenizer_size: of the target's tokenizer, by
@@ -35,17 +32,7 @@ class DrafterConfig(PreTrainedConfig):
 
     vocab_size: int = 32000
     hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 1
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    hidden_act: str = "silu"
-    max_position_embeddings: int = 2048
     initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
-    rope_parameters: dict | None = None
-    attention_bias: bool = False
 
     target_name_or_path: str | None = None
     target_revision: str | None = None
@@ -61,15 +48,6 @@ class DrafterConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.rope_parameters is None:
-            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
-        super().__post_init__(**kwargs)
-
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Do nothing: transformers would publish a copy of this file, without its package."""
@@ -83,7 +61,13 @@ class DrafterConfig(PreTrainedConfig):
             overrides: fields of the config that shall differ.
         """
         text = target_config.get_text_config(decoder=True)
-        return cls(**{**target_fields(target_config), **cls._own_fields(text), **overrides})
+        known = target_fields(target_config) | cls._sizes(text)
+        return cls(**{**known, **cls._own_fields(text), **overrides})
+
+    @classmethod
+    def _sizes(cls, text: PreTrainedConfig) -> dict[str, Any]:
+        """The widths, heads and limits that follow from a target's text config."""
+        return {}
 
     @classmethod
     def _own_fields(cls, text: PreTrainedConfig) -> dict[str, Any]:
@@ -91,14 +75,48 @@ class DrafterConfig(PreTrainedConfig):
         return {}
 
 
+@strict
+class DrafterConfig(FamilyConfig):
+    """What the config of a family with layers begins with.
+
+    Args:
+        num_hidden_layers: decoder layers of the drafter.
+        rope_parameters: rotary embedding, in the form transformers gives it to Llama.
+        attention_bias: biases in the query, key and value projections.
+    """
+
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 1
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def _sizes(cls, text: PreTrainedConfig) -> dict[str, Any]:
+        return _layer_sizes(text)
+
+
 def target_fields(target_config: PreTrainedConfig) -> dict[str, Any]:
-    """Read all that a drafter's config takes from its target's."""
+    """Read what the config of any drafter takes from its target's."""
     text = target_config.get_text_config(decoder=True)
     return {
-        **_sizes(text),
-        "rope_parameters": _rope(text),
-        # Qwen2 has a bias in q, k and v without a field that says so
-        "attention_bias": bool(_field(text, "attention_bias")) or text.model_type == "qwen2",
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "initializer_range": float(getattr(text, "initializer_range", 0.02)),
         "target_name_or_path": full_name(target_config._name_or_path),
         "target_revision": getattr(target_config, "_commit_hash", None)
         or cached_commit(target_config._name_or_path),
@@ -122,8 +140,8 @@ def _field(text: PreTrainedConfig, *names: str) -> Any:
     return None
 
 
-def _sizes(text: PreTrainedConfig) -> dict:
-    """Read the widths, heads and limits of a target's text config."""
+def _layer_sizes(text: PreTrainedConfig) -> dict[str, Any]:
+    """Read the widths, heads and limits of a target's text config, and its rotary parameters."""
     heads = _field(text, "num_attention_heads")
     if heads is None:
         raise ValueError(
@@ -132,15 +150,15 @@ def _sizes(text: PreTrainedConfig) -> dict:
         )
     epsilon = _field(text, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
     return {
-        "vocab_size": text.vocab_size,
-        "hidden_size": text.hidden_size,
         "intermediate_size": _intermediate_size(text),
         "num_attention_heads": heads,
         "num_key_value_heads": _field(text, "num_key_value_heads") or heads,
         "head_dim": _field(text, "head_dim") or text.hidden_size // heads,
         "max_position_embeddings": max_positions(text) or DrafterConfig.max_position_embeddings,
-        "initializer_range": float(getattr(text, "initializer_range", 0.02)),
         "rms_norm_eps": float(1e-6 if epsilon is None else epsilon),
+        "rope_parameters": _rope(text),
+        # Qwen2 has a bias in q, k and v without a field that says so
+        "attention_bias": bool(_field(text, "attention_bias")) or text.model_type == "qwen2",
     }
 
 

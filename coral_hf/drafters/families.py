@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from .coral import CoralDrafter
 from .eagle3 import Eagle3Drafter
+from .medusa import MedusaDrafter
 from .model import Drafter
 
 
@@ -22,5 +23,8 @@ FAMILIES = {
     ),
     Eagle3Drafter.config_class.model_type: Family(
         "EAGLE-3", Eagle3Drafter, "[EAGLE-3 (NeurIPS 2025)](https://arxiv.org/abs/2503.01840)"
+    ),
+    MedusaDrafter.config_class.model_type: Family(
+        "Medusa", MedusaDrafter, "[Medusa (ICML 2024)](https://arxiv.org/abs/2401.10774)"
     ),
 }

@@ -1,4 +1,4 @@
-"""What models of all families with layers share: saving, loading, publishing, and their refusals.
+"""What models of all families share that are trained: saving, loading, publishing, and refusals.
 
 A family's model is one step and its heads; what it has learned from lies in `training_record`.
 """
@@ -10,7 +10,6 @@ from typing import Any, ClassVar, TypeVar
 
 from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     GenerationConfig,
     GenerationMixin,
@@ -23,7 +22,7 @@ from ..atomic import write_json
 from ..decoding.guard import accept_features, accept_target
 from ..decoding.settings import TREE_DEFAULTS
 from ..lm_head import execution_device
-from .configuration import DrafterConfig
+from .configuration import FamilyConfig
 
 TRAINING_RECORD = "training_record.json"  # beside the weights
 # prefixes of fields and weights that only the first layout of this package saved
@@ -35,8 +34,7 @@ Made = TypeVar("Made", bound="Drafter")
 class Drafter(PreTrainedModel, GenerationMixin):
     """A light model that proposes a target's next tokens, and cannot generate alone."""
 
-    config: DrafterConfig
-    fc: nn.Linear  # the first layer, which every such family has
+    config: FamilyConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"  # of a batch of training, whose tokens `Trainer` counts
     supports_gradient_checkpointing = True
@@ -44,7 +42,7 @@ class Drafter(PreTrainedModel, GenerationMixin):
     # finds the package that publishes, which imports this one; `import coral_hf` sets it
     publisher: ClassVar[Callable[[], Any]]
 
-    def __init__(self, config: DrafterConfig):
+    def __init__(self, config: FamilyConfig):
         super().__init__(config)
         # one dict for each training run of the drafter: recipe, data, cost
         self.training_record: list[dict[str, Any]] = []

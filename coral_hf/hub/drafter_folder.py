@@ -19,7 +19,7 @@ from transformers.utils import (
 )
 
 from ..atomic import write_text
-from ..drafters.configuration import DrafterConfig
+from ..drafters.configuration import FamilyConfig
 from ..drafters.families import FAMILIES
 from ..drafters.model import TRAINING_RECORD, Drafter
 
@@ -116,7 +116,7 @@ def stale_files(there: list[str], here: list[str]) -> list[str]:
 
 
 def finish_config(
-    config: DrafterConfig, folder: str | Path, base_model: str | None = None
+    config: FamilyConfig, folder: str | Path, base_model: str | None = None
 ) -> str | None:
     """Write a config.json that others can load, and the code beside it.
 

@@ -38,6 +38,9 @@ RECIPES = {
     # N steps without a goal for their hidden states, which gradients pass through, each weighted
     # less than the one before it (EAGLE-3, training-time test)
     "eagle3": Recipe(num_steps=7, regression_weight=0.0, classification_weight=1.0, step_decay=0.8),
+    # heads on one feature, whose goal is the text itself, each weighted less than the one before
+    # it (Medusa-1, section 2.2.1)
+    "medusa": Recipe(num_steps=5, regression_weight=0.0, classification_weight=1.0, step_decay=0.8),
 }
 CHOICES = {
     "stage": ("drafter", "router", "low_rank", "joint"),
@@ -127,10 +130,12 @@ class CoralTrainingArguments(RowArguments):
     )
     recipe: str = _setting(
         "coral",
-        "'eagle', 'hass' or 'coral', of CORAL drafters, 'eagle3' of EAGLE-3's: values of unset"
-        " steps, weights.",
+        "'eagle', 'hass' or 'coral', of CORAL drafters, 'eagle3' of EAGLE-3's, 'medusa' of"
+        " Medusa heads: values of unset steps, weights.",
     )
-    num_steps: int | None = _setting(None, "Steps of the unroll (N of CORAL and HASS).")
+    num_steps: int | None = _setting(
+        None, "Steps of the unroll (N of CORAL and HASS); Medusa heads."
+    )
     regression_weight: float | None = _setting(None, "Weight of the smooth L1 loss on features.")
     classification_weight: float | None = _setting(None, "Weight of the cross-entropy on tokens.")
     top_k_weight: float | None = _setting(None, "The same for the target's top k tokens (HASS).")

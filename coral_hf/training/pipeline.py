@@ -56,7 +56,8 @@ def train(
     """
     if drafter is None:
         set_seed(stages[0].seed)
-        drafter = kind_of_recipe(stages[0].recipe).drafter.from_target(target).float()
+        kind = kind_of_recipe(stages[0].recipe)
+        drafter = kind.drafter.from_target(target, **kind.fresh_fields(stages[0])).float()
     for args in stages:  # before the first stage is trained
         check_head_settings(drafter, args)
         if not resume:

@@ -7,6 +7,7 @@ Out: a drafter for the target, in fp32, to be trained. A tensor that fits nowher
     the drafter   fc [embedding; feature] →        layer without input norm →      feature
 """
 
+import re
 from pathlib import Path
 
 import torch
@@ -14,9 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
-from ..checkpoints import check_tensors, config_folder, from_eagle, read_config, read_shape
+from ..checkpoints import check_tensors, config_folder, import_drafter, read_config, read_shape
 from ..drafters.coral import CoralConfig, CoralDrafter
-from ..drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from ..drafters.model import Drafter
 from ..identity import tokenizer_hash
 from ..target import decoder_of, text_config
@@ -37,8 +37,8 @@ OWN_SHAPE = (
     "attention_bias",
     "fc_bias",
 )
-# what an EAGLE-3 drafter proposes and embeds: it is lost where the tokens are others
-OF_TOKENS = ("d2t", "t2d", "lm_head.weight", "embed_tokens.weight")
+# what a drafter proposes and embeds by itself: it is lost where the tokens are others
+OF_TOKENS = re.compile(r"d2t|t2d|lm_head\.weight|embed_tokens\.weight|lm_heads\.\d+\.weight")
 # the first layer of a drafter does not normalise the output of `fc`
 INPUT_NORM = "input_layernorm.weight"
 
@@ -54,8 +54,8 @@ def warm_start(
 
     Args:
         source: `"layer"` for the target's own last layer; a drafter of another target of the same
-            width, or its folder or Hub id; the folder or Hub id of an EAGLE-1, EAGLE-2 or EAGLE-3
-            checkpoint. The drafter is of the same family, of `"layer"` a CORAL one.
+            width, or its folder or Hub id; the folder or Hub id of a checkpoint of EAGLE, HASS or
+            Medusa. The drafter is of the same family, of `"layer"` a CORAL one.
         tokenizer: the target's; draft heads of the source are kept if they were made for it.
 
     Raises:
@@ -68,15 +68,15 @@ def warm_start(
     if (own := read_config(config_folder(source)).get("model_type")) in step_kinds():
         other = step_kind(own).drafter.from_pretrained(source, dtype=torch.float32)
         return from_drafter(target, other, tokenizer)
-    return from_eagle(target, source, dtype=torch.float32, tokenizer=tokenizer).train()
+    return import_drafter(target, source, dtype=torch.float32, tokenizer=tokenizer).train()
 
 
 def kind_of_source(source: str | Path) -> type[TrainingStep]:
-    """The training step of a drafter in a folder or on the Hub, ours or an EAGLE checkpoint."""
+    """The training step of a drafter in a folder or on the Hub, ours or another library's."""
     folder = config_folder(source)
     own = read_config(folder).get("model_type")
     if own not in step_kinds():
-        own = (Eagle3Config if read_shape(folder).is_eagle3 else CoralConfig).model_type
+        own = read_shape(folder).kind.config_class.model_type
     return step_kind(own)
 
 
@@ -95,13 +95,13 @@ def from_drafter(
             f"`hidden_size` of the target is {text.hidden_size}, but the drafter to start from is"
             f" one of a target with {width}; use warm_start(target, 'layer')."
         )
-    shape = {name: getattr(config, name) for name in OWN_SHAPE}
+    shape = {name: getattr(config, name) for name in OWN_SHAPE if hasattr(config, name)}
     # what stands for tokens, such as a router's groups, is of its tokenizer
     is_same_size = config.vocab_size == text.vocab_size
     hashes = {config.tokenizer_hash, tokenizer and tokenizer_hash(tokenizer)}
-    if isinstance(other, Eagle3Drafter):
+    if not isinstance(other, CoralDrafter):
         is_same = is_same_size and len(hashes - {None}) < 2
-        return _from_eagle3(target, other, shape, is_same)
+        return _with_own_head(target, other, shape, is_same)
     drafter = CoralDrafter.from_target(target, **shape).float()
     if is_same_size and len(hashes) == 1 and tokenizer is not None:
         drafter.heads.adopt(config)
@@ -110,21 +110,21 @@ def from_drafter(
     return drafter
 
 
-def _from_eagle3(
-    target: PreTrainedModel, other: Eagle3Drafter, shape: dict, is_same: bool
-) -> Eagle3Drafter:
-    """`from_drafter` of an EAGLE-3 drafter; `is_same`: no token is known to be another's.
+def _with_own_head(target: PreTrainedModel, other: Drafter, shape: dict, is_same: bool) -> Drafter:
+    """`from_drafter` of one with LM heads of its own; `is_same`: no token is known to be another's.
 
-    Where tokens are others, the draft vocabulary is counted anew, and its head begins at random.
+    Where tokens are others, heads begin anew, and so does the draft vocabulary of EAGLE-3.
     """
     config, lost = other.config, {"target_num_layers"}
     if not is_same:
         lost |= {"draft_vocab_size", "has_embeddings"}
-    if config.target_num_layers not in (None, text_config(target).num_hidden_layers):
+    depth = getattr(config, "target_num_layers", None)
+    if depth not in (None, text_config(target).num_hidden_layers):
         lost |= {"target_layers"}
-    shape |= {n: getattr(config, n) for n in Eagle3Config.__annotations__ if n not in lost}
-    tensors = {k: v for k, v in other.state_dict().items() if is_same or k not in OF_TOKENS}
-    drafter = Eagle3Drafter.from_target(target, **shape).float()
+    shape |= {n: getattr(config, n) for n in type(config).__annotations__ if n not in lost}
+    state = other.state_dict()
+    tensors = {k: v for k, v in state.items() if is_same or not OF_TOKENS.fullmatch(k)}
+    drafter = type(other).from_target(target, **shape).float()
     drafter.load_state_dict(tensors, strict=is_same)
     return drafter
 

@@ -18,7 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
 
 from ...atomic import JsonLines, keep_settings, sole_writer
-from ...drafters.configuration import DrafterConfig
+from ...drafters.configuration import FamilyConfig
 from ...drafters.coral.configuration import CoralConfig
 from ...drafters.model import Drafter
 from ...identity import digest, identify
@@ -26,7 +26,7 @@ from ...measure.calls import decoded_rounds
 from ...measure.prompts import Prompt, encode
 from ...measure.settings import ComparisonSettings, TrialSettings
 from ...target import read_target
-from .. import CoralTrainer, parse_arguments
+from .. import CoralTrainer, CoralTrainingArguments, parse_arguments
 from ..data import prepare_dataset
 from ..runs.run_record import rows_identity
 from ..steps import TrainingStep, kind_of_recipe
@@ -48,9 +48,10 @@ class Trial(NamedTuple):
     drafter_fields: dict[str, Any]
     kind: type[TrainingStep] = CoralStep
 
-    def fresh(self, target: PreTrainedModel) -> Drafter:
+    def fresh(self, target: PreTrainedModel, args: CoralTrainingArguments) -> Drafter:
         """Make the drafter that is trained."""
-        return self.kind.drafter.from_target(target, **self.drafter_fields)
+        fields = self.kind.fresh_fields(args) | self.drafter_fields
+        return self.kind.drafter.from_target(target, **fields)
 
     @classmethod
     def parse(cls, text: str) -> "Trial":
@@ -73,7 +74,7 @@ class Trial(NamedTuple):
         return cls(" ".join([first, *rest]), options, fields, kind)
 
 
-def config_fields(words: Iterable[str], kind: type[DrafterConfig] = CoralConfig) -> dict[str, Any]:
+def config_fields(words: Iterable[str], kind: type[FamilyConfig] = CoralConfig) -> dict[str, Any]:
     """Read fields of a drafter's config as they are typed, `name=value` each.
 
     A value is JSON (`true`, `4`) or a string.
@@ -83,7 +84,8 @@ def config_fields(words: Iterable[str], kind: type[DrafterConfig] = CoralConfig)
             value of another type.
     """
     # those that it declares itself; others are of transformers and shape no drafter
-    known = {**DrafterConfig.__annotations__, **kind.__annotations__}
+    bases = [base for base in kind.__mro__ if issubclass(base, FamilyConfig)]
+    known = dict.fromkeys(name for base in reversed(bases) for name in base.__annotations__)
     config, fields = kind(), {}
     for word in words:
         name, _, value = word.partition("=")
@@ -192,8 +194,7 @@ class Comparison(TrialRuns):
         if min(steps) < 1:
             raise ValueError(f"`steps` is {min(steps)}; use 1 or more.")
         for trial in trials:
-            parse_arguments(self.settings.output, [*self.settings.options, *trial.options])
-            trial.fresh(self.target)
+            self._fresh(trial)
         depends_on = asdict(self.settings)
         del depends_on["output"], depends_on["batch_size"]
         with sole_writer(self.settings.output):
@@ -207,7 +208,7 @@ class Comparison(TrialRuns):
             if (result.trial, result.seed, result.steps) == (trial.name, seed, steps):
                 return result
         set_seed(seed)
-        drafter = trial.fresh(self.target).float()
+        drafter = self._fresh(trial).float()
         often = max(steps // 10, 1)
         state = self.train(drafter, trial.options, max_steps=steps, seed=seed, logging_steps=often)
         drafter = drafter.to(self.target.dtype).eval()
@@ -225,6 +226,11 @@ class Comparison(TrialRuns):
         self._lines.append([asdict(result)])
         logger.info(f"{trial.name}, seed {seed}, {steps} steps: τ {result.cells['mean']:.3f}")
         return result
+
+    def _fresh(self, trial: Trial) -> Drafter:
+        """Make the drafter of a trial, by its settings."""
+        options = [*self.settings.options, *trial.options]
+        return trial.fresh(self.target, parse_arguments(self.settings.output, options))
 
     def _measure(self, drafter: Drafter, temperature: float) -> dict[str, float]:
         """Measure the τ of each task."""

@@ -17,6 +17,7 @@ other text a round continues along the text where the target itself would have g
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import takewhile
 
 import torch
@@ -28,8 +29,8 @@ from ..data.encoding import IGNORED
 from ..steps import Unrolled
 
 CHUNK = 256  # rows of logits held at a time
-# a token for each row, (rows, hidden) → (rows,)
-Choose = Callable[[Tensor], Tensor]
+# a token for each row, (rows, hidden) → (rows,), and the step that predicted it
+Choose = Callable[..., Tensor]
 
 
 def replayed_rounds(choose: Choose, target: Target, unrolled: Unrolled) -> list[int]:
@@ -70,10 +71,11 @@ def agreement(choose: Choose, target: Target, predicted: Tensor, features: Tenso
         features: (positions, hidden), what was to be predicted.
     """
     best = _by_chunk(lambda rows: target.head.logits(rows).argmax(-1), features)
-    return torch.stack([_by_chunk(choose, one) == best for one in predicted])
+    chosen = [_by_chunk(partial(choose, step=step), one) for step, one in enumerate(predicted)]
+    return torch.stack([one == best for one in chosen])
 
 
-def _by_chunk(choose: Choose, features: Tensor) -> Tensor:
+def _by_chunk(choose: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
     """Apply a function to a few features at a time: (rows, hidden) → (rows,)."""
     return torch.cat([choose(rows) for rows in features.split(CHUNK)])
 

@@ -20,6 +20,7 @@ class DraftGoal(NamedTuple):
 
     probs: Tensor  # (rows, draft_vocab), renormalised; 0 where the first choice is no draft token
     first: Tensor  # (rows,), the draft id of the first choice, -1 where it is no draft token
+    is_trained: Tensor | None = None  # (steps, rows), where not all steps are trained
 
 
 class DraftLoss(NamedTuple):
@@ -51,7 +52,8 @@ def cross_entropy(logits: Tensor, goal: DraftGoal) -> Tensor:
     """-Σ_v p(v) log q(v), summed over rows: (steps, rows, draft_vocab) → (steps,)."""
     with torch.autocast(logits.device.type, enabled=False):  # it would sum in half precision
         total = goal.probs.sum(-1) * logits.logsumexp(-1)  # (steps, rows)
-        return (total - torch.linalg.vecdot(logits, goal.probs)).sum(-1)
+        losses = total - torch.linalg.vecdot(logits, goal.probs)
+        return (losses if goal.is_trained is None else losses * goal.is_trained).sum(-1)
 
 
 def draft_loss(

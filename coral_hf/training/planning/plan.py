@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from ...atomic import free_bytes, shown_bytes
-from ...drafters.configuration import DrafterConfig
+from ...drafters.configuration import FamilyConfig
 from ..arguments import CoralTrainingArguments
 from ..data import load_conversations
 from ..features import INDEX, CachedFeatures
@@ -49,7 +49,7 @@ def plan(
     settings: PlanSettings | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str = "auto",
-    drafter: DrafterConfig | None = None,
+    drafter: FamilyConfig | None = None,
 ) -> Plan:
     """Plan a training run before anything is loaded: its memory, disk and hours.
 
@@ -112,16 +112,17 @@ def _width(shape: RunShape, format: str) -> tuple[int, str, int]:
 
 def _shape_of(
     config: PreTrainedConfig,
-    drafter: DrafterConfig | None,
+    drafter: FamilyConfig | None,
     args: CoralTrainingArguments,
     settings: PlanSettings,
     dtype: str,
 ) -> RunShape:
+    kind = kind_of_recipe(args.recipe)
     known = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
     return RunShape(
         config,
         known if dtype == "auto" else getattr(torch, dtype),
-        drafter or kind_of_recipe(args.recipe).drafter.config_class.from_target(config),
+        drafter or kind.drafter.config_class.from_target(config, **kind.fresh_fields(args)),
         args,
         settings.lora_rank,
         None if settings.target_bits is None else int(settings.target_bits),

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from ...drafters.configuration import DrafterConfig
+from ...drafters.configuration import FamilyConfig
 from ...target import read_features, read_target
 from ..adapters import lora, with_adapter
 from ..arguments import CoralTrainingArguments
@@ -54,7 +54,7 @@ class RunShape:
 
     target: PreTrainedConfig
     dtype: torch.dtype  # of the target's weights
-    drafter: DrafterConfig
+    drafter: FamilyConfig
     args: CoralTrainingArguments
     lora_rank: int | None = None
     bits: int | None = None  # 4 or 8, of a target that is quantized when it is loaded
@@ -217,6 +217,7 @@ class _Simulation:
                 unrolled.predicted[:, rows, places],
                 unrolled.features[:, 1:][rows, places],
                 trained.lengths,
+                rows,  # any tokens
             )
             loss = self._step.losses(self._drafter, selected).total / 2
         loss.backward()

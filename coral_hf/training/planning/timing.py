@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from ...drafters.configuration import DrafterConfig
+from ...drafters.configuration import FamilyConfig
 from ..arguments import CoralTrainingArguments
 from ..features import CachedFeatures, write_features
 from ..steps import step_kind
@@ -67,7 +67,7 @@ def timed_run(
     tokenizer: PreTrainedTokenizerBase,
     rows: Any,
     stages: Sequence[CoralTrainingArguments],
-    config: DrafterConfig,
+    config: FamilyConfig,
     features: str = "online",
 ) -> Seconds:
     """Run a few steps of each stage on rows from all over the dataset.

@@ -26,6 +26,7 @@ class Trained(NamedTuple):
     predicted: Tensor  # (steps, positions, hidden)
     target: Tensor  # (positions, hidden), the features that were to be predicted
     lengths: list[int]  # trained positions of each document of the batch, or branch of one
+    tokens: Tensor | None = None  # (positions,), of the text, that a feature gives
 
 
 class Unrolled(NamedTuple):
@@ -54,8 +55,9 @@ class Unrolled(NamedTuple):
         else:
             part = part_begins(self.position_ids[:, :-1]).flatten().cumsum(0) - 1
             lengths = torch.bincount(part[is_trained.flatten()])
-        target = self.features[:, 1:][is_trained]
-        return Trained(self.predicted[:, is_trained], target, lengths.tolist())
+        target, tokens = self.features[:, 1:][is_trained], self.labels[:, 1:].roll(-1, 1)
+        parts = self.predicted[:, is_trained], target, lengths.tolist(), tokens[is_trained]
+        return Trained(*parts)
 
 
 class Losses(NamedTuple):
@@ -100,6 +102,11 @@ class TrainingStep(Protocol):
         """
         ...
 
+    @classmethod
+    def fresh_fields(cls, args: CoralTrainingArguments) -> dict[str, Any]:
+        """Fields of a fresh drafter's config that follow from the settings of its run."""
+        return {}
+
     def prepare(self, drafter: Any, rows: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Get a drafter ready for its stage: make what it lacks, freeze what is not trained.
 
@@ -124,13 +131,16 @@ class TrainingStep(Protocol):
         """Compute the losses of the stage; `drafter` has no wrappers, and may run its heads."""
         ...
 
-    def choices(self, drafter: Any, predicted: Tensor) -> Tensor:
-        """The token that the drafter finds best after each step: (rows, hidden) → (rows,)."""
+    def choices(self, drafter: Any, predicted: Tensor, step: int) -> Tensor:
+        """The token that the drafter finds best after a step, counted from 0.
+
+        (rows, hidden) → (rows,)
+        """
         ...
 
 
 _KINDS: dict[str, type[TrainingStep]] = {}
-_BUILT_IN = ("coral", "eagle3")  # modules that register their step
+_BUILT_IN = ("coral", "eagle3", "medusa")  # modules that register their step
 
 
 def register_step(model_type: str, kind: type[TrainingStep]) -> None:

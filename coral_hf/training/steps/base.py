@@ -25,10 +25,18 @@ class UnrolledStep(TrainingStep):
 
     can_shard = True
     is_detached = True  # a step's inputs: no gradient flows to the step before it
+    unused: tuple[str, ...] = ()  # settings that mean nothing to the family
 
     def __init__(self, config: Any, target: Target, args: CoralTrainingArguments):
         self.target, self.args = target, args
         self.features = TargetFeatures(target.model, self.layers(config))
+        for name in self.unused:
+            value = getattr(args, name) or getattr(args.resolved, name, 0)
+            if value:
+                raise ValueError(
+                    f"`{name}` is {value}, which is not for a {self.drafter.__name__}; leave it"
+                    " out."
+                )
 
     def inputs(self, model: nn.Module, tokens: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
         """What the first step reads.

@@ -62,7 +62,7 @@ class CoralStep(UnrolledStep):
             losses += router_losses(log_mass, trained.target, head, groups, weight)
         return losses
 
-    def choices(self, drafter: CoralDrafter, predicted: Tensor) -> Tensor:
+    def choices(self, drafter: CoralDrafter, predicted: Tensor, step: int) -> Tensor:
         """Choose the best child of each node by the drafter's own head: (rows, hidden) → (rows,).
 
         A level of a chain has one node, so each row reads what it wants itself.

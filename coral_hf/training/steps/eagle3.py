@@ -36,17 +36,11 @@ class Eagle3Step(UnrolledStep):
     stages = ("drafter",)
     can_shard = False  # the fusion and the LM head run outside of `forward`
     is_detached = False
+    unused = ("regression_weight", "top_k_weight", "use_liger_kernel")
 
     def __init__(self, config: Eagle3Config, target: Target, args: CoralTrainingArguments):
         super().__init__(config, target, args)
         config.check_depth(text_config(target.model).num_hidden_layers)
-        for name in ("regression_weight", "top_k_weight", "use_liger_kernel"):
-            value = getattr(args, name) or getattr(args.resolved, name, 0)
-            if value:
-                raise ValueError(
-                    f"`{name}` is {value}, which is for CORAL drafters; an EAGLE-3 drafter is"
-                    " trained on its draft vocabulary alone. Leave it out."
-                )
 
     @classmethod
     def layers(cls, config: Eagle3Config) -> tuple[int, ...]:
@@ -93,7 +87,7 @@ class Eagle3Step(UnrolledStep):
         notes = token_notes(predicted, found.classification, found.agreed)
         return Losses(terms, notes) + alignment(trained, self.args)
 
-    def choices(self, drafter: Eagle3Drafter, predicted: Tensor) -> Tensor:
+    def choices(self, drafter: Eagle3Drafter, predicted: Tensor, step: int) -> Tensor:
         """The token that the drafter finds best after each step: (rows, hidden) → (rows,)."""
         logits = drafter.draft_logits(predicted.to(drafter.dtype))
         return drafter.to_target_ids(logits.argmax(-1))

@@ -22,7 +22,7 @@ from . import Losses, Trained
 def drafter_losses(trained: Trained, args: CoralTrainingArguments, head: LMHead) -> Losses:
     """Compute L_reg, L_cls and L_topk of all steps, and L_csra, each with its weight."""
     recipe = args.resolved
-    predicted, target, _ = trained
+    predicted, target = trained.predicted, trained.target
     weights = TokenWeights(recipe.classification_weight, recipe.top_k_weight, args.top_k)
     kernel = LigerChunkLoss() if args.use_liger_kernel else None
     tokens = token_loss(predicted, target, head.logits, weights, chunk_loss=kernel)
@@ -89,7 +89,7 @@ def step_similarity(predicted: Tensor) -> list[Tensor]:
 
 def _csra(trained: Trained, args: CoralTrainingArguments) -> Tensor:
     """Compute L_csra with the settings of the run: (steps, positions, hidden) → ()."""
-    predicted, target, lengths = trained
+    predicted, target, lengths, _ = trained
     if args.csra_gradient == "later_steps":
         predicted = torch.cat([predicted[:1].detach(), predicted[1:]])
     is_gathered = args.csra_negatives == "gathered"

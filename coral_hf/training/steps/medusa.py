@@ -1,0 +1,117 @@
+"""Training step of Medusa heads: target features → every head → losses on the tokens of the text.
+
+In: batches of the collator. Out: what each head's LM head reads, and their losses. Medusa-1 (Cai et
+al. 2024, section 2.2.1): the target is frozen, head i learns the token i + 1 further than its
+feature, with a weight of 0.8 of the head before.
+
+    position t       0    1    2    3          predictions of one token stand in one column:
+    feature          f0   f1   f2   f3
+    head 1 reads     f0   f1   f2   f3         the token t + 2
+    head 2 reads     -    f0   f1   f2         where a document has no such feature, nothing
+    trained on       x2   x3   x4   x5
+"""
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ...drafters.medusa import MedusaConfig, MedusaDrafter
+from ...target import FEATURE, text_config
+from ..adapters import is_adapted
+from ..arguments import CoralTrainingArguments
+from ..data.documents import Places
+from ..losses.draft_loss import DraftGoal, draft_loss
+from ..stages import freeze_others
+from . import Losses, Trained, Unrolled, register_step
+from .base import UnrolledStep, add_noise
+from .objectives import step_weights, token_notes
+
+
+class MedusaStep(UnrolledStep):
+    """See [`coral_hf.training.steps.TrainingStep`]; `num_steps` heads are trained."""
+
+    drafter = MedusaDrafter
+    recipes = ("medusa",)
+    stages = ("drafter",)
+    can_shard = False  # the heads' own LM heads run outside of `forward`
+    unused = ("regression_weight", "top_k_weight", "csra_weight", "use_liger_kernel")
+
+    @classmethod
+    def layers(cls, config: MedusaConfig) -> tuple[int, ...]:
+        """The feature alone."""
+        return (FEATURE,)
+
+    @classmethod
+    def fresh_fields(cls, args: CoralTrainingArguments) -> dict[str, Any]:
+        """A head for each step."""
+        return {"num_heads": args.resolved.num_steps}
+
+    def prepare(
+        self,
+        drafter: MedusaDrafter | PeftModel,
+        rows: Any,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
+        """Freeze the heads beyond `num_steps`; see [`TrainingStep`]."""
+        config, size = drafter.config, text_config(self.target.model).vocab_size
+        if config.has_lm_heads and config.vocab_size != size:
+            raise ValueError(
+                f"`vocab_size` of the target is {size}, but the drafter's heads have"
+                f" {config.vocab_size} tokens; start new ones from its blocks: warm_start(target,"
+                " drafter), on the command line --warm-start."
+            )
+        config.vocab_size = size
+        if not is_adapted(drafter):
+            freeze_others(drafter, self.args.stage)
+            for parts in (drafter.blocks, drafter.lm_heads):
+                parts[self.args.resolved.num_steps :].requires_grad_(False)
+
+    def unroll(self, model: nn.Module, batch: dict[str, Tensor], num_steps: int) -> Unrolled:
+        """Run `num_steps` heads, or all there are; see [`TrainingStep`]."""
+        features, position_ids = self.features.read(batch), batch.get("position_ids")
+        read = features[:, :-1]
+        if model.training:
+            read = add_noise(read, self.args.feature_noise, self.args.process_index)
+        states = model(read, num_steps)  # (heads, batch, length - 1, hidden)
+        # how many features a document, or a branch of it, has before each position
+        index = torch.arange(read.shape[1], device=read.device)
+        if position_ids is not None:
+            index = index - Places.of(position_ids[:, :-1]).start
+        shifted = [
+            torch.where((index >= head)[..., None], own.roll(head, 1), 0)
+            for head, own in enumerate(states)
+        ]
+        return Unrolled(torch.stack(shifted), features, batch["labels"], position_ids)
+
+    def losses(self, drafter: MedusaDrafter, trained: Trained) -> Losses:
+        """Compute the cross-entropy of every head with the tokens of the text."""
+        recipe, (predicted, _, _, tokens) = self.args.resolved, trained
+        assert tokens is not None, "an unroll selects them"
+        is_read = predicted.detach().ne(0).any(-1)  # (heads, positions)
+        size = drafter.config.vocab_size
+        weights = step_weights(recipe, predicted)
+
+        def goal_of(rows: slice) -> DraftGoal:
+            own = tokens[rows]
+            probs = weights.new_zeros(len(own), size).scatter_(1, own[:, None], 1.0)
+            return DraftGoal(probs, own, is_read[:, rows])
+
+        def logits_of(states: Tensor) -> Tensor:
+            return drafter.logits(states, self.target.head)
+
+        heads = [*drafter.lm_heads.parameters()]
+        found = draft_loss(predicted, goal_of, logits_of, heads, weights)
+        notes = token_notes(predicted, found.classification, found.agreed)
+        return Losses({"tokens": recipe.classification_weight * found.loss}, notes)
+
+    def choices(self, drafter: MedusaDrafter, predicted: Tensor, step: int) -> Tensor:
+        """The token that a head finds best: (rows, hidden) → (rows,)."""
+        states = predicted.to(drafter.dtype)
+        head = drafter.lm_heads[step] if drafter.lm_heads else self.target.head.logits
+        return head(states).argmax(-1)
+
+
+register_step(MedusaConfig.model_type, MedusaStep)

@@ -1,0 +1,224 @@
+"""Import and export of Medusa heads: predictions stay, and what does not fit is named."""
+
+import json
+
+import pytest
+import torch
+from conftest import invoke, printed, tiny_target
+from eagle_checkpoint import HIDDEN, VOCAB, write_checkpoint
+from medusa_checkpoint import PUBLISHED, VLLM, medusa_logits, medusa_tensors
+from safetensors.torch import load_file, save_file
+from test_examples import folder  # noqa: F401  a saved target and its conversations
+from test_medusa import CHOICES, made
+from transformers import AutoModel, AutoModelForCausalLM
+
+from coral_hf import MedusaDrafter, from_eagle, from_medusa
+from coral_hf.checkpoints import export_drafter
+from coral_hf.target import read_target
+
+BLOCKS = {"{}.{}.linear": "blocks.{}.layers.{}", "{}.{}": "lm_heads.{}"}
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target("llama")
+
+
+def written(place, tensors, name="medusa_lm_head.pt", config=PUBLISHED):
+    place.mkdir(exist_ok=True)
+    (place / "config.json").write_text(json.dumps(config))
+    (torch.save if name.endswith((".pt", ".bin")) else save_file)(tensors, place / name)
+    return place
+
+
+def as_vllm(tensors: dict, depth: int) -> dict:
+    """The same tensors under vLLM's names."""
+    found = {}
+    for name, tensor in tensors.items():
+        head, block, *rest = name.split(".")
+        own = f"lm_heads.{head}" if int(block) == depth else f"blocks.{head}.layers.{block}"
+        found[f"{own}.{rest[-1]}"] = tensor
+    return found
+
+
+def as_published(tensors: dict, depth: int) -> dict:
+    return tensors
+
+
+def of_a_whole_model(tensors: dict, depth: int) -> dict:
+    model = tiny_target("llama").state_dict()
+    return {**model, **{f"medusa_head.{name}": tensor for name, tensor in tensors.items()}}
+
+
+LAYOUTS = {
+    "pickle": ("medusa_lm_head.pt", PUBLISHED, as_published),
+    "safetensors": ("medusa_lm_head.safetensors", PUBLISHED, as_published),
+    "whole": ("pytorch_model.bin", {**PUBLISHED, "model_type": "llama"}, of_a_whole_model),
+    "vLLM": ("model.safetensors", VLLM, as_vllm),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "blocks", "own"),
+    [
+        *((layout, 1, True) for layout in LAYOUTS),
+        ("pickle", 2, True),
+        ("safetensors", 1, False),
+        ("vLLM", 2, False),
+    ],
+)
+@torch.no_grad()
+def test_heads_say_what_the_raw_tensors_and_the_formula_give(target, tmp_path, layout, blocks, own):
+    name, config, rename = LAYOUTS[layout]
+    tensors = medusa_tensors(3, blocks, own=own)
+    written(tmp_path, rename(tensors, blocks), name, config)
+    drafter = from_medusa(target, tmp_path)
+    assert drafter.config.num_heads == 3 and drafter.config.has_lm_heads == own
+    features = torch.randn(5, HIDDEN, dtype=target.dtype)
+    expected = medusa_logits(tensors, 3, blocks, features, target.lm_head.weight)
+    found = drafter.logits(drafter(features), read_target(target).head)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert drafter.training_record == [{"stage": "import", "source": None, "revision": None}]
+
+
+def test_a_target_writes_the_same_tokens_with_imported_heads(target, tmp_path):
+    drafter = from_medusa(target, written(tmp_path, medusa_tensors()), dtype="float64")
+    ids = torch.tensor([[5, 9, 3, 17], [0, 7, 22, 8]])
+    settings = {"attention_mask": (ids != 0).long(), "max_new_tokens": 16, "pad_token_id": 0}
+    plain = target.generate(ids, do_sample=False, **settings)
+    settings |= {"assistant_model": drafter, "speculation": "always", "do_sample": False}
+    assert target.generate(ids, **settings).equal(plain)
+
+
+def test_heads_of_vllm_may_have_no_biases_or_a_copy_of_the_targets_lm_head(target, tmp_path):
+    tensors = {name: t for name, t in as_vllm(medusa_tensors(), 1).items() if "bias" not in name}
+    drafter = from_medusa(target, written(tmp_path, tensors, "model.safetensors", VLLM))
+    assert not drafter.blocks[1][0].linear.bias.any()
+    shared = as_vllm(medusa_tensors(own=False), 1)
+    shared["lm_heads.0.weight"] = target.lm_head.weight.detach().clone()
+    config = {**VLLM, "original_lm_head": True}
+    drafter = from_medusa(target, written(tmp_path, shared, "model.safetensors", config))
+    assert not drafter.config.has_lm_heads
+    shared["lm_heads.0.weight"] += 1.0
+    written(tmp_path, shared, "model.safetensors", config)
+    with pytest.raises(ValueError, match="`lm_head.weight` of the checkpoint was made for another"):
+        from_medusa(target, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "said"),
+    [
+        ({}, {"medusa_num_heads": 4}, "has 3 Medusa heads, but its `medusa_num_heads` is 4"),
+        ({"1.0.linear.bias": None}, {}, "missing: blocks.1.0.linear.bias"),
+        ({"1.1.weight": None}, {}, "missing: lm_heads.1.weight"),
+        ({"3.1.weight": torch.ones(VOCAB, HIDDEN)}, {}, "unknown: lm_heads.3.weight"),
+        ({"token_map": torch.ones(4)}, {}, "unknown: token_map"),
+        ({"2.1.weight": torch.ones(VOCAB, 8)}, {}, r"lm_heads.2.weight \(40, 8\), not \(40, 32\)"),
+        (
+            {"0.0.linear.weight": torch.ones(64, 64)},
+            {},
+            "`hidden_size` of the target is 32, but .* with 64 .lmsys/vicuna-7b-v1.3.",
+        ),
+        (
+            {"0.1.weight": torch.ones(48, HIDDEN)},
+            {},
+            "`vocab_size` of the target is 40, but .* with 48 .lmsys/vicuna-7b-v1.3.",
+        ),
+        ({"0.0.linear.bias": torch.full((32,), float("inf"))}, {}, "not finite: blocks.0.0.lin"),
+    ],
+)
+def test_what_does_not_fit_is_named(target, tmp_path, changes, config, said):
+    tensors = {k: t for k, t in {**medusa_tensors(), **changes}.items() if t is not None}
+    written(tmp_path, tensors, config={**PUBLISHED, **config})
+    with pytest.raises(ValueError, match=said):
+        from_medusa(target, tmp_path)
+
+
+def test_what_holds_no_heads_is_refused(target, tmp_path):
+    written(tmp_path, {"fc.weight": torch.ones(4, 4)})
+    with pytest.raises(ValueError, match="no Medusa heads: expected .* found fc.weight. Give the"):
+        from_medusa(target, tmp_path)
+    torch.save([1, 2], tmp_path / "medusa_lm_head.pt")
+    with pytest.raises(ValueError, match="medusa_lm_head.pt is not a state dict"):
+        from_medusa(target, tmp_path)
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "medusa_lm_head.pt")  # code would run
+    with pytest.raises(ValueError, match="medusa_lm_head.pt is damaged, or holds more than tensor"):
+        from_medusa(target, tmp_path)
+    (tmp_path / "medusa_lm_head.pt").unlink()
+    with pytest.raises(ValueError, match="has none of medusa_lm_head.safetensors, medusa_lm_head"):
+        from_medusa(target, tmp_path)
+
+
+def test_a_whole_model_belongs_to_its_heads(target, tmp_path):
+    name, config, rename = LAYOUTS["whole"]
+    written(tmp_path, rename(medusa_tensors(), 1), name, config)
+    other = tiny_target("llama", seed=5)
+    with pytest.raises(ValueError, match="`lm_head.weight` of the checkpoint was made for another"):
+        from_medusa(other, tmp_path)
+
+
+def test_a_checkpoint_of_another_family_is_named(target, tmp_path):
+    written(tmp_path, medusa_tensors())
+    with pytest.raises(ValueError, match="another kind, Medusa; read it with coral_hf.from_medusa"):
+        from_eagle(target, tmp_path)
+    write_checkpoint(tmp_path, {**PUBLISHED, "model_type": "dflash"}, {})
+    with pytest.raises(ValueError, match="another kind, DFlash; import one of EAGLE-1, .*Medusa"):
+        from_medusa(target, tmp_path)
+
+
+# ---- export
+
+
+CASES = [("medusa", {}), ("medusa", {"has_lm_heads": False}), ("vllm", {"num_hidden_layers": 2})]
+CASES += [("vllm", {}), ("vllm", {"has_lm_heads": False})]
+
+
+@pytest.mark.parametrize(("engine", "overrides"), CASES)
+def test_import_gives_back_what_was_exported(target, tmp_path, engine, overrides):
+    drafter = made(target, **overrides)
+    done = export_drafter(drafter, engine, tmp_path / "out", target)
+    assert done.notes == []
+    back = from_medusa(target, tmp_path / "out")
+    assert back.state_dict().keys() == drafter.state_dict().keys()
+    for name, tensor in drafter.state_dict().items():
+        assert back.state_dict()[name].equal(tensor), name
+    ours, theirs = drafter.config.to_dict(), back.config.to_dict()
+    assert {name for name in ours if ours[name] != theirs[name]} <= {"dtype"}
+
+
+def test_an_import_is_exported_as_it_was(target, tmp_path):
+    tensors = {name: tensor.double() for name, tensor in medusa_tensors(3, 2).items()}
+    drafter = from_medusa(target, written(tmp_path / "in", tensors))
+    export_drafter(drafter, "medusa", tmp_path / "out")
+    found = torch.load(tmp_path / "out" / "medusa_lm_head.pt", weights_only=True)
+    assert found.keys() == tensors.keys()
+    assert all(found[name].equal(tensor) for name, tensor in tensors.items())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["medusa_num_heads"], config["medusa_num_layers"]) == (3, 2)
+
+
+def test_what_an_engine_cannot_express_is_refused_or_said(target, tmp_path):
+    with pytest.raises(ValueError, match="`engine` is 'sglang'; use one of .'vllm', 'medusa'."):
+        export_drafter(made(target), "sglang", tmp_path / "out")
+    with pytest.raises(ValueError, match="vLLM reads a copy of the target's LM head; pass `target"):
+        export_drafter(made(target, has_lm_heads=False), "vllm", tmp_path / "out")
+    wider = tiny_target("llama", vocab_size=48)
+    with pytest.raises(ValueError, match="its heads have 40 tokens, and the target 48"):
+        export_drafter(made(target), "medusa", tmp_path / "out", wider)
+    assert not (tmp_path / "out").exists()
+    done = export_drafter(made(target, tree_choices=CHOICES), "vllm", tmp_path / "out")
+    assert "static tree stays behind" in done.notes[0]
+    assert '"method": "medusa"' in done.command and '"num_speculative_tokens": 3' in done.command
+    assert {*load_file(tmp_path / "out" / "medusa_lm_head.safetensors")} == {*medusa_tensors()}
+
+
+def test_the_commands_import_and_export_heads(folder, tmp_path):  # noqa: F811
+    own = AutoModelForCausalLM.from_pretrained(folder / "target")
+    MedusaDrafter.from_target(own, num_heads=2).save_pretrained(tmp_path / "drafter")
+    out = ["--output", tmp_path / "heads"]
+    made = printed(invoke("export", tmp_path / "drafter", "--to", "medusa", *out))
+    assert "medusa.inference.cli" in made
+    out = ["--target", folder / "target", "--output", tmp_path / "back"]
+    assert "The drafter is in" in printed(invoke("import", tmp_path / "heads", *out))
+    back = AutoModel.from_pretrained(tmp_path / "back")
+    assert type(back) is MedusaDrafter and back.lm_heads[1].weight.equal(own.lm_head.weight)
