@@ -30,6 +30,7 @@ from coral_hf.training.data import load_conversations
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+START, USE = DOCS / "start", sorted((DOCS / "use").glob("*.md"))
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -83,21 +84,26 @@ def test_the_code_of_the_readme_runs(folder, tmp_path):  # noqa: F811
     assert names["trainer"].state.global_step == 1
 
 
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory):
+    """Where a reader is after the demo, of tiny budgets, and with the text that Start makes."""
+    place = tmp_path_factory.mktemp("walked")
+    run_demo(DemoSettings(output=place / "coral-demo", **TINY))
+    making = re.search("^cat .*", (START / "own_model.md").read_text(), re.MULTILINE)[0]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(making, shell=True, check=True, cwd=place, env={**os.environ, "PATH": path})
+    return place
+
+
 @pytest.mark.slow
-def test_commands_on_the_models_of_the_demo_run_as_they_stand(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    run_demo(DemoSettings(**TINY))
-    start = [DOCS / "start" / f"{name}.md" for name in ("first_minutes", "own_model")]
-    making = re.search("^cat .*", start[1].read_text(), re.MULTILINE)[0]
-    subprocess.run(making, shell=True, check=True)
-    for page in (*start, *sorted((DOCS / "use").glob("*.md"))):
-        for words in commands(page):
-            if any(word.startswith("coral-demo/") for word in words):
-                main(words)
-        if page in start:
-            for code in python_blocks(page.read_text()):
-                exec(code, {})
+@pytest.mark.parametrize("page", [*START.glob("*.md"), *USE], ids=lambda page: page.stem)
+def test_commands_on_the_models_of_the_demo_run_as_they_stand(page, walked, monkeypatch):
+    monkeypatch.chdir(walked)
+    for words in commands(page):
+        if any(word.startswith("coral-demo/") for word in words):
+            main(words)
+    for code in python_blocks(page.read_text()) if page.parent == START else ():
+        exec(code, {})
 
 
 # ---- the site
@@ -150,10 +156,11 @@ def test_a_page_that_code_names_is_there():
 def test_the_navigation_of_the_site_has_every_page_once():
     settings = yaml.safe_load((DOCS / "site" / "mkdocs.yml").read_text())
     pages = re.findall(r"[\w/]+\.md", str(settings["nav"]))
-    assert sorted(pages) == sorted(path.relative_to(DOCS).as_posix() for path in PAGES[1:])
+    present = [path.relative_to(DOCS).as_posix() for path in PAGES[1:]]
+    assert sorted(pages) == sorted(present), "put new pages into `nav` of docs/site/mkdocs.yml"
 
 
-@pytest.mark.parametrize("page", sorted((DOCS / "use").glob("*.md")), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", USE, ids=lambda page: page.stem)
 def test_a_page_of_use_begins_with_a_command_and_ends_with_what_goes_wrong(page):
     begin, *_, end = re.split(r"^## ", page.read_text(), flags=re.MULTILINE)
     assert re.match(r"# .+\n\n```bash\ncoral-hf ", begin)
