@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .drafters.language_model import LanguageModelDrafter as LanguageModelDrafter
     from .drafters.medusa import MedusaConfig as MedusaConfig
     from .drafters.medusa import MedusaDrafter as MedusaDrafter
+    from .drafters.parallel import ParallelConfig as ParallelConfig
+    from .drafters.parallel import ParallelDrafter as ParallelDrafter
     from .hub import publish as publish
     from .measure.lossless import verify as verify
     from .measure.tuning.autotune import autotune as autotune
@@ -57,6 +59,7 @@ _MODULES = {
     "drafters.eagle3": ["Eagle3Config", "Eagle3Drafter"],
     "drafters.language_model": ["LanguageModelDrafter"],
     "drafters.medusa": ["MedusaConfig", "MedusaDrafter"],
+    "drafters.parallel": ["ParallelConfig", "ParallelDrafter"],
     "hub": ["publish"],
     "measure.tuning.autotune": ["autotune"],
     "measure.lossless": ["verify"],
@@ -82,7 +85,7 @@ def __getattr__(name: str):
 def register() -> None:
     """Register the drafters with the Auto classes and wrap `generate`; importing does so."""
     from .decoding import install
-    from .drafters import bigram, coral, eagle3, language_model, medusa  # noqa: F401  registered so
+    from .drafters import bigram, coral, eagle3, language_model, medusa, parallel  # noqa: F401
     from .drafters.model import Drafter
 
     install()

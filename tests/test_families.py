@@ -14,6 +14,7 @@ from coral_hf import (
     Eagle3Drafter,
     LanguageModelDrafter,
     MedusaDrafter,
+    ParallelDrafter,
 )
 from coral_hf.decoding.caches.continuation import CACHE
 from coral_hf.decoding.drafting import TreeShape
@@ -52,6 +53,14 @@ def eagle3_1(target):
     return Eagle3Drafter.from_target(target, fc_norm=True, norm_output=True, has_embeddings=True)
 
 
+def parallel(target):
+    """With two layers, so that a mask reads what another mask has read."""
+    size = target.config.vocab_size
+    drafter = ParallelDrafter.from_target(target, num_hidden_layers=2, draft_vocab_size=size - 1)
+    drafter.set_draft_vocabulary(torch.arange(1, size))
+    return drafter
+
+
 def language_model(target):
     """Smaller than the target, and with other weights."""
     size = target.config.vocab_size
@@ -74,6 +83,7 @@ FAMILIES = {
     "bigram": bigram,
     "eagle3": eagle3,
     "eagle3.1": eagle3_1,
+    "parallel": parallel,
     "language_model": language_model,
     "medusa": medusa,
     STATIC: medusa_static,

@@ -20,9 +20,11 @@ from coral_hf.training.planning.plan import plan
 from coral_hf.training.steps import step_kind
 from coral_hf.training.warm_start import kind_of_source, warm_start
 
-FAMILIES = ["coral", "coral_eagle3", "coral_medusa"]
+FAMILIES = ["coral", "coral_eagle3", "coral_medusa", "coral_parallel"]
 STEPS = 3  # of the unroll: fewer than by default are faster
-LAST_SLOW = pytest.param(FAMILIES[2], marks=pytest.mark.slow)
+LAST_SLOW = [pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES[2:]]
+# each takes as long as many others of a family, and asks the same of all
+LONG = pytest.mark.parametrize("family", [*FAMILIES[:3], LAST_SLOW[-1]], indirect=True)
 UNTIMED = PlanSettings(measure=False)
 
 
@@ -87,6 +89,7 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_their_documents(
     found = []
     for packing in (False, True):
         settings = {"packing": packing, "max_length": 40, "per_device_train_batch_size": 24}
+        settings |= {"keep_ratio": 1.0}  # nothing is dropped by chance
         trainer = trainer_of(family, target, texts, tmp_path, **settings)
         batch = next(iter(trainer.get_train_dataloader()))
         assert (len(batch["input_ids"]) < 24) == packing
@@ -97,6 +100,7 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_their_documents(
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
 
 
+@LONG
 @pytest.mark.parametrize("format", ["bfloat16", "int8"])
 def test_training_from_the_cache_is_training_online(family, target, texts, tmp_path, format):
     layers = family.layers(family.drafter.config_class.from_target(target.config))
@@ -125,6 +129,7 @@ def test_a_cache_of_more_layers_is_read_and_one_of_fewer_is_refused(target, text
         trainer_of(eagle3, target, CachedFeatures(narrow), tmp_path / "b")
 
 
+@LONG
 def test_an_evaluation_measures_what_decoding_accepts(family, target, texts, tmp_path):
     trainer = trainer_of(
         family, target, texts, tmp_path, max_steps=40, eval_prompts=4, eval_max_new_tokens=12
@@ -173,6 +178,7 @@ def test_a_drafter_of_another_target_is_a_warm_start(family, target, tmp_path):
     assert kind_of_source(tmp_path) is family
 
 
+@LONG
 def test_a_plan_counts_the_layers_and_runs_the_step(family, folder, tmp_path):  # noqa: F811
     rows = Dataset.from_dict({"input_ids": [[*range(1, 40)]] * 4, "labels": [[*range(1, 40)]] * 4})
     args = trainer_of(family, tiny_target("llama", torch.float32), rows, tmp_path, max_steps=1).args
@@ -184,7 +190,7 @@ def test_a_plan_counts_the_layers_and_runs_the_step(family, folder, tmp_path):  
     assert found.memory.features > 0 and found.memory.optimizer > 0
 
 
-@pytest.mark.parametrize("family", [*FAMILIES[:2], LAST_SLOW], indirect=True)
+@pytest.mark.parametrize("family", [*FAMILIES[:2], *LAST_SLOW], indirect=True)
 def test_the_command_trains_resumes_and_trains_further(family, folder, tmp_path):  # noqa: F811
     names = ["--target", folder / "target", "--dataset", folder / "talk.jsonl"]
     quick = ["--max-steps", 2, "--num-steps", 2, "--use-cpu", "True"]

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from ..drafters.eagle3 import Eagle3Config, Eagle3Drafter, default_layers
+from ..drafters.parallel import ParallelDrafter
 from ..target import Target, check_target, read_target, text_config
 from .eagle import (
     EMBEDDINGS,
@@ -34,6 +35,7 @@ from .eagle import (
     table_scale,
 )
 from .files import check_dense
+from .peagle import HIDDEN, names_peagle, read_mask_token, split_table
 
 SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 LAYERS = "eagle_aux_hidden_state_layer_ids"
@@ -63,9 +65,9 @@ SAME_TABLE = 0.5  # mean cosine of rows from which on one table was trained from
 
 
 def names_eagle3(config: dict[str, Any]) -> bool:
-    """Whether a config.json says that it is of an EAGLE-3 drafter."""
+    """Whether a config.json says that it is of an EAGLE-3 drafter, or of P-EAGLE."""
     return (
-        config.get("speculators_model_type") == "eagle3"
+        config.get("speculators_model_type") in ("eagle3", "peagle")
         or config.get("draft_vocab_size") is not None
         or "eagle3" in str(config.get("architectures")).lower()
     )
@@ -97,6 +99,8 @@ def read_eagle3_shape(config: dict[str, Any], folder: Path) -> dict[str, Any]:
             shape |= {name: int(said[name])} if said.get(name) is not None else {}
         is_wider = shape.get("target_hidden_size", shape["hidden_size"]) != shape["hidden_size"]
         shape |= {**switches, "has_embeddings": is_wider}
+        if names_peagle(config):
+            shape["mask_token_id"] = read_mask_token(config)
         Eagle3Config(**shape)
     return shape
 
@@ -163,11 +167,14 @@ def eagle3_drafter(
     check_dense({name: one for name, one in tensors.items() if name not in MAPS}, folder)
     if "lm_head.weight" in tensors:
         shape = {"draft_vocab_size": len(tensors["lm_head.weight"])} | shape
-    bound = read_target(target)
+    bound, kind = read_target(target), Eagle3Drafter
+    if HIDDEN in tensors or "mask_token_id" in shape:
+        kind = ParallelDrafter
+        split_table(tensors, bound, shape.get("mask_token_id"), folder)
     _settle_embeddings(tensors, bound, shape)
     found = {field for field, name in FROM_TENSORS.items() if name in tensors}
     shape = shape | {field: field in found or shape.get(field, False) for field in FROM_TENSORS}
-    drafter = Eagle3Drafter.from_target(target, **shape).to(dtype)
+    drafter = kind.from_target(target, **shape).to(dtype)
     drop_frequencies(tensors, drafter.config)
     _settle_maps(tensors, drafter)
     check_tensors(tensors, drafter.state_dict(), f"The EAGLE-3 checkpoint {folder}")

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from ..drafters.eagle3 import Eagle3Config, Eagle3Drafter, default_layers
+from ..drafters.parallel import ParallelConfig, ParallelDrafter
 from ..target import Scales, Target, text_config
 from .eagle import EMBEDDINGS, is_plain
 from .eagle3 import LAYERS
 from .engines import Content, engine_config, obstacles
+from .peagle import TOKEN, join_table
 
 SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 BIASES = ("attention_bias", "output_bias", "mlp_bias", "qk_norm")
@@ -48,6 +50,8 @@ def eagle3_content(
         config.check_depth(text_config(target.model).num_hidden_layers)
     _add_embeddings(tensors, engine, target, scale)
     reasons = _reasons(drafter, engine, vocab_size)
+    if isinstance(drafter, ParallelDrafter):
+        reasons += join_table(tensors, drafter, engine, vocab_size)
     if config.has_embeddings or scale != 1.0:
         reasons += _embedding_reasons(tensors.get(EMBEDDINGS), engine, target, config, vocab_size)
     if config.draft_vocab_size == vocab_size:
@@ -138,6 +142,8 @@ def _fields(config: Eagle3Config, engine: str, vocab_size: int) -> dict[str, Any
     if engine == "eagle":
         return fields | {"architectures": ["LlamaForCausalLM"]}
     fields |= {name: getattr(config, name) for name in SWITCHES}
+    if isinstance(config, ParallelConfig):
+        fields[TOKEN] = config.mask_token_id
     layers, count = list(config.target_layers), len(config.target_layers)
     if engine == "vllm":
         fields |= {LAYERS: layers, "num_aux_hidden_states": count, "mlp_bias": config.mlp_bias}

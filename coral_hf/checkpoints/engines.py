@@ -143,6 +143,8 @@ def serving_command(
         return f"EaModel.from_pretrained({path}, use_eagle3={method == 'eagle3'})"
     if engine == "vllm":
         settings = {"method": method, "model": folder, "num_speculative_tokens": num_heads or 3}
+        if hasattr(config, "mask_token_id"):  # of a parallel drafter
+            settings |= {"num_speculative_tokens": 5, "parallel_drafting": True}
         return shlex.join(["vllm", "serve", target, "--speculative-config", json.dumps(settings)])
     parts = ["python", "-m", "sglang.launch_server", "--model-path", target]
     parts += ["--speculative-algorithm", method.upper(), "--speculative-draft-model-path", folder]

@@ -1,4 +1,4 @@
-"""Import of EAGLE-1, EAGLE-2, EAGLE-3 and HASS drafters, and of Medusa heads.
+"""Import of EAGLE-1, EAGLE-2, EAGLE-3, P-EAGLE and HASS drafters, and of Medusa heads.
 
 In: a target and a folder or Hub id. Out: a drafter with the predictions of the checkpoint, of the
 family that it is of. Each tensor has its place, is compared with the target's own and dropped, or
@@ -20,6 +20,7 @@ from ..drafters.eagle3 import Eagle3Drafter
 from ..drafters.families import FAMILIES
 from ..drafters.medusa import MedusaDrafter
 from ..drafters.model import Drafter
+from ..drafters.parallel import ParallelDrafter
 from ..identity import record_tokenizer
 from ..target import Target, check_target, read_target, text_config
 from .eagle import (
@@ -50,6 +51,7 @@ from .files import (
     weights_folder,
 )
 from .medusa import MEDUSA_WEIGHTS, medusa_drafter, names_medusa
+from .peagle import names_peagle
 
 logger = logging.get_logger(__name__)
 
@@ -69,7 +71,6 @@ DRAFTER_FILES = (
 )
 # what the config of a family that is not imported holds
 OTHER_FAMILIES = {
-    "peagle": "P-EAGLE",
     "dflash": "DFlash",
     "dspark": "DSpark",
     "domino": "Domino",
@@ -80,6 +81,7 @@ OTHER_FAMILIES = {
 KINDS: dict[type[Drafter], str] = {
     CoralDrafter: "from_eagle",
     Eagle3Drafter: "from_eagle",
+    ParallelDrafter: "from_eagle",
     MedusaDrafter: "from_medusa",
 }
 
@@ -109,12 +111,13 @@ def read_shape(folder: Path) -> Shape:
     if names := [name for word, name in OTHER_FAMILIES.items() if word in said]:
         raise ValueError(
             f"{folder} holds a drafter of another kind, {names[0]}; import one of EAGLE-1, EAGLE-2,"
-            " EAGLE-3, HASS or Medusa."
+            " EAGLE-3, P-EAGLE, HASS or Medusa."
         )
     if names_medusa(config):
         return Shape(config, {}, MedusaDrafter)
     if names_eagle3(config):
-        return Shape(config, read_eagle3_shape(config, folder), Eagle3Drafter)
+        kind = ParallelDrafter if names_peagle(config) else Eagle3Drafter
+        return Shape(config, read_eagle3_shape(config, folder), kind)
     return Shape(config, read_eagle_shape(config, folder), CoralDrafter)
 
 
@@ -171,11 +174,12 @@ def import_drafter(
 def from_eagle(
     target: PreTrainedModel, source: str | Path, **options: Any
 ) -> CoralDrafter | Eagle3Drafter:
-    """Make a drafter for `target` from an EAGLE-1, 2 or 3 or a HASS checkpoint, or from an export.
+    """Make a drafter for `target` from a checkpoint of EAGLE, HASS or P-EAGLE, or from an export.
 
     Args, errors: those of [`coral_hf.checkpoints.import_drafter`].
     """
-    drafter = import_drafter(target, source, (CoralDrafter, Eagle3Drafter), **options)
+    kinds = (CoralDrafter, Eagle3Drafter, ParallelDrafter)
+    drafter = import_drafter(target, source, kinds, **options)
     assert isinstance(drafter, CoralDrafter | Eagle3Drafter)
     return drafter
 
@@ -200,13 +204,13 @@ def _from_eagle(
 ) -> CoralDrafter | Eagle3Drafter:
     """Make a drafter from a checkpoint whose config is that of an EAGLE drafter."""
     own = {"vocab_size": text_config(target).vocab_size}
-    if shape.kind is Eagle3Drafter:
+    if is_eagle3 := issubclass(shape.kind, Eagle3Drafter):
         fields = fitted_shape(shape.fields, shape.config, target)
     else:
         fields = shape.fields
         check_target(CoralConfig(**fields | own), target)
     tensors = read_weights(weights_folder(source, folder, **download))
-    if shape.kind is Eagle3Drafter or any(name.startswith(OWN_TENSORS) for name in tensors):
+    if is_eagle3 or any(name.startswith(OWN_TENSORS) for name in tensors):
         fields = fitted_shape(read_eagle3_shape(shape.config, folder), shape.config, target)
         return eagle3_drafter(target, fields, tensors, folder, dtype)
     return _eagle_drafter(target, fields, tensors, folder, dtype)

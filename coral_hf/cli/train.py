@@ -29,9 +29,14 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
     """What is trained, from where, and in which stages."""
 
     output: Path = option("Folder of the finished drafter.")
-    layers: int = option("Layers of a fresh drafter.", 1, least=1, excludes="drafter warm_start")
+    layers: int | None = option(
+        "Layers of a fresh drafter; default: 4 of a parallel one, else 1.",
+        None,
+        least=1,
+        excludes="drafter warm_start",
+    )
     draft_vocab_size: int | None = option(
-        "Tokens that a fresh EAGLE-3 drafter can propose.",
+        "Tokens that a fresh EAGLE-3 or parallel drafter can propose.",
         None,
         least=1,
         excludes="drafter warm_start",
@@ -97,11 +102,12 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
 
     def _fields(self, kind, args) -> dict[str, Any]:
         """Return what the config of a fresh drafter is given."""
-        fields = {"num_hidden_layers": self.layers, **kind.fresh_fields(args)}
+        fields = dict(kind.fresh_fields(args))
+        if self.layers is not None:
+            fields["num_hidden_layers"] = self.layers
         if self.draft_vocab_size is not None:
-            config = kind.drafter.config_class
-            if "draft_vocab_size" not in config.__annotations__:
-                raise ValueError("--draft-vocab-size goes with --recipe eagle3.")
+            if "draft_vocab_size" not in kind.drafter.config_class.own_names():
+                raise ValueError("--draft-vocab-size goes with --recipe eagle3 or parallel.")
             fields["draft_vocab_size"] = self.draft_vocab_size
         return fields
 
@@ -175,7 +181,8 @@ def train(own: TrainOptions, training_options: list[str]) -> None:
 
     Every other option is one of CoralTrainingArguments, as in any Trainer script:
     --learning-rate 1e-3 --num-steps 3. A fresh drafter is of the family that the recipe is for:
-    --recipe eagle3 makes an EAGLE-3 drafter, --recipe medusa Medusa heads.
+    --recipe eagle3 makes an EAGLE-3 drafter, --recipe medusa Medusa heads, --recipe parallel a
+    parallel drafter.
     """
     from transformers import set_seed
 

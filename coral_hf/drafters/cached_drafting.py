@@ -72,7 +72,7 @@ class CachedDrafting(ABC):
     head: DraftHead  # reads the outputs of steps
     # positions by which the next token that the drafter reads is ahead of the target's next feature
     lead: ClassVar[int] = 0
-    _output: Tensor  # (batch, 1, hidden), of the step that has read the root
+    _output: Tensor  # (batch, 1, hidden), of the step that has read the root; may hold more
 
     def __init__(
         self,
@@ -170,22 +170,32 @@ class CachedDrafting(ABC):
         is_plain = new == 1 and self._cache.sees_all()
         mask = None if is_plain else self._mask(positions, causal)
         predicted = self._step(tokens, self.read(features.to(self.device)), positions, mask)
-        last = (counts.to(device)[:, None, None] - 1).clamp(min=0)
-        feature = predicted.gather(1, last.expand(-1, -1, predicted.shape[2]))
+        self._keep(self._last(predicted, counts), counts)
+
+    def _last(self, predicted: Tensor, counts: Tensor) -> Tensor:
+        """Of what a step returns, (batch, new, hidden), that of each row's last kept token."""
+        last = (counts.to(self.device)[:, None, None] - 1).clamp(min=0)
+        return predicted.gather(1, last.expand(-1, -1, predicted.shape[2]))
+
+    def _keep(self, output: Tensor, counts: Tensor) -> None:
+        """Keep the first `counts` tokens of each row, and an output (batch, some, hidden)."""
         if isinstance(self._cache, FixedCache):
             self._cache.commit(counts)
             is_new = (counts > 0)[:, None, None]
-            self._output.copy_(torch.where(is_new, feature, self._output))
+            self._output.copy_(torch.where(is_new, output, self._output))
         else:
             self._cache.commit(counts.tolist())
-            self._output = feature
+            self._output = output
 
     def fix(self, capacity: int, shape: TreeShape, is_drawn: bool) -> tuple[Level, ...]:
         """See [`FixedDrafting`]."""
-        room = max(shape.depth + 1, shape.top_k * (shape.depth - 1))
-        self._use(FixedCache(self._cache, capacity, room, shape.depth + 1))
+        self._use(FixedCache(self._cache, capacity, self._room(shape), shape.depth + 1))
         self._output = self._output.clone(memory_format=torch.contiguous_format)
         return tuple(plan_levels(shape)) if is_drawn else ()
+
+    def _room(self, shape: TreeShape) -> int:
+        """Tokens of passes between two commits, at most."""
+        return max(shape.depth + 1, shape.top_k * (shape.depth - 1))
 
     @property
     def device(self) -> torch.device:
@@ -222,13 +232,15 @@ class CachedDrafting(ABC):
         if warp is None:
             tree = self._choose(root, shape)
         else:
-            tree = self._draw(SampledTreeBuilder(root, chance), shape, warp)
+            tree = self._draw(root, shape, warp, chance)
         self._cache.truncate()  # what the levels wrote
         return tree
 
-    def _draw(self, builder: SampledTreeBuilder, shape: TreeShape, warp: Warp) -> DraftTree:
-        """A tree of draws without replacement among siblings."""
-        features = self._output
+    def _draw(
+        self, root: Tensor, shape: TreeShape, warp: Warp, chance: Uniforms | None
+    ) -> DraftTree:
+        """A tree of draws without replacement among siblings, below `root` (batch,)."""
+        builder, features = SampledTreeBuilder(root, chance), self._output
         seen: Tensor | None = None  # as in `_choose`
         for depth, level in enumerate(plan_levels(shape)):
             beam = builder.best(level.families)

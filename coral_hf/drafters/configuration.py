@@ -70,6 +70,13 @@ class FamilyConfig(PreTrainedConfig):
         return {}
 
     @classmethod
+    def own_names(cls) -> list[str]:
+        """Names of the fields that a family declares beside those of all families."""
+        kinds = [kind for kind in cls.__mro__ if issubclass(kind, FamilyConfig)]
+        own = [kind for kind in kinds if kind.__module__ != __name__]
+        return [name for kind in own for name in kind.__annotations__]
+
+    @classmethod
     def _own_fields(cls, text: PreTrainedConfig) -> dict[str, Any]:
         """What a family takes otherwise from a target's text config."""
         return {}

@@ -6,6 +6,7 @@ from .coral import CoralDrafter
 from .eagle3 import Eagle3Drafter
 from .medusa import MedusaDrafter
 from .model import Drafter
+from .parallel import ParallelDrafter
 
 
 class Family(NamedTuple):
@@ -26,5 +27,8 @@ FAMILIES = {
     ),
     MedusaDrafter.config_class.model_type: Family(
         "Medusa", MedusaDrafter, "[Medusa (ICML 2024)](https://arxiv.org/abs/2401.10774)"
+    ),
+    ParallelDrafter.config_class.model_type: Family(
+        "P-EAGLE", ParallelDrafter, "[P-EAGLE (2026)](https://arxiv.org/abs/2602.01469)"
     ),
 }

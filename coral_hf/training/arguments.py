@@ -41,6 +41,8 @@ RECIPES = {
     # heads on one feature, whose goal is the text itself, each weighted less than the one before
     # it (Medusa-1, section 2.2.1)
     "medusa": Recipe(num_steps=5, regression_weight=0.0, classification_weight=1.0, step_decay=0.8),
+    # the depths of one pass, each trained at a part of the positions of the one before (P-EAGLE)
+    "parallel": Recipe(num_steps=8, regression_weight=0.0, classification_weight=1.0),
 }
 CHOICES = {
     "stage": ("drafter", "router", "low_rank", "joint"),
@@ -131,7 +133,7 @@ class CoralTrainingArguments(RowArguments):
     recipe: str = _setting(
         "coral",
         "'eagle', 'hass' or 'coral', of CORAL drafters, 'eagle3' of EAGLE-3's, 'medusa' of"
-        " Medusa heads: values of unset steps, weights.",
+        " Medusa heads, 'parallel' of P-EAGLE's: values of unset steps, weights.",
     )
     num_steps: int | None = _setting(
         None, "Steps of the unroll (N of CORAL and HASS); Medusa heads."
@@ -153,6 +155,9 @@ class CoralTrainingArguments(RowArguments):
     )
     csra_gradient: str = _setting(
         "all_steps", "'all_steps' learn from CSRA, or the 'later_steps' but not the first."
+    )
+    keep_ratio: float = _setting(
+        0.8, "Positions that a depth keeps of the depth before (COD of P-EAGLE; 1 keeps all)."
     )
     feature_noise: float = _setting(0.0, "Largest uniform noise on input features (EAGLE: 0.1).")
     num_groups: int | None = _setting(
@@ -181,6 +186,10 @@ class CoralTrainingArguments(RowArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if not 0 < self.keep_ratio <= 1:
+            raise ValueError(
+                f"`keep_ratio` is {self.keep_ratio}; use more than 0 and at most 1, to keep all."
+            )
         most = self.num_groups or MOST_GROUPS
         if (self.num_active_groups or 0) > most:
             raise ValueError(

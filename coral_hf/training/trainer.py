@@ -164,7 +164,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
             unrolled = self.step.unroll(model, inputs, max(num_steps, depth))
             if self._evaluation is not None:
                 self._evaluation.add(unrolled)
-            trained = unrolled._replace(predicted=unrolled.predicted[:num_steps]).trained()
+            trained = unrolled.first(num_steps).trained()
             total = self.step.losses(self.drafter, trained).total
             loss = total / (inputs["labels"] != IGNORED).sum()
         return (loss, None, None) if prediction_loss_only else (loss, (), inputs["labels"])

@@ -117,11 +117,11 @@ def _with_own_head(target: PreTrainedModel, other: Drafter, shape: dict, is_same
     """
     config, lost = other.config, {"target_num_layers"}
     if not is_same:
-        lost |= {"draft_vocab_size", "has_embeddings"}
+        lost |= {"draft_vocab_size", "has_embeddings", "mask_token_id"}
     depth = getattr(config, "target_num_layers", None)
     if depth not in (None, text_config(target).num_hidden_layers):
         lost |= {"target_layers"}
-    shape |= {n: getattr(config, n) for n in type(config).__annotations__ if n not in lost}
+    shape |= {n: getattr(config, n) for n in config.own_names() if n not in lost}
     state = other.state_dict()
     tensors = {k: v for k, v in state.items() if is_same or not OF_TOKENS.fullmatch(k)}
     drafter = type(other).from_target(target, **shape).float()

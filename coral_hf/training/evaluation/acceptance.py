@@ -53,7 +53,7 @@ class Evaluation:
 
     def add(self, unrolled: Unrolled) -> None:
         """Count a batch: replay chain decoding, and compare the router's groups."""
-        unrolled = unrolled._replace(predicted=unrolled.predicted[: self.depth])
+        unrolled = unrolled.first(self.depth)
         self._replayed += replayed_rounds(self._choose, self._target, unrolled)
         if self._has_router:
             self._held += routing_sums(self._drafter, self._target, unrolled.trained())

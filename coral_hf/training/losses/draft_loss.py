@@ -48,12 +48,10 @@ def draft_goal(logits: Tensor, tokens: Tensor) -> DraftGoal:
     return DraftGoal(probs, torch.where(is_inside, best, -1))
 
 
-def cross_entropy(logits: Tensor, goal: DraftGoal) -> Tensor:
-    """-Σ_v p(v) log q(v), summed over rows: (steps, rows, draft_vocab) → (steps,)."""
+def cross_entropy(logits: Tensor, probs: Tensor) -> Tensor:
+    """-Σ_v p(v) log q(v) of each row: (*steps, rows, draft_vocab) → (*steps, rows)."""
     with torch.autocast(logits.device.type, enabled=False):  # it would sum in half precision
-        total = goal.probs.sum(-1) * logits.logsumexp(-1)  # (steps, rows)
-        losses = total - torch.linalg.vecdot(logits, goal.probs)
-        return (losses if goal.is_trained is None else losses * goal.is_trained).sum(-1)
+        return probs.sum(-1) * logits.logsumexp(-1) - torch.linalg.vecdot(logits, probs)
 
 
 def draft_loss(
@@ -63,6 +61,7 @@ def draft_loss(
     weights: Sequence[Tensor],
     step_weights: Tensor,
     chunk_size: int = CHUNK,
+    kept: Tensor | None = None,
 ) -> DraftLoss:
     """Distil the target's distribution over the draft vocabulary into the drafter's.
 
@@ -76,9 +75,11 @@ def draft_loss(
         weights: what `logits_of` trains, of any shapes.
         step_weights: (steps,).
         chunk_size: positions whose logits are held at a time.
+        kept: (steps, positions), those that have a loss; of the others no logits are computed.
+            None: all.
     """
     trained = [weight for weight in weights if weight.requires_grad]
-    functions = goal_of, logits_of, step_weights, chunk_size, torch.is_grad_enabled()
+    functions = (goal_of, logits_of), step_weights, chunk_size, kept, torch.is_grad_enabled()
     return DraftLoss(*_ChunkedDraftLoss.apply(predicted, *functions, *trained))
 
 
@@ -86,10 +87,8 @@ class _ChunkedDraftLoss(torch.autograd.Function):
     """`draft_loss` with the gradient computed chunk by chunk in the forward pass."""
 
     @staticmethod
-    def forward(
-        ctx, predicted, goal_of, logits_of, step_weights, chunk_size, has_gradient, *weights
-    ):
-        steps, positions, _ = predicted.shape  # (steps, positions, hidden)
+    def forward(ctx, predicted, functions, step_weights, chunk_size, kept, has_gradient, *weights):
+        (goal_of, logits_of), (steps, positions, _) = functions, predicted.shape
         gradients = [torch.zeros_like(one) for one in (predicted, *weights)]
         classification = wide(predicted.new_zeros(steps))
         agreed = torch.zeros(steps, positions, dtype=torch.bool, device=predicted.device)
@@ -97,7 +96,10 @@ class _ChunkedDraftLoss(torch.autograd.Function):
             rows = slice(start, start + chunk_size)
             goal, part = goal_of(rows), predicted[:, rows].detach().requires_grad_()
             with torch.set_grad_enabled(has_gradient):
-                losses, agreed[:, rows] = _chunk(part, goal, logits_of)
+                if kept is None:
+                    losses, agreed[:, rows] = _chunk(part, goal, logits_of)
+                else:
+                    losses, agreed[:, rows] = _chunk_of(kept[:, rows], part, goal, logits_of)
                 total = (losses * step_weights).sum()
             classification += losses.detach()
             if has_gradient:
@@ -122,7 +124,22 @@ def _chunk(
 ) -> tuple[Tensor, Tensor]:
     """Loss of each step, (steps,), and agreement (steps, rows), of `part` (steps, rows, hidden)."""
     logits = wide(logits_of(part))  # (steps, rows, draft_vocab)
-    return cross_entropy(logits, goal), logits.detach().argmax(-1) == goal.first
+    losses = cross_entropy(logits, goal.probs)
+    losses = losses if goal.is_trained is None else losses * goal.is_trained
+    return losses.sum(-1), logits.detach().argmax(-1) == goal.first
+
+
+def _chunk_of(
+    kept: Tensor, part: Tensor, goal: DraftGoal, logits_of: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """`_chunk` of the rows that are kept, by (steps, rows)."""
+    steps, rows = kept.nonzero(as_tuple=True)  # (kept,) each
+    logits = wide(logits_of(part[steps, rows]))  # (kept, draft_vocab)
+    losses = wide(part.new_zeros(len(part)))
+    losses = losses.index_add(0, steps, cross_entropy(logits, goal.probs[rows]))
+    agreed = torch.zeros_like(kept)
+    agreed[steps, rows] = logits.detach().argmax(-1) == goal.first[rows]
+    return losses, agreed
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ class Trained(NamedTuple):
     target: Tensor  # (positions, hidden), the features that were to be predicted
     lengths: list[int]  # trained positions of each document of the batch, or branch of one
     tokens: Tensor | None = None  # (positions,), of the text, that a feature gives
+    kept: Tensor | None = None  # (steps, positions), which of `predicted` are trained; None: all
 
 
 class Unrolled(NamedTuple):
@@ -45,6 +46,12 @@ class Unrolled(NamedTuple):
     features: Tensor  # (batch, length, hidden), the target's
     labels: Tensor  # (batch, length), -100 where not trained
     position_ids: Tensor | None  # (batch, length), of packed rows
+    kept: Tensor | None = None  # (steps, batch, length - 1), which are trained; None: all
+
+    def first(self, steps: int) -> "Unrolled":
+        """Keep the first steps alone."""
+        kept = None if self.kept is None else self.kept[:steps]
+        return self._replace(predicted=self.predicted[:steps], kept=kept)
 
     def trained(self) -> Trained:
         """Select the positions whose token, t + 2, is trained; the last has no such token."""
@@ -57,7 +64,7 @@ class Unrolled(NamedTuple):
             lengths = torch.bincount(part[is_trained.flatten()])
         target, tokens = self.features[:, 1:][is_trained], self.labels[:, 1:].roll(-1, 1)
         parts = self.predicted[:, is_trained], target, lengths.tolist(), tokens[is_trained]
-        return Trained(*parts)
+        return Trained(*parts, None if self.kept is None else self.kept[:, is_trained])
 
 
 class Losses(NamedTuple):
@@ -140,7 +147,7 @@ class TrainingStep(Protocol):
 
 
 _KINDS: dict[str, type[TrainingStep]] = {}
-_BUILT_IN = ("coral", "eagle3", "medusa")  # modules that register their step
+_BUILT_IN = ("coral", "eagle3", "medusa", "parallel")  # modules that register their step
 
 
 def register_step(model_type: str, kind: type[TrainingStep]) -> None:

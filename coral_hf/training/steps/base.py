@@ -4,7 +4,8 @@ In: batches of the collator. Out: what every step predicts. The target runs with
 `Unrolled` draws how tokens, features and predictions are shifted.
 """
 
-from typing import Any
+import random
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,17 @@ from . import TrainingStep, Unrolled
 from .unroll import unroll
 
 
+class Predicted(NamedTuple):
+    """What a drafter predicts of a batch at each step."""
+
+    hidden: Tensor  # (steps, batch, length - 1, hidden)
+    kept: Tensor | None = None  # (steps, batch, length - 1), what is trained; None: all
+
+
 class UnrolledStep(TrainingStep):
     """A training step whose drafter runs on its own predictions.
 
-    A family says by `layers` and `inputs` what its first step reads.
+    A family says by `layers` and `inputs` what its first step reads, and by `predict` how it runs.
     """
 
     can_shard = True
@@ -50,6 +58,22 @@ class UnrolledStep(TrainingStep):
         """
         return self.target.embed(tokens), read
 
+    def predict(
+        self,
+        model: nn.Module,
+        inputs: tuple[Tensor, Tensor],
+        positions: Tensor | None,
+        labels: Tensor,
+        num_steps: int,
+    ) -> Predicted:
+        """Run the drafter on what `inputs` gave, (batch, length - 1, hidden) each.
+
+        Args:
+            positions: (batch, length - 1), of packed rows.
+            labels: (batch, length).
+        """
+        return Predicted(unroll(model, *inputs, num_steps, positions, self.is_detached))
+
     def unroll(self, model: nn.Module, batch: dict[str, Tensor], num_steps: int) -> Unrolled:
         """Predict what follows each pair of (next token, feature), `num_steps` times.
 
@@ -65,16 +89,24 @@ class UnrolledStep(TrainingStep):
         positions = None if position_ids is None else position_ids[:, :-1]
         # not under no_grad in a head's stage: DDP prepares its gradients in this forward pass
         inputs = self.inputs(model, batch["input_ids"][:, 1:], read)
-        predicted = unroll(model, *inputs, num_steps, positions, self.is_detached)
+        labels = batch["labels"]
+        predicted = self.predict(model, inputs, positions, labels, num_steps)
         width = features.shape[-1] // len(self.features.layers)
-        return Unrolled(predicted, features[..., -width:], batch["labels"], position_ids)
+        goal = features[..., -width:]
+        return Unrolled(predicted.hidden, goal, labels, position_ids, predicted.kept)
+
+
+def drawn_generator(device: torch.device, process: int) -> torch.Generator:
+    """A generator for draws in training that differ by process.
+
+    Python's own generator, whose state is in every checkpoint, draws the seed. It is the same in
+    all processes, to agree on the order of the data, so each process draws from another one.
+    """
+    return torch.Generator(device).manual_seed(seed_of(random.getrandbits(40), process))
 
 
 def add_noise(features: Tensor, scale: float, process: int) -> Tensor:
     """Add uniform noise to features that a drafter reads in training (EAGLE, data augmentation).
-
-    Torch's own generator, whose state is in every checkpoint, draws the seed. It is the same in all
-    processes, to agree on the order of the data, so each process draws its noise from another one.
 
     Args:
         features: (batch, length, hidden).
@@ -86,7 +118,5 @@ def add_noise(features: Tensor, scale: float, process: int) -> Tensor:
     """
     if not scale:
         return features
-    seed = seed_of(int(torch.randint(2**40, (), device="cpu")), process)
-    generator = torch.Generator(features.device).manual_seed(seed)
-    noise = torch.empty_like(features)
+    generator, noise = drawn_generator(features.device, process), torch.empty_like(features)
     return features + noise.uniform_(-scale, scale, generator=generator)

@@ -21,7 +21,7 @@ from ...target import FEATURE, Target, text_config
 from ..adapters import is_adapted
 from ..arguments import CoralTrainingArguments
 from ..grouping import label_counts, most_frequent_first
-from ..losses.draft_loss import DraftGoal, draft_goal, draft_loss
+from ..losses.draft_loss import DraftGoal, DraftLoss, draft_goal, draft_loss
 from ..stages import freeze_others
 from . import Losses, Trained, register_step
 from .base import UnrolledStep
@@ -36,7 +36,7 @@ class Eagle3Step(UnrolledStep):
     stages = ("drafter",)
     can_shard = False  # the fusion and the LM head run outside of `forward`
     is_detached = False
-    unused = ("regression_weight", "top_k_weight", "use_liger_kernel")
+    unused: tuple[str, ...] = ("regression_weight", "top_k_weight", "use_liger_kernel")
 
     def __init__(self, config: Eagle3Config, target: Target, args: CoralTrainingArguments):
         super().__init__(config, target, args)
@@ -82,10 +82,15 @@ class Eagle3Step(UnrolledStep):
             return draft_goal(self.target.head.logits(trained.target[rows]), tokens)
 
         head = [*drafter.norm.parameters(), *drafter.lm_head.parameters()]
-        found = draft_loss(predicted, goal_of, drafter.draft_logits, head, weights)
+        found = draft_loss(
+            predicted, goal_of, drafter.draft_logits, head, weights, kept=trained.kept
+        )
         terms = {"tokens": recipe.classification_weight * found.loss}
-        notes = token_notes(predicted, found.classification, found.agreed)
-        return Losses(terms, notes) + alignment(trained, self.args)
+        return Losses(terms, self.notes(trained, found)) + alignment(trained, self.args)
+
+    def notes(self, trained: Trained, found: DraftLoss) -> dict[str, Tensor]:
+        """What is logged beside the loss."""
+        return token_notes(trained.predicted, found.classification, found.agreed)
 
     def choices(self, drafter: Eagle3Drafter, predicted: Tensor, step: int) -> Tensor:
         """The token that the drafter finds best after each step: (rows, hidden) → (rows,)."""

@@ -88,7 +88,7 @@ class MedusaStep(UnrolledStep):
 
     def losses(self, drafter: MedusaDrafter, trained: Trained) -> Losses:
         """Compute the cross-entropy of every head with the tokens of the text."""
-        recipe, (predicted, _, _, tokens) = self.args.resolved, trained
+        recipe, predicted, tokens = self.args.resolved, trained.predicted, trained.tokens
         assert tokens is not None, "an unroll selects them"
         is_read = predicted.detach().ne(0).any(-1)  # (heads, positions)
         size = drafter.config.vocab_size

@@ -89,16 +89,16 @@ def step_similarity(predicted: Tensor) -> list[Tensor]:
 
 def _csra(trained: Trained, args: CoralTrainingArguments) -> Tensor:
     """Compute L_csra with the settings of the run: (steps, positions, hidden) → ()."""
-    predicted, target, lengths, _ = trained
+    predicted = trained.predicted
     if args.csra_gradient == "later_steps":
         predicted = torch.cat([predicted[:1].detach(), predicted[1:]])
     is_gathered = args.csra_negatives == "gathered"
     return csra_loss(
         predicted,
         args.csra_temperature,
-        lengths=lengths if args.csra_negatives == "sequence" else None,
+        lengths=trained.lengths if args.csra_negatives == "sequence" else None,
         others=of_other_devices(predicted.flatten(0, 1)) if is_gathered else None,
-        target=target if args.csra_positives == "steps_and_target" else None,
+        target=trained.target if args.csra_positives == "steps_and_target" else None,
     )
 
 
