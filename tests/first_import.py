@@ -3,9 +3,12 @@
 Imported by conftest.py before anything else of the package, so that no test needs a process for it.
 """
 
+import gc
 import sys
 
-import transformers.generation.utils  # noqa: F401  what it imports is not ours to spare
+gc.disable()  # until tests are collected, see conftest.py: what is imported stays
+
+import transformers.generation.utils  # noqa: E402, F401  what it imports is not ours to spare
 
 _before = set(sys.modules)
 

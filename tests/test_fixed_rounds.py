@@ -293,7 +293,7 @@ def test_a_fixed_cache_sees_what_the_growing_one_sees(window):
 
 def test_compiling_ahead_leaves_nothing_to_compile():
     torch._dynamo.reset()
-    target, drafter = pair(dtype=torch.float32)
+    target, drafter = pair(dtype=torch.float32, num_hidden_layers=1)
     compiled = []
 
     def backend(graph, example_inputs):

@@ -11,7 +11,7 @@ from coral_hf.decoding.rounds.steps import Compiled
 
 
 def test_a_graph_is_checked_once_a_call_and_what_has_changed_is_compiled_again(monkeypatch):
-    target, drafter = pair()
+    target, drafter = pair(num_hidden_layers=1)
     checks, plain_call = [], Compiled.__call__
 
     def counted(self, rounds):
@@ -36,7 +36,7 @@ def test_a_graph_is_checked_once_a_call_and_what_has_changed_is_compiled_again(m
 
 
 def test_a_target_that_cannot_be_traced_runs_as_it_is_and_says_so_once(caplog):
-    target, drafter = pair()
+    target, drafter = pair(num_hidden_layers=1)
     plain = target.generate(**prompts(), **PLAIN)
 
     def broken(graph, example_inputs):
@@ -49,7 +49,7 @@ def test_a_target_that_cannot_be_traced_runs_as_it_is_and_says_so_once(caplog):
 
 
 def test_an_interrupted_round_leaves_target_and_drafter_usable(monkeypatch):
-    target, drafter = pair()
+    target, drafter = pair(num_hidden_layers=1)
     plain = target.generate(**prompts(), **PLAIN)
     whole, calls = FixedRounds._accept, []
 
@@ -69,7 +69,7 @@ def test_an_interrupted_round_leaves_target_and_drafter_usable(monkeypatch):
 @pytest.mark.parametrize("error", [RuntimeError("no"), torch.OutOfMemoryError("no"), OSError("no")])
 def test_a_step_that_does_not_compile_runs_as_it_is_beside_one_that_does(error, caplog):
     torch._dynamo.reset()
-    target, drafter = pair()
+    target, drafter = pair(num_hidden_layers=1)
     plain = target.generate(**prompts(), **PLAIN)
     compiled = []
 
@@ -88,7 +88,7 @@ def test_a_step_that_does_not_compile_runs_as_it_is_beside_one_that_does(error, 
 
 def test_a_target_that_has_changed_and_does_not_compile_any_more_runs_as_it_is(caplog):
     torch._dynamo.reset()
-    target, drafter = pair()
+    target, drafter = pair(num_hidden_layers=1)
     is_broken = []
 
     def backend(graph, example_inputs):
@@ -107,7 +107,7 @@ def test_a_target_that_has_changed_and_does_not_compile_any_more_runs_as_it_is(c
 
 def test_an_interrupted_graph_leaves_target_and_drafter_usable():
     torch._dynamo.reset()
-    target, drafter = pair()
+    target, drafter = pair(num_hidden_layers=1)
     plain = target.generate(**prompts(), **PLAIN)
     runs = []
 
@@ -129,7 +129,7 @@ def test_an_interrupted_graph_leaves_target_and_drafter_usable():
 
 def test_a_compiler_that_is_interrupted_compiles_in_the_next_call():
     torch._dynamo.reset()
-    target, drafter = pair()
+    target, drafter = pair(num_hidden_layers=1)
     compiled = []
 
     def backend(graph, example_inputs):
@@ -161,7 +161,7 @@ def test_a_capacity_beyond_the_positions_of_a_target_is_cut(way):
 @pytest.mark.parametrize("way", [{}, COMPILED], ids=["growing", "compiled"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_cache_of_another_number_of_rows_is_refused(rows, way):
-    target, drafter = pair()
+    target, drafter = pair(num_hidden_layers=1)
     first = drafted(target, drafter, prompts(rows=2), **PLAIN, **STATIC)
     ids = first.sequences[:1].expand(rows, -1)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE: first[CACHE]}

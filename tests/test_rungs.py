@@ -31,7 +31,7 @@ def test_adaptive_rounds_have_trees_of_a_few_sizes(family, monkeypatch):
 def test_compiled_calls_draft_the_sizes_that_were_compiled_ahead(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(loop_module, "measure_costs", costing(0.5, 0.02, 0.05))
-    target, drafter = pair(dtype=torch.float32)
+    target, drafter = pair(dtype=torch.float32, num_hidden_layers=1)
     compiled = []
 
     def backend(graph, example_inputs):

@@ -5,6 +5,7 @@ alive, and their peak.
 """
 
 import weakref
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -41,6 +42,10 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._count(tensor)
         return output
+
+    def sizes(self, numbers: Iterable[int]) -> dict[int, int]:
+        """Return the bytes of storages that are alive, by their number."""
+        return {number: self._alive[number] for number in numbers}
 
     def number_of(self, tensor: Tensor) -> int:
         """Return the number of the storage of a tensor of any shape, which is alive."""

@@ -145,7 +145,7 @@ class _Simulation:
         self._optimizer = kind(self._weights, **settings)
 
     def run(self, batch: dict[str, Tensor], trained: Trained) -> StepMemory:
-        """Count the second step: the first has no state of the optimizer yet."""
+        """Count a step that is not the first, which has no state of the optimizer yet."""
         # documents of packed rows are found by their positions, which have no data here; a row of
         # them takes what one document of its length takes
         batch.pop("position_ids", None)
@@ -160,26 +160,38 @@ class _Simulation:
                 count = accumulated + self._run.on_cpu
                 held = [torch.empty_like(features) for _ in range(count)]
                 batch["features"] = held[0]
-            for _ in range(2):
-                live.restart()
-                for _ in range(min(accumulated, 2)):
-                    number = self._accumulate(batch, trained, live)
-                gradients = [one.grad for one in self._weights if one.grad is not None]
-                kinds = {"gradients": {*map(live.number_of, gradients)}, "features": {number}}
-                del gradients
-                torch.nn.utils.clip_grad_norm_(self._weights, self._run.args.max_grad_norm)
-                self._optimizer.step()
-                self._model.zero_grad()
+            for _ in range(min(accumulated, 2)):
+                number = self._accumulate(batch, trained, live)
+            peak, at_peak = live.peak, live.at_peak
+            kinds = {"gradients": self._update(live), "features": {number}}
             states = [part for one in self._optimizer.state.values() for part in one.values()]
             kinds["optimizer"] = {*map(live.number_of, filter(torch.is_tensor, states))}
             kinds["features"] |= {*map(live.number_of, held)}
-        sizes = {name: sum(live.at_peak.get(key, 0) for key in kinds[name]) for name in kinds}
+            # all later passes hold the optimizer's state too; its own update may hold even more
+            state = live.sizes(kinds["optimizer"])
+            peak, at_peak = peak + sum(state.values()), {**at_peak, **state}
+            live.restart()
+            for weight in self._given:
+                weight.grad = torch.empty_like(weight)
+            kinds["gradients"] |= self._update(live)
+        if live.peak > peak:
+            peak, at_peak = live.peak, live.at_peak
+        sizes = {name: sum(at_peak.get(key, 0) for key in kinds[name]) for name in kinds}
         return StepMemory(
             target=bytes_of(self._target),
             drafter=bytes_of(self._model),
-            activations=live.peak - sum(sizes.values()),
+            activations=peak - sum(sizes.values()),
             **sizes,
         )
+
+    def _update(self, live: LiveBytes) -> set[int]:
+        """Update the weights once and drop their gradients; return which storages those were."""
+        self._given = [one for one in self._weights if one.grad is not None]
+        numbers = {live.number_of(one.grad) for one in self._given}
+        torch.nn.utils.clip_grad_norm_(self._weights, self._run.args.max_grad_norm)
+        self._optimizer.step()
+        self._model.zero_grad()
+        return numbers
 
     def _target_runs(self, batch: dict[str, Tensor]) -> bool:
         """Whether the target's code runs without data on a batch, (batch, length) each."""
