@@ -27,6 +27,7 @@ from coral_hf import (
     CoralTrainer,
     CoralTrainingArguments,
     Eagle3Drafter,
+    MedusaDrafter,
 )
 from coral_hf.drafters.model import Drafter
 from coral_hf.training.assistant.small_model import small_model
@@ -140,10 +141,14 @@ def results(trainer: CoralTrainer, drafter: CoralDrafter | None = None) -> dict:
     }
 
 
-def eagle3(folder: Path, **settings) -> dict:
-    """A drafter whose own LM head is trained, and gradients that pass from step to step."""
-    given = {"drafter": make_drafter(Eagle3Drafter), "recipe": "eagle3", "num_steps": 3}
-    trainer, gradients = make_trainer(folder / "eagle3", **given, **settings), Gradients()
+# by recipe: drafters whose own LM heads are trained; gradients of EAGLE-3 pass from step to step
+FAMILIES = {"eagle3": Eagle3Drafter, "medusa": MedusaDrafter}
+
+
+def of_family(recipe: str, folder: Path, **settings) -> dict:
+    """What a drafter of another family learns."""
+    given = {"drafter": make_drafter(FAMILIES[recipe]), "recipe": recipe, "num_steps": 3}
+    trainer, gradients = make_trainer(folder / recipe, **given, **settings), Gradients()
     trainer.add_callback(gradients)
     trainer.train()
     return {**results(trainer), "gradients": gradients.found}
@@ -233,7 +238,7 @@ def all_at_once(folder: Path, **settings) -> dict:
     found: dict = {}
     for how, given in {"plain": settings, "accumulated": settings | accumulated}.items():
         found[how] = all_stages(folder / how, **given)
-        found[how]["eagle3"] = eagle3(folder / how, **given)
+        found[how] |= {name: of_family(name, folder / how, **given) for name in FAMILIES}
     found["broken"] = stops_at_a_broken_row(folder)
     torch.manual_seed(0)
     found["noise"] = add_noise(torch.zeros(4, 8), 0.1, PartialState().process_index)

@@ -68,11 +68,12 @@ def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     settings = {"per_device_train_batch_size": 4, "max_steps": 3, "optim": "sgd"}
     stages = launched.all_stages(folder, **settings)
-    return {**stages, "eagle3": launched.eagle3(folder, **settings)}
+    own = {name: launched.of_family(name, folder, **settings) for name in launched.FAMILIES}
+    return {**stages, **own}
 
 
 @pytest.mark.parametrize("how", ["plain", "accumulated"])
-@pytest.mark.parametrize("stage", [*launched.STAGES, "eagle3"])
+@pytest.mark.parametrize("stage", [*launched.STAGES, *launched.FAMILIES])
 def test_two_processes_have_the_gradients_of_one_with_twice_the_batch(one, two, how, stage):
     assert len(one[stage]["gradients"]) == 3
     for step, expected in enumerate(one[stage]["gradients"]):

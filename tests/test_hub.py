@@ -102,22 +102,36 @@ def test_a_pushed_drafter_is_loaded_by_its_id_and_its_card_is_filled_in(hub, cli
     stranger.run(snippet_of(card))
 
 
-def test_an_eagle3_drafter_is_pushed_and_published_as_any_other(hub, client, stranger, tmp_path):
+OTHERS = {
+    "Eagle3": (
+        "eagle-3",
+        "| draft head | its own, over 256 tokens |",
+        "| hidden states of the target that it reads | 0, 1, 2 |",
+        "[EAGLE-3 (NeurIPS 2025)]",
+    ),
+    "Medusa": ("medusa", "| heads | 5, each with an LM head of its own |", "[Medusa (ICML 2024)]"),
+}
+
+
+@pytest.mark.parametrize("family", ["Eagle3", pytest.param("Medusa", marks=pytest.mark.slow)])
+def test_a_drafter_of_another_family_is_pushed_and_published_as_any_other(
+    hub, client, stranger, tmp_path, family
+):
+    tag, *facts = OTHERS[family]
     make = (
-        MAKE.replace("CoralDrafter", "Eagle3Drafter")
+        MAKE.replace("CoralDrafter", f"{family}Drafter")
         + f"drafter.save_pretrained({str(tmp_path)!r})"
     )
-    client.run(make + "\ndrafter.push_to_hub('org/eagle3')")
-    publish(client, tmp_path, "org/eagle3-folder")
-    for repo in ("org/eagle3", "org/eagle3-folder"):
+    client.run(f"{make}\ndrafter.push_to_hub('org/{tag}')")
+    publish(client, tmp_path, f"org/{tag}-folder")
+    for repo in (f"org/{tag}", f"org/{tag}-folder"):
         card = card_of(hub, repo)
-        assert metadata_of(card)["tags"] == ["eagle-3", "speculative-decoding", "drafter"]
-        assert "| draft head | its own, over 256 tokens |" in card
-        assert "| hidden states of the target that it reads | 0, 1, 2 |" in card
-        assert "[EAGLE-3 (NeurIPS 2025)]" in card and "CORAL" not in card
-        assert b"import Eagle3Config, Eagle3Drafter" in hub.files(repo)["modeling_coral.py"]
+        assert metadata_of(card)["tags"] == [tag, "speculative-decoding", "drafter"]
+        assert all(fact in card for fact in facts) and "CORAL" not in card
+        code = f"import {family}Config, {family}Drafter".encode()
+        assert code in hub.files(repo)["modeling_coral.py"]
         stranger.run(snippet_of(card))
-        loads = IS_LOADED.replace("CoralDrafter", "Eagle3Drafter")
+        loads = IS_LOADED.replace("CoralDrafter", f"{family}Drafter")
         stranger.run(loads, folder=tmp_path, repo=repo)
 
 

@@ -19,6 +19,7 @@ from eagle_checkpoint import (
     write_shards,
 )
 from loopback_hub import Client, Fault, running_hub
+from medusa_checkpoint import PUBLISHED, medusa_tensors
 from test_examples import folder  # noqa: F401  a saved target and its conversations
 from transformers import AutoModel
 
@@ -433,8 +434,8 @@ def test_a_coral_drafter_is_not_imported_again(target, tmp_path):
 TAKE = """
 from conftest import tiny_target
 import coral_hf
-from coral_hf.checkpoints import from_eagle
-from_eagle(tiny_target("llama"), *a, **k)
+from coral_hf.checkpoints import import_drafter
+import_drafter(tiny_target("llama"), *a, **k)
 """
 
 
@@ -509,6 +510,15 @@ def test_only_the_format_that_is_read_is_downloaded(hub, take):
     hub.requests = []
     take("org/cut")
     assert hub.asked("GET .*-of-00002.safetensors") == 2 and hub.asked("pytorch_model.bin") == 0
+
+
+def test_medusa_heads_are_downloaded_as_they_are_published(hub, take, tmp_path):
+    torch.save(medusa_tensors(), tmp_path / "medusa_lm_head.pt")
+    heads = (tmp_path / "medusa_lm_head.pt").read_bytes()
+    config = json.dumps(PUBLISHED).encode()
+    hub.put_files("org/heads", {"config.json": config, "medusa_lm_head.pt": heads})
+    take("org/heads")
+    assert hub.asked("GET .*medusa_lm_head.pt") == 1
 
 
 def test_what_is_in_the_cache_is_read_without_the_hub(hub, take):

@@ -1,6 +1,7 @@
 """Import and export of Medusa heads: predictions stay, and what does not fit is named."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -124,6 +125,12 @@ def test_heads_of_vllm_may_have_no_biases_or_a_copy_of_the_targets_lm_head(targe
             {},
             "`vocab_size` of the target is 40, but .* with 48 .lmsys/vicuna-7b-v1.3.",
         ),
+        (
+            {},
+            {"medusa_num_heads": "many"},
+            "config.json lacks a field, or has one that makes no se",
+        ),
+        ({}, {"base_model_name_or_path": 7}, "config.json lacks a field, or .*StrictDataclass"),
         ({"0.0.linear.bias": torch.full((32,), float("inf"))}, {}, "not finite: blocks.0.0.lin"),
     ],
 )
@@ -222,3 +229,10 @@ def test_the_commands_import_and_export_heads(folder, tmp_path):  # noqa: F811
     assert "The drafter is in" in printed(invoke("import", tmp_path / "heads", *out))
     back = AutoModel.from_pretrained(tmp_path / "back")
     assert type(back) is MedusaDrafter and back.lm_heads[1].weight.equal(own.lm_head.weight)
+
+
+def test_heads_of_a_base_model_of_another_name_are_read_with_a_warning(target, tmp_path, caplog):
+    written(tmp_path, medusa_tensors())
+    with caplog.at_level(logging.WARNING):
+        from_medusa(target, tmp_path)
+    assert "were made for lmsys/vicuna-7b-v1.3, and the target is unnamed" in caplog.text

@@ -72,6 +72,7 @@ def allocated(target, args, data) -> tuple[int, CoralTrainer]:
         pytest.param("eagle", 3, True, marks=pytest.mark.slow),
         pytest.param("eagle3", 1, False, marks=pytest.mark.slow),
         pytest.param("eagle3", 1, True, marks=pytest.mark.slow),
+        pytest.param("medusa", 1, False, marks=pytest.mark.slow),
     ],
 )
 def test_planned_memory_is_what_torch_allocates(named, tmp_path, recipe, accumulated, is_cached):

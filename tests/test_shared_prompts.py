@@ -10,7 +10,13 @@ from test_data import tiny_tokenizer
 from test_flex_attention import eager_flex  # noqa: F401  flex attention on a CPU
 from test_trainer import make_trainer
 
-from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments, Eagle3Drafter
+from coral_hf import (
+    CoralDrafter,
+    CoralTrainer,
+    CoralTrainingArguments,
+    Eagle3Drafter,
+    MedusaDrafter,
+)
 from coral_hf.training.data import CoralCollator, pack_dataset, share_prompts
 from coral_hf.training.data.documents import REPEATED, has_branches, parts_of
 from coral_hf.training.features import CachedFeatures, write_features
@@ -264,15 +270,24 @@ def test_rows_of_token_ids_may_be_padded_and_share_nothing(tmp_path):
     assert len(trainer.train_dataset) == len(make_rows())
 
 
-def test_drafters_of_eagle3_learn_the_same_from_shared_prompts(tmp_path):
+@pytest.mark.parametrize(
+    ("recipe", "family", "name"),
+    [
+        ("eagle3", Eagle3Drafter, "fc.weight"),  # in seven steps
+        ("medusa", MedusaDrafter, "blocks.4.0.linear.weight"),
+    ],
+)
+def test_drafters_of_other_families_learn_the_same_from_shared_prompts(
+    tmp_path, recipe, family, name
+):
     found, rows = [], Dataset.from_list(make_rows())
     target = tiny_target("llama", torch.float32)
     for dataset in (rows, share_prompts(rows, 2 * ROOM)):
         torch.manual_seed(0)
-        drafter = Eagle3Drafter.from_target(target)
-        given = {"max_length": 2 * ROOM, "per_device_train_batch_size": 8}  # and seven steps
-        trainer = make_trainer(target, dataset, tmp_path, drafter, recipe="eagle3", **given)
+        drafter = family.from_target(target)
+        given = {"max_length": 2 * ROOM, "per_device_train_batch_size": 8, "recipe": recipe}
+        trainer = make_trainer(target, dataset, tmp_path, drafter, **given)
         loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
         loss.backward()
-        found.append((loss.detach(), trainer.model.fc.weight.grad))
+        found.append((loss.detach(), trainer.model.get_parameter(name).grad))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)

@@ -20,12 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..drafters.medusa import MedusaConfig, MedusaDrafter
 from ..target import Target, check_target, read_target, text_config
-from .eagle import HEAD, check_copy, check_tensors
+from .eagle import HEAD, check_copy, check_tensors, naming_config
 from .engines import Content
 from .files import check_dense
+
+logger = logging.get_logger(__name__)
 
 MEDUSA_ENGINES = ("vllm", "medusa")
 MEDUSA_WEIGHTS = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
@@ -75,7 +78,9 @@ def medusa_drafter(
             f" {', '.join(sorted(tensors)[:5])}. Give the folder of {' or '.join(MEDUSA_WEIGHTS)}."
         )
     heads, depth = (1 + max(place) for place in zip(*places, strict=True))
-    said = int(config.get("medusa_num_heads") or 0)
+    with naming_config(folder):
+        said, base = int(config.get("medusa_num_heads") or 0), config.get("base_model_name_or_path")
+        MedusaConfig(target_name_or_path=base)
     if said > heads:
         raise ValueError(
             f"{folder} has {heads} Medusa heads, but its `medusa_num_heads` is {said}; download it"
@@ -85,8 +90,13 @@ def medusa_drafter(
     sizes = {"hidden_size": first.shape[0], "vocab_size": text_config(target).vocab_size}
     if own is not None and own.ndim == 2:
         sizes["vocab_size"] = own.shape[0]
-    made_for = {"target_name_or_path": config.get("base_model_name_or_path")}
-    check_target(MedusaConfig(**sizes, **made_for), target)
+    check_target(MedusaConfig(**sizes, target_name_or_path=base), target)
+    if base and not copies and Path(base).name != Path(target.name_or_path).name:
+        logger.warning(
+            f"The Medusa heads were made for {base}, and the target is"
+            f" {target.name_or_path or 'unnamed'}: only its sizes say that they belong to it. With"
+            " another one few drafted tokens would be accepted."
+        )
     for copy in copies:
         check_copy(HEAD, copy, head.weight, sizes["vocab_size"])
     has_own = any(name.startswith("lm_heads.") for name in tensors)
