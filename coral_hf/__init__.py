@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .checkpoints import from_eagle as from_eagle
     from .checkpoints import from_medusa as from_medusa
+    from .checkpoints import from_recurrent as from_recurrent
     from .decoding import CoralGenerateOutput as CoralGenerateOutput
     from .decoding import decoder as decoder
     from .decoding import install as install
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from .drafters.medusa import MedusaDrafter as MedusaDrafter
     from .drafters.parallel import ParallelConfig as ParallelConfig
     from .drafters.parallel import ParallelDrafter as ParallelDrafter
+    from .drafters.recurrent import RecurrentConfig as RecurrentConfig
+    from .drafters.recurrent import RecurrentDrafter as RecurrentDrafter
     from .hub import publish as publish
     from .measure.lossless import verify as verify
     from .measure.tuning.autotune import autotune as autotune
@@ -44,7 +47,7 @@ __version__ = "0.1.0"
 
 # public names, and the modules that are imported when they are first used
 _MODULES = {
-    "checkpoints": ["from_eagle", "from_medusa"],
+    "checkpoints": ["from_eagle", "from_medusa", "from_recurrent"],
     "decoding": [
         "CoralGenerateOutput",
         "decoder",
@@ -60,6 +63,7 @@ _MODULES = {
     "drafters.language_model": ["LanguageModelDrafter"],
     "drafters.medusa": ["MedusaConfig", "MedusaDrafter"],
     "drafters.parallel": ["ParallelConfig", "ParallelDrafter"],
+    "drafters.recurrent": ["RecurrentConfig", "RecurrentDrafter"],
     "hub": ["publish"],
     "measure.tuning.autotune": ["autotune"],
     "measure.lossless": ["verify"],
@@ -85,7 +89,17 @@ def __getattr__(name: str):
 def register() -> None:
     """Register the drafters with the Auto classes and wrap `generate`; importing does so."""
     from .decoding import install
-    from .drafters import bigram, coral, eagle3, language_model, medusa, parallel  # noqa: F401
+
+    # they register themselves
+    from .drafters import (  # noqa: F401
+        bigram,
+        coral,
+        eagle3,
+        language_model,
+        medusa,
+        parallel,
+        recurrent,
+    )
     from .drafters.model import Drafter
 
     install()

@@ -74,6 +74,7 @@ def test_settings_are_part_of_to_dict(tmp_path):
         ("coral", (3, 1.0, 0.1, 0.0, 0.1, 1.0)),
         ("eagle3", (7, 0.0, 1.0, 0.0, 0.0, 0.8)),
         ("parallel", (8, 0.0, 1.0, 0.0, 0.0, 1.0)),
+        ("recurrent", (5, 0.0, 1.0, 0.0, 0.0, 1.0)),
     ],
 )
 def test_a_recipe_sets_what_is_not_set(tmp_path, recipe, expected):

@@ -15,6 +15,7 @@ from coral_hf import (
     LanguageModelDrafter,
     MedusaDrafter,
     ParallelDrafter,
+    RecurrentDrafter,
 )
 from coral_hf.decoding.caches.continuation import CACHE
 from coral_hf.decoding.drafting import TreeShape
@@ -61,6 +62,10 @@ def parallel(target):
     return drafter
 
 
+def recurrent(target):
+    return RecurrentDrafter.from_target(target)
+
+
 def language_model(target):
     """Smaller than the target, and with other weights."""
     size = target.config.vocab_size
@@ -84,14 +89,17 @@ FAMILIES = {
     "eagle3": eagle3,
     "eagle3.1": eagle3_1,
     "parallel": parallel,
+    "recurrent": recurrent,
     "language_model": language_model,
     "medusa": medusa,
     STATIC: medusa_static,
 }
 # a bigram tree follows from its root: there is nothing to compile, and it has no other rounds
 FIXED = [family for family in FAMILIES if family != "bigram"]
-# they have a cache of their own, which a later call continues; heads read one feature anew
-REMEMBERING = [family for family in FIXED if "medusa" not in family]
+# each round reads one feature anew; two of their rules are slow tests, others draw by the same
+FORGETTING = ["medusa", STATIC, "recurrent"]
+# they have a cache of their own, which a later call continues
+REMEMBERING = [family for family in FIXED if family not in FORGETTING]
 # they are saved as drafters
 SAVED = [family for family in FIXED if family != "language_model"]
 # a bigram tree and a static one take nodes by rank alone, and draw none
@@ -210,7 +218,9 @@ QUICK = ("chosen", "drawn")  # of heads, whose drawn trees are those of every fa
 @pytest.mark.parametrize(
     ("family", "rule"),
     [
-        pytest.param(one, rule, marks=[pytest.mark.slow] * ("medusa" in one and rule not in QUICK))
+        pytest.param(
+            one, rule, marks=[pytest.mark.slow] * (one in FORGETTING and rule not in QUICK)
+        )
         for one in FAMILIES
         for rule in RULES
         if rule == "chosen" or one in DRAWING

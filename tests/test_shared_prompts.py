@@ -16,6 +16,7 @@ from coral_hf import (
     CoralTrainingArguments,
     Eagle3Drafter,
     MedusaDrafter,
+    RecurrentDrafter,
 )
 from coral_hf.training.data import CoralCollator, pack_dataset, share_prompts
 from coral_hf.training.data.documents import REPEATED, has_branches, parts_of
@@ -275,6 +276,7 @@ def test_rows_of_token_ids_may_be_padded_and_share_nothing(tmp_path):
     [
         ("eagle3", Eagle3Drafter, "fc.weight"),  # in seven steps
         ("medusa", MedusaDrafter, "blocks.4.0.linear.weight"),
+        ("recurrent", RecurrentDrafter, "rnn_u.weight"),
     ],
 )
 def test_drafters_of_other_families_learn_the_same_from_shared_prompts(

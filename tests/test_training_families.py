@@ -20,11 +20,11 @@ from coral_hf.training.planning.plan import plan
 from coral_hf.training.steps import step_kind
 from coral_hf.training.warm_start import kind_of_source, warm_start
 
-FAMILIES = ["coral", "coral_eagle3", "coral_medusa", "coral_parallel"]
+FAMILIES = ["coral", "coral_eagle3", "coral_medusa", "coral_parallel", "coral_recurrent"]
 STEPS = 3  # of the unroll: fewer than by default are faster
 LAST_SLOW = [pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES[2:]]
 # each takes as long as many others of a family, and asks the same of all
-LONG = pytest.mark.parametrize("family", [*FAMILIES[:3], LAST_SLOW[-1]], indirect=True)
+LONG = pytest.mark.parametrize("family", [*FAMILIES[:3], *LAST_SLOW[1:]], indirect=True)
 UNTIMED = PlanSettings(measure=False)
 
 

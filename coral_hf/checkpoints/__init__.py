@@ -1,7 +1,14 @@
-"""Checkpoints in other formats: those of EAGLE, HASS and Medusa in, those of engines out."""
+"""Checkpoints in other formats: those of drafters come in, those of other engines go out."""
 
 from .eagle import check_tensors
 from .export import check_drafter, export_drafter, export_files
 from .files import check_output, config_folder, read_config
 from .hot_tokens import check_size, most_frequent, proposal_counts
-from .importing import DRAFTER_FILES, from_eagle, from_medusa, import_drafter, read_shape
+from .importing import (
+    DRAFTER_FILES,
+    from_eagle,
+    from_medusa,
+    from_recurrent,
+    import_drafter,
+    read_shape,
+)

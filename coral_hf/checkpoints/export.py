@@ -1,4 +1,4 @@
-"""Export of drafters to vLLM, SGLang, and the code of EAGLE and Medusa.
+"""Export of drafters to vLLM, SGLang, and the code of EAGLE, Medusa, the Recurrent Drafter.
 
 In: a drafter. Out: a folder that the engine loads, whose tensors were compared with those that the
 drafter's config gives before anything is written. A CORAL drafter reads the target's whole LM head
@@ -24,6 +24,7 @@ from ..drafters.eagle3 import Eagle3Drafter
 from ..drafters.families import FAMILIES
 from ..drafters.medusa import MedusaDrafter
 from ..drafters.model import Drafter
+from ..drafters.recurrent import RecurrentDrafter
 from ..heads.router import check_token_ids
 from ..target import (
     Scales,
@@ -40,7 +41,13 @@ from .engines import ENGINES, Content, engine_config, obstacles, serving_command
 from .files import WEIGHTS, check_output, config_folder, read_config, read_dtype
 from .hot_tokens import HOT_TOKENS
 from .medusa import MEDUSA_ENGINES, MEDUSA_WEIGHTS, medusa_content
+from .recurrent import recurrent_content
 
+# of the families that not all engines read
+ENGINES_OF: dict[type, tuple[str, ...]] = {
+    MedusaDrafter: MEDUSA_ENGINES,
+    RecurrentDrafter: ("redrafter",),
+}
 BODY = ("fc.", "layers.")
 REMEDY = (
     "Merge an adapter first: model.merge_and_unload(); load a quantised drafter in full precision."
@@ -70,9 +77,9 @@ def export_drafter(
     """Write a drafter as an inference engine reads it.
 
     Args:
-        drafter: a CORAL or EAGLE-3 drafter, or Medusa heads.
+        drafter: a CORAL, EAGLE-3 or Recurrent Drafter, or Medusa heads.
         engine: `"vllm"`, `"sglang"`, or `"eagle"` for EAGLE's own code; of Medusa heads `"vllm"`,
-            or `"medusa"` for Medusa's own.
+            or `"medusa"` for Medusa's own; `"redrafter"` for the Recurrent Drafter's own.
         output: a new or an empty folder.
         target: the drafter's own. Its embeddings are copied for vLLM (which needs them for pipeline
             parallelism) and EAGLE. It is needed where it scales its embeddings inside of their
@@ -88,7 +95,7 @@ def export_drafter(
             or if `output` holds something else. Nothing is written then.
     """
     is_medusa = isinstance(drafter, MedusaDrafter)
-    engines = MEDUSA_ENGINES if is_medusa else ENGINES
+    engines = ENGINES_OF.get(type(drafter), ENGINES)
     if engine not in engines:
         raise ValueError(f"`engine` is {engine!r}; use one of {engines}.")
     config, dtype = drafter.config, read_dtype(dtype or drafter.dtype)
@@ -110,6 +117,8 @@ def export_drafter(
         made = eagle3_content(drafter, engine, bound, scales.embedding, config.vocab_size)
     elif isinstance(drafter, MedusaDrafter):
         made = medusa_content(drafter, engine, bound, config.vocab_size)
+    elif isinstance(drafter, RecurrentDrafter):
+        made = recurrent_content(drafter, scales.embedding, config.vocab_size)
     else:
         assert isinstance(drafter, CoralDrafter), "the families that are exported"
         hot_tokens = _hot_tokens(drafter, engine, hot_tokens, config.vocab_size)
@@ -268,6 +277,8 @@ def _notes(
             f" drafter reads {instead}."
         )
     if scale != 1.0:
-        place = "fc.weight" if is_coral else EMBEDDINGS
+        place = {CoralDrafter: "fc.weight", RecurrentDrafter: "rnn_w.weight"}.get(
+            type(drafter), EMBEDDINGS
+        )
         notes.append(f"The target's embedding scale, {scale:.6g}, is in `{place}` now.")
     return notes

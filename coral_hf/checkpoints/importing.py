@@ -1,4 +1,4 @@
-"""Import of EAGLE-1, EAGLE-2, EAGLE-3, P-EAGLE and HASS drafters, and of Medusa heads.
+"""Import of drafters of EAGLE-1, 2 and 3, P-EAGLE and HASS, Medusa heads, Recurrent Drafters.
 
 In: a target and a folder or Hub id. Out: a drafter with the predictions of the checkpoint, of the
 family that it is of. Each tensor has its place, is compared with the target's own and dropped, or
@@ -21,6 +21,7 @@ from ..drafters.families import FAMILIES
 from ..drafters.medusa import MedusaDrafter
 from ..drafters.model import Drafter
 from ..drafters.parallel import ParallelDrafter
+from ..drafters.recurrent import RecurrentConfig, RecurrentDrafter
 from ..identity import record_tokenizer
 from ..target import Target, check_target, read_target, text_config
 from .eagle import (
@@ -52,6 +53,7 @@ from .files import (
 )
 from .medusa import MEDUSA_WEIGHTS, medusa_drafter, names_medusa
 from .peagle import names_peagle
+from .recurrent import RELEASED, read_recurrent_shape, recurrent_drafter
 
 logger = logging.get_logger(__name__)
 
@@ -75,7 +77,6 @@ OTHER_FAMILIES = {
     "dspark": "DSpark",
     "domino": "Domino",
     "mtp": "MTP",
-    "recurrent_draft": "Recurrent Drafter",
 }
 # what checkpoints become, and the function that reads such ones alone
 KINDS: dict[type[Drafter], str] = {
@@ -83,6 +84,7 @@ KINDS: dict[type[Drafter], str] = {
     Eagle3Drafter: "from_eagle",
     ParallelDrafter: "from_eagle",
     MedusaDrafter: "from_medusa",
+    RecurrentDrafter: "from_recurrent",
 }
 
 
@@ -111,8 +113,10 @@ def read_shape(folder: Path) -> Shape:
     if names := [name for word, name in OTHER_FAMILIES.items() if word in said]:
         raise ValueError(
             f"{folder} holds a drafter of another kind, {names[0]}; import one of EAGLE-1, EAGLE-2,"
-            " EAGLE-3, P-EAGLE, HASS or Medusa."
+            " EAGLE-3, P-EAGLE, HASS, Medusa or the Recurrent Drafter."
         )
+    if config.get("model_type") == RELEASED:
+        return Shape(config, read_recurrent_shape(config, folder), RecurrentDrafter)
     if names_medusa(config):
         return Shape(config, {}, MedusaDrafter)
     if names_eagle3(config):
@@ -161,6 +165,10 @@ def import_drafter(
         names = (*MEDUSA_WEIGHTS, *WEIGHTS)
         tensors = read_weights(weights_folder(source, folder, names, **download), names)
         drafter: Drafter = medusa_drafter(target, shape.config, tensors, folder, dtype)
+    elif shape.kind is RecurrentDrafter:
+        check_target(RecurrentConfig(**shape.fields), target)
+        tensors = read_weights(weights_folder(source, folder, **download))
+        drafter = recurrent_drafter(target, shape.fields, tensors, folder, dtype)
     else:
         drafter = _from_eagle(target, shape, source, folder, dtype, download)
     if tokenizer is not None:
@@ -191,6 +199,16 @@ def from_medusa(target: PreTrainedModel, source: str | Path, **options: Any) -> 
     """
     drafter = import_drafter(target, source, (MedusaDrafter,), **options)
     assert isinstance(drafter, MedusaDrafter)
+    return drafter
+
+
+def from_recurrent(target: PreTrainedModel, source: str | Path, **options: Any) -> RecurrentDrafter:
+    """Make a drafter for `target` from a released Recurrent Drafter, or from an export.
+
+    Args, errors: those of [`coral_hf.checkpoints.import_drafter`].
+    """
+    drafter = import_drafter(target, source, (RecurrentDrafter,), **options)
+    assert isinstance(drafter, RecurrentDrafter)
     return drafter
 
 

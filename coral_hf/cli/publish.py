@@ -38,7 +38,7 @@ def publish(own: PublishOptions) -> None:
 class ImportOptions(TargetOptions):
     """The checkpoint, and the folder that it goes to."""
 
-    source: str = option("An EAGLE-1, 2, 3, HASS or Medusa folder or Hub id.", positional=True)
+    source: str = option("Folder or Hub id of such a checkpoint.", positional=True)
     output: Path = option("Folder of the drafter.")
     revision: str | None = option("Revision of the checkpoint's Hub id.", None)
     cache_dir: Path | None = option("Where a Hub id is downloaded to; its cache by default.", None)
@@ -47,7 +47,7 @@ class ImportOptions(TargetOptions):
 
 
 def import_(own: ImportOptions) -> None:
-    """Turn an EAGLE-1, EAGLE-2, EAGLE-3, HASS or Medusa checkpoint into a drafter."""
+    """Turn a checkpoint of EAGLE-1, 2, 3, HASS, Medusa or a Recurrent Drafter into a drafter."""
     from ..atomic import new_folder
     from ..checkpoints import (
         DRAFTER_FILES,
@@ -76,7 +76,9 @@ class ExportOptions(DatasetOptions):
     """The drafter, and how it is written."""
 
     drafter: str = option("The drafter: a folder or a Hub id.", positional=True)
-    to: Literal["vllm", "sglang", "eagle", "medusa"] = option("The program that reads it.")
+    to: Literal["vllm", "sglang", "eagle", "medusa", "redrafter"] = option(
+        "The program that reads it."
+    )
     output: Path = option("A new or an empty folder.")
     target: str | None = option("The target, whose embeddings are then copied or compared.", None)
     dtype: DTYPES = option("Precision that is written; the drafter's own by default.", "auto")
@@ -87,7 +89,7 @@ class ExportOptions(DatasetOptions):
 
 
 def export(own: ExportOptions) -> None:
-    """Write a drafter as vLLM, SGLang, or the code of EAGLE or Medusa reads it."""
+    """Write a drafter as vLLM, SGLang, or the code of its own paper reads it."""
     from transformers import AutoModel
 
     from ..checkpoints import check_drafter, check_output, export_drafter, export_files

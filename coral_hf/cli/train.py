@@ -30,7 +30,7 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
 
     output: Path = option("Folder of the finished drafter.")
     layers: int | None = option(
-        "Layers of a fresh drafter; default: 4 of a parallel one, else 1.",
+        "Layers of a fresh drafter; default: its family's.",
         None,
         least=1,
         excludes="drafter warm_start",

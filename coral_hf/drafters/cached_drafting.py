@@ -8,7 +8,7 @@ In: committed tokens. Out: a `DraftTree` a round. The loop knows a drafter by th
 """
 
 import weakref
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Hashable
 from copy import deepcopy
 from typing import Any, ClassVar, NamedTuple
@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..decoding.acceptance_rules import Uniforms
 from ..decoding.caches.fixed_cache import FixedCache
 from ..decoding.caches.ragged_cache import HIDDEN, RaggedCache
-from ..decoding.drafting import DraftTree, Level, TreeShape, Warp
-from ..heads.draft_heads import DraftHead
-from ..target import Target, text_config
-from .tree_builders import Beam, SampledTreeBuilder, TreeBuilder, plan_levels
+from ..decoding.drafting import DraftTree, Level, TreeShape
+from ..target import Target
+from .tree_builders import Beam, plan_levels
+from .tree_drafting import Grown, TreeDrafting
 
 # tokens of a prompt that are read at once, so that masks and activations do not grow with it
 LEAST_PIECE, LARGEST_PIECE = 128, 256
@@ -58,7 +57,7 @@ class DrafterMemory(NamedTuple):
         )
 
 
-class CachedDrafting(ABC):
+class CachedDrafting(TreeDrafting):
     """Drafts for one call of `generate`; a family says how its steps go and what reads them.
 
     Args:
@@ -69,7 +68,6 @@ class CachedDrafting(ABC):
     """
 
     layers: tuple[int, ...]
-    head: DraftHead  # reads the outputs of steps
     # positions by which the next token that the drafter reads is ahead of the target's next feature
     lead: ClassVar[int] = 0
     _output: Tensor  # (batch, 1, hidden), of the step that has read the root; may hold more
@@ -220,52 +218,18 @@ class CachedDrafting(ABC):
         self._cache.select(rows.tolist())
         self._output = self._output[rows]
 
-    def propose(
-        self,
-        root: Tensor,
-        shape: TreeShape,
-        warp: Warp | None = None,
-        chance: Uniforms | None = None,
-    ) -> DraftTree:
-        """Draft EAGLE-2's dynamic tree, or a drawn one, below `root` (batch,)."""
-        root = root.to(self.device)
-        if warp is None:
-            tree = self._choose(root, shape)
-        else:
-            tree = self._draw(root, shape, warp, chance)
-        self._cache.truncate()  # what the levels wrote
+    def propose(self, *args, **kwargs) -> DraftTree:
+        """Draft a tree, and forget what its levels wrote; see [`TreeDrafting`]."""
+        tree = super().propose(*args, **kwargs)
+        self._cache.truncate()
         return tree
 
-    def _draw(
-        self, root: Tensor, shape: TreeShape, warp: Warp, chance: Uniforms | None
-    ) -> DraftTree:
-        """A tree of draws without replacement among siblings, below `root` (batch,)."""
-        builder, features = SampledTreeBuilder(root, chance), self._output
-        seen: Tensor | None = None  # as in `_choose`
-        for depth, level in enumerate(plan_levels(shape)):
-            beam = builder.best(level.families)
-            if depth > 0:
-                seen = self._see_itself(seen, beam)
-                features = self._expand(beam, features, seen, depth - 1)
-            logits = self.head.logits(features, beam.log_path)  # (batch, families, vocab)
-            probs = warp(logits.flatten(0, 1)).softmax(-1).view_as(logits)
-            builder.draw(probs, level.children)
-        return builder.build()
+    def _start(self, root: Tensor) -> Grown:
+        return Grown(self._output)
 
-    def _choose(self, root: Tensor, shape: TreeShape) -> DraftTree:
-        """The most confident nodes below `root` (batch,) (Li et al. 2024, sections 4.1 and 4.2)."""
-        builder, features = TreeBuilder(root, shape), self._output
-        top_k = min(shape.top_k, text_config(self.target.model).vocab_size)
-        log_path = features.new_zeros(features.shape[:2], dtype=torch.float32)
-        beam = builder.add_level(*self.head.children(features, log_path, top_k))
-        seen: Tensor | None = None  # (batch, beam, nodes that were expanded)
-        for depth in range(1, shape.depth):
-            if not builder.is_worth_more(beam):
-                break
-            seen = self._see_itself(seen, beam)
-            features = self._expand(beam, features, seen, depth - 1)
-            beam = builder.add_level(*self.head.children(features, beam.log_path, top_k))
-        return builder.build()
+    def _grow(self, grown: Grown, beam: Beam, depth: int) -> Grown:
+        seen = self._see_itself(grown.seen, beam)
+        return Grown(self._expand(beam, grown.features, seen, depth - 1), seen)
 
     @staticmethod
     def _see_itself(seen: Tensor | None, beam: Beam) -> Tensor:

@@ -7,6 +7,7 @@ from .eagle3 import Eagle3Drafter
 from .medusa import MedusaDrafter
 from .model import Drafter
 from .parallel import ParallelDrafter
+from .recurrent import RecurrentDrafter
 
 
 class Family(NamedTuple):
@@ -30,5 +31,10 @@ FAMILIES = {
     ),
     ParallelDrafter.config_class.model_type: Family(
         "P-EAGLE", ParallelDrafter, "[P-EAGLE (2026)](https://arxiv.org/abs/2602.01469)"
+    ),
+    RecurrentDrafter.config_class.model_type: Family(
+        "Recurrent Drafter",
+        RecurrentDrafter,
+        "[Recurrent Drafter (2024)](https://arxiv.org/abs/2403.09919)",
     ),
 }

@@ -26,9 +26,9 @@ from ..decoding.caches.shared_keys import sharing_keys
 from ..decoding.drafting import register_drafting
 from ..decoding.guard import judge_target
 from ..decoding.target_runner import masks_by_layer
-from ..heads.draft_heads import FullHead
+from ..heads.draft_heads import OtherVocabulary
 from ..identity import record_tokenizer
-from ..lm_head import LMHead, execution_device
+from ..lm_head import execution_device
 from ..target import (
     Target,
     decoder_of,
@@ -118,25 +118,6 @@ def config_of(
     return config
 
 
-class OtherVocabulary(FullHead):
-    """A small model's LM head, as logits over its target's vocabulary.
-
-    Args:
-        head: the small model's.
-        num_tokens: of the target.
-    """
-
-    def __init__(self, head: LMHead, num_tokens: int):
-        super().__init__(head)
-        self._num_tokens = num_tokens
-
-    def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
-        """Compute all logits, (batch, nodes, vocab); see [`DraftHead`]."""
-        logits = super().logits(features, log_path)
-        added = self._num_tokens - logits.shape[-1]  # cuts those the target has not, if negative
-        return F.pad(logits, (0, added), value=float("-inf")) if added else logits
-
-
 class LanguageModelDrafting(CachedDrafting):
     """Drafts for one call of `generate` with a [`LanguageModelDrafter`]; see [`CachedDrafting`]."""
 
@@ -150,7 +131,7 @@ class LanguageModelDrafting(CachedDrafting):
         check_vocabulary(drafter.config, num_tokens)
         super().__init__(model, target, sliding_windows(model), memory)
         own = read_target(model)
-        self.head = OtherVocabulary(own.head, num_tokens)
+        self.head = OtherVocabulary(own.head.logits, num_tokens)
         self._decoder, self._embeddings = decoder_of(model), own.embeddings
         self._takes_positions, self._limit = takes_positions(model), position_limit(model)
 

@@ -16,6 +16,7 @@ the probabilities that verification uses. The router's mass says how much is lef
 which of the tokens that were read is better: their logits do.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -94,6 +95,28 @@ class QuantizedHead(FullHead):
         """Compute rounded logits, (batch, nodes, vocab); see [`DraftHead`]."""
         logits, bias = quantized_logits(features, self.rows), self.head.bias
         return self.head.finish(logits if bias is None else logits + bias.float())
+
+
+class OtherVocabulary:
+    """Reads an LM head of the drafter's own, which may know more tokens than its target, or fewer.
+
+    Args:
+        logits_of: the head, (batch, nodes, hidden) → (batch, nodes, own_vocab).
+        num_tokens: of the target.
+    """
+
+    def __init__(self, logits_of: Callable[[Tensor], Tensor], num_tokens: int):
+        self._logits_of, self._num_tokens = logits_of, num_tokens
+
+    def children(self, features: Tensor, log_path: Tensor, top_k: int) -> Children:
+        """Rank the children of features (batch, nodes, hidden); see [`DraftHead`]."""
+        return Children(*rank(self.logits(features, log_path), top_k))
+
+    def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
+        """Compute all logits, (batch, nodes, vocab); see [`DraftHead`]."""
+        logits = self._logits_of(features).float()
+        added = self._num_tokens - logits.shape[-1]  # cuts those the target has not, if negative
+        return F.pad(logits, (0, added), value=float("-inf")) if added else logits
 
 
 class FrequencyHead:

@@ -69,7 +69,7 @@ def make_card(
     """
     config, own, stages = drafter.config, drafter.generation_config, drafter.training_record
     family = FAMILIES[config.model_type]
-    tagged = facts._replace(tags=[family.name.lower(), *TAGS, *facts.tags])
+    tagged = facts._replace(tags=[family.name.lower().replace(" ", "-"), *TAGS, *facts.tags])
     data = _metadata(tagged, hub_id(config.target_name_or_path), stages, earlier or {})
     chats = facts.has_chat_template
     if chats is None:

@@ -15,7 +15,14 @@ logger = logging.get_logger(__name__)
 
 # all linear layers but those of draft heads, which have their own stages; a pattern of whole
 # names, since the plain name "fc" would also match `router.fc`
-DRAFTER_LAYERS = r"fc|layers\.\d+\..+_proj|blocks\..+\.linear"
+OF_FAMILIES = (
+    r"fc",
+    r"layers\.\d+\..+_proj",
+    r"(blocks\..+|lm_head\.\d+)\.linear",
+    r"rnn_[uw]",
+    "input_proj",
+)
+DRAFTER_LAYERS = "|".join(OF_FAMILIES)
 
 
 def lora(rank: int, alpha: int | None = None, targets: list[str] | None = None) -> LoraConfig:

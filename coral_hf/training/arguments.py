@@ -43,11 +43,14 @@ RECIPES = {
     "medusa": Recipe(num_steps=5, regression_weight=0.0, classification_weight=1.0, step_decay=0.8),
     # the depths of one pass, each trained at a part of the positions of the one before (P-EAGLE)
     "parallel": Recipe(num_steps=8, regression_weight=0.0, classification_weight=1.0),
+    # the next N tokens of one feature, whose state gradients pass through (Recurrent Drafter)
+    "recurrent": Recipe(num_steps=5, regression_weight=0.0, classification_weight=1.0),
 }
 CHOICES = {
     "stage": ("drafter", "router", "low_rank", "joint"),
     "grouping": (None, *GROUPINGS[:-1]),
     "recipe": tuple(RECIPES),
+    "goal": (None, "distribution", "tokens"),
     "csra_negatives": ("sequence", "batch", "gathered"),
     "csra_positives": ("steps", "steps_and_target"),
     "csra_gradient": ("all_steps", "later_steps"),
@@ -133,7 +136,8 @@ class CoralTrainingArguments(RowArguments):
     recipe: str = _setting(
         "coral",
         "'eagle', 'hass' or 'coral', of CORAL drafters, 'eagle3' of EAGLE-3's, 'medusa' of"
-        " Medusa heads, 'parallel' of P-EAGLE's: values of unset steps, weights.",
+        " Medusa heads, 'parallel' of P-EAGLE's, 'recurrent' of Recurrent Drafters: values of"
+        " unset steps, weights.",
     )
     num_steps: int | None = _setting(
         None, "Steps of the unroll (N of CORAL and HASS); Medusa heads."
@@ -144,6 +148,11 @@ class CoralTrainingArguments(RowArguments):
     top_k: int = _setting(10, "Tokens of the top-k loss at each position.")
     csra_weight: float | None = _setting(None, "Weight of cross-step representation alignment.")
     step_decay: float | None = _setting(None, "Weight of a step's losses over the step before it.")
+    goal: str | None = _setting(
+        None,
+        "What the cross-entropy compares with: the target's 'distribution', the default, or the"
+        " text's own 'tokens' (drafters with an LM head of their own).",
+    )
     csra_temperature: float = _setting(0.07, "Temperature of CSRA.")
     csra_negatives: str = _setting(
         "sequence",

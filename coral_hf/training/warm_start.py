@@ -38,7 +38,7 @@ OWN_SHAPE = (
     "fc_bias",
 )
 # what a drafter proposes and embeds by itself: it is lost where the tokens are others
-OF_TOKENS = re.compile(r"d2t|t2d|lm_head\.weight|embed_tokens\.weight|lm_heads\.\d+\.weight")
+OF_TOKENS = re.compile(r"d2t|t2d|lm_heads?\.(\d+\.)?weight|embed_tokens\.weight")
 # the first layer of a drafter does not normalise the output of `fc`
 INPUT_NORM = "input_layernorm.weight"
 

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from ...decoding.acceptance_rules import Uniforms
 from ...decoding.drafting import PADDING, DraftTree, Level, TreeShape, Warp, host_tensor
-from ...decoding.guard import accept_features
 from ...heads.ranking import rank
-from ...target import FEATURE, Target, check_target, text_config
+from ...target import Target
+from ..last_feature import LastFeatureDrafting
 from ..tree_builders import chosen_of_marginals, drawn_of_marginals, plan_levels
 from .configuration import Paths
 from .modeling import MedusaDrafter
@@ -58,52 +58,20 @@ class StaticTree:
         return DraftTree(tokens, parents, depths, levels=levels, branching=self._branching)
 
 
-class MedusaDrafting:
+class MedusaDrafting(LastFeatureDrafting):
     """Drafts for one call of `generate` with a [`MedusaDrafter`]; see [`FixedDrafting`]."""
 
-    layers: tuple[int, ...] = (FEATURE,)
+    drafter: MedusaDrafter
 
     def __init__(self, drafter: MedusaDrafter, target: Target, memory: None = None):
-        accept_features(target.model)
-        check_target(drafter.config, target.model, takes_other_vocabulary=True)
-        self.drafter, self.target = drafter, target
-        self._num_tokens = text_config(target.model).vocab_size
+        super().__init__(drafter, target)
         choices = drafter.config.tree_choices
         self._static = None if choices is None else StaticTree(choices, self.device)
-        self._feature: Tensor  # (batch, hidden), from which the root was drawn
-
-    @property
-    def device(self) -> torch.device:
-        """See [`FixedDrafting`]."""
-        return self.drafter.device
 
     @property
     def kind(self) -> Hashable:
         """See [`FixedDrafting`]."""
         return weakref.ref(self.drafter), self.drafter.dtype, str(self.drafter.config.tree_choices)
-
-    def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
-        """Take the last feature of prompts, (batch, length, hidden); see [`Drafting`]."""
-        self._feature = features[:, -1].to(self.device, copy=True)
-
-    extend = begin  # the last part of a prompt holds the last feature
-
-    def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
-        """Take the feature before each row's newest token; see [`Drafting`].
-
-        Of (batch, new, hidden) features, that of the last of `counts`, (batch,).
-        """
-        features, counts = features.to(self.device), counts.to(self.device)[:, None]
-        last = (counts - 1).clamp(min=0)[..., None].expand(-1, -1, features.shape[2])
-        new = features.gather(1, last)[:, 0]
-        self._feature.copy_(torch.where(counts > 0, new, self._feature))
-
-    def select(self, rows: Tensor) -> None:
-        """Keep rows of the batch, of shape (kept,); see [`Drafting`]."""
-        self._feature = self._feature[rows]
-
-    def memory(self) -> None:
-        """Return None: there is nothing that a continued call does not read anew."""
 
     def propose(
         self,
@@ -145,9 +113,3 @@ class MedusaDrafting:
     def fix(self, capacity: int, shape: TreeShape, is_drawn: bool) -> tuple[Level, ...]:
         """See [`FixedDrafting`]: the feature is in one buffer anyway."""
         return tuple(plan_levels(self._fitted(shape))) if is_drawn else ()
-
-    def unfix(self, lengths: list[int]) -> None:
-        """See [`FixedDrafting`]."""
-
-    def forget_pass(self) -> None:
-        """See [`FixedDrafting`]."""

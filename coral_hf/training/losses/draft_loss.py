@@ -48,6 +48,19 @@ def draft_goal(logits: Tensor, tokens: Tensor) -> DraftGoal:
     return DraftGoal(probs, torch.where(is_inside, best, -1))
 
 
+def label_goal(labels: Tensor, tokens: Tensor, dtype: torch.dtype) -> DraftGoal:
+    """Make a goal of a text's own tokens; a position whose token is no draft token is not trained.
+
+    Args:
+        labels: (rows,), their ids.
+        tokens: (draft_vocab,), ids of draft tokens.
+        dtype: of the goal.
+    """
+    probs = tokens == labels[:, None]  # (rows, draft_vocab)
+    first = torch.where(probs.any(-1), probs.long().argmax(-1), -1)
+    return DraftGoal(probs.to(dtype), first)
+
+
 def cross_entropy(logits: Tensor, probs: Tensor) -> Tensor:
     """-Σ_v p(v) log q(v) of each row: (*steps, rows, draft_vocab) → (*steps, rows)."""
     with torch.autocast(logits.device.type, enabled=False):  # it would sum in half precision

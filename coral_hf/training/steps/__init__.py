@@ -91,6 +91,7 @@ class TrainingStep(Protocol):
     drafter: ClassVar[type[Drafter]]
     recipes: ClassVar[tuple[str, ...]]
     stages: ClassVar[tuple[str, ...]]
+    goals: ClassVar[tuple[str, ...]] = ("distribution",)  # what losses on tokens compare with
     can_shard: ClassVar[bool]  # whether FSDP and ZeRO-3 may hold parts of the drafter
 
     def __init__(self, config: Any, target: Target, args: CoralTrainingArguments):
@@ -147,7 +148,8 @@ class TrainingStep(Protocol):
 
 
 _KINDS: dict[str, type[TrainingStep]] = {}
-_BUILT_IN = ("coral", "eagle3", "medusa", "parallel")  # modules that register their step
+# modules that register their step
+_BUILT_IN = ("coral", "eagle3", "medusa", "parallel", "recurrent")
 
 
 def register_step(model_type: str, kind: type[TrainingStep]) -> None:
@@ -196,10 +198,12 @@ def training_step(
     """Make the step of a family of drafters.
 
     Raises:
-        ValueError: if none is registered for it, and for a recipe or a stage of another family.
+        ValueError: if none is registered for it, and for a recipe, a stage or a goal that are of
+            another family.
     """
     kind = step_kind(config.model_type)
-    for name, known in {"recipe": kind.recipes, "stage": kind.stages}.items():
+    known_by_name = {"recipe": kind.recipes, "stage": kind.stages, "goal": (None, *kind.goals)}
+    for name, known in known_by_name.items():
         if getattr(args, name) not in known:
             raise ValueError(
                 f"`{name}` is {getattr(args, name)!r}, but `model` is a {kind.drafter.__name__};"

@@ -36,6 +36,7 @@ class MedusaStep(UnrolledStep):
     drafter = MedusaDrafter
     recipes = ("medusa",)
     stages = ("drafter",)
+    goals = ("tokens",)
     can_shard = False  # the heads' own LM heads run outside of `forward`
     unused = ("regression_weight", "top_k_weight", "csra_weight", "use_liger_kernel")
 

@@ -1,0 +1,390 @@
+"""The Recurrent Drafter: its steps, beams and loss by their definitions; its released layout."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from conftest import VOCAB, invoke, printed, scatter_weights, tiny_target
+from safetensors.torch import load_file, save_file
+from test_examples import folder  # noqa: F401  a fixture: a saved target and its conversations
+from test_families import PLAIN, drafted, prompts
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
+
+from coral_hf import (
+    CoralDrafter,
+    CoralTrainingArguments,
+    RecurrentConfig,
+    RecurrentDrafter,
+    from_eagle,
+    from_recurrent,
+)
+from coral_hf.checkpoints import export_drafter
+from coral_hf.decoding.drafting import PADDING, TreeShape
+from coral_hf.drafters.recurrent import RecurrentDrafting
+from coral_hf.hub import CardFacts, make_card
+from coral_hf.target import read_features, read_target
+from coral_hf.training.evaluation.replay import replayed_rounds
+from coral_hf.training.steps import training_step
+
+FORMS = [{}, {"rnn": False}, {"exit_dim": 24, "num_draft_layers": 0}]
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target("llama")
+
+
+def drafter_of(target, **fields) -> RecurrentDrafter:
+    """A random drafter whose weights are not small."""
+    drafter = RecurrentDrafter.from_target(target, **fields).eval()
+    scatter_weights(drafter, seed=1)
+    return drafter
+
+
+def read(tensors, state, embedding):
+    """A step by its formula, from raw tensors: (hidden,) each."""
+    if "rnn_w.weight" not in tensors:
+        return embedding + state
+    pre = tensors["rnn_w.weight"] @ embedding + tensors["rnn_u.weight"] @ state
+    return F.silu(pre + tensors["rnn_u.bias"])
+
+
+def log_probs(tensors, feature, state):
+    """What the head says after a state, (vocab,), by its formula from raw tensors."""
+    hidden = torch.cat([feature, state])
+    if "input_proj.weight" in tensors:
+        hidden = tensors["input_proj.weight"] @ hidden + tensors["input_proj.bias"]
+    block = 0
+    while f"lm_head.{block}.linear.weight" in tensors:
+        name = f"lm_head.{block}.linear"
+        hidden = hidden + F.silu(tensors[f"{name}.weight"] @ hidden + tensors[f"{name}.bias"])
+        block += 1
+    return (tensors[f"lm_head.{block}.weight"] @ hidden).log_softmax(-1)
+
+
+def searched(tensors, table, feature, root, shape):
+    """Beam search over lists: the beams of the last level, best first, with their confidence."""
+    beams = [([], 0.0, read(tensors, torch.zeros_like(feature), table[root]))]
+    for _ in range(shape.depth):
+        grown = []
+        for tokens, confidence, state in beams:
+            found = log_probs(tensors, feature, state)
+            grown += [
+                ([*tokens, token], confidence + found[token].item(), state)
+                for token in range(len(found))
+            ]
+        best = sorted(grown, key=lambda beam: -beam[1])[: shape.top_k]
+        beams = [(t, c, read(tensors, state, table[t[-1]])) for t, c, state in best]
+    return [(tokens, confidence) for tokens, confidence, _ in beams]
+
+
+def paths_of(tree, row):
+    """The tokens from the root to each node of a row, the root itself left out."""
+    tokens, parents = tree.tokens[row].tolist(), tree.parents[row].tolist()
+    paths, found = {0: ()}, []
+    for node in range(1, len(tokens)):
+        if parents[node] != PADDING:
+            paths[node] = (*paths[parents[node]], tokens[node])
+            found.append(paths[node])
+            assert tree.depths[row, node] == len(paths[node])
+    return found
+
+
+def begun(target, drafter, **options):
+    """A drafting side that has read prompts, their last features, and roots."""
+    ids = torch.randint(3, VOCAB, (2, 7), generator=torch.Generator().manual_seed(5))
+    features = read_features(target, ids[:, :-1], torch.ones_like(ids[:, :-1]))
+    drafting = RecurrentDrafting(drafter, read_target(target), **options)
+    drafting.begin(ids, features, torch.arange(6).expand(2, -1))
+    return drafting, features[:, -1], ids[:, -1]
+
+
+@pytest.mark.parametrize("fields", FORMS, ids=str)
+@torch.no_grad()
+def test_the_tree_is_the_beams_of_a_plain_search_merged(target, fields):
+    drafter = drafter_of(target, **fields)
+    drafting, features, roots = begun(target, drafter)
+    table, tensors = target.model.embed_tokens.weight, drafter.state_dict()
+    shape, sizes = TreeShape(depth=4, top_k=6, nodes=25), []
+    tree = drafting.propose(roots, shape)
+    for row, (feature, root) in enumerate(zip(features, roots.tolist(), strict=True)):
+        beams = searched(tensors, table, feature, root, shape)
+        begins = {tuple(tokens[:end]) for tokens, _ in beams for end in range(1, 5)}
+        sizes.append(len(begins))
+        found = paths_of(tree, row)
+        assert len(found) == len({*found}) and {*found} == begins
+    assert min(sizes) < 24  # some begin alike
+    assert tree.draws == "chosen" and tree.levels == 4
+
+
+@torch.no_grad()
+def test_a_tree_of_fewer_nodes_has_the_most_confident_ones(target):
+    drafter = drafter_of(target)
+    drafting, _, roots = begun(target, drafter)
+    whole, part = (drafting.propose(roots, TreeShape(4, 6, nodes)) for nodes in (25, 6))
+    assert part.tokens.shape == (2, 6)
+    for row in range(2):
+        kept, all_of_it = paths_of(part, row), paths_of(whole, row)
+        assert len(kept) == 5 and {*kept} < {*all_of_it}
+        assert all(path[:-1] in ((), *kept) for path in kept)
+
+
+@torch.no_grad()
+def test_constant_shapes_have_the_same_nodes_and_padding(target):
+    drafting, _, roots = begun(target, drafter_of(target))
+    shape = TreeShape(4, 6, 25)
+    trimmed = drafting.propose(roots, shape)
+    drafting.fix(64, shape, is_drawn=False)
+    constant = drafting.propose(roots, shape)
+    assert trimmed.tokens.shape[1] < constant.tokens.shape[1] == 25
+    for row in range(2):
+        assert paths_of(trimmed, row) == paths_of(constant, row)
+
+
+def test_a_tree_of_the_most_confident_nodes_is_an_option(target):
+    drafter, given = drafter_of(target), prompts()
+    plain, rounds = target.generate(**given, **PLAIN), []
+    for kind in ("beams", "confident"):
+        ours = drafted(target, drafter, given, **PLAIN, draft_tree=kind, tree_nodes=8)
+        assert ours.sequences.equal(plain)
+        rounds.append(ours.stats.round_lengths)
+    drafter.generation_config.draft_tree = kind
+    assert drafted(target, drafter, given, **PLAIN, tree_nodes=8).stats.round_lengths == rounds[1]
+    with pytest.raises(ValueError, match="`draft_tree` is 'wide'; use one of"):
+        drafted(target, drafter, given, **PLAIN, draft_tree="wide")
+
+
+def test_a_beam_wider_than_the_vocabulary_is_refused(target):
+    with pytest.raises(ValueError, match="`tree_top_k` is 41, a beam wider than the vocabulary"):
+        drafted(target, drafter_of(target), prompts(), **PLAIN, tree_top_k=41)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [({"exit_dim": 0}, "`exit_dim` is 0"), ({"num_draft_layers": -1}, "`num_draft_layers` is -1")],
+)
+def test_sizes_that_make_no_head_are_refused(fields, said):
+    with pytest.raises(ValueError, match=said):
+        RecurrentConfig(**fields)
+
+
+def test_a_target_that_has_gained_or_lost_tokens_is_followed(target):
+    drafter, given = drafter_of(target), prompts()
+    for size in (VOCAB + 3, VOCAB - 3):
+        other = tiny_target("llama", vocab_size=size)
+        ours = drafted(other, drafter, given, **PLAIN)
+        assert ours.sequences.equal(other.generate(**given, **PLAIN))
+
+
+# ---- training
+
+
+def step_of(drafter, target, place, **settings):
+    given = {"recipe": "recurrent", "report_to": "none", "use_cpu": True, "num_steps": 3}
+    args = CoralTrainingArguments(str(place), **{**given, **settings})
+    return training_step(drafter.config, read_target(target), args)
+
+
+def batch_of(length=9):
+    ids = torch.randint(2, VOCAB, (1, length), generator=torch.Generator().manual_seed(0))
+    labels = torch.cat([torch.full((1, 3), -100), ids[:, 3:]], dim=1)
+    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.parametrize("goal", ["distribution", "tokens"])
+@pytest.mark.parametrize("fields", FORMS, ids=str)
+def test_the_loss_is_that_of_each_draft_alone_in_every_gradient(target, tmp_path, fields, goal):
+    """A draft from feature t predicts x_{t+2}, x_{t+3}, …, reading the text's own tokens."""
+    drafter, batch = drafter_of(target, **fields), batch_of()
+    step = step_of(drafter, target, tmp_path, goal=goal)
+    losses = step.losses(drafter, step.unroll(drafter, batch, 3).trained())
+    ids, tensors = batch["input_ids"], dict(drafter.named_parameters())
+    features = read_features(target, ids, batch["attention_mask"])[0]
+    goals = target.lm_head(features).softmax(-1)
+    if goal == "tokens":
+        goals[:-1] = F.one_hot(ids[0, 1:], VOCAB).double()
+    embeddings, expected = target.model.embed_tokens(ids[0]), 0.0
+    for token in range(3, 9):  # those that are trained
+        for steps in range(1, 4):
+            start = max(token - 1 - steps, 0)  # of its feature: no text begins before its first
+            state = torch.zeros_like(features[0])
+            for place in range(start + 1, token):
+                state = read(tensors, state, embeddings[place])
+            q = log_probs(tensors, features[start], state)
+            expected = expected - (goals[token - 1] * q).sum()
+    torch.testing.assert_close(losses.total, expected, rtol=1e-6, atol=1e-6)
+    ours = torch.autograd.grad(losses.total, [*tensors.values()])
+    theirs = torch.autograd.grad(expected, [*tensors.values()])
+    for name, one, other in zip(tensors, ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7, msg=lambda m, n=name: n + m)
+    assert "feature_similarity_2" not in losses.notes
+
+
+@torch.no_grad()
+def test_replayed_rounds_are_those_of_chain_decoding(target, tmp_path):
+    drafter = drafter_of(target)
+    prompt = torch.randint(3, VOCAB, (1, 4), generator=torch.Generator().manual_seed(0))
+    chain = {"tree_depth": 3, "tree_top_k": 1, "tree_nodes": 4}
+    ours = drafted(target, drafter, {"input_ids": prompt}, **PLAIN, **chain)
+    labels = ours.sequences.clone()
+    labels[:, :4] = -100
+    batch = {"input_ids": ours.sequences, "labels": labels}
+    batch["attention_mask"] = torch.ones_like(labels)
+    step = step_of(drafter, target, tmp_path)
+    unrolled = step.unroll(drafter, batch, 3)
+    rounds = replayed_rounds(partial(step.choices, drafter), read_target(target), unrolled)
+    assert rounds == ours.stats.round_lengths and len({*rounds}) > 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"csra_weight": 0.1}, "`csra_weight` is 0.1, which is not for a RecurrentDrafter"),
+        ({"regression_weight": 1.0}, "`regression_weight` is 1.0, which is not for"),
+        ({"goal": "text"}, "`goal` is 'text'; use one of"),
+    ],
+)
+def test_losses_that_it_has_not_are_refused(target, tmp_path, settings, said):
+    with pytest.raises(ValueError, match=said):
+        step_of(drafter_of(target), target, tmp_path, **settings)
+
+
+def test_a_goal_of_another_family_is_refused(target, tmp_path):
+    args = CoralTrainingArguments(str(tmp_path), report_to="none", use_cpu=True, goal="tokens")
+    with pytest.raises(ValueError, match="`goal` is 'tokens', but `model` is a CoralDrafter"):
+        training_step(CoralDrafter.from_target(target).config, read_target(target), args)
+
+
+# ---- the released layout
+
+
+@pytest.mark.parametrize("fields", FORMS, ids=str)
+def test_import_gives_back_what_was_exported(target, tmp_path, fields):
+    drafter = drafter_of(target, **fields)
+    done = export_drafter(drafter, "redrafter", tmp_path / "out", target)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["model_type"] == "recurrent_drafting_drafter"
+    assert "recurrent_drafting.cmd.generate" in done.command
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == drafter.state_dict().keys()
+    back = from_recurrent(target, tmp_path / "out")
+    for name, tensor in drafter.state_dict().items():
+        assert back.state_dict()[name].equal(tensor), name
+    ours, theirs = drafter.config.to_dict(), back.config.to_dict()
+    assert {name for name in ours if ours[name] != theirs[name]} <= {"dtype"}
+
+
+def released(place, target, **config):
+    """A checkpoint as the released code saves it, which leaves out what is its default."""
+    torch.manual_seed(0)
+    width = target.config.hidden_size
+    sizes = {"vocab_size": VOCAB, "hidden_size": width, "exit_dim": 2 * width}
+    fields = {"model_type": "recurrent_drafting_drafter", "num_draft_layers": 1, "rnn": True}
+    fields = {**fields, **sizes, **config}
+    tensors = {
+        "rnn_w.weight": torch.randn(width, width),
+        "rnn_u.weight": torch.randn(width, width),
+        "rnn_u.bias": torch.randn(width),
+        "lm_head.0.linear.weight": torch.randn(2 * width, 2 * width),
+        "lm_head.0.linear.bias": torch.randn(2 * width),
+        "lm_head.1.weight": torch.randn(VOCAB, 2 * width),
+    }
+    if not fields["rnn"]:
+        del fields["rnn"]
+        tensors = {name: one for name, one in tensors.items() if "rnn" not in name}
+    place.mkdir(exist_ok=True)
+    (place / "config.json").write_text(json.dumps(fields))
+    save_file(tensors, place / "model.safetensors")
+    return tensors
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "granite"])
+@pytest.mark.parametrize("rnn", [True, False])
+@torch.no_grad()
+def test_a_released_drafter_reads_rows_of_the_table_as_it_did(tmp_path, family, rnn):
+    target = tiny_target(family)
+    tensors = released(tmp_path / "in", target, rnn=rnn)
+    if family != "llama" and not rnn:
+        with pytest.raises(ValueError, match="scales its embeddings by"):
+            from_recurrent(target, tmp_path / "in")
+        return
+    drafter = from_recurrent(target, tmp_path / "in")
+    raw = {name: tensor.double() for name, tensor in tensors.items()}
+    feature, state = torch.randn(2, target.config.get_text_config().hidden_size).double()
+    row = target.get_input_embeddings().weight[7]
+    expected = log_probs(raw, feature, read(raw, state, row))
+    embedding = read_target(target).embed(torch.tensor([[7]]))
+    states = drafter(embedding, torch.cat([feature, state])[None, None])
+    found = drafter.draft_logits(states)[0, 0].log_softmax(-1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    export_drafter(drafter, "redrafter", tmp_path / "out", target, dtype="float32")
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, tensors[name], rtol=1e-5, atol=1e-6)
+
+
+def test_checkpoints_that_do_not_fit_are_refused(target, tmp_path):
+    tensors, path = released(tmp_path, target), tmp_path / "model.safetensors"
+    with pytest.raises(
+        ValueError, match="of another kind, Recurrent Drafter; read it with coral_hf.from_r"
+    ):
+        from_eagle(target, tmp_path)
+    for change, said in (
+        ({"rnn_w.bias": torch.zeros(32)}, "unknown: rnn_w.bias"),
+        ({"rnn_w.weight": torch.zeros(32, 31)}, "of another shape: rnn_w.weight"),
+        ({"rnn_u.bias": torch.full((32,), float("nan"))}, "not finite: rnn_u.bias"),
+    ):
+        save_file({**tensors, **change}, path)
+        with pytest.raises(ValueError, match=said):
+            from_recurrent(target, tmp_path)
+    released(tmp_path, target, vocab_size=VOCAB + 1)
+    with pytest.raises(ValueError, match="`vocab_size` of the target is 40, but the drafter was"):
+        from_recurrent(target, tmp_path)
+    released(tmp_path, target, num_draft_layers="two")
+    with pytest.raises(ValueError, match="config.json lacks a field, or has one that makes no"):
+        from_recurrent(target, tmp_path)
+    released(tmp_path, target, model_type="llama")
+    with pytest.raises(ValueError, match="config.json lacks a field|is of another kind|of another"):
+        from_recurrent(target, tmp_path)
+
+
+def test_what_an_engine_cannot_hold_is_not_written(target, tmp_path):
+    drafter = drafter_of(target)
+    with pytest.raises(ValueError, match="`engine` is 'vllm'; use one of .'redrafter'"):
+        export_drafter(drafter, "vllm", tmp_path / "out")
+    with pytest.raises(ValueError, match="`engine` is 'redrafter'; use one of .'vllm'"):
+        export_drafter(CoralDrafter.from_target(target), "redrafter", tmp_path / "out")
+    grown = tiny_target("llama", vocab_size=VOCAB + 1)
+    with pytest.raises(ValueError, match="its head has 40 tokens, the target 41"):
+        export_drafter(drafter, "redrafter", tmp_path / "out", grown)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_import_and_export(folder, tmp_path):  # noqa: F811
+    target = AutoModelForCausalLM.from_pretrained(folder / "target")
+    drafter = drafter_of(target)
+    drafter.save_pretrained(tmp_path / "own")
+    given = ["--to", "redrafter", "--output", tmp_path / "out", "--target", folder / "target"]
+    done = invoke("export", tmp_path / "own", *given)
+    assert done.exit_code == 0, done.output
+    back = ["--target", folder / "target", "--output", tmp_path / "back"]
+    done = invoke("import", tmp_path / "out", *back)
+    assert done.exit_code == 0, done.output
+    loaded = AutoModel.from_pretrained(tmp_path / "back")
+    for name, tensor in drafter.state_dict().items():
+        assert loaded.state_dict()[name].equal(tensor), name
+    assert "holds a drafter of coral_hf already" in printed(
+        invoke(
+            "import", tmp_path / "own", "--target", folder / "target", "--output", tmp_path / "x"
+        )
+    )
+
+
+def test_the_card_says_what_it_reads_and_has():
+    config = LlamaConfig(hidden_size=8, num_attention_heads=2, vocab_size=10)
+    drafter = RecurrentDrafter(RecurrentConfig.from_target(config, num_hidden_layers=3))
+    card = make_card(drafter, CardFacts("org/x")).content
+    assert "recurrent-drafter" in card and "[Recurrent Drafter (2024)]" in card
+    assert "| drafter | 3 layers of width 8" in card
+    assert "| draft head | its own, over 10 tokens |" in card
+    assert "hidden states of the target that it reads" not in card
