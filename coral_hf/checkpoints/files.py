@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -112,6 +113,27 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{path} is not a state dict; save drafter.state_dict() alone.")
     return tensors
+
+
+def read_beginning(
+    source: str | Path, beginnings: tuple[str, ...], **download: Any
+) -> dict[str, Tensor]:
+    """Read the tensors of a model in safetensors, of any shapes, whose names begin so.
+
+    Of a Hub id no other shards are downloaded.
+    """
+    index = _local(source, [SAFE_WEIGHTS_NAME + INDEX], **download) / (SAFE_WEIGHTS_NAME + INDEX)
+    files = [SAFE_WEIGHTS_NAME]
+    if index.is_file():
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted({file for name, file in places.items() if name.startswith(beginnings)})
+    found: dict[str, Tensor] = {}
+    for path in [_local(source, files, **download) / file for file in files]:
+        if path.is_file():
+            with safe_open(path, "pt") as opened:
+                names = [name for name in opened.keys() if name.startswith(beginnings)]
+                found |= {name: opened.get_tensor(name) for name in names}
+    return found
 
 
 def check_dense(tensors: dict[str, Tensor], folder: Path) -> None:

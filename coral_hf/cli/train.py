@@ -43,7 +43,7 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
     )
     drafter: str | None = option("A drafter of this target, to be trained further.", None)
     warm_start: str | None = option(
-        "'layer', the target's, or a drafter.", None, excludes="drafter"
+        "'layer' or 'mtp', the target's, or a drafter.", None, excludes="drafter"
     )
     lora_r: int | None = option("Train a LoRA of this rank instead.", None, needs="drafter")
     lora_alpha: int | None = option("Its alpha; twice its rank by default.", None, needs="lora_r")
@@ -92,10 +92,10 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
         """Return the training step of the drafter's family: its own, or the one of a recipe."""
         from ..training import parse_arguments
         from ..training.steps import kind_of_recipe
-        from ..training.warm_start import LAYER, kind_of_source
+        from ..training.warm_start import LAYER, MTP, kind_of_source
 
         source = self.drafter or self.warm_start
-        if source and source != LAYER:
+        if source and source not in (LAYER, MTP):
             with suppress(OSError):  # the folder of an adapter has no config of its drafter
                 return kind_of_source(source)
         return kind_of_recipe(parse_arguments(self.output, typed).recipe)
