@@ -19,7 +19,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...decoding.guard import accept_features
-from ...drafters.language_model import check_vocabulary, config_of
+from ...drafters.language_model import (
+    UNIVERSAL,
+    LanguageModelConfig,
+    check_vocabulary,
+    config_of,
+)
 from ...identity import check_tokenizer
 from ...target import (
     FEATURE,
@@ -86,7 +91,7 @@ class AssistantTrainer(AtomicCheckpoints):
         tokenizer = tokenizer_of(processing_class)
         known = config_of(model, assistant_tokenizer)
         if tokenizer is not None:
-            check_tokenizer(tokenizer, known)
+            check_same_tokens(tokenizer, known)
         self.target: Target | None = None
         self.training_record: list[dict[str, Any]] = []
         if target_model is not None:
@@ -213,6 +218,17 @@ class AssistantTrainer(AtomicCheckpoints):
             found["simulated_acceptance_length"] = acceptance_length(rounds)
             output.metrics.update({f"{metric_key_prefix}_{name}": found[name] for name in found})
         return output
+
+
+def check_same_tokens(tokenizer: PreTrainedTokenizerBase, known: LanguageModelConfig) -> None:
+    """Raise a ValueError if the small model has another tokenizer than its target."""
+    try:
+        check_tokenizer(tokenizer, known)
+    except ValueError:
+        raise ValueError(
+            f"The small model {known._name_or_path} has another tokenizer than the target, so the"
+            f" tokens of one say nothing of those of the other. {UNIVERSAL}"
+        ) from None
 
 
 def check_given(model: Any, args: Any, target_model: Any, others: dict[str, Any]) -> None:
