@@ -10,6 +10,7 @@ import pytest
 from conftest import shared_file, tiny_target
 from eagle_checkpoint import eagle_tensors, write_checkpoint
 from loopback_hub import Client, running_hub
+from test_demo import TINY
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -283,3 +284,17 @@ def test_prompts_go_to_sets_by_their_plain_answers():
     assert tasks == ["stories", "stories", "repetitive stories"]
     tasks = [speed["task_of"](turn, answer) for answer in (fresh[:15], fresh[:16], more)]
     assert tasks == [None, "dialogues", "dialogues"]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((EXAMPLES / "coral_in_ten_minutes.ipynb").read_text())["cells"]
+    names = {"TINY": TINY}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]
+            exec("".join(cell["source"]).replace("compile=False", "**TINY"), names)
+    shown = capsys.readouterr().out
+    assert shown.count("tokens a pass") == 3 and "Lossless: " in shown
+    assert names["trainer"].state.global_step == 20
