@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from coral_hf import MedusaDrafter, from_eagle, from_medusa
 from coral_hf.checkpoints import export_drafter
 from coral_hf.target import read_target
+from coral_hf.training.warm_start import kind_of_source, warm_start
 
 BLOCKS = {"{}.{}.linear": "blocks.{}.layers.{}", "{}.{}": "lm_heads.{}"}
 
@@ -236,3 +237,10 @@ def test_heads_of_a_base_model_of_another_name_are_read_with_a_warning(target, t
     with caplog.at_level(logging.WARNING):
         from_medusa(target, tmp_path)
     assert "were made for lmsys/vicuna-7b-v1.3, and the target is unnamed" in caplog.text
+
+
+def test_published_heads_are_a_warm_start(target, tmp_path):
+    written(tmp_path, medusa_tensors())
+    assert kind_of_source(tmp_path).drafter is MedusaDrafter
+    started = warm_start(target, tmp_path)
+    assert type(started) is MedusaDrafter and started.dtype == torch.float32

@@ -152,6 +152,8 @@ def test_a_static_tree_sets_the_size_of_trees_and_is_saved(target, tmp_path):
         ([[0], [1, 0]], r"\[1, 0\] has no parent: list \[1\] too"),
         ([[0], [-1]], r"\[-1\] has rank \[-1\], and the vocabulary 40 tokens"),
         ([[40]], r"has rank \[40\]"),
+        ([[0], [0.5]], r"has rank \[0.5\]"),
+        ([0, 1], r"is \[0, 1\]; list the ranks on the path to each node"),
     ],
 )
 def test_what_is_no_tree_of_the_heads_is_refused(target, choices, said):

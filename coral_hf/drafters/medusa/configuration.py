@@ -61,9 +61,14 @@ class MedusaConfig(FamilyConfig):
             ValueError: for what is no tree, one deeper than the heads, or ranks beyond the
                 vocabulary.
         """
-        paths = [tuple(path) for path in choices]
+        if not all(isinstance(path, list | tuple) for path in choices):
+            raise ValueError(
+                f"`tree_choices` is {choices!r}; list the ranks on the path to each node, such as"
+                " [[0], [0, 0], [1]]."
+            )
+        paths, known = [tuple(path) for path in choices], range(self.vocab_size)
         for index, path in enumerate(paths):
-            ranks = [rank for rank in path if not 0 <= int(rank) < self.vocab_size]
+            ranks = [rank for rank in path if type(rank) is not int or rank not in known]
             problems = {
                 "is empty": not path,
                 f"has rank {ranks[:1]}, and the vocabulary {self.vocab_size} tokens": ranks,

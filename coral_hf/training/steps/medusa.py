@@ -7,7 +7,7 @@ feature, with a weight of 0.8 of the head before.
     position t       0    1    2    3          predictions of one token stand in one column:
     feature          f0   f1   f2   f3
     head 1 reads     f0   f1   f2   f3         the token t + 2
-    head 2 reads     -    f0   f1   f2         where a document has no such feature, nothing
+    head 2 reads     -    f0   f1   f2         no loss where a document has no such feature
     trained on       x2   x3   x4   x5
 """
 
@@ -25,8 +25,8 @@ from ..arguments import CoralTrainingArguments
 from ..data.documents import Places
 from ..losses.draft_loss import DraftGoal, draft_loss
 from ..stages import freeze_others
-from . import Losses, Trained, Unrolled, register_step
-from .base import UnrolledStep, add_noise
+from . import Losses, Trained, register_step
+from .base import Predicted, UnrolledStep
 from .objectives import step_weights, token_notes
 
 
@@ -70,35 +70,35 @@ class MedusaStep(UnrolledStep):
             for parts in (drafter.blocks, drafter.lm_heads):
                 parts[self.args.resolved.num_steps :].requires_grad_(False)
 
-    def unroll(self, model: nn.Module, batch: dict[str, Tensor], num_steps: int) -> Unrolled:
-        """Run `num_steps` heads, or all there are; see [`TrainingStep`]."""
-        features, position_ids = self.features.read(batch), batch.get("position_ids")
-        read = features[:, :-1]
-        if model.training:
-            read = add_noise(read, self.args.feature_noise, self.args.process_index)
-        states = model(read, num_steps)  # (heads, batch, length - 1, hidden)
+    def predict(
+        self,
+        model: nn.Module,
+        inputs: tuple[Tensor, Tensor],
+        positions: Tensor | None,
+        labels: Tensor,
+        num_steps: int,
+    ) -> Predicted:
+        """Run `num_steps` heads, or all there are, on the features; see [`UnrolledStep`]."""
+        states = model(inputs[1], num_steps)  # (heads, batch, length - 1, hidden)
         # how many features a document, or a branch of it, has before each position
-        index = torch.arange(read.shape[1], device=read.device)
-        if position_ids is not None:
-            index = index - Places.of(position_ids[:, :-1]).start
-        shifted = [
-            torch.where((index >= head)[..., None], own.roll(head, 1), 0)
-            for head, own in enumerate(states)
-        ]
-        return Unrolled(torch.stack(shifted), features, batch["labels"], position_ids)
+        index = torch.arange(states.shape[2], device=states.device)
+        if positions is not None:
+            index = index - Places.of(positions).start
+        kept = index >= torch.arange(len(states), device=index.device)[:, None, None]
+        predicted = torch.stack([own.roll(head, 1) for head, own in enumerate(states)])
+        return Predicted(predicted, kept.expand(predicted.shape[:3]))
 
     def losses(self, drafter: MedusaDrafter, trained: Trained) -> Losses:
         """Compute the cross-entropy of every head with the tokens of the text."""
-        recipe, predicted, tokens = self.args.resolved, trained.predicted, trained.tokens
+        recipe, (predicted, _, _, tokens, kept) = self.args.resolved, trained
         assert tokens is not None, "an unroll selects them"
-        is_read = predicted.detach().ne(0).any(-1)  # (heads, positions)
         size = drafter.config.vocab_size
         weights = step_weights(recipe, predicted)
 
         def goal_of(rows: slice) -> DraftGoal:
             own = tokens[rows]
             probs = weights.new_zeros(len(own), size).scatter_(1, own[:, None], 1.0)
-            return DraftGoal(probs, own, is_read[:, rows])
+            return DraftGoal(probs, own, None if kept is None else kept[:, rows])
 
         def logits_of(states: Tensor) -> Tensor:
             return drafter.logits(states, self.target.head)
