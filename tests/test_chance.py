@@ -37,6 +37,7 @@ DRAWING = {
     "training/grouping/positions.py",
     "training/regeneration/answers.py",
     "training/steps/base.py",
+    "training/steps/parallel.py",  # positions that are dropped
     "training/warm_start.py",
 }
 

@@ -211,7 +211,8 @@ RULES = {
     "traversal": {"verification": "traversal"},
     "block": {"verification": "block", "tree_top_k": 1},
 }
-QUICK = ("chosen", "drawn")  # of heads, whose drawn trees are those of every family
+# what else runs with the slow tests: trees of all families are enumerated above
+QUICK = {"coral": RULES, **dict.fromkeys(FORGETTING, ("chosen", "drawn"))}
 
 
 @pytest.mark.parametrize("way", ["growing", pytest.param("static", marks=pytest.mark.slow)])
@@ -219,7 +220,7 @@ QUICK = ("chosen", "drawn")  # of heads, whose drawn trees are those of every fa
     ("family", "rule"),
     [
         pytest.param(
-            one, rule, marks=[pytest.mark.slow] * (one in FORGETTING and rule not in QUICK)
+            one, rule, marks=[pytest.mark.slow] * (rule not in QUICK.get(one, ("traversal",)))
         )
         for one in FAMILIES
         for rule in RULES

@@ -14,6 +14,11 @@ from coral_hf.measure.tuning.head_choice import choose_head, heads_of
 PROMPTS = [[5, 6, 7, 8], [9, 3, 4], [2, 2, 11, 12, 13]]
 
 
+@pytest.fixture(autouse=True)
+def _short_answers(monkeypatch):
+    monkeypatch.setattr("coral_hf.measure.tuning.head_choice.NEW_TOKENS", 8)
+
+
 @pytest.fixture
 def target():
     return tiny_target("llama", torch.float32)
@@ -27,6 +32,7 @@ def drafter(target):
     drafter.heads.configure(is_router_trained=True, draft_head="routed")
     drafter.heads.add_frequency_head(torch.arange(20))
     drafter.training_record = [{"stage": "drafter"}, {"stage": "router"}]
+    drafter.generation_config.update(tree_depth=1, tree_top_k=2, tree_nodes=3)
     return drafter
 
 
@@ -37,7 +43,7 @@ def test_the_fastest_head_is_read_from_now_on(target, drafter, fastest, monkeypa
         head = getattr(draft_heads, names[name])
 
         def slow(self, *args, whole=head.children, **kwargs):
-            time.sleep(0.01)
+            time.sleep(0.005)
             return whole(self, *args, **kwargs)
 
         monkeypatch.setattr(head, "children", slow)

@@ -188,11 +188,8 @@ def test_what_the_drafter_reads_does_not_change_the_distribution(pair, head):
 
 
 @pytest.mark.parametrize("head", HEADS)
-# "chosen" trees of every head are enumerated above, and "traversal" draws what "drawn" does
-@pytest.mark.parametrize(
-    "rule",
-    [*(pytest.param(one, marks=pytest.mark.slow) for one in ("chosen", "drawn")), "traversal"],
-)
+@pytest.mark.parametrize("rule", ["chosen", "drawn", "traversal"])
+@pytest.mark.slow  # the trees of every head are enumerated above
 @torch.no_grad()
 def test_samples_drafted_by_every_head_fit_the_target(pair, head, rule):
     target, drafter = pair[0], with_heads(*pair, **HEADS[head])

@@ -229,7 +229,7 @@ REFUSALS = {
     "key": ({"key": "right"}, {}, f"asks for a key; put it into {KEY}"),
     "texts": ({"token_form": "texts"}, {}, "returns no token ids, of which a row is made"),
     "BOS": ({"adds": [0]}, {}, "the server read other tokens than the .. it was sent"),
-    "limit": ({"most_new": 3}, {}, "Row 0: .* after 3 of 10 tokens, with 'length'"),
+    "limit": ({"most_new": 3}, {}, "Row .: .* after 3 of 10 tokens, with 'length'"),
     "ends": ({"ends": [*range(50, 200)]}, {}, "Row .: .* tokens, with 'stop' and token"),
     "no models": (
         {"faults": [Fault("GET", 404)]},

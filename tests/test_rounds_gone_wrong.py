@@ -66,7 +66,13 @@ def test_an_interrupted_round_leaves_target_and_drafter_usable(monkeypatch):
     assert drafted(target, drafter, prompts(), **PLAIN).sequences.equal(plain)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no"), torch.OutOfMemoryError("no"), OSError("no")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no"),
+        *(pytest.param(one("no"), marks=pytest.mark.slow) for one in (RuntimeError, OSError)),
+    ],
+)
 def test_a_step_that_does_not_compile_runs_as_it_is_beside_one_that_does(error, caplog):
     torch._dynamo.reset()
     target, drafter = pair(num_hidden_layers=1)
