@@ -35,10 +35,10 @@ DRAWING = {
     "decoding/guard/copies.py",  # weights of small copies
     "heads/collection.py",  # initial weights of a router
     "training/grouping/positions.py",
+    "training/layer_start.py",
     "training/regeneration/answers.py",
     "training/steps/base.py",
     "training/steps/parallel.py",  # positions that are dropped
-    "training/warm_start.py",
 }
 
 
