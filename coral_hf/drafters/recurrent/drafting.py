@@ -14,7 +14,7 @@ from ..tree_builders import Beam, BeamBuilder, TreeBuilder, plan_levels
 from ..tree_drafting import Grown, TreeDrafting
 from .modeling import RecurrentDrafter
 
-TREES = ("beams", "confident")
+TREES = ("confident", "beams")
 
 
 class RecurrentDrafting(LastFeatureDrafting, TreeDrafting):
@@ -23,9 +23,9 @@ class RecurrentDrafting(LastFeatureDrafting, TreeDrafting):
     Args:
         drafter, target: of the call.
         memory: none is kept.
-        draft_tree: which nodes a chosen tree has: those of the `"beams"` of a beam search, merged
-            by what they begin with, or the most `"confident"` children of all beams (EAGLE-2);
-            `draft_tree` of the drafter's `generation_config` by default, else `"beams"`.
+        draft_tree: which nodes of a beam search a chosen tree has: the most `"confident"` children
+            of all beams (EAGLE-2), or the `"beams"` alone, merged by what they begin with, as
+            published; `draft_tree` of the drafter's `generation_config` by default, else the first.
 
     Raises:
         ValueError: for another target, or another `draft_tree`.
@@ -76,9 +76,9 @@ class RecurrentDrafting(LastFeatureDrafting, TreeDrafting):
         return super().propose(root, shape, *args, **kwargs)
 
     def _builder(self, root: Tensor, shape: TreeShape) -> TreeBuilder:
-        if self.draft_tree == "confident":
-            return TreeBuilder(root, shape)
-        return BeamBuilder(root, shape, self._is_fixed)
+        if self.draft_tree == "beams":
+            return BeamBuilder(root, shape, self._is_fixed)
+        return super()._builder(root, shape)
 
     def _start(self, root: Tensor) -> Grown:
         feature = self._feature[:, None]
