@@ -119,8 +119,9 @@ def test_a_head_stage_trains_the_head_of_a_trained_drafter(folder, tmp_path):
         result = train(folder, tmp_path / stage, *own)
         assert result.exit_code == 0, result.output
         assert [path.name for path in (tmp_path / stage).iterdir() if path.is_dir()] == [stage]
-    assert heads_of(AutoModel.from_pretrained(tmp_path / "router")) == ["full", "routed"]
-    assert heads_of(AutoModel.from_pretrained(tmp_path / "low_rank")) == ["full", "low_rank"]
+    target = AutoModelForCausalLM.from_pretrained(folder / "target")
+    for stage, head in (("router", "routed"), ("low_rank", "low_rank")):
+        assert heads_of(AutoModel.from_pretrained(tmp_path / stage), target) == ["full", head]
 
 
 def test_fresh_head_replaces_the_drafters_own_head(folder, tmp_path):

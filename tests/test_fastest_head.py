@@ -5,11 +5,13 @@ import time
 import pytest
 import torch
 from conftest import tiny_target
+from datasets import Dataset
 
-from coral_hf import BigramDrafter, CoralDrafter, Eagle3Drafter
+from coral_hf import BigramDrafter, CoralDrafter, CoralTrainingArguments, Eagle3Drafter
 from coral_hf.heads import draft_heads
 from coral_hf.hub.card import CardFacts, make_card
 from coral_hf.measure.tuning.head_choice import choose_head, heads_of
+from coral_hf.training.pipeline import train
 
 PROMPTS = [[5, 6, 7, 8], [9, 3, 4], [2, 2, 11, 12, 13]]
 
@@ -66,7 +68,7 @@ def test_the_figures_of_all_heads_are_in_the_card(target, drafter):
 
 def test_no_head_is_chosen_where_there_is_one(target, drafter):
     drafter.heads.remove_router()
-    assert heads_of(drafter) == ["full", "frequency"]
+    assert heads_of(drafter, target) == ["full", "frequency"]
     eagle = Eagle3Drafter.from_target(target)
     bigram = BigramDrafter.from_texts(torch.tensor([[3, 4, 5, 6]]), vocab_size=40, top_k=2)
     alone = CoralDrafter.from_target(target)
@@ -81,3 +83,17 @@ def test_the_head_stays_where_no_prompt_is_answered_beyond_its_first_token(targe
     assert choose_head(drafter, target, PROMPTS) == {}
     assert drafter.config.draft_head == "routed"
     assert "heads" not in drafter.training_record[-1]
+
+
+def test_a_failing_comparison_loses_no_drafter(target, tmp_path, monkeypatch, caplog):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory is left")
+
+    monkeypatch.setattr("coral_hf.training.pipeline.choose_head", full)
+    text = {"input_ids": [*range(2, 22)], "attention_mask": [1] * 20, "labels": [*range(2, 22)]}
+    rows = Dataset.from_list([text] * 4)
+    own = {"output_dir": str(tmp_path), "max_steps": 1, "report_to": "none", "use_cpu": True}
+    args = CoralTrainingArguments(**own, stage="router", plots=False, save_strategy="no")
+    drafter = train(target, None, rows, [args], CoralDrafter.from_target(target))
+    assert drafter.config.is_router_trained and drafter.config.draft_head == "routed"
+    assert "no memory is left" in caplog.text

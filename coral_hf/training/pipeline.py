@@ -82,11 +82,10 @@ def _choose_head(drafter: Drafter, trainer: CoralTrainer, rows) -> None:
         rows = next(iter(rows.values()))
     sizes = PROMPTS, NEW_TOKENS, trainer.args.eval_prompt_length
     try:
-        prompts = held_out_prompts(rows, trainer.target, *sizes)
-    except ValueError as error:  # none leaves room for an answer
+        choose_head(drafter, trainer.target.model, held_out_prompts(rows, trainer.target, *sizes))
+    except (ValueError, RuntimeError) as error:  # no prompt leaves room, a full device, …
+        # what was trained is saved whatever happens here
         logger.warning(f"Draft heads are not compared: {error}")
-        return
-    choose_head(drafter, trainer.target.model, prompts)
 
 
 def save(drafter: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

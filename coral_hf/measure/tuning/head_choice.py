@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ...heads.collection import DraftHeads
+from ...target import read_target
 from ..calls import Bench, Call, sampling_arguments
 from ..prompts import left_padded
 from ..report import describe_environment
@@ -24,14 +25,17 @@ PROMPTS = 8  # are enough
 Figures = dict[str, dict[str, float]]  # by head: `tau` and `speedup`
 
 
-def heads_of(drafter: PreTrainedModel) -> list[str]:
+def heads_of(drafter: PreTrainedModel, target: PreTrainedModel) -> list[str]:
     """List the draft heads that a drafter has, the full one first; none if it has its own LM head.
 
     Those in eight bits are left out: a private copy of the target's LM head is for who asks for it.
+    Of a target whose LM head cannot be read in parts there is the full one alone.
     """
     heads = getattr(drafter, "heads", None)
     if not isinstance(heads, DraftHeads):
         return []
+    if not read_target(target).head.is_readable:
+        return ["full"]
     parts = {
         "full": True,
         "routed": heads.router is not None and drafter.config.is_router_trained,
@@ -60,7 +64,7 @@ def choose_head(
         by head, its τ and its speed-up over plain `generate`, the prefill left out, the median over
         prompts; nothing where there is one head, or no prompt was answered with two tokens.
     """
-    names = heads_of(drafter)
+    names = heads_of(drafter, target)
     if len(names) < 2:
         return {}
     common = sampling_arguments(0.0, NEW_TOKENS)
