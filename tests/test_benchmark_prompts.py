@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_target
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from coral_hf.measure import Prompt, encode, read_prompts
+from coral_hf.measure.prompts import fitting
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"the published files are not at {DATA}")
@@ -101,6 +103,43 @@ def test_documents_are_separated_by_the_end_of_text_mark_or_blank_lines(tmp_path
     assert [prompt.text for prompt in read_prompts(path, num_words=2)] == ["one two"]
 
 
+def test_a_text_without_documents_is_a_prompt_a_line(tmp_path, caplog):
+    caplog.set_level("INFO", "coral_hf")
+    path = tmp_path / "asked.txt"
+    lines = [f"What is {number} and one?" for number in range(40)]
+    for between in ("\n", "\n\n"):
+        path.write_text(between.join(lines))
+        prompts = read_prompts(path)
+        assert [prompt.messages[0]["content"] for prompt in prompts] == lines
+    assert caplog.messages == [f"40 prompts from {path}, one a line."] * 2
+
+
+def test_what_is_left_out_of_a_file_is_said(tmp_path, caplog):
+    caplog.set_level("INFO", "coral_hf")
+    path = tmp_path / "stories.txt"
+    path.write_text("one two three\n\nfour five\n\nsix seven eight\n")
+    assert len(read_prompts(path, num_words=2, limit=1)) == 1
+    assert caplog.messages == [
+        f"1 of 2 prompts from {path}, the first 2 words of documents between blank lines;"
+        " left out: 1 of no more than 2 words."
+    ]
+
+
+def test_a_line_that_is_no_object_or_no_text_is_named(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"question": "a"}\n\n{"question"\n')
+    with pytest.raises(ValueError, match="Line 3 of .*x.jsonl is no JSON object"):
+        read_prompts(path)
+    path.write_text("3\n")
+    with pytest.raises(ValueError, match="Line 1 of .*x.jsonl is no JSON object"):
+        read_prompts(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="x.jsonl is no text in UTF-8"):
+        read_prompts(path)
+    with pytest.raises(ValueError, match="Prompts 1 of .* are empty"):
+        read_prompts(write_lines(path, [{"question": "a"}, {"question": " "}]))
+
+
 def test_a_follow_up_holds_the_answer_and_the_next_question():
     prompt = Prompt("mt_bench", "81", tuple(DIALOGUE[:1]), turns=("name", "more"))
     assert prompt.follow_up("hi") == Prompt("mt_bench", "81", tuple(DIALOGUE[:3]), turns=("more",))
@@ -129,3 +168,14 @@ def test_unknown_formats_are_refused_by_name(tmp_path):
         read_prompts(write_lines(tmp_path / "empty.jsonl", []))
     with pytest.raises(ValueError, match=r"roles \['assistant'\]; give one with a user turn"):
         read_prompts(write_lines(tmp_path / "chat.jsonl", [{"messages": DIALOGUE[1:2]}]))
+
+
+def test_prompts_beyond_the_context_are_left_out_and_named(tokenizer, caplog):
+    target = tiny_target("llama")
+    short, long = (
+        Prompt("chat", name, text="hello " * size) for name, size in [("a", 2), ("b", 99)]
+    )
+    assert fitting([short, long], tokenizer, target, 64) == [short]
+    assert caplog.messages == ["Left out, since of more than 64 tokens: chat/b."]
+    with pytest.raises(ValueError, match="none of the 1 `prompts` fits"):
+        fitting([long], tokenizer, target, 64)

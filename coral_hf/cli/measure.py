@@ -20,15 +20,16 @@ class GenerateOptions(DrafterOptions, DraftingSettings):
 
 
 def generate(own: GenerateOptions) -> None:
-    """Generate with a drafter, streaming the text."""
-    from transformers import TextStreamer
+    """Generate with a drafter, streaming the text; accepted tokens are coloured by depth."""
+    from ..measure.terminal import ColouredStreamer, call_line
 
     target, drafter, tokenizer = own.load_models()
     prompt = measure.Prompt("prompt", "0", ({"role": "user", "content": own.prompt},))
+    ids = measure.encode(prompt, tokenizer).to(target.device)  # (1, length)
     output = target.generate(
-        measure.encode(prompt, tokenizer).to(target.device),
+        ids,
         assistant_model=drafter,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=ColouredStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         tokenizer=tokenizer,
         max_new_tokens=own.max_new_tokens,
         do_sample=own.temperature > 0,
@@ -36,8 +37,9 @@ def generate(own: GenerateOptions) -> None:
         return_dict_in_generate=True,
         **own.drafting(),
     )
-    length, passes = output.stats.acceptance_length, len(output.stats.round_lengths)
-    print(f"[{length:.2f} tokens per target pass, {passes} passes]", file=sys.stderr)
+    head = own.draft_head or getattr(drafter.config, "draft_head", None)
+    num_new = output.sequences.shape[1] - ids.shape[1]
+    print(f"[{call_line(output.stats, num_new, head)}]", file=sys.stderr)
 
 
 @dataclass(kw_only=True)
@@ -106,7 +108,7 @@ def compare(own: CompareOptions, settings: ComparisonSettings, training_options:
     if own.keep is not None and len(own.steps) > 1:
         raise ValueError("--keep searches from one --steps on; give --steps once.")
     trials = [comparison.Trial.parse(text) for text in own.trial]
-    rows, prompts = own.rows(), own.read_prompts()
+    prompts, rows = own.measured_prompts(), own.rows()
     settings.options = training_options
     target, tokenizer = own.load_target()
     whole = comparison.Comparison(target, tokenizer, rows, prompts, settings)
@@ -133,9 +135,9 @@ def compare_heads(
     from ..training.comparison import HeadComparison, HeadTrial
 
     trials = [HeadTrial.parse(text) for text in own.trial]
-    rows = own.rows()
+    prompts, rows = own.measured_prompts(), own.rows()
     settings.options = training_options
-    target, drafter, tokenizer, prompts = own.load()
+    target, drafter, tokenizer = own.load_models(own.pad_layers)
     comparison = HeadComparison(target, tokenizer, rows, prompts, settings, drafter)
     own.show(comparison.report(trials))
 

@@ -4,6 +4,7 @@ In: names of folders, files and Hub repositories. Out: models, prompts, datasets
 to import is imported when it is needed.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,8 @@ from typing import Literal
 from .. import measure
 from ..measure.settings import option
 
+logger = logging.getLogger(__name__)
+A_HANDFUL = 10  # prompts, below which a figure says little
 DTYPES = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 
@@ -136,15 +139,24 @@ class TrainingDataOptions(DatasetOptions):
 class PromptOptions:
     """Files of prompts."""
 
-    prompts: list[Path] = option("MT-bench, HumanEval, GSM8K, Spec-Bench, messages or text.")
-    limit: int | None = option("Prompts of each file at most.", None)
-    last: int | None = option("Only the last rows of each file.", None)
+    prompts: list[Path] = option(
+        "MT-bench, HumanEval, GSM8K, Spec-Bench, messages, or text: a prompt a line."
+    )
+    limit: int | None = option("Prompts of each file at most.", None, least=1)
+    last: int | None = option("Only the last rows of each file.", None, least=1)
     user_turn: int = option("Which user turn of a dialogue is answered; -1 is the last.", -1)
 
     def read_prompts(self) -> list:
         """Return the prompts of all files."""
         part = (self.limit, self.last, self.user_turn)
         return [prompt for path in self.prompts for prompt in measure.read_prompts(path, *part)]
+
+    def measured_prompts(self) -> list:
+        """Return the prompts that figures rest on, and warn if they are few."""
+        if len(prompts := self.read_prompts()) < A_HANDFUL:
+            few = f"Only {len(prompts)} prompt{'s' if len(prompts) > 1 else ''}"
+            logger.warning(f"{few}: figures are a first look; give {A_HANDFUL} or more.")
+        return prompts
 
 
 @dataclass(kw_only=True)
@@ -173,7 +185,7 @@ class MeasuredOptions(DrafterOptions, PromptOptions):
 
     def load(self) -> tuple:
         """Return the target, padded if that was asked for, drafter, tokenizer and prompts."""
-        prompts = self.read_prompts()  # first, since loading models takes longer
+        prompts = self.measured_prompts()  # first, since loading models takes longer
         return *self.load_models(self.pad_layers), prompts
 
     def show(self, report) -> None:

@@ -14,3 +14,4 @@ from .generate import decoder, install, uninstall
 from .loop import CoralGenerateOutput, DecodingStats
 from .preparation.needs import register_input
 from .rounds.warm_up import warm_up
+from .watchers import DraftStreamer

@@ -6,7 +6,7 @@ In: prompts, and all that `generate` has prepared. Out: the target's own tokens,
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class DecodingStats:
     num_levels: int = 0  # that were drafted, over all rounds; none in a plain round
     num_nodes: int = 0  # of a row, the root included, over all rounds
     is_stepped_back: bool = False  # whether drafting was given up, since it did not pay
+    way: Literal["growing", "static", "compiled", "captured"] = "growing"  # how rounds are run
     warm_up_seconds: float = 0.0  # compiling, before the first token
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0  # growing trees, and reading what was accepted
@@ -53,6 +54,11 @@ class DecodingStats:
     def acceptance_length(self) -> float:
         """τ: tokens of a row per target pass, of the rounds; 0 if there was none."""
         return sum(self.round_lengths) / len(self.round_lengths) if self.round_lengths else 0.0
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether each drafted level had a single node."""
+        return self.num_levels > 0 and self.num_nodes == self.num_rounds + self.num_levels
 
     @property
     def round_seconds(self) -> float:

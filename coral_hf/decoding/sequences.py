@@ -30,6 +30,7 @@ from .watchers import (
     ROW_WISE_CRITERIA,
     STATEFUL,
     STATELESS,
+    DraftStreamer,
 )
 
 GROWTH = 128  # tokens of a row that a buffer has room for, each time that it grows
@@ -173,18 +174,23 @@ class Sequences:
         return self._buffer[row : row + 1, : self.lengths[row]]
 
     def append(
-        self, rows: list[int], tokens: list[int], scores: Callable[[], tuple[Tensor, ...] | None]
+        self,
+        rows: list[int],
+        tokens: list[int],
+        scores: Callable[[], tuple[Tensor, ...] | None],
+        depth: int = 0,
     ) -> None:
         """Make one more token of some rows certain, stream it, and ask whether it is their last.
 
-        `scores`: what criteria see of all tokens so far, each (batch, vocab).
+        `scores`: what criteria see of all tokens so far, each (batch, vocab); `depth`: see
+        [`DraftStreamer`].
         """
         self._reserve(self.longest + 1)
         for row, token in zip(rows, tokens, strict=True):
             self._buffer[row, self.lengths[row]] = self._newest[row] = token
             self.lengths[row] += 1
         if self.streamer is not None:
-            self.streamer.put(self.ids[:, -1].cpu())
+            _stream(self.streamer, self.ids[:, -1].cpu(), depth)
         if self._end_tokens is not None:
             for row, token in zip(rows, tokens, strict=True):
                 is_full = self.lengths[row] >= self._limit
@@ -209,6 +215,7 @@ class Sequences:
         On the device they are one block (rows, new), padded on the right.
         """
         ends, rows = self._end_tokens or (), self.active
+        drafted = len(tokens[0]) - 1  # the last token is the target's own
         for index, row in enumerate(rows):
             stops = [place for place, token in enumerate(tokens[index]) if token in ends]
             count = stops[0] + 1 if stops else len(tokens[index])
@@ -230,8 +237,9 @@ class Sequences:
             self.lengths[row] += len(tokens[index])
             self._newest[row] = tokens[index][-1]
         if self.streamer is not None:  # of a single row
-            for token in tokens[0]:
-                self.streamer.put(host_tensor([token]))
+            for depth, token in enumerate(tokens[0], start=1):
+                own = depth if depth <= drafted else 0
+                _stream(self.streamer, host_tensor([token]), own)
         return tokens
 
     @property
@@ -270,6 +278,15 @@ class Sequences:
             buffer = self._buffer.new_full((batch, length + GROWTH), self.pad_token)
             buffer[:, :room] = self._buffer
             self._buffer = buffer
+
+
+def _stream(streamer: BaseStreamer, tokens: Tensor, depth: int) -> None:
+    """Hand a streamer the newest tokens, (batch,); `depth`: see [`DraftStreamer`]."""
+    if isinstance(streamer, DraftStreamer):
+        streamer.depth = depth
+    streamer.put(tokens)
+    if isinstance(streamer, DraftStreamer):
+        streamer.depth = 0  # what follows may come from transformers' own loop
 
 
 def _end_tokens(criteria: StoppingCriteriaList) -> set[int] | None:

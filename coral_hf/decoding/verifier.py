@@ -255,7 +255,9 @@ class Verifier:
                 path[row].append(nodes[row])
                 accepted[row].append(move.token)
                 nodes[row] = move.child
-            sequences.append(rows, [move.token for move in moves], self.collector.scores)
+            # rows of a batch come to different depths
+            depth = len(path[0]) if len(active) == 1 and moves[0].child else 0
+            sequences.append(rows, [move.token for move in moves], self.collector.scores, depth)
             unstopped = [row for row in going if not sequences.is_stopped[active[row]]]
             going = [row for row in unstopped if nodes[row] > 0]
             if sequences.is_lockstep and len(going) < len(unstopped):

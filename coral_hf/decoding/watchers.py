@@ -1,7 +1,21 @@
-"""Processors and criteria of transformers, by what each looks at: logits, a row or the batch."""
+"""Processors and criteria of transformers, by what each looks at: logits, a row or the batch.
+
+Also a streamer that sees more than those of transformers: where each token came from.
+"""
 
 from transformers import generation as hf
 from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
+from transformers.generation.streamers import BaseStreamer
+
+
+class DraftStreamer(BaseStreamer):
+    """A streamer that is told, before each token of a single sequence, where it came from.
+
+    `depth` is that of the accepted node which has the token; 0 for the target's own tokens.
+    """
+
+    depth = 0
+
 
 # processors whose scores follow from the logits alone
 PREFIX_FREE = (

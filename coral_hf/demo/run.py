@@ -4,35 +4,38 @@ In: DemoSettings. Out: reports; models, reports and plots in the output folder; 
 answers in the terminal. Models that the folder holds are not trained again.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 from rich import get_console
+from rich.table import Table
 from rich.text import Text
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..identity import digest, weights_digest
-from ..measure.benchmark import run_benchmark
-from ..measure.calls import Call
+from ..measure.benchmark import first_difference, run_benchmark
 from ..measure.chat import set_chat_options
 from ..measure.padding import pad_target
 from ..measure.prompts import Prompt, encode
 from ..measure.report import Report, dashed
 from ..measure.settings import BenchmarkSettings
+from ..measure.terminal import coloured_text, legend
 from ..training.data import load_conversations
-from ..training.data.inspection.spans import token_texts
 from . import DemoSettings
 from .corpus import held_out_prompts
 from .models import DEVICE, kept, train_drafter, train_target
 
-ACCEPTED_STYLE = "bold green"
 # of a report's environment, and its numbers for the target alone and with the drafter
 RESULT = (
-    "{0.num_target_layers} layers ({0.num_padded_layers} padding): {1.tokens_per_second:.1f}"
-    " tokens/s alone, {2.tokens_per_second:.1f} with the drafter, {2.speedup:.2f}x;"
-    " {2.tau_per_token:.2f} tokens a round, exact match {2.exact_match:.1%}"
+    "{1.tokens_per_second:.1f} tokens/s alone, {2.tokens_per_second:.1f} with the drafter;"
+    " {2.tau_per_token:.2f} tokens a round"
 )
+NEXT = """\
+Next, with a model of your own and conversations or text like what it shall write:
+  coral-hf train --target MODEL --dataset FILE --output my-drafter
+  coral-hf verify --target MODEL --drafter my-drafter
+  coral-hf generate --target MODEL --drafter my-drafter "Tell me a story."
+"""
 
 
 def run_demo(settings: DemoSettings) -> list[Report]:
@@ -72,35 +75,51 @@ def run_demo(settings: DemoSettings) -> list[Report]:
                 measured, compile=True, tree_depth=depth, tree_top_k=top_k, tree_nodes=nodes
             )
         reports.append(run_benchmark(padded, drafter, tokenizer, prompts, measured))
-    answers = {call.prompt: call for call in reports[0].calls if call.method == "coral"}
-    for prompt in [prompt for prompt in prompts if prompt.id in answers][:2]:
-        console.print(accepted_text(tokenizer, prompt, answers[prompt.id]))
-        console.rule(Text("coloured: proposed by the drafter, accepted", ACCEPTED_STYLE))
     for report in reports:
         report.write(settings.output / f"{report.environment.num_target_layers}-layers")
-        plain, coral = report.numbers["rows"][-2:]  # over all prompts
-        console.print(dashed(RESULT, report.environment, plain, coral))
+    for prompt in prompts[:2]:
+        console.print(side_by_side(reports[-1], tokenizer, prompt))
+    if console.color_system and not console.no_color:
+        console.print(legend())
+    for report in reversed(reports):
+        console.rule()
+        console.print(headline(report), style="bold", highlight=False)
+        console.print(dashed(RESULT, report.environment, *report.numbers["rows"][-2:]))
         if (seconds := report.environment.compile_seconds) is not None:
             console.print(f"Its rounds were compiled ahead, in {seconds:.0f} s.")
+    console.rule()
     console.print(f"Models, reports and plots are in {settings.output}.", soft_wrap=True)
+    console.print(NEXT, highlight=False, soft_wrap=True)
     return reports
 
 
-def accepted_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, call: Call) -> Text:
-    """Return a prompt and its answer, in which the accepted tokens of the drafter are coloured."""
-    ids = encode(prompt, tokenizer)[0]  # (length,)
-    text = Text(tokenizer.decode(ids, skip_special_tokens=True), "dim")
-    pieces = token_texts(call.tokens[0], tokenizer)
-    for piece, is_drafted in zip(pieces, accepted_tokens(call.round_lengths), strict=True):
-        text.append(piece, ACCEPTED_STYLE if is_drafted else "not dim")
-    return text
+def side_by_side(report: Report, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Table | str:
+    """Return a prompt and its answers: the target's alone, and with the drafter, coloured."""
+    calls = {call.method: call for call in report.calls if call.prompt == prompt.id}
+    if not calls:  # beyond the context
+        return ""
+    text = tokenizer.decode(encode(prompt, tokenizer)[0], skip_special_tokens=True)
+    table = Table("alone", "with the drafter", title=Text(text, "dim"), title_justify="left")
+    plain, coral = calls["plain"], calls["coral"]
+    drafted = coloured_text(tokenizer, coral.tokens[0], coral.round_lengths)
+    table.add_row(coloured_text(tokenizer, plain.tokens[0]), drafted)
+    return table
 
 
-def accepted_tokens(round_lengths: Sequence[int]) -> list[bool]:
-    """Tell which new tokens the drafter had proposed.
-
-    pass            0 (prefill)   1            2        3
-    emitted         x0            x1 x2 x3     x4       x5 x6
-    proposed        –             x1 x2        –        x5       the last of a pass is the target's
-    """
-    return [False, *(i < length for length in round_lengths for i in range(1, length + 1))]
+def headline(report: Report) -> str:
+    """Say how much faster the target is with the drafter, and how much of its text is the same."""
+    environment, row = report.environment, report.numbers["rows"][-1]  # over all prompts
+    answers: dict[str, list[list[int]]] = {"plain": [], "coral": []}
+    for call in report.calls:
+        answers[call.method] += call.tokens
+    total = sum(map(len, answers["plain"]))
+    pairs = zip(*answers.values(), strict=True)
+    same = sum(
+        len(plain) if (place := first_difference(plain, coral)) is None else place
+        for plain, coral in pairs
+    )
+    speed = f"{row.speedup:.1f}x faster" if row.speedup > 1.05 else f"{row.speedup:.2f}x the speed"
+    layers = f"{environment.num_target_layers} layers"
+    if padded := environment.num_padded_layers:
+        layers += f", {padded} of them padding that costs time and changes nothing"
+    return f"{speed}, the same {same} of {total} tokens ({layers})"

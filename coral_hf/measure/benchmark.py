@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..decoding import warm_up
 from .calls import Arguments, Bench, Call, sampling_arguments
 from .plots import acceptance_figure, speed_figure
-from .prompts import Prompt, encode, left_padded, room_for_prompt
+from .prompts import Prompt, encode, fitting, left_padded, room_for_prompt
 from .report import Report, describe_environment, tabulate
 from .settings import BenchmarkSettings
 from .summary import accepted_depths, summarise_tasks
@@ -31,6 +31,7 @@ OWN = ("draft_head", "draft_window")
 COLUMNS = {
     "method": "{0.method}",
     "items": "{0.num_items}",
+    "tokens": "{0.num_tokens}",
     "tau / token": "{0.tau_per_token:.2f}",
     "tau / item": "{0.tau_per_item:.2f}",
     "tokens/s": "{0.tokens_per_second:.1f}",
@@ -57,12 +58,12 @@ MISMATCHES = {
 }
 TINY = torch.finfo(torch.float64).tiny
 LEGEND = """\
-Items are turns of prompts, or batches. Tau: tokens of a row for each target pass that it took part
-in after the first, the prefill; by token (all tokens / all passes) and by item (mean of the items'
-ratios). Rounds: passes over all unfinished rows. Speed-up: seconds per token of plain `generate` /
-of the method, prefill included, the median over items. Speed-up / tau: what drafting and wider
-passes leave of tau. Exact match: answers whose tokens are all those of plain `generate`; a gap of
-about the dtype's rounding is a tie that fell the other way.
+Items are turns of prompts, or batches; tokens: new ones of a call on each. Tau: tokens of a row for
+each target pass that it took part in after the first, the prefill; by token (all tokens / all
+passes) and by item (mean of the items' ratios). Rounds: passes over all unfinished rows. Speed-up:
+seconds per token of plain `generate` / of the method, prefill included, the median over items.
+Speed-up / tau: what drafting and wider passes leave of tau. Exact match: answers whose tokens are
+all those of plain `generate`; a gap of about the dtype's rounding is a tie that fell the other way.
 """
 
 
@@ -178,21 +179,19 @@ def measure_prompts(
     Raises:
         ValueError: if no prompt fits the target's context.
     """
-    target = bench.target
-    room = room_for_prompt(target, bench.methods["plain"]["max_new_tokens"])
+    target, max_new_tokens = bench.target, bench.methods["plain"]["max_new_tokens"]
+    room = room_for_prompt(target, max_new_tokens)
 
     def ids_of(prompt: Prompt) -> Tensor:  # (1, length)
         return encode(prompt, tokenizer).to(target.device)
 
-    fitting = [prompt for prompt in prompts if ids_of(prompt).shape[1] <= room]
-    if not fitting:
-        raise ValueError(f"none of the {len(prompts)} `prompts` fits the target; give others.")
-    skipped = [f"{prompt.task}/{prompt.id}" for prompt in prompts if prompt not in fitting]
-    bench.warm_up([left_padded(ids_of(prompt), 0) for prompt in fitting[: bench.warmup]])
+    kept = fitting(prompts, tokenizer, target, max_new_tokens)
+    skipped = [f"{prompt.task}/{prompt.id}" for prompt in prompts if prompt not in kept]
+    bench.warm_up([left_padded(ids_of(prompt), 0) for prompt in kept[: bench.warmup]])
     measured: list[Call] = []
     mismatches: list[Mismatch] = []
     items = count()
-    for number, start in enumerate(fitting, start=1):
+    for number, start in enumerate(kept, start=1):
         prompt = start
         for turn in range(max_turns):
             ids = ids_of(prompt)
@@ -206,7 +205,7 @@ def measure_prompts(
             if not prompt.turns:
                 break
             prompt = prompt.follow_up(tokenizer.decode(plain, skip_special_tokens=True))
-        logger.info("%d of %d prompts: %s %s", number, len(fitting), start.task, start.id)
+        logger.info("%d of %d prompts: %s %s", number, len(kept), start.task, start.id)
     return measured, mismatches, skipped
 
 

@@ -1,12 +1,14 @@
 """Prompts of a benchmark, read from the published files.
 
 In: a question file of MT-bench, Spec-Bench or EAGLE (`turns`), HumanEval (`prompt`), GSM8K
-(`question`), dialogues (`messages`), or plain text; JSON lines may be gzipped. Out: a list of
-Prompt, the token ids of one, a left-padded batch of several.
+(`question`), dialogues (`messages`), or plain text: documents, or a prompt a line; JSON lines may
+be gzipped. Out: a list of Prompt, the token ids of one, a left-padded batch of several. What was
+read, and what was left out, is logged.
 """
 
 import gzip
 import json
+import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..target import max_positions, text_config
 from .chat import render
+
+logger = logging.getLogger(__name__)
 
 Message = dict[str, str]
 Row = dict[str, Any]
@@ -56,6 +60,9 @@ def read_prompts(
 ) -> list[Prompt]:
     """Read the prompts of one benchmark file.
 
+    A `.txt` file holds documents, which are continued, where end-of-text marks part them, or blank
+    lines and one has more than `num_words` words; else it holds a prompt a line, which a user says.
+
     Args:
         path: a `.jsonl`, `.jsonl.gz` or `.txt` file.
         limit: keep at most so many prompts.
@@ -68,25 +75,49 @@ def read_prompts(
     Raises:
         ValueError: for another format, naming the row, and a file without a prompt.
     """
-    path = Path(path)
-    if path.suffix == ".txt":
-        prompts = read_documents(path, num_words)
-    else:
-        rows = enumerate(read_rows(path))
-        prompts = [prompt_from_row(row, index, path, user_turn) for index, row in rows]
+    path, left_out = Path(path), ""
+    try:
+        if path.suffix == ".txt":
+            prompts, form, left_out = read_text(path, num_words)
+        else:
+            rows, form = enumerate(read_rows(path)), "one a row"
+            prompts = [prompt_from_row(row, index, path, user_turn) for index, row in rows]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}.") from error
     if not prompts:
-        raise ValueError(f"`path` is {path}, which holds no prompt; give a file with one or more.")
+        raise ValueError(
+            f"`path` is {path}, which holds no prompt{left_out}; give a file with one or more."
+        )
     first = 0 if last is None else max(len(prompts) - last, 0)
-    return prompts[first:][:limit]
+    chosen = prompts[first:][:limit]
+    said = {one.id: one.text or str(one.messages[-1]["content"]) for one in chosen}
+    if empty := [name for name, text in said.items() if not text.strip()]:
+        raise ValueError(f"Prompts {', '.join(empty)} of {path} are empty; fill or remove them.")
+    part = f"{len(chosen)} of {len(prompts)}" if len(chosen) < len(prompts) else f"{len(prompts)}"
+    noun = "prompt" if len(prompts) == 1 else "prompts"
+    logger.info("%s %s from %s, %s%s.", part, noun, path, form, left_out)
+    return chosen
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read the JSON objects of a `.jsonl` or `.jsonl.gz` file, one a line."""
+    """Read the JSON objects of a `.jsonl` or `.jsonl.gz` file, one a line.
+
+    Raises:
+        ValueError: for another ending, and a line that is no object, by its number.
+    """
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise ValueError(f"`path` ends in {path.suffix!r}; expected .jsonl, .jsonl.gz or .txt.")
     opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
+    rows = []
     with opener(path, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"Line {number} of {path} is no JSON object: {error}.") from error
+    return rows
 
 
 def prompt_from_row(row: Row, index: int, path: Path, user_turn: int = -1) -> Prompt:
@@ -132,13 +163,47 @@ def asked_messages(messages: Sequence[Message], user_turn: int = -1) -> list[Mes
     return list(messages[: answered[nearest] + 1])
 
 
-def read_documents(path: Path, num_words: int) -> list[Prompt]:
-    """Read the first words of documents, separated by end-of-text marks or else by blank lines."""
-    text = path.read_text(encoding="utf-8")
-    parted = text.split(END_OF_DOCUMENT) if END_OF_DOCUMENT in text else re.split(r"\n\s*\n", text)
-    heads = (re.match(rf"(\S+\s+){{{num_words - 1}}}\S+(?=\s+\S)", part.strip()) for part in parted)
-    task = file_task(path)
-    return [Prompt(task, str(i), text=head[0]) for i, head in enumerate(heads) if head]
+def read_text(path: Path, num_words: int) -> tuple[list[Prompt], str, str]:
+    """Read documents, or prompts of a line each; see `read_prompts`.
+
+    Returns:
+        the prompts; how they stand in the file, in words; and what was left out.
+    """
+    text, task, mark = path.read_text(encoding="utf-8"), file_task(path), "blank lines"
+    if END_OF_DOCUMENT in text:
+        parts, mark = text.split(END_OF_DOCUMENT), END_OF_DOCUMENT
+    else:
+        parts = re.split(r"\n\s*\n", text.strip())
+    heads = [re.match(rf"(\S+\s+){{{num_words - 1}}}\S+(?=\s+\S)", part.strip()) for part in parts]
+    if mark != END_OF_DOCUMENT and (len(parts) == 1 or not any(heads)):
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        said = [Prompt(task, str(i), (user_message(line),)) for i, line in enumerate(lines)]
+        return said, "one a line", ""
+    found = [Prompt(task, str(i), text=head[0]) for i, head in enumerate(heads) if head]
+    short = sum(bool(part.strip()) for part in parts) - len(found)
+    left_out = f"; left out: {short} of no more than {num_words} words" if short else ""
+    return found, f"the first {num_words} words of documents between {mark}", left_out
+
+
+def fitting(
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    target: PreTrainedModel,
+    max_new_tokens: int,
+) -> list[Prompt]:
+    """Return the prompts that fit the target's context with their answers; the others are logged.
+
+    Raises:
+        ValueError: if none fits.
+    """
+    room = room_for_prompt(target, max_new_tokens)
+    long = [prompt for prompt in prompts if encode(prompt, tokenizer).shape[1] > room]
+    if len(long) == len(prompts):
+        raise ValueError(f"none of the {len(prompts)} `prompts` fits the target; give others.")
+    if long:
+        names = ", ".join(f"{prompt.task}/{prompt.id}" for prompt in long)
+        logger.warning("Left out, since of more than %d tokens: %s.", room, names)
+    return [prompt for prompt in prompts if prompt not in long]
 
 
 def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Tensor:

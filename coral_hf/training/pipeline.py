@@ -10,13 +10,19 @@ from pathlib import Path
 
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    set_seed,
+)
 from transformers.utils import logging
 
 from ..drafters.model import Drafter
 from ..hub.drafter_folder import stale_files
 from ..measure.tuning.head_choice import NEW_TOKENS, PROMPTS, choose_head
 from .arguments import CoralTrainingArguments
+from .evaluation import EvaluationTable
 from .evaluation.acceptance import held_out_prompts
 from .runs.checkpoints import INCOMPLETE, flush, last_checkpoint, write_error
 from .runs.run_record import check_vacant
@@ -65,6 +71,8 @@ def train(
     for args in stages:
         datasets = {"train_dataset": dataset, "eval_dataset": eval_dataset}
         trainer = CoralTrainer(drafter, target, args, tokenizer, **datasets)
+        if trainer.pop_callback(ProgressCallback) is not None:
+            trainer.add_callback(EvaluationTable)
         trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir, resume))
         if isinstance(trainer.drafter, PeftModel):
             trainer.save_model()

@@ -95,6 +95,10 @@ class FixedLoop(DecodingLoop):
 
     def __post_init__(self):
         super().__post_init__()
+        is_compiled = self.fixed.compile_config is not None
+        self.stats.way = "compiled" if is_compiled else "static"
+        if self.fixed.is_captured:
+            self.stats.way = "captured"
         self.shapes = [self.fixed.shape]  # the largest first
         if self.fixed.is_adaptive and not self.plan.rule.is_drawn and not self.fixed.is_captured:
             self.shapes = ladder(self.fixed.shape)

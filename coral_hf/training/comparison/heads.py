@@ -163,7 +163,12 @@ def head_table(title: str, rows: Rows, configs: dict[str, dict[str, Any]], size:
         measured = rows[name, OVERALL], draft_share(rows, name)
         cells += [dashed(form, *measured) for form in ENDS.values()]
         lines.append([name, f"{read_share(config, size):.1%}", *cells])
-    return Table(title, ["head", "read", *(f"τ, {task}" for task in tasks), *ENDS], lines)
+    behind = (
+        f"{task}: {rows[FULL, task].num_items} prompts, {rows[FULL, task].num_tokens} tokens"
+        for task in tasks
+    )
+    legend = f"Behind the figures of each head: {'; '.join(behind)}.\n"
+    return Table(title, ["head", "read", *(f"τ, {task}" for task in tasks), *ENDS], lines, legend)
 
 
 def heat_maps(rows: Rows, configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, DataFrame]]:

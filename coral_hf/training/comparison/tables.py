@@ -84,13 +84,27 @@ def comparison_table(results: Sequence[Result]) -> str:
         [trial, *(_spread(own[column]) for column in columns), _difference(gaps.get(trial))]
         for trial, own in runs.groupby("trial", sort=False)
     ]
-    return Table("", ["trial", *columns, "difference"], rows).to_markdown()
+    return Table("", ["trial", *columns, "difference"], rows, _legend(results)).to_markdown()
+
+
+def _legend(results: Sequence[Result]) -> str:
+    """Say how many prompts and tokens each τ of a run rests on."""
+    counts: dict[str, list[list[int]]] = {}
+    for result in results:
+        for temperature, tasks in result.counts.items():
+            for task, count in tasks.items():
+                counts.setdefault(f"{task}, T={float(temperature):g}", []).append(count)
+    parts = []
+    for name, found in counts.items():
+        tokens = " to ".join(map(str, sorted({min(found)[1], max(found)[1]})))
+        parts.append(f"{name}: {found[0][0]} prompts, {tokens} tokens")
+    return f"Behind the τ of each run: {'; '.join(parts)}.\n" if parts else ""
 
 
 def _table_of_runs(results: Sequence[Result]) -> DataFrame:
     """Make a line for each run: trial, seed, steps, num_tokens, τ by task and temperature, mean."""
     runs = DataFrame([vars(result) | result.cells for result in results])
-    return runs.drop(columns=["seconds", "losses", "acceptance"])
+    return runs.drop(columns=["seconds", "losses", "acceptance", "counts"])
 
 
 def _spread(values: Series) -> str:

@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import mean
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from ...drafters.coral.configuration import CoralConfig
 from ...drafters.model import Drafter
 from ...identity import digest, identify
 from ...measure.calls import decoded_rounds
-from ...measure.prompts import Prompt, encode
+from ...measure.prompts import Prompt, encode, fitting
 from ...measure.settings import ComparisonSettings, TrialSettings
 from ...target import read_target
 from .. import CoralTrainer, CoralTrainingArguments, parse_arguments
@@ -114,6 +114,8 @@ class Result:
     seconds: float  # of the training run
     losses: dict[str, float]  # the last that were logged
     acceptance: dict[str, dict[str, float]]  # temperature → task → τ
+    # what each τ rests on: temperature → task → prompts, tokens of their rounds
+    counts: dict[str, dict[str, list[int]]] = field(default_factory=dict)
 
     @property
     def cells(self) -> dict[str, float]:
@@ -179,6 +181,9 @@ class Comparison(TrialRuns):
         super().__post_init__()
         self._lines = JsonLines(self.settings.output / "results.jsonl")
         self._ids: dict[str, list[list[int]]] = {}  # of the prompts, by task
+        if self.prompts:
+            sizes = self.target, self.settings.max_new_tokens
+            self.prompts = fitting(self.prompts, self.tokenizer, *sizes)
         for prompt in self.prompts:
             ids = encode(prompt, self.tokenizer)[0].tolist()
             self._ids.setdefault(prompt.task, []).append(ids)
@@ -214,6 +219,7 @@ class Comparison(TrialRuns):
         drafter = drafter.to(self.target.dtype).eval()
         drafter.generation_config.update(**self.settings.drafting())
         logged = {name: value for entry in state.log_history for name, value in entry.items()}
+        rounds = {str(t): self._measure(drafter, t) for t in self.settings.temperatures}
         result = Result(
             trial=trial.name,
             seed=seed,
@@ -221,7 +227,13 @@ class Comparison(TrialRuns):
             num_tokens=int(state.num_input_tokens_seen),
             seconds=logged["train_runtime"],
             losses={k: v for k, v in logged.items() if k.endswith("_loss") or "agreement" in k},
-            acceptance={str(t): self._measure(drafter, t) for t in self.settings.temperatures},
+            acceptance={
+                t: {task: mean(one) for task, one in tasks.items()} for t, tasks in rounds.items()
+            },
+            counts={
+                t: {task: [len(self._ids[task]), sum(one)] for task, one in tasks.items()}
+                for t, tasks in rounds.items()
+            },
         )
         self._lines.append([asdict(result)])
         logger.info(f"{trial.name}, seed {seed}, {steps} steps: τ {result.cells['mean']:.3f}")
@@ -232,12 +244,12 @@ class Comparison(TrialRuns):
         options = [*self.settings.options, *trial.options]
         return trial.fresh(self.target, parse_arguments(self.settings.output, options))
 
-    def _measure(self, drafter: Drafter, temperature: float) -> dict[str, float]:
-        """Measure the τ of each task."""
+    def _measure(self, drafter: Drafter, temperature: float) -> dict[str, list[int]]:
+        """Answer the prompts, and return the tokens of each round by task."""
         target = read_target(self.target)
         sizes = self.settings.max_new_tokens, temperature, self.settings.batch_size
         return {
             # neighbours of similar length need little padding
-            task: mean(decoded_rounds(drafter, target, sorted(prompts, key=len), *sizes))
+            task: decoded_rounds(drafter, target, sorted(prompts, key=len), *sizes)
             for task, prompts in self._ids.items()
         }

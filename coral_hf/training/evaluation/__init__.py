@@ -5,3 +5,4 @@ decoded rounds, or chain decoding replayed over a text â†’ acceptance metrics â†
 
 from .acceptance import Evaluation, check_best_metric
 from .curves import PlotCallback, compare_runs, plot_run
+from .table import EvaluationTable
