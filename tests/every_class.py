@@ -192,11 +192,12 @@ def class_name(auto_class: type, config_class: type[PreTrainedConfig]) -> str:
 
 
 def all_classes() -> list[tuple[type, type[PreTrainedConfig]]]:
-    """Auto class and config class of every class of the two mappings, each once."""
+    """Auto class and config class of every class of the two mappings, each once, but drafters."""
     both = [
         (auto_class, config_class)
         for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText)
         for config_class in auto_class._model_mapping
+        if not config_class.model_type.startswith("coral")
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of modules that are imported
