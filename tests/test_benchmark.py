@@ -10,7 +10,7 @@ from conftest import tiny_target
 from rich.console import Console
 from rich.markdown import Markdown
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import coral_hf
 from coral_hf.decoding import TreeShape
@@ -174,6 +174,15 @@ def test_bigrams_are_counted_with_distinct_successors_best_first():
     drafter = BigramDrafter.from_texts([torch.tensor([0, 1, 0, 2, 0, 1]), torch.tensor([3])], 4, 2)
     assert drafter.successors.tolist() == [[1, 2], [0, 1], [0, 1], [0, 1]]  # 0 and 1 fill up
     assert drafter.log_probs[0].exp().tolist() == pytest.approx([2 / 3, 1 / 3], abs=1e-3)
+
+
+def test_a_bigram_table_is_saved_and_loaded(tmp_path):
+    drafter = BigramDrafter.from_texts([torch.tensor([0, 1, 0, 2, 0, 1])], 4, 2)
+    drafter.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, dtype="auto")
+    assert loaded.device == drafter.device and loaded.dtype == drafter.dtype == torch.float32
+    for name, table in drafter.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], table)
 
 
 def test_a_bigram_tree_follows_the_most_probable_pairs():

@@ -96,6 +96,47 @@ def test_recipes_are_compared_and_a_second_run_resumes(folder, tmp_path, monkeyp
     assert len((tmp_path / "recipes" / "results.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "families",
+    [
+        ["medusa", "prompt_lookup"],
+        pytest.param(
+            ["coral", "eagle3", "parallel", "recurrent", "language_model", "bigram"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=" ".join,
+)
+def test_families_are_compared_and_a_run_that_was_stopped_resumes(
+    families, folder, tmp_path, monkeypatch, capsys
+):
+    story = "Once upon a time there was a small {} who lived in a house by the sea."
+    stories = [story.format(hero) for hero in ("cat", "dog", "hen", "dog", "fox")]
+    (tmp_path / "stories.txt").write_text("<|endoftext|>".join(stories))
+    files = ["--target", folder / "target", "--dataset", tmp_path / "stories.txt"]
+    files += ["--work", tmp_path / "work", "--rows", tmp_path / "rows.jsonl"]
+    short = ["--hold-out", 2, "--num-words", 12, "--max-new-tokens", 6, "--minutes", 0.004]
+    short += ["--clock", "processor", "--max_length", 24, "--family", *families]
+    every = 2 * len(families)  # at T = 0 and 1
+    for seconds, expected in ((0, 0), (600, every), (600, every)):  # begun, finished, as it was
+        run(monkeypatch, "compare_drafters.py", *files, *short, "--seconds", seconds)
+        assert ("Time is up" in capsys.readouterr().out) == (seconds == 0)
+        path = tmp_path / "rows.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if expected else []
+        assert len(rows) == expected
+        steps = [path.name for path in (tmp_path / "work").glob("*-run/checkpoint-*")]
+        assert seconds or steps == ["checkpoint-1"]
+    assert [row["family"] for row in rows[::2]] == families
+    for row in rows:
+        assert row["prompts"] == 1 and row["tokens"] == 6  # of the fox: a dog was trained on
+        assert row["tau"] >= 1 and row["exact_match"] == (None if row["temperature"] else 1.0)
+    assert rows[0]["trained_tokens"] > 0 and rows[0]["steps"] == rows[1]["steps"] > 1
+    assert rows[0]["efficiency"] == pytest.approx(rows[0]["speedup"] / rows[0]["tau"])
+    assert [row["draft_ms"] is None for row in rows[::2]] == [
+        family == "prompt_lookup" for family in families
+    ]
+
+
 @pytest.mark.slow
 def test_training_cost_compares_two_implementations_of_one_loss(capsys, monkeypatch):
     sizes = ["--vocab-size", 50, "--length", 20, "--hidden-size", 64, "--repeats", 1]

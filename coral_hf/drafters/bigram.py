@@ -69,6 +69,18 @@ class BigramDrafter(PreTrainedModel):
         self.register_buffer("log_probs", torch.zeros(shape))
         self.post_init()
 
+    # a table has no parameters, of which transformers asks these two
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the table."""
+        return self.log_probs.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the log-probabilities."""
+        return self.log_probs.dtype
+
     @classmethod
     def from_texts(
         cls, texts: Iterable[Tensor], vocab_size: int, top_k: int = 10
