@@ -106,9 +106,10 @@ def test_documents_are_separated_by_the_end_of_text_mark_or_blank_lines(tmp_path
 def test_a_text_without_documents_is_a_prompt_a_line(tmp_path, caplog):
     caplog.set_level("INFO", "coral_hf")
     path = tmp_path / "asked.txt"
-    lines = [f"What is {number} and one?" for number in range(40)]
+    lines = [f"What is {number} and one?" for number in range(39)]
+    lines.append("Count to forty: " + "and on " * 30 + "please.")
     for between in ("\n", "\n\n"):
-        path.write_text(between.join(lines))
+        path.write_text(between.join(lines), encoding="utf-8-sig")  # as some editors do
         prompts = read_prompts(path)
         assert [prompt.messages[0]["content"] for prompt in prompts] == lines
     assert caplog.messages == [f"40 prompts from {path}, one a line."] * 2

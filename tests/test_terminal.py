@@ -1,6 +1,7 @@
 """What a terminal shows: coloured tokens, a line behind the answer, a table an evaluation."""
 
 import io
+import re
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from coral_hf.measure.terminal import (
     call_line,
     coloured_text,
     drafted_depths,
+    print_coloured,
 )
 from coral_hf.training.evaluation import EvaluationTable
 from coral_hf.training.evaluation.table import evaluation_table
@@ -65,6 +67,18 @@ def test_each_token_has_the_colour_of_its_depth(tokenizer):
         )
         expected += [(char, shades[number % 3]) for char in after[len(before) :]]
     assert parts == [*expected, ("\n", "")]
+
+
+@pytest.mark.parametrize("has_colours", [True, False])
+def test_a_terminal_gets_the_text_as_it_stands_in_colours_unless_it_has_none(has_colours):
+    options = {"force_terminal": True, "color_system": "256", "no_color": not has_colours}
+    console = Console(file=io.StringIO(), width=20, **options)
+    long = "x" * 50
+    print_coloured(console, [("a", "green"), ("b", "green"), ("\t", ""), (f"[b]{long}\n", "cyan")])
+    shown = console.file.getvalue()
+    colours = ["\x1b[32m", "\x1b[36m"]
+    assert [one in shown for one in colours] == [has_colours] * 2
+    assert re.sub(r"\x1b\[\d*m", "", shown) == f"ab\t[b]{long}\n"
 
 
 def test_the_last_token_of_a_round_is_the_targets():

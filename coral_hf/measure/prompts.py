@@ -60,8 +60,9 @@ def read_prompts(
 ) -> list[Prompt]:
     """Read the prompts of one benchmark file.
 
-    A `.txt` file holds documents, which are continued, where end-of-text marks part them, or blank
-    lines and one has more than `num_words` words; else it holds a prompt a line, which a user says.
+    A `.txt` file holds documents, which are continued, where end-of-text marks or blank lines part
+    them. It holds a prompt a line, which a user says, where there are no such marks and no part has
+    more than `num_words` words, or each part is a single line and most have not.
 
     Args:
         path: a `.jsonl`, `.jsonl.gz` or `.txt` file.
@@ -109,7 +110,7 @@ def read_rows(path: Path) -> list[Row]:
         raise ValueError(f"`path` ends in {path.suffix!r}; expected .jsonl, .jsonl.gz or .txt.")
     opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
     rows = []
-    with opener(path, "rt", encoding="utf-8") as lines:
+    with opener(path, "rt", encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -169,14 +170,16 @@ def read_text(path: Path, num_words: int) -> tuple[list[Prompt], str, str]:
     Returns:
         the prompts; how they stand in the file, in words; and what was left out.
     """
-    text, task, mark = path.read_text(encoding="utf-8"), file_task(path), "blank lines"
+    text, task, mark = path.read_text(encoding="utf-8-sig"), file_task(path), "blank lines"
     if END_OF_DOCUMENT in text:
         parts, mark = text.split(END_OF_DOCUMENT), END_OF_DOCUMENT
     else:
         parts = re.split(r"\n\s*\n", text.strip())
     heads = [re.match(rf"(\S+\s+){{{num_words - 1}}}\S+(?=\s+\S)", part.strip()) for part in parts]
-    if mark != END_OF_DOCUMENT and (len(parts) == 1 or not any(heads)):
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
+    num_long = sum(map(bool, heads))
+    is_list = all("\n" not in part for part in parts) and 2 * num_long < len(parts)
+    if mark != END_OF_DOCUMENT and (len(parts) == 1 or not num_long or is_list):
+        lines = [line.strip() for line in text.split("\n") if line.strip()]
         said = [Prompt(task, str(i), (user_message(line),)) for i, line in enumerate(lines)]
         return said, "one a line", ""
     found = [Prompt(task, str(i), text=head[0]) for i, head in enumerate(heads) if head]
