@@ -155,7 +155,7 @@ NOWHERE = [
     ({"constraints": [object()]}, "constrained_beam_search"),
     ({"force_words_ids": [[3]]}, "constrained_beam_search"),
     ({"num_beams": 2, "num_beam_groups": 2, "diversity_penalty": 0.5}, "num_beams=1"),
-    ({"prompt_lookup_num_tokens": 3}, "`prompt_lookup_num_tokens` and a CORAL drafter both"),
+    ({"prompt_lookup_num_tokens": 3}, "`prompt_lookup_num_tokens` and a drafter both"),
     ({"assistant_early_exit": 1}, "assisted_generation"),
     ({"num_assistant_tokens": 7}, "`num_assistant_tokens` is for transformers' own assistants"),
     ({"num_assistant_tokens_schedule": "heuristic"}, "`num_assistant_tokens_schedule` is for"),
