@@ -139,7 +139,7 @@ def test_prompt_streamer_cache_and_outputs_are_those_of_the_plain_call(target, d
 NOWHERE = [
     ({"synced_gpus": True}, "`synced_gpus` is True"),
     ({"assistant_tokenizer": object()}, "`assistant_tokenizer` was passed"),
-    ({"custom_generate": lambda *args, **kwargs: None}, "`custom_generate` and a CORAL drafter"),
+    ({"custom_generate": lambda *args, **kwargs: None}, "`custom_generate` and a drafter"),
     ({"decoder_input_ids": IDS}, "`decoder_input_ids` is for encoder-decoders"),
     ({"encoder_outputs": (IDS,)}, "`encoder_outputs` is for encoder-decoders"),
     ({"cache_implementation": "quantized"}, "`cache_implementation` is 'quantized'"),

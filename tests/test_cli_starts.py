@@ -168,7 +168,8 @@ def test_a_run_needs_a_vacant_folder_and_resumes_only_with_its_own_settings(fold
     assert all(torch.equal(tensor, before[k]) for k, tensor in weights(tmp_path).items())
     for then, now in zip(record, AutoModel.from_pretrained(tmp_path).training_record, strict=True):
         assert now["seconds"] >= then["seconds"]
-        assert {**now, "seconds": 0} == {**then, "seconds": 0}
+        # draft heads are measured anew
+        assert {**now, "seconds": 0, "heads": None} == {**then, "seconds": 0, "heads": None}
     shutil.rmtree(tmp_path / "drafter")
     late = train(folder, tmp_path, *options)  # known before the first stage is trained
     assert late.exit_code == 1 and f"{tmp_path / 'router'} holds checkpoint-" in printed(late)
@@ -213,5 +214,6 @@ def test_a_seed_gives_the_same_bytes_in_another_process(folder, tmp_path):
 def test_processes_of_one_training_run_share_its_output_folder(folder, tmp_path):
     names = ["--target", folder / "target", "--dataset", folder / "talk.jsonl"]
     own = ["--output", tmp_path, *TINY_TRAINING]
+    own += ["--router-epochs", 1]
     launch("ddp.yaml", Path("coral_hf.cli"), "train", *names, *own, more=("--module",))
     assert AutoModel.from_pretrained(tmp_path).config.draft_head == "routed"
