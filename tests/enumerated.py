@@ -143,9 +143,17 @@ def sample_texts(
     return counts
 
 
-def p_value(counts: torch.Tensor, chances: torch.Tensor) -> float:
-    """χ² of the counts against the chances; texts that cannot be are required not to be."""
-    possible = chances > 0
-    assert counts[~possible].sum() == 0
-    expected = (chances / chances.sum() * counts.sum())[possible]
-    return float(chisquare(counts[possible].double().numpy(), expected.numpy()).pvalue)
+def p_value(counts: torch.Tensor, chances: torch.Tensor, least: float = 5.0) -> float:
+    """χ² of the counts against the chances; texts that cannot be are required not to be.
+
+    The rarest texts are counted as one of at least `least` expected: the distribution of χ² is
+    that of many draws, and one draw of a text that is expected 0.1 times would decide alone.
+    """
+    counts, chances = counts.flatten().double(), chances.flatten().double()
+    assert counts[chances <= 0].sum() == 0
+    expected, order = (chances / chances.sum() * counts.sum()).sort()
+    first = int((expected.cumsum(0) < least).sum()) + 1  # texts that are counted as one
+    observed, expected = (
+        torch.cat([part[:first].sum()[None], part[first:]]) for part in (counts[order], expected)
+    )
+    return float(chisquare(observed.numpy(), expected.numpy()).pvalue)

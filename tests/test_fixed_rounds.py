@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from conftest import scatter_weights
+from enumerated import p_value
 from fixed_calls import (
     COMPILED,
     FAMILIES,
@@ -17,7 +18,6 @@ from fixed_calls import (
     pair,
     prompts,
 )
-from scipy.stats import chisquare
 from transformers import CompileConfig, StoppingCriteria
 
 import coral_hf
@@ -198,12 +198,7 @@ def test_sampled_tokens_have_the_targets_distribution(way, rule, rounds_run, mon
     with torch.no_grad():
         log_probs = (target(whole).logits[:, -4:-1].double() / 0.8).log_softmax(-1)
     expected = log_probs.gather(2, triples[..., None]).sum((1, 2)).exp()
-    order = expected.argsort(descending=True)
-    often = order[expected[order] * len(found) > 8]
-    rest = len(found) - counts.flatten()[often].sum()
-    observed = torch.cat([counts.flatten()[often], rest[None]])
-    probable = torch.cat([expected[often], 1 - expected[often].sum()[None]]) * len(found)
-    assert chisquare(observed.numpy(), probable.numpy()).pvalue > 1e-3
+    assert p_value(counts, expected) > 1e-3
 
 
 def test_the_same_seed_gives_the_same_text_and_another_seed_another():
