@@ -81,21 +81,6 @@ def test_a_target_is_fine_tuned_and_starts_of_its_drafter_compared(folder, monke
     assert all(float(cell) >= 1 for line in table[2:] for cell in line.split("|")[3:6:2])
 
 
-def test_recipes_are_compared_and_a_second_run_resumes(folder, tmp_path, monkeypatch, capsys):
-    talk = (folder / "talk.jsonl").read_text().splitlines()[0]
-    (tmp_path / "talks.jsonl").write_text(f"{talk}\n" * 204)
-    (tmp_path / "mt.jsonl").write_text(json.dumps({"turns": ["Hi.", "And?"]}))
-    (tmp_path / "gsm.jsonl").write_text(json.dumps({"question": "1 + 1?"}))
-    files = ["--dialogues", tmp_path / "talks.jsonl", "--mt-bench", tmp_path / "mt.jsonl"]
-    files += ["--gsm8k", tmp_path / "gsm.jsonl", "--output", tmp_path / "recipes"]
-    short = ["--steps", 1, "--seeds", 1, "--every", 1, "--limit", 1, "--trial", "eagle"]
-    for _ in range(2):  # the second time nothing is measured again
-        run(monkeypatch, "compare_recipes.py", "--target", folder / "target", *files, *short)
-        table = capsys.readouterr().out
-        assert "| eagle | " in table and "talks, T=0 | mt_bench, T=1" in table
-    assert len((tmp_path / "recipes" / "results.jsonl").read_text().splitlines()) == 1
-
-
 @pytest.mark.parametrize(
     "families",
     [

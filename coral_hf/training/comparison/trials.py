@@ -15,7 +15,13 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerState,
+    set_seed,
+)
 
 from ...atomic import JsonLines, keep_settings, sole_writer
 from ...drafters.configuration import FamilyConfig
@@ -152,15 +158,25 @@ class TrialRuns:
         own = {"target": identify(self.target), "rows": rows_identity(self.dataset)}
         keep_settings(self.settings.output / "settings.json", own | others, self.settings.output)
 
-    def train(self, drafter: Drafter, options: Sequence[str] = (), **fields: Any) -> TrainerState:
+    def fresh(self, trial: Trial) -> Drafter:
+        """Make the drafter of a trial, by its settings."""
+        options = [*self.settings.options, *trial.options]
+        return trial.fresh(self.target, parse_arguments(self.settings.output, options))
+
+    def train(
+        self,
+        drafter: Drafter,
+        options: Sequence[str] = (),
+        callbacks: Sequence[TrainerCallback] = (),
+        **fields: Any,
+    ) -> TrainerState:
         """Train a drafter or its head, and write nothing; the options are added to all trials'."""
         fields |= {"save_strategy": "no", "disable_tqdm": True, "plots": False}
         fields["include_num_input_tokens_seen"] = "non_padding"
         with tempfile.TemporaryDirectory() as folder:
             args = parse_arguments(folder, [*self.settings.options, *options], **fields)
-            trainer = CoralTrainer(
-                drafter, self.target, args, self.tokenizer, train_dataset=self.dataset
-            )
+            known: dict[str, Any] = {"train_dataset": self.dataset, "callbacks": [*callbacks]}
+            trainer = CoralTrainer(drafter, self.target, args, self.tokenizer, **known)
             trainer.train()
         return trainer.state
 
@@ -199,7 +215,7 @@ class Comparison(TrialRuns):
         if min(steps) < 1:
             raise ValueError(f"`steps` is {min(steps)}; use 1 or more.")
         for trial in trials:
-            self._fresh(trial)
+            self.fresh(trial)
         depends_on = asdict(self.settings)
         del depends_on["output"], depends_on["batch_size"]
         with sole_writer(self.settings.output):
@@ -213,7 +229,7 @@ class Comparison(TrialRuns):
             if (result.trial, result.seed, result.steps) == (trial.name, seed, steps):
                 return result
         set_seed(seed)
-        drafter = self._fresh(trial).float()
+        drafter = self.fresh(trial).float()
         often = max(steps // 10, 1)
         state = self.train(drafter, trial.options, max_steps=steps, seed=seed, logging_steps=often)
         drafter = drafter.to(self.target.dtype).eval()
@@ -238,11 +254,6 @@ class Comparison(TrialRuns):
         self._lines.append([asdict(result)])
         logger.info(f"{trial.name}, seed {seed}, {steps} steps: τ {result.cells['mean']:.3f}")
         return result
-
-    def _fresh(self, trial: Trial) -> Drafter:
-        """Make the drafter of a trial, by its settings."""
-        options = [*self.settings.options, *trial.options]
-        return trial.fresh(self.target, parse_arguments(self.settings.output, options))
 
     def _measure(self, drafter: Drafter, temperature: float) -> dict[str, list[int]]:
         """Answer the prompts, and return the tokens of each round by task."""

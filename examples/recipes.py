@@ -1,0 +1,287 @@
+"""Compare the recipes of EAGLE, HASS and CORAL: the tables of docs/results/recipes.md.
+
+OMP_NUM_THREADS=1 python examples/recipes.py --target stories260k \
+    --dataset tinystories_v2_head.txt --rows docs/results/recipes.jsonl --seconds 3300
+
+Each recipe, as it is shipped, trains a fresh drafter with each seed, on the same rows, for as many
+steps. While it learns and at its end it answers held-out beginnings, which no row of the training
+has, greedily. A finished run is appended to ROWS; the recipes of one seed come before the next
+seed. After SECONDS no further run is begun, and the same command goes on. All other options are
+those of training arguments.
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import torch
+from scipy.stats import t as student
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+
+from coral_hf.atomic import JsonLines
+from coral_hf.identity import digest
+from coral_hf.measure import plots
+from coral_hf.measure.calls import decoded_rounds
+from coral_hf.measure.report import Table, describe_environment
+from coral_hf.measure.settings import TrialSettings
+from coral_hf.target import read_target
+from coral_hf.training.comparison.trials import Trial, TrialRuns
+from coral_hf.training.data import load_conversations, prepare_dataset
+from coral_hf.training.evaluation.acceptance import acceptance_by_depth, count_rounds, prompt_of
+
+RECIPES = ("eagle", "hass", "coral")
+PAIRS = (("coral", "hass"), ("hass", "eagle"), ("coral", "eagle"))
+OPTIONS = (
+    "--per_device_train_batch_size 4 --learning_rate 3e-3 --warmup_steps 30"
+    " --lr_scheduler_type cosine --adam_beta2 0.95 --max_length 128"
+)
+TREE = {"tree_depth": 6, "tree_top_k": 8, "tree_nodes": 32}
+MEASURED = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the steps
+AT_ONCE = 20  # prompts that are answered together
+CONVERGED = 0.1  # tokens that τ still gains in the last quarter, at most
+LEVEL, POWER = 0.05, 0.8
+FACTS = ("hardware", "num_threads", "dtype", "versions", "target")
+ELSEWHERE = ("rows", "seconds", "seeds", "plot")  # what no run depends on
+Row = dict[str, Any]
+
+
+class Watch(TrainerCallback):
+    """Lets a drafter answer the prompts after some of its steps.
+
+    Args:
+        answer: gives the tokens of each round.
+        steps: of the whole run.
+    """
+
+    def __init__(self, answer: Callable[[Any], list[int]], steps: int):
+        self.answer, self.seconds = answer, 0.0
+        self.steps = {max(1, round(share * steps)) for share in MEASURED}
+        self.found = list[Row]()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        """See [`~transformers.TrainerCallback`]."""
+        if state.global_step not in self.steps:
+            return
+        begin = time.perf_counter()
+        rounds = self.answer(model.eval())
+        model.train()
+        read = {"steps": state.global_step, "trained_on": int(state.num_input_tokens_seen)}
+        counts = count_rounds(rounds, TREE["tree_depth"])
+        self.found.append({**read, "tau": mean(rounds), "rounds": counts.tolist()})
+        self.seconds += time.perf_counter() - begin
+
+
+class Experiment:
+    """One target, the rows that its drafters are trained on, and the prompts that they answer."""
+
+    def __init__(self, options: argparse.Namespace, typed: Sequence[str]):
+        self.options = options
+        tokenizer = AutoTokenizer.from_pretrained(options.target)
+        target = AutoModelForCausalLM.from_pretrained(options.target, dtype="auto").eval()
+        device = f"--use_cpu={not torch.cuda.is_available()}"
+        rows = load_conversations(options.dataset)
+        split = len(rows) - options.hold_out
+        trained = rows.select(range(split))
+        settings = [*OPTIONS.split(), device, *typed]
+        settings = TrialSettings(output=options.rows.parent, options=settings, **TREE)
+        self.runs = TrialRuns(target, tokenizer, trained, [], settings)
+        # whole, so that each begins where its text begins
+        held_out = prepare_dataset(rows.select(range(split, len(rows))), tokenizer, sys.maxsize)
+        found = unseen(self.runs.dataset, held_out, options.prompt_length)
+        self.prompts = sorted(found[: options.prompts], key=len)
+
+    def answer(self, drafter: Any) -> list[int]:
+        """Return the tokens of each round of greedy answers to all prompts."""
+        target, sizes = read_target(self.runs.target), (self.options.max_new_tokens, 0.0, AT_ONCE)
+        return decoded_rounds(drafter, target, self.prompts, *sizes)
+
+    def run(self, recipe: str, seed: int) -> Row:
+        """Train a fresh drafter and return what is known of it."""
+        steps, trial = self.options.steps, Trial.parse(recipe)
+        set_seed(seed)  # before the weights are drawn
+        drafter = self.runs.fresh(trial).float()
+        drafter.generation_config.update(**TREE)
+        watch = Watch(self.answer, steps)
+        lengths = {"max_steps": steps, "logging_steps": max(steps // 10, 1)}
+        state = self.runs.train(drafter, trial.options, [watch], seed=seed, **lengths)
+        logged = {name: value for entry in state.log_history for name, value in entry.items()}
+        counts = torch.tensor(watch.found[-1]["rounds"])
+        environment = vars(describe_environment(self.runs.target))
+        return {
+            "recipe": recipe,
+            "seed": seed,
+            "minutes": (logged["train_runtime"] - watch.seconds) / 60,
+            **watch.found[-1],
+            "acceptance": [*acceptance_by_depth(counts).values()],
+            "similarity": [logged[name] for name in sorted(logged) if "feature_similarity" in name],
+            "prompts": len(self.prompts),
+            "tokens": int(counts @ torch.arange(len(counts))),
+            "before": watch.found[:-1],
+            **{name: environment[name] for name in FACTS},
+        }
+
+
+def unseen(trained: Iterable[Row], held_out: Iterable[Row], length: int) -> list[list[int]]:
+    """Return the different beginnings of held-out rows that no training row begins with."""
+    known = {tuple(prompt_of(row, length)) for row in trained}
+    found = {tuple(prompt_of(row, length)): len(row["input_ids"]) for row in held_out}
+    return [[*ids] for ids, whole in found.items() if len(ids) < whole and ids not in known]
+
+
+class Difference(NamedTuple):
+    """A mean difference of pairs with its confidence interval."""
+
+    pairs: int
+    mean: float
+    half: float  # of the width of the interval
+    p: float  # of a paired t-test
+    smallest: float  # true difference that would have been found in POWER of the cases
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """Compare values pair by pair, of two pairs or more.
+
+    The smallest difference is that of the strictest of Holm's levels for the three pairs.
+    """
+    gaps = [a - b for a, b in zip(first, second, strict=True)]
+    number, freedom = len(gaps), len(gaps) - 1
+    error = stdev(gaps) / math.sqrt(number)
+    p = 2 * student.sf(abs(mean(gaps)) / error, freedom) if error else float(not any(gaps))
+    strictest = student.ppf(1 - LEVEL / len(PAIRS) / 2, freedom) + student.ppf(POWER, freedom)
+    half = student.ppf(1 - LEVEL / 2, freedom) * error
+    return Difference(number, mean(gaps), float(half), float(p), float(strictest * error))
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Adjust p-values for their number (Holm 1979)."""
+    adjusted, largest = [1.0] * len(values), 0.0
+    for rank, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def pair_table(rows: Sequence[Row]) -> Table:
+    """Compare the recipes pair by pair, over the seeds that both have."""
+    tau = {(row["recipe"], row["seed"]): row["tau"] for row in rows}
+    seeds = sorted({seed for _, seed in tau})
+    found = dict[tuple[str, str], Difference]()
+    for one, other in PAIRS:
+        both = [seed for seed in seeds if (one, seed) in tau and (other, seed) in tau]
+        if len(both) > 1:
+            sides = ([tau[name, seed] for seed in both] for name in (one, other))
+            found[one, other] = difference(*sides)
+    adjusted = holm([each.p for each in found.values()])
+    cells = [
+        [
+            f"{one} − {other}",
+            str(each.pairs),
+            f"{each.mean:+.3f}",
+            f"{each.mean - each.half:+.3f} to {each.mean + each.half:+.3f}",
+            f"{p:.3g}",
+            f"{each.smallest:.3f}",
+        ]
+        for ((one, other), each), p in zip(found.items(), adjusted, strict=True)
+    ]
+    header = ["pair", "seeds", "difference of τ", "95 % interval", "p (Holm)", "could be seen"]
+    return Table("", header, cells)
+
+
+def recipe_table(rows: Sequence[Row]) -> Table:
+    """Tabulate what the drafters of each recipe reached."""
+    cells = []
+    for recipe, own in by_recipe(rows):
+        taus = [row["tau"] for row in own]
+        gain = mean(row["tau"] - row["before"][-1]["tau"] for row in own)
+        spread = f" ± {stdev(taus):.3f}" if len(own) > 1 else ""
+        similarity = [f"{value:.3f}" for value in averages(row["similarity"] for row in own)]
+        acceptance = [f"{share:.1%}" for share in averages(row["acceptance"] for row in own)]
+        seeds, minutes = str(len(own)), f"{mean(row['minutes'] for row in own):.1f}"
+        last = f"{gain:+.3f}, {'' if gain < CONVERGED else 'not '}converged"
+        line = [seeds, f"{mean(taus):.3f}{spread}", last, minutes]
+        cells.append([recipe, *line, ", ".join(acceptance), ", ".join(similarity) or "–"])
+    header = ["recipe", "seeds", "τ", "last quarter", "minutes"]
+    header += ["accepted at depth 1, 2, …, of rounds that reach it", "cosine of steps 2, 3 to 1"]
+    return Table("", header, cells)
+
+
+def token_table(rows: Sequence[Row]) -> Table:
+    """Tabulate the mean τ of each recipe by the tokens that were read."""
+    found = [curve(own) for _, own in by_recipe(rows)]
+    cells = [
+        [f"{tokens[0]:,.0f}", *(f"{value:.3f}" for value in values)]
+        for tokens, values in ([*zip(*line, strict=True)] for line in zip(*found, strict=True))
+    ]
+    return Table("", ["tokens read", *(recipe for recipe, _ in by_recipe(rows))], cells)
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw τ over the tokens that were read: a line for each recipe, a dot for each run."""
+    lines = list[plots.Line]()
+    for colour, (recipe, own) in zip(plots.COLOURS, by_recipe(rows), strict=False):
+        lines.append(plots.Line(recipe, *zip(*curve(own), strict=True), "-", colour))
+        lines += (plots.Line("", *zip(*curve([row]), strict=True), ".", colour) for row in own)
+    labels = {"xlabel": "tokens read in training", "ylabel": "τ, tokens per target pass"}
+    plots.save(plots.line_figure(lines, **labels), path)
+
+
+def by_recipe(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Group rows by recipe, those that have any."""
+    groups = [(name, [row for row in rows if row["recipe"] == name]) for name in RECIPES]
+    return [(name, own) for name, own in groups if own]
+
+
+def curve(rows: Sequence[Row]) -> list[tuple[float, float]]:
+    """Average the tokens that were read, and τ then, over runs."""
+    runs = [[*row["before"], row] for row in rows]
+    points = ([(each["trained_on"], each["tau"]) for each in run] for run in runs)
+    return [(mean(x for x, _ in one), mean(y for _, y in one)) for one in zip(*points, strict=True)]
+
+
+def averages(lists: Iterable[Sequence[float]]) -> list[float]:
+    """Average over runs, place by place, as far as all of them go."""
+    return [mean(values) for values in zip(*lists, strict=False)]
+
+
+def main(options: argparse.Namespace, typed: Sequence[str]) -> None:
+    end = time.monotonic() + options.seconds
+    own = {name: value for name, value in vars(options).items() if name not in ELSEWHERE}
+    own |= {name: Path(own[name]).name for name in ("target", "dataset")}
+    own |= {"typed": typed, "options": OPTIONS, "tree": TREE}
+    table, run, experiment = JsonLines(options.rows), digest(own)[:12], None
+    table.mend()
+    rows = [row for row in table.read() if row["run"] == run]
+    done = {(row["recipe"], row["seed"]) for row in rows}
+    for seed in range(options.seeds):
+        for recipe in RECIPES:
+            if (recipe, seed) in done or time.monotonic() >= end:
+                continue
+            experiment = experiment or Experiment(options, typed)
+            rows.append({"run": run, **experiment.run(recipe, seed), "settings": own})
+            table.append(rows[-1:])
+            print(f"{recipe}, seed {seed}: τ {rows[-1]['tau']:.3f}", flush=True)
+    if len(rows) < len(RECIPES) * options.seeds:
+        print("Time is up; the same command goes on.")
+    for made in (pair_table(rows), recipe_table(rows), token_table(rows)):
+        print(f"\n{made.to_markdown()}")
+    if options.plot:
+        draw(rows, options.plot)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--dataset", required=True, help="texts, or dialogues in JSON lines")
+    parser.add_argument("--rows", type=Path, required=True, help="JSON lines of all results")
+    sizes = {"seeds": 5, "steps": 1600, "hold-out": 200, "prompts": 40}
+    sizes |= {"prompt-length": 28, "max-new-tokens": 100}  # of a text, together 128
+    for name, size in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--plot", type=Path, help="PNG file of τ by tokens")
+    main(*parser.parse_known_args())
