@@ -48,7 +48,7 @@ SAMPLED = {
     "drawn": {"verification": "token", "drawn_tree": True},
     "traversal": {"verification": "traversal"},
 }
-COMPILED_TREES = [(4, 2, 8), (5, 4, 16)]
+COMPILED_TREES = [(4, 1, 5), (4, 2, 8), (5, 4, 16)]
 SAMPLED_TREES = [(4, 1, 5), (4, 2, 16)]
 TASKS = {"dialogues": 64, "stories": 128, "repetitive stories": 128}  # new tokens of an answer
 LEAST_TOKENS = 16  # of a dialogue's plain answer
