@@ -1,4 +1,4 @@
-"""The demo in three steps on three files of the standard library, in seconds."""
+"""The demo in three steps on a few stories, in seconds."""
 
 import io
 import json
@@ -7,20 +7,22 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.progress import Progress
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from coral_hf.demo import Budget, DemoSettings
-from coral_hf.demo.corpus import HELD_OUT, documents, held_out_prompts, pack, read_library
+from coral_hf.demo.corpus import held_out_prompts, story_rows, told
 from coral_hf.demo.models import RECORD, BudgetCallback, bf16_pays, kept, train_tokenizer
 from coral_hf.demo.run import run_demo
+from coral_hf.demo.stories import opening, stories
 
 STEPS = Budget(max_steps=3, max_seconds=60)
 TINY = {
-    "num_files": 3,
+    "num_stories": 60,
     "target_budget": STEPS,
     "drafter_budget": STEPS,
     "router_budget": STEPS,
-    "row_length": 64,
+    "max_length": 64,
     "pad_layers": 3,
     "compile": False,
     "num_prompts": 2,
@@ -56,7 +58,7 @@ def first_run(settings):
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return train_tokenizer(documents(3), 400)
+    return train_tokenizer(stories(0, 60, 0)[0], 400)
 
 
 def test_the_demo_shows_both_depths_and_leaves_its_files(first_run, settings):
@@ -91,9 +93,9 @@ def test_the_second_run_trains_nothing(first_run, settings):
 
 
 @pytest.mark.slow
-def test_the_padded_target_is_compiled_and_the_seconds_are_shown(first_run, settings):
+def test_rounds_are_compiled_and_the_seconds_are_shown(first_run, settings):
     reports, shown = shown_by(replace(settings, compile=True))
-    assert "Its rounds were compiled ahead, in" in shown
+    assert shown.count("Its rounds were compiled ahead, in") == 1
     assert reports[0].environment.compile_seconds is None
     assert reports[1].environment.compile_seconds > 0
     assert {row.exact_match for row in reports[1].numbers["rows"][-2:]} == {1.0}
@@ -102,7 +104,7 @@ def test_the_padded_target_is_compiled_and_the_seconds_are_shown(first_run, sett
 @pytest.mark.slow
 def test_fresh_trains_again(first_run, settings):
     _, shown = shown_by(replace(settings, fresh=True))
-    assert shown.count("Training") == 2
+    assert shown.count("Training") == 3
 
 
 def test_an_interrupted_training_run_leaves_no_model(tmp_path):
@@ -144,7 +146,7 @@ def test_a_target_and_a_dataset_of_conversations_can_be_given(tmp_path, tokenize
     (tmp_path / "chat.jsonl").write_text(rows)
     given = {"target": str(source), "dataset": str(tmp_path / "chat.jsonl")}
     reports, shown = shown_by(DemoSettings(**TINY, **given, output=tmp_path / "out"))
-    assert shown.count("Training") == 1 and "tokens (2 layers)" in shown
+    assert shown.count("Training") == 2 and "tokens (2 layers)" in shown
     assert {call.task for call in reports[0].calls} == {"held-out"}
 
 
@@ -174,29 +176,33 @@ def test_a_dataset_without_rows_to_train_on_is_refused(tmp_path):
         held_out_prompts(DemoSettings(dataset=str(path)))
 
 
-def test_prompts_come_from_files_that_are_not_trained_on():
-    prompts = held_out_prompts(DemoSettings())
-    assert [f"{prompt.id}.py" for prompt in prompts] == [*HELD_OUT]
-    texts = {prompt.text for prompt in prompts}
-    assert not any(text in document for text in texts for document in documents())
+def test_prompts_begin_no_story_that_is_trained_on():
+    settings = DemoSettings()
+    texts = {prompt.text for part in (0, 1) for prompt in held_out_prompts(settings, part)}
+    assert len(texts) == 2 * settings.num_prompts
+    trained = told(settings)[0]
+    assert len(trained) > 0.9 * settings.num_stories
+    assert not texts & {opening(story) for story in trained}
 
 
-def test_a_library_without_source_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": tmp_path})
-    with pytest.raises(ValueError, match="has no source files; give --target and --dataset"):
-        read_library()
+def test_stories_are_the_same_for_a_seed_and_leave_no_phrase_open():
+    told = stories(3, 500, 0)[0]
+    assert told == stories(3, 500, 0)[0] != stories(4, 500, 0)[0]
+    assert len({*told}) == 500
+    assert not any(sign in story for story in told for sign in "{}")
+    assert {story.count("\n") for story in told} == {3}
 
 
-def test_rows_start_with_bos_and_hold_the_documents_in_order(tokenizer):
-    rows = pack(["a = 1\n", "b = 2\n"], tokenizer, 4)["input_ids"]
-    assert all(len(row) == 4 and row[0] == tokenizer.bos_token_id for row in rows)
-    kept = [token for row in rows for token in row[1:]]
-    text = tokenizer.decode([token for token in kept if token != tokenizer.eos_token_id])
-    assert "a = 1\nb = 2\n".startswith(text)
+def test_rows_hold_a_story_each(tokenizer):
+    texts = stories(1, 3, 0)[0]
+    rows = story_rows(texts, tokenizer)["input_ids"]
+    assert {(row[0], row[-1]) for row in rows} == {(tokenizer.bos_token_id, tokenizer.eos_token_id)}
+    assert [tokenizer.decode(row[1:-1]) for row in rows] == texts
 
 
 def test_the_learning_rate_falls_by_the_nearer_limit():
-    callback = BudgetCallback(Budget(max_steps=10, max_seconds=1000))
+    with Progress(disable=True) as progress:
+        callback = BudgetCallback(Budget(max_steps=10, max_seconds=1000), progress, "Training")
     callback.on_train_begin(None, None, None)
     assert callback.spent(5) == pytest.approx(0.5)
     callback.start -= 900

@@ -1,11 +1,8 @@
 """Commands of the docs are ones that the program takes, their code runs, links lead somewhere."""
 
 import importlib.util
-import os
 import re
 import shlex
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -86,12 +83,9 @@ def test_the_code_of_the_readme_runs(folder, tmp_path):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
-    """Where a reader is after the demo, of tiny budgets, and with the text that Start makes."""
+    """Where a reader is after the demo, of tiny budgets."""
     place = tmp_path_factory.mktemp("walked")
     run_demo(DemoSettings(output=place / "coral-demo", **TINY))
-    making = re.search("^cat .*", (START / "own_model.md").read_text(), re.MULTILINE)[0]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    subprocess.run(making, shell=True, check=True, cwd=place, env={**os.environ, "PATH": path})
     return place
 
 

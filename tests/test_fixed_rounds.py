@@ -96,6 +96,25 @@ def test_a_call_compiles_three_graphs_before_its_first_token_and_the_next_none(f
     assert len(compiled) == 3
 
 
+def test_shorter_calls_run_in_what_was_compiled_ahead():
+    torch._dynamo.reset()
+    target, drafter = pair()
+    compiled = []
+
+    def backend(graph, example_inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    config = CompileConfig(backend=backend)
+    own = {**PLAIN, "speculation": "always"}
+    ahead = {**TREE, **own, "max_new_tokens": None}
+    coral_hf.warm_up(target, drafter, max_length=300, compile_config=config, **ahead)
+    assert len(compiled) == 2
+    plain = target.generate(**prompts(), **PLAIN)
+    found = drafted(target, drafter, prompts(), **own, compile_config=config)
+    assert found.sequences.equal(plain) and len(compiled) == 2
+
+
 def test_rows_end_where_they_end_in_a_plain_call(rounds_run):
     target, drafter = pair()
     given = prompts(rows=4)

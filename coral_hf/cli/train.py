@@ -19,8 +19,13 @@ LEAST_VOCAB = 8192  # tokens, of which reading all takes longer than a router do
 
 def demo(settings: DemoSettings) -> None:
     """Train a drafter on a small target, load it back, and measure it. Needs no network."""
+    from datasets import disable_progress_bars
+    from transformers.utils import logging
+
     from ..demo.run import run_demo
 
+    disable_progress_bars()  # a stage has one bar
+    logging.disable_progress_bar()
     run_demo(settings)
 
 

@@ -1,7 +1,7 @@
 """Settings of the demo, which trains and measures a target, a drafter and its router.
 
-[`~coral_hf.demo.run.run_demo`] takes them. No network is needed: the text is the source of Python's
-standard library. This file imports no torch, since `coral-hf demo --help` reads it.
+[`~coral_hf.demo.run.run_demo`] takes them. No network is needed: the target learns stories that
+are made up from phrases. This file imports no torch, since `coral-hf demo --help` reads it.
 """
 
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ class DemoSettings:
     """What the demo trains, and on what it measures.
 
     Args:
-        num_files: files of the standard library that are trained on; None for all.
-        row_length: tokens of a training row.
+        num_stories: that are trained on.
+        max_length: tokens of a training row at most.
         pad_layers: depth of the padded target; a deeper one is measured as it is.
-        compiled_tree: depth, top-k and nodes of the one tree that is compiled.
+        tree: depth, top-k and nodes of what is drafted.
     """
 
     output: Path = option("Folder of models, reports and plots.", Path("coral-demo"))
@@ -39,13 +39,13 @@ class DemoSettings:
     fresh: bool = option("Train again what the folder holds.", False)
     compile: bool = option("Compile the rounds of the padded target.", True)
     # in Python alone
-    num_files: int | None = None
-    target_budget: Budget = Budget(max_steps=10_000, max_seconds=150)
-    drafter_budget: Budget = Budget(max_steps=3000, max_seconds=95)
+    num_stories: int = 8000
+    target_budget: Budget = Budget(max_steps=10_000, max_seconds=60)
+    drafter_budget: Budget = Budget(max_steps=4000, max_seconds=70)
     router_budget: Budget = Budget(max_steps=1000, max_seconds=12)
-    row_length: int = 256
+    max_length: int = 256
     pad_layers: int = 32
-    compiled_tree: tuple[int, int, int] = (5, 4, 16)
+    tree: tuple[int, int, int] = (5, 4, 16)
     num_prompts: int = 5
-    max_new_tokens: int = 64
+    max_new_tokens: int = 160
     seed: int = 0

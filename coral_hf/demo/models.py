@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich import get_console
+from rich.progress import Progress
 from transformers import (
     DataCollatorForLanguageModeling,
     GPT2Tokenizer,
@@ -19,6 +20,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -32,7 +34,7 @@ from ..measure.tuning.head_choice import choose_head
 from ..training import CoralTrainer, CoralTrainingArguments
 from ..training.pipeline import save
 from . import Budget, DemoSettings
-from .corpus import DRAFTER_BATCH_SIZE, documents, held_out_prompts, pack, training_rows
+from .corpus import DRAFTER_BATCH_SIZE, held_out_prompts, story_rows, told, training_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARMUP_STEPS = 20
@@ -40,7 +42,7 @@ SMALL_VOCAB = 8192
 # likely tokens lie in many groups of a small vocabulary: half of it is read, not an eighth
 SMALL_VOCAB_GROUPS: dict[str, Any] = {"num_groups": 8, "num_active_groups": 4}
 # settings on which no weights depend
-NOT_TRAINED = ("output", "fresh", "compile", "pad_layers", "compiled_tree", "max_new_tokens")
+NOT_TRAINED = ("output", "fresh", "compile", "pad_layers", "tree", "max_new_tokens")
 RECORD = "demo.json"  # in the folder of a model
 
 
@@ -56,7 +58,6 @@ def kept(settings: DemoSettings, name: str, train: Callable[[Path], None], **rea
     folder = settings.output / name
     trained = {key: value for key, value in vars(settings).items() if key not in NOT_TRAINED}
     if settings.fresh or not (folder / RECORD).is_file():
-        get_console().rule(f"Training the {name}")
         with new_folder(folder, last=RECORD) as unfinished:
             train(unfinished)
             keep_settings(unfinished / RECORD, trained | read, folder)
@@ -72,8 +73,8 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBas
 
 def train_target(settings: DemoSettings, folder: Path) -> None:
     """Train tokenizer and Llama, in sizes that suit two CPU cores, and save both in `folder`."""
-    texts = documents(settings.num_files)
-    tokenizer = train_tokenizer(texts, vocab_size=2048)
+    texts, _ = told(settings)
+    tokenizer = train_tokenizer(texts, vocab_size=1024)
     set_seed(settings.seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -97,12 +98,11 @@ def train_target(settings: DemoSettings, folder: Path) -> None:
             weight_decay=0.1,
             adam_beta2=0.95,
         ),
-        train_dataset=pack(texts, tokenizer, settings.row_length),
+        train_dataset=story_rows(texts, tokenizer),
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         processing_class=tokenizer,
-        callbacks=[BudgetCallback(settings.target_budget)],
     )
-    trainer.train()
+    train_within(settings.target_budget, trainer, "target")
     trainer.save_model()
 
 
@@ -128,11 +128,11 @@ def train_drafter(
             **(SMALL_VOCAB_GROUPS if is_small else {}),
             stage=stage,
             classification_weight=1.0,
-            max_length=settings.row_length,
+            max_length=settings.max_length,
             per_device_train_batch_size=DRAFTER_BATCH_SIZE,
         )
-        given = {"train_dataset": rows, "callbacks": [BudgetCallback(budget)]}
-        CoralTrainer(drafter, target, args, tokenizer, **given).train()
+        trainer = CoralTrainer(drafter, target, args, tokenizer, train_dataset=rows)
+        train_within(budget, trainer, stage)
     prompts = held_out_prompts(settings, part=1)  # those of part 0 are measured
     choose_head(drafter, target, [encode(prompt, tokenizer)[0] for prompt in prompts])
     save(drafter, tokenizer, folder)
@@ -148,6 +148,7 @@ def common_arguments(settings: DemoSettings, budget: Budget, folder: Path) -> di
         "bf16": bf16_pays(),
         "use_cpu": DEVICE == "cpu",
         "save_strategy": "no",
+        "disable_tqdm": True,
         "report_to": "none",
         "dataloader_pin_memory": DEVICE == "cuda",
         "seed": settings.seed,
@@ -165,11 +166,20 @@ def bf16_pays() -> bool:
     return seconds(torch.bfloat16) < 0.7 * seconds(torch.float32)
 
 
+def train_within(budget: Budget, trainer: Trainer, name: str) -> None:
+    """Train what has a name until the budget is used up, with one bar of how much of it is."""
+    trainer.remove_callback(PrinterCallback)
+    with Progress(console=get_console()) as progress:
+        trainer.add_callback(BudgetCallback(budget, progress, f"Training the {name}"))
+        trainer.train()
+
+
 class BudgetCallback(TrainerCallback):
     """Ends a training run on time, its learning rate at zero, however fast the machine is."""
 
-    def __init__(self, budget: Budget) -> None:
-        self.budget = budget
+    def __init__(self, budget: Budget, progress: Progress, title: str) -> None:
+        self.budget, self.progress = budget, progress
+        self.bar = progress.add_task(title, total=1.0)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Start the clock: what lies before is not training."""
@@ -183,7 +193,9 @@ class BudgetCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Stop when the time is over; the steps are the trainer's own limit."""
-        control.should_training_stop |= self.spent(state.global_step) >= 1
+        spent = self.spent(state.global_step)
+        self.progress.update(self.bar, completed=min(spent, 1.0))
+        control.should_training_stop |= spent >= 1
 
     def spent(self, num_steps: int) -> float:
         """Return the share of the budget that is used up."""

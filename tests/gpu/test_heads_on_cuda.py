@@ -44,6 +44,17 @@ def test_groups_of_a_quantized_weight_are_read_by_the_kernel(dtype):
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 10])
+def test_groups_of_a_weight_are_read_by_the_kernel(rows, dtype):
+    torch.manual_seed(0)
+    weight, features = (torch.randn(size).cuda().to(dtype) for size in ((300, 64), (2, rows, 64)))
+    active = torch.tensor([[[3, 0, -1]], [[4, 1, 2]]]).cuda()
+    found = group_logits(features, weight, active, 70)
+    expected = group_logits(features.cpu().double(), weight.cpu().double(), active.cpu(), 70)
+    torch.testing.assert_close(found.double().cpu(), expected, rtol=2e-2, atol=2e-2)
+
+
 @torch.no_grad()
 def test_a_graph_reads_quantized_groups_of_the_day():
     torch.manual_seed(0)

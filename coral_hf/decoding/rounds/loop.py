@@ -22,6 +22,7 @@ from .steps import Steps, measure_costs, run_dry, steps_of
 
 LEAST_CAPACITY = 256
 FINE = 1024  # a capacity from which on there is another one between each and its double
+SPARE = 4  # how much larger a capacity that is compiled may be than one that is not
 FAR = 4096  # new tokens for which there is room from the start, where a call may write more
 
 
@@ -112,6 +113,8 @@ class FixedLoop(DecodingLoop):
         longest = self.plan.max_length
         self.capacity = self._capacity(longest if compiled else min(longest, prompt + FAR))
         if self.fixed.compile_config is not None:
+            if compiled is None:
+                self.capacity = self._ready_capacity()
             self.warm_up(self.shapes[: 1 if compiled is None else compiled])
         if compiled is not None:
             return
@@ -188,6 +191,15 @@ class FixedLoop(DecodingLoop):
     def _capacity(self, length: int) -> int:
         """What rows of `length` tokens need, with all that a round may write behind them."""
         return capacity_for(length + self.fixed.shape.depth + 1)
+
+    def _ready_capacity(self) -> int:
+        """The next capacity that is compiled, or the one at hand where none is near."""
+        least = self.capacity
+        while self.capacity <= SPARE * least:
+            if self._steps(self.fixed.shape).is_ready("draft", "verify"):
+                return self.capacity
+            self.capacity = capacity_for(self.capacity + 1)
+        return least
 
     def drop(self, rows: list[int], kept: list[int]) -> None:
         """Keep all rows."""

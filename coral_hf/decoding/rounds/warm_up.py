@@ -27,8 +27,8 @@ def warm_up(
         drafter: of the target.
         batch_size: rows of the calls.
         max_length: tokens of their longest rows, which decides the capacity of caches: 256, 512,
-            1024, 1536, 2048, 3072, … tokens, tree included. Calls in another capacity compile for
-            themselves.
+            1024, 1536, 2048, 3072, … tokens, tree included. Shorter calls, down to a fourth of it,
+            run in what is compiled; others compile for themselves.
         compile_config: transformers' own defaults by default.
         num_sizes: of trees, at most 3: the one that the settings ask for, and smaller ones, each a
             level less deep and of half the nodes. Adaptive drafting chooses among those that are
