@@ -12,17 +12,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..decoding.drafting import Drafting, DraftTree, TreeShape, Warp, register_drafting
+from ..decoding.drafting import Drafting, DraftTree, TreeShape, Warp
 from ..target import Target, text_config
+from .model import register_family
 from .tree_builders import TreeBuilder
 
 # a token that was never seen before another one counts as this part of an occurrence
@@ -165,7 +160,4 @@ def best_pairs(
     return codes[best] % vocab_size, (weights[best] / totals[:, None]).log()
 
 
-AutoConfig.register(BigramConfig.model_type, BigramConfig, exist_ok=True)
-AutoModel.register(BigramConfig, BigramDrafter, exist_ok=True)
-AutoModelForCausalLM.register(BigramConfig, BigramDrafter, exist_ok=True)
-register_drafting(BigramConfig.model_type, BigramDrafting)
+register_family(BigramConfig, BigramDrafter, BigramDrafting)

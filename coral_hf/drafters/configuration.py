@@ -61,13 +61,7 @@ class FamilyConfig(PreTrainedConfig):
             overrides: fields of the config that shall differ.
         """
         text = target_config.get_text_config(decoder=True)
-        known = target_fields(target_config) | cls._sizes(text)
-        return cls(**{**known, **cls._own_fields(text), **overrides})
-
-    @classmethod
-    def _sizes(cls, text: PreTrainedConfig) -> dict[str, Any]:
-        """The widths, heads and limits that follow from a target's text config."""
-        return {}
+        return cls(**target_fields(target_config) | cls._own_fields(text) | overrides)
 
     @classmethod
     def own_names(cls) -> list[str]:
@@ -78,7 +72,7 @@ class FamilyConfig(PreTrainedConfig):
 
     @classmethod
     def _own_fields(cls, text: PreTrainedConfig) -> dict[str, Any]:
-        """What a family takes otherwise from a target's text config."""
+        """What a family takes beside that from a target's text config."""
         return {}
 
 
@@ -102,6 +96,8 @@ class DrafterConfig(FamilyConfig):
     rms_norm_eps: float = 1e-6
     rope_parameters: dict | None = None
     attention_bias: bool = False
+    # fields of the families whose layers may have more than Llama's
+    output_bias = mlp_bias = qk_norm = False
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
@@ -113,7 +109,7 @@ class DrafterConfig(FamilyConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def _sizes(cls, text: PreTrainedConfig) -> dict[str, Any]:
+    def _own_fields(cls, text: PreTrainedConfig) -> dict[str, Any]:
         return _layer_sizes(text)
 
 

@@ -4,15 +4,14 @@ In: hidden states, rotary positions, a context (a cache in decoding, past steps 
 hidden states of the same shape.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, rotate_half
 
 
 class Context(Protocol):
@@ -39,26 +38,13 @@ class CausalContext:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
-class Extras(NamedTuple):
-    """What some layers have beside Llama's weights."""
-
-    output_bias: bool = False  # of the attention's output projection
-    mlp_bias: bool = False
-    qk_norm: bool = False  # norms of each query and key, as in Qwen3
-
-
-PLAIN = Extras()
-
-
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions over whatever the context holds.
 
     `width`: of what is projected to queries, keys and values.
     """
 
-    def __init__(
-        self, config: PreTrainedConfig, layer_idx: int, width: int, extras: Extras = PLAIN
-    ):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, width: int):
         super().__init__()
         self.layer_idx = layer_idx
         assert config.head_dim and config.num_key_value_heads, "the config fills these in"
@@ -69,9 +55,9 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(width, inner, bias=config.attention_bias)
         self.k_proj = nn.Linear(width, kv_inner, bias=config.attention_bias)
         self.v_proj = nn.Linear(width, kv_inner, bias=config.attention_bias)
-        self.o_proj = nn.Linear(inner, config.hidden_size, bias=extras.output_bias)
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.output_bias)
         self.q_norm, self.k_norm = (
-            LlamaRMSNorm(config.head_dim, config.rms_norm_eps) if extras.qk_norm else None
+            LlamaRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
             for _ in "qk"
         )
 
@@ -106,30 +92,25 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned * cos + rotate_half(turned) * sin, passed], dim=-1)
 
 
-class MLP(nn.Module):
-    """A SwiGLU feed-forward block."""
+class ResidualBlock(GradientCheckpointingLayer):
+    """x + SiLU(Wx + b), of heads; the identity where W and b are 0."""
 
-    def __init__(self, config: PreTrainedConfig, extras: Extras = PLAIN):
+    def __init__(self, width: int):
         super().__init__()
-        width, inner, bias = config.hidden_size, config.intermediate_size, extras.mlp_bias
-        # (batch, length, hidden) → (batch, length, intermediate) → (batch, length, hidden)
-        self.gate_proj = nn.Linear(width, inner, bias=bias)
-        self.up_proj = nn.Linear(width, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, width, bias=bias)
-        self.act = ACT2FN[config.hidden_act]
+        self.linear = nn.Linear(width, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(batch, length, hidden) → the same."""
-        return self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
+        """(*batch, width) → the same."""
+        return hidden + F.silu(self.linear(hidden))
 
 
 class DecoderLayer(GradientCheckpointingLayer):
     """A Llama-style decoder layer; the first one has no input norm, as in EAGLE-1."""
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int, extras: Extras = PLAIN):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = Attention(config, layer_idx, config.hidden_size, extras)
-        self.mlp = MLP(config, extras)
+        self.self_attn = Attention(config, layer_idx, config.hidden_size)
+        self.mlp = LlamaMLP(config)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         if layer_idx > 0:
             self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -11,14 +11,19 @@ from typing import Any, ClassVar, TypeVar
 from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import cached_file
 
 from ..atomic import write_json
+from ..decoding.drafting import Drafting, register_drafting
 from ..decoding.guard import accept_features, accept_target
 from ..decoding.settings import TREE_DEFAULTS
 from ..lm_head import execution_device
@@ -168,6 +173,23 @@ class Drafter(PreTrainedModel, GenerationMixin):
             f"A {type(self).__name__} reads hidden states of its target and cannot generate alone."
             " Call `target.generate(..., assistant_model=drafter)`."
         )
+
+
+def register_family(
+    config: type[PreTrainedConfig],
+    model: type[PreTrainedModel],
+    drafting: Callable[..., Drafting],
+    options: tuple[str, ...] = (),
+) -> None:
+    """Let transformers load a family's drafters, and `generate` take them.
+
+    `options`: see [`register_drafting`].
+    """
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    # by the second of them transformers' users load assistants
+    for auto in (AutoModel, AutoModelForCausalLM):
+        auto.register(config, model, exist_ok=True)
+    register_drafting(config.model_type, drafting, options)
 
 
 def _read_record(name: str | Path, options: dict[str, Any]) -> list[dict[str, Any]]:

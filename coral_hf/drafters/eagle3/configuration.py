@@ -101,7 +101,7 @@ class Eagle3Config(DrafterConfig):
 
     @classmethod
     def _own_fields(cls, text: PreTrainedConfig) -> dict[str, Any]:
-        return {
+        return super()._own_fields(text) | {
             "target_layers": default_layers(text.num_hidden_layers),
             "target_num_layers": text.num_hidden_layers,
             "target_hidden_size": text.hidden_size,

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from ...heads.router import check_token_ids
 from ...target import read_target
-from ..layers import MLP, Attention, CausalContext, Context, DecoderLayer, Extras
+from ..layers import Attention, CausalContext, Context, DecoderLayer
 from ..model import Drafter
 from .configuration import Eagle3Config
 
@@ -26,14 +26,14 @@ from .configuration import Eagle3Config
 class Eagle3Layer(GradientCheckpointingLayer):
     """The first decoder layer, whose attention reads the embedding and the hidden state."""
 
-    def __init__(self, config: Eagle3Config, extras: Extras):
+    def __init__(self, config: Eagle3Config):
         super().__init__()
         self.norms_residual = config.norm_before_residual
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hidden_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, 0, 2 * config.hidden_size, extras)
+        self.self_attn = Attention(config, 0, 2 * config.hidden_size)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, extras)
+        self.mlp = LlamaMLP(config)
 
     def forward(
         self, hidden: Tensor, embeddings: Tensor, cos: Tensor, sin: Tensor, context: Context
@@ -77,9 +77,8 @@ class Eagle3Drafter(Drafter):
             if config.fc_norm
             else None
         )
-        extras = Extras(config.output_bias, config.mlp_bias, config.qk_norm)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, idx, extras) if idx > 0 else Eagle3Layer(config, extras)
+            DecoderLayer(config, idx) if idx > 0 else Eagle3Layer(config)
             for idx in range(config.num_hidden_layers)
         )
         self.rotary_emb = LlamaRotaryEmbedding(config)

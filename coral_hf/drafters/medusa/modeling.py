@@ -12,30 +12,17 @@ A head is residual blocks, x + SiLU(Wx + b), and an LM head: its own, or the tar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from ...decoding.settings import TREE_DEFAULTS
 from ...lm_head import LMHead
 from ...target import read_target
+from ..layers import ResidualBlock
 from ..model import Drafter
 from .configuration import MedusaConfig, Paths
 
 logger = logging.get_logger(__name__)
-
-
-class ResidualBlock(GradientCheckpointingLayer):
-    """x + SiLU(Wx + b); the identity where W and b are 0."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(*batch, hidden) → the same."""
-        return hidden + F.silu(self.linear(hidden))
 
 
 class MedusaDrafter(Drafter):

@@ -48,4 +48,4 @@ class ParallelConfig(Eagle3Config):
 
     @classmethod
     def _own_fields(cls, text: PreTrainedConfig) -> dict[str, Any]:
-        return {**super()._own_fields(text), "num_hidden_layers": LAYERS}
+        return super()._own_fields(text) | {"num_hidden_layers": LAYERS}

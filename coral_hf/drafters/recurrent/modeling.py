@@ -14,21 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers import Context
+from ..layers import Context, ResidualBlock
 from ..model import Drafter
 from .configuration import RecurrentConfig
-
-
-class ResBlock(nn.Module):
-    """x + SiLU(linear(x)), (..., exit_dim) both."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(..., exit_dim) → the same."""
-        return hidden + F.silu(self.linear(hidden))
 
 
 class RecurrentDrafter(Drafter):
@@ -55,7 +43,7 @@ class RecurrentDrafter(Drafter):
             self.rnn_u = nn.Linear(width, width)  # of the state
         self.input_proj = nn.Linear(2 * width, exit_dim) if exit_dim != 2 * width else None
         self.lm_head = nn.Sequential(
-            *(ResBlock(exit_dim) for _ in range(config.num_draft_layers)),
+            *(ResidualBlock(exit_dim) for _ in range(config.num_draft_layers)),
             nn.Linear(exit_dim, config.vocab_size, bias=False),
         )
         self.post_init()
