@@ -34,7 +34,7 @@ from .eagle import (
     naming_config,
     table_scale,
 )
-from .files import check_dense
+from .files import Checkpoint, check_dense
 from .peagle import HIDDEN, names_peagle, read_mask_token, split_table
 
 SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
@@ -151,19 +151,16 @@ def _target_layers(config: dict[str, Any], depth: int) -> list[int]:
     return list(listed)
 
 
-def eagle3_drafter(
-    target: PreTrainedModel,
-    shape: dict[str, Any],
-    tensors: dict[str, Tensor],
-    folder: Path,
-    dtype: torch.dtype,
-) -> Eagle3Drafter:
-    """Make a drafter from the shape and the tensors of a checkpoint.
+def eagle3_drafter(target: PreTrainedModel, found: Checkpoint) -> Eagle3Drafter:
+    """Make a drafter from a checkpoint.
 
     Raises:
         ValueError: that names each tensor which is missing, unknown, of another shape or value.
     """
-    tensors = {_our_name(name): tensor for name, tensor in tensors.items()}
+    folder = found.folder
+    # of a config that does not tell EAGLE-3 from EAGLE-1, the fields were read as EAGLE-1's
+    shape = fitted_shape(read_eagle3_shape(found.config, folder), found.config, target)
+    tensors = {_our_name(name): tensor for name, tensor in found.tensors.items()}
     check_dense({name: one for name, one in tensors.items() if name not in MAPS}, folder)
     if "lm_head.weight" in tensors:
         shape = {"draft_vocab_size": len(tensors["lm_head.weight"])} | shape
@@ -172,9 +169,10 @@ def eagle3_drafter(
         kind = ParallelDrafter
         split_table(tensors, bound, shape.get("mask_token_id"), folder)
     _settle_embeddings(tensors, bound, shape)
-    found = {field for field, name in FROM_TENSORS.items() if name in tensors}
-    shape = shape | {field: field in found or shape.get(field, False) for field in FROM_TENSORS}
-    drafter = kind.from_target(target, **shape).to(dtype)
+    shape |= {
+        field: name in tensors or shape.get(field, False) for field, name in FROM_TENSORS.items()
+    }
+    drafter = kind.from_target(target, **shape).to(found.dtype)
     drop_frequencies(tensors, drafter.config)
     _settle_maps(tensors, drafter)
     check_tensors(tensors, drafter.state_dict(), f"The EAGLE-3 checkpoint {folder}")

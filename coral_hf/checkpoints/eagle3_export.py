@@ -19,11 +19,10 @@ from ..drafters.eagle3 import Eagle3Config, Eagle3Drafter, default_layers
 from ..drafters.parallel import ParallelConfig, ParallelDrafter
 from ..target import Scales, Target, text_config
 from .eagle import EMBEDDINGS, is_plain
-from .eagle3 import LAYERS
+from .eagle3 import LAYERS, SWITCHES
 from .engines import Content, engine_config, obstacles
 from .peagle import TOKEN, join_table
 
-SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 BIASES = ("attention_bias", "output_bias", "mlp_bias", "qk_norm")
 # fields of the config that an engine's drafters do not have
 MISSING = {

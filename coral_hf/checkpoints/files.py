@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -24,6 +24,16 @@ WEIGHTS = (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)
 INDEX = ".index.json"
 DOWNLOAD = {"revision", "cache_dir", "token", "local_files_only"}  # as in `from_pretrained`
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
+
+
+class Checkpoint(NamedTuple):
+    """What was read of a drafter's checkpoint."""
+
+    folder: Path
+    config: dict[str, Any]  # as it is written
+    fields: dict[str, Any]  # of the drafter's config, those that do not follow from tensors
+    tensors: dict[str, Tensor]  # under the names of the file
+    dtype: torch.dtype  # that the drafter is to have
 
 
 def config_folder(source: str | Path, **download: Any) -> Path:

@@ -44,6 +44,7 @@ from .eagle3 import (
 )
 from .files import (
     WEIGHTS,
+    Checkpoint,
     check_dense,
     config_folder,
     read_config,
@@ -161,16 +162,11 @@ def import_drafter(
             f"{folder} holds a drafter of another kind, {family}; read it with"
             f" coral_hf.{KINDS[shape.kind]}(target, source), or with coral-hf import."
         )
-    if shape.kind is MedusaDrafter:
-        names = (*MEDUSA_WEIGHTS, *WEIGHTS)
-        tensors = read_weights(weights_folder(source, folder, names, **download), names)
-        drafter: Drafter = medusa_drafter(target, shape.config, tensors, folder, dtype)
-    elif shape.kind is RecurrentDrafter:
-        check_target(RecurrentConfig(**shape.fields), target)
-        tensors = read_weights(weights_folder(source, folder, **download))
-        drafter = recurrent_drafter(target, shape.fields, tensors, folder, dtype)
-    else:
-        drafter = _from_eagle(target, shape, source, folder, dtype, download)
+    _check_shape(target, shape)
+    names = (*MEDUSA_WEIGHTS, *WEIGHTS) if shape.kind is MedusaDrafter else WEIGHTS
+    tensors = read_weights(weights_folder(source, folder, names, **download), names)
+    found = Checkpoint(folder, shape.config, shape.fields, tensors, dtype)
+    drafter = _drafter_of(shape.kind, target, found)
     if tokenizer is not None:
         record_tokenizer(tokenizer, drafter.config)
     is_local = Path(source).is_dir()  # a path of this machine means nothing elsewhere
@@ -212,40 +208,36 @@ def from_recurrent(target: PreTrainedModel, source: str | Path, **options: Any) 
     return drafter
 
 
-def _from_eagle(
-    target: PreTrainedModel,
-    shape: Shape,
-    source: str | Path,
-    folder: Path,
-    dtype: torch.dtype,
-    download: dict[str, Any],
-) -> CoralDrafter | Eagle3Drafter:
-    """Make a drafter from a checkpoint whose config is that of an EAGLE drafter."""
-    own = {"vocab_size": text_config(target).vocab_size}
-    if is_eagle3 := issubclass(shape.kind, Eagle3Drafter):
-        fields = fitted_shape(shape.fields, shape.config, target)
-    else:
-        fields = shape.fields
-        check_target(CoralConfig(**fields | own), target)
-    tensors = read_weights(weights_folder(source, folder, **download))
-    if is_eagle3 or any(name.startswith(OWN_TENSORS) for name in tensors):
-        fields = fitted_shape(read_eagle3_shape(shape.config, folder), shape.config, target)
-        return eagle3_drafter(target, fields, tensors, folder, dtype)
-    return _eagle_drafter(target, fields, tensors, folder, dtype)
+def _check_shape(target: PreTrainedModel, shape: Shape) -> None:
+    """Raise a ValueError if a config says that the drafter is another target's."""
+    if issubclass(shape.kind, Eagle3Drafter):
+        fitted_shape(shape.fields, shape.config, target)
+    elif shape.kind is RecurrentDrafter:
+        check_target(RecurrentConfig(**shape.fields), target)
+    elif shape.kind is CoralDrafter:  # whose tensors tell of the vocabulary
+        own = {"vocab_size": text_config(target).vocab_size}
+        check_target(CoralConfig(**shape.fields | own), target)
 
 
-def _eagle_drafter(
-    target: PreTrainedModel,
-    shape: dict[str, Any],
-    tensors: dict[str, Tensor],
-    folder: Path,
-    dtype: torch.dtype,
-) -> CoralDrafter:
-    """Make a CORAL drafter from the shape and the tensors of an EAGLE-1 checkpoint."""
+def _drafter_of(kind: type[Drafter], target: PreTrainedModel, found: Checkpoint) -> Drafter:
+    """Make a drafter from a checkpoint whose config says that it is of a kind."""
+    if kind is MedusaDrafter:
+        return medusa_drafter(target, found)
+    if kind is RecurrentDrafter:
+        return recurrent_drafter(target, found)
+    if kind is not CoralDrafter or any(name.startswith(OWN_TENSORS) for name in found.tensors):
+        return eagle3_drafter(target, found)
+    return _eagle_drafter(target, found)
+
+
+def _eagle_drafter(target: PreTrainedModel, found: Checkpoint) -> CoralDrafter:
+    """Make a CORAL drafter from an EAGLE-1 checkpoint."""
+    folder, tensors = found.folder, found.tensors
     check_dense(tensors, folder)
-    shape = {field: name in tensors for field, name in BIASES.items()} | shape
+    shape = {field: name in tensors for field, name in BIASES.items()} | found.fields
     own = {"vocab_size": text_config(target).vocab_size}
-    drafter, bound = CoralDrafter.from_target(target, **shape | own).to(dtype), read_target(target)
+    drafter = CoralDrafter.from_target(target, **shape | own).to(found.dtype)
+    bound = read_target(target)
     _drop_copies(tensors, bound, shape["vocab_size"])
     drop_frequencies(tensors, drafter.config)
     check_tensors(tensors, drafter.state_dict(), f"The EAGLE checkpoint {folder}")

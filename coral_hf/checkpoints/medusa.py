@@ -26,7 +26,7 @@ from ..drafters.medusa import MedusaConfig, MedusaDrafter
 from ..target import Target, check_target, read_target, text_config
 from .eagle import HEAD, check_copy, check_tensors, naming_config
 from .engines import Content
-from .files import check_dense
+from .files import Checkpoint, check_dense
 
 logger = logging.get_logger(__name__)
 
@@ -54,23 +54,18 @@ def our_name(name: str) -> str:
     return f"blocks.{head}.{block}.linear.{kind}" if linear else f"lm_heads.{head}.{kind}"
 
 
-def medusa_drafter(
-    target: PreTrainedModel,
-    config: dict[str, Any],
-    tensors: dict[str, Tensor],
-    folder: Path,
-    dtype: torch.dtype,
-) -> MedusaDrafter:
-    """Make a drafter from the config and the tensors of a checkpoint.
+def medusa_drafter(target: PreTrainedModel, found: Checkpoint) -> MedusaDrafter:
+    """Make a drafter from a checkpoint.
 
     Raises:
         ValueError: that names each tensor which is missing, unknown or of another shape, or the
             model that the heads were made for.
     """
-    tensors, copies = _apart(tensors, config)
+    folder, config = found.folder, found.config
+    tensors, copies = _apart(found.tensors, config)
     check_dense(tensors, folder)
     tensors = {our_name(name): tensor for name, tensor in tensors.items()}
-    places = [tuple(map(int, found.groups())) for found in map(BLOCK.fullmatch, tensors) if found]
+    places = [tuple(map(int, one.groups())) for one in map(BLOCK.fullmatch, tensors) if one]
     first = tensors.get("blocks.0.0.linear.weight")
     if first is None or first.ndim != 2:
         raise ValueError(
@@ -104,7 +99,7 @@ def medusa_drafter(
         zero = torch.zeros(sizes["hidden_size"])
         tensors |= {f"blocks.{head}.{block}.linear.bias": zero for head, block in places}
     shape = {"num_heads": heads, "num_hidden_layers": depth, "has_lm_heads": has_own}
-    drafter = MedusaDrafter.from_target(target, **shape).to(dtype)
+    drafter = MedusaDrafter.from_target(target, **shape).to(found.dtype)
     check_tensors(tensors, drafter.state_dict(), f"The Medusa checkpoint {folder}")
     drafter.load_state_dict(tensors)
     return drafter

@@ -19,7 +19,7 @@ from ..drafters.recurrent import RecurrentConfig, RecurrentDrafter
 from ..target import read_target
 from .eagle import check_tensors, naming_config, table_scale
 from .engines import Content
-from .files import check_dense
+from .files import Checkpoint, check_dense
 
 RELEASED = "recurrent_drafting_drafter"  # `model_type` of the released code
 FIELDS = ("vocab_size", "hidden_size", "exit_dim", "num_draft_layers", "rnn")
@@ -38,20 +38,15 @@ def read_recurrent_shape(config: dict[str, Any], folder: Path) -> dict[str, Any]
     return fields
 
 
-def recurrent_drafter(
-    target: PreTrainedModel,
-    shape: dict[str, Any],
-    tensors: dict[str, Tensor],
-    folder: Path,
-    dtype: torch.dtype,
-) -> RecurrentDrafter:
-    """Make a drafter from the shape and the tensors of a released checkpoint.
+def recurrent_drafter(target: PreTrainedModel, found: Checkpoint) -> RecurrentDrafter:
+    """Make a drafter from a released checkpoint.
 
     Raises:
         ValueError: that names each tensor which does not fit, or why the target does not.
     """
+    folder, tensors = found.folder, found.tensors
     check_dense(tensors, folder)
-    drafter = RecurrentDrafter.from_target(target, **shape).to(dtype)
+    drafter = RecurrentDrafter.from_target(target, **found.fields).to(found.dtype)
     check_tensors(tensors, drafter.state_dict(), f"The checkpoint {folder}")
     scale = table_scale(read_target(target))
     if reasons := _obstacles(drafter.config, scale):
