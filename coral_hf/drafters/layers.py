@@ -27,7 +27,6 @@ class Context(Protocol):
         Returns:
             (batch, heads, length, head_dim).
         """
-        ...
 
 
 class CausalContext:

@@ -48,7 +48,6 @@ class DraftHead(Protocol):
             log_path: (batch, nodes), log-confidence of the path from the root to each node.
             top_k: children of each node; there are fewer where fewer tokens were read.
         """
-        ...
 
     def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
         """Compute logits to draw from, -inf for the part of the vocabulary that is not read.
@@ -62,7 +61,6 @@ class DraftHead(Protocol):
         Returns:
             (batch, nodes, vocab), in fp32.
         """
-        ...
 
 
 class FullHead:

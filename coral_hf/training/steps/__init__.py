@@ -100,7 +100,6 @@ class TrainingStep(Protocol):
         Raises:
             ValueError: for settings that mean nothing to the family.
         """
-        ...
 
     @classmethod
     def layers(cls, config: Any) -> tuple[int, ...]:
@@ -108,7 +107,6 @@ class TrainingStep(Protocol):
 
         Features of a batch, computed or cached, are these side by side.
         """
-        ...
 
     @classmethod
     def fresh_fields(cls, args: CoralTrainingArguments) -> dict[str, Any]:
@@ -123,7 +121,6 @@ class TrainingStep(Protocol):
             rows: the training rows; None for a trainer that only evaluates.
             tokenizer: the target's.
         """
-        ...
 
     def unroll(self, model: nn.Module, batch: dict[str, Tensor], num_steps: int) -> Unrolled:
         """Run the drafter on a batch; every forward pass goes through `model`.
@@ -133,18 +130,15 @@ class TrainingStep(Protocol):
             batch: of the collator, (batch, length) each; of a feature cache also `features`
                 (batch, length, layers · hidden).
         """
-        ...
 
     def losses(self, drafter: Any, trained: Trained) -> Losses:
         """Compute the losses of the stage; `drafter` has no wrappers, and may run its heads."""
-        ...
 
     def choices(self, drafter: Any, predicted: Tensor, step: int) -> Tensor:
         """The token that the drafter finds best after a step, counted from 0.
 
         (rows, hidden) → (rows,)
         """
-        ...
 
 
 _KINDS: dict[str, type[TrainingStep]] = {}

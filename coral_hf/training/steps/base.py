@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from ...identity import seed_of
-from ...target import Target
+from ...target import FEATURE, Target
+from ..adapters import is_adapted
 from ..arguments import CoralTrainingArguments
 from ..features.reading import TargetFeatures
+from ..stages import freeze_others
 from . import TrainingStep, Unrolled
 from .unroll import unroll
 
@@ -28,7 +31,8 @@ class Predicted(NamedTuple):
 class UnrolledStep(TrainingStep):
     """A training step whose drafter runs on its own predictions.
 
-    A family says by `layers` and `inputs` what its first step reads, and by `predict` how it runs.
+    A family says by `layers` and `inputs` what its first step reads, by `predict` how it runs, and
+    by `follow_target` and `complete` what a drafter needs before it is trained.
     """
 
     can_shard = True
@@ -45,6 +49,24 @@ class UnrolledStep(TrainingStep):
                     f"`{name}` is {value}, which is not for a {self.drafter.__name__}; leave it"
                     " out."
                 )
+
+    @classmethod
+    def layers(cls, config: Any) -> tuple[int, ...]:
+        """The feature alone."""
+        return (FEATURE,)
+
+    def prepare(self, drafter: Any, rows: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Complete a drafter, and freeze what is not trained; see [`TrainingStep`]."""
+        self.follow_target(drafter)
+        if not is_adapted(drafter):
+            self.complete(drafter, rows, tokenizer)
+            freeze_others(drafter, self.args.stage)
+
+    def follow_target(self, drafter: Any) -> None:
+        """Follow the target's vocabulary, or raise a ValueError; `drafter` as in `prepare`."""
+
+    def complete(self, drafter: Any, rows: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Make what a drafter without an adapter lacks for its stage; see `prepare`."""
 
     def inputs(self, model: nn.Module, tokens: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
         """What the first step reads.

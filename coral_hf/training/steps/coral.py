@@ -11,9 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...drafters.coral import CoralConfig, CoralDrafter
 from ...heads.draft_heads import RoutedHead
-from ...target import FEATURE
-from ..adapters import is_adapted
-from ..stages import HEAD_OF, add_heads, follow_vocabulary, freeze_others
+from ..stages import HEAD_OF, add_heads, follow_vocabulary
 from . import Losses, Trained, register_step
 from .base import UnrolledStep
 from .objectives import drafter_losses, low_rank_losses, router_losses
@@ -26,22 +24,13 @@ class CoralStep(UnrolledStep):
     recipes = ("coral", "eagle", "hass")
     stages = ("drafter", *HEAD_OF)
 
-    @classmethod
-    def layers(cls, config: CoralConfig) -> tuple[int, ...]:
-        """The feature alone."""
-        return (FEATURE,)
-
-    def prepare(
-        self,
-        drafter: CoralDrafter | PeftModel,
-        rows: Any,
-        tokenizer: PreTrainedTokenizerBase | None,
-    ) -> None:
-        """Add the head of the stage, and freeze the rest; see [`TrainingStep`]."""
+    def follow_target(self, drafter: CoralDrafter | PeftModel) -> None:
+        """See [`UnrolledStep`]; heads keep the vocabulary that they were made for."""
         follow_vocabulary(drafter, self.target.model, self.args.stage)
-        if not is_adapted(drafter):
-            add_heads(drafter, self.args, self.target, rows, tokenizer)
-            freeze_others(drafter, self.args.stage)
+
+    def complete(self, drafter: Any, rows: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Add the head of the stage; see [`UnrolledStep`]."""
+        add_heads(drafter, self.args, self.target, rows, tokenizer)
 
     def losses(self, drafter: CoralDrafter, trained: Trained) -> Losses:
         """Compute the losses of the stage: of the drafter, its router, its low-rank head."""

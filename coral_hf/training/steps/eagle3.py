@@ -12,13 +12,11 @@ to those before it, and each step's loss weighs less than the one before.
 from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ...drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from ...target import FEATURE, Target, text_config
-from ..adapters import is_adapted
 from ..arguments import CoralTrainingArguments
 from ..grouping import label_counts, most_frequent_first
 from . import register_step
@@ -41,15 +39,9 @@ class Eagle3Step(OwnHeadStep):
         """The fused ones, and the feature."""
         return (*config.target_layers, FEATURE)
 
-    def prepare(
-        self,
-        drafter: Eagle3Drafter | PeftModel,
-        rows: Any,
-        tokenizer: PreTrainedTokenizerBase | None,
-    ) -> None:
-        """Count the draft vocabulary of a fresh drafter; see [`TrainingStep`]."""
-        super().prepare(drafter, rows, tokenizer)
-        if not is_adapted(drafter) and rows is not None and is_fresh(drafter):
+    def complete(self, drafter: Any, rows: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Count the draft vocabulary of a fresh drafter; see [`UnrolledStep`]."""
+        if rows is not None and is_fresh(drafter):
             counts = label_counts(rows, text_config(self.target.model).vocab_size)
             tokens = most_frequent_first(counts)[: len(drafter.d2t)]
             drafter.set_draft_vocabulary(tokens.sort().values)

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ...drafters.medusa import MedusaConfig, MedusaDrafter
-from ...target import FEATURE, text_config
+from ...target import text_config
 from ..adapters import is_adapted
 from ..arguments import CoralTrainingArguments
 from ..data.documents import Places
 from ..losses.draft_loss import DraftGoal, draft_loss
-from ..stages import freeze_others
 from . import Losses, Trained, register_step
 from .base import Predicted, UnrolledStep
 from .objectives import step_weights, token_notes
@@ -41,22 +40,19 @@ class MedusaStep(UnrolledStep):
     unused = ("regression_weight", "top_k_weight", "csra_weight", "use_liger_kernel")
 
     @classmethod
-    def layers(cls, config: MedusaConfig) -> tuple[int, ...]:
-        """The feature alone."""
-        return (FEATURE,)
-
-    @classmethod
     def fresh_fields(cls, args: CoralTrainingArguments) -> dict[str, Any]:
         """A head for each step."""
         return {"num_heads": args.resolved.num_steps}
 
-    def prepare(
-        self,
-        drafter: MedusaDrafter | PeftModel,
-        rows: Any,
-        tokenizer: PreTrainedTokenizerBase | None,
-    ) -> None:
-        """Freeze the heads beyond `num_steps`; see [`TrainingStep`]."""
+    def prepare(self, drafter: Any, rows: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Freeze the heads beyond `num_steps` too; see [`TrainingStep`]."""
+        super().prepare(drafter, rows, tokenizer)
+        if not is_adapted(drafter):
+            for parts in (drafter.blocks, drafter.lm_heads):
+                parts[self.args.resolved.num_steps :].requires_grad_(False)
+
+    def follow_target(self, drafter: MedusaDrafter | PeftModel) -> None:
+        """Refuse heads for another vocabulary; see [`UnrolledStep`]."""
         config, size = drafter.config, text_config(self.target.model).vocab_size
         if config.has_lm_heads and config.vocab_size != size:
             raise ValueError(
@@ -65,10 +61,6 @@ class MedusaStep(UnrolledStep):
                 " drafter), on the command line --warm-start."
             )
         config.vocab_size = size
-        if not is_adapted(drafter):
-            freeze_others(drafter, self.args.stage)
-            for parts in (drafter.blocks, drafter.lm_heads):
-                parts[self.args.resolved.num_steps :].requires_grad_(False)
 
     def predict(
         self,

@@ -7,14 +7,10 @@ compares hidden states, so gradients flow from a step to those before it.
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from ...target import text_config
-from ..adapters import is_adapted
 from ..losses.draft_loss import DraftGoal, DraftLoss, draft_goal, draft_loss, label_goal
-from ..stages import freeze_others
 from . import Losses, Trained
 from .base import UnrolledStep
 from .objectives import alignment, step_weights, token_notes
@@ -30,18 +26,14 @@ class OwnHeadStep(UnrolledStep):
     head_parts: ClassVar[tuple[str, ...]]  # modules of a drafter that `draft_logits` runs
     unused: tuple[str, ...] = ("regression_weight", "top_k_weight", "use_liger_kernel")
 
-    def prepare(
-        self, drafter: Any | PeftModel, rows: Any, tokenizer: PreTrainedTokenizerBase | None
-    ) -> None:
-        """Freeze what is not trained; see [`TrainingStep`]."""
+    def follow_target(self, drafter: Any) -> None:
+        """Refuse draft tokens that the target has not; see [`UnrolledStep`]."""
         vocab_size = text_config(self.target.model).vocab_size
         if bool((drafter.draft_tokens >= vocab_size).any()):
             raise ValueError(
                 f"`vocab_size` of the target is {vocab_size}, but the drafter proposes tokens up to"
                 f" {int(drafter.draft_tokens.max())}; train one of this target."
             )
-        if not is_adapted(drafter):
-            freeze_others(drafter, self.args.stage)
 
     def losses(self, drafter: Any, trained: Trained) -> Losses:
         """Compute the cross-entropy over the drafter's vocabulary of all steps, and L_csra."""

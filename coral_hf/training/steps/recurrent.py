@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ...drafters.recurrent import RecurrentConfig, RecurrentDrafter
-from ...target import FEATURE
 from ..losses.draft_loss import DraftLoss
 from . import Trained, register_step
 from .objectives import token_notes
@@ -29,11 +28,6 @@ class RecurrentStep(OwnHeadStep):
     recipes = ("recurrent",)
     head_parts = ("input_proj", "lm_head")
     unused = (*OwnHeadStep.unused, "csra_weight")  # steps go on from other features
-
-    @classmethod
-    def layers(cls, config: RecurrentConfig) -> tuple[int, ...]:
-        """The feature alone."""
-        return (FEATURE,)
 
     def inputs(self, model: nn.Module, tokens: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
         """Embed tokens (batch, length); states (batch, length, 2 · hidden) that have read none."""
