@@ -22,7 +22,7 @@ from ..decoding.caches.ragged_cache import HIDDEN, RaggedCache
 from ..decoding.drafting import DraftTree, Level, TreeShape
 from ..target import Target
 from .tree_builders import Beam, plan_levels
-from .tree_drafting import Grown, TreeDrafting
+from .tree_drafting import Grown, TreeDrafting, last_kept
 
 # tokens of a prompt that are read at once, so that masks and activations do not grow with it
 LEAST_PIECE, LARGEST_PIECE = 128, 256
@@ -168,12 +168,7 @@ class CachedDrafting(TreeDrafting):
         is_plain = new == 1 and self._cache.sees_all()
         mask = None if is_plain else self._mask(positions, causal)
         predicted = self._step(tokens, self.read(features.to(self.device)), positions, mask)
-        self._keep(self._last(predicted, counts), counts)
-
-    def _last(self, predicted: Tensor, counts: Tensor) -> Tensor:
-        """Of what a step returns, (batch, new, hidden), that of each row's last kept token."""
-        last = (counts.to(self.device)[:, None, None] - 1).clamp(min=0)
-        return predicted.gather(1, last.expand(-1, -1, predicted.shape[2]))
+        self._keep(last_kept(predicted, counts), counts)
 
     def _keep(self, output: Tensor, counts: Tensor) -> None:
         """Keep the first `counts` tokens of each row, and an output (batch, some, hidden)."""
@@ -242,13 +237,11 @@ class CachedDrafting(TreeDrafting):
         itself = itself.expand(batch, -1, -1)
         if seen is None:
             return itself
-        inherited = seen.gather(1, beam.parents[..., None].expand(-1, -1, seen.shape[2]))
-        return torch.cat([inherited, itself], dim=2)
+        return torch.cat([beam.of_parents(seen), itself], dim=2)
 
     def _expand(self, beam: Beam, features: Tensor, seen: Tensor, depth: int) -> Tensor:
         """One drafter step over the beam: (batch, beam, hidden) features that its nodes predict."""
-        parents = beam.parents[..., None].expand(-1, -1, features.shape[2])
         depths = seen.new_full((1, 1), depth, dtype=torch.long)
         positions = self._cache.position_ids(depths)  # (batch, 1)
         mask = self._mask(positions.expand(seen.shape[:2]), seen)
-        return self._step(beam.tokens, features.gather(1, parents), positions, mask)
+        return self._step(beam.tokens, beam.of_parents(features), positions, mask)

@@ -4,12 +4,16 @@ tokens          x0   x1   x2   x3        x3 is the root, which the target has no
 features        f0   f1   f2             a round starts from f2, and from nothing before it
 """
 
+import weakref
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
 from ..decoding.guard import accept_features
 from ..target import FEATURE, Target, check_target, text_config
 from .model import Drafter
+from .tree_drafting import last_kept
 
 
 class LastFeatureDrafting:
@@ -29,6 +33,11 @@ class LastFeatureDrafting:
         """See [`FixedDrafting`]."""
         return self.drafter.device
 
+    @property
+    def kind(self) -> Hashable:
+        """See [`FixedDrafting`]."""
+        return weakref.ref(self.drafter), self.drafter.dtype
+
     def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
         """Take the last feature of prompts, (batch, length, hidden); see [`Drafting`]."""
         self._feature = features[:, -1].to(self.device, copy=True)
@@ -40,10 +49,8 @@ class LastFeatureDrafting:
 
         Of (batch, new, hidden) features, that of the last of `counts`, (batch,).
         """
-        features, counts = features.to(self.device), counts.to(self.device)[:, None]
-        last = (counts - 1).clamp(min=0)[..., None].expand(-1, -1, features.shape[2])
-        new = features.gather(1, last)[:, 0]
-        self._feature.copy_(torch.where(counts > 0, new, self._feature))
+        new, counts = last_kept(features.to(self.device), counts)[:, 0], counts.to(self.device)
+        self._feature.copy_(torch.where(counts[:, None] > 0, new, self._feature))
 
     def select(self, rows: Tensor) -> None:
         """Keep rows of the batch, of shape (kept,); see [`Drafting`]."""

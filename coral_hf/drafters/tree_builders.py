@@ -37,6 +37,10 @@ class Beam(NamedTuple):
     parents: Tensor  # (batch, beam), which node of the previous beam each one hangs on
     log_path: Tensor  # (batch, beam), log-confidence of the path from the root
 
+    def of_parents(self, states: Tensor) -> Tensor:
+        """What each node's parent has: (batch, parents, width) → (batch, beam, width)."""
+        return states.gather(1, self.parents[..., None].expand(-1, -1, states.shape[2]))
+
 
 class TreeBuilder:
     """Collects levels of children and keeps the best nodes of all.

@@ -86,3 +86,9 @@ class TreeDrafting(ABC):
             grown = self._grow(grown, beam, depth)
             beam = builder.add_level(*self.head.children(grown.features, beam.log_path, top_k))
         return builder.build()
+
+
+def last_kept(states: Tensor, counts: Tensor) -> Tensor:
+    """Of states (batch, new, width) those of the last of `counts` (batch,): (batch, 1, width)."""
+    last = (counts.to(states.device)[:, None, None] - 1).clamp(min=0)
+    return states.gather(1, last.expand(-1, -1, states.shape[2]))

@@ -19,6 +19,7 @@ from ...decoding.caches.ragged_cache import RaggedCache
 from ...decoding.drafting import DraftTree, Level, TreeShape, Warp
 from ..eagle3.drafting import Eagle3Drafting
 from ..tree_builders import chosen_of_marginals, drawn_of_marginals
+from ..tree_drafting import last_kept
 from .modeling import ParallelDrafter
 
 MASKED = -1  # stands for a token that is not known
@@ -72,7 +73,7 @@ class ParallelDrafting(Eagle3Drafting):
             return super().commit(tokens, features, counts)
         predicted = self._pass(tokens.to(self.device), features, counts.to(self.device))
         masked = predicted[:, tokens.shape[1] :]
-        self._keep(torch.cat([self._last(predicted, counts), masked], dim=1), counts)
+        self._keep(torch.cat([last_kept(predicted, counts), masked], dim=1), counts)
 
     def _pass(self, tokens: Tensor, features: Tensor, counts: Tensor) -> Tensor:
         """One step over new tokens and masks behind the first `counts` of each row.

@@ -1,6 +1,5 @@
 """The Recurrent Drafter's side of a call: beams or trees below one feature."""
 
-import weakref
 from collections.abc import Hashable
 
 import torch
@@ -51,7 +50,7 @@ class RecurrentDrafting(LastFeatureDrafting, TreeDrafting):
     @property
     def kind(self) -> Hashable:
         """See [`FixedDrafting`]."""
-        return weakref.ref(self.drafter), self.drafter.dtype, self.draft_tree
+        return super().kind, self.draft_tree
 
     def fix(self, capacity: int, shape: TreeShape, is_drawn: bool) -> tuple[Level, ...]:
         """See [`FixedDrafting`]: the feature is in one buffer anyway."""
@@ -86,9 +85,7 @@ class RecurrentDrafting(LastFeatureDrafting, TreeDrafting):
         return self._read(root[:, None], states)
 
     def _grow(self, grown: Grown, beam: Beam, depth: int) -> Grown:
-        states = grown.features
-        parents = beam.parents[..., None].expand(-1, -1, states.shape[2])
-        return self._read(beam.tokens, states.gather(1, parents))
+        return self._read(beam.tokens, beam.of_parents(grown.features))
 
     def _read(self, tokens: Tensor, states: Tensor) -> Grown:
         """Let states (batch, beam, 2 · hidden) read tokens (batch, beam)."""
