@@ -121,8 +121,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
     One that has gained tokens since is the same: it maps the earlier ones to the same ids.
     """
     expected, size = (getattr(config, f"tokenizer_{name}", None) for name in ("hash", "size"))
-    sizes = {None, size}  # of drafters that an earlier version saved, the size is not known
-    if expected is not None and all(expected != tokenizer_hash(tokenizer, n) for n in sizes):
+    if expected is not None and expected != tokenizer_hash(tokenizer, size):
         raise ValueError(
             "The tokenizer that was passed maps tokens to other ids than the one that the drafter"
             f" was trained with ({config.target_name_or_path or 'unnamed target'}). Pass the"

@@ -10,12 +10,12 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import coral_hf  # noqa: F401  registers the drafter and lets `generate` take it
 
 
-def main(target_name: str, drafter_name: str, turns: list[str], max_new_tokens: int) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(target_name)
-    target = AutoModelForCausalLM.from_pretrained(target_name).eval()
-    drafter = AutoModel.from_pretrained(drafter_name, dtype=target.dtype).eval()
+def main(options: argparse.Namespace) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(options.target)
+    target = AutoModelForCausalLM.from_pretrained(options.target).eval()
+    drafter = AutoModel.from_pretrained(options.drafter, dtype=target.dtype).eval()
     messages, cache = [], {}
-    for turn in turns:
+    for turn in options.turns:
         messages.append({"role": "user", "content": turn})
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -24,7 +24,7 @@ def main(target_name: str, drafter_name: str, turns: list[str], max_new_tokens: 
             **inputs,
             assistant_model=drafter,
             **cache,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=options.max_new_tokens,
             do_sample=False,
             return_dict_in_generate=True,
         )
@@ -43,5 +43,4 @@ if __name__ == "__main__":
     parser.add_argument("--drafter", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("turns", nargs="+")
-    options = parser.parse_args()
-    main(options.target, options.drafter, options.turns, options.max_new_tokens)
+    main(parser.parse_args())

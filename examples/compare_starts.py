@@ -12,14 +12,14 @@ import argparse
 import time
 from statistics import mean
 
-import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
 from coral_hf.measure.calls import decoded_rounds
 from coral_hf.measure.prompts import Prompt, asked_messages, encode
 from coral_hf.target import read_target
+from coral_hf.training import parse_arguments
 from coral_hf.training.adapters import lora
 from coral_hf.training.data import load_conversations, prepare_dataset, to_messages
 from coral_hf.training.warm_start import from_layer, warm_start
@@ -102,7 +102,5 @@ if __name__ == "__main__":
     parser.add_argument("--num-prompts", type=int, default=20, help="held-out rows to measure τ on")
     parser.add_argument("--user-turn", type=int, default=-1, help="the user turn that is answered")
     options, rest = parser.parse_known_args()
-    pinned = ["--dataloader_pin_memory", str(torch.cuda.is_available())]
-    defaults = ["--report_to", "none", "--save_strategy", "no", "--logging_steps", "1", *pinned]
-    (args,) = HfArgumentParser(CoralTrainingArguments).parse_args_into_dataclasses(defaults + rest)
-    main(options, args)
+    defaults = ["--save_strategy", "no", "--logging_steps", "1"]
+    main(options, parse_arguments("runs", defaults + rest))

@@ -23,12 +23,13 @@ An interrupted run resumes: each model, file of answers and measured prompt is k
 
 import argparse
 import random
-from collections import defaultdict
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from pandas import DataFrame
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -53,6 +54,7 @@ from coral_hf.training.regeneration import RegenerationSettings
 from coral_hf.training.regeneration.regenerate import regenerate
 
 KINDS, SEEDS = ("whole", "exact", "shared"), (0, 1)
+PARTS = ("thought", "answer", "both")
 HELD_OUT, TURNS = 200, 8
 MAX_LENGTH, MAX_NEW_TOKENS, TREE = 384, 96, {"tree_depth": 6, "tree_top_k": 8, "tree_nodes": 32}
 END = "</think>"
@@ -176,43 +178,36 @@ def measure(target, tokenizer, drafter, prompts: list[Prompt]):
         yield {"prompt": prompt.id, **(found or {"without": "a whole thought"})}
 
 
-def tau(rows: list[dict], part: str) -> float:
-    """Pool the tokens a pass of some prompts; `part` is thought, answer, or both."""
-    parts = ("thought", "answer") if part == "both" else (part,)
-    tokens, passed = (
-        sum(row[f"{name}{end}"] for row in rows for name in parts) for end in ("", "_passes")
-    )
+def taus(rows: DataFrame, part: str, samples: np.ndarray) -> np.ndarray:
+    """Pool the tokens a pass of samples (samples, prompts) of a frame's rows."""
+    tokens, passed = (rows[f"{part}{end}"].to_numpy()[samples].sum(1) for end in ("", "_passes"))
     return tokens / passed
 
 
 def table(results: list[dict]) -> str:
     """Tabulate tau by rows and seed, and the differences with their intervals."""
-    kept: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
     left_out = {row["prompt"] for row in results if "without" in row}
-    for row in results:
-        if row["prompt"] not in left_out:
-            kept[row["rows"]][row["prompt"]].append(row)
-    prompts = sorted(kept["exact"])
-    if not prompts:
+    found = DataFrame([row for row in results if row["prompt"] not in left_out])
+    if found.empty:
         return f"{len(left_out)} prompts, none answered with a whole thought."
-    lines = [f"{len(prompts)} prompts, {len(left_out)} left out.", ""]
+    found["both"] = found["thought"] + found["answer"]
+    found["both_passes"] = found["thought_passes"] + found["answer_passes"]
+    by_prompt = found.groupby(["rows", "prompt"]).sum(numeric_only=True)  # of all seeds
+    every = range(found["prompt"].nunique())
+    lines = [f"{len(every)} prompts, {len(left_out)} left out.", ""]
     lines += ["| rows | seed | thoughts | answers | both |", "|---|---|---:|---:|---:|"]
     for name, seed in product(KINDS, SEEDS):
-        rows = [row for row in results if (row["rows"], row["seed"]) == (name, seed)]
-        rows = [row for row in rows if row["prompt"] not in left_out]
-        cells = [f"{tau(rows, part):.3f}" for part in ("thought", "answer", "both")]
+        own = found[(found["rows"] == name) & (found["seed"] == seed)]
+        cells = [f"{taus(own, part, np.array([every]))[0]:.3f}" for part in PARTS]
         lines.append(f"| {name} | {seed} | {' | '.join(cells)} |")
     for name in KINDS[1:]:
         draw, cells = random.Random(0), []
-        samples = [prompts, *(draw.choices(prompts, k=len(prompts)) for _ in range(2000))]
-        for part in ("thought", "answer", "both"):
-            found = [
-                tau([row for one in chosen for row in kept[name][one]], part)
-                - tau([row for one in chosen for row in kept["whole"][one]], part)
-                for chosen in samples
-            ]
-            low, high = sorted(found[1:])[50], sorted(found[1:])[1949]
-            cells.append(f"{found[0]:+.3f} ({low:+.3f} to {high:+.3f})")
+        samples = np.array([every, *(draw.choices(every, k=len(every)) for _ in range(2000))])
+        for part in PARTS:
+            own, whole = (taus(by_prompt.loc[one], part, samples) for one in (name, "whole"))
+            gain = own - whole
+            low, high = np.sort(gain[1:])[[50, 1949]]
+            cells.append(f"{gain[0]:+.3f} ({low:+.3f} to {high:+.3f})")
         lines.append(f"| {name} less whole | both | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -10,15 +10,15 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TextStr
 import coral_hf  # noqa: F401  registers the drafter and lets `generate` take it
 
 
-def main(target_name: str, drafter_name: str, prompt: str, max_new_tokens: int) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(target_name)
-    target = AutoModelForCausalLM.from_pretrained(target_name).eval()
-    drafter = AutoModel.from_pretrained(drafter_name, dtype=target.dtype).eval()
+def main(options: argparse.Namespace) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(options.target)
+    target = AutoModelForCausalLM.from_pretrained(options.target).eval()
+    drafter = AutoModel.from_pretrained(options.drafter, dtype=target.dtype).eval()
     output = target.generate(
-        **tokenizer(prompt, return_tensors="pt", return_token_type_ids=False),
+        **tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False),
         assistant_model=drafter,
         streamer=TextStreamer(tokenizer),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=options.max_new_tokens,
         do_sample=False,
         return_dict_in_generate=True,
     )
@@ -31,5 +31,4 @@ if __name__ == "__main__":
     parser.add_argument("--drafter", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("prompt")
-    options = parser.parse_args()
-    main(options.target, options.drafter, options.prompt, options.max_new_tokens)
+    main(parser.parse_args())

@@ -39,7 +39,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
     LlamaForCausalLM,
     set_seed,
 )
@@ -53,11 +52,12 @@ from coral_hf import (
     LanguageModelDrafter,
 )
 from coral_hf.atomic import JsonLines, keep_settings, new_folder, sole_writer, write_json
-from coral_hf.demo.models import train_tokenizer
+from coral_hf.demo.models import small_llama, train_tokenizer
 from coral_hf.identity import digest
 from coral_hf.measure.calls import decoded_rounds
 from coral_hf.measure.report import hardware_name
 from coral_hf.target import read_target
+from coral_hf.training.arguments import parse_as
 from coral_hf.training.assistant.small_model import small_model
 from coral_hf.training.data import load_conversations
 from coral_hf.training.regeneration import RegenerationSettings
@@ -70,18 +70,15 @@ NOT_KEPT = ("output", "rows", "pages", "drafter", "loss")  # options on which no
 RECORD = "training_record.json"  # as CORAL drafters keep it
 DRAFTERS = ("all", *LANGUAGES, "coral")
 TEMPERATURES = (0.0, 0.3, 0.7, 1.0)
+OPTIONS = (
+    "--per_device_train_batch_size 8 --max_length 256 --learning_rate 2e-3 --adam_beta2 0.95"
+    " --lr_scheduler_type cosine --save_steps 200 --save_total_limit 1 --logging_steps 50"
+)
 TREE = {"tree_depth": 5, "tree_top_k": 4, "tree_nodes": 16}
 COMMENT, COMMAND = re.compile(r"\\\".*$", re.MULTILINE), re.compile(r"^[.'][ \t]*(\w*)[ \t]*(.*)$")
 WORDS = {"SH", "SS", "B", "I", "BR", "RB", "BI", "IB", "IR", "RI", "SM", "SB", "IP"}
-ESCAPES = {
-    r"\-": "-",
-    r"\(aq": "'",
-    r"\(dq": '"',
-    r"\(bu": "-",
-    r"\e": "\\",
-    r"\ ": " ",
-    r"\~": " ",
-}
+ESCAPES = {r"\-": "-", r"\(aq": "'", r"\(dq": '"', r"\(bu": "-", r"\e": "\\"}
+ESCAPES |= {r"\ ": " ", r"\~": " "}
 ESCAPE = re.compile(r"\\(\[[^\]]*\]|[f*](\[[^\]]*\]|\(..|.)|s[-+]?\d+|\(..|.)", re.DOTALL)
 Maker = Callable[[Path], Any]
 
@@ -155,27 +152,6 @@ def kept(folder: Path, make: Maker) -> Path:
     return folder
 
 
-def settings(folder: Path, steps: int, **others) -> dict[str, Any]:
-    """The arguments of a training run, whose checkpoints lie beside its result."""
-    return {
-        "output_dir": str(folder.with_name(f"{folder.name}-run")),
-        "max_steps": steps,
-        "per_device_train_batch_size": 8,
-        "max_length": 256,
-        "learning_rate": 2e-3,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": min(20, steps),
-        "adam_beta2": 0.95,
-        "save_steps": 200,
-        "save_total_limit": 1,
-        "logging_steps": 50,
-        "use_cpu": not torch.cuda.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "report_to": "none",
-        **others,
-    }
-
-
 class Experiment:
     """Everything of a run, made when it is first asked for, and kept."""
 
@@ -210,76 +186,66 @@ class Experiment:
     def _target(self, folder: Path) -> None:
         texts = self.texts(LANGUAGES)
         tokenizer = train_tokenizer(texts["text"], self.options.vocab_size)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=self.options.width,
-            intermediate_size=self.options.width * 11 // 4,
-            num_hidden_layers=self.options.layers,
-            num_attention_heads=self.options.width // 32,
-            max_position_embeddings=1024,
-            initializer_range=0.06,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        width = self.options.width
+        config = small_llama(tokenizer, width, self.options.layers, heads=width // 32)
         set_seed(0)
-        steps = settings(self.folder / "target", self.options.target_steps, loss="ce")
-        self._train(LlamaForCausalLM(config), steps, None, tokenizer, texts, folder)
+        run = "target", self.options.target_steps
+        self._train(LlamaForCausalLM(config), run, None, tokenizer, texts, folder, loss="ce")
 
-    def _train(self, model, chosen: dict, target, tokenizer, rows: Dataset, folder: Path) -> None:
-        args = AssistantTrainingArguments(**chosen)
-        trainer = AssistantTrainer(model, args, target, tokenizer, train_dataset=rows)
+    def _train(
+        self, model, run: tuple[str, int], target, tokenizer, rows: Dataset, folder: Path, **chosen
+    ) -> None:
+        """Train a model for the steps of a run, and save it; checkpoints lie under its name."""
+        name, steps = run
+        is_coral = isinstance(model, CoralDrafter)
+        kind = CoralTrainingArguments if is_coral else AssistantTrainingArguments
+        chosen |= {"max_steps": steps, "warmup_steps": min(20, steps)}
+        chosen["use_cpu"] = not torch.cuda.is_available()
+        args = parse_as(kind, self.folder / f"{name}-run", OPTIONS.split(), **chosen)
+        given = {"args": args, "target_model": target, "processing_class": tokenizer}
+        trainer_kind = CoralTrainer if is_coral else AssistantTrainer
+        trainer = trainer_kind(model, train_dataset=rows, **given)
         trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir, resume=True))
         trainer.save_model(str(folder))
         write_json(folder / RECORD, trainer.training_record)
 
     def pretrained(self, name: str) -> Path:
         """A small model that has read pages of its languages."""
+        run = f"pretrained-{name}", self.options.pretrain_steps
 
         def make(folder: Path) -> None:
             set_seed(0)
-            model = small_model(
-                self.target.config, num_layers=1, hidden_size=self.options.width // 2
-            )
-            chosen = settings(
-                self.folder / f"pretrained-{name}", self.options.pretrain_steps, loss="ce"
-            )
+            model = small_model(self.target.config, 1, self.options.width // 2)
             texts = self.texts(LANGUAGES if name == "all" else (name,))
-            self._train(model, chosen, None, self.tokenizer, texts, folder)
+            self._train(model, run, None, self.tokenizer, texts, folder, loss="ce")
 
-        return kept(self.folder / f"pretrained-{name}", make)
+        return kept(self.folder / run[0], make)
 
     def fine_tuned(self, name: str, loss: str) -> Path:
         """The same, fine-tuned on answers of the target."""
-        place = self.folder / f"{name}-{loss}"
+        run = f"{name}-{loss}", self.options.finetune_steps
 
         def make(folder: Path) -> None:
             model = AutoModelForCausalLM.from_pretrained(self.pretrained(name))
-            chosen = settings(place, self.options.finetune_steps, loss=loss, learning_rate=1e-3)
             rows = self.answers(LANGUAGES if name == "all" else (name,))
-            self._train(model, chosen, self.target, self.tokenizer, rows, folder)
+            own = {"loss": loss, "learning_rate": 1e-3}
+            self._train(model, run, self.target, self.tokenizer, rows, folder, **own)
 
-        return kept(place, make)
+        return kept(self.folder / run[0], make)
 
     def coral(self) -> Path:
         """A CORAL drafter, trained on the answers for as many steps."""
-        place = self.folder / "coral"
+        run = "coral", self.options.pretrain_steps + self.options.finetune_steps
 
         def make(folder: Path) -> None:
-            steps = self.options.pretrain_steps + self.options.finetune_steps
-            args = CoralTrainingArguments(
-                **settings(place, steps, classification_weight=1.0, plots=False)
-            )
             set_seed(0)
             drafter = CoralDrafter.from_target(self.target).float()
             drafter.generation_config.update(**TREE)
             rows = self.answers(LANGUAGES)
-            trainer = CoralTrainer(drafter, self.target, args, self.tokenizer, train_dataset=rows)
-            trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir, resume=True))
-            trainer.save_model(str(folder))
+            own = {"classification_weight": 1.0, "plots": False}
+            self._train(drafter, run, self.target, self.tokenizer, rows, folder, **own)
 
-        return kept(place, make)
+        return kept(self.folder / run[0], make)
 
     def load(self, name: str, loss: str) -> Any:
         """A drafter on the target's device."""

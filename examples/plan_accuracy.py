@@ -50,9 +50,9 @@ def peak_bytes(profiler: profile) -> int:
     return peak
 
 
-def measure(options: argparse.Namespace) -> dict:
-    """Plan and run one case; `--only` is its recipe, where features are from, what is measured."""
-    (name, dataset), (recipe, source, what) = options.case[0], options.only
+def measure(options: argparse.Namespace, case: list[str], only: list[str]) -> dict:
+    """Plan and run one case; `only`: its recipe, where features are from, what is measured."""
+    (name, dataset), (recipe, source, what) = case, only
     tokenizer = AutoTokenizer.from_pretrained(name)
     rows = load_conversations(dataset)
     rows = rows.select(range(min(options.rows, len(rows))))
@@ -116,7 +116,7 @@ def run(words: list[str], case: list[str], recipe: str, source: str, what: str) 
 def main(options: argparse.Namespace) -> None:
     """Measure every case, or print the numbers of one."""
     if options.only is not None:
-        print(json.dumps(measure(options)))
+        print(json.dumps(measure(options, options.case[0], options.only)))
         return
     print(f"transformers {transformers.__version__}; MB")
     names = ["target", "recipe", "features", "memory planned", "allocated", "ratio"]
@@ -126,8 +126,7 @@ def main(options: argparse.Namespace) -> None:
     words = ["--rows", str(options.rows), "--max-length", str(options.max_length)]
     words += ["--packing"] * options.packing + ["--bf16"] * options.bf16
     for case, recipe, source in product(options.case, options.recipe, ("online", "cached")):
-        only = [recipe, source, "allocated"]
-        found = measure(argparse.Namespace(**{**vars(options), "case": [case], "only": only}))
+        found = measure(options, case, [recipe, source, "allocated"])
         planned, allocated = found["planned"], found["allocated"]
         sizes = [planned, allocated, found["planned_disk"], found["disk"]]
         if options.resident:
@@ -135,8 +134,7 @@ def main(options: argparse.Namespace) -> None:
         shown = [f"{size / 1e6:.3g}" for size in sizes]
         shown.insert(2, f"{planned / allocated:.3f}")
         if options.seconds:
-            only = [recipe, source, "seconds"]
-            timed = measure(argparse.Namespace(**{**vars(options), "case": [case], "only": only}))
+            timed = measure(options, case, [recipe, source, "seconds"])
             shown += [f"{timed['planned_seconds']:.3g}", f"{timed['seconds']:.3g}"]
         print(f"| {Path(case[0]).name} | {recipe} | {source} | {' | '.join(shown)} |", flush=True)
 

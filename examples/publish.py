@@ -16,13 +16,14 @@ from coral_hf.hub import CardFacts, publish
 from coral_hf.measure import BenchmarkSettings, read_prompts, run_benchmark
 
 
-def main(target_name: str, folder: Path, prompts: Path, repo_id: str, max_new_tokens: int) -> None:
+def main(options: argparse.Namespace) -> None:
+    folder, repo_id = options.drafter, options.repo
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(target_name)
-    target = AutoModelForCausalLM.from_pretrained(target_name).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(options.target)
+    target = AutoModelForCausalLM.from_pretrained(options.target).to(device)
     drafter = AutoModel.from_pretrained(folder, dtype=target.dtype).to(device)
-    settings = BenchmarkSettings(max_new_tokens=max_new_tokens)
-    report = run_benchmark(target, drafter, tokenizer, read_prompts(prompts), settings)
+    settings = BenchmarkSettings(max_new_tokens=options.max_new_tokens)
+    report = run_benchmark(target, drafter, tokenizer, read_prompts(options.prompts), settings)
     report.write(folder / "report")
     done = publish(
         folder,
@@ -42,11 +43,4 @@ if __name__ == "__main__":
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--repo", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    arguments = parser.parse_args()
-    main(
-        arguments.target,
-        arguments.drafter,
-        arguments.prompts,
-        arguments.repo,
-        arguments.max_new_tokens,
-    )
+    main(parser.parse_args())

@@ -14,10 +14,11 @@ import coral_hf
 from coral_hf.checkpoints import export_drafter
 
 
-def main(target_name: str, eagle: str, output: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(target_name)
-    target = AutoModelForCausalLM.from_pretrained(target_name)
-    drafter = coral_hf.from_eagle(target, eagle, tokenizer=tokenizer)
+def main(options: argparse.Namespace) -> None:
+    output = options.output
+    tokenizer = AutoTokenizer.from_pretrained(options.target)
+    target = AutoModelForCausalLM.from_pretrained(options.target)
+    drafter = coral_hf.from_eagle(target, options.eagle, tokenizer=tokenizer)
     drafter.save_pretrained(output / "coral")
     tokenizer.save_pretrained(output / "coral")
     for engine in ("vllm", "sglang"):
@@ -32,5 +33,4 @@ if __name__ == "__main__":
     parser.add_argument("--target", required=True)
     parser.add_argument("--eagle", required=True, help="a folder or a Hub id")
     parser.add_argument("--output", type=Path, required=True)
-    given = parser.parse_args()
-    main(given.target, given.eagle, given.output)
+    main(parser.parse_args())

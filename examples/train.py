@@ -13,15 +13,16 @@ from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
 from coral_hf.training.data import load_conversations
 
 
-def main(target_name: str, dataset: str, output: Path, max_steps: int) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(target_name)
-    target = AutoModelForCausalLM.from_pretrained(target_name)
+def main(options: argparse.Namespace) -> None:
+    output = options.output
+    tokenizer = AutoTokenizer.from_pretrained(options.target)
+    target = AutoModelForCausalLM.from_pretrained(options.target)
     drafter = CoralDrafter.from_target(target).float()
     for stage in ("drafter", "router"):
         args = CoralTrainingArguments(
             output_dir=str(output / stage),
             stage=stage,
-            max_steps=max_steps,
+            max_steps=options.max_steps,
             per_device_train_batch_size=2,
             learning_rate=1e-3,
             logging_steps=1,
@@ -33,7 +34,7 @@ def main(target_name: str, dataset: str, output: Path, max_steps: int) -> None:
             model=drafter,
             target_model=target,
             args=args,
-            train_dataset=load_conversations(dataset),
+            train_dataset=load_conversations(options.dataset),
             processing_class=tokenizer,
         )
         trainer.train()
@@ -46,5 +47,4 @@ if __name__ == "__main__":
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--max-steps", type=int, default=1000)
-    options = parser.parse_args()
-    main(options.target, options.dataset, options.output, options.max_steps)
+    main(parser.parse_args())

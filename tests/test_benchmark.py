@@ -110,10 +110,10 @@ CALLS = [
 
 
 def test_tau_weighs_tokens_or_items():
-    lengths = [[3, 1, 2], [4], []]
-    assert tau_per_token(lengths) == 10 / 4
-    assert tau_per_item(lengths) == (2 + 4) / 2
-    assert tau_per_token([[]]) is None
+    calls = [literal_call(0, "coral", 1.0, lengths) for lengths in ([3, 1, 2], [4], [])]
+    assert tau_per_token(calls) == 10 / 4
+    assert tau_per_item(calls) == (2 + 4) / 2
+    assert tau_per_token(calls[2:]) is None
 
 
 def test_rows_hold_medians_ratios_and_shares():

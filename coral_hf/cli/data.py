@@ -14,17 +14,13 @@ ROWS_OF_A_PROCESS = 2000  # fewer are read sooner by one
 
 
 @dataclass(kw_only=True)
-class DataOptions(ChatOptions):
+class DataOptions(ChatOptions, DatasetOptions):
     """Rows of a dataset to be shown, or a dataset to be checked."""
 
     action: Literal["show", "check"] = option("What to do.", positional=True)
     files: list[str] = option("Files, folders or Hub ids.", [], positional=True)
     dataset: list[str] = option("The same, by name.", [])
     target: str = option("The target or its tokenizer alone: a folder or a Hub id.")
-    ignore_columns: list[str] = option("Leave out this column.", [], flag="ignore-column")
-    split: str = option("The split of a dataset that has several.", "train")
-    config: str | None = option("The configuration of a Hub dataset.", None)
-    revision: str | None = option("The branch, tag or commit of a Hub dataset.", None)
     row: int = option("The first row shown, from 0; -1 is the last.", 0)
     limit: int = option("Rows shown.", 1, least=1)
     max_length: int | None = option(
@@ -35,12 +31,10 @@ class DataOptions(ChatOptions):
 
     def rows(self) -> Any:
         """Return the rows of all datasets."""
-        names = [*self.files, *self.dataset]
-        if not names:
+        self.dataset = [*self.files, *self.dataset]
+        if not self.dataset:
             raise ValueError(f"Name what to read: coral-hf data {self.action} FILE --target T.")
-        given = {name: vars(self)[name] for name in ("split", "config", "revision")}
-        own = DatasetOptions(dataset=names, ignore_columns=self.ignore_columns, **given)
-        return own.conversations()
+        return self.conversations()
 
 
 def data(own: DataOptions) -> None:

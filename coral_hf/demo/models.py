@@ -71,17 +71,16 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBas
     return empty.train_new_from_iterator(texts, vocab_size, length=len(texts))
 
 
-def train_target(settings: DemoSettings, folder: Path) -> None:
-    """Train tokenizer and Llama, in sizes that suit two CPU cores, and save both in `folder`."""
-    texts, _ = told(settings)
-    tokenizer = train_tokenizer(texts, vocab_size=1024)
-    set_seed(settings.seed)
-    config = LlamaConfig(
+def small_llama(
+    tokenizer: PreTrainedTokenizerBase, width: int, layers: int, heads: int
+) -> LlamaConfig:
+    """Make the config of a small Llama with the tokens of a tokenizer."""
+    return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=2,
-        num_attention_heads=4,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
         max_position_embeddings=1024,
         # three times the usual: so narrow a model starts to learn much sooner
         initializer_range=0.06,
@@ -90,6 +89,14 @@ def train_target(settings: DemoSettings, folder: Path) -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+
+
+def train_target(settings: DemoSettings, folder: Path) -> None:
+    """Train tokenizer and Llama, in sizes that suit two CPU cores, and save both in `folder`."""
+    texts, _ = told(settings)
+    tokenizer = train_tokenizer(texts, vocab_size=1024)
+    set_seed(settings.seed)
+    config = small_llama(tokenizer, width=128, layers=2, heads=4)
     trainer = Trainer(
         model=LlamaForCausalLM(config),
         args=TrainingArguments(

@@ -82,7 +82,7 @@ def grouped(calls: Iterable[Call], name: str) -> dict[Any, list[Call]]:
 
 def summarise_method(own: Sequence[Call], plain: Sequence[Call]) -> Row:
     """Summarise the calls of one method in a group, beside those of plain `generate`."""
-    tau = tau_per_token(call.round_lengths for call in own)
+    tau = tau_per_token(own)
     speedup = median_ratio(plain, own, "seconds_per_token")
     seconds = sum(call.round_seconds for call in own if "prefill" in call.stage_seconds)
     rounds = sum(call.num_rounds for call in own)
@@ -94,7 +94,7 @@ def summarise_method(own: Sequence[Call], plain: Sequence[Call]) -> Row:
         num_items=len({call.item for call in own}),
         num_tokens=sum(call.num_tokens for call in own if call.repeat == 0),
         tau_per_token=tau,
-        tau_per_item=tau_per_item(call.round_lengths for call in own),
+        tau_per_item=tau_per_item(own),
         rounds_per_second=rounds / seconds if rounds and seconds else None,
         tokens_per_second=sum(call.num_tokens for call in own) / sum(c.seconds for c in own),
         speedup=speedup,
@@ -106,15 +106,15 @@ def summarise_method(own: Sequence[Call], plain: Sequence[Call]) -> Row:
     )
 
 
-def tau_per_token(round_lengths: Iterable[Sequence[int]]) -> float | None:
+def tau_per_token(calls: Iterable[Call]) -> float | None:
     """Divide the tokens of all rounds by the rounds: long answers weigh more."""
-    lengths = [length for call in round_lengths for length in call]
+    lengths = [length for call in calls for length in call.round_lengths]
     return fmean(lengths) if lengths else None
 
 
-def tau_per_item(round_lengths: Iterable[Sequence[int]]) -> float | None:
+def tau_per_item(calls: Iterable[Call]) -> float | None:
     """Average the ratios of the answers: every answer weighs the same."""
-    taus = [fmean(call) for call in round_lengths if call]
+    taus = [fmean(call.round_lengths) for call in calls if call.round_lengths]
     return fmean(taus) if taus else None
 
 

@@ -70,7 +70,7 @@ def summarise_context(calls: Sequence[Call]) -> dict[str, Any]:
         **stages,
         "round_milliseconds": whole,
         "break_even": whole / token,
-        "tau": tau_per_token(call.round_lengths for call in own),
+        "tau": tau_per_token(own),
         "prefill_milliseconds": middle(call.stage_seconds["prefill"] for call in own),
         "plain_prefill_milliseconds": middle(call.stage_seconds["prefill"] for call in plain),
         "peak_mebibytes": peak_mebibytes(own),

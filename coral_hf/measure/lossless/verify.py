@@ -19,10 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...decoding.guard import TREE, accept_target
 from ...identity import quantization_of
 from ..benchmark import Mismatch, measure_prompts
-from ..calls import Bench, Call, sampling_arguments
-from ..prompts import Prompt, encode, room_for_prompt, user_message
+from ..calls import Bench, sampling_arguments
+from ..prompts import Prompt, encode, fitting, user_message
 from ..report import Table, model_name
 from ..settings import VerifySettings
+from ..summary import tau_per_token
 from .samples import NUM_TOKENS, chi_square, count_outcomes, draw, outcome_chances
 
 logger = logging.getLogger(__name__)
@@ -175,7 +176,7 @@ def greedy_checks(
     compared = f"{len(calls)} prompts, {sum(call.num_tokens for call in calls)} tokens"
     found = f"{len(calls) - len(mismatches)} of {len(calls)} answers equal"
     is_passed = len(ties) == len(mismatches) if decides else None
-    checks = [Check(f"greedy, {name}", compared, tau_of(calls), found, is_passed)]
+    checks = [Check(f"greedy, {name}", compared, tau_per_token(calls), found, is_passed)]
     for one in mismatches:
         kind = "a tie" if one in ties else "no tie"
         gap = f"{kind}: top-2 gap {one.top2_gap:.2g}, {one.num_roundings:.2g} roundings"
@@ -190,12 +191,6 @@ def is_tie(one: Mismatch, name: str) -> bool:
     return one.top2_gap <= TIE if name == FLOAT64 else one.num_roundings <= ROUNDINGS
 
 
-def tau_of(calls: Sequence[Call]) -> float | None:
-    """Return the tokens of a row for each pass of the target; None where there was none."""
-    lengths = [length for call in calls for length in call.round_lengths]
-    return sum(lengths) / len(lengths) if lengths else None
-
-
 def sampling_checks(
     target: PreTrainedModel,
     drafter: PreTrainedModel,
@@ -208,17 +203,17 @@ def sampling_checks(
     shown = ", ".join(f"{name} {value:g}" for name, value in sampling.items())
     sampling |= {"do_sample": True, "max_new_tokens": NUM_TOKENS + EXTRA_TOKENS}
     drafting = {"assistant_model": drafter, "speculation": "always", **settings.drafting()}
-    room, checks = room_for_prompt(target, NUM_TOKENS + EXTRA_TOKENS), []
-    encoded = [(prompt, encode(prompt, tokenizer).to(target.device)) for prompt in prompts]
-    fitting = [(prompt, ids) for prompt, ids in encoded if ids.shape[1] <= room]
-    fitting = fitting[: settings.sampled_prompts]
-    for prompt, ids in fitting:
+    chosen = fitting(prompts, tokenizer, target, NUM_TOKENS + EXTRA_TOKENS)
+    chosen, checks = chosen[: settings.sampled_prompts], []
+    for prompt in chosen:
+        ids = encode(prompt, tokenizer).to(target.device)  # (1, length)
         logger.info("samples of %s/%s", prompt.task, prompt.id)
         chances = outcome_chances(target, ids, sampling, settings.num_samples)
         calls = draw(target, ids, sampling | drafting, settings)
         counts = count_outcomes([row for call in calls for row in call.tokens], chances)
         fit = chi_square(chances, counts)
         compared = f"{settings.num_samples} samples of {prompt.task}/{prompt.id}"
-        is_passed = fit.p_value >= FALSE_ALARM / len(fitting)
-        checks.append(Check(f"sampling, {shown}", compared, tau_of(calls), str(fit), is_passed))
+        is_passed = fit.p_value >= FALSE_ALARM / len(chosen)
+        own = compared, tau_per_token(calls), str(fit), is_passed
+        checks.append(Check(f"sampling, {shown}", *own))
     return checks

@@ -6,8 +6,7 @@ the last entry of the training record keeps all figures, for the card.
 
 import time
 from collections.abc import Sequence
-from itertools import groupby
-from statistics import median
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -17,12 +16,13 @@ from ...target import read_target
 from ..calls import Bench, Call, sampling_arguments
 from ..prompts import left_padded
 from ..report import describe_environment
+from ..summary import summarise
 
 logger = logging.get_logger(__name__)
 NEW_TOKENS = 32  # of a call
 PROMPTS = 8  # are enough
 
-Figures = dict[str, dict[str, float]]  # by head: `tau` and `speedup`
+Figures = dict[str, dict[str, Any]]  # by head: `tau` and `speedup`
 
 
 def heads_of(drafter: PreTrainedModel, target: PreTrainedModel) -> list[str]:
@@ -87,21 +87,13 @@ def choose_head(
 
 
 def _figures(names: Sequence[str], calls: Sequence[Call]) -> Figures:
-    """Sum up calls by head, over the items that every method decoded after the prefill."""
-    found: Figures = {}
-    rounds: dict[str, list[int]] = {name: [] for name in names}
-    ratios: dict[str, list[float]] = {name: [] for name in names}
-    for _, item in groupby(calls, lambda call: call.item):
-        own = {call.method: call for call in item}
-        seconds = {name: call.decoding_seconds_per_token or 0.0 for name, call in own.items()}
-        if all(seconds.values()):
-            for name in names:
-                rounds[name] += own[name].round_lengths
-                ratios[name].append(seconds["plain"] / seconds[name])
-    for name in names if ratios["full"] else []:
-        tau = sum(rounds[name]) / len(rounds[name])
-        found[name] = {"tau": tau, "speedup": median(ratios[name])}
-    return found
+    """Sum up calls by head; nothing where none decoded a token after the prefill."""
+    rows = {row.method: row for row in summarise(calls, "num_rows")}
+    return {
+        name: {"tau": rows[name].tau_per_token, "speedup": rows[name].decoding_speedup}
+        for name in names
+        if rows[name].decoding_speedup
+    }
 
 
 def _keep(

@@ -19,7 +19,8 @@ from torch.utils.data import IterableDataset
 from ...decoding.settings import TREE_DEFAULTS
 from ...drafters.model import Drafter
 from ...measure.calls import decoded_rounds
-from ...target import Target, max_positions, text_config
+from ...measure.prompts import room_for_prompt
+from ...target import Target
 from ..arguments import CoralTrainingArguments
 from ..data.encoding import IGNORED
 from ..steps import TrainingStep, Unrolled
@@ -152,7 +153,7 @@ def held_out_prompts(
         number = min(number, len(dataset))
         places = (index * len(dataset) // number for index in range(number))
         rows = [first_document(dataset[place]) for place in places]
-    room = (max_positions(text_config(target.model)) or float("inf")) - max_new_tokens
+    room = room_for_prompt(target.model, max_new_tokens)
     found = [(prompt_of(row, text_length), len(row["input_ids"])) for row in rows]
     prompts = [prompt for prompt, length in found if len(prompt) < length and len(prompt) <= room]
     if not prompts:

@@ -5,6 +5,7 @@ largest weight that a quantized target unpacks at a time.
 """
 
 import copy
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from .live_bytes import bytes_of
 # bits of a weight, its scales included: NF4 has one of fp32 for 64 weights (bitsandbytes), LLM.int8
 # one of fp32 for a row
 BITS = {4: 4.5, 8: 8.01}
+WEIGHTS = "model*.safetensors"
 
 
 class TargetSize(NamedTuple):
@@ -72,13 +74,10 @@ def bits_of(quantization: Any) -> int:
 def file_bytes(name: str) -> int | None:
     """Sum the weight files of a quantized checkpoint, which it is loaded as; None if unknown."""
     if Path(name).is_dir():
-        return sum(path.stat().st_size for path in Path(name).glob("model*.safetensors")) or None
+        return sum(path.stat().st_size for path in Path(name).glob(WEIGHTS)) or None
     try:
         files = HfApi().model_info(name, files_metadata=True).siblings or []
     except Exception:  # no network, in the words of whichever client there is
         return None
-    return sum(file.size or 0 for file in files if _is_weights(file.rfilename)) or None
-
-
-def _is_weights(name: str) -> bool:
-    return name.startswith("model") and name.endswith(".safetensors")
+    weights = [one for one in files if fnmatch(one.rfilename, WEIGHTS)]
+    return sum(one.size or 0 for one in weights) or None

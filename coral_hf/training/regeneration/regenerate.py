@@ -73,6 +73,7 @@ def regenerate(
     sidecar = Path(f"{output}.settings.json")
     sizes, digest = _survey(dataset, tokenizer, settings)
     generator = _generator(target, tokenizer, settings, drafter)
+    warn_of_other_ends(tokenizer, generator.target)
     answers, left_out = JsonLines(output), JsonLines(f"{output}.left_out.jsonl")
     with sole_writer(output.parent, output.name):
         if output.exists() and not sidecar.exists():
@@ -109,15 +110,11 @@ def _generator(
     settings: RegenerationSettings,
     drafter: PreTrainedModel | None,
 ) -> AnswerGenerator | ServedTarget:
-    if isinstance(target, Endpoint) and drafter is not None:
+    if not isinstance(target, Endpoint):
+        return AnswerGenerator(target, tokenizer, settings, drafter)
+    if drafter is not None:
         raise ValueError("A server drafts itself (docs/use/serve.md); leave out `drafter`.")
-    found: AnswerGenerator | ServedTarget
-    if isinstance(target, Endpoint):
-        found = ServedTarget(target, tokenizer, settings)
-    else:
-        found = AnswerGenerator(target, tokenizer, settings, drafter)
-    warn_of_other_ends(tokenizer, found.target)
-    return found
+    return ServedTarget(target, tokenizer, settings)
 
 
 def _survey(
