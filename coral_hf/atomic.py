@@ -206,16 +206,17 @@ class JsonLines:
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
-    def mend(self) -> None:
+    def mend(self) -> JsonLines:
         """Drop a last line that has no end: a kill or a full disk cut it off."""
         if not self.path.exists():
-            return
+            return self
         with self.path.open("rb+") as file:
             kept = sum(len(line) for line in file if line.endswith(b"\n"))
             lost = file.tell() - kept
             file.truncate(kept)
         if lost:
             logger.warning(f"{self.path} ended within a line; its last {lost} bytes are dropped.")
+        return self
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Yield the objects of the file.

@@ -132,8 +132,7 @@ class Experiment:
 
     def num_steps(self, family: str) -> int:
         """How many steps take the time that a family has, from a few that are timed."""
-        known = JsonLines(self.options.work / "steps.jsonl")
-        known.mend()
+        known = JsonLines(self.options.work / "steps.jsonl").mend()
         found = {row["family"]: row["steps"] for row in known.read()}
         if family not in found:
             watch = Watch(float("inf"))
@@ -233,8 +232,7 @@ def main(options: argparse.Namespace, typed: list[str]) -> None:
     own |= {"typed": typed, "options": OPTIONS, "tree": TREE}
     trained = {name: own[name] for name in TRAINING}
     keep_settings(options.work / "settings.json", trained, options.work)
-    table, run = JsonLines(options.rows), digest(own)[:12]
-    table.mend()
+    table, run = JsonLines(options.rows).mend(), digest(own)[:12]
     known = {tuple(row[name] for name in KEY): row for row in table.read()}
     keys = [*product([run], options.family, TEMPERATURES)]
     clock = patch.object(time, "perf_counter", time.process_time)

@@ -233,8 +233,7 @@ def main(options: argparse.Namespace) -> None:
         print(f"{kind}: {len(rows)} rows, {read} tokens, {trained} of them trained")
     every = max(HELD_OUT // options.prompts, 1)
     asked = read_prompts(options.dialogues, last=HELD_OUT, user_turn=1)[::every][: options.prompts]
-    results = JsonLines(output / "results.jsonl")
-    results.mend()
+    results = JsonLines(output / "results.jsonl").mend()
     for seed in SEEDS:
         for kind, rows in kinds.items():
             folder = output / f"{kind}-{seed}"

@@ -300,8 +300,8 @@ def main(options: argparse.Namespace) -> None:
     own = {name: value for name, value in vars(options).items() if name not in NOT_KEPT}
     own["pages_digest"] = digest(pages)
     keep_settings(options.output / "settings.json", own, options.output)
-    lines, run = JsonLines(options.rows or options.output / "rows.jsonl"), digest(own)[:12]
-    lines.mend()
+    lines = JsonLines(options.rows or options.output / "rows.jsonl").mend()
+    run = digest(own)[:12]
     known = {tuple(row[name] for name in KEY): row for row in lines.read()}
     experiment = Experiment(options, pages)
     facts = {

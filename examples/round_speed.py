@@ -278,8 +278,7 @@ def measure_all(options: argparse.Namespace, table: JsonLines, end: float) -> No
     base = AutoModelForCausalLM.from_pretrained(options.target, dtype=torch.bfloat16).eval()
     drafter = CoralDrafter.from_pretrained(options.drafter, dtype=torch.bfloat16).eval()
     sets = prompt_sets(base, tokenizer, options)
-    calls = JsonLines(options.work / "calls.jsonl")
-    calls.mend()
+    calls = JsonLines(options.work / "calls.jsonl").mend()
     known = {(*(row[name] for name in Cell._fields), row["way"]) for row in table.read()}
     for task, layers, size in product(options.task, options.layers, options.batch_size):
         cells = [Cell(task, layers, size, temperature) for temperature in options.temperature]
@@ -310,8 +309,7 @@ def measure_all(options: argparse.Namespace, table: JsonLines, end: float) -> No
 
 def main(options: argparse.Namespace) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
-    table = JsonLines(options.rows)
-    table.mend()
+    table = JsonLines(options.rows).mend()
     clock = patch.object(time, "perf_counter", time.process_time)
     try:
         with clock if options.clock == "processor" else nullcontext():

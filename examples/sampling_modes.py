@@ -295,8 +295,7 @@ def main(options: argparse.Namespace) -> None:
         ]
         for path in options.prompts
     }
-    table = JsonLines(options.rows)
-    table.mend()
+    table = JsonLines(options.rows).mend()
     known = {(row["temperature"], row["shape"], row["mode"]) for row in table.read()}
     for temperature, shape, (name, mode) in product(
         options.temperature, options.shape, MODES.items()

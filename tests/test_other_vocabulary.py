@@ -4,8 +4,7 @@ import pytest
 import torch
 from conftest import VOCAB, scatter_weights, tiny_target
 from enumerated import p_value
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from test_target import make_tokenizer
 
 from coral_hf import CoralConfig, CoralDrafter
 from coral_hf.drafters.bigram import BigramDrafter
@@ -122,12 +121,6 @@ def test_a_target_of_another_family_and_vocabulary_is_refused():
     other = tiny_target("qwen3", vocab_size=VOCAB + 8)
     with pytest.raises(ValueError, match="`vocab_size` of the target is 48"):
         other.generate(PROMPTS, assistant_model=drafter, max_new_tokens=2)
-
-
-def make_tokenizer(*words: str) -> PreTrainedTokenizerFast:
-    vocab = {word: index for index, word in enumerate(words)}
-    core = Tokenizer(models.WordLevel(vocab, unk_token=words[0]))
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token=words[0])
 
 
 def test_a_tokenizer_that_has_gained_tokens_is_the_drafters_own():

@@ -1,15 +1,16 @@
 """Arithmetic of a sweep on literal calls, its batches and contexts, and one complete run."""
 
+# ruff: noqa: F811  fixtures are imported
+
 import json
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import VOCAB, scatter_weights, tiny_target
+from test_benchmark import tokenizer  # noqa: F401
 from test_cli import drafter, invoke  # noqa: F401  a trained drafter
 from test_examples import folder  # noqa: F401  a saved target and its conversations
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from coral_hf import CoralDrafter
 from coral_hf.measure import Call, Prompt, SweepSettings, call_generate, left_padded, run_sweep
@@ -33,13 +34,6 @@ def own_drafter(target):
     own_drafter = CoralDrafter.from_target(target).eval()
     scatter_weights(own_drafter, seed=1)
     return own_drafter
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
 
 
 def prompts_of(*texts):
@@ -208,7 +202,7 @@ def test_sizes_without_prompts_or_room_are_refused(target, own_drafter, tokenize
         run_sweep(target, own_drafter, tokenizer, prompts_of(*SENTENCES), settings)
 
 
-def test_the_command_writes_the_report_of_a_sweep(drafter, folder):  # noqa: F811
+def test_the_command_writes_the_report_of_a_sweep(drafter, folder):
     result = invoke(
         "sweep",
         *("--target", folder / "target", "--drafter", drafter),

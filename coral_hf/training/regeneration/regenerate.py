@@ -74,15 +74,14 @@ def regenerate(
     sizes, digest = _survey(dataset, tokenizer, settings)
     generator = _generator(target, tokenizer, settings, drafter)
     warn_of_other_ends(tokenizer, generator.target)
-    answers, left_out = JsonLines(output), JsonLines(f"{output}.left_out.jsonl")
     with sole_writer(output.parent, output.name):
         if output.exists() and not sidecar.exists():
             raise ValueError(
                 f"`output` {output} exists and was not written by `regenerate`; choose another."
             )
         keep_settings(sidecar, {"dataset": digest, **generator.identity()}, output)
-        for file in (answers, left_out):
-            file.mend()
+        answers = JsonLines(output).mend()
+        left_out = JsonLines(f"{output}.left_out.jsonl").mend()
         done = {row["row"] for file in (answers, left_out) for row in file.read()}
 
         def row_of(number: int) -> Dialogue:
