@@ -125,6 +125,22 @@ def check_tensors(
         raise ValueError(f"{what} has other tensors than expected; {'; '.join(listed)}. {remedy}")
 
 
+def check_num_tokens(vocab_size: int, own: int, kind: str) -> None:
+    """Raise a ValueError if a checkpoint without embeddings is for another number of tokens.
+
+    Args:
+        vocab_size: of the checkpoint.
+        own: of the target.
+        kind: of the checkpoint, as the message names it.
+    """
+    if vocab_size != own:
+        raise ValueError(
+            f"`vocab_size` of the target is {own}, but the {kind} checkpoint was made for one with"
+            f" {vocab_size}, and has no `{EMBEDDINGS}` that would tell whether it is the same with"
+            " other padding or more tokens. Use the checkpoint's own target."
+        )
+
+
 def check_copy(name: str, found: Tensor, own: Tensor, vocab_size: int) -> None:
     """Raise a ValueError if a copy (vocab, hidden) differs from the target's own, beyond rounding.
 

@@ -27,6 +27,7 @@ from ..drafters.parallel import ParallelDrafter
 from ..target import Target, check_target, read_target, text_config
 from .eagle import (
     EMBEDDINGS,
+    check_num_tokens,
     check_tensors,
     checked_shape,
     drop_frequencies,
@@ -198,16 +199,9 @@ def _settle_embeddings(tensors: dict[str, Tensor], target: Target, shape: dict[s
         ValueError: if they are of another target, or would be needed to tell.
     """
     own, found = target.embeddings.weight, tensors.get(EMBEDDINGS)
-    vocab_size, is_wider = shape["vocab_size"], shape["has_embeddings"]
-    num_tokens = text_config(target.model).vocab_size
     if found is None:
-        if vocab_size != num_tokens:
-            raise ValueError(
-                f"`vocab_size` of the target is {num_tokens}, but the EAGLE-3 checkpoint was made"
-                f" for one with {vocab_size}, and has no `{EMBEDDINGS}` that would tell whether it"
-                " is the same with other padding or more tokens. Use the checkpoint's own target."
-            )
-        if table_scale(target) != 1.0 and not is_wider:
+        check_num_tokens(shape["vocab_size"], text_config(target.model).vocab_size, "EAGLE-3")
+        if table_scale(target) != 1.0 and not shape["has_embeddings"]:
             tensors[EMBEDDINGS] = own.detach().cpu().clone()
         return
     if not is_plain(own) or found.ndim != 2 or found.shape[1] != own.shape[1]:

@@ -29,6 +29,7 @@ from .eagle import (
     EMBEDDINGS,
     HEAD,
     check_copy,
+    check_num_tokens,
     check_tensors,
     drop_frequencies,
     read_eagle_shape,
@@ -253,14 +254,8 @@ def _drop_copies(tensors: dict[str, Tensor], target: Target, vocab_size: int) ->
     Raises:
         ValueError: that names a tensor which differs, and how far it is off.
     """
-    size = text_config(target.model).vocab_size
     if EMBEDDINGS not in tensors and HEAD not in tensors:
-        if vocab_size != size:
-            raise ValueError(
-                f"`vocab_size` of the target is {size}, but the EAGLE checkpoint was made for one"
-                f" with {vocab_size}, and has no `{EMBEDDINGS}` that would tell whether it is the"
-                " same with other padding or more tokens. Use the checkpoint's own target."
-            )
+        check_num_tokens(vocab_size, text_config(target.model).vocab_size, "EAGLE")
         logger.warning(
             f"The EAGLE checkpoint has no `{EMBEDDINGS}`, so only its sizes say that it belongs to"
             " this target. With another one few drafted tokens would be accepted."

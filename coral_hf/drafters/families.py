@@ -20,21 +20,18 @@ class Family(NamedTuple):
 
 # by `model_type` of the config
 FAMILIES = {
-    CoralDrafter.config_class.model_type: Family(
-        "CORAL", CoralDrafter, "[CORAL (ACL 2025)](https://arxiv.org/abs/2502.16880)"
-    ),
-    Eagle3Drafter.config_class.model_type: Family(
-        "EAGLE-3", Eagle3Drafter, "[EAGLE-3 (NeurIPS 2025)](https://arxiv.org/abs/2503.01840)"
-    ),
-    MedusaDrafter.config_class.model_type: Family(
-        "Medusa", MedusaDrafter, "[Medusa (ICML 2024)](https://arxiv.org/abs/2401.10774)"
-    ),
-    ParallelDrafter.config_class.model_type: Family(
-        "P-EAGLE", ParallelDrafter, "[P-EAGLE (2026)](https://arxiv.org/abs/2602.01469)"
-    ),
-    RecurrentDrafter.config_class.model_type: Family(
-        "Recurrent Drafter",
-        RecurrentDrafter,
-        "[Recurrent Drafter (2024)](https://arxiv.org/abs/2403.09919)",
-    ),
+    family.model.config_class.model_type: family
+    for family in (
+        Family("CORAL", CoralDrafter, "[CORAL (ACL 2025)](https://arxiv.org/abs/2502.16880)"),
+        Family(
+            "EAGLE-3", Eagle3Drafter, "[EAGLE-3 (NeurIPS 2025)](https://arxiv.org/abs/2503.01840)"
+        ),
+        Family("Medusa", MedusaDrafter, "[Medusa (ICML 2024)](https://arxiv.org/abs/2401.10774)"),
+        Family("P-EAGLE", ParallelDrafter, "[P-EAGLE (2026)](https://arxiv.org/abs/2602.01469)"),
+        Family(
+            "Recurrent Drafter",
+            RecurrentDrafter,
+            "[Recurrent Drafter (2024)](https://arxiv.org/abs/2403.09919)",
+        ),
+    )
 }

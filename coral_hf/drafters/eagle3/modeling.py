@@ -190,7 +190,3 @@ class Eagle3Drafter(Drafter):
     def draft_logits(self, hidden: Tensor) -> Tensor:
         """Logits over the draft vocabulary: (*batch, hidden) → (*batch, draft_vocab)."""
         return self.lm_head(hidden if self.config.norm_output else self.norm(hidden))
-
-    def to_target_ids(self, draft_ids: Tensor) -> Tensor:
-        """The target's ids of draft ids, both of shape (...)."""
-        return draft_ids + self.d2t[draft_ids]
