@@ -25,7 +25,7 @@ ORDER = (
     ["measure"],
     ["checkpoints", "hub"],
     ["training"],
-    ["serving", "demo"],
+    ["serving", "demo", "playground"],
     ["__init__"],
     ["cli"],
 )

@@ -13,7 +13,16 @@ from collections.abc import Sequence
 
 from .data import data, features
 from .distill import distill
-from .measure import autotune, benchmark, compare, compare_heads, generate, sweep, verify
+from .measure import (
+    autotune,
+    benchmark,
+    compare,
+    compare_heads,
+    generate,
+    playground,
+    sweep,
+    verify,
+)
 from .parser import Command, parse
 from .publish import export, import_, publish
 from .train import demo, plan, regenerate, train
@@ -21,7 +30,7 @@ from .train import demo, plan, regenerate, train
 GROUPS: dict[str, list[Command]] = {
     "try": [demo],
     "train": [plan, train, distill, data, regenerate, features],
-    "use": [generate],
+    "use": [generate, playground],
     "measure": [verify, benchmark, sweep, compare, compare_heads, autotune],
     "publish": [publish, import_, export],
 }

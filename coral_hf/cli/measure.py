@@ -1,13 +1,24 @@
 """Commands that generate with a drafter, and measure drafters."""
 
+import socket
 import sys
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from .. import measure
+from ..demo import DemoSettings
 from ..measure.settings import ComparisonSettings, DraftingSettings, HeadComparisonSettings, option
-from .options import DatasetOptions, DrafterOptions, MeasuredOptions, PromptOptions, TargetOptions
+from .options import (
+    DatasetOptions,
+    DrafterOptions,
+    MeasuredOptions,
+    PromptOptions,
+    TargetOptions,
+    load_drafter,
+)
 
 
 @dataclass(kw_only=True)
@@ -40,6 +51,63 @@ def generate(own: GenerateOptions) -> None:
     head = own.draft_head or getattr(drafter.config, "draft_head", None)
     num_new = output.sequences.shape[1] - ids.shape[1]
     print(f"[{call_line(output.stats, num_new, head)}]", file=sys.stderr)
+
+
+@dataclass(kw_only=True)
+class PlaygroundOptions(TargetOptions):
+    """The models of the page, and where it is served."""
+
+    target: str = option("The target; the demo's by default.", "", needs="drafter")
+    drafter: list[str] = option("One that the page offers; the demo's by default.", [])
+    pad_layers: int | None = option("Show a target padded to so many layers.", None)
+    port: int | None = option("Its port; by default the first free one from 7860 on.", None)
+
+    def fill(self) -> None:
+        """Choose the demo's models where none are named, and check what loading would hide."""
+        if find_spec("gradio") is None:
+            raise ValueError(
+                "The page is made with Gradio, which is not installed: pip install gradio, or this"
+                " package as coral_hf[playground]."
+            )
+        if not self.target:
+            demo = DemoSettings()
+            self.target, own = str(demo.output / "target"), str(demo.output / "drafter")
+            self.drafter, self.pad_layers = (
+                self.drafter or [own],
+                self.pad_layers or demo.pad_layers,
+            )
+            if not Path(self.target).is_dir():
+                raise ValueError(
+                    f"`{demo.output}` holds no models yet: run `coral-hf demo` here first, or give"
+                    " --target and --drafter."
+                )
+        if self.port is not None:
+            try:
+                with socket.socket() as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(("127.0.0.1", self.port))
+            except (OSError, OverflowError) as error:
+                raise ValueError(
+                    f"Port {self.port} cannot be used ({error}); give another with --port, or leave"
+                    " it out."
+                ) from error
+
+
+def playground(own: PlaygroundOptions) -> None:
+    """Serve a page on which a prompt is answered without and with a drafter, side by side."""
+    own.fill()
+    from ..measure.padding import num_padded_layers
+    from ..playground.models import Models
+    from ..playground.page import serve
+
+    target, tokenizer = own.load_target()
+    target = measure.pad_target(target, own.pad_layers) if own.pad_layers else target
+    models = Models(target, tokenizer, own.drafter, partial(load_drafter, target=target))
+    layers = f"{target.config.get_text_config().num_hidden_layers} layers"
+    if own.pad_layers:
+        num_padded = num_padded_layers(target)
+        layers += f", {num_padded} of them padding that costs time and changes nothing"
+    serve(models, f"`{own.target}`, {layers}; {target.dtype}, on `{target.device}`.", own.port)
 
 
 @dataclass(kw_only=True)

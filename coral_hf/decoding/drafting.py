@@ -62,9 +62,11 @@ class DraftTree(NamedTuple):
     branching: int = 0  # most children of a node; 0: not known
     # of each level whose nodes stand family after family, as they were planned; (): not known
     plan: tuple[Level, ...] = ()
+    # (batch, nodes - 1), of the path to each node but the root; None: not known
+    log_confidence: Tensor | None = None
 
     def to(self, device: torch.device) -> "DraftTree":
-        """Copy the tree, whose tensors begin with (batch, nodes), to a device."""
+        """Copy the tree, (batch, nodes), to a device."""
         parts = self._asdict().items()
         return self._replace(**{n: p.to(device) for n, p in parts if isinstance(p, Tensor)})
 

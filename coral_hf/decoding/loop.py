@@ -154,6 +154,7 @@ class DecodingLoop:
         rows = self.sequences.active
         self.lap_start = time.perf_counter()
         tree = self.draft(rows)
+        self.sequences.show(tree)
         draft = self.lap("draft_seconds")
         output, accepted = self.verify(tree)
         decode = self.lap("verify_seconds")

@@ -22,7 +22,7 @@ from transformers import generation as hf
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from .drafting import host_tensor
+from .drafting import DraftTree, host_tensor
 from .watchers import (
     BATCH_CRITERIA,
     PREFIX_FREE,
@@ -172,6 +172,11 @@ class Sequences:
     def _row(self, row: int) -> Tensor:
         """(1, length)"""
         return self._buffer[row : row + 1, : self.lengths[row]]
+
+    def show(self, tree: DraftTree) -> None:
+        """Show a streamer that wants to see it the tree of the next round, (batch, nodes)."""
+        if isinstance(self.streamer, DraftStreamer):
+            self.streamer.take_tree(tree)
 
     def append(
         self,

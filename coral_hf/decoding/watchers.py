@@ -1,20 +1,25 @@
 """Processors and criteria of transformers, by what each looks at: logits, a row or the batch.
 
-Also a streamer that sees more than those of transformers: where each token came from.
+Also a streamer that sees more than those of transformers: draft trees, and where tokens came from.
 """
 
 from transformers import generation as hf
 from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from .drafting import DraftTree
+
 
 class DraftStreamer(BaseStreamer):
-    """A streamer that is told, before each token of a single sequence, where it came from.
+    """A streamer of a single sequence that sees each draft tree, and where each token came from.
 
-    `depth` is that of the accepted node which has the token; 0 for the target's own tokens.
+    `depth`, before a token: of the accepted node which has it; 0 for the target's own tokens.
     """
 
     depth = 0
+
+    def take_tree(self, tree: DraftTree) -> None:
+        """Take the tree of a round, (1, nodes), whose tokens follow; later rounds overwrite it."""
 
 
 # processors whose scores follow from the logits alone

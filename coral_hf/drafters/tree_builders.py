@@ -107,13 +107,15 @@ class TreeBuilder:
         depths = _depths(self._tokens, first=1).gather(1, chosen)
         root = torch.zeros_like(self._root)[:, None]
         # a head that read few tokens has fewer children than were asked for
-        is_node = log_paths.gather(1, chosen) > float("-inf")
+        log_confidence = log_paths.gather(1, chosen)
+        is_node = log_confidence > float("-inf")
         return DraftTree(
             torch.cat([self._root[:, None], tokens], dim=1),
             torch.cat([root, parents.masked_fill(~is_node, PADDING)], dim=1),
             torch.cat([root, depths], dim=1),
             levels=len(self._tokens),
             branching=self._shape.top_k,
+            log_confidence=log_confidence,
         )
 
     def _num_worthy(self, ranked: Tensor) -> int:
@@ -207,6 +209,7 @@ class SampledTreeBuilder:
         # (batch, nodes of the newest level): log-probability of the path; -inf for padding
         self._log_path = torch.zeros(len(root), 1, dtype=torch.float32, device=root.device)
         self._expanded: list[tuple[Tensor, Tensor]] = []  # nodes (batch, families), and their q
+        self._log_paths: list[Tensor] = []  # of all levels but the root's
 
     def best(self, families: int) -> Beam:
         """The most probable nodes of the newest level, which are to get children."""
@@ -231,6 +234,7 @@ class SampledTreeBuilder:
         self._tokens.append(tokens.flatten(1))
         self._parents.append(parents.flatten(1))
         self._log_path = log_path.masked_fill(~is_node, float("-inf")).flatten(1)
+        self._log_paths.append(self._log_path)
         self._size += self._log_path.shape[1]
         self._children = children
         self._plan.append(Level(probs.shape[1], children))
@@ -250,6 +254,7 @@ class SampledTreeBuilder:
             levels=len(self._expanded),
             branching=max(level.children for level in self._plan),
             plan=tuple(self._plan),
+            log_confidence=torch.cat(self._log_paths, dim=1),
         )
 
 

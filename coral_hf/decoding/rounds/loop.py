@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CompileConfig, GenerationConfig
 
 from ..draft_policy import Costs, DraftPolicy, RoundSample
-from ..drafting import FixedDrafting, TreeShape, host_tensor
+from ..drafting import FixedDrafting, TreeShape, host_tensor, root_only
 from ..loop import DecodingLoop
 from ..target_runner import TargetRunner
 from .fixed_rounds import FixedRounds
@@ -215,6 +215,8 @@ class FixedLoop(DecodingLoop):
         if is_plain := self.policy.is_plain:
             self.stats.is_stepped_back, self.keep_memory = True, False
             rung = self.largest
+        tree = root_only(rung.rounds.root) if is_plain else rung.rounds.tree
+        self.sequences.show(tree)
         self.lap("draft_seconds")
         copy = HostCopy(rung.run("token" if is_plain else "verify"))
         if self.drafts_ahead and not self._is_full(rounds=2):
@@ -225,9 +227,9 @@ class FixedLoop(DecodingLoop):
         self._note_ends()
         self.stats.num_rounds += 1
         self.stats.round_lengths += counts
-        levels, nodes = rung.rounds.tree.levels, rung.rounds.tree.tokens.shape[1]
-        self.stats.num_levels += 0 if is_plain else levels
-        self.stats.num_nodes += 1 if is_plain else nodes
+        levels, nodes = tree.levels, tree.tokens.shape[1]
+        self.stats.num_levels += levels
+        self.stats.num_nodes += nodes
         if not is_plain:
             self.policy.note(RoundSample(len(rows), levels, nodes, sum(counts) / len(rows)))
         self.lap("other_seconds")
