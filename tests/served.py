@@ -31,7 +31,8 @@ COUNTS = {
 
 def speculation(job: dict) -> dict:
     method = job.get("method", "eagle")
-    return {"method": method, "model": job["drafter"], "num_speculative_tokens": job["depth"]}
+    named = {"method": method, "model": job["drafter"], "num_speculative_tokens": job["depth"]}
+    return named | job.get("speculation", {})
 
 
 def serve(job: dict) -> dict:

@@ -232,11 +232,15 @@ def test_the_commands_import_and_export_heads(folder, tmp_path):  # noqa: F811
     assert type(back) is MedusaDrafter and back.lm_heads[1].weight.equal(own.lm_head.weight)
 
 
-def test_heads_of_a_base_model_of_another_name_are_read_with_a_warning(target, tmp_path, caplog):
-    written(tmp_path, medusa_tensors())
+@pytest.mark.parametrize("base", ["lmsys/vicuna-7b-v1.3", None])
+def test_heads_of_another_base_model_or_of_none_are_read_with_a_warning(
+    target, tmp_path, caplog, base
+):
+    written(tmp_path, medusa_tensors(), config={**PUBLISHED, "base_model_name_or_path": base})
     with caplog.at_level(logging.WARNING):
         from_medusa(target, tmp_path)
-    assert "were made for lmsys/vicuna-7b-v1.3, and the target is unnamed" in caplog.text
+    named = base or "a model that is not named"
+    assert f"were made for {named}, and the target is unnamed" in caplog.text
 
 
 def test_published_heads_are_a_warm_start(target, tmp_path):

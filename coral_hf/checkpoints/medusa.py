@@ -86,11 +86,11 @@ def medusa_drafter(target: PreTrainedModel, found: Checkpoint) -> MedusaDrafter:
     if own is not None and own.ndim == 2:
         sizes["vocab_size"] = own.shape[0]
     check_target(MedusaConfig(**sizes, target_name_or_path=base), target)
-    if base and not copies and Path(base).name != Path(target.name_or_path).name:
+    if not copies and (not base or Path(base).name != Path(target.name_or_path).name):
         logger.warning(
-            f"The Medusa heads were made for {base}, and the target is"
-            f" {target.name_or_path or 'unnamed'}: only its sizes say that they belong to it. With"
-            " another one few drafted tokens would be accepted."
+            f"The Medusa heads were made for {base or 'a model that is not named'}, and the target"
+            f" is {target.name_or_path or 'unnamed'}: only its sizes say that they belong to it."
+            " With another one few drafted tokens would be accepted."
         )
     for copy in copies:
         check_copy(HEAD, copy, head.weight, sizes["vocab_size"])
