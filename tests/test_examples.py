@@ -280,7 +280,7 @@ def test_a_drafter_of_own_answers_is_trained_and_its_rounds_are_timed(
     run(monkeypatch, "train_mixed.py", *names, *data, *short)
     prompts = [path.read_text() for path in (made / "stories.jsonl", made / "dialogues.jsonl")]
     assert "hen" in prompts[0] and "dog" not in prompts[0] and prompts[1].count("Hi.") == 1
-    assert CoralDrafter.from_pretrained(made).config.draft_head == "routed"
+    assert CoralDrafter.from_pretrained(made).config.is_router_trained
     rows = tmp_path / "rows.jsonl"
     (made / "dialogues.jsonl").write_text(prompts[1] * 9)
     names += ["--drafter", made, "--prompts", made / "dialogues.jsonl", "--rows", rows]
