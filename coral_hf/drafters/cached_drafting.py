@@ -113,10 +113,10 @@ class CachedDrafting(TreeDrafting):
     def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
         """Read prompts or what continues them, (batch, length); see [`Drafting`]."""
         memory, self._memory = self._memory, None
-        is_new = True
-        if memory is not None:
-            is_new = not memory.fits(self.drafter, positions[:, 0] + self.lead, self._windows)
-        if is_new or memory is None:
+        starts = positions[:, 0] + self.lead
+        if memory is not None and not memory.fits(self.drafter, starts, self._windows):
+            memory = None
+        if memory is None:
             self._use(RaggedCache(self._windows))
             self._cache.begin(len(tokens), self.device)
         else:
@@ -124,7 +124,7 @@ class CachedDrafting(TreeDrafting):
             self._cache.truncate()  # an interrupted call may have left drafted slots
         length = positions.shape[1]
         self._cache.reserve(self._cache.width + length, length, LEVELS)
-        self._begin(tokens, features, positions, is_new)
+        self._begin(tokens, features, positions, is_new=memory is None)
 
     def _use(self, cache: RaggedCache | FixedCache) -> None:
         """Read and write a cache from now on."""
