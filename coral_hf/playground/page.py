@@ -25,7 +25,11 @@ OWN = "the drafter's own"
 EVERY = 0.1  # seconds between two pictures of a race
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 # greys that stand out from their background enough to be read
-READABLE = dict.fromkeys(("body_text_color_subdued", "input_placeholder_color"), "*neutral_600")
+BUTTON = [f"button_primary_background_fill{end}" for end in ("", "_hover", "_dark", "_hover_dark")]
+READABLE = {
+    **dict.fromkeys(("body_text_color_subdued", "input_placeholder_color"), "*neutral_600"),
+    **dict.fromkeys(BUTTON, "*primary_700"),
+}
 
 
 class Page:
