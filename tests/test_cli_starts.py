@@ -108,6 +108,7 @@ def test_an_evaluation_without_held_out_rows_is_refused(folder, tmp_path):
     assert result.exit_code != 0 and "--hold-out" in result.output
 
 
+@pytest.mark.slow
 def test_a_head_stage_trains_the_head_of_a_trained_drafter(folder, tmp_path):
     alone = train(folder, tmp_path / "none", "--stage", "router")
     assert alone.exit_code != 0 and "goes with --drafter" in printed(alone)

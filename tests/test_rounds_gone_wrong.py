@@ -133,6 +133,7 @@ def test_an_interrupted_graph_leaves_target_and_drafter_usable():
         assert drafted(target, drafter, prompts(), **way).sequences.equal(plain)
 
 
+@pytest.mark.slow
 def test_a_compiler_that_is_interrupted_compiles_in_the_next_call():
     torch._dynamo.reset()
     target, drafter = pair(num_hidden_layers=1)

@@ -28,6 +28,7 @@ def test_adaptive_rounds_have_trees_of_a_few_sizes(family, monkeypatch):
     assert ours[0].stats.num_nodes == ours[1].stats.num_nodes
 
 
+@pytest.mark.slow
 def test_compiled_calls_draft_the_sizes_that_were_compiled_ahead(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(loop_module, "measure_costs", costing(0.5, 0.02, 0.05))
