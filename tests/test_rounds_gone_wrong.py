@@ -10,6 +10,7 @@ from coral_hf.decoding.rounds.fixed_rounds import FixedRounds
 from coral_hf.decoding.rounds.steps import Compiled
 
 
+@pytest.mark.slow
 def test_a_graph_is_checked_once_a_call_and_what_has_changed_is_compiled_again(monkeypatch):
     target, drafter = pair(num_hidden_layers=1)
     checks, plain_call = [], Compiled.__call__
@@ -92,6 +93,7 @@ def test_a_step_that_does_not_compile_runs_as_it_is_beside_one_that_does(error, 
     assert len(compiled) == 2 and caplog.text.count("`verify` of a round cannot be compiled") == 1
 
 
+@pytest.mark.slow
 def test_a_target_that_has_changed_and_does_not_compile_any_more_runs_as_it_is(caplog):
     torch._dynamo.reset()
     target, drafter = pair(num_hidden_layers=1)
