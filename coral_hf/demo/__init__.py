@@ -37,7 +37,7 @@ class DemoSettings:
         """Its options: '{"enable_thinking": false}'.""", None
     )
     fresh: bool = option("Train again what the folder holds.", False)
-    compile: bool = option("Compile the rounds of the padded target.", True)
+    compile: bool = option("Compile the rounds.", True)
     # in Python alone
     num_stories: int = 8000
     target_budget: Budget = Budget(max_steps=10_000, max_seconds=60)
