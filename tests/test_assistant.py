@@ -293,7 +293,7 @@ def test_the_command_pretrains_fine_tunes_resumes_and_writes_an_ordinary_checkpo
     first, second = tmp_path / "pretrained", tmp_path / "tuned"
     made = invoke(*names, *short, "--output", first, "--layers", 1, "--loss", "ce")
     assert made.exit_code == 0, made.output
-    given = [*names, "--assistant", first, "--output", second, "--loss", "tvd++"]
+    given = [*names, "--from", first, "--output", second, "--loss", "tvd++"]
     assert invoke(*given, *short, "--hold-out", 1, "--eval-strategy", "epoch").exit_code == 0
     state = json.loads((second / "run" / "checkpoint-2" / "trainer_state.json").read_text())
     assert any("eval_expected_acceptance" in entry for entry in state["log_history"])

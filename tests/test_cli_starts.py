@@ -33,7 +33,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 def test_a_lora_is_saved_beside_the_merged_drafter(folder, drafter, tmp_path):
     lora = ["--lora-r", 2, "--lora-target", "fc", "--lora-target", "v_proj", "--router-epochs", 0]
-    result = train(folder, tmp_path / "new", "--drafter", drafter, *lora)
+    result = train(folder, tmp_path / "new", "--from", drafter, *lora)
     assert result.exit_code == 0, result.output
     before, after = weights(drafter), weights(tmp_path / "new")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -48,7 +48,7 @@ def test_a_lora_is_saved_beside_the_merged_drafter(folder, drafter, tmp_path):
 
 
 def test_the_router_is_trained_on_the_merged_drafter(folder, drafter, tmp_path):
-    options = ["--drafter", drafter, "--lora-r", 2, "--router-epochs", 1]
+    options = ["--from", drafter, "--lora-r", 2, "--router-epochs", 1]
     result = train(folder, tmp_path / "new", *options)
     assert result.exit_code == 0, result.output
     before, after = weights(drafter), weights(tmp_path / "new")
@@ -57,22 +57,30 @@ def test_the_router_is_trained_on_the_merged_drafter(folder, drafter, tmp_path):
     )
 
 
-def test_training_starts_from_a_drafter_or_from_its_weights(folder, drafter, tmp_path):
-    still = ["--learning_rate", 0, "--router-epochs", 0]
-    for option in ("--drafter", "--warm-start"):
-        output = tmp_path / option
-        result = train(folder, output, option, drafter, *still)
+def test_a_drafter_that_fits_goes_on_whole_and_another_gives_its_weights(folder, drafter, tmp_path):
+    own, tuned = AutoModel.from_pretrained(drafter), tmp_path / "fine-tune"
+    shutil.copytree(folder / "target", tuned)
+    own.generation_config.update(tree_depth=2)
+    own.save_pretrained(tmp_path / "fits")
+    own.config.tokenizer_hash = "of another tokenizer"
+    own.save_pretrained(tmp_path / "other")
+    found = {}
+    for name in ("fits", "other"):
+        still = ["--target", tuned, "--learning_rate", 0, "--router-epochs", 0]
+        result = train(folder, tmp_path / "new" / name, "--from", tmp_path / name, *still)
         assert result.exit_code == 0, result.output
-        assert weights(output).keys() == weights(drafter).keys()
-        assert all(
-            torch.equal(tensor, weights(drafter)[k]) for k, tensor in weights(output).items()
-        )
+        found[name] = AutoModel.from_pretrained(tmp_path / "new" / name)
+        for key, tensor in found[name].state_dict().items():
+            assert torch.equal(tensor, own.state_dict()[key])
+        assert found[name].config.target_name_or_path == str(tuned)
+    fits, other = found.values()
+    assert fits.state_dict().keys() == own.state_dict().keys() and fits.config.is_router_trained
+    assert fits.generation_config.tree_depth == 2 and other.heads.router is None
+    assert len(fits.training_record) == len(own.training_record) + 1 > len(other.training_record)
 
 
 def test_training_starts_from_the_targets_last_layer(folder, tmp_path):
-    result = train(
-        folder, tmp_path, "--warm-start", "layer", "--learning_rate", 0, "--router-epochs", 0
-    )
+    result = train(folder, tmp_path, "--from", "layer", "--learning_rate", 0, "--router-epochs", 0)
     assert result.exit_code == 0, result.output
     layer = AutoModelForCausalLM.from_pretrained(folder / "target").model.layers[-1]
     found = weights(tmp_path)["layers.0.mlp.up_proj.weight"]  # the one that reads no raw feature
@@ -82,11 +90,10 @@ def test_training_starts_from_the_targets_last_layer(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--lora-r", 2], "--lora-r goes with --drafter"),
+        (["--lora-r", 2], "--lora-r goes with --from"),
         (["--lora-alpha", 2], "--lora-alpha goes with --lora-r"),
-        (["--drafter", "a", "--warm-start", "layer"], "--warm-start does not go with --drafter"),
-        (["--drafter", "a", "--layers", 2], "--layers does not go with --drafter"),
-        (["--warm-start", "./absent"], "no folder ./absent"),
+        (["--from", "a", "--layers", 2], "--layers does not go with --from"),
+        (["--from", "./absent"], "no folder ./absent"),
     ],
 )
 def test_starts_that_contradict_each_other_are_refused(folder, tmp_path, options, message):
@@ -111,12 +118,12 @@ def test_an_evaluation_without_held_out_rows_is_refused(folder, tmp_path):
 @pytest.mark.slow
 def test_a_head_stage_trains_the_head_of_a_trained_drafter(folder, tmp_path):
     alone = train(folder, tmp_path / "none", "--stage", "router")
-    assert alone.exit_code != 0 and "goes with --drafter" in printed(alone)
+    assert alone.exit_code != 0 and "goes with --from" in printed(alone)
     first = train(folder, tmp_path / "first")  # of so small a vocabulary no router is trained
     assert not (tmp_path / "first" / "router").exists()
     assert first.exit_code == 0, first.output
     for stage in ("router", "low_rank"):
-        own = ["--drafter", tmp_path / "first", "--stage", stage, "--head_rank", 4]
+        own = ["--from", tmp_path / "first", "--stage", stage, "--head_rank", 4]
         result = train(folder, tmp_path / stage, *own)
         assert result.exit_code == 0, result.output
         assert [path.name for path in (tmp_path / stage).iterdir() if path.is_dir()] == [stage]
@@ -128,14 +135,14 @@ def test_a_head_stage_trains_the_head_of_a_trained_drafter(folder, tmp_path):
 def test_fresh_head_replaces_the_drafters_own_head(folder, tmp_path):
     first = train(folder, tmp_path / "first", "--grouping", "contiguous", "--router-epochs", 1)
     assert first.exit_code == 0, first.output
-    other = ["--drafter", tmp_path / "first", "--stage", "router", "--grouping", "kmeans"]
+    other = ["--from", tmp_path / "first", "--stage", "router", "--grouping", "kmeans"]
     refused = train(folder, tmp_path / "other", *other)
     assert refused.exit_code == 1 and "`grouping` is 'kmeans'" in printed(refused)
     fresh = train(folder, tmp_path / "other", *other, "--fresh-head")
     assert fresh.exit_code == 0, fresh.output
     assert AutoModel.from_pretrained(tmp_path / "other").config.grouping == "kmeans"
     nothing = train(folder, tmp_path / "none", "--fresh-head")
-    assert nothing.exit_code == 2 and "--fresh-head goes with --drafter" in printed(nothing)
+    assert nothing.exit_code == 2 and "--fresh-head goes with --from" in printed(nothing)
 
 
 @pytest.mark.slow
@@ -192,8 +199,8 @@ def test_a_seed_gives_the_same_bytes(folder, tmp_path):
 def test_a_seed_gives_the_same_bytes_in_another_process(folder, tmp_path):
     runs = {
         "fresh": ["--seed", "7", "--router-epochs", "1", "--grouping", "coactivation"],
-        "warm": ["--seed", "7", "--warm-start", "layer", "--stage", "drafter"],
-        "lora": ["--seed", "7", "--drafter", "{folder}/fresh", "--lora-r", "2"],
+        "warm": ["--seed", "7", "--from", "layer", "--stage", "drafter"],
+        "lora": ["--seed", "7", "--from", "{folder}/fresh", "--lora-r", "2"],
         "other": ["--seed", "8", "--router-epochs", "0"],
     }
     runs["warm"] += ["--stage", "low_rank"]

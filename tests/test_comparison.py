@@ -67,8 +67,23 @@ def test_the_table_gives_spread_and_paired_difference():
     rows += [result("hass", seed, 2.0 + seed + 0.3 * (-1) ** seed) for seed in range(3)]
     lines = comparison_table(rows).splitlines()
     assert "| eagle | 3.000 ± 1.000 | 4.000 ± 1.000 | 3.500 ± 1.000 |  |" in lines
-    assert lines[3].endswith("| 3.700 ± 1.000 | +0.200 ± 0.000 |")
-    assert lines[4].endswith("| +0.100 ± 0.200, no measurable difference |")
+    assert lines[3].endswith("| 3.700 ± 1.000 | +0.200 (+0.200 to +0.200) |")
+    assert lines[4].endswith("| +0.100 (-0.761 to +0.961), no measurable difference |")
+
+
+@pytest.mark.parametrize(
+    ("gaps", "said"),
+    [
+        # three standard errors of three seeds, whose quantile of t is 4.3
+        ((0.1, 0.3, 0.2), "+0.200 (-0.048 to +0.448), no measurable difference"),
+        ((0.1, 0.3, 0.2, 0.2), "+0.200 (+0.070 to +0.330)"),
+        ((0.1,), ""),
+    ],
+)
+def test_few_seeds_have_to_differ_by_more(gaps, said):
+    rows = [result("eagle", seed, 2.0) for seed in range(len(gaps))]
+    rows += [result("coral", seed, 2.0 + gap) for seed, gap in enumerate(gaps)]
+    assert comparison_table(rows).splitlines()[3].endswith(f"| {said} |")
 
 
 class Prepared:

@@ -87,9 +87,11 @@ def test_the_drafter_loads_with_a_trained_router(first_run, settings):
     assert drafter.config.is_router_trained and drafter.config.tokenizer_hash is not None
 
 
-def test_the_second_run_trains_nothing(first_run, settings):
+def test_the_second_run_trains_nothing_and_logs_nothing_into_its_bars(first_run, settings, caplog):
+    caplog.set_level("INFO", "coral_hf")
     _, shown = shown_by(settings)
     assert "Training" in first_run[1] and "Training" not in shown
+    assert not [record for record in caplog.records if record.name.startswith("coral_hf.measure")]
 
 
 @pytest.mark.slow

@@ -122,5 +122,5 @@ def test_a_target_that_ships_none_is_told_so(tmp_path):
 
 def test_the_command_knows_the_name(tmp_path):
     words = ["--target", tmp_path / "none", "--dataset", tmp_path / "x.jsonl", "--output", tmp_path]
-    assert "mtp" not in printed(invoke("train", *words, "--warm-start", "mtp"))
+    assert "mtp" not in printed(invoke("train", *words, "--from", "mtp"))
     assert "'layer' or 'mtp'" in printed(invoke("train", "--help"))

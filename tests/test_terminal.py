@@ -1,6 +1,7 @@
 """What a terminal shows: coloured tokens, a line behind the answer, a table an evaluation."""
 
 import io
+import logging
 import re
 
 import pytest
@@ -22,6 +23,7 @@ from coral_hf.measure.terminal import (
     coloured_text,
     drafted_depths,
     print_coloured,
+    unlogged,
 )
 from coral_hf.training.evaluation import EvaluationTable
 from coral_hf.training.evaluation.table import evaluation_table
@@ -159,8 +161,8 @@ def test_a_line_says_how_a_call_went():
     assert call_line(stats, 5, "full") == f"{line}, full head, growing trees"
     stats.num_nodes, stats.way, stats.warm_up_seconds = 6, "compiled", 7.0
     stats.is_stepped_back = True
-    rest = "compiled chains, stepped back: drafting did not pay, compiled in 7 s before"
-    assert call_line(stats, 5) == f"{line}, {rest}"
+    rest = "stepped back: drafting did not pay (autotune finds the tree that pays best)"
+    assert call_line(stats, 5) == f"{line}, compiled chains, {rest}, compiled in 7 s before"
 
 
 def test_a_finished_call_has_the_colours_that_it_is_streamed_in(tokenizer):
@@ -200,3 +202,11 @@ def test_the_benchmark_says_what_was_read_before_anything_is_loaded(folder, tmp_
     assert "Only 2 prompts: figures are a first look; give 10 or more." in caplog.text
     refused = printed(invoke("benchmark", *names, "--limit", 0))
     assert "argument --limit: 0 is too small; use 1 or more" in refused
+
+
+def test_an_answer_is_not_cut_by_what_is_logged_meanwhile(caplog):
+    for name in ("decoding.draft_policy", "target"):
+        with unlogged("decoding.draft_policy"):
+            logging.getLogger(f"coral_hf.{name}").warning(name)
+    logging.getLogger("coral_hf.decoding.draft_policy").warning("afterwards")
+    assert caplog.messages == ["target", "afterwards"]

@@ -206,10 +206,10 @@ def test_the_command_trains_resumes_and_trains_further(family, folder, tmp_path)
     resumed = run("--output", tmp_path / "made", "--recipe", family.recipes[0], "--resume")
     assert resumed.exit_code == 0, resumed.output
     # its recipe and its stage follow from the drafter
-    for option in ("--drafter", "--warm-start"):
-        further = run("--output", tmp_path / option, option, tmp_path / "made")
-        assert further.exit_code == 0, further.output
-        assert type(AutoModel.from_pretrained(tmp_path / option)) is family.drafter
+    further = run("--output", tmp_path / "further", "--from", tmp_path / "made")
+    assert further.exit_code == 0, further.output
+    further = AutoModel.from_pretrained(tmp_path / "further")
+    assert type(further) is family.drafter and len(further.training_record) == 2
 
 
 def test_the_features_command_stores_what_the_recipe_reads(family, folder, tmp_path):  # noqa: F811

@@ -87,7 +87,9 @@ class FeaturesOptions(TargetOptions, DatasetOptions):
     packing: bool = option("Put several conversations in each row.", False)
     share_prompts: bool = option("Put answers with the same prompt in one row.", True)
     recipe: str = option("'eagle3' and 'parallel' read inner layers too.", "coral")
-    drafter: str | None = option("A drafter that will be trained on them.", None, excludes="recipe")
+    start: str | None = option(
+        "The drafter from which training will start.", None, flag="from", excludes="recipe"
+    )
     format: Literal["bfloat16", "int8"] = option("'int8' takes half the space.", "bfloat16")
     batch_size: int = option("Rows that are read at once.", 8, least=1)
     shard_megabytes: int = option("Size of a file, about.", 1000, least=1)
@@ -101,8 +103,8 @@ class FeaturesOptions(TargetOptions, DatasetOptions):
 
         from ..training.steps import kind_of_recipe, step_kind
 
-        if self.drafter is not None:
-            config = AutoConfig.from_pretrained(self.drafter)
+        if self.start is not None:
+            config = AutoConfig.from_pretrained(self.start)
             return step_kind(config.model_type).layers(config)
         kind = kind_of_recipe(self.recipe)
         return kind.layers(kind.drafter.config_class.from_target(target))

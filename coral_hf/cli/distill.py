@@ -16,13 +16,15 @@ class DistillOptions(TargetOptions, TrainingDataOptions):
 
     output: Path = option("Folder of the finished model.")
     loss: LOSSES = option("On the tokens (ce), or on the target's probabilities.", "kl")
-    assistant: str | None = option("A small model with the target's tokenizer.", None)
-    layers: int = option("Layers of a fresh one.", 4, least=1, excludes="assistant")
+    start: str | None = option(
+        "A small model with the target's tokenizer, to start from.", None, flag="from"
+    )
+    layers: int = option("Layers of a fresh one.", 4, least=1, excludes="start")
     hidden_size: int | None = option(
         "Its width; by default half of the target's, 1024 at most.",
         None,
         least=2,
-        excludes="assistant",
+        excludes="start",
     )
     resume: bool = option("Continue from the last checkpoint.", False)
 
@@ -32,11 +34,11 @@ class DistillOptions(TargetOptions, TrainingDataOptions):
 
         from ..training.assistant.small_model import small_model
 
-        if self.assistant is None:
+        if self.start is None:
             config = AutoConfig.from_pretrained(self.target)
             return small_model(config, self.layers, self.hidden_size), None
-        model = AutoModelForCausalLM.from_pretrained(self.assistant, dtype="float32")
-        return model, AutoTokenizer.from_pretrained(self.assistant)
+        model = AutoModelForCausalLM.from_pretrained(self.start, dtype="float32")
+        return model, AutoTokenizer.from_pretrained(self.start)
 
 
 def distill(own: DistillOptions, training_options: list[str]) -> None:

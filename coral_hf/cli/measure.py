@@ -32,22 +32,23 @@ class GenerateOptions(DrafterOptions, DraftingSettings):
 
 def generate(own: GenerateOptions) -> None:
     """Generate with a drafter, streaming the text; accepted tokens are coloured by depth."""
-    from ..measure.terminal import ColouredStreamer, call_line
+    from ..measure.terminal import ColouredStreamer, call_line, unlogged
 
     target, drafter, tokenizer = own.load_models()
     prompt = measure.Prompt("prompt", "0", ({"role": "user", "content": own.prompt},))
     ids = measure.encode(prompt, tokenizer).to(target.device)  # (1, length)
-    output = target.generate(
-        ids,
-        assistant_model=drafter,
-        streamer=ColouredStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        tokenizer=tokenizer,
-        max_new_tokens=own.max_new_tokens,
-        do_sample=own.temperature > 0,
-        temperature=own.temperature or None,
-        return_dict_in_generate=True,
-        **own.drafting(),
-    )
+    with unlogged("decoding.draft_policy"):  # the last line says whether drafting paid
+        output = target.generate(
+            ids,
+            assistant_model=drafter,
+            streamer=ColouredStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            tokenizer=tokenizer,
+            max_new_tokens=own.max_new_tokens,
+            do_sample=own.temperature > 0,
+            temperature=own.temperature or None,
+            return_dict_in_generate=True,
+            **own.drafting(),
+        )
     head = own.draft_head or getattr(drafter.config, "draft_head", None)
     num_new = output.sequences.shape[1] - ids.shape[1]
     print(f"[{call_line(output.stats, num_new, head)}]", file=sys.stderr)

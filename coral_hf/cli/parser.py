@@ -31,6 +31,7 @@ def parse(name: str, command: Command, words: Sequence[str]) -> dict[str, Any]:
     parse_words = parser.parse_known_intermixed_args if is_mixed else parser.parse_known_args
     known, others = parse_words(words)
     typed, arguments = vars(known), dict[str, Any]()
+    flags = {one.name: flag(one) for one in every}
     if EXTRA in get_type_hints(command):
         arguments[EXTRA] = others
     elif others:
@@ -38,12 +39,14 @@ def parse(name: str, command: Command, words: Sequence[str]) -> dict[str, Any]:
     for parameter, kind in settings_of(command).items():
         chosen = [one for one in fields(kind) if one.name in typed]
         for one in chosen:
-            check(parser, one, typed)
+            check(parser, one, typed, flags)
         arguments[parameter] = kind(**{one.name: typed[one.name] for one in chosen})
     return arguments
 
 
-def check(parser: argparse.ArgumentParser, one: Field[Any], typed: dict[str, Any]) -> None:
+def check(
+    parser: argparse.ArgumentParser, one: Field[Any], typed: dict[str, Any], flags: dict[str, str]
+) -> None:
     """Exit with an error if an option is too small, lacks one that it needs, or excludes one."""
     rules, value = one.metadata, typed[one.name]
     smallest = min(value) if isinstance(value, list) else value
@@ -52,7 +55,7 @@ def check(parser: argparse.ArgumentParser, one: Field[Any], typed: dict[str, Any
     for rule, verdict in {"needs": "goes with", "excludes": "does not go with"}.items():
         for other in rules.get(rule, "").split():
             if (other in typed) == (rule == "excludes"):
-                parser.error(f"{flag(one)} {verdict} --{other.replace('_', '-')}")
+                parser.error(f"{flag(one)} {verdict} {flags[other]}")
 
 
 def flag(one: Field[Any]) -> str:

@@ -1,6 +1,5 @@
 """Commands that train a drafter, and make and store what it is trained on."""
 
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -35,26 +34,25 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
 
     output: Path = option("Folder of the finished drafter.")
     layers: int | None = option(
-        "Layers of a fresh drafter; default: its family's.",
-        None,
-        least=1,
-        excludes="drafter warm_start",
+        "Layers of a fresh drafter; default: its family's.", None, least=1, excludes="start"
     )
     draft_vocab_size: int | None = option(
         "Tokens that a fresh EAGLE-3 or parallel drafter can propose.",
         None,
         least=1,
-        excludes="drafter warm_start",
+        excludes="start",
     )
-    drafter: str | None = option("A drafter of this target, to be trained further.", None)
-    warm_start: str | None = option(
-        "'layer' or 'mtp', the target's, or a drafter.", None, excludes="drafter"
+    start: str | None = option(
+        "A drafter to start from, whatever target it was made for; or 'layer' or 'mtp', a layer of"
+        " this target.",
+        None,
+        flag="from",
     )
-    lora_r: int | None = option("Train a LoRA of this rank instead.", None, needs="drafter")
+    lora_r: int | None = option("Train a LoRA of this rank instead.", None, needs="start")
     lora_alpha: int | None = option("Its alpha; twice its rank by default.", None, needs="lora_r")
     lora_target: list[str] = option("Its layers, such as fc; default: all.", [], needs="lora_r")
     stage: list[STAGES] = option("One after the other; default: drafter, and its router.", [])
-    fresh_head: bool = option("Replace the drafter's own heads.", False, needs="drafter")
+    fresh_head: bool = option("Replace the drafter's own heads.", False, needs="start")
     router_epochs: float | None = option(
         "Epochs of the router's stage; 0 trains no router. Default: 0.2, and 0 for a vocabulary of"
         f" fewer than {LEAST_VOCAB} tokens.",
@@ -97,12 +95,10 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
         """Return the training step of the drafter's family: its own, or the one of a recipe."""
         from ..training import parse_arguments
         from ..training.steps import kind_of_recipe
-        from ..training.warm_start import LAYER, MTP, kind_of_source
+        from ..training.warm_start import OF_TARGET, kind_of_source
 
-        source = self.drafter or self.warm_start
-        if source and source not in (LAYER, MTP):
-            with suppress(OSError):  # the folder of an adapter has no config of its drafter
-                return kind_of_source(source)
+        if self.start and self.start not in OF_TARGET:
+            return kind_of_source(self.start)
         return kind_of_recipe(parse_arguments(self.output, typed).recipe)
 
     def _fields(self, kind, args) -> dict[str, Any]:
@@ -122,13 +118,13 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
 
         from ..training.planning.plan import plan as make_plan
         from ..training.steps import kind_of_recipe
+        from ..training.warm_start import OF_TARGET, own_config
 
         tokenizer, target = self.load_tokenizer(), AutoConfig.from_pretrained(self.target)
         kind = kind_of_recipe(stages[0].recipe)
         drafter = kind.drafter.config_class.from_target(target, **self._fields(kind, stages[0]))
-        if self.drafter is not None:
-            with suppress(OSError):  # the folder of an adapter has no config of its drafter
-                drafter = kind.drafter.config_class.from_pretrained(self.drafter)
+        if self.start and self.start not in OF_TARGET:
+            drafter = own_config(self.start) or drafter
         settings = replace(settings, lora_rank=self.lora_r)
         return make_plan(self.target, rows, stages, settings, tokenizer, self.dtype, drafter)
 
@@ -149,21 +145,18 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
         """Return the drafter that training starts from, in fp32, with its adapter if it has one."""
         from ..training.adapters import lora, with_adapter
         from ..training.steps import kind_of_recipe
-        from ..training.warm_start import warm_start
+        from ..training.warm_start import start_from
 
-        kind = kind_of_recipe(args.recipe)
-
-        if self.warm_start is not None:
-            return warm_start(target, self.warm_start, tokenizer)
-        if self.drafter is None:
+        if self.start is None:
+            kind = kind_of_recipe(args.recipe)
             return kind.drafter.from_target(target, **self._fields(kind, args)).float()
-        drafter = kind.drafter.from_pretrained(self.drafter, dtype="float32")
+        drafter = start_from(target, self.start, tokenizer)
         if self.fresh_head and {"router", "joint"} & set(self.stage):
             drafter.heads.remove_router()
         if self.fresh_head and "low_rank" in self.stage:
             drafter.heads.remove_low_rank_head()
         adapter = self.lora_r and lora(self.lora_r, self.lora_alpha, self.lora_target or None)
-        return with_adapter(drafter.to(target.device), "drafter", adapter)
+        return with_adapter(drafter, "drafter", adapter)
 
 
 @dataclass(kw_only=True)
@@ -197,8 +190,8 @@ def train(own: TrainOptions, training_options: list[str]) -> None:
 
     stages = own.arguments(training_options)
     args = stages[0]
-    if own.drafter is None and args.stage in ("router", "low_rank"):
-        raise ValueError(f"--stage {args.stage} goes with --drafter.")
+    if own.start is None and args.stage in ("router", "low_rank"):
+        raise ValueError(f"--stage {args.stage} goes with --from.")
     if args.push_to_hub and args.hub_model_id is None:
         raise ValueError("--push-to-hub needs --hub-model-id organisation/name.")
     rows = own.rows()

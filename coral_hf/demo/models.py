@@ -68,7 +68,8 @@ def kept(settings: DemoSettings, name: str, train: Callable[[Path], None], **rea
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBase:
     """Train byte-level BPE, in which no character is unknown."""
     empty = GPT2Tokenizer(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token=None)
-    return empty.train_new_from_iterator(texts, vocab_size, length=len(texts))
+    quietly = {"length": len(texts), "show_progress": False}
+    return empty.train_new_from_iterator(texts, vocab_size, **quietly)
 
 
 def small_llama(

@@ -25,7 +25,7 @@ from ..measure.padding import pad_target
 from ..measure.prompts import Prompt, encode
 from ..measure.report import Report, dashed
 from ..measure.settings import BenchmarkSettings
-from ..measure.terminal import coloured_text, legend
+from ..measure.terminal import coloured_text, legend, unlogged
 from ..training.data import load_conversations
 from . import DemoSettings
 from .corpus import held_out_prompts, write_stories
@@ -113,7 +113,8 @@ def measure(
 ) -> Report:
     """Measure the drafter with a target of some depth, and say so meanwhile."""
     layers = target.config.get_text_config().num_hidden_layers
-    with get_console().status(f"Measuring {len(prompts)} held-out prompts with {layers} layers"):
+    said = f"Measuring {len(prompts)} held-out prompts with {layers} layers"
+    with unlogged("decoding.draft_policy", "measure.benchmark"), get_console().status(said):
         return run_benchmark(target, drafter, tokenizer, prompts, settings)
 
 

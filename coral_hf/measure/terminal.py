@@ -8,8 +8,10 @@ that says how a call went. Without a terminal, or with NO_COLOR set, rich leaves
     depth      0             1  2  0      0        1  0     0: the target's own
 """
 
+import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -32,6 +34,23 @@ Coloured = Iterable[tuple[str, str]]  # characters, each with its colour or ""
 def colour_of(depth: int) -> str:
     """Return the colour of a token that was drafted at a depth; "" for the target's own."""
     return COLOURS[min(depth, len(COLOURS)) - 1] if depth else ""
+
+
+@contextmanager
+def unlogged(*modules: str) -> Iterator[None]:
+    """Leave out what modules of the package log meanwhile, which would cut what is shown."""
+    loggers = [logging.getLogger(f"coral_hf.{name}") for name in modules]
+    for logger in loggers:
+        logger.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 def legend() -> Text:
@@ -121,7 +140,7 @@ def call_line(stats: DecodingStats, num_tokens: int, head: str | None = None) ->
     if stats.num_levels:
         parts.append(f"{stats.way} {'chains' if stats.is_chain else 'trees'}")
     if stats.is_stepped_back:
-        parts.append("stepped back: drafting did not pay")
+        parts.append("stepped back: drafting did not pay (autotune finds the tree that pays best)")
     if stats.warm_up_seconds:
         parts.append(f"compiled in {stats.warm_up_seconds:.0f} s before")
     return ", ".join(parts)

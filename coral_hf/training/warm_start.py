@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..checkpoints import config_folder, import_drafter, read_config, read_shape
+from ..drafters.configuration import FamilyConfig, target_fields
 from ..drafters.coral import CoralDrafter
 from ..drafters.model import Drafter
 from ..identity import tokenizer_hash
@@ -20,7 +22,8 @@ from .adapters import is_adapted
 from .layer_start import from_layer, from_mtp
 from .steps import TrainingStep, step_kind, step_kinds
 
-LAYER, MTP = "layer", "mtp"
+logger = logging.get_logger(__name__)
+OF_TARGET = LAYER, MTP = "layer", "mtp"
 # fields that the weights of a drafter depend on; the others follow from the target
 OWN_SHAPE = (
     "intermediate_size",
@@ -59,21 +62,63 @@ def warm_start(
     """
     if isinstance(source, Drafter):
         return from_drafter(target, source, tokenizer)
-    if str(source) in (LAYER, MTP):
+    if str(source) in OF_TARGET:
         return from_layer(target) if str(source) == LAYER else from_mtp(target)
-    if (own := read_config(config_folder(source)).get("model_type")) in step_kinds():
-        other = step_kind(own).drafter.from_pretrained(source, dtype=torch.float32)
-        return from_drafter(target, other, tokenizer)
+    if own_config(source) is not None:
+        return from_drafter(target, _load(source), tokenizer)
     return import_drafter(target, source, dtype=torch.float32, tokenizer=tokenizer).train()
+
+
+def start_from(target: PreTrainedModel, source: str, tokenizer: PreTrainedTokenizerBase) -> Drafter:
+    """Make the drafter of a source one of `target`, to be trained: whole if it fits, else anew.
+
+    One fits a target of its own sizes, family and tokenizer, such as a fine-tune: heads, tree and
+    training record stay. Of another only the weights do, see [`warm_start`].
+    """
+    if source in OF_TARGET or own_config(source) is None:
+        return warm_start(target, source, tokenizer)
+    drafter = _load(source)
+    if not _fits(drafter, target, tokenizer):
+        logger.info(f"{source} is of another target: a new drafter starts from its weights.")
+        return from_drafter(target, drafter, tokenizer)
+    logger.info(f"{source} fits the target: it is trained further, with its heads and its tree.")
+    sizes = {"vocab_size", "hidden_size", "initializer_range"}
+    fields = target_fields(target.config)
+    drafter.config.update({name: fields[name] for name in fields.keys() - sizes})
+    return drafter.to(target.device)
+
+
+def _fits(drafter: Drafter, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a drafter may go on, whole, as one of `target`."""
+    config, text = drafter.config, text_config(target)
+    known = config.tokenizer_hash
+    # heads of a CORAL drafter keep the vocabulary that they were made for, if it has grown since
+    may_grow = isinstance(drafter, CoralDrafter) and known is not None
+    return (
+        (may_grow or config.vocab_size == text.vocab_size)
+        and known in (None, tokenizer_hash(tokenizer, config.tokenizer_size))
+        and config.target_model_type in (None, target.config.model_type)
+        and getattr(config, "target_hidden_size", config.hidden_size) == text.hidden_size
+        and getattr(config, "target_num_layers", None) in (None, text.num_hidden_layers)
+    )
+
+
+def _load(source: str | Path) -> Drafter:
+    return kind_of_source(source).drafter.from_pretrained(source, dtype=torch.float32)
+
+
+def own_config(source: str | Path) -> FamilyConfig | None:
+    """The config of a drafter in a folder or on the Hub; None if it is another library's."""
+    own = read_config(folder := config_folder(source)).get("model_type", "")
+    kind = step_kinds().get(own)
+    return None if kind is None else kind.drafter.config_class.from_pretrained(folder)
 
 
 def kind_of_source(source: str | Path) -> type[TrainingStep]:
     """The training step of a drafter in a folder or on the Hub, ours or another library's."""
-    folder = config_folder(source)
-    own = read_config(folder).get("model_type")
-    if own not in step_kinds():
-        own = read_shape(folder).kind.config_class.model_type
-    return step_kind(own)
+    config = own_config(source)
+    own = read_shape(config_folder(source)).kind.config_class if config is None else config
+    return step_kind(own.model_type)
 
 
 def from_drafter(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pandas import DataFrame, Series
+from scipy.stats import t as student
 
 from ...atomic import write_text
 from ...measure import plots
@@ -73,8 +74,8 @@ def comparison_table(results: Sequence[Result]) -> str:
     """Compare trials in a Markdown table; the first one is what the others are compared with.
 
     A cell is the mean τ over seeds ± the standard deviation. The last column is the difference of
-    the mean τ to the first trial, paired by seed, ± its standard error; below two standard errors
-    there is no measurable difference.
+    the mean τ to the first trial, paired by seed, with its 95 % interval by Student's t; where that
+    holds 0, there is no measurable difference.
     """
     runs = _table_of_runs(results)
     by_seed = runs.pivot_table("mean", index="seed", columns="trial")
@@ -84,7 +85,8 @@ def comparison_table(results: Sequence[Result]) -> str:
         [trial, *(_spread(own[column]) for column in columns), _difference(gaps.get(trial))]
         for trial, own in runs.groupby("trial", sort=False)
     ]
-    return Table("", ["trial", *columns, "difference"], rows, _legend(results)).to_markdown()
+    header = ["trial", *columns, "difference (95 % interval)"]
+    return Table("", header, rows, _legend(results)).to_markdown()
 
 
 def _legend(results: Sequence[Result]) -> str:
@@ -115,8 +117,10 @@ def _difference(gaps: Series | None) -> str:
     """Format the gaps to the first trial, one a seed; that trial itself and one seed have none."""
     if gaps is None or gaps.count() < 2:
         return ""
-    verdict = "" if abs(gaps.mean()) > 2 * gaps.sem() else ", no measurable difference"
-    return f"{gaps.mean():+.3f} ± {gaps.sem():.3f}{verdict}"
+    half = student.ppf(0.975, gaps.count() - 1) * gaps.sem()
+    low, high = gaps.mean() - half, gaps.mean() + half
+    verdict = ", no measurable difference" if low <= 0 <= high else ""
+    return f"{gaps.mean():+.3f} ({low:+.3f} to {high:+.3f}){verdict}"
 
 
 def plot_scaling(results: Sequence[Result], folder: Path) -> None:

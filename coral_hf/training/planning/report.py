@@ -131,8 +131,8 @@ class Plan:
             yield f"  {start} {change.options}: {shown_bytes(change.memory.total)}, {verdict}"
         yield "Disk:"
         for stage in self.stages:
-            each = f"{stage.num_checkpoints} checkpoints of {shown_bytes(stage.checkpoint)}"
-            yield f"  stage {stage.stage!r}: {each}, {shown_bytes(stage.disk)}"
+            each = f"{stage.num_checkpoints} of {shown_bytes(stage.checkpoint)}"
+            yield f"  checkpoints of stage {stage.stage!r}: {each}, {shown_bytes(stage.disk)}"
         yield f"  finished drafter: {shown_bytes(self.finished)}"
         caches = ", ".join(f"{name} {shown_bytes(size)}" for name, size in self.caches.items())
         if caches:

@@ -142,7 +142,7 @@ def check_resume(checkpoint: Path, settings: dict, folder: Path) -> dict[str, An
         raise ValueError(
             f"The run of {checkpoint} began otherwise: {'; '.join(changed.values())}. Resume it"
             " with the former values, or begin a run in another folder with the model of this"
-            " checkpoint (on the command line --drafter or --assistant)."
+            " checkpoint (on the command line --from)."
         )
     return run
 

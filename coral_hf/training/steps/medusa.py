@@ -58,7 +58,7 @@ class MedusaStep(UnrolledStep):
             raise ValueError(
                 f"`vocab_size` of the target is {size}, but the drafter's heads have"
                 f" {config.vocab_size} tokens; start new ones from its blocks: warm_start(target,"
-                " drafter), on the command line --warm-start."
+                " drafter)."
             )
         config.vocab_size = size
 
