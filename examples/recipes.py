@@ -4,10 +4,12 @@ OMP_NUM_THREADS=1 python examples/recipes.py --target stories260k \
     --dataset tinystories_v2_head.txt --rows docs/results/recipes.jsonl --seconds 3300
 
 Each recipe, as it is shipped, trains a fresh drafter with each seed, on the same rows, for as many
-steps. While it learns and at its end it answers held-out beginnings, which no row of the training
-has, greedily. A finished run is appended to ROWS; the recipes of one seed come before the next
-seed. After SECONDS no further run is begun, and the same command goes on. All other options are
-those of training arguments.
+steps; with --minutes, for as many as fit into so much processor time, by the pace of a few. While
+it learns and at its end it answers held-out beginnings, which no row of the training has, greedily.
+A finished run is appended to ROWS; the recipes of one seed come before the next seed. After SECONDS
+no further run is begun, and the same command goes on. --trial 'hass single_step_share=0.3' is
+compared in place of the recipes, several in turn. All other options are those of training
+arguments.
 """
 
 import argparse
@@ -15,13 +17,20 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import torch
 from scipy.stats import t as student
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    TrainerCallback,
+    TrainerState,
+    set_seed,
+)
 
 from coral_hf.atomic import JsonLines
 from coral_hf.identity import digest
@@ -35,7 +44,6 @@ from coral_hf.training.data import load_conversations, prepare_dataset
 from coral_hf.training.evaluation.acceptance import acceptance_by_depth, count_rounds, prompt_of
 
 RECIPES = ("eagle", "hass", "coral")
-PAIRS = (("coral", "hass"), ("hass", "eagle"), ("coral", "eagle"))
 OPTIONS = (
     "--per_device_train_batch_size 4 --learning_rate 3e-3 --warmup_steps 30"
     " --lr_scheduler_type cosine --adam_beta2 0.95 --max_length 128"
@@ -46,12 +54,27 @@ AT_ONCE = 20  # prompts that are answered together
 CONVERGED = 0.1  # tokens that τ still gains in the last quarter, at most
 LEVEL, POWER = 0.05, 0.8
 FACTS = ("hardware", "num_threads", "dtype", "versions", "target")
-ELSEWHERE = ("rows", "seconds", "seeds", "plot")  # what no run depends on
+PACED = 60  # steps that tell how many fit into the minutes
+ELSEWHERE = ("rows", "seconds", "seeds", "plot", "trial")  # what no run depends on
 Row = dict[str, Any]
 
 
-class Watch(TrainerCallback):
-    """Lets a drafter answer the prompts after some of its steps.
+class Clock(TrainerCallback):
+    """Counts the processor time of a run."""
+
+    processor = 0.0  # seconds
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """See [`~transformers.TrainerCallback`]."""
+        self.processor -= time.process_time()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """See [`~transformers.TrainerCallback`]."""
+        self.processor += time.process_time()
+
+
+class Watch(Clock):
+    """Lets a drafter answer the prompts after some of its steps; its answers are not counted.
 
     Args:
         answer: gives the tokens of each round.
@@ -67,13 +90,14 @@ class Watch(TrainerCallback):
         """See [`~transformers.TrainerCallback`]."""
         if state.global_step not in self.steps:
             return
-        begin = time.perf_counter()
+        begin, processor = time.perf_counter(), time.process_time()
         rounds = self.answer(model.eval())
         model.train()
         read = {"steps": state.global_step, "trained_on": int(state.num_input_tokens_seen)}
         counts = count_rounds(rounds, TREE["tree_depth"])
         self.found.append({**read, "tau": mean(rounds), "rounds": counts.tolist()})
         self.seconds += time.perf_counter() - begin
+        self.processor -= time.process_time() - processor
 
 
 class Experiment:
@@ -100,15 +124,29 @@ class Experiment:
         target, sizes = read_target(self.runs.target), (self.options.max_new_tokens, 0.0, AT_ONCE)
         return decoded_rounds(drafter, target, self.prompts, *sizes)
 
-    def run(self, recipe: str, seed: int) -> Row:
-        """Train a fresh drafter and return what is known of it."""
-        steps, trial = self.options.steps, Trial.parse(recipe)
+    def train(self, recipe: str, seed: int, steps: int, clock: Clock) -> TrainerState:
+        """Train a fresh drafter."""
+        trial = Trial.parse(recipe)
         set_seed(seed)  # before the weights are drawn
         drafter = self.runs.fresh(trial).float()
         drafter.generation_config.update(**TREE)
-        watch = Watch(self.answer, steps)
         lengths = {"max_steps": steps, "logging_steps": max(steps // 10, 1)}
-        state = self.runs.train(drafter, trial.options, [watch], seed=seed, **lengths)
+        return self.runs.train(drafter, trial.options, [clock], seed=seed, **lengths)
+
+    def length(self, recipe: str, before: Sequence[Row]) -> int:
+        """Return the steps of a run: those of the one before it, or as many as fit its minutes."""
+        if self.options.minutes is None:
+            return self.options.steps
+        if known := [row["steps"] for row in before if row["recipe"] == recipe]:
+            return known[0]
+        clock = Clock()
+        self.train(recipe, 0, PACED, clock)
+        return max(1, round(PACED * 60 * self.options.minutes / clock.processor))
+
+    def run(self, recipe: str, seed: int, steps: int) -> Row:
+        """Train a fresh drafter and return what is known of it."""
+        watch = Watch(self.answer, steps)
+        state = self.train(recipe, seed, steps, watch)
         logged = {name: value for entry in state.log_history for name, value in entry.items()}
         counts = torch.tensor(watch.found[-1]["rounds"])
         environment = vars(describe_environment(self.runs.target))
@@ -116,6 +154,7 @@ class Experiment:
             "recipe": recipe,
             "seed": seed,
             "minutes": (logged["train_runtime"] - watch.seconds) / 60,
+            "processor_minutes": watch.processor / 60,
             **watch.found[-1],
             "acceptance": [*acceptance_by_depth(counts).values()],
             "similarity": [logged[name] for name in sorted(logged) if "feature_similarity" in name],
@@ -143,16 +182,16 @@ class Difference(NamedTuple):
     smallest: float  # true difference that would have been found in POWER of the cases
 
 
-def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
+def difference(first: Sequence[float], second: Sequence[float], pairs: int = 3) -> Difference:
     """Compare values pair by pair, of two pairs or more.
 
-    The smallest difference is that of the strictest of Holm's levels for the three pairs.
+    The smallest difference is that of the strictest of Holm's levels for so many comparisons.
     """
     gaps = [a - b for a, b in zip(first, second, strict=True)]
     number, freedom = len(gaps), len(gaps) - 1
     error = stdev(gaps) / math.sqrt(number)
     p = 2 * student.sf(abs(mean(gaps)) / error, freedom) if error else float(not any(gaps))
-    strictest = student.ppf(1 - LEVEL / len(PAIRS) / 2, freedom) + student.ppf(POWER, freedom)
+    strictest = student.ppf(1 - LEVEL / pairs / 2, freedom) + student.ppf(POWER, freedom)
     half = student.ppf(1 - LEVEL / 2, freedom) * error
     return Difference(number, mean(gaps), float(half), float(p), float(strictest * error))
 
@@ -171,11 +210,12 @@ def pair_table(rows: Sequence[Row]) -> Table:
     tau = {(row["recipe"], row["seed"]): row["tau"] for row in rows}
     seeds = sorted({seed for _, seed in tau})
     found = dict[tuple[str, str], Difference]()
-    for one, other in PAIRS:
+    pairs = [*combinations([name for name, _ in reversed(by_recipe(rows))], 2)]
+    for one, other in pairs:
         both = [seed for seed in seeds if (one, seed) in tau and (other, seed) in tau]
         if len(both) > 1:
             sides = ([tau[name, seed] for seed in both] for name in (one, other))
-            found[one, other] = difference(*sides)
+            found[one, other] = difference(*sides, len(pairs))
     adjusted = holm([each.p for each in found.values()])
     cells = [
         [
@@ -194,18 +234,22 @@ def pair_table(rows: Sequence[Row]) -> Table:
 
 def recipe_table(rows: Sequence[Row]) -> Table:
     """Tabulate what the drafters of each recipe reached."""
-    cells = []
+    is_counted = all("processor_minutes" in row for row in rows)
+    clock, cells = "processor_minutes" if is_counted else "minutes", []
     for recipe, own in by_recipe(rows):
         taus = [row["tau"] for row in own]
         gain = mean(row["tau"] - row["before"][-1]["tau"] for row in own)
         spread = f" ± {stdev(taus):.3f}" if len(own) > 1 else ""
         similarity = [f"{value:.3f}" for value in averages(row["similarity"] for row in own)]
         acceptance = [f"{share:.1%}" for share in averages(row["acceptance"] for row in own)]
-        seeds, minutes = str(len(own)), f"{mean(row['minutes'] for row in own):.1f}"
+        seeds, spent = str(len(own)), f"{mean(row[clock] for row in own):.1f}"
+        if is_counted:
+            spent += f", {own[0]['steps']}"
         last = f"{gain:+.3f}, {'' if gain < CONVERGED else 'not '}converged"
-        line = [seeds, f"{mean(taus):.3f}{spread}", last, minutes]
+        line = [seeds, f"{mean(taus):.3f}{spread}", last, spent]
         cells.append([recipe, *line, ", ".join(acceptance), ", ".join(similarity) or "–"])
-    header = ["recipe", "seeds", "τ", "last quarter", "minutes"]
+    header = ["recipe", "seeds", "τ", "last quarter"]
+    header += ["processor minutes, steps" if is_counted else "minutes"]
     header += ["accepted at depth 1, 2, …, of rounds that reach it", "cosine of steps 2, 3 to 1"]
     return Table("", header, cells)
 
@@ -231,9 +275,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def by_recipe(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Group rows by recipe, those that have any."""
-    groups = [(name, [row for row in rows if row["recipe"] == name]) for name in RECIPES]
-    return [(name, own) for name, own in groups if own]
+    """Group rows by recipe, the shipped ones first."""
+    groups = {name: list[Row]() for name in RECIPES}
+    for row in rows:
+        groups.setdefault(row["recipe"], []).append(row)
+    return [(name, own) for name, own in groups.items() if own]
 
 
 def curve(rows: Sequence[Row]) -> list[tuple[float, float]]:
@@ -251,23 +297,28 @@ def averages(lists: Iterable[Sequence[float]]) -> list[float]:
 def main(options: argparse.Namespace, typed: Sequence[str]) -> None:
     end = time.monotonic() + options.seconds
     own = {name: value for name, value in vars(options).items() if name not in ELSEWHERE}
+    if options.minutes is None:
+        del own["minutes"]
     own |= {name: Path(own[name]).name for name in ("target", "dataset")}
     own |= {"typed": typed, "options": OPTIONS, "tree": TREE}
     table, run, experiment = JsonLines(options.rows), digest(own)[:12], None
     table.mend()
     rows = [row for row in table.read() if row["run"] == run]
-    done = {(row["recipe"], row["seed"]) for row in rows}
-    for seed in range(options.seeds):
-        for recipe in RECIPES:
-            if (recipe, seed) in done or time.monotonic() >= end:
-                continue
-            experiment = experiment or Experiment(options, typed)
-            rows.append({"run": run, **experiment.run(recipe, seed), "settings": own})
-            table.append(rows[-1:])
-            print(f"{recipe}, seed {seed}: τ {rows[-1]['tau']:.3f}", flush=True)
-    if len(rows) < len(RECIPES) * options.seeds:
-        print("Time is up; the same command goes on.")
-    for made in (pair_table(rows), recipe_table(rows), token_table(rows)):
+    done = {(row["seed"], row["recipe"]) for row in rows}
+    runs = [(seed, name) for seed in range(options.seeds) for name in options.trial or RECIPES]
+    for seed, recipe in [one for one in runs if one not in done]:
+        if time.monotonic() >= end:
+            print("Time is up; the same command goes on.")
+            break
+        experiment = experiment or Experiment(options, typed)
+        found = experiment.run(recipe, seed, experiment.length(recipe, rows))
+        rows.append({"run": run, **found, "settings": own})
+        table.append(rows[-1:])
+        print(f"{recipe}, seed {seed}: τ {found['tau']:.3f}", flush=True)
+    tables = [pair_table(rows), recipe_table(rows)]
+    if options.minutes is None:  # else each recipe has read another number of tokens
+        tables.append(token_table(rows))
+    for made in tables:
         print(f"\n{made.to_markdown()}")
     if options.plot:
         draw(rows, options.plot)
@@ -282,6 +333,8 @@ if __name__ == "__main__":
     sizes |= {"prompt-length": 28, "max-new-tokens": 100}  # of a text, together 128
     for name, size in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--minutes", type=float, help="of processor time, in place of --steps")
+    parser.add_argument("--trial", action="append", help="a recipe and settings")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--plot", type=Path, help="PNG file of τ by tokens")
     main(*parser.parse_known_args())

@@ -37,6 +37,7 @@ def test_the_defaults_are_the_papers_where_they_are_known(tmp_path):
         ({"csra_positives": "target"}, "`csra_positives` is 'target'"),
         ({"csra_gradient": "none"}, "`csra_gradient` is 'none'"),
         ({"feature_noise": -1.0}, "`feature_noise` is -1.0; use 0 or more"),
+        ({"single_step_share": 1.5}, "`single_step_share` is 1.5; use a share, from 0 to 1"),
         ({"max_length": -100}, "`max_length` is -100; use 3 or more"),
         ({"regression_weight": 0.0, "classification_weight": 0.0}, "the drafter would not learn"),
     ],
@@ -69,12 +70,12 @@ def test_settings_are_part_of_to_dict(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        ("eagle", (1, 1.0, 0.1, 0.0, 0.0, 1.0)),
-        ("hass", (3, 1.0, 0.1, 1.0, 0.0, 1.0)),
-        ("coral", (3, 1.0, 0.1, 0.0, 0.1, 1.0)),
-        ("eagle3", (7, 0.0, 1.0, 0.0, 0.0, 0.8)),
-        ("parallel", (8, 0.0, 1.0, 0.0, 0.0, 1.0)),
-        ("recurrent", (5, 0.0, 1.0, 0.0, 0.0, 1.0)),
+        ("eagle", (1, 1.0, 0.1, 0.0, 0.0, 1.0, 0.0)),
+        ("hass", (3, 1.0, 0.1, 1.0, 0.0, 1.0, 0.0)),
+        ("coral", (3, 1.0, 0.1, 0.0, 0.1, 1.0, 0.0)),
+        ("eagle3", (7, 0.0, 1.0, 0.0, 0.0, 0.8, 0.0)),
+        ("parallel", (8, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0)),
+        ("recurrent", (5, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0)),
     ],
 )
 def test_a_recipe_sets_what_is_not_set(tmp_path, recipe, expected):
@@ -89,12 +90,12 @@ def weights(args: CoralTrainingArguments) -> tuple:
 
 def test_another_recipe_changes_only_what_is_not_set(tmp_path):
     coral = make_arguments(tmp_path, classification_weight=1.0)
-    assert weights(dataclasses.replace(coral, recipe="hass")) == (3, 1.0, 1.0, 1.0, 0.0, 1.0)
-    assert weights(dataclasses.replace(coral, recipe="eagle")) == (1, 1.0, 1.0, 0.0, 0.0, 1.0)
+    assert weights(dataclasses.replace(coral, recipe="hass")) == (3, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0)
+    assert weights(dataclasses.replace(coral, recipe="eagle")) == (1, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0)
     # 0.1 is what CORAL's recipe gave, but here it is given
     own = dataclasses.replace(coral, recipe="hass", csra_weight=0.1)
-    assert weights(own) == (3, 1.0, 1.0, 1.0, 0.1, 1.0)
-    assert weights(dataclasses.replace(own, recipe="coral")) == (3, 1.0, 1.0, 0.0, 0.1, 1.0)
+    assert weights(own) == (3, 1.0, 1.0, 1.0, 0.1, 1.0, 0.0)
+    assert weights(dataclasses.replace(own, recipe="coral")) == (3, 1.0, 1.0, 0.0, 0.1, 1.0, 0.0)
     assert weights(dataclasses.replace(own, recipe="hass")) == weights(own)
     back = dataclasses.replace(dataclasses.replace(coral, recipe="eagle"), recipe="coral")
     assert weights(back) == weights(coral)

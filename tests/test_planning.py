@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 import coral_hf
 from coral_hf import CoralConfig, CoralDrafter, CoralTrainer, CoralTrainingArguments
 from coral_hf.training.features import CachedFeatures, write_features
-from coral_hf.training.planning import PlanSettings
+from coral_hf.training.planning import PlanSettings, timing
 from coral_hf.training.planning.live_bytes import bytes_of
 from coral_hf.training.planning.rows import num_checkpoints
 from coral_hf.training.planning.step_memory import RunShape, step_memory
@@ -220,6 +220,15 @@ def test_hours_come_from_a_few_steps_and_nothing_is_kept(folder, tmp_path, featu
     assert (planned.cache_seconds > 0) == (features == "int8")
     assert not (tmp_path / "run").exists()
     assert "Hours:" in str(planned)
+
+
+@pytest.mark.slow
+def test_hours_count_single_steps_by_their_share(folder, tmp_path, monkeypatch):  # noqa: F811
+    seconds = iter([8.0, 2.0])  # of all steps, of one
+    monkeypatch.setattr(timing, "fmean", lambda _: next(seconds))
+    args = arguments(tmp_path, max_steps=1000, single_step_share=0.25)
+    planned = coral_hf.plan(folder / "target", folder / "talk.jsonl", args, PlanSettings())
+    assert planned.stages[0].seconds == 0.75 * 8.0 + 0.25 * 2.0
 
 
 def test_a_stream_cannot_be_planned(named, tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import runpy
+import time
+from itertools import count
 
 import numpy as np
 import pytest
@@ -46,8 +48,16 @@ def test_a_comparison_goes_on_by_whole_seeds(folder, tmp_path, monkeypatch, caps
     table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
     again = rows()
     for row in (found[-1], again[-1]):
-        row.pop("minutes")
+        row.pop("minutes"), row.pop("processor_minutes")
     assert again == found
+    capsys.readouterr()
+    trials = ("--trial", "eagle", "--trial", "hass single_step_share=0.5")
+    assert len(rows(*trials)) == 8  # seeds of eagle are there
+    assert "| hass single_step_share=0.5 − eagle | 2 | " in capsys.readouterr().out
+    # as many steps as 60 that take a second, by the pace of the first seed; 5 answers on the way
+    monkeypatch.setattr(time, "process_time", map(float, count()).__next__)
+    for row in rows(*trials[2:], "--minutes", 0.002)[8:]:
+        assert row["steps"] == 7 and row["processor_minutes"] == pytest.approx(6 / 60)
 
 
 def test_a_difference_has_the_interval_of_a_paired_t_test(script):

@@ -263,7 +263,7 @@ def test_a_longer_run_warns_if_its_learning_rate_changes(tmp_path, caplog):
     share = {**settings, "warmup_steps": 0.5}  # of a longer run it is longer
     launched.resumed(tmp_path / "share", **{**share, "max_steps": 4})
     launched.resumed(tmp_path / "share", resume=True, **share)
-    said = "resumes with another length (`max_steps` was 4, now it is 8): its learning rate"
+    said = "resumes with another length (`max_steps` was 4, now it is 8): it now follows"
     assert said in caplog.text
 
 

@@ -222,7 +222,10 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("extra", [{}, {"feature_noise": 0.1, "packing": True, "max_length": 45}])
+@pytest.mark.parametrize(
+    "extra",
+    [{"single_step_share": 0.6}, {"feature_noise": 0.1, "packing": True, "max_length": 45}],
+)
 def test_an_interrupted_run_resumes_with_the_same_losses(target, rows, tmp_path, extra):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, **extra}
     whole = make_trainer(target, rows, tmp_path / "whole", **settings)
@@ -357,6 +360,38 @@ def test_every_recipe_trains(target, rows, tmp_path, recipe):
     entry = trainer.state.log_history[0]
     assert ("csra_loss" in entry, "top_k_loss" in entry) == (recipe == "coral", recipe == "hass")
     assert ("agreement_2" in entry) == (recipe != "eagle")
+
+
+def test_a_share_of_a_run_trains_its_first_step_alone(target, rows, tmp_path):
+    def trained(**settings):
+        trainer = make_trainer(target, rows, tmp_path, lr_scheduler_type="constant", **settings)
+        trainer.train()
+        return trainer
+
+    eagle, both = trained(recipe="eagle"), trained(single_step_share=0.5)
+    assert logged(both, "loss")[:2] == logged(eagle, "loss")[:2]
+    for name in ("agreement_1", "classification_loss_1"):
+        assert len(logged(both, name)) == 4
+    for name in ("agreement_3", "csra_loss", "feature_similarity_2"):
+        assert [name in entry for entry in both.state.log_history[:4]] == [False] * 2 + [True] * 2
+    (entry,) = both.training_record
+    assert entry["weights"]["single_step_share"] == 0.5
+    # an entry over both parts averages over the positions that each step had
+    together = trained(single_step_share=0.5, logging_steps=4)
+    for name in ("agreement_1", "agreement_3", "csra_loss"):
+        values = logged(both, name)
+        expected = pytest.approx(sum(values) / len(values), rel=1e-6)
+        assert logged(together, name) == [expected]
+
+
+def test_a_share_of_single_steps_is_for_a_drafters_stages(target, tmp_path):
+    def steps(**settings):
+        args = CoralTrainingArguments(output_dir=str(tmp_path), single_step_share=0.3, **settings)
+        return [args.steps_at(number, 10) for number in range(10)]
+
+    assert steps() == steps(stage="joint") == [1] * 3 + [3] * 7
+    assert steps(stage="router") == [3] * 10
+    assert steps(recipe="eagle") == [1] * 10
 
 
 def test_csra_of_later_steps_does_not_train_the_first(target, rows, tmp_path):

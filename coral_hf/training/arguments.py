@@ -26,6 +26,7 @@ class Recipe(NamedTuple):
     top_k_weight: float = 0.0
     csra_weight: float = 0.0
     step_decay: float = 1.0
+    single_step_share: float = 0.0
 
 
 RECIPES = {
@@ -148,6 +149,9 @@ class CoralTrainingArguments(RowArguments):
     top_k: int = _setting(10, "Tokens of the top-k loss at each position.")
     csra_weight: float | None = _setting(None, "Weight of cross-step representation alignment.")
     step_decay: float | None = _setting(None, "Weight of a step's losses over the step before it.")
+    single_step_share: float | None = _setting(
+        None, "Share of a drafter's run, from its start, that trains the first step alone."
+    )
     goal: str | None = _setting(
         None,
         "What the cross-entropy compares with: the target's 'distribution', the default, or the"
@@ -214,8 +218,18 @@ class CoralTrainingArguments(RowArguments):
         given = {name: value for name, value in found.items() if value is not None}
         return RECIPES[self.recipe]._replace(**given)
 
+    def steps_at(self, number: int, length: int) -> int:
+        """Count the steps of the unroll at optimizer step `number`, from 0, of `length`."""
+        recipe, is_drafter = self.resolved, self.stage in ("drafter", "joint")
+        is_alone = is_drafter and number < round(recipe.single_step_share * length)
+        return 1 if is_alone else recipe.num_steps
+
     def _check_losses(self) -> None:
         recipe = self.resolved
+        if recipe.single_step_share > 1:
+            raise ValueError(
+                f"`single_step_share` is {recipe.single_step_share}; use a share, from 0 to 1."
+            )
         if recipe.num_steps == 1 and recipe.csra_weight:
             raise ValueError(
                 f"`csra_weight` is {recipe.csra_weight}, but with `num_steps` 1 no steps can be"

@@ -144,7 +144,8 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the loss of a batch, of shape (), a sum divided by `num_items_in_batch`."""
-        trained = self.step.unroll(model, inputs, self.args.resolved.num_steps).trained()
+        num_steps = self.args.steps_at(self.state.global_step, self.state.max_steps)
+        trained = self.step.unroll(model, inputs, num_steps).trained()
         losses = self.step.losses(self.drafter, trained)
         loss = mean_loss(self, losses.total, inputs["labels"], num_items_in_batch)
         if model.training:

@@ -97,8 +97,13 @@ def timed_run(
                 write_features(target, part, cache, features, layers=layers)
                 part = CachedFeatures(cache)
                 token = (time.perf_counter() - start) / sum(part.lengths)
-            timer = StepTimer()
-            given = {"train_dataset": part, "callbacks": [timer]}
-            CoralTrainer(drafter, target, short, tokenizer, **given).train()
-            found.append(fmean(timer.seconds[LEFT_OUT:]))
+            seconds, share = 0.0, args.resolved.single_step_share
+            for alone, weight in ((0.0, 1 - share), (1.0, share)):
+                if weight:
+                    timer = StepTimer()
+                    given = {"train_dataset": part, "callbacks": [timer]}
+                    part_args = replace(short, single_step_share=alone)
+                    CoralTrainer(drafter, target, part_args, tokenizer, **given).train()
+                    seconds += weight * fmean(timer.seconds[LEFT_OUT:])
+            found.append(seconds)
     return Seconds(found, token)

@@ -34,8 +34,8 @@ class RunMeter(TrainerCallback):
         """Begin to count, from what the run has cost before it was interrupted."""
         self.tokens = tokens  # trained positions of this process
         self._start = time.perf_counter() - seconds
-        self._sums: dict[str, Tensor] = {}  # of shape () each
-        self._count = 0  # of positions that are summed
+        # sums of shape () each, and the positions that are summed
+        self._sums: dict[str, tuple[Tensor, int]] = {}
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """See [`~transformers.TrainerCallback`]."""
@@ -51,24 +51,25 @@ class RunMeter(TrainerCallback):
         return time.perf_counter() - self._start
 
     def add(self, totals: dict[str, Tensor], count: int) -> None:
-        """Add a batch's sums over `count` positions, each of shape (); the names never change."""
+        """Add a batch's sums over `count` positions, each of shape ()."""
         self.tokens += count
-        self._count += count
         for name, total in totals.items():
-            self._sums[name] = total.detach().float() + self._sums.get(name, 0)
+            before, counted = self._sums.get(name, (0.0, 0))
+            self._sums[name] = total.detach().float() + before, counted + count
 
     def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Return the averages since the last call.
 
         Args:
-            reduce: sums a tensor of shape (names + 1,) over processes.
+            reduce: sums a tensor of shape (2, names) over processes.
         """
         if not self._sums:
             return {}
-        names, sums = [*self._sums], torch.stack([*self._sums.values()])  # (names,)
-        sums = reduce(torch.cat([sums, sums.new_tensor([self._count])]))
-        self._sums, self._count = {}, 0
-        return dict(zip(names, (sums[:-1] / sums[-1].clamp(min=1)).tolist(), strict=True))
+        found, self._sums = self._sums, {}
+        totals, counts = zip(*found.values(), strict=True)
+        sums = torch.stack(totals)  # (names,)
+        sums, counted = reduce(torch.stack([sums, sums.new_tensor(counts)]))
+        return dict(zip(found, (sums / counted.clamp(min=1)).tolist(), strict=True))
 
 
 class FiniteGuard(TrainerCallback):

@@ -132,11 +132,11 @@ def check_resume(checkpoint: Path, settings: dict, folder: Path) -> dict[str, An
         if name in then and then[name] != now
     }
     length = [changed.pop(name) for name in LENGTHS if name in changed]
-    is_share = 0 < settings["warmup_steps"] < 1  # of the whole run
+    is_share = 0 < settings["warmup_steps"] < 1 or settings.get("single_step_share")
     if length and (settings["lr_scheduler_type"] not in STEADY or is_share):
         logger.warning(
-            f"The run of {checkpoint} resumes with another length ({'; '.join(length)}): its"
-            " learning rate now follows the schedule of the new length."
+            f"The run of {checkpoint} resumes with another length ({'; '.join(length)}): it"
+            " now follows the schedule of the new length."
         )
     if changed:
         raise ValueError(

@@ -37,7 +37,13 @@ class MedusaStep(UnrolledStep):
     stages = ("drafter",)
     goals = ("tokens",)
     can_shard = False  # the heads' own LM heads run outside of `forward`
-    unused = ("regression_weight", "top_k_weight", "csra_weight", "use_liger_kernel")
+    unused = (
+        "regression_weight",
+        "top_k_weight",
+        "csra_weight",
+        "use_liger_kernel",
+        "single_step_share",
+    )
 
     @classmethod
     def fresh_fields(cls, args: CoralTrainingArguments) -> dict[str, Any]:

@@ -65,8 +65,8 @@ def token_notes(predicted: Tensor, classification: Tensor, agreed: Tensor) -> di
 
 
 def alignment(trained: Trained, args: CoralTrainingArguments) -> Losses:
-    """Compute L_csra with its weight; nothing where it has none."""
-    if not (weight := args.resolved.csra_weight):
+    """Compute L_csra with its weight; nothing where it has none, or there is a single step."""
+    if not (weight := args.resolved.csra_weight) or len(trained.predicted) == 1:
         return Losses({}, {})
     loss = _csra(trained, args)
     return Losses({"csra": weight * loss}, {"csra_loss": loss})
