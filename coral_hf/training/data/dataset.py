@@ -6,9 +6,7 @@ are an error: on a GPU they are an assertion that names nothing.
 """
 
 import functools
-import math
-from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +19,7 @@ from transformers.utils import logging
 
 from ...identity import digest, file_digest
 from ...measure import chat
-from .encoding import IGNORED, cut, encode
+from .encoding import IGNORED, check_ids, cut, encode
 from .layouts import Row
 from .messages import count_empty_turns
 
@@ -78,17 +76,53 @@ def prepare_dataset(
     if vocab_size is not None:
         warn_of_more_tokens(tokenizer, vocab_size)
     given = {"tokenizer": tokenizer, "max_length": max_length, "vocab_size": vocab_size}
-    given["code"] = code_version()
     for found in _tokenize(first, 0, **given):  # fail at once where every row would
         if found["problem"]:
             raise ValueError(f"Row 0: {found['problem']}")
-    same = {"remove_columns": columns, "fn_kwargs": given, "with_indices": True, "batched": True}
     if isinstance(plain, IterableDataset):
-        rows = plain.map(_tokenize_or_raise, batch_size=1, **same)
+        rows = map_rows(plain, _tokenize_or_raise, COLUMNS, columns=columns, **given)
         return rows.filter(lambda row: any(label != IGNORED for label in row["labels"]))
-    features = datasets.Features({**COLUMNS, **NOTES})
-    same |= {"features": features, "desc": "Tokenizing", "num_proc": num_proc}
-    return _drop_untrained(plain.map(_tokenize_batch, **same), len(plain), max_length)
+    rows = map_rows(plain, _tokenize, {**COLUMNS, **NOTES}, "Tokenizing", num_proc, **given)
+    return _drop_untrained(rows, len(plain), max_length)
+
+
+def map_rows(
+    dataset: Data,
+    function: Callable[..., list[dict[str, Any]]],
+    features: Mapping[str, Any],
+    desc: str = "",
+    num_proc: int | None = None,
+    columns: Sequence[str] | None = None,
+    **given: Any,
+) -> Data:
+    """Call a function with each row and its number, and collect the rows that it returns.
+
+    Args:
+        features: of these; what a row lacks is None.
+        desc: of the progress bar; a stream has none.
+        columns: of the dataset, where a stream does not know them.
+        given: further arguments of the function.
+    """
+    options = {"remove_columns": columns or dataset.column_names, "with_indices": True}
+    known = {"function": function, "names": [*features], "code": code_version(), **given}
+    if isinstance(dataset, IterableDataset):  # a bad row is raised when it is reached
+        return dataset.map(_by_row, batched=True, batch_size=1, fn_kwargs=known, **options)
+    options |= {"features": datasets.Features(features), "desc": desc, "num_proc": num_proc}
+    return dataset.with_format(None).map(_by_row, batched=True, fn_kwargs=known, **options)
+
+
+def _by_row(
+    batch: dict[str, list],
+    indices: list[int],
+    function: Callable[..., list[dict[str, Any]]],
+    names: Sequence[str],
+    code: str,  # for the cache alone
+    **given: Any,
+) -> dict[str, list]:
+    """See `map_rows`; a batch is given by column."""
+    rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+    found = [one for pair in zip(rows, indices, strict=True) for one in function(*pair, **given)]
+    return {name: [one.get(name) for one in found] for name in names}
 
 
 def without_columns(rows: Data, names: Collection[str], columns: Collection[str]) -> Data:
@@ -120,7 +154,6 @@ def _tokenize(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     vocab_size: int | None,
-    code: str,  # for the cache alone
 ) -> list[dict[str, Any]]:
     """Tokenize a row to rows of COLUMNS and NOTES.
 
@@ -128,9 +161,7 @@ def _tokenize(
     """
     problem, num_empty, whole = "", 0, [{"input_ids": list[int](), "labels": list[int]()}]
     try:
-        found = encode(row, tokenizer, max_length)
-        for one in found.rows:
-            check_ids(one["input_ids"], vocab_size or math.inf)
+        found = encode(row, tokenizer, max_length, vocab_size)
         num_empty, whole = count_empty_turns(row, found.messages), found.rows
     except ValueError as error:
         problem = str(error)
@@ -147,34 +178,12 @@ def _tokenize(
     ]
 
 
-def _tokenize_batch(batch: dict[str, list], indices: list[int], **given: Any) -> dict[str, list]:
-    """Tokenize rows, given by column; each becomes one row or more."""
-    return by_row(partial(_tokenize, **given), batch, indices, (*COLUMNS, *NOTES))
-
-
-def by_row(
-    function: Callable[[Row, int], list[dict[str, Any]]],
-    batch: dict[str, list],
-    indices: list[int],
-    names: Collection[str],
-) -> dict[str, list]:
-    """Call a function with each row of a batch and its number, and collect the rows it returns.
-
-    Args:
-        batch: by column.
-        names: of the columns that are returned; what a row lacks is None.
-    """
-    rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-    found = [one for row, index in zip(rows, indices, strict=True) for one in function(row, index)]
-    return {name: [one.get(name) for one in found] for name in names}
-
-
-def _tokenize_or_raise(batch: dict[str, list], indices: list[int], **given: Any) -> dict[str, list]:
-    """Tokenize a row of a stream, given by column."""
-    found = _tokenize_batch(batch, indices, **given)
-    for problem in filter(None, found["problem"]):
-        raise ValueError(f"Row {indices[0]}: {problem}")
-    return {name: found[name] for name in COLUMNS}
+def _tokenize_or_raise(row: Row, index: int, **given: Any) -> list[dict[str, Any]]:
+    """Tokenize a row of a stream."""
+    found = _tokenize(row, index, **given)
+    if found[0]["problem"]:
+        raise ValueError(f"Row {index}: {found[0]['problem']}")
+    return found
 
 
 def _drop_untrained(rows: Dataset, num_rows: int, max_length: int) -> Dataset:
@@ -248,16 +257,6 @@ def warn_of_other_ends(tokenizer: PreTrainedTokenizerBase, target: PreTrainedMod
                 f"The tokenizer's {name[:3].upper()} is token {own}, the target's {expected}: it"
                 " may be another target's. Pass the target's own tokenizer."
             )
-
-
-def check_ids(ids: Sequence[int], vocab_size: float, where: str = "") -> None:
-    """Raise a ValueError if token ids of a row, (length,), are outside the vocabulary."""
-    if ids and (min(ids) < 0 or max(ids) >= vocab_size):
-        token = next(token for token in ids if not 0 <= token < vocab_size)
-        raise ValueError(
-            f"{where}`input_ids` has {token}, outside the target's vocabulary of {vocab_size}"
-            " tokens; encode it with the target's own tokenizer."
-        )
 
 
 def check_rows(dataset: Any, vocab_size: int) -> None:

@@ -4,6 +4,8 @@ In: a row and the target's tokenizer. Out: training rows of `input_ids`, `attent
 each (length,); several of a long text, or where a template renders turns otherwise later.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -47,10 +49,16 @@ def cut(encoded: Encoded, max_length: int) -> Encoded:
     }
 
 
-def encode(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Encoding:
+def encode(
+    row: Row,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    vocab_size: int | None = None,
+) -> Encoding:
     """Turn a row into training rows of `input_ids` and `labels`, each (length,).
 
-    Plain text is split into rows of `max_length`; others are whole.
+    Plain text is split into rows of `max_length`; others are whole. Ids beyond `vocab_size` are an
+    error.
     """
     layout, messages, behaviour = layout_of(row), list[Message](), list[str]()
     if is_plain_text(row):
@@ -69,6 +77,7 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None 
     # drafter reads          (x1,f0)  (x2,f1)  (x3,f2)  and predicts x2, x3, x4
     # label           -100   -100     x2       x3
     for one in found:
+        check_ids(one["input_ids"], vocab_size or math.inf)
         one["labels"] = [IGNORED, IGNORED, *one["labels"][2:]][: len(one["input_ids"])]
     return Encoding(found, messages, behaviour)
 
@@ -152,3 +161,13 @@ def _text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     while eos is not None and ids[-1:] == [eos]:
         ids = ids[:-1]
     return ids if bos is None else [bos, *ids]
+
+
+def check_ids(ids: Sequence[int], vocab_size: float, where: str = "") -> None:
+    """Raise a ValueError if token ids of a row, (length,), are outside the vocabulary."""
+    if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+        token = next(token for token in ids if not 0 <= token < vocab_size)
+        raise ValueError(
+            f"{where}`input_ids` has {token}, outside the target's vocabulary of {vocab_size}"
+            " tokens; encode it with the target's own tokenizer."
+        )

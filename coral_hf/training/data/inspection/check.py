@@ -1,26 +1,22 @@
 """Numbers of a dataset, as training would read it, and its strangest rows.
 
 In: rows of any layout, the target's tokenizer. Out: a `DataCheck`, as text or JSON. Rows are read
-in batches, by several processes, and measured into a memory-mapped table: memory stays the same.
+in batches, by several processes; a few numbers of each are kept.
 """
 
-import math
-import re
 import unicodedata
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import groupby
 from typing import Any
 
 import datasets
-import pyarrow
-import pyarrow.compute as arrow
 from datasets import Dataset
+from pandas import DataFrame, concat
 from transformers import PreTrainedTokenizerBase
 
-from ..dataset import by_row, check_ids, code_version
+from ..dataset import map_rows
 from ..encoding import IGNORED, encode
 from ..layouts import Row, layout_of
 
@@ -41,6 +37,7 @@ STRANGE = [
     ("repetition", True, "most repetition: zlib makes it shorter by the factor"),
 ]
 NUM_STRANGE = 10
+QUANTILES = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1.0}
 LEAST_TEXT = 200  # characters of a text whose repetition counts
 # control characters, private and unassigned ones, halves of pairs; and what stands for bad bytes
 ODD, USUAL, REPLACED = {"Cc", "Cn", "Co", "Cs"}, "\n\t\r", "\ufffd"
@@ -117,94 +114,44 @@ def check_dataset(
         vocab_size: of the target, to find token ids that it does not have.
     """
     given = {"tokenizer": tokenizer, "max_length": max_length, "vocab_size": vocab_size}
-    measured = dataset.with_format(None).map(
-        _measure_batch,
-        batched=True,
-        with_indices=True,
-        remove_columns=dataset.column_names,
-        features=datasets.Features(MEASURES),
-        fn_kwargs={**given, "code": code_version()},
-        num_proc=num_proc,
-        desc="Reading",
-    )
-    table = measured.data.table
-    read = table.filter(arrow.equal(table["problem"], ""))
-    kept = read.filter(arrow.greater(read["num_trained"], 0))
-    unread, unread_rows = _unread(table)
-    behaviour = Counter[str]()
-    for found, count in _counts(read, "behaviour").items():
-        behaviour.update(dict.fromkeys(filter(None, found.split("\n")), count))
+    parts = map_rows(dataset, _measure, MEASURES, "Reading", num_proc, **given).to_pandas()
+    read = parts[parts.problem == ""]
+    kept = read[read.num_trained > 0]
+    lengths = kept.num_tokens.quantile([*QUANTILES.values()]).tolist() if len(kept) else []
+    # numbers of turns and sizes are not another reason
+    reasons = parts[parts.problem != ""].problem.str.replace(r"\d+", "N", regex=True)
+    first = parts.row[reasons.drop_duplicates().index]
+    behaviour = read.behaviour.dropna().str.split("\n").explode()
     return DataCheck(
         num_rows=len(dataset),
         num_training_rows=len(kept),
-        layouts=_counts(table, "layout"),
-        num_turns=_sum(read, "num_turns"),
-        num_assistant_turns=_sum(read, "num_assistant"),
-        num_tokens=_sum(kept, "num_tokens"),
-        num_trained=_sum(kept, "num_trained"),
-        lengths=_quantiles(kept),
+        layouts=parts.layout.value_counts().to_dict(),
+        num_turns=int(read.num_turns.sum()),
+        num_assistant_turns=int(read.num_assistant.sum()),
+        num_tokens=int(kept.num_tokens.sum()),
+        num_trained=int(kept.num_trained.sum()),
+        lengths=dict(zip(QUANTILES, lengths, strict=False)),
         max_length=max_length,
-        num_cut_rows=arrow.sum(arrow.greater(read["num_cut"], 0)).as_py() or 0,
-        num_cut_tokens=_sum(read, "num_cut"),
+        num_cut_rows=int((read.num_cut > 0).sum()),
+        num_cut_tokens=int(read.num_cut.sum()),
         num_dropped=len(read) - len(kept),
-        unread=dict(unread.most_common()),
-        unread_rows=unread_rows,
-        behaviour=dict(behaviour.most_common()),
+        unread=reasons.value_counts().to_dict(),
+        unread_rows=dict(zip(reasons[first.index], first.tolist(), strict=True)),
+        behaviour=behaviour[behaviour != ""].value_counts().to_dict(),
         strangest=_strangest(read),
     )
 
 
-def _unread(table: pyarrow.Table) -> tuple[Counter[str], dict[str, int]]:
-    """Count why rows cannot be read, and find the first row of each reason."""
-    problems, first = table.filter(arrow.not_equal(table["problem"], "")), dict[str, int]()
-    # numbers of turns and sizes are not another reason
-    reasons = [re.sub(r"\d+", "N", problem) for problem in problems["problem"].to_pylist()]
-    for why, row in zip(reasons, problems["row"].to_pylist(), strict=True):
-        first.setdefault(why, row)
-    return Counter(reasons), first
-
-
-def _counts(table: pyarrow.Table, name: str) -> dict[str, int]:
-    found = arrow.value_counts(table[name].drop_null()).to_pylist()
-    return {one["values"]: one["counts"] for one in found}
-
-
-def _sum(table: pyarrow.Table, name: str) -> int:
-    return arrow.sum(table[name]).as_py() or 0
-
-
-def _quantiles(table: pyarrow.Table) -> dict[str, float]:
-    """Return quantiles of the lengths of training rows."""
-    names = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1.0}
-    if not len(table):
-        return {}
-    found = arrow.quantile(table["num_tokens"], q=[*names.values()]).to_pylist()
-    return dict(zip(names, found, strict=True))
-
-
-def _strangest(table: pyarrow.Table) -> list[dict[str, Any]]:
+def _strangest(parts: DataFrame) -> list[dict[str, Any]]:
     """Return rows that are the first by one of the measures, in turn, each once."""
     ranked = []
     for name, is_most, reason in STRANGE:
-        order = "descending" if is_most else "ascending"
-        # nulls: what was not measured of a row
-        known = table.filter(arrow.is_valid(table[name]))
-        first = arrow.select_k_unstable(known, NUM_STRANGE, [(name, order), ("row", "ascending")])
-        part = known.take(first)
-        pairs = zip(part["row"].to_pylist(), part[name].to_pylist(), strict=True)
-        ranked.append([(row, reason, value) for row, value in pairs])
-    seen, found = set[int](), list[dict[str, Any]]()
-    for places in zip(*(one + [None] * (NUM_STRANGE - len(one)) for one in ranked), strict=True):
-        for place in filter(None, places):
-            if place[0] not in seen and len(found) < NUM_STRANGE:
-                seen.add(place[0])
-                found.append(dict(zip(("row", "reason", "value"), place, strict=True)))
-    return found
-
-
-def _measure_batch(batch: dict[str, list], indices: list[int], **given: Any) -> dict[str, list]:
-    """Measure rows, given by column; each becomes one row of MEASURES or more."""
-    return by_row(partial(_measure, **given), batch, indices, MEASURES)
+        order = {"by": [name, "row"], "ascending": [not is_most, True], "ignore_index": True}
+        # what was not measured of a row is null
+        first = parts.dropna(subset=name).sort_values(**order).head(NUM_STRANGE)
+        ranked.append(DataFrame({"row": first.row, "reason": reason, "value": first[name]}))
+    in_turn = concat(ranked).sort_index(kind="stable").drop_duplicates("row")
+    return in_turn.head(NUM_STRANGE).to_dict("records")
 
 
 def _measure(
@@ -213,14 +160,10 @@ def _measure(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     vocab_size: int | None,
-    code: str,  # for the cache alone
 ) -> list[dict[str, Any]]:
     """Measure the training rows of a row."""
     try:
-        layout = layout_of(row)
-        encoded = encode(row, tokenizer, max_length)
-        for one in encoded.rows:
-            check_ids(one["input_ids"], vocab_size or math.inf)
+        encoded = encode(row, tokenizer, max_length, vocab_size)
     except ValueError as error:
         return [{"row": index, "problem": str(error)}]
     turns, found = encoded.messages, []
@@ -238,9 +181,10 @@ def _measure(
                 "problem": "",
             }
         )
-    text = _text_of(turns) if turns else tokenizer.decode(encoded.rows[0]["input_ids"])
+    text = "\n".join(str(turn.get("content") or "") for turn in turns)
+    text = text if turns else tokenizer.decode(encoded.rows[0]["input_ids"])
     found[0] |= {
-        "layout": layout,
+        "layout": layout_of(row),
         "behaviour": "\n".join(encoded.behaviour),
         "num_turns": len(turns),
         "num_assistant": sum(turn["role"] == "assistant" for turn in turns),
@@ -248,10 +192,6 @@ def _measure(
         "repetition": repetition(text),
     }
     return found
-
-
-def _text_of(turns: list[dict[str, Any]]) -> str:
-    return "\n".join(str(turn.get("content") or "") for turn in turns)
 
 
 def num_odd(text: str) -> int:
