@@ -220,50 +220,6 @@ def test_the_best_checkpoint_is_that_of_the_highest_acceptance_length(target, ro
     assert trainer.evaluate()["eval_acceptance_length"] == max(lengths)
 
 
-@pytest.mark.parametrize(
-    ("metric", "settings"),
-    [
-        ("acceptance_length", {}),
-        ("eval_acceptance_length", {}),
-        ("loss", {}),
-        ("code_loss", {}),
-        ("chat_acceptance_length", {"eval_prompts": 0}),
-        ("chat_acceptance_depth_99", {}),
-        ("chat_router_mass_depth_1", {}),
-    ],
-)
-def test_a_best_metric_that_no_evaluation_gives_is_refused_before_training(
-    target, rows, tmp_path, metric, settings
-):
-    parts = {name: Dataset.from_list(rows[16:]) for name in ("chat", "talk")}
-    fields = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": metric}
-    said = f"`metric_for_best_model` is '{metric}', which .*use one of .*'talk_simulated_accept"
-    with pytest.raises(ValueError, match=said):
-        make_trainer(target, rows, tmp_path, eval_dataset=parts, **fields, **settings)
-    make_trainer(target, rows, tmp_path, eval_dataset=parts, **{**fields, "eval_strategy": "no"})
-
-
-@pytest.mark.parametrize("stage", ["drafter", "router"])
-def test_the_refusal_names_exactly_the_metrics_that_evaluations_give(target, rows, tmp_path, stage):
-    settings = {"eval_strategy": "steps", "eval_steps": 3, "num_groups": 6, "stage": stage}
-    parts = {"chat": Dataset.from_list(rows[16:])}
-    with pytest.raises(ValueError, match="use one of") as error:
-        make_trainer(
-            target, rows, tmp_path, eval_dataset=parts, metric_for_best_model="loss", **settings
-        )
-    named = set(re.findall(r"'(chat_\w+)'", str(error.value)))
-    depth = TREE["tree_depth"]
-    assert len(named) == 3 + depth + (3 * depth if stage == "router" else 0)
-    # a trainer may add metrics of its own
-    settings["metric_for_best_model"] = "f1"
-    trainer = make_trainer(target, rows, tmp_path, eval_dataset=parts, **settings)
-    trainer.args.metric_for_best_model = None
-    trainer.train()
-    # deeper levels only where a round came so far
-    for name in named - {f"chat_acceptance_depth_{level}" for level in range(2, depth + 1)}:
-        assert len(logged(trainer, f"eval_{name}")) == 2, name
-
-
 def test_the_example_of_the_documentation_selects_the_best_checkpoint(
     target, rows, tmp_path, monkeypatch
 ):

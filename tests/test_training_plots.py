@@ -8,13 +8,7 @@ from conftest import VOCAB, tiny_target
 from datasets import Dataset
 
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
-from coral_hf.training.evaluation.curves import (
-    compare_runs,
-    curve,
-    curves_by_step,
-    figures,
-    plot_run,
-)
+from coral_hf.training.evaluation.curves import curve, curves_by_step, figures
 
 NAMES = {"losses", "feature_similarity", "acceptance_length", "acceptance_by_depth"}
 FIGURES = {f"{name}.png" for name in NAMES}
@@ -94,25 +88,6 @@ def test_the_curves_are_what_was_logged(trainer):
     chat, _ = panels["acceptance_by_depth"]
     assert [line.get_label() for line in chat.lines] == ["step 3", "step 6"]
     assert chat.lines[1].get_ydata()[0] == curve(log, "eval_chat_acceptance_depth_1")[1][1]
-
-
-def test_a_saved_run_is_plotted_again(trainer, tmp_path):
-    checkpoint = Path(trainer.args.output_dir) / "checkpoint-6"
-    files = plot_run(checkpoint, tmp_path / "again")
-    assert {file.name for file in files} == FIGURES
-    # what was logged after the checkpoint was written is not in it
-    assert plot_run(checkpoint / "trainer_state.json", tmp_path)[0].exists()
-    with pytest.raises(FileNotFoundError, match="nothing.json"):
-        plot_run(tmp_path / "nothing.json")
-
-
-def test_runs_are_compared_in_one_plot(trainer, tmp_path):
-    checkpoint = Path(trainer.args.output_dir) / "checkpoint-6"
-    file = compare_runs({"one": checkpoint, "two": checkpoint}, tmp_path / "both.png")
-    assert file.stat().st_size > 1000
-    (tmp_path / "trainer_state.json").write_text('{"log_history": [{"loss": 1.0, "step": 1}]}')
-    with pytest.raises(ValueError, match=r"None of the runs \['empty'\] has logged"):
-        compare_runs({"empty": tmp_path}, tmp_path / "none.png")
 
 
 def test_a_run_without_plots_leaves_no_file(target, tmp_path):

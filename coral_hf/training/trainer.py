@@ -34,7 +34,7 @@ from .distributed import (
     sharded_copy,
     shards_weights,
 )
-from .evaluation import Evaluation, PlotCallback, check_best_metric
+from .evaluation import Evaluation, PlotCallback
 from .losses.liger_loss import check_liger
 from .refusals import check_given, tokenizer_of
 from .runs.checkpoints import AtomicCheckpoints
@@ -106,8 +106,6 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         self.train_dataset = prepare_rows(kwargs.get("train_dataset"), self, is_trained=True)
         self.eval_dataset = prepare_rows(kwargs.get("eval_dataset"), self)
         self.step.prepare(model, self.train_dataset, processing_class)
-        if self.compute_metrics is None:  # a function of the user may add any metric
-            check_best_metric(args, self.eval_dataset, self.step, model)
         self._guard = FiniteGuard(self.accelerator)
         self.add_callback(self._guard)
         self.add_callback(PushCallback(self))

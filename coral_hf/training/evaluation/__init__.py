@@ -3,6 +3,6 @@
 decoded rounds, or chain decoding replayed over a text → acceptance metrics → curves.
 """
 
-from .acceptance import Evaluation, check_best_metric
-from .curves import PlotCallback, compare_runs, plot_run
+from .acceptance import Evaluation
+from .curves import PlotCallback
 from .table import EvaluationTable

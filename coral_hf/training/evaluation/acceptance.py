@@ -5,7 +5,6 @@ In: held-out rows, and what the unroll predicts for them. Out: metrics by name, 
 of `generate`. Simulated: chain decoding replayed over the rows' own text, see `replay.py`.
 """
 
-import re
 from collections.abc import Iterable
 from functools import partial
 from itertools import islice
@@ -28,9 +27,6 @@ from .replay import replayed_rounds
 from .routing import NAMES as ROUTING
 from .routing import routing_metrics, routing_sums
 
-# names of metrics that evaluations give here; a trainer may add others of its own
-OURS = re.compile(r"(\w+_)?(loss|acceptance_length|[a-z0-9_]+_depth_\d+)")
-
 
 class Evaluation:
     """The acceptance metrics of one evaluation.
@@ -47,7 +43,7 @@ class Evaluation:
     ):
         self._drafter, self._target, self._args = drafter, target, args
         self._choose = partial(step.choices, drafter)
-        self._has_router = has_trained_router(step, drafter)
+        self._has_router = "router" in step.stages and drafter.config.is_router_trained
         self.depth = tree_depth(drafter)  # steps of the unroll that are counted
         self._replayed: list[int] = []  # tokens of each round
         self._held = torch.zeros(self.depth, len(ROUTING) + 1, dtype=torch.float64)
@@ -95,42 +91,6 @@ class Evaluation:
         settings = args.eval_max_new_tokens, args.eval_temperature, args.per_device_eval_batch_size
         rounds = decoded_rounds(self._drafter, self._target, own, *settings, args.seed)
         return count_rounds(rounds, self.depth)
-
-
-def has_trained_router(step: TrainingStep, drafter: Drafter) -> bool:
-    """Whether a drafter reads a router, whose groups an evaluation compares."""
-    return "router" in step.stages and drafter.config.is_router_trained
-
-
-def check_best_metric(
-    args: CoralTrainingArguments, dataset: Any, step: TrainingStep, drafter: Drafter
-) -> None:
-    """Refuse a metric for the best checkpoint that no evaluation will give.
-
-    Args:
-        dataset: that is evaluated, or several by name.
-        step: of the trainer.
-        drafter: as it is before training.
-
-    Raises:
-        ValueError: naming the metrics that there will be.
-    """
-    if args.metric_for_best_model is None or args.eval_strategy == "no":
-        return
-    names = ["loss", "simulated_acceptance_length"]
-    depths = range(1, tree_depth(drafter) + 1)
-    if args.eval_prompts:
-        names += ["acceptance_length", *(f"acceptance_depth_{depth}" for depth in depths)]
-    if has_trained_router(step, drafter) or args.stage in ("router", "joint"):
-        names += [f"{name}_depth_{depth}" for depth in depths for name in ROUTING]
-    if isinstance(dataset, dict):
-        names = [f"{part}_{name}" for part in dataset for name in names]
-    wanted = args.metric_for_best_model.removeprefix("eval_")
-    if wanted not in names and OURS.fullmatch(wanted):
-        raise ValueError(
-            f"`metric_for_best_model` is {args.metric_for_best_model!r}, which no evaluation will"
-            f" give with `eval_prompts` {args.eval_prompts} and these datasets; use one of {names}."
-        )
 
 
 def tree_depth(drafter: Drafter) -> int:

@@ -4,7 +4,6 @@ In: the entries that a `Trainer` logs (`state.log_history`), or a saved `trainer
 PNG files, and figures in TensorBoard.
 """
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,49 +59,6 @@ class PlotCallback(TrainerCallback):
                     callback.tb_writer.add_figure(name, figure, state.global_step)
 
     on_train_end = on_evaluate
-
-
-def plot_run(state: str | Path, folder: str | Path | None = None) -> list[Path]:
-    """Plot a run again from what was saved of it.
-
-    Args:
-        state: a `trainer_state.json`, or a checkpoint that holds one.
-        folder: where the PNG files go; beside the state by default.
-
-    Returns:
-        the files that were written.
-    """
-    file = _state_file(state)
-    to = file.parent if folder is None else Path(folder)
-    return [save(figure, to / f"{name}.png") for name, figure in figures(_read_log(file)).items()]
-
-
-def compare_runs(states: Mapping[str, str | Path], path: str | Path) -> Path:
-    """Plot the acceptance lengths of several runs into one PNG file.
-
-    Args:
-        states: the `trainer_state.json` or the checkpoint of each run, by the run's name.
-        path: the file to write.
-    """
-    lines = [
-        line._replace(label=f"{name}, {line.label}", colour=COLOURS[index % len(COLOURS)])
-        for index, (name, state) in enumerate(states.items())
-        for line in _length_lines(_read_log(_state_file(state)))
-    ]
-    if not lines:
-        raise ValueError(
-            f"None of the runs {[*states]} has logged an acceptance length; train with an"
-            " `eval_dataset` and `eval_strategy`."
-        )
-    return save(line_figure(lines, **LENGTH_LABELS), path)
-
-
-def _state_file(state: str | Path) -> Path:
-    return Path(state) / "trainer_state.json" if Path(state).is_dir() else Path(state)
-
-
-def _read_log(state: Path) -> Entries:
-    return json.loads(state.read_text())["log_history"]
 
 
 def figures(log: Entries) -> dict[str, "Figure"]:

@@ -15,9 +15,8 @@ MEMORY_NAMES = {
     "target": "target's weights",
     "drafter": "drafter's weights",
     "optimizer": "optimizer",
-    "gradients": "gradients at the peak",
     "features": "features of the batches",
-    "activations": "activations and all else",
+    "activations": "activations, gradients",
 }
 
 

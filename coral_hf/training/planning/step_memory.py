@@ -26,7 +26,7 @@ from ..adapters import lora, with_adapter
 from ..arguments import CoralTrainingArguments
 from ..stages import HEAD_OF, default_groups, default_rank, freeze_others
 from ..steps import Trained, TrainingStep, Unrolled, step_kind, training_step
-from .live_bytes import LiveBytes, bytes_of
+from .live_bytes import LiveBytes, bytes_of, size_of
 from .target_size import plain_config, target_size
 
 logger = logging.get_logger(__name__)
@@ -38,9 +38,8 @@ class StepMemory(NamedTuple):
     target: int  # weights
     drafter: int  # weights
     optimizer: int
-    gradients: int
     features: int  # the target's, of the batches that are held
-    activations: int  # all else: what backward passes need, logits of a chunk, temporary tensors
+    activations: int  # all else: what backward passes need, gradients, logits of a chunk
 
     @property
     def total(self) -> int:
@@ -161,37 +160,28 @@ class _Simulation:
                 held = [torch.empty_like(features) for _ in range(count)]
                 batch["features"] = held[0]
             for _ in range(min(accumulated, 2)):
-                number = self._accumulate(batch, trained, live)
-            peak, at_peak = live.peak, live.at_peak
-            kinds = {"gradients": self._update(live), "features": {number}}
+                computed = self._accumulate(batch, trained)
+            size = sum(map(size_of, held))
+            peak = live.peak, size or computed
+            given = self._update()
             states = [part for one in self._optimizer.state.values() for part in one.values()]
-            kinds["optimizer"] = {*map(live.number_of, filter(torch.is_tensor, states))}
-            kinds["features"] |= {*map(live.number_of, held)}
+            optimizer = sum(map(size_of, filter(torch.is_tensor, states)))
             # all later passes hold the optimizer's state too; its own update may hold even more
-            state = live.sizes(kinds["optimizer"])
-            peak, at_peak = peak + sum(state.values()), {**at_peak, **state}
-            live.restart()
-            for weight in self._given:
+            live.peak = live.live
+            for weight in given:
                 weight.grad = torch.empty_like(weight)
-            kinds["gradients"] |= self._update(live)
-        if live.peak > peak:
-            peak, at_peak = live.peak, live.at_peak
-        sizes = {name: sum(at_peak.get(key, 0) for key in kinds[name]) for name in kinds}
-        return StepMemory(
-            target=bytes_of(self._target),
-            drafter=bytes_of(self._model),
-            activations=peak - sum(sizes.values()),
-            **sizes,
-        )
+            self._update()
+        total, size = max((peak[0] + optimizer, peak[1]), (live.peak, size))
+        own = bytes_of(self._target), bytes_of(self._model)
+        return StepMemory(*own, optimizer, size, total - optimizer - size)
 
-    def _update(self, live: LiveBytes) -> set[int]:
-        """Update the weights once and drop their gradients; return which storages those were."""
-        self._given = [one for one in self._weights if one.grad is not None]
-        numbers = {live.number_of(one.grad) for one in self._given}
+    def _update(self) -> list[Tensor]:
+        """Update the weights once and drop their gradients; return those that had any."""
+        given = [one for one in self._weights if one.grad is not None]
         torch.nn.utils.clip_grad_norm_(self._weights, self._run.args.max_grad_norm)
         self._optimizer.step()
         self._model.zero_grad()
-        return numbers
+        return given
 
     def _target_runs(self, batch: dict[str, Tensor]) -> bool:
         """Whether the target's code runs without data on a batch, (batch, length) each."""
@@ -210,8 +200,8 @@ class _Simulation:
             torchs.disabled = was_off
         return True
 
-    def _accumulate(self, batch: dict[str, Tensor], trained: Trained, live: LiveBytes) -> int:
-        """Run the forward and the backward pass of a batch; return which storage the features are.
+    def _accumulate(self, batch: dict[str, Tensor], trained: Trained) -> int:
+        """Run the forward and the backward pass of a batch; return the bytes of its features.
 
         Args:
             batch: (batch, length) each.
@@ -233,4 +223,4 @@ class _Simulation:
             )
             loss = self._step.losses(self._drafter, selected).total / 2
         loss.backward()
-        return live.number_of(unrolled.features)
+        return size_of(unrolled.features)
