@@ -7,10 +7,10 @@ from unittest.mock import patch
 
 import launched
 import torch
-from loss_inputs import features, make_head
+from loss_inputs import chunked_token_loss, features, make_head
 
 from coral_hf.training.losses.liger_loss import LigerChunkLoss
-from coral_hf.training.losses.token_loss import TokenWeights, token_loss
+from coral_hf.training.losses.token_loss import TokenWeights
 
 
 def losses(cases: list[dict]) -> list[dict]:
@@ -20,9 +20,9 @@ def losses(cases: list[dict]) -> list[dict]:
         predicted, target = features()
         head = make_head(getattr(torch, case["dtype"]), **case["finish"])
         weights, size = TokenWeights(case["weight"]), case["chunk_size"]
-        out = token_loss(predicted, target, head.logits, weights, size, LigerChunkLoss())
-        steps = torch.tensor([1.0, 0.5, -2.0])
-        (gradient,) = torch.autograd.grad((out.loss * steps).sum(), predicted)
+        given = weights, size, torch.tensor([1.0, 0.5, -2.0]), LigerChunkLoss
+        out = chunked_token_loss(predicted, target, head.logits, *given)
+        (gradient,) = torch.autograd.grad(out.loss, predicted)
         found.append({**out._asdict(), "loss": out.loss.detach(), "gradient": gradient})
     return found
 

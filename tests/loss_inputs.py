@@ -6,9 +6,13 @@ from torch import Tensor, nn
 from coral_hf.lm_head import LMHead
 from coral_hf.training.losses.token_loss import (
     CLASSIFICATION,
+    Head,
     LogitsOf,
+    TargetGoal,
     TokenLoss,
     TokenWeights,
+    TorchChunkLoss,
+    token_loss,
 )
 
 STEPS, POSITIONS, HIDDEN, VOCAB = 3, 11, 8, 50
@@ -29,11 +33,29 @@ def make_head(dtype: torch.dtype = torch.float32, **finish) -> LMHead:
     return LMHead(module.requires_grad_(False), **finish)
 
 
+ONES = torch.ones(STEPS)
+
+
+def chunked_token_loss(
+    predicted: Tensor,
+    target: Tensor,
+    logits_of: LogitsOf,
+    weights: TokenWeights = CLASSIFICATION,
+    chunk_size: int = 128,
+    steps: Tensor | None = None,
+    kind: type[TorchChunkLoss] = TorchChunkLoss,
+) -> TokenLoss:
+    """`token_loss`, shapes too, of a target's own distribution and head."""
+    goal, head = TargetGoal(logits_of, target), Head(logits_of)
+    return token_loss(predicted, goal, head, kind(weights), steps, chunk_size=chunk_size)
+
+
 def plain_token_loss(
     predicted: Tensor,
     target: Tensor,
     logits_of: LogitsOf,
     weights: TokenWeights = CLASSIFICATION,
+    steps: Tensor = ONES,
 ) -> TokenLoss:
     """`token_loss`, shapes too, without chunks and with gradients of torch, for tests."""
     probs = logits_of(target).float().softmax(-1)
@@ -42,4 +64,5 @@ def plain_token_loss(
     in_top = torch.zeros_like(probs).scatter_(-1, probs.topk(weights.k, dim=-1).indices, 1.0)
     top_k = -(in_top * probs * log_probs).sum((-1, -2))
     loss = weights.classification * classification + weights.top_k * top_k
+    loss = (loss * steps[: len(loss)].to(loss.device)).sum()
     return TokenLoss(loss, classification, top_k, log_probs.argmax(-1) == probs.argmax(-1))

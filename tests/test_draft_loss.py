@@ -7,7 +7,7 @@ import torch
 from loss_inputs import HIDDEN, POSITIONS, STEPS, VOCAB, randn
 from torch import nn
 
-from coral_hf.training.losses.draft_loss import draft_goal, draft_loss
+from coral_hf.training.losses.token_loss import Head, draft_goal, token_loss
 
 TOKENS = torch.tensor([1, 4, 5, 9, 20, 21, 33, 48])
 WEIGHTS = torch.tensor([1.0, 0.8, 0.64], dtype=torch.float64)
@@ -36,13 +36,14 @@ def plain(predicted, head, logits):
 
 
 def chunked(predicted, head, logits, chunk_size=4):
-    """`draft_loss` of the same."""
+    """`token_loss` of the same."""
 
     def goal_of(rows):
         return draft_goal(logits[rows], TOKENS)
 
     weights = WEIGHTS.to(predicted.dtype)
-    return draft_loss(predicted, goal_of, head, [*head.parameters()], weights, chunk_size)
+    own = Head(head, [*head.parameters()])
+    return token_loss(predicted, goal_of, own, step_weights=weights, chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 11, 64])

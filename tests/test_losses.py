@@ -1,13 +1,12 @@
 """The losses on features and of the router equal their formulas."""
 
 import torch
-from loss_inputs import HIDDEN, POSITIONS, STEPS, features, make_head, randn
+from loss_inputs import HIDDEN, POSITIONS, STEPS, chunked_token_loss, features, make_head, randn
 from torch import Tensor
 
 from coral_hf.heads.router import Groups
 from coral_hf.training.losses import regression_loss, router_loss
 from coral_hf.training.losses.csra import csra_loss
-from coral_hf.training.losses.token_loss import token_loss
 
 
 def test_regression_is_smooth_l1_averaged_over_channels_and_summed_over_positions():
@@ -58,7 +57,7 @@ def test_a_batch_without_trained_positions_has_zero_loss():
     logits_of = make_head().logits
     losses = [
         regression_loss(predicted, target).sum(),
-        token_loss(predicted, target, logits_of).loss.sum(),
+        chunked_token_loss(predicted, target, logits_of).loss,
         csra_loss(predicted, 0.07),
         router_loss(predicted[..., :4], target, lambda rows: logits_of(rows)[:, :4]).sum(),
     ]

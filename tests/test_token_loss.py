@@ -4,11 +4,19 @@ import weakref
 
 import pytest
 import torch
-from loss_inputs import POSITIONS, STEPS, VOCAB, features, make_head, plain_token_loss
+from loss_inputs import (
+    POSITIONS,
+    STEPS,
+    VOCAB,
+    features,
+    make_head,
+    plain_token_loss,
+)
+from loss_inputs import chunked_token_loss as token_loss
 from torch import Tensor
 
 from coral_hf.lm_head import LMHead
-from coral_hf.training.losses.token_loss import TokenWeights, token_loss
+from coral_hf.training.losses.token_loss import TokenWeights
 
 CHUNKS = [1, 4, 11, 128]
 
@@ -18,13 +26,11 @@ CHUNKS = [1, 4, 11, 128]
 def test_classification_equals_its_plain_form_in_value_and_gradient(chunk_size, finish):
     predicted, target = features()
     logits_of = make_head(**finish).logits
-    weights = torch.tensor([1.0, 0.5, -2.0])  # the steps' gradients are their own
-    loss, *_ = token_loss(predicted, target, logits_of, chunk_size=chunk_size)
-    plain = plain_token_loss(predicted, target, logits_of).loss
+    steps = torch.tensor([1.0, 0.5, -2.0])
+    loss, *_ = token_loss(predicted, target, logits_of, chunk_size=chunk_size, steps=steps)
+    plain = plain_token_loss(predicted, target, logits_of, steps=steps).loss
     torch.testing.assert_close(loss, plain)
-    gradients = [
-        torch.autograd.grad((value * weights).sum(), predicted)[0] for value in (loss, plain)
-    ]
+    gradients = [torch.autograd.grad(value, predicted)[0] for value in (loss, plain)]
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
 
 
@@ -44,7 +50,7 @@ def test_plain_classification_is_the_soft_cross_entropy():
     logits_of = make_head().logits
     p, q = logits_of(target).softmax(-1), logits_of(predicted).softmax(-1)
     torch.testing.assert_close(
-        plain_token_loss(predicted, target, logits_of).loss, -(p * q.log()).sum((1, 2))
+        plain_token_loss(predicted, target, logits_of).loss, -(p * q.log()).sum()
     )
 
 
@@ -77,14 +83,12 @@ def test_a_position_agrees_where_the_first_choice_is_the_targets(chunk_size):
 def test_top_k_distillation_equals_its_plain_form_in_value_and_gradient(chunk_size, weights):
     predicted, target = features()
     logits_of = make_head().logits
-    ours = token_loss(predicted, target, logits_of, weights, chunk_size)
-    plain = plain_token_loss(predicted, target, logits_of, weights)
+    steps = torch.tensor([1.0, 0.5, -2.0])
+    ours = token_loss(predicted, target, logits_of, weights, chunk_size, steps)
+    plain = plain_token_loss(predicted, target, logits_of, weights, steps)
     for name in ("loss", "classification", "top_k"):
         torch.testing.assert_close(getattr(ours, name), getattr(plain, name))
-    steps = torch.tensor([1.0, 0.5, -2.0])
-    gradients = [
-        torch.autograd.grad((found.loss * steps).sum(), predicted)[0] for found in (ours, plain)
-    ]
+    gradients = [torch.autograd.grad(found.loss, predicted)[0] for found in (ours, plain)]
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from loss_inputs import features, make_head, plain_token_loss
+from loss_inputs import chunked_token_loss, features, make_head, plain_token_loss
 from test_flex_attention import document_by_document, positions_of, value_and_gradients
 from test_liger_loss import CASES, needs_liger
 
 from coral_hf.training.losses.liger_loss import LigerChunkLoss
-from coral_hf.training.losses.token_loss import TokenWeights, token_loss
+from coral_hf.training.losses.token_loss import TokenWeights
 from coral_hf.training.steps.flex import FlexAttention, fits_flex
 
 pytestmark = [
@@ -42,15 +42,17 @@ def test_ligers_kernel_gives_the_value_and_gradient_of_the_plain_loss(case):
     steps = torch.tensor([1.0, 0.5, -2.0]).cuda()
     found = []
     for loss_of in (
-        lambda *given: token_loss(*given, case["chunk_size"], LigerChunkLoss()),
+        lambda *given: chunked_token_loss(
+            *given[:-1], case["chunk_size"], given[-1], LigerChunkLoss
+        ),
         plain_token_loss,
     ):
         predicted, target = (part.detach().cuda() for part in features())
         predicted.requires_grad_()
         head = make_head(dtype, **case["finish"])
         head.module.cuda()
-        loss = loss_of(predicted, target, head.logits, weights).loss
-        (gradient,) = torch.autograd.grad((loss * steps).sum(), predicted)
+        loss = loss_of(predicted, target, head.logits, weights, steps).loss
+        (gradient,) = torch.autograd.grad(loss, predicted)
         found.append((loss.detach(), gradient))
     close = 3e-2 if dtype == torch.bfloat16 else 1e-3
     torch.testing.assert_close(*found, rtol=close, atol=close)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .draft_loss import wide
+from .token_loss import wide
 
 CHUNK = 128  # positions whose logits are held at a time
 TINY = 1e-6  # a deviation of rewards below it is that of two equal distributions

@@ -15,33 +15,26 @@ from torch import Tensor
 from transformers.utils.versions import require_version
 
 from ..arguments import CoralTrainingArguments
-from .token_loss import Chunk, Goal, TokenWeights
+from .token_loss import Chunk, Goal, TorchChunkLoss
 
 REQUIRED = "liger-kernel>=0.8.5"
 # below it, the kernel takes probabilities for 0
 TINY = torch.finfo(torch.float32).tiny
 
 
-class LigerChunkLoss:
+class LigerChunkLoss(TorchChunkLoss):
     """The classification loss of chunks; there is no top-k loss."""
 
-    def __init__(self) -> None:
-        self._goal: Goal | None = None
-        self._entropy = torch.zeros(())  # shape (), of the goal's probabilities over all rows
-
-    def __call__(self, logits: Tensor, goal: Goal, weights: TokenWeights) -> Chunk:
+    def __call__(self, logits: Tensor, goal: Goal) -> Chunk:
         """Compute the loss of (rows, vocab) logits, which the gradient overwrites."""
         import liger_kernel.functional  # noqa: F401  names the kernels
         from liger_kernel.backends import dispatch
 
-        if goal is not self._goal:  # the steps of a chunk share it
-            self._goal, self._entropy = goal, torch.special.entr(goal.probs).sum()
-        first = logits.argmax(-1)
-        scale = weights.classification
+        first, scale = logits.argmax(-1), self.weights.classification
         # arguments: labels, the label that is ignored, temperature, eps, scale
         loss, slope = dispatch("kl_loss_and_grad", logits, goal.probs, None, -100, 1.0, TINY, scale)
-        none = torch.zeros_like(self._entropy)
-        return Chunk(loss.sum() / scale + self._entropy, none, first == goal.first, slope)
+        losses = loss / scale + torch.special.entr(goal.probs).sum(-1)
+        return Chunk(losses, torch.zeros_like(losses), first == goal.first, slope)
 
 
 def check_liger(args: CoralTrainingArguments) -> None:

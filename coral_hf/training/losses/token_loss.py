@@ -1,16 +1,17 @@
-"""Losses on tokens: distillation of the target's distribution of the next token.
+"""Losses on tokens: distillation of a distribution of the next token.
 
-In: predicted features of all steps at the trained positions, the target's features there, its LM
+In: predicted features of all steps at the trained positions, what is to be predicted there, an LM
 head. Out: sums over positions. Logits exist for one chunk of positions at a time.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# (rows, hidden) → (rows, vocab)
+CHUNK = 128  # positions whose logits are held at a time
+# (*batch, hidden) → (*batch, vocab)
 LogitsOf = Callable[[Tensor], Tensor]
 
 
@@ -18,7 +19,7 @@ class TokenWeights(NamedTuple):
     """How the losses on tokens are weighted."""
 
     classification: float = 1.0  # of the cross-entropy over the whole vocabulary
-    top_k: float = 0.0  # of the cross-entropy over the target's most probable tokens
+    top_k: float = 0.0  # of the cross-entropy over the most probable tokens of the goal
     k: int = 10  # how many those are
 
 
@@ -26,144 +27,227 @@ CLASSIFICATION = TokenWeights()
 
 
 class TokenLoss(NamedTuple):
-    """The losses on tokens of each step; all but `loss` are for the log and carry no gradient."""
+    """The losses on tokens; all but `loss` are for the log and carry no gradient."""
 
-    loss: Tensor  # (steps,), weighted, summed over positions
+    loss: Tensor  # (), weighted, summed over steps and positions
     classification: Tensor  # (steps,), -Σ_v p(v) log q(v), summed over positions
-    top_k: Tensor  # (steps,), the same over the target's top k, summed over positions
-    agreed: Tensor  # (steps, positions), bool: the drafter's first choice is the target's
+    top_k: Tensor  # (steps,), the same over the top k of the goal, summed over positions
+    agreed: Tensor  # (steps, positions), bool: the drafter's first choice is the goal's
+
+
+class Goal(NamedTuple):
+    """What is to be predicted at some positions."""
+
+    probs: Tensor  # (rows, vocab); all 0 where nothing is trained
+    first: Tensor  # (rows,), the most probable token; -1 where nothing is trained
+
+
+class Head(NamedTuple):
+    """An LM head, and what is trained of it."""
+
+    logits_of: LogitsOf
+    weights: Sequence[Tensor] = ()  # of any shapes
+    is_by_step: bool = False  # whether each step has its own: (steps, rows, hidden) are read
 
 
 def token_loss(
     predicted: Tensor,
-    target: Tensor,
-    logits_of: LogitsOf,
-    weights: TokenWeights = CLASSIFICATION,
-    chunk_size: int = 128,
+    goal_of: Callable[[slice], Goal],
+    head: Head,
     chunk_loss: "ChunkLoss | None" = None,
+    step_weights: Tensor | None = None,
+    kept: Tensor | None = None,
+    chunk_size: int = CHUNK,
 ) -> TokenLoss:
-    """Distil the target's distribution p of the next token into the drafter's q.
+    """Distil a goal's distribution p of the next token into the drafter's q.
 
     The classification loss of EAGLE and HASS, -Σ_v p(v) log q(v), and the top-k distillation of
     HASS (section 3.1), the same sum over the k most probable tokens of p alone, with p as it is.
 
-    The frozen head makes the gradient with respect to features known in the forward pass,
-    (Σp · softmax(z) - p)·∂z for each of the sums, so each chunk's logits are dropped at once and
-    memory does not grow with vocabulary × steps.
+    The gradient with respect to logits is known, Σp · softmax(z) - p for each of the sums, so those
+    of features and head are computed chunk by chunk in the forward pass: a chunk's logits are
+    dropped at once, and memory does not grow with vocabulary × steps.
 
     Args:
         predicted: (steps, positions, hidden).
-        target: (positions, hidden).
-        logits_of: the target's LM head.
-        chunk_size: rows of logits held at a time.
+        goal_of: of some of the positions.
+        head: of the drafter.
         chunk_loss: of a chunk's logits; in torch's own operations by default.
+        step_weights: (steps,), all 1 by default.
+        kept: (steps, positions), those that have a loss; all by default.
+        chunk_size: positions whose logits are held at a time.
     """
-    chunk_loss = TorchChunkLoss() if chunk_loss is None else chunk_loss
-    return TokenLoss(
-        *_ChunkedTokenLoss.apply(predicted, target, logits_of, weights, chunk_size, chunk_loss)
-    )
+    trained = [weight for weight in head.weights if weight.requires_grad]
+    options = goal_of, head, chunk_loss or TorchChunkLoss(), step_weights, kept, chunk_size
+    return TokenLoss(*_ChunkedLoss.apply(predicted, options, torch.is_grad_enabled(), *trained))
 
 
-class _ChunkedTokenLoss(torch.autograd.Function):
-    """`token_loss` with the gradient computed chunk by chunk in the forward pass."""
+class _ChunkedLoss(torch.autograd.Function):
+    """`token_loss` with the gradients computed chunk by chunk in the forward pass."""
 
     @staticmethod
-    def forward(ctx, predicted, target, logits_of, weights, chunk_size, chunk_loss):
-        steps, positions, _ = predicted.shape  # (steps, positions, hidden)
-        classification, top_k = predicted.new_zeros(2, steps, dtype=torch.float32)
+    def forward(ctx, predicted, options, has_gradient, *weights):
+        goal_of, head, chunk_loss, step_weights, kept, size = options
+        steps, positions, _ = predicted.shape
+        gradients = [torch.zeros_like(one) for one in (predicted, *weights)]
+        classification, top_k = sums = [wide(predicted.new_zeros(steps)) for _ in range(2)]
         agreed = torch.zeros(steps, positions, dtype=torch.bool, device=predicted.device)
-        gradient = torch.zeros_like(predicted)
-        target_buffer = None
-        for start in range(0, positions, chunk_size):
-            rows = slice(start, start + chunk_size)
-            with torch.no_grad():
-                target_buffer = _refill(target_buffer, logits_of(target[rows]))
-            goal = make_goal(target_buffer[: len(target[rows])], weights)
-            for step in range(steps):
-                features = predicted[step, rows].detach().requires_grad_()
-                with torch.enable_grad():
-                    raw = logits_of(features)
-                found = chunk_loss(raw.detach(), goal, weights)
-                classification[step] += found.classification
-                top_k[step] += found.top_k
-                agreed[step, rows] = found.agreed
-                slope = found.slope.to(raw.dtype)
-                (gradient[step, rows],) = torch.autograd.grad(raw, features, slope)
-        ctx.save_for_backward(gradient)
+        scale = torch.ones_like(top_k) if step_weights is None else step_weights
+
+        def differentiate(part: Tensor, own: Goal, where: Any, weight: Tensor):
+            """Losses and agreement of some rows, and gradients; their logits are dropped."""
+            with torch.set_grad_enabled(has_gradient):
+                raw = head.logits_of(part[where])
+            *found, slope = chunk_loss(raw.detach(), own)
+            if not has_gradient:
+                return found, []
+            if not (step_weights is None and kept is None):
+                slope.mul_(weight[where][..., None])
+            unused = {"allow_unused": True, "materialize_grads": True}
+            return found, torch.autograd.grad(raw, [part, *weights], slope.to(raw.dtype), **unused)
+
+        # a trained head's gradient, as large as the head, is added up once a chunk
+        pieces = [slice(None)] if weights or head.is_by_step else range(steps)
+        for start in range(0, positions, size):
+            rows = slice(start, start + size)
+            goal = goal_of(rows)
+            for piece in pieces:
+                part = predicted[piece, rows].detach().requires_grad_()
+                is_kept = (
+                    torch.ones_like(agreed[piece, rows]) if kept is None else kept[piece, rows]
+                )
+                own, where = goal, ...
+                if kept is not None and not head.is_by_step:  # of the others there are no logits
+                    where = is_kept.nonzero(as_tuple=True)
+                    own = Goal(goal.probs[where[-1]], goal.first[where[-1]])
+                weight = scale[piece][..., None] * is_kept
+                (*losses, is_first), found = differentiate(part, own, where, weight)
+                agreed[piece, rows][where] = is_first
+                for total, one in zip(sums, losses, strict=True):
+                    spread = total.new_zeros(is_kept.shape)
+                    spread[where] = one.to(spread.dtype)
+                    total[piece] += (spread * is_kept).sum(-1)
+                places = [gradients[0][piece, rows], *gradients[1:]]
+                for place, one in zip(places, found, strict=bool(found)):
+                    place += one
+        ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(classification, top_k, agreed)
-        loss = weights.classification * classification + weights.top_k * top_k
-        return loss, classification, top_k, agreed
+        losses = (
+            chunk_loss.weights.classification * classification + chunk_loss.weights.top_k * top_k
+        )
+        return (losses * scale).sum(), classification, top_k, agreed
 
     @staticmethod
-    def backward(ctx, loss_gradient: Tensor, *_):  # of shape (steps,)
-        (gradient,) = ctx.saved_tensors
-        slopes = gradient * loss_gradient[:, None, None].to(gradient.dtype)
-        return slopes, None, None, None, None, None
+    def backward(ctx, slope: Tensor, *_):  # of shape ()
+        predicted, *weights = (one * slope.to(one.dtype) for one in ctx.saved_tensors)
+        return predicted, None, None, *weights
 
 
-class Goal(NamedTuple):
-    """The distribution of the target at the positions of a chunk."""
-
-    probs: Tensor  # (rows, vocab)
-    first: Tensor  # (rows,), the most probable token
-    top_probs: Tensor  # (rows, k)
-    top_tokens: Tensor  # (rows, k)
-
-
-def make_goal(logits: Tensor, weights: TokenWeights) -> Goal:
-    """Make the goal of target logits (rows, vocab), which its probabilities overwrite."""
-    first = logits.argmax(-1)
-    probs = torch.softmax(logits, -1, out=logits)
-    k = min(weights.k, logits.shape[-1]) if weights.top_k else 0
-    return Goal(probs, first, *probs.topk(k, dim=-1))
-
-
-class Chunk(NamedTuple):
-    """The losses of one step on a chunk, and their gradient with respect to its logits."""
-
-    classification: Tensor  # ()
-    top_k: Tensor  # ()
-    agreed: Tensor  # (rows,)
-    slope: Tensor  # (rows, vocab)
-
-
-# logits (rows, vocab), which it may overwrite, the goal, the weights → the losses
-ChunkLoss = Callable[[Tensor, Goal, TokenWeights], Chunk]
-
-
-class TorchChunkLoss:
-    """The losses of a chunk in torch's own operations.
+class TargetGoal:
+    """The target's own distribution, from its features (positions, hidden).
 
     Chunks share a buffer (rows, vocab): large temporaries cost page faults at every allocation.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, logits_of: LogitsOf, features: Tensor):
+        self._logits_of, self._features = logits_of, features
+        self._buffer: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, rows: slice) -> Goal:
+        """Make the goal of some positions, in place of that of others."""
+        self._buffer, logits = _refill(self._buffer, self._logits_of(self._features[rows]))
+        first = logits.argmax(-1)
+        return Goal(torch.softmax(logits, -1, out=logits), first)
+
+
+def draft_goal(logits: Tensor, tokens: Tensor) -> Goal:
+    """Restrict the target's distribution to a draft vocabulary (EAGLE-3's released training).
+
+    Tokens outside of it have no share: the others are renormalised. A position whose first choice
+    is outside is not trained, since no draft could be accepted there.
+
+    Args:
+        logits: (rows, vocab), the target's.
+        tokens: (draft_vocab,), their ids.
+    """
+    part = wide(logits[:, tokens])
+    best = part.argmax(-1)
+    is_inside = tokens[best] == logits.argmax(-1)
+    probs = part.softmax(-1) * is_inside[:, None]
+    return Goal(probs, torch.where(is_inside, best, -1))
+
+
+def label_goal(labels: Tensor, tokens: Tensor) -> Goal:
+    """Make a goal of a text's own tokens; a position whose token is no draft token is not trained.
+
+    Args:
+        labels: (rows,), their ids.
+        tokens: (draft_vocab,), ids of draft tokens.
+    """
+    probs = tokens == labels[:, None]  # (rows, draft_vocab)
+    return Goal(probs.float(), torch.where(probs.any(-1), probs.byte().argmax(-1), -1))
+
+
+class Chunk(NamedTuple):
+    """The losses of logits (*batch, vocab), and their gradient."""
+
+    classification: Tensor  # (*batch)
+    top_k: Tensor  # (*batch)
+    agreed: Tensor  # (*batch)
+    slope: Tensor  # (*batch, vocab), which may be written to
+
+
+class TorchChunkLoss:
+    """The losses of a chunk in torch's own operations; all share a buffer, as in `TargetGoal`."""
+
+    def __init__(self, weights: TokenWeights = CLASSIFICATION):
+        self.weights = weights
         self._buffer: Tensor | None = None  # (rows, vocab)
 
-    def __call__(self, logits: Tensor, goal: Goal, weights: TokenWeights) -> Chunk:
-        """Compute the losses of (rows, vocab) logits, and in the buffer their gradient."""
-        self._buffer = _refill(self._buffer, logits)
-        logits = self._buffer[: len(logits)]
+    def __call__(self, logits: Tensor, goal: Goal) -> Chunk:
+        """Compute the losses of logits (*batch, rows, vocab), and in the buffer their gradient."""
+        shape, weights = logits.shape, self.weights
+        self._buffer, logits = _refill(self._buffer, logits.flatten(0, -2))
+        logits, probs = logits.view(shape), goal.probs.to(logits.dtype)
+        k = min(weights.k, shape[-1]) if weights.top_k else 0
+        top_probs, top_tokens = (one.expand(*shape[:-1], k) for one in probs.topk(k, dim=-1))
         highest, first = logits.max(-1, keepdim=True)
         logits -= highest
-        classification = -torch.dot(goal.probs.view(-1), logits.view(-1))
-        top_logits = logits.gather(-1, goal.top_tokens)  # (rows, k)
+        with torch.autocast(logits.device.type, enabled=False):  # it would sum in half precision
+            own = torch.linalg.vecdot(logits, probs)
+        top_logits = logits.gather(-1, top_tokens)  # (*batch, rows, k)
         total = logits.exp_().sum(-1, keepdim=True)
-        log_total = total.log()
-        top_k = (goal.top_probs * (log_total - top_logits)).sum()
-        mass = weights.classification + weights.top_k * goal.top_probs.sum(-1, keepdim=True)
+        log_total, is_trained = total.log(), (goal.first >= 0)[:, None]
+        top_k = (top_probs * (log_total - top_logits)).sum(-1)
+        mass = weights.classification * is_trained + weights.top_k * top_probs.sum(-1, keepdim=True)
         # mass · softmax(z) - w_cls p - w_topk p over the top k
-        slope = logits.mul_(mass / total).sub_(goal.probs, alpha=weights.classification)
-        slope.scatter_add_(-1, goal.top_tokens, -weights.top_k * goal.top_probs)
-        return Chunk(classification + log_total.sum(), top_k, first[:, 0] == goal.first, slope)
+        slope = logits.mul_(mass / total).sub_(probs, alpha=weights.classification)
+        slope.scatter_add_(-1, top_tokens, -weights.top_k * top_probs)
+        losses = (is_trained * log_total)[..., 0] - own
+        return Chunk(losses, top_k, first[..., 0] == goal.first, slope)
 
 
-def _refill(buffer: Tensor | None, logits: Tensor) -> Tensor:
-    """Copy `logits` (rows, vocab) in fp32 to the first rows of `buffer`, or to a new one.
+# logits (*batch, rows, vocab), which it may overwrite, and the goal (rows, vocab) → the losses, as
+# its `weights` say
+ChunkLoss = TorchChunkLoss
+
+
+def _refill(buffer: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Copy `logits` (rows, vocab), in fp32 or wider, to a buffer; return it, and the copy in it.
 
     The first chunk is the longest, so the others fit.
     """
-    if buffer is None:
-        return logits.to(torch.float32, copy=True)
-    buffer[: len(logits)].copy_(logits)
-    return buffer
+    if buffer is None or len(buffer) < len(logits):
+        buffer = torch.empty_like(logits, dtype=wide_type(logits))
+    return buffer, buffer[: len(logits)].copy_(logits)
+
+
+def wide_type(tensor: Tensor) -> torch.dtype:
+    """Fp32, or the dtype of a tensor of any shape where that is wider."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """A tensor of any shape in fp32, or in its own dtype where that is wider."""
+    return tensor.to(wide_type(tensor))

@@ -11,6 +11,7 @@ feature, with a weight of 0.8 of the head before.
     trained on       x2   x3   x4   x5
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,27 +24,19 @@ from ...target import text_config
 from ..adapters import is_adapted
 from ..arguments import CoralTrainingArguments
 from ..data.documents import Places
-from ..losses.draft_loss import DraftGoal, draft_loss
-from . import Losses, Trained, register_step
-from .base import Predicted, UnrolledStep
-from .objectives import step_weights, token_notes
+from ..losses.token_loss import Goal, Head
+from . import Trained, register_step
+from .base import Predicted
+from .own_head import OwnHeadStep
 
 
-class MedusaStep(UnrolledStep):
+class MedusaStep(OwnHeadStep):
     """See [`coral_hf.training.steps.TrainingStep`]; `num_steps` heads are trained."""
 
     drafter = MedusaDrafter
     recipes = ("medusa",)
-    stages = ("drafter",)
     goals = ("tokens",)
-    can_shard = False  # the heads' own LM heads run outside of `forward`
-    unused = (
-        "regression_weight",
-        "top_k_weight",
-        "csra_weight",
-        "use_liger_kernel",
-        "single_step_share",
-    )
+    unused = (*OwnHeadStep.unused, "csra_weight", "single_step_share")
 
     @classmethod
     def fresh_fields(cls, args: CoralTrainingArguments) -> dict[str, Any]:
@@ -86,25 +79,17 @@ class MedusaStep(UnrolledStep):
         predicted = torch.stack([own.roll(head, 1) for head, own in enumerate(states)])
         return Predicted(predicted, kept.expand(predicted.shape[:3]))
 
-    def losses(self, drafter: MedusaDrafter, trained: Trained) -> Losses:
-        """Compute the cross-entropy of every head with the tokens of the text."""
-        recipe, (predicted, _, _, tokens, kept) = self.args.resolved, trained
-        assert tokens is not None, "an unroll selects them"
-        size = drafter.config.vocab_size
-        weights = step_weights(recipe, predicted)
+    def head(self, drafter: MedusaDrafter) -> Head:
+        """The LM heads, one a step, or the target's; see [`OwnHeadStep`]."""
+        logits_of = partial(drafter.logits, target_head=self.target.head)
+        return Head(logits_of, [*drafter.lm_heads.parameters()], is_by_step=True)
 
-        def goal_of(rows: slice) -> DraftGoal:
-            own = tokens[rows]
-            probs = weights.new_zeros(len(own), size).scatter_(1, own[:, None], 1.0)
-            return DraftGoal(probs, own, None if kept is None else kept[:, rows])
-
-        def logits_of(states: Tensor) -> Tensor:
-            return drafter.logits(states, self.target.head)
-
-        heads = [*drafter.lm_heads.parameters()]
-        found = draft_loss(predicted, goal_of, logits_of, heads, weights)
-        notes = token_notes(predicted, found.classification, found.agreed)
-        return Losses({"tokens": recipe.classification_weight * found.loss}, notes)
+    def goal(self, drafter: MedusaDrafter, trained: Trained, rows: slice) -> Goal:
+        """The tokens of the text; see [`OwnHeadStep`]."""
+        assert trained.tokens is not None, "an unroll selects them"
+        own = trained.tokens[rows]
+        probs = torch.zeros(len(own), drafter.config.vocab_size, device=own.device)
+        return Goal(probs.scatter_(1, own[:, None], 1.0), own)
 
     def choices(self, drafter: MedusaDrafter, predicted: Tensor, step: int) -> Tensor:
         """The token that a head finds best: (rows, hidden) → (rows,)."""

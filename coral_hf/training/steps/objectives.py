@@ -15,7 +15,7 @@ from ..arguments import CoralTrainingArguments, Recipe
 from ..losses import regression_loss, router_loss
 from ..losses.csra import csra_loss, of_other_devices
 from ..losses.liger_loss import LigerChunkLoss
-from ..losses.token_loss import TokenWeights, token_loss
+from ..losses.token_loss import Head, TargetGoal, TokenWeights, TorchChunkLoss, token_loss
 from . import Losses, Trained
 
 
@@ -24,13 +24,14 @@ def drafter_losses(trained: Trained, args: CoralTrainingArguments, head: LMHead)
     recipe = args.resolved
     predicted, target = trained.predicted, trained.target
     weights = TokenWeights(recipe.classification_weight, recipe.top_k_weight, args.top_k)
-    kernel = LigerChunkLoss() if args.use_liger_kernel else None
-    tokens = token_loss(predicted, target, head.logits, weights, chunk_loss=kernel)
+    kernel = (LigerChunkLoss if args.use_liger_kernel else TorchChunkLoss)(weights)
+    goal, weight = TargetGoal(head.logits, target), step_weights(recipe, predicted)
+    by_weight = None if recipe.step_decay == 1 else weight
+    tokens = token_loss(predicted, goal, Head(head.logits), kernel, by_weight)
     regression = regression_loss(predicted, target)
-    weight = step_weights(recipe, tokens.loss)
     terms = {
         "regression": recipe.regression_weight * (regression * weight).sum(),
-        "tokens": (tokens.loss * weight).sum(),
+        "tokens": tokens.loss,
     }
     notes = {
         "regression_loss": regression.mean(),
@@ -127,7 +128,8 @@ def low_rank_losses(trained: Trained, head: LMHead) -> Losses:
     Args:
         trained: with `predicted` (steps, positions, hidden) after the low-rank projection.
     """
-    tokens = token_loss(trained.predicted, trained.target, head.logits)
-    loss = tokens.loss.mean()
+    goal = TargetGoal(head.logits, trained.target)
+    tokens = token_loss(trained.predicted, goal, Head(head.logits))
+    loss = tokens.loss / len(trained.predicted)
     notes = by_step("low_rank_agreement", tokens.agreed.sum(-1))
     return Losses({"low_rank": loss}, {"low_rank_loss": tokens.classification.mean(), **notes})

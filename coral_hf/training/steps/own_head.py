@@ -4,16 +4,28 @@ In: predicted hidden states of all steps. Out: their losses over the drafter's v
 compares hidden states, so gradients flow from a step to those before it.
 """
 
+from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ...target import text_config
-from ..losses.draft_loss import DraftGoal, DraftLoss, draft_goal, draft_loss, label_goal
+from ..losses.token_loss import (
+    Goal,
+    Head,
+    TokenLoss,
+    TokenWeights,
+    TorchChunkLoss,
+    draft_goal,
+    label_goal,
+    token_loss,
+)
 from . import Losses, Trained
 from .base import UnrolledStep
 from .objectives import alignment, step_weights, token_notes
+
+# positions whose logits are held at a time, those of all steps together
+CHUNK = 64
 
 
 class OwnHeadStep(UnrolledStep):
@@ -35,27 +47,30 @@ class OwnHeadStep(UnrolledStep):
                 f" {int(drafter.draft_tokens.max())}; train one of this target."
             )
 
+    def head(self, drafter: Any) -> Head:
+        """The drafter's LM head, with what is trained of it."""
+        parts: list[nn.Module | None] = [getattr(drafter, name) for name in self.head_parts]
+        weights = [weight for part in parts if part is not None for weight in part.parameters()]
+        return Head(drafter.draft_logits, weights)
+
+    def goal(self, drafter: Any, trained: Trained, rows: slice) -> Goal:
+        """What is to be predicted at some positions, over the drafter's vocabulary."""
+        if self.args.goal == "tokens":
+            assert trained.tokens is not None, "they come with a batch"
+            return label_goal(trained.tokens[rows], drafter.draft_tokens)
+        return draft_goal(self.target.head.logits(trained.target[rows]), drafter.draft_tokens)
+
     def losses(self, drafter: Any, trained: Trained) -> Losses:
         """Compute the cross-entropy over the drafter's vocabulary of all steps, and L_csra."""
         recipe, predicted = self.args.resolved, trained.predicted
-        tokens, dtype = drafter.draft_tokens, torch.promote_types(predicted.dtype, torch.float32)
+        loss = TorchChunkLoss(TokenWeights(recipe.classification_weight))
+        given = loss, step_weights(recipe, predicted), trained.kept, CHUNK
+        goal_of = partial(self.goal, drafter, trained)
+        found = token_loss(predicted, goal_of, self.head(drafter), *given)
+        losses = Losses({"tokens": found.loss}, self.notes(trained, found))
+        return losses + alignment(trained, self.args)
 
-        def goal_of(rows: slice) -> DraftGoal:
-            if self.args.goal == "tokens":
-                assert trained.tokens is not None, "they come with a batch"
-                return label_goal(trained.tokens[rows], tokens, dtype)
-            return draft_goal(self.target.head.logits(trained.target[rows]), tokens)
-
-        parts: list[nn.Module | None] = [getattr(drafter, name) for name in self.head_parts]
-        head = [weight for part in parts if part is not None for weight in part.parameters()]
-        weights = step_weights(recipe, predicted)
-        found = draft_loss(
-            predicted, goal_of, drafter.draft_logits, head, weights, kept=trained.kept
-        )
-        terms = {"tokens": recipe.classification_weight * found.loss}
-        return Losses(terms, self.notes(trained, found)) + alignment(trained, self.args)
-
-    def notes(self, trained: Trained, found: DraftLoss) -> dict[str, Tensor]:
+    def notes(self, trained: Trained, found: TokenLoss) -> dict[str, Tensor]:
         """What is logged beside the loss."""
         return token_notes(trained.predicted, found.classification, found.agreed)
 

@@ -29,7 +29,7 @@ from ...target import Target
 from ..arguments import CoralTrainingArguments
 from ..data.documents import Places
 from ..data.encoding import IGNORED
-from ..losses.draft_loss import DraftLoss
+from ..losses.token_loss import TokenLoss
 from . import Trained, register_step
 from .base import Predicted, drawn_generator
 from .eagle3 import Eagle3Step
@@ -171,7 +171,7 @@ class ParallelStep(Eagle3Step):
         )
         return Predicted(chains.by_position(predicted), chains.kept)
 
-    def notes(self, trained: Trained, found: DraftLoss) -> dict[str, Tensor]:
+    def notes(self, trained: Trained, found: TokenLoss) -> dict[str, Tensor]:
         """What is logged: averages over what each depth was trained on."""
         kept = torch.ones_like(found.agreed) if trained.kept is None else trained.kept
         scale = kept.shape[1] / kept.sum(1).clamp(min=1)  # of shape (steps,)

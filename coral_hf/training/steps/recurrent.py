@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...drafters.recurrent import RecurrentConfig, RecurrentDrafter
-from ..losses.draft_loss import DraftLoss
+from ..losses.token_loss import TokenLoss
 from . import Trained, register_step
 from .objectives import token_notes
 from .own_head import OwnHeadStep
@@ -33,7 +33,7 @@ class RecurrentStep(OwnHeadStep):
         """Embed tokens (batch, length); states (batch, length, 2 · hidden) that have read none."""
         return self.target.embed(tokens), torch.cat([read, torch.zeros_like(read)], dim=-1)
 
-    def notes(self, trained: Trained, found: DraftLoss) -> dict[str, Tensor]:
+    def notes(self, trained: Trained, found: TokenLoss) -> dict[str, Tensor]:
         """See [`OwnHeadStep`]; steps at a position are not alike, so none are compared."""
         return token_notes(trained.predicted[:1], found.classification, found.agreed)
 
