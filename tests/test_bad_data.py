@@ -229,7 +229,9 @@ def test_lines_that_are_not_json_are_named(
 
 def test_a_bad_array_is_named_by_its_line(tmp_path: Path) -> None:
     file = write(tmp_path / "a.json", b"[" + LINE + b",\n" + LINE + b",\n{oops}]")
-    with pytest.raises(ValueError, match="a.json: Expecting property name .* line 3 column 2"):
+    with pytest.raises(
+        ValueError, match="a.json, line 1: Expecting property name .* line 3 column 2"
+    ):
         load_conversations(file)
 
 

@@ -74,11 +74,9 @@ def token_rows(
             " `Dataset.from_list(rows)`."
         )
     elif "position_ids" not in (dataset.column_names or ()):  # else it was packed before
-        names = args.ignore_columns or ()  # not of every dataset
-        ignored = [name for name in names if name in (dataset.column_names or names)]
         # what is cut is counted in a warning
         longest = min(max_length, max_positions(text) or max_length)
-        sizes = {"vocab_size": vocab_size, "ignore_columns": ignored}
+        sizes = {"vocab_size": vocab_size, "ignore_columns": args.ignore_columns or ()}
         dataset = prepare_dataset(dataset, tokenizer, longest, **sizes)
     return dataset
 

@@ -53,7 +53,7 @@ def prepare_dataset(
         max_length: tokens after which a row is cut.
         num_proc: processes that tokenize.
         vocab_size: of the target, to refuse token ids that it does not have.
-        ignore_columns: columns that are not read, though they hold text or a mask.
+        ignore_columns: columns that are not read, if it has them, though they hold text or a mask.
 
     Raises:
         ValueError: for rows that cannot be read, naming the first and their number; of a stream
@@ -69,16 +69,15 @@ def prepare_dataset(
     if first is None:
         raise ValueError("`dataset` has no rows; check its path, its split and its filters.")
     columns = dataset.column_names or list(first)  # a stream may not know its columns
-    if ignore_columns:
-        plain = without_columns(plain, ignore_columns, columns)
-        columns = [name for name in columns if name not in ignore_columns]
-        first = {name: first[name] for name in columns}
+    ignored = [name for name in ignore_columns if name in columns]
+    if ignored:
+        plain = plain.remove_columns(ignored)
+        columns = [name for name in columns if name not in ignored]
     if vocab_size is not None:
         warn_of_more_tokens(tokenizer, vocab_size)
     given = {"tokenizer": tokenizer, "max_length": max_length, "vocab_size": vocab_size}
-    for found in _tokenize(first, 0, **given):  # fail at once where every row would
-        if found["problem"]:
-            raise ValueError(f"Row 0: {found['problem']}")
+    # fail at once where every row would
+    _tokenize_or_raise({name: first[name] for name in columns}, 0, **given)
     if isinstance(plain, IterableDataset):
         rows = map_rows(plain, _tokenize_or_raise, COLUMNS, columns=columns, **given)
         return rows.filter(lambda row: any(label != IGNORED for label in row["labels"]))
@@ -123,18 +122,6 @@ def _by_row(
     rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
     found = [one for pair in zip(rows, indices, strict=True) for one in function(*pair, **given)]
     return {name: [one.get(name) for one in found] for name in names}
-
-
-def without_columns(rows: Data, names: Collection[str], columns: Collection[str]) -> Data:
-    """Leave out columns that shall not be read, of those that a dataset has.
-
-    Raises:
-        ValueError: if it has none of a name.
-    """
-    unknown = [name for name in names if name not in columns]
-    if unknown:
-        raise ValueError(f"`ignore_columns` names {unknown}, but the columns are {[*columns]}.")
-    return rows.remove_columns([*names])
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import math
 import random
 import re
 import zlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from reprlib import repr as shortened
@@ -74,17 +75,15 @@ def load_conversations(
     found = (builder.config.data_files or {}).get(split.partition("[")[0], [])
     files = [Path(local) for local in found if Path(local).is_file()]  # none of a Hub id
     for local in files:  # Arrow takes bytes that are not UTF-8
-        check_lines(local)
+        if _reader_of(local) not in BINARY:
+            deque(_texts(local), maxlen=0)
     try:
         builder.download_and_prepare()
         return builder.as_dataset(split)
     except datasets.exceptions.DatasetGenerationError as error:
-        for local in files:
-            check_lines(local, parse=True)
         if not files or any(_reader_of(local) != "json" for local in files):
             raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
-    # rows have keys that the first ones lack
-    features = whole_features(files)
+    features = whole_features(files)  # rows have keys that the first ones lack, or are no JSON
     return datasets.load_dataset(reader or name, split=split, features=features, **given)
 
 
@@ -124,33 +123,43 @@ def _lines(file: Path) -> Iterator[bytes]:
         ) from error
 
 
-def check_lines(file: Path, parse: bool = False) -> None:
-    """Raise a ValueError for a file that is empty, or that has a line that is not UTF-8.
+def _texts(file: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a file with their numbers.
 
-    Args:
-        parse: also for what is not JSON: a JSON file holds one array, or an object a line.
+    Raises:
+        ValueError: for a file that is empty, or that has a line that is not UTF-8.
     """
-    if _reader_of(file) in BINARY:
-        return
-    parse = parse and _reader_of(file) == "json"
-    start = b""
+    is_empty = True
     for number, line in enumerate(_lines(file), start=1):
-        start = start or line.strip(b"\xef\xbb\xbf \t\r\n")[:1]
         try:
             text = line.decode("utf-8-sig")
-            if parse and start != b"[" and text.strip():
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}, line {number}: {error}. Repair or drop the line.") from error
+        is_empty = is_empty and not text.strip()
+        yield number, text
+    if is_empty:
+        raise ValueError(f"{file} is empty; give a file with at least one row.")
+
+
+def _rows(file: Path) -> Iterator[tuple[int, dict]]:
+    """Yield the rows of a JSON file with their numbers: lines, or places in its array.
+
+    Raises:
+        ValueError: for what is neither.
+    """
+    lines = _texts(file)
+    for number, text in lines:
+        try:
+            if text.lstrip().startswith("["):
+                text += "".join(line for _, line in lines)
+                yield from enumerate(json.loads(text), start=1)
+            elif text.strip():
                 row = json.loads(text)
                 if not isinstance(row, dict):
                     raise ValueError(f"a row is an object, not a {type(row).__name__}")
-        except ValueError as error:  # also of decoding and JSON
-            raise ValueError(f"{file}, line {number}: {error}. Repair or drop the line.") from error
-    if not start:
-        raise ValueError(f"{file} is empty; give a file with at least one row.")
-    if parse and start == b"[":
-        try:
-            json.loads(b"".join(_lines(file)))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: {error}. Repair it.") from error
+                yield number, row
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: {error}. Repair or drop it.") from error
 
 
 def whole_features(files: Sequence[Path]) -> datasets.Features:
@@ -159,7 +168,8 @@ def whole_features(files: Sequence[Path]) -> datasets.Features:
     Lists and objects are kept as JSON, so that their keys may differ from row to row.
 
     Raises:
-        ValueError: for a column of different kinds, naming the line of the first that differs.
+        ValueError: for a line that is not JSON, and for a column of different kinds, naming the
+            line of the first that differs.
     """
     kinds: dict[str, str] = {}
     for file in files:
@@ -180,24 +190,11 @@ def whole_features(files: Sequence[Path]) -> datasets.Features:
     return datasets.Features(found)
 
 
-def _rows(file: Path) -> Iterator[tuple[int, dict]]:
-    """Yield the rows of a JSON file with their numbers: lines, or places in its array."""
-    lines = enumerate(_lines(file), start=1)
-    for number, line in lines:
-        text = line.decode("utf-8-sig").strip()
-        if text.startswith("["):
-            rest = b"".join(line for _, line in lines).decode()
-            yield from enumerate(json.loads(f"{text}\n{rest}"), start=1)
-        elif text:
-            yield number, json.loads(text)
-
-
 def _documents(file: Path, split: str) -> list[str]:
     """Split a text file into its documents."""
     if split != "train":
         raise ValueError(f"`split` is {split!r}, but a text file has 'train' only; use that.")
-    check_lines(file)
-    text = b"".join(_lines(file)).decode("utf-8-sig")
+    text = "".join(line for _, line in _texts(file))
     if "<|endoftext|>" in text:
         return [part.strip() for part in text.split("<|endoftext|>") if part.strip()]
     documents = [""]

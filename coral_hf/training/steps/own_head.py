@@ -32,7 +32,7 @@ class OwnHeadStep(UnrolledStep):
     """A training step whose drafter has `draft_tokens` and `draft_logits`."""
 
     stages = ("drafter",)
-    goals = ("distribution", "tokens")
+    goals: ClassVar[tuple[str, ...]] = ("distribution", "tokens")
     can_shard = False  # the LM head runs outside of `forward`
     is_detached = False
     head_parts: ClassVar[tuple[str, ...]]  # modules of a drafter that `draft_logits` runs

@@ -64,21 +64,17 @@ def show(
     write = partial(console.print, soft_wrap=True)
     write(_render(LEGEND, has_marks).append("  ↵ a line break  … a part of the next character"))
     counts = []
-    for number, row in rows:
-        try:
-            parts = _parts(row, tokenizer, max_length)
-        except ValueError as error:
-            write(Text(f"\nRow {number} cannot be read: {error}", style="red"))
+    for found, part in _read(rows, tokenizer, max_length):
+        if "error" in found:
+            text = f"\nRow {found['row']} cannot be read: {found['error']}"
+            write(Text(text, style="red"))
             continue
-        for index, part in enumerate(parts, start=1):
-            kept = [piece for piece in part if piece.kind != CUT]
-            counts.append((len(kept), sum(piece.kind != READ for piece in kept)))
-            name = f"{number} ({index} of {len(parts)})" if len(parts) > 1 else str(number)
-            num_cut = len(part) - len(kept)
-            lost = f"; {num_cut} more are cut" if num_cut else ""
-            write(Text(f"\nRow {name}: {_describe(*counts[-1])}{lost}", style="bold"))
-            write(Text(f"from {source_of(row)}", style="dim"))
-            write(_render(part[: len(kept) + MOST_CUT], has_marks))
+        counts.append((found["num_tokens"], found["num_trained"]))
+        of = f" ({found['part']} of {found['parts']})" if found["parts"] > 1 else ""
+        lost = f"; {found['num_cut']} more are cut" if found["num_cut"] else ""
+        write(Text(f"\nRow {found['row']}{of}: {_describe(*counts[-1])}{lost}", style="bold"))
+        write(Text(f"from {found['source']}", style="dim"))
+        write(_render(part[: found["num_tokens"] + MOST_CUT], has_marks))
     if len(counts) > 1:
         total = _describe(*map(sum, zip(*counts, strict=True)))
         write(Text(f"\n{len(counts)} rows: {total}", style="bold"))
@@ -90,24 +86,26 @@ def describe(
     max_length: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield what `show` prints as objects: a training row each, or the `error` of a row."""
+    for found, part in _read(rows, tokenizer, max_length):
+        yield found if "error" in found else {**found, "spans": [*spans(part)]}
+
+
+def _read(
+    rows: Iterable[tuple[int, Row]], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> Iterator[tuple[dict[str, Any], list[Piece]]]:
+    """Yield each training row, its numbers and its tokens; or the `error` of a row."""
     for number, row in rows:
         try:
             parts = _parts(row, tokenizer, max_length)
         except ValueError as error:
-            yield {"row": number, "error": str(error)}
+            yield {"row": number, "error": str(error)}, []
             continue
         for index, part in enumerate(parts, start=1):
             kinds = [piece.kind for piece in part]
-            yield {
-                "row": number,
-                "part": index,
-                "parts": len(parts),
-                "source": source_of(row),
-                "num_tokens": len(kinds) - kinds.count(CUT),
-                "num_trained": len(kinds) - kinds.count(CUT) - kinds.count(READ),
-                "num_cut": kinds.count(CUT),
-                "spans": [*spans(part)],
-            }
+            num_tokens = len(kinds) - kinds.count(CUT)
+            found = {"row": number, "part": index, "parts": len(parts), "source": source_of(row)}
+            found |= {"num_tokens": num_tokens, "num_trained": num_tokens - kinds.count(READ)}
+            yield {**found, "num_cut": kinds.count(CUT)}, part
 
 
 def source_of(row: Row) -> str:
