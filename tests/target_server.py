@@ -30,7 +30,7 @@ class TargetServer(ThreadingHTTPServer):
         self.says_its_length = True
         self.most_new = 10**6  # a limit of its own
         self.key: str | None = None
-        self.token_form = "ids"  # or "names", as vLLM before 0.10.2, or "texts"
+        self.gives_ids = True
         self.adds: list[int] = []  # to every prompt, such as a BOS
         self.meeting: threading.Barrier | None = None  # of answers that wait for each other
         self.answers_left: int | None = None  # before it breaks off all connections
@@ -106,11 +106,8 @@ class Handler(loopback_hub.Handler):
         is_ended = tokens[-1] in [*server.ends, *asked["stop_token_ids"]]
         choice: dict[str, Any] = {"index": 0, "finish_reason": "stop" if is_ended else "length"}
         choice["text"] = server.tokenizer.decode(tokens, skip_special_tokens=True)
-        if server.token_form == "ids" and asked.get("return_token_ids"):
+        if server.gives_ids and asked.get("return_token_ids"):
             choice |= {"token_ids": tokens, "prompt_token_ids": prompt}
-        if asked.get("logprobs") is not None:
-            form = "token_id:{}".format if server.token_form == "names" else server.tokenizer.decode
-            choice["logprobs"] = {"tokens": [form(token) for token in tokens]}
         self.answer_json({"choices": [choice], "usage": {"prompt_tokens": len(prompt)}})
 
     def continue_(self, prompt: list[int], asked: dict[str, Any]) -> list[int]:

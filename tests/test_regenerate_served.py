@@ -95,13 +95,6 @@ def test_rows_are_those_that_the_target_writes_in_process(
     assert len(server.asked()) == len({(*prompt,) for prompt in server.asked()})
 
 
-def test_token_ids_written_as_names_give_the_same_rows(target, server, folder, tmp_path):  # noqa: F811
-    server.token_form = "names"
-    run(target, tmp_path / "own.jsonl")
-    run(at(server, folder), tmp_path / "served.jsonl")
-    assert read(tmp_path / "own.jsonl") == read(tmp_path / "served.jsonl")
-
-
 def test_samples_have_a_seed_of_their_own(server, folder, tmp_path):
     found = []
     for size in (1, 4):
@@ -227,7 +220,7 @@ REFUSALS = {
     "other name": ({}, {"model": "org/big"}, "holds org/tiny, and none called org/big"),
     "no name": ({}, {"model": None}, "holds org/tiny, and none called /.*; give the target's name"),
     "key": ({"key": "right"}, {}, f"asks for a key; put it into {KEY}"),
-    "texts": ({"token_form": "texts"}, {}, "returns no token ids, of which a row is made"),
+    "texts": ({"gives_ids": False}, {}, "returns no token ids, of which a row is made"),
     "BOS": ({"adds": [0]}, {}, "the server read other tokens than the .. it was sent"),
     "limit": ({"most_new": 3}, {}, "Row .: .* after 3 of 10 tokens, with 'length'"),
     "ends": ({"ends": [*range(50, 200)]}, {}, "Row .: .* tokens, with 'stop' and token"),

@@ -73,8 +73,6 @@ def prepare_dataset(
     if ignored:
         plain = plain.remove_columns(ignored)
         columns = [name for name in columns if name not in ignored]
-    if vocab_size is not None:
-        warn_of_more_tokens(tokenizer, vocab_size)
     given = {"tokenizer": tokenizer, "max_length": max_length, "vocab_size": vocab_size}
     # fail at once where every row would
     _tokenize_or_raise({name: first[name] for name in columns}, 0, **given)
@@ -210,21 +208,6 @@ def _drop_untrained(rows: Dataset, num_rows: int, max_length: int) -> Dataset:
     if len(kept) < len(rows):
         logger.warning(f"{dropped} and are dropped; raise `max_length` to keep more.")
     return rows.select_columns([*COLUMNS]).select(kept)
-
-
-def warn_of_more_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Warn of a tokenizer that has ids which the target has no embedding for.
-
-    Small Gemma 3 targets have one; only a row that uses it is refused.
-    """
-    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= vocab_size)
-    if beyond:
-        named = ", ".join(f"{token!r} ({i})" for i, token in beyond[:3])
-        logger.warning(
-            f"The tokenizer has {len(beyond)} tokens beyond the target's `vocab_size` of"
-            f" {vocab_size}, such as {named}; a row that uses one is refused. Make sure that it is"
-            " the target's own tokenizer."
-        )
 
 
 def warn_of_other_ends(tokenizer: PreTrainedTokenizerBase, target: PreTrainedModel) -> None:

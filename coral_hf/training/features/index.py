@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ...atomic import PARTIAL, WRITER, JsonLines
 from ...identity import TOKEN_COLUMNS, file_digest
-from ...target import FEATURE
 
 INDEX, SHARDS = "features.json", "features.jsonl"
 # bytes of a number, and of each layer of a token beside its numbers
@@ -73,7 +72,7 @@ class FeatureIndex:
     num_rows: int
     shard_bytes: int  # of a file, about
     shards: list[Shard]
-    layers: tuple[int, ...] = (FEATURE,)  # of the target's `hidden_states`, side by side
+    layers: tuple[int, ...]  # of the target's `hidden_states`, side by side
 
     @property
     def lengths(self) -> list[int]:
@@ -97,9 +96,8 @@ class FeatureIndex:
         try:
             shards = [Shard(**shard) for shard in JsonLines(folder / SHARDS).read()]
             fields = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            layers = tuple(fields.pop("layers", (FEATURE,)))  # those of one layer do not say so
-            return cls(**fields, shards=shards, layers=layers)
-        except (ValueError, TypeError) as error:
+            return cls(**fields | {"shards": shards, "layers": tuple(fields["layers"])})
+        except (ValueError, TypeError, KeyError) as error:
             raise damaged(folder / INDEX, f"cannot be read ({error})") from error
 
 

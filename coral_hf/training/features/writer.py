@@ -65,7 +65,7 @@ def plan_features(
         "fingerprint": rows_digest(rows),
         "num_rows": len(lengths),
         "shard_bytes": shard_bytes,
-        **({} if layers == (FEATURE,) else {"layers": [*layers]}),
+        "layers": layers,
     }
     # a shard has the rows that begin within its share of the tokens
     shard_of = (lengths.cumsum() - lengths) // max(shard_bytes // one, 1)  # (rows,)

@@ -8,7 +8,6 @@ sent as token ids, and answers are read as token ids: text, encoded again, may b
 """
 
 import math
-import re
 from collections.abc import Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
@@ -28,8 +27,6 @@ from .endpoint import Connection, Endpoint, Failure, TooLong
 # parameters that a server would otherwise take from the target's generation config
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 NEUTRAL |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
-# ways to ask for token ids, the later one for vLLM before 0.10.2
-WAYS = ({"return_token_ids": True}, {"return_tokens_as_token_ids": True, "logprobs": 1})
 # a text that tokenizers split in different ways
 PROBE = "  Naïve:\n\n3.14159 == 日本語?"
 
@@ -128,8 +125,8 @@ class ServedTarget:
             "top_p": self.settings.top_p,
             "stop_token_ids": self._ends,
             "add_special_tokens": False,  # to a text
+            "return_token_ids": True,
             **NEUTRAL,
-            **self._way,
             **others,
         }
 
@@ -141,7 +138,7 @@ class ServedTarget:
             Failure: if the server broke it off.
         """
         choice, most = continuation(reply, prompt), self.settings.max_new_tokens
-        tokens = tokens_of(choice)
+        tokens = choice.get("token_ids")
         if tokens is None:
             raise ValueError("the server returned an answer without its token ids.")
         if len(tokens) > most or not all(0 <= token < self._vocab_size for token in tokens):
@@ -163,7 +160,7 @@ class ServedTarget:
         return answer
 
     async def _meet(self) -> None:
-        """Find the target's name and positions on the server, and how it returns tokens."""
+        """Find the target's name and positions on the server, and that it returns tokens."""
         url, target = self.endpoint.url, self.endpoint.target
         async with Connection(self.endpoint, 1) as server:
             try:
@@ -172,7 +169,13 @@ class ServedTarget:
                 own = max_positions(text_config(self.target)) or math.inf
                 self._positions = min(own, entry.get("max_model_len") or math.inf)
                 self.max_prompt_length = longest_prompt(self._positions, self.settings)
-                await self._find_way(server)
+                ids = self._encode(PROBE)
+                reply = await server.once("completions", self._body(ids, 1))
+                if not continuation(reply, ids).get("token_ids"):
+                    raise ValueError(
+                        f"The server at {url} returns no token ids, of which a row is made; use one"
+                        " that knows `return_token_ids`, such as vLLM from 0.10.2 on."
+                    )
             except Failure as failure:
                 raise ConnectionError(
                     f"{url} does not answer as a server with OpenAI's API does: {failure}. Start"
@@ -187,18 +190,6 @@ class ServedTarget:
                 f"The server at {url} encodes a text to other tokens than the tokenizer of {target}"
                 " does, so it holds another target; name the one that it holds."
             )
-
-    async def _find_way(self, server: Connection) -> None:
-        """Find the parameters by which a server returns token ids."""
-        ids = self._encode(PROBE)
-        for self._way in WAYS:
-            reply = await server.once("completions", self._body(ids, 1))
-            if tokens_of(continuation(reply, ids)):
-                return
-        raise ValueError(
-            f"The server at {self.endpoint.url} returns no token ids, of which a row is made; use"
-            " one that does when asked for `return_token_ids`, such as vLLM from 0.10.2 on."
-        )
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -232,12 +223,3 @@ def continuation(reply: dict[str, Any], prompt: list[int] | None = None) -> dict
         if length != len(prompt) or read not in (None, prompt):
             raise ValueError(f"the server read other tokens than the {len(prompt)} it was sent.")
     return choices[0]
-
-
-def tokens_of(choice: dict[str, Any]) -> list[int] | None:
-    """Return the tokens of a continuation, (new,), where they are given as ids."""
-    if choice.get("token_ids") is not None:
-        return choice["token_ids"]
-    texts = (choice.get("logprobs") or {}).get("tokens") or []
-    found = [re.fullmatch(r"token_id:(\d+)", str(text)) for text in texts]
-    return [int(one[1]) for one in found if one] if found and all(found) else None
