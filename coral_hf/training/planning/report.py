@@ -87,27 +87,12 @@ class Plan:
 
     def check_disk(self) -> None:
         """Raise a ValueError if the disk cannot hold what the run writes, with what to do."""
-        needed = self.disk - self.existing
-        if needed <= self.free:
-            return
-        parts = [f"{shown_bytes(self.finished)} for the finished drafter"]
-        remedies = ["choose another --output, or free some"]
-        for stage in self.stages:
-            if stage.num_checkpoints:
-                each = shown_bytes(stage.checkpoint)
-                parts.append(f"{stage.num_checkpoints} checkpoints of {each} in {stage.stage!r}")
-        if sum(stage.num_checkpoints for stage in self.stages) > 2 * len(self.stages):
-            remedies.insert(0, "keep fewer checkpoints (--save_total_limit 1)")
-        if self.features in self.caches:
-            cache = shown_bytes(self.caches[self.features])
-            parts.append(f"{cache} for features as {self.features}")
-            smaller = f", as int8 ({shown_bytes(self.caches['int8'])})"
-            smaller = smaller if self.features != "int8" else ""
-            remedies.insert(0, f"compute the features while training{smaller}, or use fewer rows")
-        raise ValueError(
-            f"The run needs {shown_bytes(needed)} of disk, but only {shown_bytes(self.free)} are"
-            f" free at {self.output}: {', '.join(parts)}. Remedies: {'; '.join(remedies)}."
-        )
+        if (needed := self.disk - self.existing) > self.free:
+            raise ValueError(
+                f"The run needs {shown_bytes(needed)} of disk, but only {shown_bytes(self.free)}"
+                f" are free at {self.output}; keep fewer checkpoints (--save_total_limit 1),"
+                " compute features while training or as int8, or choose another --output."
+            )
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -123,9 +108,7 @@ class Plan:
         verdict = "fits" if memory.total <= self.room else "does not fit"
         yield f"  {'together':26}{shown_bytes(memory.total):>10}   {verdict} in {self.room_name}"
         for index, change in enumerate(self.changes):
-            is_last = index == len(self.changes) - 1
             verdict = "fits" if change.memory.total <= self.room else "does not fit"
-            verdict = verdict + (" yet" if verdict != "fits" and not is_last else "")
             start = "with" if not index else "and"
             yield f"  {start} {change.options}: {shown_bytes(change.memory.total)}, {verdict}"
         yield "Disk:"

@@ -1,15 +1,12 @@
 """Weights of a target, counted from its config: also of one that is quantized.
 
-In: a config, and the name that it was read from. Out: the bytes of the weights, and those of the
+In: a config. Out: the bytes of the weights, and those of the
 largest weight that a quantized target unpacks at a time.
 """
 
 import copy
-from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import HfApi
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...target import read_target
@@ -18,7 +15,6 @@ from .live_bytes import bytes_of
 # bits of a weight, its scales included: NF4 has one of fp32 for 64 weights (bitsandbytes), LLM.int8
 # one of fp32 for a row
 BITS = {4: 4.5, 8: 8.01}
-WEIGHTS = "model*.safetensors"
 
 
 class TargetSize(NamedTuple):
@@ -57,10 +53,8 @@ def target_size(
     layers = [w for w in model.parameters() if w.ndim > 1 and id(w) not in kept]
     count, itemsize = sum(w.numel() for w in layers), model.dtype.itemsize
     unpacked = max((w.numel() for w in layers), default=0) * itemsize
-    found = file_bytes(config._name_or_path) if given is not None else None
-    if found is None:
-        found = whole - count * itemsize + int(count * BITS[bits or bits_of(given)] / 8)
-    return TargetSize(found, unpacked)
+    packed = int(count * BITS[bits or bits_of(given)] / 8)
+    return TargetSize(whole - count * itemsize + packed, unpacked)
 
 
 def bits_of(quantization: Any) -> int:
@@ -69,15 +63,3 @@ def bits_of(quantization: Any) -> int:
     method = str(getattr(given.get("quant_method"), "value", given.get("quant_method")))
     is_4_bit = given.get("load_in_4bit") or given.get("bits") == 4 or "fp4" in method
     return 4 if is_4_bit else 8
-
-
-def file_bytes(name: str) -> int | None:
-    """Sum the weight files of a quantized checkpoint, which it is loaded as; None if unknown."""
-    if Path(name).is_dir():
-        return sum(path.stat().st_size for path in Path(name).glob(WEIGHTS)) or None
-    try:
-        files = HfApi().model_info(name, files_metadata=True).siblings or []
-    except Exception:  # no network, in the words of whichever client there is
-        return None
-    weights = [one for one in files if fnmatch(one.rfilename, WEIGHTS)]
-    return sum(one.size or 0 for one in weights) or None
