@@ -1,17 +1,23 @@
 """Draft heads of one drafter are made once and measured in turn."""
 
 import json
+import runpy
+from operator import itemgetter
 
 import pytest
 import torch
-from conftest import printed
-from test_cli import invoke
-from test_examples import folder  # noqa: F401  a saved target and its conversations
+from test_examples import (  # noqa: F401  a saved target and its conversations
+    EXAMPLES,
+    folder,
+    run,
+)
 
 from coral_hf import CoralDrafter
-from coral_hf.training.comparison import HeadTrial
-from coral_hf.training.comparison.heads import read_share
 
+SCRIPT = "compare_heads.py"
+HeadTrial, read_share = itemgetter("HeadTrial", "read_share")(
+    runpy.run_path(str(EXAMPLES / SCRIPT))
+)
 ROUTED = "routed grouping=contiguous num_groups=8 num_active_groups=2"
 
 
@@ -65,7 +71,7 @@ def test_the_share_read_includes_the_weights_that_a_head_adds(fields, share):
 
 
 @pytest.mark.slow
-def test_the_command_makes_heads_once_and_measures_them(folder):  # noqa: F811
+def test_heads_are_made_once_and_measured(folder, monkeypatch):  # noqa: F811
     from transformers import AutoModelForCausalLM
 
     target = AutoModelForCausalLM.from_pretrained(folder / "target")
@@ -88,7 +94,7 @@ def test_the_command_makes_heads_once_and_measures_them(folder):  # noqa: F811
         *("--max_steps", 2, "--per_device_train_batch_size", 2, "--use_cpu", True),
         *("--max_length", 64),
     ]
-    assert invoke("compare-heads", *names).exit_code == 0
+    run(monkeypatch, SCRIPT, *names)
     made = {path.name for path in (out / "heads").iterdir()}
     assert made == {
         *("full", "routed-contiguous-8", "routed-contiguous-4"),
@@ -104,13 +110,13 @@ def test_the_command_makes_heads_once_and_measures_them(folder):  # noqa: F811
     assert "| low_rank head_rank=4 |" in table and "## T = 1" in table
     assert (out / "sweep-contiguous-shared-0.png").stat().st_size > 1000
     before = {path: path.stat().st_mtime_ns for path in (out / "heads").rglob("*.safetensors")}
-    assert invoke("compare-heads", *names).exit_code == 0
+    run(monkeypatch, SCRIPT, *names)
     after = {path: path.stat().st_mtime_ns for path in (out / "heads").rglob("*.safetensors")}
     assert before == after
     other = CoralDrafter.from_target(target)
     torch.nn.init.zeros_(other.fc.weight)
     other.save_pretrained(folder / "drafter")
-    refused = invoke("compare-heads", *names)
-    assert "was written with drafter" in printed(refused)
+    with pytest.raises(ValueError, match="was written with drafter"):
+        run(monkeypatch, SCRIPT, *names)
     config = json.loads((out / "heads" / "routed-contiguous-8" / "config.json").read_text())
     assert config["is_router_trained"] and config["num_groups"] == 8

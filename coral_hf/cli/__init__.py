@@ -17,7 +17,6 @@ from .measure import (
     autotune,
     benchmark,
     compare,
-    compare_heads,
     generate,
     playground,
     sweep,
@@ -31,7 +30,7 @@ GROUPS: dict[str, list[Command]] = {
     "try": [demo],
     "train": [plan, train, distill, data, regenerate, features],
     "use": [generate, playground],
-    "measure": [verify, benchmark, sweep, compare, compare_heads, autotune],
+    "measure": [verify, benchmark, sweep, compare, autotune],
     "publish": [publish, import_, export],
 }
 

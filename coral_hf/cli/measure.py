@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import measure
 from ..demo import DemoSettings
-from ..measure.settings import ComparisonSettings, DraftingSettings, HeadComparisonSettings, option
+from ..measure.settings import ComparisonSettings, DraftingSettings, option
 from .options import (
     DatasetOptions,
     DrafterOptions,
@@ -185,30 +185,6 @@ def compare(own: CompareOptions, settings: ComparisonSettings, training_options:
         print(comparison.compare(whole, trials, own.steps, own.seeds))
     else:
         print(comparison.search(whole, trials, own.steps[0], own.keep))
-
-
-@dataclass(kw_only=True)
-class CompareHeadsOptions(MeasuredOptions, DatasetOptions):
-    """Which heads are compared."""
-
-    trial: list[str] = option("'routed grouping=kmeans num_groups=16 num_active_groups=2'.")
-
-
-def compare_heads(
-    own: CompareHeadsOptions, settings: HeadComparisonSettings, training_options: list[str]
-) -> None:
-    """Make draft heads for one drafter and measure them in turn, beside the full head.
-
-    Every other option is one of CoralTrainingArguments, for the heads that are trained.
-    """
-    from ..training.comparison import HeadComparison, HeadTrial
-
-    trials = [HeadTrial.parse(text) for text in own.trial]
-    prompts, rows = own.measured_prompts(), own.rows()
-    settings.options = training_options
-    target, drafter, tokenizer = own.load_models(own.pad_layers)
-    comparison = HeadComparison(target, tokenizer, rows, prompts, settings, drafter)
-    own.show(comparison.report(trials))
 
 
 @dataclass(kw_only=True)

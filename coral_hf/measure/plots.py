@@ -9,7 +9,6 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from pandas import DataFrame
 
 from .calls import ROUND_STAGES
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 PLAIN = COLOURS[-1]
 BAR_ROOM = 0.8  # of the distance between two groups of bars
-
-READABLE = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none"}  # text on any colour
 
 
 class Line(NamedTuple):
@@ -143,23 +140,4 @@ def context_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     plain = lines["plain_milliseconds"]
     axes.plot(range(len(plain)), plain, "o", color=PLAIN, mec="black", label="a plain token")
     add_legend(axes)
-    return figure
-
-
-def heat_maps(maps: Mapping[str, DataFrame]) -> "Figure":
-    """Draw a heat map for each title; the lightest cell is the best, the last map's the smallest.
-
-    The index and columns of a table, (shares, groups), become its axes.
-    """
-    figure, panels = new_figure(len(maps), 4.5, 0.8 * len(next(iter(maps.values()))) + 1.6)
-    colours = ("viridis", "viridis_r")
-    for axes, (title, table), colour in zip(panels, maps.items(), colours, strict=True):
-        axes.imshow(table, cmap=colour, aspect="auto")
-        axes.grid(visible=False)
-        for (y, x), value in np.ndenumerate(table):
-            if value == value:
-                axes.text(x, y, f"{value:.1%}", bbox=READABLE, ha="center", va="center")
-        axes.set_xticks(range(table.shape[1]), [str(groups) for groups in table.columns])
-        axes.set_yticks(range(table.shape[0]), [f"1/{1 / share:g}" for share in table.index])
-        axes.set(title=title, xlabel=table.columns.name, ylabel=table.index.name)
     return figure

@@ -164,14 +164,6 @@ class TrialSettings(TreeSettings):
 
 
 @dataclass(kw_only=True)
-class HeadComparisonSettings(TrialSettings):
-    """How draft heads of one drafter are compared."""
-
-    repeats: int = option("Timed calls of each head on each prompt.", 1, least=1)
-    seed: int = option("Seed of sampling.", 0)
-
-
-@dataclass(kw_only=True)
 class ComparisonSettings(TrialSettings):
     """How training runs are compared."""
 

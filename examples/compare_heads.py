@@ -1,32 +1,44 @@
-"""Comparison of draft heads: each is made once for a drafter, all are measured on the same prompts.
+"""Make draft heads for one drafter and measure them in turn, beside the full head.
 
-In: a drafter, its target, training rows, prompts, trials. Out: a Report: a table for each
-temperature, and heat maps over the number of groups and the share that is read.
+    python examples/compare_heads.py --target org/my-llama --drafter my-drafter --output heads \\
+        --dataset train.jsonl --prompts mt_bench.jsonl \\
+        --trial "routed grouping=kmeans num_groups=64 num_active_groups=8"
+
+Each head is made once for an output folder, all are measured on the same prompts: a table for each
+temperature, and heat maps over the number of groups and the share that is read. Every other option
+is one of CoralTrainingArguments, for the heads that are trained.
 """
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from pandas import DataFrame
 
-from ...atomic import new_folder, sole_writer
-from ...drafters.coral.configuration import CoralConfig
-from ...drafters.coral.modeling import CoralDrafter
-from ...heads.router import Groups
-from ...identity import weights_digest
-from ...measure import plots
-from ...measure.benchmark import COLUMNS, measure_prompts
-from ...measure.calls import Bench, Call, sampling_arguments
-from ...measure.report import Report, Table, dashed, describe_environment
-from ...measure.settings import HeadComparisonSettings
-from ...measure.summary import OVERALL, Row, summarise_tasks
-from ...target import read_target
-from ..grouping import most_frequent_first, token_counts
-from .trials import TrialRuns, config_fields
+from coral_hf.atomic import new_folder, sole_writer
+from coral_hf.cli.options import DatasetOptions, MeasuredOptions
+from coral_hf.cli.parser import parse
+from coral_hf.drafters.coral.configuration import CoralConfig
+from coral_hf.drafters.coral.modeling import CoralDrafter
+from coral_hf.heads.router import Groups
+from coral_hf.identity import weights_digest
+from coral_hf.measure.benchmark import COLUMNS, measure_prompts
+from coral_hf.measure.calls import Bench, Call, sampling_arguments
+from coral_hf.measure.plots import new_figure
+from coral_hf.measure.report import Report, Table, dashed, describe_environment
+from coral_hf.measure.settings import TrialSettings, option
+from coral_hf.measure.summary import OVERALL, Row, summarise_tasks
+from coral_hf.target import read_target
+from coral_hf.training.comparison.trials import TrialRuns, config_fields
+from coral_hf.training.grouping import most_frequent_first, token_counts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 FULL = "full"  # the head that the others are compared with
@@ -44,6 +56,21 @@ MADE_WITH = {
 }
 READ_WITH = ("num_active_groups", "routing", "max_active_groups", "active_mass")
 READ_ALONE = {name: getattr(CoralConfig, name) for name in READ_WITH[1:]}  # unless a trial says
+
+
+@dataclass(kw_only=True)
+class CompareHeadsOptions(MeasuredOptions, DatasetOptions):
+    """Which heads are compared."""
+
+    trial: list[str] = option("'routed grouping=kmeans num_groups=16 num_active_groups=2'.")
+
+
+@dataclass(kw_only=True)
+class HeadComparisonSettings(TrialSettings):
+    """How draft heads of one drafter are compared."""
+
+    repeats: int = option("Timed calls of each head on each prompt.", 1, least=1)
+    seed: int = option("Seed of sampling.", 0)
 
 
 class HeadTrial(NamedTuple):
@@ -112,7 +139,7 @@ class HeadComparison(TrialRuns):
             title, size = f"T = {temperature:g}", self.target.dtype.itemsize
             tables.append(head_table(title, rows, configs, size))
             for family, maps in heat_maps(rows, configs).items():
-                figures[f"sweep-{family}-{temperature:g}"] = partial(plots.heat_maps, maps)
+                figures[f"sweep-{family}-{temperature:g}"] = partial(draw_heat_maps, maps)
         environment = describe_environment(self.target, self.drafter)
         return Report(settings, environment, calls, {"trials": configs}, tables, figures)
 
@@ -143,6 +170,7 @@ class HeadComparison(TrialRuns):
         return drafter
 
 
+READABLE = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none"}  # text on any colour
 Rows = dict[tuple[str, str], Row]  # (trial, task) → its numbers at one temperature
 MAPS = ("τ, relative to the full head", "draft time, relative to the full head")
 ENDS = {"draft, ms a round": "{0.stage_milliseconds[draft]:.2f}", "of full": "{1:.0%}"}
@@ -189,6 +217,25 @@ def heat_maps(rows: Rows, configs: dict[str, dict[str, Any]]) -> dict[str, dict[
     }
 
 
+def draw_heat_maps(maps: Mapping[str, DataFrame]) -> "Figure":
+    """Draw a heat map for each title; the lightest cell is the best, the last map's the smallest.
+
+    The index and columns of a table, (shares, groups), become its axes.
+    """
+    figure, panels = new_figure(len(maps), 4.5, 0.8 * len(next(iter(maps.values()))) + 1.6)
+    colours = ("viridis", "viridis_r")
+    for axes, (title, table), colour in zip(panels, maps.items(), colours, strict=True):
+        axes.imshow(table, cmap=colour, aspect="auto")
+        axes.grid(visible=False)
+        for (y, x), value in np.ndenumerate(table):
+            if value == value:
+                axes.text(x, y, f"{value:.1%}", bbox=READABLE, ha="center", va="center")
+        axes.set_xticks(range(table.shape[1]), [str(groups) for groups in table.columns])
+        axes.set_yticks(range(table.shape[0]), [f"1/{1 / share:g}" for share in table.index])
+        axes.set(title=title, xlabel=table.columns.name, ylabel=table.index.name)
+    return figure
+
+
 def draft_share(rows: Rows, name: str) -> float:
     """Divide a trial's draft time of a round by the full head's."""
     own, full = (rows[trial, OVERALL].stage_milliseconds["draft"] for trial in (name, FULL))
@@ -219,3 +266,19 @@ def read_share(config: dict[str, Any], size: int) -> float:
         read = min(config["num_active_groups"] * groups.size, vocab)
         return (read * row + hidden + groups.num_groups) / vocab
     return row
+
+
+def compare_heads(
+    own: CompareHeadsOptions, settings: HeadComparisonSettings, training_options: list[str]
+) -> None:
+    """Make draft heads for one drafter and measure them in turn, beside the full head."""
+    trials = [HeadTrial.parse(text) for text in own.trial]
+    prompts, rows = own.measured_prompts(), own.rows()
+    settings.options = training_options
+    target, drafter, tokenizer = own.load_models(own.pad_layers)
+    comparison = HeadComparison(target, tokenizer, rows, prompts, settings, drafter)
+    own.show(comparison.report(trials))
+
+
+if __name__ == "__main__":
+    compare_heads(**parse("compare_heads.py", compare_heads, sys.argv[1:]))
