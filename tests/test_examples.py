@@ -75,10 +75,17 @@ def test_a_target_is_fine_tuned_and_starts_of_its_drafter_compared(folder, monke
     names = ["--target", folder / "tuned", "--output_dir", folder / "runs", "--num-prompts", 1]
     starts = ["random", "layer=0.5,0.5", f"lora2:{folder / 'first'}"]
     starts = [part for start in starts for part in ("--start", start)]
+    names += ["--rows", folder / "starts.jsonl", "--share", 0.5, "--share", 1]
     run(monkeypatch, "compare_starts.py", *data, *names, *starts, *short)
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(table) == 5
-    assert all(float(cell) >= 1 for line in table[2:] for cell in line.split("|")[3:6:2])
+    rows = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+    assert [(row["share"], row["start"].partition(":")[0]) for row in rows] == [
+        (share, start) for share in (0.5, 1.0) for start in ("random", "layer=0.5,0.5", "lora2")
+    ]
+    assert rows[0]["rows"] < rows[-1]["rows"]
+    assert all(row["tau"] >= 1 and row["tau_before"] >= 1 for row in rows)
+    first = capsys.readouterr().out
+    run(monkeypatch, "compare_starts.py", *data, *names, *starts, *short)  # all rows are there
+    assert capsys.readouterr().out.splitlines()[-8:] == first.splitlines()[-8:]
 
 
 @pytest.mark.parametrize(
