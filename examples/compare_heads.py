@@ -24,7 +24,7 @@ from coral_hf.atomic import new_folder, sole_writer
 from coral_hf.cli.options import DatasetOptions, MeasuredOptions
 from coral_hf.cli.parser import parse
 from coral_hf.drafters.coral.configuration import CoralConfig
-from coral_hf.drafters.coral.modeling import CoralDrafter
+from coral_hf.drafters.model import Drafter
 from coral_hf.heads.router import Groups
 from coral_hf.identity import weights_digest
 from coral_hf.measure.benchmark import COLUMNS, measure_prompts
@@ -111,7 +111,7 @@ class HeadComparison(TrialRuns):
     """Makes the heads of trials, each once for an output folder, and measures them."""
 
     settings: HeadComparisonSettings
-    drafter: CoralDrafter
+    drafter: Drafter
 
     def report(self, trials: Sequence[HeadTrial]) -> Report:
         """Measure trials, and the full head beside them.
@@ -143,18 +143,18 @@ class HeadComparison(TrialRuns):
         environment = describe_environment(self.target, self.drafter)
         return Report(settings, environment, calls, {"trials": configs}, tables, figures)
 
-    def drafter_for(self, trial: HeadTrial) -> CoralDrafter:
+    def drafter_for(self, trial: HeadTrial) -> Drafter:
         """Return the drafter that reads a trial's head, in the target's dtype."""
         folder = self.settings.output / "heads" / trial.key
         if not folder.exists():
             logger.info("making %s", trial.key)
             with new_folder(folder) as aside:
                 self._make(trial).save_pretrained(aside)
-        drafter = CoralDrafter.from_pretrained(folder, dtype=self.target.dtype).eval()
+        drafter = type(self.drafter).from_pretrained(folder, dtype=self.target.dtype).eval()
         drafter.heads.configure(**{**READ_ALONE, "draft_head": trial.head, **trial.fields})
         return drafter.to(self.drafter.device)
 
-    def _make(self, trial: HeadTrial) -> CoralDrafter:
+    def _make(self, trial: HeadTrial) -> Drafter:
         """Copy the drafter and give it a trial's head, trained or counted."""
         drafter = copy.deepcopy(self.drafter).float()
         drafter.heads.remove_router()

@@ -6,13 +6,14 @@ from conftest import VOCAB, any_target, scatter_weights, tiny_target
 from datasets import Dataset, IterableDataset
 from eagle3_checkpoint import DEPTH
 from test_import_eagle3 import written
-from test_trainer import make_trainer
+from test_trainer import logged, make_trainer
 from test_training_families import FAMILIES, trainer_of
 
 from coral_hf import CoralTrainingArguments, Eagle3Drafter
 from coral_hf.target import read_features, read_target
 from coral_hf.training.data import CoralCollator
 from coral_hf.training.features import CachedFeatures, write_features
+from coral_hf.training.pipeline import train
 from coral_hf.training.steps import step_kind, training_step
 from coral_hf.training.steps.eagle3 import Eagle3Step
 from coral_hf.training.warm_start import kind_of_source, warm_start
@@ -111,6 +112,88 @@ def test_alignment_of_the_steps_can_be_added(target, tmp_path):
     torch.testing.assert_close(with_it.total, without.total + with_it.terms["csra"])
 
 
+GROUPS = {"num_groups": 5, "num_active_groups": 2}
+
+
+def test_the_routers_stage_trains_it_alone_on_the_targets_mass_of_its_groups(target, tmp_path):
+    drafter = drafter_of(target)
+    before = {name: tensor.clone() for name, tensor in drafter.state_dict().items()}
+    settings = {"drafter": drafter, "stage": "router", "max_steps": 12, **GROUPS}
+    trainer = trainer_of(EAGLE3, target, rows_of([*range(3, 15)]), tmp_path, **settings)
+    batch = CoralCollator()([trainer.train_dataset[0]])
+    order = drafter.heads.router.order.view(5, -1)  # (groups, tokens), by which rows are sorted
+    trained = trainer.step.unroll(drafter, batch, STEPS).trained()
+    mass = target.lm_head(trained.target).softmax(-1)[:, order].sum(-1)  # (positions, groups)
+    read = trained.predicted if drafter.config.norm_output else drafter.norm(trained.predicted)
+    expected = -(mass * drafter.heads.router(read)).sum((-1, -2)).mean()
+    found = trainer.step.losses(drafter, trained).total.double()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    trainer.train()
+    losses = logged(trainer, "router_loss")
+    assert losses[-1] < losses[0]
+    assert all(drafter.state_dict()[name].equal(tensor) for name, tensor in before.items())
+    assert drafter.config.draft_head == "routed"
+
+
+def test_the_joint_loss_is_the_drafters_and_the_routers(target, tmp_path):
+    drafter = drafter_of(target)
+    drafter.heads.add_router(5, 2)
+    ids = torch.arange(3, 3 + LENGTH)[None]
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    steps = {name: {"stage": name} for name in ("drafter", "router")}
+    steps["joint"] = {"stage": "joint", "router_weight": 0.25}
+    steps = {name: step_of(drafter, target, tmp_path, **one) for name, one in steps.items()}
+    trained = steps["drafter"].unroll(drafter, batch, STEPS).trained()
+    total = {name: step.losses(drafter, trained).total for name, step in steps.items()}
+    torch.testing.assert_close(total["joint"], total["drafter"] + 0.25 * total["router"])
+
+
+def test_an_evaluation_with_a_router_counts_what_its_groups_hold(tmp_path):
+    target, rows = tiny_target("llama", torch.float32), rows_of([*range(3, 15)])
+    drafter = Eagle3Drafter.from_target(target)
+    drafter.heads.add_router(5, 5)
+    settings = {"drafter": drafter, "stage": "router", "eval_prompts": 0}
+    trainer = trainer_of(EAGLE3, target, rows, tmp_path, **settings)
+    trainer.train()
+    found = trainer.evaluate(rows)
+    assert found["eval_router_mass_depth_1"] == pytest.approx(1, abs=1e-5)
+    drafter.heads.configure(num_active_groups=1)
+    assert trainer.evaluate(rows)["eval_router_mass_depth_1"] < 0.9
+
+
+def test_a_router_needs_the_whole_vocabulary_in_its_order(target, tmp_path):
+    part, shuffled = drafter_of(target, draft_vocab_size=17), drafter_of(target)
+    shuffled.set_draft_vocabulary(torch.arange(VOCAB).roll(1))
+    rows = rows_of([*range(3, 15)])
+    for drafter in (part, shuffled):
+        drafter.training_record = [{"stage": "drafter"}]
+        with pytest.raises(ValueError, match="a row for each token, in their order; .* of 40 tok"):
+            stages = [
+                CoralTrainingArguments(str(tmp_path / stage), recipe="eagle3", stage=stage)
+                for stage in ("drafter", "router")
+            ]
+            train(target, None, rows, stages, drafter)
+    assert not (tmp_path / "drafter").exists()  # nothing was trained before
+    with pytest.raises(ValueError, match="draft vocabulary of 17 of 40 tokens. Train one with"):
+        ids = torch.tensor([[1, 2, 3]])
+        target.generate(ids, max_new_tokens=3, assistant_model=part, draft_head="routed")
+
+
+def test_a_router_of_a_target_that_has_gained_tokens_reads_those_of_before(tmp_path):
+    target = tiny_target("llama", torch.float32)
+    drafter = Eagle3Drafter.from_target(target)
+    target.resize_token_embeddings(VOCAB + 3, mean_resizing=False)
+    rows = rows_of([*range(3, 15)])
+    settings = {"drafter": drafter, "stage": "router", "max_steps": 2, "eval_prompts": 0, **GROUPS}
+    trainer = trainer_of(EAGLE3, target, rows, tmp_path, **settings)
+    trainer.train()
+    assert len(drafter.heads.router.order) == VOCAB
+    assert trainer.evaluate(rows)["eval_router_mass_depth_1"] < 1
+    prompt = torch.tensor([[3, 4, 5]])
+    plain = target.generate(prompt, max_new_tokens=8, do_sample=False)
+    assert target.generate(prompt, max_new_tokens=8, assistant_model=drafter).equal(plain)
+
+
 @pytest.mark.parametrize("is_cached", [False, True])
 def test_the_draft_vocabulary_is_counted_from_trained_tokens(tmp_path, is_cached):
     target = tiny_target("llama", torch.float32)
@@ -202,7 +285,12 @@ def test_a_head_is_tuned_on_a_target_with_the_same_tokens_and_made_anew_for_othe
     tuned = warm_start(tiny_target("llama", torch.float32, seed=3), other)
     assert tuned.draft_tokens.equal(other.draft_tokens)
     assert tuned.lm_head.weight.equal(other.lm_head.weight)
+    whole = drafter_of(target).float()
+    whole.heads.add_router(5, 2)
+    again = warm_start(tiny_target("llama", torch.float32, seed=3), whole)
+    assert again.heads.router.fc.weight.equal(whole.heads.router.fc.weight)
     grown = tiny_target("llama", torch.float32, vocab_size=VOCAB + 8)
+    assert warm_start(grown, whole).heads.router is None
     fresh = warm_start(grown, other)
     assert fresh.config.draft_vocab_size == VOCAB + 8
     assert fresh.fc.weight.equal(other.fc.weight)

@@ -69,6 +69,18 @@ def target():
     return tiny_target("llama", num_hidden_layers=DEPTH)
 
 
+def test_a_router_stays_behind_and_a_note_says_so(target, tmp_path):
+    drafter = made(target, draft_vocab_size=VOCAB)
+    drafter.heads.add_router(4, 2)
+    drafter.heads.configure(is_router_trained=True, draft_head="routed")
+    done = export_drafter(drafter, "vllm", tmp_path / "out")
+    assert written(tmp_path / "out")[1].keys() & {*drafter.heads.state_dict()} == set()
+    assert done.notes == [
+        "Left behind, since vllm has no place for them: heads.router.fc.weight,"
+        " heads.router.groups.weight. Its drafter reads its own whole LM head."
+    ]
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_engine_gets_its_own_names_and_fields(target, tmp_path, engine):
     done = export_drafter(made(target), engine, tmp_path / "out")

@@ -54,6 +54,15 @@ def eagle3_1(target):
     return Eagle3Drafter.from_target(target, fc_norm=True, norm_output=True, has_embeddings=True)
 
 
+def eagle3_routed(target):
+    """With half of the groups of its LM head read, in an order of their own."""
+    size = target.config.vocab_size
+    drafter = Eagle3Drafter.from_target(target)
+    drafter.heads.add_router(4, 2, torch.arange(size).roll(1).flip(0))
+    drafter.heads.configure(is_router_trained=True, draft_head="routed")
+    return drafter
+
+
 def parallel(target):
     """With two layers, so that a mask reads what another mask has read."""
     size = target.config.vocab_size
@@ -85,12 +94,13 @@ def medusa_static(target):
     return MedusaDrafter.from_target(target, num_heads=4, has_lm_heads=False, tree_choices=choices)
 
 
-STATIC = "medusa, static"
+STATIC, ROUTED = "medusa, static", "eagle3, routed"
 FAMILIES = {
     "coral": coral,
     "bigram": bigram,
     "eagle3": eagle3,
     "eagle3.1": eagle3_1,
+    ROUTED: eagle3_routed,
     "parallel": parallel,
     "recurrent": recurrent,
     "language_model": language_model,
@@ -109,9 +119,13 @@ SAVED = [family for family in FIXED if family != "language_model"]
 DRAWING = [family for family in FIXED if family != STATIC]
 
 
-def each(families):
-    """Families as parameters; how static trees of ranks differ is in test_medusa.py too."""
-    return [pytest.param(one, marks=pytest.mark.slow) if one == STATIC else one for one in families]
+def each(families, *quick):
+    """Families as parameters: those of which others ask nearly the same are slow, but for `quick`.
+
+    How static trees of ranks differ is in test_medusa.py too.
+    """
+    slow = {STATIC, ROUTED} - {*quick}
+    return [pytest.param(one, marks=pytest.mark.slow) if one in slow else one for one in families]
 
 
 def pair(family, **overrides):
@@ -145,7 +159,7 @@ def fixed_rounds(monkeypatch):
 
 @pytest.mark.parametrize("way", SOME_WAYS)
 @pytest.mark.parametrize("shape", [TREE, CHAIN], ids=["tree", "chain"])
-@pytest.mark.parametrize("family", each(FAMILIES))
+@pytest.mark.parametrize("family", each(FAMILIES, ROUTED))
 def test_greedy_tokens_of_a_batch_are_the_targets_own(family, shape, way, fixed_rounds):
     target, drafter = pair(family)
     given = prompts()
@@ -200,7 +214,7 @@ def test_a_prompt_in_parts_and_a_short_memory_change_no_token(family):
 @pytest.mark.parametrize(
     "shape", [TreeShape(2, 1, 3), TreeShape(2, 2, 7), TreeShape(1, 4, 5)], ids=str
 )
-@pytest.mark.parametrize("family", each(FAMILIES))
+@pytest.mark.parametrize("family", each(FAMILIES, ROUTED))
 @torch.no_grad()
 def test_the_distribution_of_the_output_is_exactly_the_targets(family, shape):
     target, drafter = pair(family, **TINY)
@@ -238,7 +252,7 @@ def test_samples_fit_the_targets_distribution(family, rule, way):
     assert p_value(counts, own_chances(target)) > 1e-3
 
 
-@pytest.mark.parametrize("family", each(SAVED))
+@pytest.mark.parametrize("family", each(SAVED, ROUTED))
 def test_a_saved_drafter_drafts_the_same_rounds(family, tmp_path, caplog):
     target, drafter = pair(family)
     drafter.save_pretrained(tmp_path)

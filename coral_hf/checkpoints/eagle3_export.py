@@ -44,7 +44,8 @@ def eagle3_content(
         scale: what the target's first layer sees, as a multiple of its table's row.
         vocab_size: of the target, which may have grown or shrunk since.
     """
-    config, tensors = drafter.config, drafter.state_dict()
+    config, state = drafter.config, drafter.state_dict()
+    tensors = {name: state[name] for name in state if not name.startswith("heads.")}
     if target is not None:
         config.check_depth(text_config(target.model).num_hidden_layers)
     _add_embeddings(tensors, engine, target, scale)

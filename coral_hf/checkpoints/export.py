@@ -266,12 +266,13 @@ def _notes(
     drafter: Drafter, scale: float, engine: str, hot_tokens: Sequence[int] | None
 ) -> list[str]:
     """Say what stays behind, and what moved."""
-    notes, is_coral = list[str](), isinstance(drafter, CoralDrafter)
-    left = {name for name in drafter.state_dict() if is_coral and not name.startswith(BODY)}
+    notes = list[str]()
+    left = {name for name in drafter.state_dict() if name.startswith("heads.")}
     if hot_tokens is not None:
         left = left - {"heads.hot_tokens"}  # they are in a file of their own
     if left:
-        instead = "the target's whole LM head" if hot_tokens is None else HOT_TOKENS
+        owner = "the target's" if isinstance(drafter, CoralDrafter) else "its own"
+        instead = f"{owner} whole LM head" if hot_tokens is None else HOT_TOKENS
         notes.append(
             f"Left behind, since {engine} has no place for them: {', '.join(sorted(left))}. Its"
             f" drafter reads {instead}."

@@ -55,7 +55,7 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
     fresh_head: bool = option("Replace the drafter's own heads.", False, needs="start")
     router_epochs: float | None = option(
         "Epochs of the router's stage; 0 trains no router. Default: 0.2, and 0 for a vocabulary of"
-        f" fewer than {LEAST_VOCAB} tokens.",
+        f" fewer than {LEAST_VOCAB} tokens, and for a drafter with an LM head of its own.",
         None,
     )
     resume: bool = option("Continue from the last checkpoint.", False)
@@ -87,7 +87,7 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
         stages = [name for name in DEFAULT_STAGES if name in kind.stages]
         if self.router_epochs is None and "router" in stages:
             config = AutoConfig.from_pretrained(self.target).get_text_config()
-            if config.vocab_size < LEAST_VOCAB:
+            if config.vocab_size < LEAST_VOCAB or has_draft_vocabulary(kind):
                 stages.remove("router")
         return stages
 
@@ -107,7 +107,7 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
         if self.layers is not None:
             fields["num_hidden_layers"] = self.layers
         if self.draft_vocab_size is not None:
-            if "draft_vocab_size" not in kind.drafter.config_class.own_names():
+            if not has_draft_vocabulary(kind):
                 raise ValueError("--draft-vocab-size goes with --recipe eagle3 or parallel.")
             fields["draft_vocab_size"] = self.draft_vocab_size
         return fields
@@ -157,6 +157,11 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
             drafter.heads.remove_low_rank_head()
         adapter = self.lora_r and lora(self.lora_r, self.lora_alpha, self.lora_target or None)
         return with_adapter(drafter, "drafter", adapter)
+
+
+def has_draft_vocabulary(kind) -> bool:
+    """Whether drafters of a kind of training step choose the tokens that they can propose."""
+    return "draft_vocab_size" in kind.drafter.config_class.own_names()
 
 
 @dataclass(kw_only=True)

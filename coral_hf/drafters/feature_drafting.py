@@ -8,6 +8,8 @@ f̂ is what the drafter's step returns, which the next step reads in the place o
     a level reads        (node, its parent's f̂)           and gives the next level
 """
 
+from collections.abc import Hashable
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -56,6 +58,7 @@ class FeatureDrafting(CachedDrafting):
 
     Args:
         drafter, target, memory: see [`CachedDrafting`].
+        draft_head: one of `DRAFT_HEADS`; the drafter's own choice by default.
         draft_window: committed tokens that the drafter attends to, and so keeps; all by default, or
             `draft_window` of its `generation_config`.
     """
@@ -67,12 +70,19 @@ class FeatureDrafting(CachedDrafting):
         drafter: Drafter,
         target: Target,
         memory: DrafterMemory | None = None,
+        draft_head: str | None = None,
         draft_window: int | None = None,
     ):
         accept_features(target.model)
         check_target(drafter.config, target.model, takes_other_vocabulary=True)
         windows = [_window_of(drafter, draft_window)] * drafter.config.num_hidden_layers
         super().__init__(drafter, target, windows, memory)
+        self._head_name = draft_head or drafter.config.draft_head
+
+    @property
+    def kind(self) -> Hashable:
+        """See [`FixedDrafting`]."""
+        return super().kind, self._head_name
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embed tokens (batch, new) as a step reads them: (batch, new, hidden)."""

@@ -26,6 +26,7 @@ from ..atomic import write_json
 from ..decoding.drafting import Drafting, register_drafting
 from ..decoding.guard import accept_features, accept_target
 from ..decoding.settings import TREE_DEFAULTS
+from ..heads.settings import UNTRAINED_HEADS
 from ..lm_head import execution_device
 from .configuration import FamilyConfig
 
@@ -71,11 +72,22 @@ class Drafter(PreTrainedModel, GenerationMixin):
     def from_target(cls: type[Made], target: PreTrainedModel, **overrides) -> Made:
         """Make an untrained drafter for `target`, in its dtype and on the device of its LM head.
 
-        `overrides` are fields of the family's config.
+        `overrides` are fields of the family's config. A router made by them (`num_groups`) is read
+        only after a stage has trained it.
 
         Raises:
-            ValueError: for a target that cannot take a drafter.
+            ValueError: for a target that cannot take a drafter; for a draft head that has to be
+                counted or trained first.
         """
+        named = {"draft_head", "num_hot_tokens", "head_rank"} & overrides.keys()
+        if overrides.get("draft_head") in UNTRAINED_HEADS:
+            named.remove("draft_head")
+        if heads := sorted(named):
+            raise ValueError(
+                f"{heads} would name a draft head that has learned nothing; make the drafter, then"
+                " call add_frequency_head or add_low_rank_head of drafter.heads, or train one with"
+                " CoralTrainer (stage='router' or 'low_rank')."
+            )
         accept_target(target)
         accept_features(target)
         config = cls.config_class.from_target(target.config, **overrides)

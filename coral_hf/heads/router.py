@@ -46,7 +46,7 @@ class Groups(NamedTuple):
         """Sum probabilities by group: (*batch, vocab) → (*batch, groups)."""
         if self.order is not None:
             probs = probs[..., self.order]
-        padded = F.pad(probs, (0, self.size * self.num_groups - self.vocab_size))
+        padded = F.pad(probs, (0, self.size * self.num_groups - probs.shape[-1]))
         return padded.unflatten(-1, (self.num_groups, self.size)).sum(-1)
 
     def group_of(self) -> Tensor:

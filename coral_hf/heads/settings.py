@@ -1,5 +1,7 @@
 """Draft-head fields of a drafter's config: names, choices, and which of them fit together."""
 
+from dataclasses import dataclass, fields
+
 from transformers import PreTrainedConfig
 
 DRAFT_HEADS = ("full", "quantized", "routed", "routed_quantized", "frequency", "low_rank")
@@ -22,20 +24,45 @@ SIZE_LIMITS = {
     "num_active_groups": "num_groups",
     "max_active_groups": "num_groups",
 }
-# the fields that say which heads there are and how they are read
-HEAD_FIELDS = (
-    "draft_head",
-    "num_groups",
-    "num_active_groups",
-    "grouping",
-    "grouping_hash",
-    "routing",
-    "max_active_groups",
-    "active_mass",
-    "is_router_trained",
-    "num_hot_tokens",
-    "head_rank",
-)
+
+
+@dataclass
+class HeadFields:
+    """Fields of the config of a drafter with draft heads: which it has, and how they are read.
+
+    Args:
+        draft_head: `"full"` reads the whole LM head, `"quantized"` a copy of it in eight bits,
+            `"routed"` the groups that the router picks, `"routed_quantized"` these in eight bits,
+            `"frequency"` the most frequent tokens, `"low_rank"` a few channels of all tokens.
+        num_groups: groups of the router, `None` for a drafter without one.
+        num_active_groups: groups that a routed head reads at a time.
+        grouping: what the groups were made from; all but `"contiguous"` have an order of the
+            vocabulary in the checkpoint.
+        grouping_hash: of that order; a router knows its own groups only.
+        routing: whether the rows of a tree level share groups (`"shared"`), all read what any of
+            them wants (`"union"`), or read each its own (`"per_node"`).
+        max_active_groups: groups that `"union"` reads for a text at most; `None` for all wanted.
+        active_mass: read only as many groups as hold this share of the router's mass; `None`
+            always reads `num_active_groups`.
+        is_router_trained: whether the router has been trained; only then is it read.
+        num_hot_tokens: tokens of the frequency head, `None` for a drafter without one.
+        head_rank: channels of the low-rank head, `None` for a drafter without one.
+    """
+
+    draft_head: str = "full"
+    num_groups: int | None = None
+    num_active_groups: int = 2
+    grouping: str = "contiguous"
+    grouping_hash: str | None = None
+    routing: str = "shared"
+    max_active_groups: int | None = None
+    active_mass: float | None = None
+    is_router_trained: bool = False
+    num_hot_tokens: int | None = None
+    head_rank: int | None = None
+
+
+HEAD_FIELDS = tuple(field.name for field in fields(HeadFields))
 
 
 def check_head_fields(config: PreTrainedConfig) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..drafters.coral.modeling import CoralDrafter
+from ..drafters.eagle3 import Eagle3Drafter
 from ..drafters.model import Drafter
 from ..target import Target, text_config
 from .arguments import MOST_GROUPS, CoralTrainingArguments
@@ -56,7 +57,7 @@ def follow_vocabulary(
 
 
 def add_heads(
-    drafter: CoralDrafter,
+    drafter: CoralDrafter | Eagle3Drafter,
     args: CoralTrainingArguments,
     target: Target,
     rows,
@@ -75,6 +76,8 @@ def add_heads(
         number, grouping = args.num_groups or default_groups(vocab_size), args.grouping or "kmeans"
         num_tokens = None if tokenizer is None else min(len(tokenizer), vocab_size)
         order = group_order(grouping, target, rows, number, args.seed, num_tokens)
+        if order is not None:  # a target may have tokens that the drafter's own LM head has not
+            order = order[order < vocab_size]
         active = args.num_active_groups or max(number // 8, 1)
         drafter.heads.add_router(number, active, order, grouping)
     if head == "low_rank" and drafter.heads.low_rank is None:
@@ -93,8 +96,12 @@ def default_rank(hidden_size: int) -> int:
 
 
 def check_head_settings(drafter: Drafter | PeftModel, args: CoralTrainingArguments) -> None:
-    """Raise a ValueError for a setting of a new head that differs from the head to be trained."""
+    """Raise a ValueError for a head that the drafter cannot have, and for a setting of a new one
+    that differs from the head to be trained.
+    """
     names = HEAD_SETTINGS.get(HEAD_OF.get(args.stage, ""), ())
+    if names and isinstance(drafter, Eagle3Drafter):
+        drafter.check_whole()
     if not names or getattr(drafter.config, names[0]) is None:
         return
     for name in names:

@@ -166,5 +166,7 @@ def _with_own_head(target: PreTrainedModel, other: Drafter, shape: dict, is_same
     state = other.state_dict()
     tensors = {k: v for k, v in state.items() if is_same or not OF_TOKENS.fullmatch(k)}
     drafter = type(other).from_target(target, **shape).float()
+    if is_same and hasattr(drafter, "heads"):
+        drafter.heads.adopt(config)
     drafter.load_state_dict(tensors, strict=is_same)
     return drafter

@@ -1,7 +1,5 @@
 """CORAL's side of a call: it reads the target's last feature, and draft heads of its choice."""
 
-from collections.abc import Hashable
-
 from ...target import FEATURE, Target
 from ..feature_drafting import DrafterMemory, FeatureDrafting
 from .modeling import CoralDrafter
@@ -11,8 +9,7 @@ class CoralDrafting(FeatureDrafting):
     """Drafts for one call of `generate` with a [`CoralDrafter`].
 
     Args:
-        drafter, target, memory, draft_window: see [`FeatureDrafting`].
-        draft_head: one of `DRAFT_HEADS`; the drafter's own choice by default.
+        drafter, target, memory, draft_head, draft_window: see [`FeatureDrafting`].
 
     Example:
 
@@ -33,11 +30,5 @@ class CoralDrafting(FeatureDrafting):
         draft_head: str | None = None,
         draft_window: int | None = None,
     ):
-        super().__init__(drafter, target, memory, draft_window)
+        super().__init__(drafter, target, memory, draft_head, draft_window)
         self.head = drafter.heads.bind(target.head, draft_head)
-        self._head_name = draft_head or drafter.config.draft_head
-
-    @property
-    def kind(self) -> Hashable:
-        """See [`FixedDrafting`]."""
-        return super().kind, self._head_name

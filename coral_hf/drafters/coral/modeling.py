@@ -13,11 +13,9 @@ held here.
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ...heads.collection import DraftHeads
-from ...heads.settings import UNTRAINED_HEADS
 from ..layers import CausalContext, Context, DecoderLayer
 from ..model import Drafter
 from .configuration import CoralConfig
@@ -50,28 +48,6 @@ class CoralDrafter(Drafter):
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.heads = DraftHeads(config)
         self.post_init()
-
-    @classmethod
-    def from_target(cls, target: PreTrainedModel, **overrides) -> "CoralDrafter":
-        """Make an untrained drafter for `target`, in its dtype and on the device of its LM head.
-
-        `overrides` are fields of [`CoralConfig`]. A router made by them (`num_groups`) is read only
-        after a stage has trained it.
-
-        Raises:
-            ValueError: for a target that cannot take a drafter; for a draft head that has to be
-                counted or trained first.
-        """
-        named = {"draft_head", "num_hot_tokens", "head_rank"} & overrides.keys()
-        if overrides.get("draft_head") in UNTRAINED_HEADS:
-            named.remove("draft_head")
-        if heads := sorted(named):
-            raise ValueError(
-                f"{heads} would name a draft head that has learned nothing; make the drafter, then"
-                " call add_frequency_head or add_low_rank_head of drafter.heads, or train one with"
-                " CoralTrainer (stage='router' or 'low_rank')."
-            )
-        return super().from_target(target, **overrides)
 
     def check(self) -> None:
         """See [`Drafter.check`]: groups cover the vocabulary, and are those of the router."""

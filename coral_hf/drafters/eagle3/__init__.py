@@ -5,4 +5,5 @@ from .configuration import Eagle3Config, default_layers
 from .drafting import Eagle3Drafting
 from .modeling import Eagle3Drafter
 
-register_family(Eagle3Config, Eagle3Drafter, Eagle3Drafting, options=("draft_window",))
+options = ("draft_head", "draft_window")
+register_family(Eagle3Config, Eagle3Drafter, Eagle3Drafting, options)

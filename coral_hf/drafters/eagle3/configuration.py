@@ -9,17 +9,18 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from ...heads.settings import HeadFields, check_head_fields
 from ..configuration import DrafterConfig
 
 DRAFT_VOCABULARY = 32000  # tokens, as published
 
 
 @strict
-class Eagle3Config(DrafterConfig):
+class Eagle3Config(HeadFields, DrafterConfig):
     """Configuration of an [`Eagle3Drafter`].
 
     `Eagle3Config.from_target` fills in everything that follows from a target. What it shares with
-    other families is in `DrafterConfig`.
+    other families is in `DrafterConfig`, and how its LM head is read in `HeadFields`.
 
     Args:
         target_layers: the hidden states of the target that are fused, as indices into its
@@ -66,6 +67,7 @@ class Eagle3Config(DrafterConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        check_head_fields(self)
         self.target_layers = list(self.target_layers)
         if self.target_hidden_size is None:
             self.target_hidden_size = self.hidden_size

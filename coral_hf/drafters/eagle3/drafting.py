@@ -4,18 +4,25 @@ from torch import Tensor
 
 from ...heads.draft_heads import Children
 from ...heads.ranking import rank
+from ...heads.settings import UNTRAINED_HEADS
+from ...lm_head import LMHead
 from ...target import Target, text_config
 from ..feature_drafting import DrafterMemory, FeatureDrafting
 from .modeling import Eagle3Drafter
 
 
 class OwnHead:
-    """A drafter's LM head over its draft vocabulary.
+    """A draft head on a drafter's own LM head, whose rows stand for its draft vocabulary.
 
-    `num_tokens`: of the target, which may have lost some since the drafter was made.
+    Args:
+        num_tokens: of the target, which may have lost some since the drafter was made.
+        name: one of `DRAFT_HEADS`; the drafter's own choice by default.
     """
 
-    def __init__(self, drafter: Eagle3Drafter, num_tokens: int):
+    def __init__(self, drafter: Eagle3Drafter, num_tokens: int, name: str | None = None):
+        if (name or drafter.config.draft_head) not in UNTRAINED_HEADS:
+            drafter.check_whole()
+        self._head = drafter.heads.bind(LMHead(drafter.lm_head), name)
         self._drafter, self._num_tokens = drafter, num_tokens
         tokens = drafter.draft_tokens
         self._gone = tokens >= num_tokens if bool((tokens >= num_tokens).any()) else None
@@ -23,20 +30,20 @@ class OwnHead:
 
     def children(self, features: Tensor, log_path: Tensor, top_k: int) -> Children:
         """Rank the children of features (batch, nodes, hidden); see [`DraftHead`]."""
-        places, log_probs = rank(self._read(features), min(top_k, len(self._tokens)))
-        return Children(self._tokens[places], log_probs)
+        if self._gone is not None:
+            return Children(*rank(self.logits(features, log_path), min(top_k, self._num_tokens)))
+        normed, top_k = self._drafter.normed(features), min(top_k, len(self._tokens))
+        places, log_confidence = self._head.children(normed, log_path, top_k)
+        return Children(self._tokens[places], log_confidence)
 
     def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
         """Spread logits over the target's vocabulary, (batch, nodes, vocab); see [`DraftHead`]."""
-        read = self._read(features)
+        read = self._head.logits(self._drafter.normed(features), log_path)
+        if self._gone is not None:
+            read = read.masked_fill(self._gone, float("-inf"))
         logits = read.new_full((*read.shape[:-1], self._num_tokens), float("-inf"))
         # a draft id without a token stands for the last one, whose logit it must not overwrite
         return logits.scatter_reduce(-1, self._tokens.expand_as(read), read, "amax")
-
-    def _read(self, features: Tensor) -> Tensor:
-        """(batch, nodes, hidden) → (batch, nodes, draft_vocab)"""
-        logits = self._drafter.draft_logits(features).float()
-        return logits if self._gone is None else logits.masked_fill(self._gone, float("-inf"))
 
 
 class Eagle3Drafting(FeatureDrafting):
@@ -49,13 +56,14 @@ class Eagle3Drafting(FeatureDrafting):
         drafter: Eagle3Drafter,
         target: Target,
         memory: DrafterMemory | None = None,
+        draft_head: str | None = None,
         draft_window: int | None = None,
     ):
-        super().__init__(drafter, target, memory, draft_window)
+        super().__init__(drafter, target, memory, draft_head, draft_window)
         text, config = text_config(target.model), drafter.config
         config.check_depth(text.num_hidden_layers)
         self.layers = tuple(config.target_layers)
-        self.head = OwnHead(drafter, text.vocab_size)
+        self.head = OwnHead(drafter, text.vocab_size, draft_head)
 
     def read(self, features: Tensor) -> Tensor:
         """Fuse features, (batch, new, layers · hidden) → (batch, new, hidden)."""

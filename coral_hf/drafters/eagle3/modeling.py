@@ -7,7 +7,8 @@
     and returns                a1       a2       a3          whose logits are for x2, x3, x4
     the next step reads                 (x̂2,a1)  …
 
-The logits are of the draft vocabulary, the drafter's own choice of the target's tokens.
+The logits are of the draft vocabulary, the drafter's own choice of the target's tokens. Draft heads
+read its LM head as a CORAL drafter's read the target's.
 """
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from ...heads.collection import DraftHeads
 from ...heads.router import check_token_ids
 from ...target import read_target
 from ..layers import Attention, CausalContext, Context, DecoderLayer
@@ -87,6 +89,7 @@ class Eagle3Drafter(Drafter):
         self.embed_tokens = (
             nn.Embedding(config.vocab_size, config.hidden_size) if config.has_embeddings else None
         )
+        self.heads = DraftHeads(config)
         draft_ids = torch.arange(config.draft_vocab_size)
         self.register_buffer("d2t", torch.zeros_like(draft_ids))
         self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size)
@@ -111,8 +114,9 @@ class Eagle3Drafter(Drafter):
         return drafter
 
     def check(self) -> None:
-        """See [`Drafter.check`]: `d2t` and `t2d` name the same tokens."""
+        """See [`Drafter.check`]: `d2t` and `t2d` name the same tokens, groups are the router's."""
         self.set_draft_vocabulary(self.draft_tokens)
+        self.heads.check()
 
     @property
     def draft_tokens(self) -> Tensor:
@@ -133,6 +137,19 @@ class Eagle3Drafter(Drafter):
         self.d2t.copy_(tokens - torch.arange(len(tokens), device=tokens.device))
         self.t2d.fill_(False)
         self.t2d[tokens] = True
+
+    def check_whole(self) -> None:
+        """Raise a ValueError unless the rows of `lm_head` are those of all tokens, in their order.
+
+        Draft heads that read some rows name them by the tokens' ids.
+        """
+        if len(self.d2t) < self.config.vocab_size or bool(self.d2t.any()):
+            raise ValueError(
+                "A router and frequent tokens need an LM head with a row for each token, in their"
+                f" order; this drafter's own has a draft vocabulary of {len(self.d2t)} of"
+                f" {self.config.vocab_size} tokens. Train one with `draft_vocab_size`"
+                f" {self.config.vocab_size} (--draft-vocab-size), or use draft_head='full'."
+            )
 
     def fuse(self, features: Tensor) -> Tensor:
         """Fuse the target's hidden states, side by side, to what a step reads.
@@ -189,4 +206,8 @@ class Eagle3Drafter(Drafter):
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
         """Logits over the draft vocabulary: (*batch, hidden) → (*batch, draft_vocab)."""
-        return self.lm_head(hidden if self.config.norm_output else self.norm(hidden))
+        return self.lm_head(self.normed(hidden))
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What `lm_head` reads of what `forward` returned: (*batch, hidden) → (*batch, hidden)."""
+        return hidden if self.config.norm_output else self.norm(hidden)

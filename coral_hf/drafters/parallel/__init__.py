@@ -5,4 +5,5 @@ from .configuration import ParallelConfig
 from .drafting import ParallelDrafting
 from .modeling import ParallelDrafter
 
-register_family(ParallelConfig, ParallelDrafter, ParallelDrafting, options=("draft_window",))
+options = ("draft_head", "draft_window")
+register_family(ParallelConfig, ParallelDrafter, ParallelDrafting, options)

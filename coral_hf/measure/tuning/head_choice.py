@@ -26,7 +26,7 @@ Figures = dict[str, dict[str, Any]]  # by head: `tau` and `speedup`
 
 
 def heads_of(drafter: PreTrainedModel, target: PreTrainedModel) -> list[str]:
-    """List the draft heads that a drafter has, the full one first; none if it has its own LM head.
+    """List the draft heads that a drafter has, the full one first; none of a family without them.
 
     Those in eight bits are left out: a private copy of the target's LM head is for who asks for it.
     Of a target whose LM head cannot be read in parts there is the full one alone.

@@ -27,6 +27,7 @@ from ...atomic import JsonLines, keep_settings, sole_writer
 from ...drafters.configuration import FamilyConfig
 from ...drafters.coral.configuration import CoralConfig
 from ...drafters.model import Drafter
+from ...heads.settings import HeadFields
 from ...identity import digest, identify
 from ...measure.calls import decoded_rounds
 from ...measure.prompts import Prompt, encode, fitting
@@ -90,7 +91,7 @@ def config_fields(words: Iterable[str], kind: type[FamilyConfig] = CoralConfig) 
             value of another type.
     """
     # those that it declares itself; others are of transformers and shape no drafter
-    bases = [base for base in kind.__mro__ if issubclass(base, FamilyConfig)]
+    bases = [base for base in kind.__mro__ if issubclass(base, FamilyConfig | HeadFields)]
     known = dict.fromkeys(name for base in reversed(bases) for name in base.__annotations__)
     config, fields = kind(), {}
     for word in words:

@@ -41,6 +41,7 @@ class Evaluation:
     def __init__(
         self, step: TrainingStep, drafter: Drafter, target: Target, args: CoralTrainingArguments
     ):
+        self._step: Any = step
         self._drafter, self._target, self._args = drafter, target, args
         self._choose = partial(step.choices, drafter)
         self._has_router = "router" in step.stages and drafter.config.is_router_trained
@@ -53,7 +54,7 @@ class Evaluation:
         unrolled = unrolled.first(self.depth)
         self._replayed += replayed_rounds(self._choose, self._target, unrolled)
         if self._has_router:
-            self._held += routing_sums(self._drafter, self._target, unrolled.trained())
+            self._held += routing_sums(self._step, self._drafter, unrolled.trained())
 
     def metrics(self, dataset: Iterable, accelerator: Accelerator) -> dict[str, float]:
         """Compute the metrics, the same in every process; each decodes its share of the prompts.

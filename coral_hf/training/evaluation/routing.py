@@ -5,13 +5,16 @@ Out: shares of positions. Step d stands where a chain of depth d stands, and a p
 groups that it wants itself, so this is the router alone, without what a tree's rows share.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ...drafters.coral.modeling import CoralDrafter
 from ...heads.router import Routing
-from ...target import Target
+from ...lm_head import LMHead
 from ..steps import Trained
+from ..steps.base import UnrolledStep
 
 CHUNK = 128  # positions whose logits are held at a time
 TOP = 10  # of the drafter's own choices
@@ -19,21 +22,22 @@ NAMES = ("router_top_1_recall", f"router_top_{TOP}_recall", "router_mass")
 
 
 @torch.no_grad()
-def routing_sums(drafter: CoralDrafter, target: Target, trained: Trained) -> Tensor:
+def routing_sums(step: UnrolledStep, drafter: Any, trained: Trained) -> Tensor:
     """Sum over positions what the active groups hold, by step: (steps, names + 1), on the CPU.
 
     The last column counts the positions.
 
     Args:
+        step: of the trainer.
         drafter: with a router.
-        target: of the drafter.
         trained: predictions (steps, positions, hidden) and features (positions, hidden).
     """
     sums = torch.zeros(len(trained.predicted), len(NAMES) + 1, dtype=torch.float64)
     parts = zip(trained.predicted.split(CHUNK, dim=1), trained.target.split(CHUNK), strict=True)
     for guessed, true in parts:
-        probs = target.head.logits(true).float().softmax(-1)  # (positions, vocab)
-        sums += torch.stack([_held(drafter, target, step, probs) for step in guessed]).cpu()
+        probs = step.target.head.logits(true).float().softmax(-1)  # (positions, vocab)
+        read = [step.read_head(drafter, one.to(drafter.dtype)) for one in guessed]
+        sums += torch.stack([_held(drafter, *one, probs) for one in read]).cpu()
     return sums
 
 
@@ -47,23 +51,26 @@ def routing_metrics(sums: Tensor) -> dict[str, float]:
     }
 
 
-def _held(drafter: CoralDrafter, target: Target, predicted: Tensor, probs: Tensor) -> Tensor:
+def _held(drafter: Any, features: Tensor, head: LMHead, probs: Tensor) -> Tensor:
     """Sum over positions what the active groups of one step hold: (names + 1,).
 
     Args:
-        predicted: (positions, hidden).
+        features: (positions, hidden), what the router reads.
+        head: that the drafter reads.
         probs: (positions, vocab), the target's.
     """
     assert drafter.heads.router is not None, "only counted for drafters with a router"
-    groups = drafter.heads.router.groups_of(probs.shape[-1])
-    log_mass = drafter.heads.router(predicted.to(drafter.dtype))[None, :, : groups.filled]
+    groups = drafter.heads.router.groups_of(drafter.config.vocab_size)
+    log_mass = drafter.heads.router(features)[None, :, : groups.filled]
     routing = Routing.from_config(drafter.config).by_node()
     chosen = routing.choose(log_mass, log_mass.new_zeros(log_mass.shape[:2]))[0]
     # (positions, groups + 1), the last for slots that read nothing: UNUSED is -1
     is_active = probs.new_zeros(len(probs), groups.num_groups + 1)
     is_active.scatter_(1, chosen % is_active.shape[1], 1.0)
-    is_read = is_active[:, groups.group_of().to(probs.device)]  # (positions, vocab)
-    own = target.head.logits(predicted).topk(min(TOP, probs.shape[-1])).indices
+    is_read = is_active[:, groups.group_of().to(probs.device)]
+    # (positions, vocab) of the target, which may have other tokens by now
+    is_read = F.pad(is_read, (0, probs.shape[-1] - groups.vocab_size))
+    own = head.logits(features).topk(min(TOP, probs.shape[-1])).indices
     first = is_read.gather(1, probs.argmax(-1, keepdim=True))
     best = is_read.gather(1, own).mean(1)
     held = [part.double().sum() for part in (first, best, is_read * probs)]

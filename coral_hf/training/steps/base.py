@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ...identity import seed_of
+from ...lm_head import LMHead
 from ...target import FEATURE, Target
 from ..adapters import is_adapted
 from ..arguments import CoralTrainingArguments
@@ -116,6 +117,10 @@ class UnrolledStep(TrainingStep):
         width = features.shape[-1] // len(self.features.layers)
         goal = features[..., -width:]
         return Unrolled(predicted.hidden, goal, labels, position_ids, predicted.kept)
+
+    def read_head(self, drafter: Any, hidden: Tensor) -> tuple[Tensor, LMHead]:
+        """What draft heads read of predictions (*batch, hidden), and the LM head that they read."""
+        return hidden, self.target.head
 
 
 def drawn_generator(device: torch.device, process: int) -> torch.Generator:

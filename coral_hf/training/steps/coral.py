@@ -10,11 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ...drafters.coral import CoralConfig, CoralDrafter
-from ...heads.draft_heads import RoutedHead
 from ..stages import HEAD_OF, add_heads, follow_vocabulary
 from . import Losses, Trained, register_step
 from .base import UnrolledStep
-from .objectives import drafter_losses, low_rank_losses, router_losses
+from .objectives import drafter_losses, first_choices, low_rank_losses, router_losses
 
 
 class CoralStep(UnrolledStep):
@@ -43,25 +42,12 @@ class CoralStep(UnrolledStep):
         if stage in ("drafter", "joint"):
             losses += drafter_losses(trained, self.args, head)
         if stage in ("router", "joint"):
-            router = drafter.heads.router
-            assert router is not None, "the stage has added one"
-            log_mass = router(trained.predicted)  # (steps, positions, groups)
-            groups = router.groups_of(drafter.config.vocab_size)
-            weight = self.args.router_weight if stage == "joint" else 1.0
-            losses += router_losses(log_mass, trained.target, head, groups, weight)
+            losses += router_losses(drafter, trained.predicted, trained.target, head, self.args)
         return losses
 
     def choices(self, drafter: CoralDrafter, predicted: Tensor, step: int) -> Tensor:
-        """Choose the best child of each node by the drafter's own head: (rows, hidden) → (rows,).
-
-        A level of a chain has one node, so each row reads what it wants itself.
-        """
-        head = drafter.heads.bind(self.target.head)
-        if isinstance(head, RoutedHead):
-            head = head.by_node()
-        features = predicted[None].to(drafter.dtype)  # (1, rows, hidden)
-        children = head.children(features, features.new_zeros(features.shape[:2]), top_k=1)
-        return children.tokens[0, :, 0]
+        """See [`TrainingStep`]: by the draft head that is read, (rows, hidden) → (rows,)."""
+        return first_choices(drafter, *self.read_head(drafter, predicted.to(drafter.dtype)))
 
 
 register_step(CoralConfig.model_type, CoralStep)

@@ -4,12 +4,13 @@ In: the trained positions of a batch. Out: losses and notes for the log, summed 
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...heads.router import Groups
+from ...heads.draft_heads import RoutedHead
 from ...lm_head import LMHead
 from ..arguments import CoralTrainingArguments, Recipe
 from ..losses import regression_loss, router_loss
@@ -104,22 +105,39 @@ def _csra(trained: Trained, args: CoralTrainingArguments) -> Tensor:
 
 
 def router_losses(
-    log_mass: Tensor, target: Tensor, head: LMHead, groups: Groups, weight: float
+    drafter: Any, predicted: Tensor, target: Tensor, head: LMHead, args: CoralTrainingArguments
 ) -> Losses:
     """Compute the cross-entropy of the router's group mass and the target's, averaged over steps.
 
     Args:
-        log_mass: (steps, positions, groups), the router's.
+        drafter: with draft heads.
+        predicted: (steps, positions, hidden), what its draft heads read.
         target: (positions, hidden), the target's features.
-        groups: of the router.
-        weight: of the loss beside others.
+        head: the target's.
+        args: of the run.
     """
+    router, weight = drafter.heads.router, args.router_weight if args.stage == "joint" else 1.0
+    assert router is not None, "the stage has added one"
+    log_mass = router(predicted)  # (steps, positions, groups)
+    groups = router.groups_of(drafter.config.vocab_size)
 
     def mass_of(features: Tensor) -> Tensor:  # (rows, hidden) → (rows, groups)
         return groups.mass(head.logits(features).float().softmax(-1))
 
     loss = router_loss(log_mass, target, mass_of).mean()
     return Losses({"router": weight * loss}, {"router_loss": loss})
+
+
+def first_choices(drafter: Any, features: Tensor, lm_head: LMHead) -> Tensor:
+    """The best child of each node by a drafter's own draft head: (rows, hidden) → (rows,).
+
+    Nodes stand in chains, whose levels have one node: each row reads what it wants itself.
+    """
+    head = drafter.heads.bind(lm_head)
+    if isinstance(head, RoutedHead):
+        head = head.by_node()
+    log_path = features.new_zeros(1, len(features))
+    return head.children(features[None], log_path, top_k=1).tokens[0, :, 0]
 
 
 def low_rank_losses(trained: Trained, head: LMHead) -> Losses:

@@ -31,7 +31,7 @@ CHUNK = 64
 class OwnHeadStep(UnrolledStep):
     """A training step whose drafter has `draft_tokens` and `draft_logits`."""
 
-    stages = ("drafter",)
+    stages: ClassVar[tuple[str, ...]] = ("drafter",)
     goals: ClassVar[tuple[str, ...]] = ("distribution", "tokens")
     can_shard = False  # the LM head runs outside of `forward`
     is_detached = False
