@@ -116,7 +116,7 @@ def test_a_row_holds_the_features_of_the_target(target, rows, tmp_path):
 def test_the_plan_is_what_is_written(target, rows, tmp_path):
     for format in ("bfloat16", "int8"):
         folder = tmp_path / format
-        plan = plan_features(target, rows, folder, format, 2000)
+        plan = plan_features(target.config, rows, folder, format, 2000)
         assert not folder.exists()
         write_features(target, rows, folder, format, shard_bytes=2000)
         found = sum(shard.num_bytes for shard in CachedFeatures(folder).index.shards)
@@ -202,7 +202,7 @@ def test_a_full_disk_keeps_the_shards_that_are_whole(target, rows, tmp_path, mon
         # what fits by the plan, but not with what somebody else writes meanwhile
         (folder / "other").write_bytes(b"0" * 40_000)
         few = Dataset.from_list(list(rows))
-        plan = plan_features(target, few, cache, "bfloat16", 4000)
+        plan = plan_features(target.config, few, cache, "bfloat16", 4000)
         with monkeypatch.context() as patch:
             patch.setattr("shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 10**9))
             with pytest.raises(Exception, match="No space left"):

@@ -121,7 +121,6 @@ def features(own: FeaturesOptions) -> None:
     from ..training.data import prepare_dataset
     from ..training.data.dataset import warn_of_other_ends
     from ..training.features import CachedFeatures, delete_features, plan_features, write_features
-    from ..training.features.writer import cache_bytes, check_room
     from ..training.train_dataset import joined_rows
 
     output, shard_bytes = own.output, own.shard_megabytes * 10**6
@@ -140,14 +139,12 @@ def features(own: FeaturesOptions) -> None:
     text, layers = config.get_text_config(decoder=True), own.layers(config)
     rows = prepare_dataset(conversations, tokenizer, own.max_length, vocab_size=text.vocab_size)
     rows = joined_rows(rows, own.max_length, own.share_prompts, own.packing)
-    written = sum(path.stat().st_size for path in output.glob("features-*.safetensors"))
-    needed = cache_bytes(rows, text.hidden_size, own.format, len(layers))
+    plan = plan_features(config, rows, output, own.format, shard_bytes, layers)
+    print(plan)
     if not own.plan:
-        check_room(needed - written, output)  # before the target is loaded
-    target, tokenizer = own.load_target()
-    warn_of_other_ends(tokenizer, target)
-    print(plan_features(target, rows, output, own.format, shard_bytes, layers))
-    if not own.plan:
+        plan.check_room(sum(path.stat().st_size for path in output.glob("features-*.safetensors")))
+        target, tokenizer = own.load_target()
+        warn_of_other_ends(tokenizer, target)
         sizes = own.batch_size, shard_bytes
         index = write_features(target, rows, output, own.format, *sizes, layers)
         print(f"The features are in {output}. Storing them lost {index.lost:.2%} (RMS).")

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...atomic import JsonLines, free_bytes, keep_settings, new_file, shown_bytes, sole_writer
 from ...identity import TOKEN_COLUMNS, file_digest, identify, rows_digest
@@ -30,76 +30,62 @@ SHARD_BYTES = 1_000_000_000
 class FeaturePlan:
     """The files to be written, and what they and the run take."""
 
-    settings: dict[str, Any]  # of the FeatureIndex, without shards
+    folder: Path
+    format: str
     shards: list[list[int]]  # (shards, rows) tokens of each row
-    disk_bytes: int  # of the cache
-    free_bytes: int  # where it is written
-    memory_bytes: int  # of the run: the target's weights, and the largest shard twice
+    token_bytes: int
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the cache."""
+        return self.token_bytes * sum(map(sum, self.shards))
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of memory of the run beside the target: the largest shard twice."""
+        return 2 * self.token_bytes * max(map(sum, self.shards))
 
     def __str__(self) -> str:
-        num_tokens = sum(map(sum, self.shards))
         return (
-            f"{self.settings['num_rows']} rows, {num_tokens} tokens,"
-            f" {self.settings['format']}: {shown_bytes(self.disk_bytes)} on disk in"
-            f" {len(self.shards)} shards ({shown_bytes(self.free_bytes)} free); about"
-            f" {shown_bytes(self.memory_bytes)} of memory beside the activations"
+            f"{sum(map(len, self.shards))} rows, {sum(map(sum, self.shards))} tokens,"
+            f" {self.format}: {shown_bytes(self.disk_bytes)} on disk in {len(self.shards)} shards"
+            f" ({shown_bytes(free_bytes(self.folder))} free); {shown_bytes(self.memory_bytes)} of"
+            " memory beside the target and its activations"
         )
+
+    def check_room(self, written: int) -> None:
+        """Raise a ValueError if what is not written yet does not fit where the folder will be."""
+        needed, free = self.disk_bytes - written, free_bytes(self.folder)
+        if needed > free:
+            raise ValueError(
+                f"The features need {shown_bytes(needed)} more, but only {shown_bytes(free)} are"
+                f" free at {self.folder}; free some, use format='int8' or fewer rows, or train"
+                " without a cache, which computes them in each step."
+            )
 
 
 def plan_features(
-    target: PreTrainedModel,
+    target: PreTrainedConfig,
     rows: Any,
     folder: str | Path,
     format: str = "bfloat16",
     shard_bytes: int = SHARD_BYTES,
     layers: tuple[int, ...] = (FEATURE,),
 ) -> FeaturePlan:
-    """Count what [`write_features`], with the same arguments, will write; nothing is computed."""
-    hidden_size = target.config.get_text_config(decoder=True).hidden_size
+    """Count what [`write_features`] will write of a target with this config."""
+    hidden_size = target.get_text_config(decoder=True).hidden_size
     one = token_bytes(hidden_size, format, rows.column_names, len(layers))
     lengths = row_lengths(rows)
-    settings = {
-        "target": target.config._name_or_path,
-        **identify(target)._asdict(),
-        "format": format,
-        "fingerprint": rows_digest(rows),
-        "num_rows": len(lengths),
-        "shard_bytes": shard_bytes,
-        "layers": layers,
-    }
     # a shard has the rows that begin within its share of the tokens
     shard_of = (lengths.cumsum() - lengths) // max(shard_bytes // one, 1)  # (rows,)
     shards = np.split(lengths, np.flatnonzero(np.diff(shard_of)) + 1)
-    return FeaturePlan(
-        settings,
-        [shard.tolist() for shard in shards],
-        disk_bytes=int(lengths.sum()) * one,
-        free_bytes=free_bytes(folder),
-        memory_bytes=target.get_memory_footprint() + 2 * int(max(map(sum, shards))) * one,
-    )
+    return FeaturePlan(Path(folder), format, [shard.tolist() for shard in shards], one)
 
 
 def row_lengths(rows: Any) -> np.ndarray:
     """Return the tokens of each row of a `datasets.Dataset`, (rows,)."""
     batches = rows.with_format("arrow").select_columns("input_ids").iter(batch_size=1000)
     return np.concatenate([arrow.list_value_length(b["input_ids"]).to_numpy() for b in batches])
-
-
-def cache_bytes(rows: Any, hidden_size: int, format: str, num_layers: int = 1) -> int:
-    """Count the bytes of a cache of some rows' features."""
-    one = token_bytes(hidden_size, format, rows.column_names, num_layers)
-    return int(row_lengths(rows).sum()) * one
-
-
-def check_room(needed: int, folder: Path) -> None:
-    """Raise a ValueError if so many bytes of features do not fit where a folder is, or will be."""
-    free = free_bytes(folder)
-    if needed > free:
-        raise ValueError(
-            f"The features need {shown_bytes(needed)} more, but only {shown_bytes(free)} are free"
-            f" at {folder}; free some, use format='int8' or fewer rows, or train without a cache,"
-            " which computes them in each step."
-        )
 
 
 def write_features(
@@ -130,17 +116,25 @@ def write_features(
     folder = Path(folder)
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; use at least 1.")
-    plan = plan_features(target.eval(), rows, folder, format, shard_bytes, layers)
+    plan = plan_features(target.config, rows, folder, format, shard_bytes, layers)
+    settings = {
+        "target": target.config._name_or_path,
+        **identify(target.eval())._asdict(),
+        "format": format,
+        "fingerprint": rows_digest(rows),
+        "num_rows": len(rows),
+        "shard_bytes": shard_bytes,
+        "layers": layers,
+    }
     if not (folder / INDEX).exists() and any(folder.glob("[!_.]*")):
         raise ValueError(f"{folder} holds other files; give a new folder for the features.")
     with sole_writer(folder):
-        keep_settings(folder / INDEX, plan.settings, folder)
+        keep_settings(folder / INDEX, settings, folder)
         JsonLines(folder / SHARDS).mend()
         done = FeatureIndex.read(folder)
         for shard in done.shards:
             shard.check(folder)
-        needed = plan.disk_bytes - sum(shard.num_bytes for shard in done.shards)
-        check_room(needed, folder)
+        plan.check_room(sum(shard.num_bytes for shard in done.shards))
         first, start = len(done.lengths), len(done.shards)
         left = tqdm(plan.shards[start:], "Features", unit="file")
         for number, lengths in enumerate(left, start):

@@ -25,9 +25,8 @@ from ...atomic import free_bytes, shown_bytes
 from ...drafters.configuration import FamilyConfig
 from ..arguments import CoralTrainingArguments
 from ..data import load_conversations
-from ..features import INDEX, CachedFeatures
+from ..features import INDEX, CachedFeatures, plan_features
 from ..features.index import FORMAT_BYTES
-from ..features.writer import cache_bytes
 from ..steps import kind_of_recipe, step_kind
 from ..train_dataset import trained_rows
 from . import PlanSettings
@@ -87,6 +86,7 @@ def plan(
         steps, token_seconds = timed_run(model, tokenizer, rows, stages, shape.drafter, features)
         found = [one._replace(seconds=s) for one, s in zip(found, steps, strict=True)]
     output = Path(stages[0].output_dir)
+    layers = step_kind(shape.drafter.model_type).layers(shape.drafter)
     return Plan(
         target=f"{target}, {_described(config, shape)}",
         rows=f"{len(sizes.lengths)}, of {sizes.num_tokens} tokens, at most {sizes.lengths.max()}",
@@ -94,7 +94,10 @@ def plan(
         room=room,
         room_name=room_name,
         changes=[*_changes(replace(shape, args=stages[largest]), found[largest], sizes, room)],
-        caches={name: cache_bytes(rows, *_width(shape, name)) for name in formats},
+        caches={
+            name: plan_features(config, rows, output, name, layers=layers).disk_bytes
+            for name in formats
+        },
         features=features,
         finished=max(one.memory.drafter for one in found) + _saved_bytes(tokenizer),
         output=output,
@@ -102,12 +105,6 @@ def plan(
         existing=sum(_written_bytes(Path(args.output_dir)) for args in stages),
         cache_seconds=None if token_seconds is None else token_seconds * sizes.num_tokens,
     )
-
-
-def _width(shape: RunShape, format: str) -> tuple[int, str, int]:
-    """What the bytes of a cached token follow from: hidden size, format, number of layers."""
-    layers = step_kind(shape.drafter.model_type).layers(shape.drafter)
-    return shape.target.get_text_config(decoder=True).hidden_size, format, len(layers)
 
 
 def _shape_of(
