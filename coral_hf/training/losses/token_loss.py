@@ -204,6 +204,8 @@ class TorchChunkLoss:
     def __init__(self, weights: TokenWeights = CLASSIFICATION):
         self.weights = weights
         self._buffer: Tensor | None = None  # (rows, vocab)
+        self._goal: Goal | None = None
+        self._top: Any = ()  # its most probable tokens, (rows, k): the steps of a chunk share it
 
     def __call__(self, logits: Tensor, goal: Goal) -> Chunk:
         """Compute the losses of logits (*batch, rows, vocab), and in the buffer their gradient."""
@@ -211,11 +213,12 @@ class TorchChunkLoss:
         self._buffer, logits = _refill(self._buffer, logits.flatten(0, -2))
         logits, probs = logits.view(shape), goal.probs.to(logits.dtype)
         k = min(weights.k, shape[-1]) if weights.top_k else 0
-        top_probs, top_tokens = (one.expand(*shape[:-1], k) for one in probs.topk(k, dim=-1))
+        if goal is not self._goal:
+            self._goal, self._top = goal, probs.topk(k, dim=-1)
+        top_probs, top_tokens = (one.expand(*shape[:-1], k) for one in self._top)
         highest, first = logits.max(-1, keepdim=True)
         logits -= highest
-        with torch.autocast(logits.device.type, enabled=False):  # it would sum in half precision
-            own = torch.linalg.vecdot(logits, probs)
+        own = row_products(logits, probs)
         top_logits = logits.gather(-1, top_tokens)  # (*batch, rows, k)
         total = logits.exp_().sum(-1, keepdim=True)
         log_total, is_trained = total.log(), (goal.first >= 0)[:, None]
@@ -226,6 +229,17 @@ class TorchChunkLoss:
         slope.scatter_add_(-1, top_tokens, -weights.top_k * top_probs)
         losses = (is_trained * log_total)[..., 0] - own
         return Chunk(losses, top_k, first[..., 0] == goal.first, slope)
+
+
+def row_products(logits: Tensor, probs: Tensor) -> Tensor:
+    """Σ_v z(v) p(v) of each row: (*batch, rows, vocab) and (rows, vocab) → (*batch, rows)."""
+    with torch.autocast(logits.device.type, enabled=False):  # it would sum in half precision
+        if logits.device.type != "cpu" or not len(probs):
+            return torch.linalg.vecdot(logits, probs)
+        # which is many times slower there, and a product of both would be a large temporary
+        parts = logits.view(-1, *probs.shape)
+        found = [torch.dot(*pair) for part in parts for pair in zip(part, probs, strict=True)]
+        return torch.stack(found).view(logits.shape[:-1])
 
 
 # logits (*batch, rows, vocab), which it may overwrite, and the goal (rows, vocab) → the losses, as
