@@ -13,15 +13,16 @@ import copy
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from pandas import DataFrame
 
 from coral_hf.atomic import new_folder, sole_writer
-from coral_hf.cli.options import DatasetOptions, MeasuredOptions
+from coral_hf.cli.options import DatasetOptions, MeasuredOptions, load_drafter
 from coral_hf.cli.parser import parse
 from coral_hf.drafters.coral.configuration import CoralConfig
 from coral_hf.drafters.model import Drafter
@@ -63,6 +64,7 @@ class CompareHeadsOptions(MeasuredOptions, DatasetOptions):
     """Which heads are compared."""
 
     trial: list[str] = option("'routed grouping=kmeans num_groups=16 num_active_groups=2'.")
+    beside: list[str] = option("Another drafter of the target, measured as it is.", [])
 
 
 @dataclass(kw_only=True)
@@ -112,6 +114,7 @@ class HeadComparison(TrialRuns):
 
     settings: HeadComparisonSettings
     drafter: Drafter
+    beside: Mapping[str, Drafter] = field(default_factory=dict)  # measured as they are, by name
 
     def report(self, trials: Sequence[HeadTrial]) -> Report:
         """Measure trials, and the full head beside them.
@@ -122,7 +125,7 @@ class HeadComparison(TrialRuns):
         settings, trials = self.settings, [HeadTrial.parse(FULL), *trials]
         with sole_writer(settings.output):
             self.keep_folder(drafter=weights_digest(self.drafter), options=settings.options)
-            heads = {trial.name: self.drafter_for(trial) for trial in trials}
+            heads = {trial.name: self.drafter_for(trial) for trial in trials} | {**self.beside}
         configs = {name: drafter.config.to_dict() for name, drafter in heads.items()}
         calls: list[Call] = []
         tables: list[Table] = []
@@ -265,7 +268,7 @@ def read_share(config: dict[str, Any], size: int) -> float:
         groups = Groups(vocab, config["num_groups"])
         read = min(config["num_active_groups"] * groups.size, vocab)
         return (read * row + hidden + groups.num_groups) / vocab
-    return row
+    return row * (config.get("draft_vocab_size") or vocab) / vocab
 
 
 def compare_heads(
@@ -276,7 +279,8 @@ def compare_heads(
     prompts, rows = own.measured_prompts(), own.rows()
     settings.options = training_options
     target, drafter, tokenizer = own.load_models(own.pad_layers)
-    comparison = HeadComparison(target, tokenizer, rows, prompts, settings, drafter)
+    beside = {Path(name).name: load_drafter(name, target) for name in own.beside}
+    comparison = HeadComparison(target, tokenizer, rows, prompts, settings, drafter, beside)
     own.show(comparison.report(trials))
 
 

@@ -12,7 +12,7 @@ from test_examples import (  # noqa: F401  a saved target and its conversations
     run,
 )
 
-from coral_hf import CoralDrafter
+from coral_hf import CoralDrafter, Eagle3Drafter
 
 SCRIPT = "compare_heads.py"
 HeadTrial, read_share = itemgetter("HeadTrial", "read_share")(
@@ -57,6 +57,8 @@ def test_invalid_trials_are_refused(text, message):
     [
         ({"draft_head": "full"}, 1.0),
         ({"draft_head": "frequency", "num_hot_tokens": 100}, 0.1),
+        # a draft vocabulary of its own
+        ({"draft_head": "full", "draft_vocab_size": 250}, 0.25),
         # 2 of 8 groups of 125, the router's 20 × 20 and 8 × 20
         ({"draft_head": "routed", "num_groups": 8, "num_active_groups": 2}, 0.278),
         # one byte of four, and a scale of four bytes for 20 channels
@@ -120,3 +122,23 @@ def test_heads_are_made_once_and_measured(folder, monkeypatch):  # noqa: F811
         run(monkeypatch, SCRIPT, *names)
     config = json.loads((out / "heads" / "routed-contiguous-8" / "config.json").read_text())
     assert config["is_router_trained"] and config["num_groups"] == 8
+
+
+@pytest.mark.slow
+def test_a_head_of_an_eagle3_drafter_is_measured_beside_another_drafter(folder, monkeypatch):  # noqa: F811
+    from transformers import AutoModelForCausalLM
+
+    target = AutoModelForCausalLM.from_pretrained(folder / "target")
+    for name, fields in (("whole", {}), ("reduced", {"draft_vocab_size": 20})):
+        Eagle3Drafter.from_target(target, **fields).save_pretrained(folder / name)
+    names = [
+        *("--target", folder / "target", "--dataset", folder / "talk.jsonl"),
+        *("--drafter", folder / "whole", "--beside", folder / "reduced", "--recipe", "eagle3"),
+        *("--prompts", folder / "talk.jsonl", "--limit", 2, "--max-new-tokens", 8),
+        *("--trial", ROUTED, "--output", folder / "eagle3", "--max_steps", 2),
+        *("--per_device_train_batch_size", 2, "--use_cpu", True, "--max_length", 64),
+    ]
+    run(monkeypatch, SCRIPT, *names)
+    report = json.loads((folder / "eagle3" / "report.json").read_text())
+    assert [*report["trials"]] == ["full", ROUTED, "reduced"]
+    assert {call["num_equal_rows"] for call in report["calls"] if call["temperature"] == 0} == {1}
