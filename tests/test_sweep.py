@@ -15,7 +15,6 @@ from test_examples import folder  # noqa: F401  a saved target and its conversat
 from coral_hf import CoralDrafter
 from coral_hf.measure import Call, Prompt, SweepSettings, call_generate, left_padded, run_sweep
 from coral_hf.measure.summary import summarise
-from coral_hf.measure.sweep import summarise_context, sweep_report
 
 TREE = {"tree_depth": 3, "tree_top_k": 3, "tree_nodes": 8}
 SENTENCES = ["w5 w6 w7", "w9", "w3 w3 w4 w8 w9", "w11 w2", "w7 w7", "w30 w31", "w20 w4"]
@@ -107,17 +106,15 @@ def test_a_batch_without_rounds_has_no_tau():
 
 
 def test_the_cost_of_a_round_is_compared_with_a_plain_token():
-    one_row = {"prompt_length": 512, "tokens": [[7] * 11]}
-    row = summarise_context(
+    one_row = {"tokens": [[7] * 11]}
+    plain, coral = batch_rows(
         [
             literal_call("plain", 6.0, **one_row, num_rounds=10, round_lengths=[1] * 10),
-            literal_call("coral", 9.0, **one_row, num_rounds=5, round_lengths=[2] * 5),
+            literal_call("coral", 4.5, **one_row, num_rounds=5, round_lengths=[2] * 5),
         ]
     )
-    assert (row["context"], row["plain_milliseconds"]) == (512, 500)
-    assert (row["draft_milliseconds"], row["verify_milliseconds"]) == (100, 200)
-    assert row["other_milliseconds"] == 50
-    assert (row["round_milliseconds"], row["break_even"], row["tau"]) == (350, 0.7, 2.0)
+    assert (plain.break_even, coral.tau_per_token) == (1.0, 2.0)
+    assert coral.break_even == pytest.approx(1.4)  # 0.7 s a round, 0.5 s a plain token
 
 
 def test_both_methods_give_the_same_tokens_and_each_row_ends_at_its_own_stop(target, own_drafter):
@@ -137,41 +134,33 @@ def test_both_methods_give_the_same_tokens_and_each_row_ends_at_its_own_stop(tar
 
 
 def test_every_size_is_measured_with_both_methods_in_turn(report):
-    assert [(row.batch_size, row.method) for row in report.numbers["batches"]] == [
-        (1, "plain"),
-        (1, "coral"),
-        (3, "plain"),
-        (3, "coral"),
+    rows = report.numbers["rows"]
+    sizes = ["batch of 1", "batch of 3", "context of 5", "context of 40"]
+    assert [(row.task, row.method) for row in rows] == [
+        (size, method) for size in sizes for method in ("plain", "coral")
     ]
     # the seventh prompt does not fill a third batch of three
-    assert [row.num_items for row in report.numbers["batches"]] == [7, 7, 2, 2]
-    assert {row.exact_match for row in report.numbers["batches"]} == {1.0}
-    first = [call.method for call in report.calls if call.task == "context"][::2]
-    assert first == ["plain", "coral"] * 2
+    assert [row.num_items for row in rows] == [7, 7, 2, 2, 1, 1, 1, 1]
+    assert {row.exact_match for row in rows} == {1.0}
+    assert all(row.break_even > 0 for row in rows)
+    first = [call.method for call in report.calls if call.task == "context of 5"]
+    assert first == ["plain", "coral", "coral", "plain"]
 
 
 def test_no_stop_token_ends_the_answer_after_a_context(report):
-    assert [row["context"] for row in report.numbers["contexts"]] == [5, 40]
-    calls = [call for call in report.calls if call.task == "context"]
+    calls = [call for call in report.calls if call.task.startswith("context")]
+    assert [call.prompt_length for call in calls] == [5] * 4 + [40] * 4
     assert {(call.num_tokens, call.num_equal_rows) for call in calls} == {(10, 1)}
-    assert all(row["round_milliseconds"] > 0 for row in report.numbers["contexts"])
 
 
-def test_a_sweep_writes_json_markdown_and_plots(report, tmp_path):
+def test_a_sweep_writes_json_markdown_and_a_plot(report, tmp_path):
     report.write(tmp_path / "new")
     files = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
-    assert set(files) == {"report.json", "report.md", "batches.png", "contexts.png"}
-    assert all(files[name].startswith(b"\x89PNG") for name in ("batches.png", "contexts.png"))
+    assert set(files) == {"report.json", "report.md", "speed.png"}
+    assert files["speed.png"].startswith(b"\x89PNG")
     text = report.to_markdown()
-    for part in ("## By batch size", "| 3 | coral | 2 |", "## By context", "break-even", "float64"):
+    for part in ("| batch of 3 | coral | 2 |", "| context of 40 | plain | 1 |", "break-even"):
         assert part in text
-
-
-def test_a_sweep_of_contexts_alone_has_no_table_of_batches(report):
-    calls = [call for call in report.calls if call.task == "context"]
-    alone = sweep_report(report.settings, report.environment, calls)
-    assert "By batch size" not in alone.to_markdown()
-    assert [table.title for table in alone.tables] == ["By context"]
 
 
 @pytest.mark.parametrize(
@@ -212,8 +201,8 @@ def test_the_command_writes_the_report_of_a_sweep(drafter, folder):
     )
     assert result.exit_code == 0, result.output
     report = json.loads((folder / "sweep" / "report.json").read_text())
-    assert [row["batch_size"] for row in report["batches"]] == [1, 1, 2, 2]
-    assert [row["context"] for row in report["contexts"]] == [16]
+    sizes = ["batch of 1", "batch of 2", "context of 16"]
+    assert [row["task"] for row in report["rows"]][::2] == sizes
     assert report["settings"]["tree_depth"] == 2
     assert report["environment"]["num_target_layers"] == 3
-    assert "By batch size" in result.output
+    assert "Break-even" in result.output

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pandas import DataFrame
 
-from .calls import ROUND_STAGES
 from .summary import AcceptedDepth, Row
 
 if TYPE_CHECKING:
@@ -128,16 +127,4 @@ def speed_figure(rows: Sequence[Row], group: str, height: str, **labels: Any) ->
     for bars, (method, values) in zip(axes.containers, speedups, strict=True):
         if method != "plain":
             axes.bar_label(bars, [f"{value:.2f}x" for value in values], fontsize=8)
-    return figure
-
-
-def context_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Draw the stages of a round by context as stacked bars, and a plain token as dots."""
-    lines = DataFrame(rows).set_index("context")
-    stages = DataFrame({stage: lines[f"{stage}_milliseconds"] for stage in ROUND_STAGES})
-    figure = bar_figure(stages, stacked=True, xlabel="context, tokens", ylabel="ms a round")
-    (axes,) = figure.axes
-    plain = lines["plain_milliseconds"]
-    axes.plot(range(len(plain)), plain, "o", color=PLAIN, mec="black", label="a plain token")
-    add_legend(axes)
     return figure

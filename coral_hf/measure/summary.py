@@ -44,6 +44,12 @@ class Row:
     exact_match: float | None  # share of the answers whose tokens are all plain's
 
     @property
+    def break_even(self) -> float | None:
+        """What a round costs in plain tokens."""
+        tau, speedup = self.tau_per_token, self.decoding_speedup
+        return tau / speedup if tau and speedup else None
+
+    @property
     def round_stages(self) -> str | None:
         """The milliseconds of a round, stage by stage."""
         stages = [ms for name, ms in self.stage_milliseconds.items() if name != "prefill"]
