@@ -8,18 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from ..sequences import Sequences
 
 
-class WholeBatch:
+class WholeBatch(StoppingCriteria, BaseStreamer):
     """Processors, criteria and streamer of a call; as they are where nothing is missing.
 
     Args:
@@ -44,13 +39,13 @@ class WholeBatch:
         if len(rows) == batch and not ahead and not scores and not any(is_ended):
             return
         self._ended = torch.tensor(is_ended, device=sequences.ids.device)
-        self.processors = LogitsProcessorList([_Processor(self)])
-        self.criteria = StoppingCriteriaList([_Criterion(self)])
+        self.processors = LogitsProcessorList([self.process])
         for one in sequences.criteria:  # which tells `generate` to pad
             if hasattr(one, "eos_token_id"):
-                vars(self.criteria[0])["eos_token_id"] = one.eos_token_id
+                self.eos_token_id = one.eos_token_id
+        self.criteria = StoppingCriteriaList([self])
         if self.streamer is not None:
-            self.streamer = _Streamer(self)
+            self.streamer = self
 
     def process(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores (rows, vocab) of the rows that go on; one that stays beyond its end is padded."""
@@ -62,7 +57,7 @@ class WholeBatch:
             scores[padded, self._sequences.pad_token] = 0.0
         return scores
 
-    def is_done(self, input_ids: Tensor, scores: Any, **kwargs) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs) -> Tensor:
         """Whether each of the rows that go on has ended, (rows,)."""
         if scores is not None and len(self._rows) == len(self._sequences.lengths):
             scores = (*self._scores, *scores)
@@ -91,30 +86,3 @@ class WholeBatch:
         whole = tokens.new_full((batch, *tokens.shape[1:]), pad)
         whole[self._rows] = tokens
         return whole
-
-
-class _Processor(LogitsProcessor):
-    def __init__(self, around: WholeBatch):
-        self._around = around
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return self._around.process(input_ids, scores)
-
-
-class _Criterion(StoppingCriteria):
-    def __init__(self, around: WholeBatch):
-        self._around = around
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs) -> Tensor:
-        return self._around.is_done(input_ids, scores, **kwargs)
-
-
-class _Streamer(BaseStreamer):
-    def __init__(self, around: WholeBatch):
-        self._around = around
-
-    def put(self, value: Tensor) -> None:
-        self._around.put(value)
-
-    def end(self) -> None:
-        self._around.end()
