@@ -2,5 +2,5 @@
 
 from .card import CardFacts, Results, bring_card, make_card, read_results, write_card
 from .drafter_folder import finish_config
-from .publish import publish, push, upload_saved
+from .publish import publish, push
 from .repository import Branch
