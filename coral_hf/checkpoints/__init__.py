@@ -3,7 +3,6 @@
 from .eagle import check_tensors
 from .export import check_drafter, export_drafter, export_files
 from .files import check_output, config_folder, read_config
-from .hot_tokens import check_size, most_frequent, proposal_counts
 from .importing import (
     DRAFTER_FILES,
     from_eagle,

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..drafters.configuration import DrafterConfig, FamilyConfig
 from ..target import Scales
-from .hot_tokens import HOT_TOKENS
 
+HOT_TOKENS = "hot_tokens.pt"  # ids of the tokens that SGLang's drafter may read alone
 ENGINES = ("vllm", "sglang", "eagle")
 SIZES = (
     "vocab_size",

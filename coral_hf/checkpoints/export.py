@@ -37,9 +37,15 @@ from ..target import (
 )
 from .eagle import EMBEDDINGS, check_tensors, scale_embeddings, table_scale
 from .eagle3_export import eagle3_content
-from .engines import ENGINES, Content, engine_config, obstacles, serving_command
+from .engines import (
+    ENGINES,
+    HOT_TOKENS,
+    Content,
+    engine_config,
+    obstacles,
+    serving_command,
+)
 from .files import WEIGHTS, check_output, config_folder, read_config, read_dtype
-from .hot_tokens import HOT_TOKENS
 from .medusa import MEDUSA_ENGINES, MEDUSA_WEIGHTS, medusa_content
 from .recurrent import recurrent_content
 

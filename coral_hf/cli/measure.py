@@ -131,7 +131,7 @@ def benchmark(own: BenchmarkOptions, settings: measure.BenchmarkSettings) -> Non
         others["assistant"], _ = TargetOptions(target=own.assistant, dtype=own.dtype).load_target()
     if own.bigram_dataset is not None:
         data = DatasetOptions(dataset=[own.bigram_dataset], hold_out=own.bigram_hold_out)
-        texts = [ids[0] for ids in data.token_ids(tokenizer)]  # (length,) each
+        texts = [row["input_ids"] for row in data.prepared(tokenizer)]  # (length,) each
         others["bigram"] = BigramDrafter.from_texts(texts, drafter.config.vocab_size)
     own.show(measure.run_benchmark(target, drafter, tokenizer, prompts, settings, **others))
 

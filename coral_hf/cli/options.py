@@ -109,12 +109,12 @@ class DatasetOptions:
             raise ValueError(f"--ignore-column {' '.join(unknown)}: no dataset has such a column.")
         return join_datasets(parts, self.dataset)
 
-    def token_ids(self, tokenizer, limit: int | None = None) -> list:
-        """Return the tokens of the first conversations of each dataset, (1, length) each."""
+    def prepared(self, tokenizer, limit: int | None = None):
+        """Return the training rows of the first conversations of each dataset."""
         from ..training.data import prepare_dataset
 
         rows = prepare_dataset(self.conversations(limit), tokenizer, max_length=2048)
-        return [row["input_ids"][None] for row in rows.with_format("torch")]
+        return rows.with_format("torch")
 
 
 @dataclass(kw_only=True)

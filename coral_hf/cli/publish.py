@@ -83,7 +83,7 @@ class ExportOptions(DatasetOptions):
     target: str | None = option("The target, whose embeddings are then copied or compared.", None)
     dtype: DTYPES = option("Precision that is written; the drafter's own by default.", "auto")
     num_hot_tokens: int | None = option("How many SGLang may draft.", None, needs="target dataset")
-    dataset: list[str] = option("Where proposals are counted.", [], needs="num_hot_tokens")
+    dataset: list[str] = option("Where tokens are counted.", [], needs="num_hot_tokens")
     limit: int = option("Rows counted of each.", 200, least=1, needs="num_hot_tokens")
     overwrite: bool = option(OVERWRITE, False)
 
@@ -107,7 +107,7 @@ def export(own: ExportOptions) -> None:
         drafter = drafter.to(target.device)
         if own.num_hot_tokens is not None:
             restore_chat_options(tokenizer, drafter.config)
-            rows = own.token_ids(tokenizer, own.limit)
+            rows = own.prepared(tokenizer, own.limit)
             hot_tokens = _hot_tokens(own.num_hot_tokens, rows, drafter, target)
     dtype = None if own.dtype == "auto" else own.dtype
     done = export_drafter(drafter, own.to, own.output, target, dtype, hot_tokens, own.overwrite)
@@ -115,15 +115,12 @@ def export(own: ExportOptions) -> None:
     print(f"  {done.command}")
 
 
-def _hot_tokens(size: int, rows: list, drafter, target) -> list[int]:
-    """Return the tokens that a drafter proposes most in rows (1, length), and its end tokens."""
-    from ..checkpoints import check_size, most_frequent, proposal_counts
+def _hot_tokens(size: int, rows, drafter, target):
+    """Return the tokens that a target says most after rows of a dataset, its end tokens first."""
+    from ..target import read_target
+    from ..training.grouping import most_frequent_first, token_counts
 
-    ends = drafter.config.eos_token_id
-    always = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    check_size(size, drafter.config.vocab_size, always)  # before counting, which takes long
-    found = most_frequent(proposal_counts(target, drafter, rows), size, always)
-    if len(found) < size:
-        print(f"Only {len(found)} of {size} hot tokens: the drafter proposes no others in these")
-        print("conversations. Count in more of them (--dataset, --limit).")
-    return found
+    counts = token_counts(read_target(target), rows)
+    if (ends := drafter.config.eos_token_id) is not None:
+        counts[ends] = counts.max() + 1
+    return most_frequent_first(counts)[:size]
