@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from ..atomic import new_folder, write_json
@@ -26,15 +26,7 @@ from ..drafters.medusa import MedusaDrafter
 from ..drafters.model import Drafter
 from ..drafters.recurrent import RecurrentDrafter
 from ..heads.router import check_token_ids
-from ..target import (
-    Scales,
-    Target,
-    check_target,
-    may_scale,
-    read_scales,
-    read_target,
-    text_config,
-)
+from ..target import Scales, Target, check_target, may_scale, read_target, text_config
 from .eagle import EMBEDDINGS, check_tensors, scale_embeddings, table_scale
 from .eagle3_export import eagle3_content
 from .engines import (
@@ -88,9 +80,9 @@ def export_drafter(
             or `"medusa"` for Medusa's own; `"redrafter"` for the Recurrent Drafter's own.
         output: a new or an empty folder.
         target: the drafter's own. Its embeddings are copied for vLLM (which needs them for pipeline
-            parallelism) and EAGLE. It is needed where it scales its embeddings inside of their
-            module, where its config cannot be read by the name that the drafter's config has, or
-            where its vocabulary has grown, shrunk or been padded since the drafter was made.
+            parallelism) and EAGLE. It is needed where targets of its family may scale embeddings
+            or logits, or where its vocabulary has grown, shrunk or been padded since the drafter
+            was made.
         dtype: of the tensors, float16, bfloat16, float32 or float64; the drafter's by default.
         hot_tokens: ids of the tokens that SGLang's drafter may propose (FR-Spec, Zhao et al. 2025);
             those of the drafter's own frequency head by default, if that is its draft head.
@@ -110,7 +102,7 @@ def export_drafter(
     scales, bound = Scales(), None  # of Medusa heads, which read no embedding
     if target is None:
         if not (is_medusa or getattr(config, "has_embeddings", False)):
-            scales = _named_scales(config)
+            _check_unscaled(config)
     else:
         check_target(config, target, takes_other_vocabulary=True)
         bound, config = read_target(target), copy(config)
@@ -180,25 +172,16 @@ def check_drafter(source: str | Path) -> None:
         )
 
 
-def _named_scales(config: FamilyConfig) -> Scales:
-    """Read the scales of the target that a drafter's config names, from that target's config."""
-    family, name = config.target_model_type or "", config.target_name_or_path
-    if family.startswith(SCALED_TABLES):
-        raise ValueError(
-            f"A {family} target scales its embeddings, which no engine does for its drafter: pass"
-            " `target` (--target), and the scale goes into `fc`."
-        )
+def _check_unscaled(config: FamilyConfig) -> None:
+    """Raise a ValueError where a target of the family that a config names may have scales."""
+    family = config.target_model_type or ""
     known = CONFIG_MAPPING[family]() if family in CONFIG_MAPPING else None
-    if known is not None and not may_scale(known.get_text_config(decoder=True)):
-        return Scales()
-    try:
-        found = AutoConfig.from_pretrained(name or "", revision=config.target_revision or "main")
-    except (OSError, ValueError) as error:
+    may_have = known is None or may_scale(known.get_text_config(decoder=True))
+    if may_have or family.startswith(SCALED_TABLES):
         raise ValueError(
-            f"A {family or 'nameless'} target may scale its embeddings or logits, but its config"
-            f" ({name}) cannot be read: {error}\nPass `target` (--target) instead."
-        ) from error
-    return read_scales(found.get_text_config(decoder=True))
+            f"A {family or 'nameless'} target may scale its embeddings or logits, which no engine"
+            " does for its drafter: pass `target` (--target), and the scales go along."
+        )
 
 
 def _hot_tokens(
