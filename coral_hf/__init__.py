@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .checkpoints import from_eagle as from_eagle
-    from .checkpoints import from_medusa as from_medusa
-    from .checkpoints import from_recurrent as from_recurrent
+    from .checkpoints import import_drafter as import_drafter
     from .decoding import CoralGenerateOutput as CoralGenerateOutput
     from .decoding import decoder as decoder
     from .decoding import install as install
@@ -47,7 +46,7 @@ __version__ = "0.1.0"
 
 # public names, and the modules that are imported when they are first used
 _MODULES = {
-    "checkpoints": ["from_eagle", "from_medusa", "from_recurrent"],
+    "checkpoints": ["from_eagle", "import_drafter"],
     "decoding": [
         "CoralGenerateOutput",
         "decoder",

@@ -18,7 +18,7 @@ def main(options: argparse.Namespace) -> None:
     output = options.output
     tokenizer = AutoTokenizer.from_pretrained(options.target)
     target = AutoModelForCausalLM.from_pretrained(options.target)
-    drafter = coral_hf.from_eagle(target, options.eagle, tokenizer=tokenizer)
+    drafter = coral_hf.import_drafter(target, options.eagle, tokenizer=tokenizer)
     drafter.save_pretrained(output / "coral")
     tokenizer.save_pretrained(output / "coral")
     for engine in ("vllm", "sglang"):

@@ -131,16 +131,11 @@ def test_published_configs_are_read(tmp_path, name, vocab, depth, layers):
     assert fitted_shape(fields, config, target)["target_layers"] == layers
 
 
-RECURRENT = {"exit_dim": 64, "num_draft_layers": 1}
-
-
 @pytest.mark.parametrize(
     ("fields", "family"),
     [
         ({"speculators_model_type": "dflash"}, "of another kind, DFlash;"),
         ({"architectures": ["Qwen3DSparkModel"]}, "DSpark"),
-        ({"medusa_num_heads": 3}, "Medusa"),
-        ({"model_type": "recurrent_drafting_drafter", **RECURRENT}, "Recurrent Drafter"),
         ({"model_type": "coral_eagle3"}, r"of coral_hf already \(EAGLE-3\); load it"),
     ],
 )

@@ -13,7 +13,7 @@ from test_examples import folder  # noqa: F401  a saved target and its conversat
 from test_medusa import CHOICES, made
 from transformers import AutoModel, AutoModelForCausalLM
 
-from coral_hf import MedusaDrafter, from_eagle, from_medusa
+from coral_hf import MedusaDrafter, import_drafter
 from coral_hf.checkpoints import export_drafter
 from coral_hf.target import read_target
 from coral_hf.training.warm_start import kind_of_source, warm_start
@@ -74,7 +74,7 @@ def test_heads_say_what_the_raw_tensors_and_the_formula_give(target, tmp_path, l
     name, config, rename = LAYOUTS[layout]
     tensors = medusa_tensors(3, blocks, own=own)
     written(tmp_path, rename(tensors, blocks), name, config)
-    drafter = from_medusa(target, tmp_path)
+    drafter = import_drafter(target, tmp_path)
     assert drafter.config.num_heads == 3 and drafter.config.has_lm_heads == own
     features = torch.randn(5, HIDDEN, dtype=target.dtype)
     expected = medusa_logits(tensors, 3, blocks, features, target.lm_head.weight)
@@ -84,7 +84,7 @@ def test_heads_say_what_the_raw_tensors_and_the_formula_give(target, tmp_path, l
 
 
 def test_a_target_writes_the_same_tokens_with_imported_heads(target, tmp_path):
-    drafter = from_medusa(target, written(tmp_path, medusa_tensors()), dtype="float64")
+    drafter = import_drafter(target, written(tmp_path, medusa_tensors()), dtype="float64")
     ids = torch.tensor([[5, 9, 3, 17], [0, 7, 22, 8]])
     settings = {"attention_mask": (ids != 0).long(), "max_new_tokens": 16, "pad_token_id": 0}
     plain = target.generate(ids, do_sample=False, **settings)
@@ -94,17 +94,17 @@ def test_a_target_writes_the_same_tokens_with_imported_heads(target, tmp_path):
 
 def test_heads_of_vllm_may_have_no_biases_or_a_copy_of_the_targets_lm_head(target, tmp_path):
     tensors = {name: t for name, t in as_vllm(medusa_tensors(), 1).items() if "bias" not in name}
-    drafter = from_medusa(target, written(tmp_path, tensors, "model.safetensors", VLLM))
+    drafter = import_drafter(target, written(tmp_path, tensors, "model.safetensors", VLLM))
     assert not drafter.blocks[1][0].linear.bias.any()
     shared = as_vllm(medusa_tensors(own=False), 1)
     shared["lm_heads.0.weight"] = target.lm_head.weight.detach().clone()
     config = {**VLLM, "original_lm_head": True}
-    drafter = from_medusa(target, written(tmp_path, shared, "model.safetensors", config))
+    drafter = import_drafter(target, written(tmp_path, shared, "model.safetensors", config))
     assert not drafter.config.has_lm_heads
     shared["lm_heads.0.weight"] += 1.0
     written(tmp_path, shared, "model.safetensors", config)
     with pytest.raises(ValueError, match="`lm_head.weight` of the checkpoint was made for another"):
-        from_medusa(target, tmp_path)
+        import_drafter(target, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -139,22 +139,22 @@ def test_what_does_not_fit_is_named(target, tmp_path, changes, config, said):
     tensors = {k: t for k, t in {**medusa_tensors(), **changes}.items() if t is not None}
     written(tmp_path, tensors, config={**PUBLISHED, **config})
     with pytest.raises(ValueError, match=said):
-        from_medusa(target, tmp_path)
+        import_drafter(target, tmp_path)
 
 
 def test_what_holds_no_heads_is_refused(target, tmp_path):
     written(tmp_path, {"fc.weight": torch.ones(4, 4)})
     with pytest.raises(ValueError, match="no Medusa heads: expected .* found fc.weight. Give the"):
-        from_medusa(target, tmp_path)
+        import_drafter(target, tmp_path)
     torch.save([1, 2], tmp_path / "medusa_lm_head.pt")
     with pytest.raises(ValueError, match="medusa_lm_head.pt is not a state dict"):
-        from_medusa(target, tmp_path)
+        import_drafter(target, tmp_path)
     torch.save(torch.nn.Linear(2, 2), tmp_path / "medusa_lm_head.pt")  # code would run
     with pytest.raises(ValueError, match="medusa_lm_head.pt is damaged, or holds more than tensor"):
-        from_medusa(target, tmp_path)
+        import_drafter(target, tmp_path)
     (tmp_path / "medusa_lm_head.pt").unlink()
     with pytest.raises(ValueError, match="has none of medusa_lm_head.safetensors, medusa_lm_head"):
-        from_medusa(target, tmp_path)
+        import_drafter(target, tmp_path)
 
 
 def test_a_whole_model_belongs_to_its_heads(target, tmp_path):
@@ -162,16 +162,13 @@ def test_a_whole_model_belongs_to_its_heads(target, tmp_path):
     written(tmp_path, rename(medusa_tensors(), 1), name, config)
     other = tiny_target("llama", seed=5)
     with pytest.raises(ValueError, match="`lm_head.weight` of the checkpoint was made for another"):
-        from_medusa(other, tmp_path)
+        import_drafter(other, tmp_path)
 
 
-def test_a_checkpoint_of_another_family_is_named(target, tmp_path):
-    written(tmp_path, medusa_tensors())
-    with pytest.raises(ValueError, match="another kind, Medusa; read it with coral_hf.from_medusa"):
-        from_eagle(target, tmp_path)
+def test_a_checkpoint_of_a_family_that_is_not_read_is_named(target, tmp_path):
     write_checkpoint(tmp_path, {**PUBLISHED, "model_type": "dflash"}, {})
     with pytest.raises(ValueError, match="another kind, DFlash; import one of EAGLE-1, .*Medusa"):
-        from_medusa(target, tmp_path)
+        import_drafter(target, tmp_path)
 
 
 # ---- export
@@ -186,7 +183,7 @@ def test_import_gives_back_what_was_exported(target, tmp_path, engine, overrides
     drafter = made(target, **overrides)
     done = export_drafter(drafter, engine, tmp_path / "out", target)
     assert done.notes == []
-    back = from_medusa(target, tmp_path / "out")
+    back = import_drafter(target, tmp_path / "out")
     assert back.state_dict().keys() == drafter.state_dict().keys()
     for name, tensor in drafter.state_dict().items():
         assert back.state_dict()[name].equal(tensor), name
@@ -196,7 +193,7 @@ def test_import_gives_back_what_was_exported(target, tmp_path, engine, overrides
 
 def test_an_import_is_exported_as_it_was(target, tmp_path):
     tensors = {name: tensor.double() for name, tensor in medusa_tensors(3, 2).items()}
-    drafter = from_medusa(target, written(tmp_path / "in", tensors))
+    drafter = import_drafter(target, written(tmp_path / "in", tensors))
     export_drafter(drafter, "medusa", tmp_path / "out")
     found = torch.load(tmp_path / "out" / "medusa_lm_head.pt", weights_only=True)
     assert found.keys() == tensors.keys()
@@ -238,7 +235,7 @@ def test_heads_of_another_base_model_or_of_none_are_read_with_a_warning(
 ):
     written(tmp_path, medusa_tensors(), config={**PUBLISHED, "base_model_name_or_path": base})
     with caplog.at_level(logging.WARNING):
-        from_medusa(target, tmp_path)
+        import_drafter(target, tmp_path)
     named = base or "a model that is not named"
     assert f"were made for {named}, and the target is unnamed" in caplog.text
 

@@ -17,8 +17,7 @@ from coral_hf import (
     CoralTrainingArguments,
     RecurrentConfig,
     RecurrentDrafter,
-    from_eagle,
-    from_recurrent,
+    import_drafter,
 )
 from coral_hf.checkpoints import export_drafter
 from coral_hf.decoding.drafting import PADDING, TreeShape
@@ -274,7 +273,7 @@ def test_import_gives_back_what_was_exported(target, tmp_path, fields):
     assert written["model_type"] == "recurrent_drafting_drafter"
     assert "recurrent_drafting.cmd.generate" in done.command
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == drafter.state_dict().keys()
-    back = from_recurrent(target, tmp_path / "out")
+    back = import_drafter(target, tmp_path / "out")
     for name, tensor in drafter.state_dict().items():
         assert back.state_dict()[name].equal(tensor), name
     ours, theirs = drafter.config.to_dict(), back.config.to_dict()
@@ -313,9 +312,9 @@ def test_a_released_drafter_reads_rows_of_the_table_as_it_did(tmp_path, family, 
     tensors = released(tmp_path / "in", target, rnn=rnn)
     if family != "llama" and not rnn:
         with pytest.raises(ValueError, match="scales its embeddings by"):
-            from_recurrent(target, tmp_path / "in")
+            import_drafter(target, tmp_path / "in")
         return
-    drafter = from_recurrent(target, tmp_path / "in")
+    drafter = import_drafter(target, tmp_path / "in")
     raw = {name: tensor.double() for name, tensor in tensors.items()}
     feature, state = torch.randn(2, target.config.get_text_config().hidden_size).double()
     row = target.get_input_embeddings().weight[7]
@@ -331,10 +330,6 @@ def test_a_released_drafter_reads_rows_of_the_table_as_it_did(tmp_path, family, 
 
 def test_checkpoints_that_do_not_fit_are_refused(target, tmp_path):
     tensors, path = released(tmp_path, target), tmp_path / "model.safetensors"
-    with pytest.raises(
-        ValueError, match="of another kind, Recurrent Drafter; read it with coral_hf.from_r"
-    ):
-        from_eagle(target, tmp_path)
     for change, said in (
         ({"rnn_w.bias": torch.zeros(32)}, "unknown: rnn_w.bias"),
         ({"rnn_w.weight": torch.zeros(32, 31)}, "of another shape: rnn_w.weight"),
@@ -342,16 +337,16 @@ def test_checkpoints_that_do_not_fit_are_refused(target, tmp_path):
     ):
         save_file({**tensors, **change}, path)
         with pytest.raises(ValueError, match=said):
-            from_recurrent(target, tmp_path)
+            import_drafter(target, tmp_path)
     released(tmp_path, target, vocab_size=VOCAB + 1)
     with pytest.raises(ValueError, match="`vocab_size` of the target is 40, but the drafter was"):
-        from_recurrent(target, tmp_path)
+        import_drafter(target, tmp_path)
     released(tmp_path, target, num_draft_layers="two")
     with pytest.raises(ValueError, match="config.json lacks a field, or has one that makes no"):
-        from_recurrent(target, tmp_path)
+        import_drafter(target, tmp_path)
     released(tmp_path, target, model_type="llama")
     with pytest.raises(ValueError, match="config.json lacks a field|is of another kind|of another"):
-        from_recurrent(target, tmp_path)
+        import_drafter(target, tmp_path)
 
 
 def test_what_an_engine_cannot_hold_is_not_written(target, tmp_path):

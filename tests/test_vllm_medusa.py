@@ -8,7 +8,7 @@ from test_vllm_eagle3 import chains
 from torch.nn import functional as F
 from vllm_environment import run_jobs, vllm_python
 
-from coral_hf import MedusaDrafter, from_medusa
+from coral_hf import MedusaDrafter, import_drafter
 from coral_hf.checkpoints import export_drafter
 from coral_hf.target import read_features, read_target
 
@@ -50,7 +50,7 @@ def served(tmp_path_factory) -> dict[str, tuple[dict, tuple]]:
         export_drafter(drafter, "vllm", folder / name, target)
         jobs.append({**job, "drafter": str(folder / name)})
         ours[name] = chains(target, drafter, prompts)
-        assert chains(target, from_medusa(target, folder / name), prompts) == ours[name]
+        assert chains(target, import_drafter(target, folder / name), prompts) == ours[name]
     results = run_jobs(vllm_python(), folder, jobs)
     return {name: (one, ours[name]) for name, one in zip(CASES, results, strict=True)}
 

@@ -6,8 +6,6 @@ from .files import check_output, config_folder, read_config
 from .importing import (
     DRAFTER_FILES,
     from_eagle,
-    from_medusa,
-    from_recurrent,
     import_drafter,
     read_shape,
 )

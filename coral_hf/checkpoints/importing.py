@@ -5,7 +5,6 @@ family that it is of. Each tensor has its place, is compared with the target's o
 is an error.
 """
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,14 +79,6 @@ OTHER_FAMILIES = {
     "domino": "Domino",
     "mtp": "MTP",
 }
-# what checkpoints become, and the function that reads such ones alone
-KINDS: dict[type[Drafter], str] = {
-    CoralDrafter: "from_eagle",
-    Eagle3Drafter: "from_eagle",
-    ParallelDrafter: "from_eagle",
-    MedusaDrafter: "from_medusa",
-    RecurrentDrafter: "from_recurrent",
-}
 
 
 class Shape(NamedTuple):
@@ -130,7 +121,6 @@ def read_shape(folder: Path) -> Shape:
 def import_drafter(
     target: PreTrainedModel,
     source: str | Path,
-    kinds: Collection[type[Drafter]] = tuple(KINDS),
     *,
     dtype: str | torch.dtype | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -142,27 +132,21 @@ def import_drafter(
         target: the target that the checkpoint was made for. Its vocabulary may have grown, shrunk
             or been padded since, if the checkpoint has the embeddings of its own.
         source: a folder or Hub id, with config.json and the weights in safetensors or a pickle,
-            in one file or in shards.
-        kinds: what it may become.
+            in one file or in shards; EAGLE-1, 2 or 3, P-EAGLE, HASS, Medusa heads, a Recurrent
+            Drafter.
         dtype: of the drafter; the target's by default.
         tokenizer: the target's, whose hash the drafter then remembers.
         download: `revision`, `cache_dir`, `token` and `local_files_only` of a Hub id, as in
             `from_pretrained`. The config is checked before the weights are downloaded.
 
     Raises:
-        ValueError: if the checkpoint is damaged, of another kind, or made for another target,
-            naming the tensor, field or file.
+        ValueError: if the checkpoint is damaged, of a family that is not read, or made for another
+            target, naming the tensor, field or file.
         HfHubHTTPError, LocalEntryNotFoundError: as huggingface_hub raises them for a Hub id.
     """
     dtype = target.dtype if dtype is None else read_dtype(dtype)
     folder = config_folder(source, **download)
     shape = read_shape(folder)
-    if shape.kind not in kinds:
-        family = FAMILIES[shape.kind.config_class.model_type].name
-        raise ValueError(
-            f"{folder} holds a drafter of another kind, {family}; read it with"
-            f" coral_hf.{KINDS[shape.kind]}(target, source), or with coral-hf import."
-        )
     _check_shape(target, shape)
     names = (*MEDUSA_WEIGHTS, *WEIGHTS) if shape.kind is MedusaDrafter else WEIGHTS
     tensors = read_weights(weights_folder(source, folder, names, **download), names)
@@ -176,37 +160,7 @@ def import_drafter(
     return drafter.eval()
 
 
-def from_eagle(
-    target: PreTrainedModel, source: str | Path, **options: Any
-) -> CoralDrafter | Eagle3Drafter:
-    """Make a drafter for `target` from a checkpoint of EAGLE, HASS or P-EAGLE, or from an export.
-
-    Args, errors: those of [`coral_hf.checkpoints.import_drafter`].
-    """
-    kinds = (CoralDrafter, Eagle3Drafter, ParallelDrafter)
-    drafter = import_drafter(target, source, kinds, **options)
-    assert isinstance(drafter, CoralDrafter | Eagle3Drafter)
-    return drafter
-
-
-def from_medusa(target: PreTrainedModel, source: str | Path, **options: Any) -> MedusaDrafter:
-    """Make a drafter for `target` from published Medusa heads, or from an export.
-
-    Args, errors: those of [`coral_hf.checkpoints.import_drafter`].
-    """
-    drafter = import_drafter(target, source, (MedusaDrafter,), **options)
-    assert isinstance(drafter, MedusaDrafter)
-    return drafter
-
-
-def from_recurrent(target: PreTrainedModel, source: str | Path, **options: Any) -> RecurrentDrafter:
-    """Make a drafter for `target` from a released Recurrent Drafter, or from an export.
-
-    Args, errors: those of [`coral_hf.checkpoints.import_drafter`].
-    """
-    drafter = import_drafter(target, source, (RecurrentDrafter,), **options)
-    assert isinstance(drafter, RecurrentDrafter)
-    return drafter
+from_eagle = import_drafter  # by the name of the first family that was read
 
 
 def _check_shape(target: PreTrainedModel, shape: Shape) -> None:

@@ -4,7 +4,7 @@ In: named series of numbers. Out: figures, saved as PNG. matplotlib is imported 
 drawn, and needs no display.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -63,8 +63,8 @@ def save(figure: "Figure", path: str | Path) -> Path:
     return path
 
 
-def bar_figure(heights: DataFrame, stacked: bool = False, **labels: Any) -> "Figure":
-    """Draw bars side by side or stacked, in each group one of each series.
+def bar_figure(heights: DataFrame, **labels: Any) -> "Figure":
+    """Draw bars side by side, in each group one of each series.
 
     Args:
         heights: (groups, series).
@@ -74,7 +74,7 @@ def bar_figure(heights: DataFrame, stacked: bool = False, **labels: Any) -> "Fig
     own = cycle(COLOURS[:-1])
     colours = [PLAIN if name == "plain" else next(own) for name in heights]
     if not heights.empty:
-        heights.plot.bar(ax=axes, stacked=stacked, width=BAR_ROOM, color=colours, rot=0)
+        heights.plot.bar(ax=axes, width=BAR_ROOM, color=colours, rot=0)
     axes.grid(axis="y", linewidth=0.5, alpha=0.5)  # which pandas turns off
     axes.set(**labels)
     add_legend(axes)

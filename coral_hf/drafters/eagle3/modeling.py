@@ -55,7 +55,7 @@ class Eagle3Drafter(Drafter):
 
     ```python
     >>> drafter = Eagle3Drafter.from_target(target)  # fresh, to be trained
-    >>> drafter = from_eagle(target, "org/EAGLE3-llama3")  # or import a trained one
+    >>> drafter = import_drafter(target, "org/EAGLE3-llama3")  # or import a trained one
     >>> target.generate(**inputs, assistant_model=drafter)
     ```
     """

@@ -32,7 +32,7 @@ class MedusaDrafter(Drafter):
 
     ```python
     >>> drafter = MedusaDrafter.from_target(target, num_heads=3)  # fresh, to be trained
-    >>> drafter = from_medusa(target, "org/medusa-vicuna")  # or import trained ones
+    >>> drafter = import_drafter(target, "org/medusa-vicuna")  # or import trained ones
     >>> target.generate(**inputs, assistant_model=drafter)
     ```
     """
