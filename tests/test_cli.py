@@ -44,6 +44,19 @@ def test_generate_streams_the_text_and_says_how_it_went(drafter, folder):  # noq
     assert any(way in result.output for way in ("trees", "chains", "stepped back"))
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([" "], "The prompt is empty"),
+        (["Hello", "--max-new-tokens", 10**6], "has room for 0: shorten it, or ask for fewer"),
+    ],
+)
+def test_a_prompt_that_cannot_be_answered_is_refused(drafter, folder, words, said):  # noqa: F811
+    names = ["--target", folder / "target", "--drafter", drafter]
+    refused = invoke("generate", *names, *words)
+    assert refused.exit_code == 1 and said in printed(refused)
+
+
 def test_benchmark_writes_its_report(drafter, folder):  # noqa: F811
     names = ["--target", folder / "target", "--drafter", drafter]
     result = invoke(

@@ -32,11 +32,11 @@ class GenerateOptions(DrafterOptions, DraftingSettings):
 
 def generate(own: GenerateOptions) -> None:
     """Generate with a drafter, streaming the text; accepted tokens are coloured by depth."""
+    from ..measure.prompts import encode_said
     from ..measure.terminal import ColouredStreamer, call_line, unlogged
 
     target, drafter, tokenizer = own.load_models()
-    prompt = measure.Prompt("prompt", "0", ({"role": "user", "content": own.prompt},))
-    ids = measure.encode(prompt, tokenizer).to(target.device)  # (1, length)
+    ids = encode_said(own.prompt, tokenizer, target, own.max_new_tokens)  # (1, length)
     with unlogged("decoding.draft_policy"):  # the last line says whether drafting paid
         output = target.generate(
             ids,

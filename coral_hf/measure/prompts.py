@@ -227,6 +227,25 @@ def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return torch.cat([torch.tensor([[bos]]), ids], dim=1)
 
 
+def encode_said(
+    text: str, tokenizer: PreTrainedTokenizerBase, target: PreTrainedModel, max_new_tokens: int
+) -> Tensor:
+    """Return the token ids of what a user says, (1, length), on the target's device.
+
+    Raises:
+        ValueError: if it is empty, or leaves no room in the context for so many new tokens.
+    """
+    if not text.strip():
+        raise ValueError("The prompt is empty: write what the target is to answer or continue.")
+    ids = encode(Prompt("prompt", "0", (user_message(text),)), tokenizer)
+    if ids.shape[1] > (room := room_for_prompt(target, max_new_tokens)):
+        raise ValueError(
+            f"The prompt has {ids.shape[1]} tokens, but beside {max_new_tokens} new ones the"
+            f" target has room for {max(room, 0)}: shorten it, or ask for fewer new tokens."
+        )
+    return ids.to(target.device)
+
+
 def left_padded(
     prompts: Sequence[Sequence[int] | Tensor],
     pad_token: int,

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..measure.calls import sampling_arguments
 from ..measure.chat import restore_chat_options
-from ..measure.prompts import Prompt, encode, left_padded, room_for_prompt, user_message
+from ..measure.prompts import encode_said, left_padded
 from ..measure.settings import DraftingSettings, Head
 from ..measure.tuning.head_choice import heads_of
 from .race import Race
@@ -57,20 +57,12 @@ class Models:
         Raises:
             ValueError: for a prompt that is empty or beyond the context, and settings out of range.
         """
-        if not prompt.strip():
-            raise ValueError("The prompt is empty: write what the target is to answer or continue.")
         drafter, temperature = self.drafter(name), sampling["temperature"]
         if not temperature:
             settings = settings | {"verification": None}  # a greedy call has one rule
         drafting = DraftingSettings(**settings).drafting()
-        asked = Prompt("prompt", "0", (user_message(prompt),))
         with self.turns.enter():
-            ids = encode(asked, self.tokenizer)  # (1, length)
-        if ids.shape[1] > (room := room_for_prompt(self.target, max_new_tokens)):
-            raise ValueError(
-                f"The prompt has {ids.shape[1]} tokens, but beside {max_new_tokens} new ones the"
-                f" target has room for {max(room, 0)}: shorten it, or ask for fewer new tokens."
-            )
+            ids = encode_said(prompt, self.tokenizer, self.target, max_new_tokens)  # (1, length)
         plain = sampling_arguments(temperature, max_new_tokens)
         if temperature:
             plain |= {"top_p": sampling["top_p"], "top_k": sampling["top_k"]}
