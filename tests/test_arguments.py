@@ -23,7 +23,7 @@ def test_the_defaults_are_the_papers_where_they_are_known(tmp_path):
     [
         ({"stage": "head"}, "`stage` is 'head'; use one of"),
         ({"num_steps": 0, "csra_weight": 0.0}, "`num_steps` is 0; use 1 or more"),
-        ({"num_steps": 1}, "`csra_weight` is 0.1, but with `num_steps` 1"),
+        ({"num_steps": 1}, "`csra_weight` is 0.1, but `num_steps` 1"),
         ({"csra_temperature": 0.0}, "`csra_temperature` is 0.0; use 0.001 or more"),
         ({"regression_weight": -1.0}, "`regression_weight` is -1.0; use 0 or more"),
         ({"classification_weight": -0.1}, "`classification_weight` is -0.1"),
@@ -37,7 +37,7 @@ def test_the_defaults_are_the_papers_where_they_are_known(tmp_path):
         ({"csra_positives": "target"}, "`csra_positives` is 'target'"),
         ({"csra_gradient": "none"}, "`csra_gradient` is 'none'"),
         ({"feature_noise": -1.0}, "`feature_noise` is -1.0; use 0 or more"),
-        ({"single_step_share": 1.5}, "`single_step_share` is 1.5; use a share, from 0 to 1"),
+        ({"single_step_share": 1.5}, "`single_step_share` is 1.5; use 1 or less"),
         ({"max_length": -100}, "`max_length` is -100; use 3 or more"),
         ({"regression_weight": 0.0, "classification_weight": 0.0}, "the drafter would not learn"),
     ],
@@ -99,7 +99,7 @@ def test_another_recipe_changes_only_what_is_not_set(tmp_path):
     assert weights(dataclasses.replace(own, recipe="hass")) == weights(own)
     back = dataclasses.replace(dataclasses.replace(coral, recipe="eagle"), recipe="coral")
     assert weights(back) == weights(coral)
-    with pytest.raises(ValueError, match="`csra_weight` is 0.1, but with `num_steps` 1"):
+    with pytest.raises(ValueError, match="`csra_weight` is 0.1, but `num_steps` 1"):
         dataclasses.replace(own, recipe="eagle")
 
 

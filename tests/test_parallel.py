@@ -212,10 +212,10 @@ def test_shared_prompts_have_the_loss_of_single_rows(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"num_steps": 1}, "`num_steps` is 1, but a parallel drafter learns"),
+        ({"num_steps": 1}, "`num_steps` is 1; use 2 or more"),
         ({"csra_weight": 0.1}, "`csra_weight` is 0.1, which is not for a ParallelDrafter"),
-        ({"keep_ratio": 0.0}, "`keep_ratio` is 0.0; use more than 0"),
-        ({"keep_ratio": 1.5}, "`keep_ratio` is 1.5; use more than 0 and at most 1"),
+        ({"keep_ratio": 0.0}, "`keep_ratio` is 0.0; use 0.001 or more"),
+        ({"keep_ratio": 1.5}, "`keep_ratio` is 1.5; use 1 or less"),
     ],
 )
 def test_settings_that_mean_nothing_here_are_refused(target, tmp_path, settings, said):

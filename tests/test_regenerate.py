@@ -436,7 +436,7 @@ def test_a_full_disk_keeps_the_rows_that_are_written(target, tmp_path):
         ({"top_p": 0.0}, "`top_p` is 0.0; use a value above 0"),
         ({"unfinished": "mend"}, "`unfinished` is 'mend'; use 'keep' or 'drop'"),
         ({"batch_size": 0}, "`batch_size` is 0; use 1 or more"),
-        ({"max_new_tokens": 128}, "`max_new_tokens` is 128, but the target has 128 positions"),
+        ({"max_new_tokens": 128}, "`max_new_tokens` is 128, but there are 128 positions"),
     ],
 )
 def test_settings_out_of_range_are_refused(target, tmp_path, settings, message):

@@ -63,12 +63,14 @@ LEAST = {
     **dict.fromkeys(("router_weight", "feature_noise", "eval_prompts", "eval_temperature"), 0),
     **dict.fromkeys(("num_steps", "top_k", "eval_prompt_length"), 1),
     **dict.fromkeys(("num_groups", "num_active_groups", "head_rank"), 1),
-    "csra_temperature": 1e-3,
+    **dict.fromkeys(("csra_temperature", "keep_ratio"), 1e-3),
     # nothing predicts the first two tokens of a row
     "max_length": 3,
     # the first token of an answer comes from the prefill, the second from a round of decoding
     "eval_max_new_tokens": 2,
 }
+
+MOST = {"keep_ratio": 1, "single_step_share": 1}
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -96,6 +98,8 @@ class RowArguments(TrainingArguments):
                 raise ValueError(f"`{name}` is {value!r}; use one of {CHOICES[name]}.")
             if name in LEAST and value is not None and value < LEAST[name]:
                 raise ValueError(f"`{name}` is {value}; use {LEAST[name]} or more.")
+            if name in MOST and value is not None and value > MOST[name]:
+                raise ValueError(f"`{name}` is {value}; use {MOST[name]} or less.")
 
     def __getstate__(self) -> dict[str, Any]:
         # `Trainer` pickles its arguments into every checkpoint, and uploads them
@@ -199,10 +203,6 @@ class CoralTrainingArguments(RowArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.keep_ratio <= 1:
-            raise ValueError(
-                f"`keep_ratio` is {self.keep_ratio}; use more than 0 and at most 1, to keep all."
-            )
         most = self.num_groups or MOST_GROUPS
         if (self.num_active_groups or 0) > most:
             raise ValueError(
@@ -226,14 +226,9 @@ class CoralTrainingArguments(RowArguments):
 
     def _check_losses(self) -> None:
         recipe = self.resolved
-        if recipe.single_step_share > 1:
-            raise ValueError(
-                f"`single_step_share` is {recipe.single_step_share}; use a share, from 0 to 1."
-            )
         if recipe.num_steps == 1 and recipe.csra_weight:
             raise ValueError(
-                f"`csra_weight` is {recipe.csra_weight}, but with `num_steps` 1 no steps can be"
-                " aligned; use more steps, or csra_weight=0."
+                f"`csra_weight` is {recipe.csra_weight}, but `num_steps` 1: use more, or no CSRA."
             )
         if not (recipe.regression_weight or recipe.classification_weight or recipe.top_k_weight):
             raise ValueError(

@@ -217,7 +217,4 @@ def _check_layers(target: PreTrainedModel, config: CoralConfig) -> None:
     elif any(tensor.is_meta for tensor in decoder.layers[-1].state_dict().values()):
         reason = "its last layer is offloaded"
     if reason is not None:
-        raise ValueError(
-            f"The last layer of {type(target).__name__} cannot start a drafter: {reason}; start"
-            " from random weights, or from another drafter."
-        )
+        raise ValueError(f"{type(target).__name__} cannot start a drafter: {reason}.")

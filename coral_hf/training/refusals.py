@@ -55,10 +55,7 @@ def check_settings(
         unread: settings that are never read, see `UNREAD`.
     """
     if not isinstance(args, kind):
-        raise ValueError(
-            f"`args` is {described(args)}; pass `{kind.__name__}`, which takes the same"
-            " settings and those of a drafter."
-        )
+        raise ValueError(f"`args` is {described(args)}; pass `{kind.__name__}`.")
     for name, (none, reason) in unread.items():
         value = getattr(args, name, none)
         if value is not None and value != none:
@@ -71,10 +68,7 @@ def check_settings(
         raise ValueError(f"`{name}` is True, but training runs on a CPU; use bf16, or neither.")
     train_dataset = others.get("train_dataset")
     if isinstance(train_dataset, Mapping):
-        raise ValueError(
-            f"`train_dataset` is {described(train_dataset)} of {[*train_dataset]}; pass one of"
-            " them, such as `datasets['train']`."
-        )
+        raise ValueError(f"`train_dataset` has the parts {[*train_dataset]}; pass one of them.")
 
 
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase | None:

@@ -69,10 +69,7 @@ def token_rows(
             lengths = (len(ids) for batch in batches for ids in batch["input_ids"])
             _check_lengths(lengths, max_length, "`dataset`")
     elif not hasattr(dataset, "map"):
-        raise ValueError(
-            f"`dataset` is a {type(dataset).__name__}; give a `datasets.Dataset`, such as"
-            " `Dataset.from_list(rows)`."
-        )
+        raise ValueError(f"`dataset` is a {type(dataset).__name__}; give a `datasets.Dataset`.")
     elif "position_ids" not in (dataset.column_names or ()):  # else it was packed before
         # what is cut is counted in a warning
         longest = min(max_length, max_positions(text) or max_length)

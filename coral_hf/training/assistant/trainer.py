@@ -238,10 +238,7 @@ def check_given(model: Any, args: Any, target_model: Any, others: dict[str, Any]
     """
     for name, one in {"model": model, "target_model": target_model}.items():
         if not isinstance(one, PreTrainedModel) and (name, one) != ("target_model", None):
-            raise ValueError(
-                f"`{name}` is {described(one)}, not a language model; load it with"
-                " `AutoModelForCausalLM`."
-            )
+            raise ValueError(f"`{name}` is {described(one)}; load it with `AutoModelForCausalLM`.")
     read = "label_smoothing_factor", "neftune_noise_alpha"  # by `Trainer`, with its own loss
     unread = {name: none for name, none in UNREAD.items() if name not in read}
     check_settings(args, others, AssistantTrainingArguments, unread)
@@ -249,7 +246,4 @@ def check_given(model: Any, args: Any, target_model: Any, others: dict[str, Any]
         return
     check_settings(args, {}, type(args), {read[0]: UNREAD[read[0]]})
     if target_model is None:
-        raise ValueError(
-            f"`loss` is {args.loss!r}, which compares with the probabilities of the target; pass"
-            " `target_model`, or use loss='ce'."
-        )
+        raise ValueError(f"`loss` is {args.loss!r}, for a target; pass `target_model`.")

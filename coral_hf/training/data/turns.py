@@ -156,10 +156,7 @@ class RenderedChat:
         content = as_parts(ANSWER) if isinstance(turn.get("content"), list) else ANSWER
         text = self.text([*before, {"role": "assistant", "content": content}])
         if ANSWER not in text:
-            raise ValueError(
-                f"The chat template does not render the answer of turn {position}; set"
-                " `tokenizer.chat_template` to one that does."
-            )
+            raise ValueError(f"The chat template does not render the answer of turn {position}.")
         return text.rpartition(ANSWER)[2]
 
 

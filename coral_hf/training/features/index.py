@@ -166,7 +166,4 @@ def delete_features(folder: str | Path) -> int:
 
 def _check_is_cache(folder: Path) -> None:
     if not (folder / INDEX).is_file():
-        raise ValueError(
-            f"{folder} holds no {INDEX}, so it is no feature cache; write one with `coral-hf"
-            " features --output`."
-        )
+        raise ValueError(f"{folder} holds no {INDEX}, so it is no feature cache.")

@@ -71,10 +71,7 @@ def read_top_k(
                 progress.update(len(chunk))
         progress.total = progress.n
     if not read:
-        raise ValueError(
-            "`rows` have no trained token (all `labels` from the third token on are -100); check"
-            " the chat template and the data."
-        )
+        raise ValueError("`rows` have no trained token; check the chat template and the data.")
     return TargetTopK(tokens[:read], probs[:read], counts)
 
 

@@ -72,8 +72,7 @@ def longest_prompt(positions: float, settings: RegenerationSettings) -> float:
     """
     if positions <= settings.max_new_tokens:
         raise ValueError(
-            f"`max_new_tokens` is {settings.max_new_tokens}, but the target has {positions}"
-            " positions; leave some to the prompts."
+            f"`max_new_tokens` is {settings.max_new_tokens}, but there are {positions} positions."
         )
     return positions - settings.max_new_tokens
 

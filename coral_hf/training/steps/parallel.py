@@ -138,10 +138,7 @@ class ParallelStep(Eagle3Step):
     def __init__(self, config: ParallelConfig, target: Target, args: CoralTrainingArguments):
         super().__init__(config, target, args)
         if args.resolved.num_steps < 2:
-            raise ValueError(
-                f"`num_steps` is {args.resolved.num_steps}, but a parallel drafter learns what"
-                " follows its masks from the second depth on; use 2 or more."
-            )
+            raise ValueError(f"`num_steps` is {args.resolved.num_steps}; use 2 or more.")
 
     def predict(
         self,
