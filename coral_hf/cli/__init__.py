@@ -24,13 +24,14 @@ from .measure import (
 )
 from .parser import Command, parse
 from .publish import export, import_, publish
+from .reproduce import reproduce
 from .train import demo, plan, regenerate, train
 
 GROUPS: dict[str, list[Command]] = {
     "try": [demo],
     "train": [plan, train, distill, data, regenerate, features],
     "use": [generate, playground],
-    "measure": [verify, benchmark, sweep, compare, autotune],
+    "measure": [verify, benchmark, sweep, compare, autotune, reproduce],
     "publish": [publish, import_, export],
 }
 
