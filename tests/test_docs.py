@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shlex
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -20,13 +21,24 @@ from coral_hf.cli import COMMANDS, main
 from coral_hf.cli.parser import make_parser, parse
 from coral_hf.demo import DemoSettings
 from coral_hf.demo.run import run_demo
-from coral_hf.training import parse_arguments
+from coral_hf.training import (
+    AssistantTrainingArguments,
+    CoralTrainingArguments,
+    parse_arguments,
+)
 from coral_hf.training.arguments import RECIPES
 from coral_hf.training.data import load_conversations
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+# options of pip, accelerate, vLLM and SGLang, and of newer versions of transformers
+OF_OTHERS = """
+    --no-deps --only-binary --extra-index-url --config-file --num-processes --mixed-precision
+    --max-model-len --model --speculative-config --hf-overrides --model-path
+    --speculative-algorithm --speculative-draft-model-path --speculative-token-map
+    --activation-checkpointing
+""".split()
 START, USE = DOCS / "start", sorted((DOCS / "use").glob("*.md"))
 # pages about an account, models that think or are large; the playground's command names no model
 OF_OTHER_MODELS = {"hub", "reasoning", "llama31_8b_24gb", "qwen3_8b_24gb", "playground"}
@@ -64,6 +76,22 @@ def test_a_command_of_a_page_is_parsed_without_error(page, words, tmp_path):
     name, *words = words
     arguments = parse(name, COMMANDS[name], words)
     parse_arguments(tmp_path, arguments.get("training_options", []), use_cpu=True)
+
+
+def test_an_option_that_a_page_of_use_names_is_one_of_a_program():
+    parsers = [make_parser(name, one).format_help() for name, one in COMMANDS.items()]
+    examples = [path.read_text() for path in (ROOT / "examples").rglob("*.py")]
+    known = {*re.findall(r"--[a-z][\w-]*", " ".join([*parsers, *examples])), *OF_OTHERS}
+    for kind in (CoralTrainingArguments, AssistantTrainingArguments):
+        known |= {f"--{one.name}" for one in fields(kind)}
+    known = {flag.replace("_", "-") for flag in known}
+    named = [
+        (page.name, flag)
+        for page in (PAGES[0], *START.glob("*.md"), *USE)
+        for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text())
+    ]
+    assert len(named) > 300
+    assert not [pair for pair in named if pair[1].replace("_", "-") not in known]
 
 
 def test_the_code_of_the_readme_runs(folder, tmp_path):  # noqa: F811
