@@ -32,10 +32,10 @@ from coral_hf.measure.benchmark import COLUMNS, measure_prompts
 from coral_hf.measure.calls import Bench, Call, sampling_arguments
 from coral_hf.measure.plots import new_figure
 from coral_hf.measure.report import Report, Table, dashed, describe_environment
-from coral_hf.measure.settings import TrialSettings, option
+from coral_hf.measure.settings import ComparisonSettings, option
 from coral_hf.measure.summary import OVERALL, Row, summarise_tasks
 from coral_hf.target import read_target
-from coral_hf.training.comparison.trials import TrialRuns, config_fields
+from coral_hf.training.comparison.trials import Comparison, config_fields
 from coral_hf.training.grouping import most_frequent_first, token_counts
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class CompareHeadsOptions(MeasuredOptions, DatasetOptions):
 
 
 @dataclass(kw_only=True)
-class HeadComparisonSettings(TrialSettings):
+class HeadComparisonSettings(ComparisonSettings):
     """How draft heads of one drafter are compared."""
 
     repeats: int = option("Timed calls of each head on each prompt.", 1, least=1)
@@ -109,7 +109,7 @@ class HeadTrial(NamedTuple):
 
 
 @dataclass
-class HeadComparison(TrialRuns):
+class HeadComparison(Comparison):
     """Makes the heads of trials, each once for an output folder, and measures them."""
 
     settings: HeadComparisonSettings

@@ -37,9 +37,9 @@ from coral_hf.identity import digest
 from coral_hf.measure import plots
 from coral_hf.measure.calls import decoded_rounds
 from coral_hf.measure.report import Table, describe_environment
-from coral_hf.measure.settings import TrialSettings
+from coral_hf.measure.settings import ComparisonSettings
 from coral_hf.target import read_target
-from coral_hf.training.comparison.trials import Trial, TrialRuns
+from coral_hf.training.comparison.trials import Comparison, Trial
 from coral_hf.training.data import load_conversations, prepare_dataset
 from coral_hf.training.evaluation.acceptance import acceptance_by_depth, count_rounds, prompt_of
 
@@ -112,8 +112,8 @@ class Experiment:
         split = len(rows) - options.hold_out
         trained = rows.select(range(split))
         settings = [*OPTIONS.split(), device, *typed]
-        settings = TrialSettings(output=options.rows.parent, options=settings, **TREE)
-        self.runs = TrialRuns(target, tokenizer, trained, [], settings)
+        settings = ComparisonSettings(output=options.rows.parent, options=settings, **TREE)
+        self.runs = Comparison(target, tokenizer, trained, [], settings)
         # whole, so that each begins where its text begins
         held_out = prepare_dataset(rows.select(range(split, len(rows))), tokenizer, sys.maxsize)
         found = unseen(self.runs.dataset, held_out, options.prompt_length)

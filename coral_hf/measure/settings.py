@@ -152,7 +152,7 @@ class SweepSettings(HeadSettings):
 
 
 @dataclass(kw_only=True)
-class TrialSettings(TreeSettings):
+class ComparisonSettings(TreeSettings):
     """What all trials of a comparison share."""
 
     output: Path = option("Folder of the results; resumed if it has some.")
@@ -161,10 +161,4 @@ class TrialSettings(TreeSettings):
     temperatures: list[float] = option("Measured at.", [0.0, 1.0], flag="temperature", least=0)
     # a round of decoding follows the token of the prefill
     max_new_tokens: int = option("Tokens of each answer.", 64, least=2)
-
-
-@dataclass(kw_only=True)
-class ComparisonSettings(TrialSettings):
-    """How training runs are compared."""
-
     batch_size: int = option("Prompts that are answered at once.", 8, least=1)

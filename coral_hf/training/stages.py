@@ -29,9 +29,8 @@ HEAD_SETTINGS = {
 }
 # fields of the config of a drafter whose head a stage trains, so that it is read from now on
 TRAINED: dict[str, dict[str, Any]] = {
-    "router": {"is_router_trained": True, "draft_head": "routed"},
+    **dict.fromkeys(("router", "joint"), {"is_router_trained": True, "draft_head": "routed"}),
     "low_rank": {"draft_head": "low_rank"},
-    "joint": {"is_router_trained": True, "draft_head": "routed"},
 }
 
 

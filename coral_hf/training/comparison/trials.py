@@ -31,7 +31,7 @@ from ...heads.settings import HeadFields
 from ...identity import digest, identify
 from ...measure.calls import decoded_rounds
 from ...measure.prompts import Prompt, encode, fitting
-from ...measure.settings import ComparisonSettings, TrialSettings
+from ...measure.settings import ComparisonSettings
 from ...target import read_target
 from .. import CoralTrainer, CoralTrainingArguments, parse_arguments
 from ..data import prepare_dataset
@@ -136,19 +136,33 @@ class Result:
 
 
 @dataclass
-class TrialRuns:
-    """What all trials of a comparison share, and how each is trained."""
+class Comparison:
+    """Trains and measures trials; one that was measured before is not repeated.
+
+    ```python
+    with comparison.held(trials, [1000]):
+        results = [comparison.result(trial, seed=0, steps=1000) for trial in trials]
+    ```
+    """
 
     target: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     dataset: Any  # in any form that `prepare_dataset` takes, or rows of a feature cache
     prompts: Sequence[Prompt]
-    settings: TrialSettings
+    settings: ComparisonSettings
 
     def __post_init__(self) -> None:
         max_length = parse_arguments(self.settings.output, self.settings.options).max_length
         if hasattr(self.dataset, "column_names"):  # rows of a feature cache are ready
             self.dataset = prepare_dataset(self.dataset, self.tokenizer, max_length)
+        self._lines = JsonLines(self.settings.output / "results.jsonl")
+        self._ids: dict[str, list[list[int]]] = {}  # of the prompts, by task
+        if self.prompts:
+            sizes = self.target, self.settings.max_new_tokens
+            self.prompts = fitting(self.prompts, self.tokenizer, *sizes)
+        for prompt in self.prompts:
+            ids = encode(prompt, self.tokenizer)[0].tolist()
+            self._ids.setdefault(prompt.task, []).append(ids)
 
     def keep_folder(self, **others: Any) -> None:
         """Raise a ValueError if results in the folder depend on another target, rows or others.
@@ -180,30 +194,6 @@ class TrialRuns:
             trainer = CoralTrainer(drafter, self.target, args, self.tokenizer, **known)
             trainer.train()
         return trainer.state
-
-
-@dataclass
-class Comparison(TrialRuns):
-    """Trains and measures trials; one that was measured before is not repeated.
-
-    ```python
-    with comparison.held(trials, [1000]):
-        results = [comparison.result(trial, seed=0, steps=1000) for trial in trials]
-    ```
-    """
-
-    settings: ComparisonSettings
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._lines = JsonLines(self.settings.output / "results.jsonl")
-        self._ids: dict[str, list[list[int]]] = {}  # of the prompts, by task
-        if self.prompts:
-            sizes = self.target, self.settings.max_new_tokens
-            self.prompts = fitting(self.prompts, self.tokenizer, *sizes)
-        for prompt in self.prompts:
-            ids = encode(prompt, self.tokenizer)[0].tolist()
-            self._ids.setdefault(prompt.task, []).append(ids)
 
     @contextmanager
     def held(self, trials: Sequence[Trial], steps: Sequence[int]) -> Iterator[None]:

@@ -3,8 +3,6 @@
 In: paths or Hub ids. Out: one `datasets.Dataset` with the columns that were found.
 """
 
-import bz2
-import gzip
 import json
 import lzma
 import math
@@ -18,6 +16,7 @@ from reprlib import repr as shortened
 from typing import Any
 
 import datasets
+import fsspec  # type: ignore[import-untyped]
 import pyarrow
 from datasets import Dataset
 
@@ -30,7 +29,7 @@ READERS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+COMPRESSED = (".gz", ".bz2", ".xz")
 BINARY = ("parquet", "arrow")  # files without lines
 
 
@@ -64,7 +63,7 @@ def load_conversations(
     if reader is None and file.is_file():
         raise ValueError(
             f"{file} has the ending {file.suffix!r}; expected one of {', '.join(READERS)}, of"
-            f" lines also with {', '.join(OPENERS)}. Convert or rename it."
+            f" lines also with {', '.join(COMPRESSED)}. Convert or rename it."
         )
     if reader == "text":
         return datasets.Dataset.from_dict({"text": _documents(file, split)})
@@ -104,19 +103,18 @@ def _delimiter(file: Path) -> dict[str, str]:
 
 def _reader_of(file: Path) -> str | None:
     """Name the reader of `datasets` for a file; None for an unknown ending."""
-    name = file.stem if file.suffix in OPENERS else file.name
+    name = file.stem if file.suffix in COMPRESSED else file.name
     reader = READERS.get(Path(name).suffix)
     return None if reader in BINARY and name != file.name else reader
 
 
 def _lines(file: Path) -> Iterator[bytes]:
     """Yield the lines of a file, decompressed by the ending of its name."""
-    kind = OPENERS.get(file.suffix)
     try:
-        with kind(file) if kind else file.open("rb") as lines:
+        with fsspec.open(str(file), compression="infer") as lines:
             yield from lines
-    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, OSError) as error:
-        if kind is None:
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if file.suffix not in COMPRESSED:
             raise
         raise ValueError(
             f"{file} is not a whole {file.suffix[1:]} file: {error}. Copy it again."
