@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 128  # positions whose logits are held at a time
+FEW = 8  # of them, whose logits are multiplied at a time
 # (*batch, hidden) → (*batch, vocab)
 LogitsOf = Callable[[Tensor], Tensor]
 
@@ -218,7 +219,10 @@ class TorchChunkLoss:
         top_probs, top_tokens = (one.expand(*shape[:-1], k) for one in self._top)
         highest, first = logits.max(-1, keepdim=True)
         logits -= highest
-        own = row_products(logits, probs)
+        # of all rows at once, the products would be a large temporary
+        pairs = zip(logits.split(FEW, dim=-2), probs.split(FEW), strict=True)
+        with torch.autocast(logits.device.type, enabled=False):  # it would sum in half precision
+            own = torch.cat([torch.linalg.vecdot(*pair) for pair in pairs], dim=-1)
         top_logits = logits.gather(-1, top_tokens)  # (*batch, rows, k)
         total = logits.exp_().sum(-1, keepdim=True)
         log_total, is_trained = total.log(), (goal.first >= 0)[:, None]
@@ -229,17 +233,6 @@ class TorchChunkLoss:
         slope.scatter_add_(-1, top_tokens, -weights.top_k * top_probs)
         losses = (is_trained * log_total)[..., 0] - own
         return Chunk(losses, top_k, first[..., 0] == goal.first, slope)
-
-
-def row_products(logits: Tensor, probs: Tensor) -> Tensor:
-    """Σ_v z(v) p(v) of each row: (*batch, rows, vocab) and (rows, vocab) → (*batch, rows)."""
-    with torch.autocast(logits.device.type, enabled=False):  # it would sum in half precision
-        if logits.device.type != "cpu" or not len(probs):
-            return torch.linalg.vecdot(logits, probs)
-        # which is many times slower there, and a product of both would be a large temporary
-        parts = logits.view(-1, *probs.shape)
-        found = [torch.dot(*pair) for part in parts for pair in zip(part, probs, strict=True)]
-        return torch.stack(found).view(logits.shape[:-1])
 
 
 # logits (*batch, rows, vocab), which it may overwrite, and the goal (rows, vocab) → the losses, as
