@@ -51,8 +51,8 @@ def test_a_trial_has_the_drafter_that_its_recipe_is_for():
     trial = Trial.parse("eagle3 csra_weight=0.1 drafter.draft_vocab_size=20")
     drafter = trial.fresh(tiny_target("llama"), parse_arguments("unused", trial.options))
     assert type(drafter) is Eagle3Drafter and drafter.config.draft_vocab_size == 20
-    with pytest.raises(ValueError, match="`num_groups` is no field of Eagle3Config"):
-        Trial.parse("eagle3 drafter.num_groups=4")
+    with pytest.raises(ValueError, match="`num_heads` is no field of Eagle3Config"):
+        Trial.parse("eagle3 drafter.num_heads=4")
 
 
 @pytest.mark.parametrize("text", ["", "coral csra_weight", "coral =3"])
