@@ -68,10 +68,12 @@ class TooLong(ValueError):
 class Failure(Exception):
     """What may be over when a request is sent again, after some seconds."""
 
-    seconds = 0.0
+    def __init__(self, said: str, seconds: float = 0.0):
+        super().__init__(said)
+        self.seconds = seconds
 
 
-class Connection:
+class Connection(httpx.AsyncClient):
     """Requests to a server while the `async with` block runs.
 
     Args:
@@ -84,19 +86,12 @@ class Connection:
         self._key = os.environ.get(KEY, "").strip()
         if not re.fullmatch("[!-~]*", self._key):
             raise ValueError(f"{KEY} holds characters that no key has.")
-        self._client = httpx.AsyncClient(
+        super().__init__(
             base_url=endpoint.url,
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx.Timeout(endpoint.timeout, connect=CONNECT_SECONDS),
             limits=httpx.Limits(max_connections=size, max_keepalive_connections=size),
         )
-
-    async def __aenter__(self) -> "Connection":
-        await self._client.__aenter__()
-        return self
-
-    async def __aexit__(self, *error: Any) -> None:
-        await self._client.__aexit__(*error)
 
     async def once(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Ask once for what is at a path, or send an object there.
@@ -108,7 +103,7 @@ class Connection:
         """
         method = "GET" if body is None else "POST"
         try:
-            response = await self._client.request(method, path, json=body)
+            response = await self.request(method, path, json=body)
         except httpx.ConnectError as error:
             raise Failure(f"no connection ({error})") from error
         except httpx.TimeoutException as error:
@@ -157,9 +152,8 @@ class Connection:
             return found
         said = f"{status} {self._message(found, response.text)}".strip()
         if status in RETRIED:
-            failure, named = Failure(said), response.headers.get("retry-after", "")
-            failure.seconds = float(named) if named.isdecimal() else 0.0
-            raise failure
+            named = response.headers.get("retry-after", "")
+            raise Failure(said, float(named) if named.isdecimal() else 0.0)
         if status in (401, 403):
             remedy = "refuses the key in" if self._key else "asks for a key; put it into"
             raise ValueError(f"The server at {url} {remedy} {KEY} ({said}).")
