@@ -17,8 +17,6 @@ from ..measure.summary import accepted_depths
 from ..measure.terminal import COLOURS, colour_of
 from .race import Race, Round, Side
 
-WIDTH, HEIGHT = 132, 34  # of a node with the gap behind it, in pixels
-GAP = 30  # between two columns
 VISIBLE = str.maketrans({" ": "·", "\n": "↵", "\t": "→"})
 LONGEST = 8  # characters of a token that are drawn
 
@@ -82,62 +80,35 @@ def bars(rounds: Sequence[Round]) -> str:
 
 
 def tree(rounds: Sequence[Round], number: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The draft tree of a round: confidence of each node, the accepted path."""
+    """The draft tree of a round, as nested lists: the accepted path, and confidences."""
     title = "<h2>Draft trees</h2>"
     if not rounds:
         return f"{title}<p>Each round of an answer has one; they are drawn here.</p>"
     number = min(max(number, 1), len(rounds))
     one = rounds[number - 1]
-    path, nodes = one.path(), [i for i, parent in enumerate(one.parents) if parent != PADDING]
-    said = f"Round {number} of {len(rounds)}: {len(nodes) - 1} tokens drafted,"
+    path, num_drafted = one.path(), len(one.tokens) - 1 - one.parents[1:].count(PADDING)
+    said = f"Round {number} of {len(rounds)}: {num_drafted} tokens drafted,"
     said += f" {len(path) - 1} accepted"
     if one.own is not None:
         said += f", then the target's own <code>{spelled(tokenizer, one.own)}</code>"
-    places = layout(one.parents, nodes)
-    drawn = []
-    for node in sorted(nodes, key=path.__contains__):  # the path over the others
+
+    def item(node: int) -> str:
         kind = "accepted" if node in path else "rejected"
-        share = f"{one.confidences[node - 1]:.0%}" if node and one.confidences else ""
-        text = spelled(tokenizer, one.tokens[node])
-        drawn.append(edge(places[one.parents[node]], places[node], kind) if node else "")
-        drawn.append(
-            f'<g class="{kind}" transform="translate{places[node]}"><title>{text} {share}</title>'
-            f'<rect width="{WIDTH - GAP}" height="26" rx="5"/><text x="6" y="17">'
-            f"{spelled(tokenizer, one.tokens[node], LONGEST)}</text>"
-            f'<text class="share" x="{WIDTH - GAP - 6}" y="17">{share}</text></g>'
-        )
-    width = max(x for x, _ in places.values()) + WIDTH
-    height = max(y for _, y in places.values()) + HEIGHT
+        text, share = spelled(tokenizer, one.tokens[node]), ""
+        if node and one.confidences:
+            share = f"{one.confidences[node - 1]:.0%}"
+        below = [i for i, parent in enumerate(one.parents) if i and parent == node]
+        below.sort(key=lambda i: i not in path)  # so that the path is a straight line
+        children = f"<ul>{''.join(map(item, below))}</ul>" if below else ""
+        short = spelled(tokenizer, one.tokens[node], LONGEST)
+        node_box = f'<span title="{text} {share}"><b>{short}</b> {share}</span>'
+        return f'<li class="{kind}">{node_box}{children}</li>'
+
     accepted = " ".join(spelled(tokenizer, token) for token in one.accepted) or "nothing"
-    svg = f'<svg role="img" aria-label="Accepted: {accepted}" width="{width}" height="{height}">'
-    box = '<div class="box" role="region" tabindex="0" aria-label="Draft tree">'
-    return f"{title}<p>{said}.</p>{box}{svg}{''.join(drawn)}</svg></div>"
+    box = f'<div class="box" role="region" tabindex="0" aria-label="Accepted: {accepted}">'
+    return f'{title}<p>{said}.</p>{box}<ul class="tree">{item(0)}</ul></div>'
 
 
 def spelled(tokenizer: PreTrainedTokenizerBase, token: int, longest: int | None = None) -> str:
     """A token with its blanks made visible."""
     return escape(tokenizer.decode([token]).translate(VISIBLE)[:longest])
-
-
-def edge(parent: tuple[int, int], child: tuple[int, int], kind: str) -> str:
-    """The line from a node to one below it."""
-    (left, top), (x, y) = parent, child
-    start, middle, top, y = left + WIDTH - GAP, x - GAP // 2, top + 13, y + 13
-    return f'<path class="{kind}" d="M{start} {top} C{middle} {top} {middle} {y} {x} {y}"/>'
-
-
-def layout(parents: Sequence[int], nodes: Sequence[int]) -> dict[int, tuple[int, int]]:
-    """Where nodes are drawn: a column a depth, a line a leaf, a node beside its first child."""
-    places: dict[int, tuple[int, int]] = {}
-    lines = 0
-
-    def place(node: int, depth: int) -> None:
-        nonlocal lines
-        places[node] = depth * WIDTH, lines * HEIGHT
-        children = [child for child in nodes if child and parents[child] == node]
-        for child in children:
-            place(child, depth + 1)
-        lines += not children
-
-    place(0, 0)
-    return places

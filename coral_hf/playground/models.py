@@ -5,6 +5,7 @@ In: a prompt and what was chosen for it. Out: a `Race`, or a ValueError whose se
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,11 +64,12 @@ class Models:
         drafting = DraftingSettings(**settings).drafting()
         with self.turns.enter():
             ids = encode_said(prompt, self.tokenizer, self.target, max_new_tokens)  # (1, length)
-        plain = sampling_arguments(temperature, max_new_tokens)
+        pad = getattr(drafter.config, "pad_token_id", None) or 0
+        arguments = sampling_arguments(temperature, max_new_tokens) | {"pad_token_id": pad}
         if temperature:
-            plain |= {"top_p": sampling["top_p"], "top_k": sampling["top_k"]}
-        plain["pad_token_id"] = pad = getattr(drafter.config, "pad_token_id", None) or 0
-        own = {"assistant_model": drafter, "speculation": "always", "tokenizer": self.tokenizer}
+            arguments |= {"top_p": sampling["top_p"], "top_k": sampling["top_k"]}
         batch = left_padded([ids[0]], pad, self.target.device)
-        calls = [plain, plain | own | drafting]
-        return Race(self.turns, self.target, self.tokenizer, batch, calls, sampling["seed"])
+        plain = partial(self.target.generate, **batch, **arguments)
+        own = {"assistant_model": drafter, "speculation": "always", "tokenizer": self.tokenizer}
+        calls = [plain, partial(plain, **own, **drafting)]
+        return Race(self.turns, self.tokenizer, calls, sampling["seed"], not temperature)

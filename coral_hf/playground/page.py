@@ -7,7 +7,6 @@ off, and fonts are the reader's own.
 import os
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,13 +22,10 @@ import gradio as gr  # noqa: E402
 PLAIN, DRAFTED = "The target alone", "With the drafter"
 OWN = "the drafter's own"
 EVERY = 0.1  # seconds between two pictures of a race
-FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 # greys that stand out from their background enough to be read
 BUTTON = [f"button_primary_background_fill{end}" for end in ("", "_hover", "_dark", "_hover_dark")]
-READABLE = {
-    **dict.fromkeys(("body_text_color_subdued", "input_placeholder_color"), "*neutral_600"),
-    **dict.fromkeys(BUTTON, "*primary_700"),
-}
+READABLE = dict.fromkeys(("body_text_color_subdued", "input_placeholder_color"), "*neutral_600")
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 class Page:
@@ -40,39 +36,38 @@ class Page:
         with gr.Blocks(title="coral_hf playground", analytics_enabled=False) as self.blocks:
             gr.Markdown(f"# Playground\n{title}")
             self._question()
-            self.answers = [gr.State()]  # the race
-            self.answers += [gr.HTML(elem_classes=["alert"]), gr.HTML(elem_classes=["result"])]
+            self.race = gr.State()
+            self.alert, self.result = (gr.HTML(elem_classes=[one]) for one in ("alert", "result"))
             with gr.Row():
-                for name in (PLAIN, DRAFTED):
-                    with gr.Column(min_width=300):
-                        self.answers.append(gr.HTML(drawing.pane(name)))
+                with gr.Column(min_width=300):
+                    self.plain = gr.HTML(drawing.pane(PLAIN))
+                with gr.Column(min_width=300):
+                    self.drafted = gr.HTML(drawing.pane(DRAFTED))
             gr.HTML(drawing.legend())
             with gr.Row():
                 with gr.Column(min_width=300, scale=1):
-                    self.answers.append(gr.HTML(drawing.bars([])))
+                    self.bars = gr.HTML(drawing.bars([]))
                 with gr.Column(min_width=300, scale=3):
-                    self._rounds()
-            asked = [self.prompt, *self.sampling, self.drafter, *self.drafting]
-            triggers = [self.run.click, self.prompt.submit]
-            private = {"api_visibility": "private", "show_progress": "hidden"}
-            gr.on(triggers, self.answer, asked, self.answers, concurrency_limit=None, **private)
-            self.stop.click(lambda race: race and race.stop(), self.answers[0], **private)
-            heads = [self.drafting[0], self.answers[1]]
-            self.drafter.change(self.choose, self.drafter, heads, **private)
-            shown = partial(drawing.tree, tokenizer=models.tokenizer)
-            self.round.change(
-                lambda race, number: shown(race.drafted.rounds if race else [], number),
-                [self.answers[0], self.round],
-                self.answers[-1],
-                **private,
-            )
-            for button, step in ((self.back, -1), (self.on, 1)):
-                button.click(
-                    lambda race, number, step=step: self.at(race, number + step),
-                    [self.answers[0], self.round],
-                    self.round,
-                    **private,
-                )
+                    self.round = gr.Slider(1, 2, 1, step=1, label="Round")
+                    with gr.Row():
+                        back, on = gr.Button("Round before"), gr.Button("Next round")
+                    self.tree = gr.HTML(self.drawn(None, 1))
+            self._listen(back, on)
+
+    def _listen(self, back: gr.Button, on: gr.Button) -> None:
+        """Say what happens when something is pressed or chosen."""
+        asked = [self.prompt, *self.sampling, self.drafter, *self.drafting]
+        shown = [self.race, self.alert, self.result, self.plain, self.drafted]
+        shown += [self.bars, self.round, self.tree]
+        triggers = [self.run.click, self.prompt.submit]
+        gr.on(triggers, self.answer, asked, shown, concurrency_limit=None, **PRIVATE)
+        self.stop.click(lambda race: race and race.stop(), self.race, **PRIVATE)
+        heads = [self.drafting[0], self.alert]
+        self.drafter.change(self.choose, self.drafter, heads, **PRIVATE)
+        place = [self.race, self.round]
+        self.round.change(self.drawn, place, self.tree, **PRIVATE)
+        back.click(lambda race, number: at(race, number - 1), place, self.round, **PRIVATE)
+        on.click(lambda race, number: at(race, number + 1), place, self.round, **PRIVATE)
 
     def _question(self) -> None:
         """The prompt, how tokens are chosen, and how they are drafted."""
@@ -105,51 +100,42 @@ class Page:
             rules = [OWN, *get_args(Rule)]
             self.drafting.append(gr.Radio(rules, value=OWN, label="Rule", info="When sampling."))
 
-    def _rounds(self) -> None:
-        """The tree of a round, and the steps to the next."""
-        self.round = gr.Slider(1, 2, 1, step=1, label="Round")
-        with gr.Row():
-            self.back, self.on = gr.Button("Round before"), gr.Button("Next round")
-        self.answers += [self.round, gr.HTML(drawing.tree([], 1, self.models.tokenizer))]
-
-    def answer(self, prompt: str, *chosen: Any) -> Iterator[Sequence[Any]]:
+    def answer(self, prompt: str, *chosen: Any) -> Iterator[dict]:
         """Show a race while it is run; whoever leaves the page stops it.
 
         `chosen`: the values of the elements, from the number of new tokens on.
         """
-        length, temperature, top_p, top_k, seed, name, head, depth, width, nodes, rule = chosen
+        length, temperature, top_p, top_k, seed, name, *drafting = chosen
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-        settings = {"tree_depth": depth, "tree_top_k": width, "tree_nodes": nodes}
-        settings |= {"draft_head": head, "verification": rule}
-        settings = {key: None if one == OWN else one or None for key, one in settings.items()}
+        names = ("draft_head", "tree_depth", "tree_top_k", "tree_nodes", "verification")
+        settings = {
+            key: None if one == OWN else one or None
+            for key, one in zip(names, drafting, strict=True)
+        }
         try:
             race = self.models.race(prompt, length, sampling, name, settings)
         except (ValueError, OSError) as error:
-            yield gr.skip(), alert(error), *[gr.skip()] * (len(self.answers) - 2)
+            yield {self.alert: alert(error)}
             return
         try:
-            is_running = True
-            while is_running:
+            while race.is_running:
+                yield self.shown(race)
                 time.sleep(EVERY)
-                is_running = race.is_running
-                yield self.shown(race, is_running)
+            rounds = {self.bars: drawing.bars(race.drafted.rounds), self.round: at(race, 1)}
+            yield self.shown(race) | rounds | {self.tree: self.drawn(race, 1)}
         finally:
             race.stop()
 
-    def shown(self, race: Race, is_running: bool) -> Sequence[Any]:
-        """What the elements of an answer show."""
-        panes = drawing.pane(PLAIN, race.plain), drawing.pane(DRAFTED, race.drafted)
-        rounds = race.drafted.rounds
-        common = race, alert(race.error), drawing.result(race), *panes
-        if is_running:
-            return *common, *[gr.skip()] * 3
-        drawn = drawing.tree(rounds, 1, self.models.tokenizer)
-        return *common, drawing.bars(rounds), self.at(race, 1), drawn
+    def shown(self, race: Race) -> dict:
+        """What of an answer is seen while it is written."""
+        panes = (self.plain, PLAIN, race.plain), (self.drafted, DRAFTED, race.drafted)
+        texts = {element: drawing.pane(name, side) for element, name, side in panes}
+        said = {self.alert: alert(race.error), self.result: drawing.result(race)}
+        return {self.race: race, **said, **texts}
 
-    def at(self, race: Race | None, number: int) -> Any:
-        """The slider of rounds, at one of them."""
-        last = max(len(race.drafted.rounds) if race else 0, 1)
-        return gr.Slider(maximum=max(last, 2), value=min(max(number, 1), last))
+    def drawn(self, race: Race | None, number: int) -> str:
+        """The tree of a round."""
+        return drawing.tree(race.drafted.rounds if race else [], number, self.models.tokenizer)
 
     def choose(self, name: str) -> Sequence[Any]:
         """Offer the draft heads of another drafter."""
@@ -157,6 +143,12 @@ class Page:
             return gr.Radio([OWN, *self.models.heads(name)], value=OWN), ""
         except (ValueError, OSError) as error:
             return gr.Radio([OWN], value=OWN), alert(error)
+
+
+def at(race: Race | None, number: int) -> gr.Slider:
+    """The slider of rounds, at one of them."""
+    last = max(len(race.drafted.rounds) if race else 0, 1)
+    return gr.Slider(maximum=max(last, 2), value=min(max(number, 1), last))
 
 
 def alert(error: object) -> str:
@@ -167,11 +159,12 @@ def alert(error: object) -> str:
 def launch(models: Models, title: str, port: int | None = None) -> gr.Blocks:
     """Begin to serve the page, on this machine or where GRADIO_SERVER_NAME says."""
     blocks = Page(models, title).blocks
-    quiet = {"quiet": True, "prevent_thread_lock": True, "share": False, "ssr_mode": False}
-    plain = {"footer_links": [], "run_history": False, "mcp_server": False, "pwa": False}
     style = Path(__file__).with_name("style.css")
-    theme = gr.themes.Default(**FONTS).set(**READABLE)
-    blocks.launch(server_port=port, css_paths=style, theme=theme, **quiet, **plain)
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    theme = gr.themes.Default(**fonts).set(**READABLE, **dict.fromkeys(BUTTON, "*primary_700"))
+    quiet = {"quiet": True, "prevent_thread_lock": True, "share": False, "ssr_mode": False}
+    quiet |= {"footer_links": [], "run_history": False, "mcp_server": False, "pwa": False}
+    blocks.launch(server_port=port, css_paths=style, theme=theme, **quiet)
     return blocks
 
 

@@ -1,20 +1,19 @@
 """A race: one prompt, answered by the target alone and with a drafter, at the same time.
 
-In: a prompt's tokens and the arguments of two calls of `generate`. Out: for each what it has
-written so far, its tokens, its seconds and its rounds.
+In: two calls of `generate` that want a streamer. Out: for each what it has written so far, its
+tokens, its seconds and its rounds.
 """
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..decoding import DraftTree
-from ..measure.calls import Arguments, Batch
 from ..measure.terminal import ColouredStreamer
 from .turns import Turn, Turns
 
@@ -33,10 +32,9 @@ class Round:
 
     def path(self) -> list[int]:
         """The nodes that were accepted, from the root on."""
-        path = [0]
+        pairs, path = [*zip(self.tokens, self.parents, strict=True)], [0]
         for token in self.accepted:
-            pairs = zip(self.tokens, self.parents, strict=True)
-            path.append(next(i for i, pair in enumerate(pairs) if i and pair == (token, path[-1])))
+            path.append(pairs.index((token, path[-1]), 1))
         return path
 
 
@@ -93,36 +91,31 @@ class Race:
     def __init__(
         self,
         turns: Turns,
-        target: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        batch: Batch,
-        calls: Sequence[Arguments],
+        calls: Sequence[Callable],
         seed: int = 0,
+        is_greedy: bool = True,
     ) -> None:
         """Start.
 
         Args:
-            batch: `input_ids` and `attention_mask`, (1, length).
-            calls: the arguments of the target alone, and of the target with a drafter.
+            calls: of the target alone, and with a drafter; each takes `streamer`.
             seed: of both.
         """
-        self._target, self._batch, self._seed = target, batch, seed
-        self.is_greedy = not calls[0]["do_sample"]
-        self.error = ""
+        self.is_greedy, self.error, self._seed = is_greedy, "", seed
         self.plain, self.drafted = (Side(tokenizer, turns.enter()) for _ in calls)
-        sides = (self.plain, self.drafted)
+        pairs = zip((self.plain, self.drafted), calls, strict=True)
         self._threads = [
-            threading.Thread(target=self._run, args=pair, daemon=True)
-            for pair in zip(sides, calls, strict=True)
+            threading.Thread(target=self._run, args=pair, daemon=True) for pair in pairs
         ]
         for thread in self._threads:
             thread.start()
 
-    def _run(self, side: Side, arguments: Arguments) -> None:
+    def _run(self, side: Side, call: Callable) -> None:
         with side.turn:
             try:
                 torch.manual_seed(self._seed)
-                self._target.generate(**self._batch, **arguments, streamer=side)
+                call(streamer=side)
             except Stopped:
                 pass
             except Exception as error:

@@ -29,25 +29,23 @@ class Turns:
     def enter(self) -> "Turn":
         """Join, with as much used as who has used it least."""
         with self.changed:
-            used = min((call.used for call in self.calls), default=0.0)
-            self.calls.append(turn := Turn(self, used))
+            self.calls.append(turn := Turn(self, min((one.used for one in self.calls), default=0)))
         return turn
 
-    def next(self) -> "Turn | None":
-        """The call whose turn it is; None while another has not ended its own."""
-        waiting = [call for call in self.calls if call.is_waiting]
-        return None if self.holder else min(waiting, key=lambda call: call.used, default=None)
+    def is_free_for(self, turn: "Turn") -> bool:
+        """Whether it is the turn of a call."""
+        return self.holder is None and turn is min(self.calls, key=lambda call: call.used)
 
 
 class Turn:
     """The turns of one call, with its clock and its random numbers.
 
-    Holds the machine within its `with` block, but for `pass_on`.
+    Holds the machine within its `with` block, but for `pass_on`; others wait for a call that has
+    joined, so whoever joins begins at once.
     """
 
     def __init__(self, turns: Turns, used: float) -> None:
         self.seconds = 0.0
-        self.is_waiting = False
         self._turns, self._before = turns, used
         self._random = random_states()
 
@@ -58,17 +56,17 @@ class Turn:
 
     def __enter__(self) -> "Turn":
         with self._turns.changed:
-            self.is_waiting = True
-            self._turns.changed.wait_for(lambda: self._turns.next() is self)
-            self.is_waiting, self._turns.holder = False, self
-        set_random_states(self._random)
+            self._turns.changed.wait_for(lambda: self._turns.is_free_for(self))
+            self._turns.holder = self
+        torch.set_rng_state(self._random[0])
+        torch.cuda.set_rng_state_all(self._random[1:])
         self._since = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end()
         with self._turns.changed:
             self._turns.calls.remove(self)
+            self._end()
 
     def pass_on(self) -> None:
         """Let others use the machine, where this turn has lasted long enough."""
@@ -87,9 +85,3 @@ class Turn:
 def random_states() -> list[Tensor]:
     """The states of torch's generators, the CPU's first."""
     return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-
-
-def set_random_states(states: list[Tensor]) -> None:
-    """Go on with the random numbers of other states."""
-    torch.set_rng_state(states[0])
-    torch.cuda.set_rng_state_all(states[1:])
