@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from .training import CoralTrainingArguments as CoralTrainingArguments
     from .training.planning.plan import plan as plan
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # public names, and the modules that are imported when they are first used
 _MODULES = {

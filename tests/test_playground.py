@@ -33,6 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.future.no_silent_downcasting")
 
 GREEDY = {"temperature": 0, "top_p": 1, "top_k": 0, "seed": 0}
 LENGTH = 24  # new tokens
+ROOT = EXAMPLES.parent
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +182,18 @@ def test_sampled_answers_follow_the_seed(models):
     assert runs[0].drafted.tokens != runs[2].drafted.tokens
 
 
+def test_a_target_without_chat_template_continues_the_text(models):
+    plain = AutoTokenizer.from_pretrained(models.tokenizer.name_or_path)
+    plain.chat_template = None
+    without = Models(models.target, plain, ["itself"], models.load)
+    race = finished(without.race("Hello", LENGTH, GREEDY, "itself", {}))
+    ids = plain("Hello", return_tensors="pt")  # (1, length)
+    arguments = sampling_arguments(0.0, LENGTH) | {"pad_token_id": 0}
+    expected = models.target.generate(**ids, **arguments)[0, ids["input_ids"].shape[1] :]
+    assert race.drafted.tokens == race.plain.tokens == expected.tolist()
+    assert race.plain.tokens != alone(models, "Hello")
+
+
 @pytest.mark.parametrize(
     ("prompt", "length", "name", "settings", "message"),
     [
@@ -234,9 +247,8 @@ def test_a_tree_is_drawn_with_its_path_and_its_confidences(models):
     assert one.path() == [0, 1, 3]
     drawn = drawing.tree([one], 9, models.tokenizer)
     assert "Round 1 of 1: 3 tokens drafted, 2 accepted, then the target's own" in drawn
-    nodes = re.findall(
-        r'(<ul class="tree">|<ul>|</ul>|</li>)|class="(\w+)"><span title="(\S+) ', drawn
-    )
+    tags = r'(<ul class="tree">|<ul>|</ul>|</li>)|class="(\w+)"><span title="(\S+) '
+    nodes = re.findall(tags, drawn)
     assert "".join(tag or f"{kind} {text} " for tag, kind, text in nodes) == (
         '<ul class="tree">accepted I <ul>accepted b <ul>accepted d </li></ul></li>'
         "rejected c </li></ul></li></ul>"
@@ -385,6 +397,21 @@ def test_two_readers_at_once_get_their_own_answers(chromium, url, models):
 
 
 @pytest.mark.slow
+def test_the_page_of_a_target_without_chat_template_says_so(chromium, models):
+    from coral_hf.playground.page import launch
+
+    plain = AutoTokenizer.from_pretrained(models.tokenizer.name_or_path)
+    plain.chat_template = None
+    blocks = launch(Models(models.target, plain, ["itself"], models.load), "No template.")
+    with visiting(chromium, blocks.local_url) as (page, _):
+        assert page.get_by_text("it continues the text as it stands").is_visible()
+        ask(page, "Hello")
+        text, drafted = panes(page)
+        assert text and text == drafted
+    blocks.close()
+
+
+@pytest.mark.slow
 def test_a_reader_who_leaves_ends_the_generation(chromium, url, models):
     with visiting(chromium, url) as (page, _):
         ask(page, "Hello", 450)
@@ -427,16 +454,31 @@ def test_nothing_but_loopback_is_connected_to(chromium, url, connected):
     assert not [one for one in fetched if re.search(r"\.(woff2?|ttf)", one)] and fonts is not None
 
 
+def test_a_space_installs_what_the_package_needs():
+    package = (ROOT / "pyproject.toml").read_text()
+    needed = re.search(r"^dependencies = \[(.*?)^\]", package, re.DOTALL | re.MULTILINE)[1]
+    needed += re.search(r"^playground = (.*)$", package, re.MULTILINE)[1]
+    comment, *lines = (EXAMPLES / "space" / "requirements.txt").read_text().splitlines()
+    assert lines == re.findall('"(.*?)"', needed) and "torch" in lines[0]
+    sdk = re.search(r"sdk_version: (\S+)\.\d+", (EXAMPLES / "space" / "README.md").read_text())[1]
+    assert lines[-1] == f"gradio>={sdk}"
+
+
 @pytest.mark.slow
 def test_the_space_serves_the_same_page_until_it_is_interrupted(tmp_path):
     if find_spec("gradio") is None:
         pytest.skip("the page is made with Gradio")
     save_target_and_talk(tmp_path)
-    target = str(tmp_path / "target")
-    names = {"TARGET": target, "DRAFTER": target, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, EXAMPLES / "space" / "app.py"]
+    target, here = str(tmp_path / "target"), tmp_path / "space"
+    shutil.copytree(EXAMPLES / "space", here)
+    shutil.copytree(ROOT / "coral_hf", here / "coral_hf")  # as it is pushed: nothing is installed
+    names = {"TARGET": target, "DRAFTER": target, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     space = subprocess.Popen(
-        command, cwd=tmp_path, env=os.environ | names, stdout=subprocess.PIPE, text=True
+        [sys.executable, "app.py"],
+        cwd=here,
+        env=os.environ | names,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         lines = iter(space.stdout.readline, "")

@@ -27,6 +27,8 @@ class DemoSettings:
         max_length: tokens of a training row at most.
         pad_layers: depth of the padded target; a deeper one is measured as it is.
         tree: depth, top-k and nodes of what is drafted.
+        shallow_tree: the same for a target of fewer layers than `pad_layers`, of which a level of
+            the tree costs a good part.
     """
 
     output: Path = option("Folder of models, reports and plots.", Path("coral-demo"))
@@ -46,6 +48,7 @@ class DemoSettings:
     max_length: int = 256
     pad_layers: int = 32
     tree: tuple[int, int, int] = (5, 4, 16)
-    num_prompts: int = 5
+    shallow_tree: tuple[int, int, int] = (2, 2, 4)
+    num_prompts: int = 3
     max_new_tokens: int = 160
     seed: int = 0

@@ -42,7 +42,7 @@ SMALL_VOCAB = 8192
 # likely tokens lie in many groups of a small vocabulary: half of it is read, not an eighth
 SMALL_VOCAB_GROUPS: dict[str, Any] = {"num_groups": 8, "num_active_groups": 4}
 # settings on which no weights depend
-NOT_TRAINED = ("output", "fresh", "compile", "pad_layers", "tree", "max_new_tokens")
+NOT_TRAINED = tuple("output fresh compile pad_layers tree shallow_tree max_new_tokens".split())
 RECORD = "demo.json"  # in the folder of a model
 
 

@@ -37,6 +37,8 @@ RESULT = (
     " {2.tau_per_token:.2f} tokens a round"
 )
 NEXT = """\
+The same two models in a browser, with prompts of your own (pip install gradio):
+  {}
 Next, with a model of your own and conversations or text like what it shall write:
   coral-hf train --target MODEL --dataset FILE --output my-drafter
   coral-hf verify --target MODEL --drafter my-drafter
@@ -47,8 +49,8 @@ Next, with a model of your own and conversations or text like what it shall writ
 def run_demo(settings: DemoSettings) -> list[Report]:
     """Train what is not there yet, load it, measure it on held-out prompts and show the result.
 
-    With the default settings it takes less than five minutes on two CPU cores the first time, of
-    which compiling takes one and a half, and one after that; and no network.
+    With the default settings it takes less than five minutes on two CPU cores the first time, and
+    less than one after that; and no network.
 
     Returns:
         The reports at the target's own depth, and padded.
@@ -71,19 +73,18 @@ def run_demo(settings: DemoSettings) -> list[Report]:
     drafter = AutoModel.from_pretrained(folder, dtype=target.dtype).to(DEVICE)
 
     prompts = held_out_prompts(settings)
-    depth, top_k, nodes = settings.tree
+    is_shallow = target.config.get_text_config().num_hidden_layers < settings.pad_layers
     own = BenchmarkSettings(
+        **tree_settings(settings.shallow_tree if is_shallow else settings.tree),
         max_new_tokens=settings.max_new_tokens,
         seed=settings.seed,
-        tree_depth=depth,
-        tree_top_k=top_k,
-        tree_nodes=nodes,
         compile=settings.compile,
         speculation="adaptive",  # so shallow a target may be faster without
     )
     reports = [measure(target, drafter, tokenizer, prompts, own)]
-    if target.config.get_text_config().num_hidden_layers < settings.pad_layers:
-        deep = replace(own, speculation="always")
+    if is_shallow:
+        # the machine is warm by now
+        deep = replace(own, **tree_settings(settings.tree), speculation="always", warmup=0)
         padded = pad_target(target, settings.pad_layers)
         reports.append(measure(padded, drafter, tokenizer, prompts, deep))
     for report in reports:
@@ -100,8 +101,17 @@ def run_demo(settings: DemoSettings) -> list[Report]:
             console.print(f"Its rounds were compiled ahead, in {seconds:.0f} s.")
     console.rule()
     console.print(f"Models, reports and plots are in {settings.output}.", soft_wrap=True)
-    console.print(NEXT, highlight=False, soft_wrap=True)
+    page = "coral-hf playground"
+    if settings.target is not None or settings.output != DemoSettings.output:
+        page += f" --target {source} --drafter {folder}"
+        page += f" --pad-layers {settings.pad_layers}" if is_shallow else ""
+    console.print(NEXT.format(page), highlight=False, soft_wrap=True)
     return reports
+
+
+def tree_settings(tree: tuple[int, int, int]) -> dict[str, int]:
+    """Name the depth, the top-k and the nodes of a tree."""
+    return dict(zip(("tree_depth", "tree_top_k", "tree_nodes"), tree, strict=True))
 
 
 def measure(
