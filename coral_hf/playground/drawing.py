@@ -94,9 +94,8 @@ def tree(rounds: Sequence[Round], number: int, tokenizer: PreTrainedTokenizerBas
 
     def item(node: int) -> str:
         kind = "accepted" if node in path else "rejected"
-        text, share = spelled(tokenizer, one.tokens[node]), ""
-        if node and one.confidences:
-            share = f"{one.confidences[node - 1]:.0%}"
+        text = spelled(tokenizer, one.tokens[node])
+        share = f"{one.confidences[node - 1]:.0%}" if node and one.confidences else ""
         below = [i for i, parent in enumerate(one.parents) if i and parent == node]
         below.sort(key=lambda i: i not in path)  # so that the path is a straight line
         children = f"<ul>{''.join(map(item, below))}</ul>" if below else ""

@@ -62,8 +62,7 @@ class Page:
         triggers = [self.run.click, self.prompt.submit]
         gr.on(triggers, self.answer, asked, shown, concurrency_limit=None, **PRIVATE)
         self.stop.click(lambda race: race and race.stop(), self.race, **PRIVATE)
-        heads = [self.drafting[0], self.alert]
-        self.drafter.change(self.choose, self.drafter, heads, **PRIVATE)
+        self.drafter.change(self.choose, self.drafter, [self.drafting[0], self.alert], **PRIVATE)
         place = [self.race, self.round]
         self.round.change(self.drawn, place, self.tree, **PRIVATE)
         back.click(lambda race, number: at(race, number - 1), place, self.round, **PRIVATE)
@@ -71,9 +70,8 @@ class Page:
 
     def _question(self) -> None:
         """The prompt, how tokens are chosen, and how they are drafted."""
-        has_template = self.models.tokenizer.chat_template is not None
         info = "The target answers it, by its chat template."
-        if not has_template:
+        if self.models.tokenizer.chat_template is None:
             info = "The target has no chat template: it continues the text as it stands."
         self.prompt = gr.Textbox(
             label="Prompt", info=info, lines=4, max_lines=12, placeholder="Shift+Enter runs."
@@ -108,10 +106,8 @@ class Page:
         length, temperature, top_p, top_k, seed, name, *drafting = chosen
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
         names = ("draft_head", "tree_depth", "tree_top_k", "tree_nodes", "verification")
-        settings = {
-            key: None if one == OWN else one or None
-            for key, one in zip(names, drafting, strict=True)
-        }
+        values = (None if one == OWN else one or None for one in drafting)
+        settings = dict(zip(names, values, strict=True))
         try:
             race = self.models.race(prompt, length, sampling, name, settings)
         except (ValueError, OSError) as error:

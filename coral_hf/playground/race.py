@@ -5,9 +5,9 @@ tokens, its seconds and its rounds.
 """
 
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from threading import Thread
 
 import torch
 from torch import Tensor
@@ -105,9 +105,7 @@ class Race:
         self.is_greedy, self.error, self._seed = is_greedy, "", seed
         self.plain, self.drafted = (Side(tokenizer, turns.enter()) for _ in calls)
         pairs = zip((self.plain, self.drafted), calls, strict=True)
-        self._threads = [
-            threading.Thread(target=self._run, args=pair, daemon=True) for pair in pairs
-        ]
+        self._threads = [Thread(target=self._run, args=pair, daemon=True) for pair in pairs]
         for thread in self._threads:
             thread.start()
 
