@@ -6,6 +6,7 @@ answers in the terminal. Models that the folder holds are not trained again.
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from rich import get_console
 from rich.table import Table
@@ -109,7 +110,7 @@ def run_demo(settings: DemoSettings) -> list[Report]:
     return reports
 
 
-def tree_settings(tree: tuple[int, int, int]) -> dict[str, int]:
+def tree_settings(tree: tuple[int, int, int]) -> dict[str, Any]:
     """Name the depth, the top-k and the nodes of a tree."""
     return dict(zip(("tree_depth", "tree_top_k", "tree_nodes"), tree, strict=True))
 

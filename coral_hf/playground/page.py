@@ -158,9 +158,9 @@ def launch(models: Models, title: str, port: int | None = None) -> gr.Blocks:
     style = Path(__file__).with_name("style.css")
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     theme = gr.themes.Default(**fonts).set(**READABLE, **dict.fromkeys(BUTTON, "*primary_700"))
-    quiet = {"quiet": True, "prevent_thread_lock": True, "share": False, "ssr_mode": False}
-    quiet |= {"footer_links": [], "run_history": False, "mcp_server": False, "pwa": False}
-    blocks.launch(server_port=port, css_paths=style, theme=theme, **quiet)
+    quiet: dict[str, Any] = {"quiet": True, "prevent_thread_lock": True, "share": False}
+    quiet |= {"ssr_mode": False, "run_history": False, "mcp_server": False, "pwa": False}
+    blocks.launch(server_port=port, css_paths=style, theme=theme, footer_links=[], **quiet)
     return blocks
 
 
