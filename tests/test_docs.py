@@ -177,6 +177,14 @@ def test_a_page_that_code_names_is_there():
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
+def test_the_oldest_environment_has_the_oldest_versions_that_the_package_allows():
+    package, run = (ROOT / "pyproject.toml").read_text(), (ROOT / ".ci" / "run").read_text()
+    _, oldest = run.split('python3 -m venv "$env/oldest"')
+    for name in ("torch", "transformers"):
+        allowed = re.search(rf'"{name}>=([\d.]+)"', package)[1]
+        assert {*re.findall(rf"\b{name}==(\S+)\.0\b", oldest)} == {allowed}
+
+
 def test_the_navigation_of_the_site_has_every_page_once():
     settings = yaml.safe_load((DOCS / "site" / "mkdocs.yml").read_text())
     pages = re.findall(r"[\w/]+\.md", str(settings["nav"]))
