@@ -153,6 +153,7 @@ def table(output: Path, read: dict[str, Any]) -> str:
     from ..measure.summary import OVERALL
 
     recipe, lines, notes = values(read), list[list[str]](), dict[str, str]()
+    place = ""
     for temperature, method in product(recipe["temperatures"], recipe["methods"]):
         pairs = list[tuple[float, float]]()
         line = [f"{temperature:g}", method]
@@ -167,14 +168,13 @@ def table(output: Path, read: dict[str, Any]) -> str:
             pairs.append((row["speedup"], row["tau_per_token"]))
             line += dashed("{:.2f}x|{:.2f}", *pairs[-1]).split("|")
             notes[name] = f"{name}: {row['num_items']} answers, {row['num_tokens']} tokens"
-            notes["on"] = f"On {report['environment']['hardware']}, {recipe['dtype']}"
+            place = f"; on {report['environment']['hardware']}, {recipe['dtype']}.\n"
         is_whole = len(pairs) == len(recipe["benchmarks"])
         means = [fmean(one) for one in zip(*pairs, strict=True)]
         line += [f"{means[0]:.2f}x", f"{means[1]:.2f}"] if is_whole else NOT_RUN
         lines.append(line)
     header = ["T", "method", *sum(([name, "τ"] for name in (*recipe["benchmarks"], "mean")), [])]
-    shown = Table(
-        f"{recipe['title']}, {recipe['target']}", header, lines, "; ".join(notes.values())
-    )
+    title = f"{recipe['title']}, {recipe['target']}"
+    shown = Table(title, header, lines, "; ".join(notes.values()) + place)
     own = Table("What the paper leaves open", ["part", "setting", "ours", "why"], [*choices(read)])
     return f"{shown.to_markdown()}\n{own.to_markdown()}"
