@@ -179,7 +179,7 @@ def test_a_router_needs_the_whole_vocabulary_in_its_order(target, tmp_path):
         target.generate(ids, max_new_tokens=3, assistant_model=part, draft_head="routed")
 
 
-def test_a_router_of_a_target_that_has_gained_tokens_reads_those_of_before(tmp_path):
+def test_a_router_of_a_target_that_has_gained_or_lost_tokens_reads_those_of_before(tmp_path):
     target = tiny_target("llama", torch.float32)
     drafter = Eagle3Drafter.from_target(target)
     target.resize_token_embeddings(VOCAB + 3, mean_resizing=False)
@@ -189,9 +189,13 @@ def test_a_router_of_a_target_that_has_gained_tokens_reads_those_of_before(tmp_p
     trainer.train()
     assert len(drafter.heads.router.order) == VOCAB
     assert trainer.evaluate(rows)["eval_router_mass_depth_1"] < 1
-    prompt = torch.tensor([[3, 4, 5]])
-    plain = target.generate(prompt, max_new_tokens=8, do_sample=False)
-    assert target.generate(prompt, max_new_tokens=8, assistant_model=drafter).equal(plain)
+    for size in (VOCAB + 3, VOCAB - 7):
+        target.resize_token_embeddings(size, mean_resizing=False)
+        given = {"input_ids": torch.tensor([[3, 4, 5]]), "max_new_tokens": 8}
+        plain = target.generate(**given, do_sample=False)
+        for head in ("full", "routed"):
+            ours = target.generate(**given, assistant_model=drafter, draft_head=head)
+            assert ours.equal(plain)
 
 
 @pytest.mark.parametrize("is_cached", [False, True])

@@ -1,6 +1,6 @@
 """The draft heads of a drafter: which it has, which it reads, how one is added.
 
-In: the drafter's config and weights, and a target's LM head. Out: the `DraftHead` of a call.
+In: the drafter's config and weights, and the LM head that it reads. Out: the `DraftHead` of a call.
 """
 
 from typing import Any
