@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from test_examples import folder  # noqa: F401  a saved target with its tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from coral_hf import CoralDrafter
+from coral_hf import CoralDrafter, Eagle3Drafter
 from coral_hf.hub import CardFacts, make_card, read_results, write_card
 from coral_hf.hub.card import check_results
 from coral_hf.hub.drafter_folder import hub_id
@@ -175,8 +175,11 @@ def test_a_rewritten_card_keeps_its_license_but_not_its_results(drafter, report_
     assert (tmp_path / "README.md").read_text().endswith("Mine.")
 
 
-def test_each_draft_head_and_stage_is_named(drafter):
-    drafter = CoralDrafter.from_target(tiny_target("llama", torch.float32))
+@pytest.mark.parametrize(
+    ("kind", "owner"), [(CoralDrafter, "the target's"), (Eagle3Drafter, "its own")]
+)
+def test_each_draft_head_and_stage_is_named(kind, owner):
+    drafter = kind.from_target(tiny_target("llama", torch.float32))
     drafter.heads.add_router(num_groups=5, num_active_groups=2)
     drafter.config.is_router_trained, drafter.config.draft_head = True, "routed"
     drafter.training_record = [
@@ -184,7 +187,7 @@ def test_each_draft_head_and_stage_is_named(drafter):
         {"stage": "router", "steps": 4, "max_length": 64},
     ]
     card = make_card(drafter, CardFacts("org/x")).content
-    assert "reads 2 of 5 contiguous groups" in card
+    assert f"reads 2 of 5 contiguous groups of {owner} LM head" in card
     assert "| recipe | `hass`: `num_steps` 3 |" in card
     assert "### Stage `router`" in card and "at most 64 tokens" in card
 
