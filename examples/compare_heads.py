@@ -5,8 +5,9 @@
         --trial "routed grouping=kmeans num_groups=64 num_active_groups=8"
 
 Each head is made once for an output folder, all are measured on the same prompts: a table for each
-temperature, and heat maps over the number of groups and the share that is read. Every other option
-is one of CoralTrainingArguments, for the heads that are trained.
+temperature, and heat maps over the number of groups and the share that is read. With --beside
+another drafter of the target is measured in turn with them. Every other option is one of
+CoralTrainingArguments, for the heads that are trained.
 """
 
 import copy
