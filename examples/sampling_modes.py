@@ -27,21 +27,17 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
+from list_rules import Accept, Outcome, Remainder, list_children
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coral_hf import CoralDrafter
 from coral_hf.atomic import JsonLines
-from coral_hf.decoding import verifier
-from coral_hf.decoding.acceptance_rules import (
-    Accept,
-    Chance,
-    Outcome,
-    Remainder,
-    list_children,
-    traversal,
-)
+from coral_hf.decoding import rules
+from coral_hf.decoding.chance import Chance
 from coral_hf.decoding.drafting import DraftTree, TreeShape, Warp, register_drafting
+from coral_hf.decoding.rules.traversal import verify_traversal
+from coral_hf.decoding.rules.walk import Verdict
 from coral_hf.drafters.coral import CoralConfig
 from coral_hf.drafters.coral.drafting import CoralDrafting
 from coral_hf.drafters.tree_builders import Beam
@@ -188,6 +184,20 @@ def one_drawn_walk(
             return Outcome(path, left.target)
 
 
+def one_drawn_verdict(tree: DraftTree, probs: Tensor, chance: Chance) -> Verdict:
+    """Walk as [`one_drawn_walk`] where `verify_traversal` is asked; `probs` (1, nodes, vocab)."""
+    assert tree.draft_probs is not None
+
+    def accept(share: float) -> bool:
+        return bool(chance.accept(torch.tensor([share], dtype=torch.float64)))
+
+    lists = tree.tokens[0].tolist(), tree.parents[0].tolist()
+    found = one_drawn_walk(*lists, probs[0], tree.draft_probs[0], accept)
+    path = torch.zeros(1, tree.max_depth + 1, dtype=torch.long)
+    path[0, : len(found.path)] = torch.tensor(found.path)
+    return Verdict(path, torch.tensor([len(found.path)]), chance.draw(found.probs[None]))
+
+
 class ListDrafting(CoralDrafting):
     """Drafts trees of lists, for a batch of one."""
 
@@ -245,7 +255,7 @@ class Mode(NamedTuple):
 
     drafting: type[CoralDrafting]
     arguments: Arguments
-    rule: Callable[..., Outcome] = traversal  # in place of the one that looks at whole trees
+    rule: Callable[..., Verdict] = verify_traversal  # in place of the one over whole trees
 
 
 BY_TOKEN, BY_PATH = {"verification": "token"}, {"verification": "traversal"}
@@ -255,7 +265,7 @@ MODES = {
     "drawn, traversal": Mode(CoralDrafting, BY_PATH),
     "replayed": Mode(Replayed, BY_TOKEN | {"drawn_tree": True}),
     "replayed, traversal": Mode(Replayed, BY_PATH),
-    "one drawn": Mode(OneDrawn, BY_PATH, one_drawn_walk),
+    "one drawn": Mode(OneDrawn, BY_PATH, one_drawn_verdict),
 }
 SHAPES = ["5,4,16", "5,1,6", "4,2,16"]  # depth, top-k, nodes
 COLUMNS = {
@@ -274,7 +284,7 @@ def measure(target, prompts: dict[str, list[Tensor]], mode: Mode, arguments: Arg
     lengths: dict[str, list[int]] = {task: [] for task in prompts}
     own = arguments | mode.arguments | {"pad_token_id": 0}
     size = 8 if mode.drafting is CoralDrafting else 1
-    with patch.object(verifier, "traversal", mode.rule), seeded(0, target.device):
+    with patch.object(rules, "verify_traversal", mode.rule), seeded(0, target.device):
         for task, rows in prompts.items():
             for start in range(0, len(rows), size):
                 batch = left_padded(rows[start : start + size], 0)

@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
-from coral_hf.decoding.acceptance_rules import Chance
+from coral_hf.decoding.chance import Chance
 from coral_hf.decoding.draft_policy import DraftPolicy
 from coral_hf.decoding.drafting import family_of
 from coral_hf.decoding.loop import DecodingLoop, Plan

@@ -5,19 +5,19 @@
                  with chosen tokens the rule of EAGLE-2 (Li et al. 2024)
     block        Block Verification of a chain (Sun et al. 2025, ICLR), which traversal is there
 
-Trees are those of `coral_hf.decoding.acceptance_rules`.
+Trees and traversal are those of `examples/list_rules.py`.
 """
 
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
-from coral_hf.decoding.acceptance_rules import (
-    Accept,
-    Outcome,
-    Remainder,
-    list_children,
-)
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from list_rules import Accept, Outcome, Remainder, list_children, traversal  # noqa: E402
+
+__all__ = ["Accept", "Outcome", "Remainder", "list_children", "traversal"]
 
 
 class Choice(NamedTuple):

@@ -32,7 +32,7 @@ ORDER = (
 # `decoding` knows drafters by protocol and registry, `training` never meets the loop
 APART = {("decoding", "drafters"), ("decoding", "training")}
 RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
-PURE = ["decoding/drafting.py", "decoding/acceptance_rules.py", "drafters/tree_builders.py"]
+PURE = ["decoding/drafting.py", "decoding/chance.py", "drafters/tree_builders.py"]
 PURE += [f"training/losses/{name}.py" for name in ("__init__", "token_loss", "csra")]
 PURE += ["training/steps/attention.py"]
 # imported when they are needed: each costs seconds, or is not installed everywhere

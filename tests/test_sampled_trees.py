@@ -8,7 +8,7 @@ from conftest import VOCAB, scatter_weights, tiny_target
 from transformers import SynthIDTextWatermarkingConfig
 
 from coral_hf import CoralDrafter
-from coral_hf.decoding.acceptance_rules import Uniforms
+from coral_hf.decoding.chance import Uniforms
 from coral_hf.decoding.drafting import PADDING, TreeShape
 from coral_hf.drafters.tree_builders import Level, SampledTreeBuilder, plan_levels
 

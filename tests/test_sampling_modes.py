@@ -12,12 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import scatter_weights, tiny_target
-from reference_rules import token_walk
+from reference_rules import token_walk, traversal
 from test_verification_rules import Case, error, world
 from torch import Tensor
 
 from coral_hf import CoralDrafter, register_drafting
-from coral_hf.decoding.acceptance_rules import traversal
 from coral_hf.decoding.drafting import TreeShape
 from coral_hf.drafters.coral.drafting import CoralDrafting
 from coral_hf.measure.calls import sampling_arguments

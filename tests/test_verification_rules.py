@@ -10,20 +10,23 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from reference_rules import block, token_choice, token_walk
-from torch import Tensor
-
-import coral_hf.decoding.acceptance_rules as rules
-from coral_hf.decoding import verifier
-from coral_hf.decoding.acceptance_rules import (
-    Chance,
+from reference_rules import (
+    Accept,
     Outcome,
     Remainder,
+    block,
+    list_children,
+    token_choice,
+    token_walk,
     traversal,
 )
+from torch import Tensor
+
+from coral_hf.decoding.chance import Chance
 from coral_hf.decoding.drafting import DraftTree, Level
-from coral_hf.decoding.rounds.traversal import chances_of
-from coral_hf.decoding.verifier import Step, token_step, verify_token
+from coral_hf.decoding.rules import walk
+from coral_hf.decoding.rules.traversal import chances_of, verify_traversal
+from coral_hf.decoding.rules.walk import Step, token_step, verify_token
 
 Prefix = tuple[int, ...]
 Rule = Callable[..., Outcome]  # tokens, parents, target_probs, draft_probs, accept → Outcome
@@ -243,7 +246,7 @@ class Script:
         return answer
 
 
-def branches(run: Callable[[rules.Accept], Outcome]) -> Iterator[tuple[float, Outcome]]:
+def branches(run: Callable[[Accept], Outcome]) -> Iterator[tuple[float, Outcome]]:
     """Each way that chance may go, depth first, and how likely it is."""
     scripts: list[list[bool]] = [[]]
     while scripts:
@@ -301,7 +304,7 @@ def error(found: Sum, case: Case) -> float:
 class Scripted(Chance):
     """Asks a script for every draw of the rule over tensors, in a batch of one."""
 
-    def __init__(self, accept: rules.Accept):
+    def __init__(self, accept: Accept):
         self.script = accept
         self.last: Tensor | None = None  # (vocab,), what the token after the path is drawn from
 
@@ -328,7 +331,7 @@ def tensor_walk(
     parents: list[int],
     target_probs: Tensor,
     draft_probs: Tensor | None,
-    accept: rules.Accept,
+    accept: Accept,
     with_replacement: bool = False,
 ) -> Outcome:
     """`verify_token` as a rule over lists."""
@@ -343,7 +346,7 @@ def tensor_walk(
 
 
 def chosen_walk(
-    tokens: list[int], parents: list[int], target_probs: Tensor, accept: rules.Accept
+    tokens: list[int], parents: list[int], target_probs: Tensor, accept: Accept
 ) -> Outcome:
     """`verify_token` of chosen tokens: a token of the target's own is drawn at every node.
 
@@ -495,7 +498,7 @@ step_of = token_step
     "case", [case for case in CHAINS + BUSHES if case.kind == "random"], ids=name_of
 )
 def test_a_tensor_rule_without_its_residual_changes_the_distribution(case, monkeypatch):
-    monkeypatch.setattr(verifier, "token_step", step_without_residual)
+    monkeypatch.setattr(walk, "token_step", step_without_residual)
     assert error(run_rule(tensor_walk, case), case) > 1e-3
 
 
@@ -796,6 +799,27 @@ def test_traversal_on_tensors_asks_for_the_chances_of_the_rule_over_lists(draws,
     assert compared > 3
 
 
+@pytest.mark.parametrize("draws", ["without_replacement", "independent"])
+def test_traversal_of_trees_without_a_plan_is_that_of_planned_ones(draws):
+    class Sure(Chance):
+        def accept(self, chances):
+            return chances > 0.4
+
+        def draw(self, probs):
+            return probs.argmax(-1)
+
+    generator = torch.Generator().manual_seed(0)
+    plan = (Level(1, 3), Level(2, 2), Level(2, 1))
+    tree, probs = _planned_tree(plan, 5, draws, generator)
+    planned = verify_traversal(tree, probs, Sure())
+    found = verify_traversal(tree._replace(plan=(), levels=0), probs, Sure())
+    assert all(one.equal(other) for one, other in zip(found, planned, strict=True))
+    for row in range(2):
+        own = DraftTree(*(part[row : row + 1] for part in tree[:4]), draws)
+        alone = chances_of(own, probs[row : row + 1]).accept
+        torch.testing.assert_close(alone, chances_of(tree, probs).accept[row : row + 1])
+
+
 def _left(found, probs, row, end):
     """(vocab,), what the next token after a path's end is drawn from."""
     for families, left in found.left:
@@ -805,7 +829,7 @@ def _left(found, probs, row, end):
 
 
 def _order_of_trying(parents):
-    children = rules.list_children(parents)
+    children = list_children(parents)
 
     def visit(node):
         return [n for child in children[node] for n in visit(child)] + [node]

@@ -10,7 +10,7 @@ from test_examples import folder  # noqa: F401  a saved target and its conversat
 import coral_hf
 from coral_hf import CoralDrafter
 from coral_hf.decoding import verifier
-from coral_hf.decoding.acceptance_rules import Chance
+from coral_hf.decoding.chance import Chance
 from coral_hf.decoding.verifier import Verdict
 from coral_hf.measure import Prompt, VerifySettings
 from coral_hf.measure.benchmark import Mismatch

@@ -203,7 +203,7 @@ class FixedDrafting(Drafting, Protocol):
         warp: Warp | None = None,
         chance: Any = None,
     ) -> DraftTree:
-        """See [`Drafting`]; `root` is (batch,), `chance` an `acceptance_rules.Uniforms`."""
+        """See [`Drafting`]; `root` is (batch,), `chance` an `chance.Uniforms`."""
         ...
 
     def forget_pass(self) -> None:

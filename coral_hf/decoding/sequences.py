@@ -31,6 +31,7 @@ from .watchers import (
     STATEFUL,
     STATELESS,
     DraftStreamer,
+    processed,
 )
 
 GROWTH = 128  # tokens of a row that a buffer has room for, each time that it grows
@@ -116,20 +117,10 @@ class Sequences:
         """Whether scores depend on logits alone."""
         return all(type(one) in PREFIX_FREE for one in self.processors)
 
-    def process_free(self, logits: Tensor) -> Tensor:
-        """Scores where `is_prefix_free`: (rows, vocab) logits → (rows, vocab).
-
-        In fp32 whatever the target's dtype, as in plain `generate`: float64 can tie there.
-        """
-        if not self.processors:
-            return logits.float()
-        ids = self._buffer[:1, :1].expand(len(logits), 1)
-        return self.processors(ids, logits.to(torch.float32, copy=True))
-
     def scores(self, rows: list[int], logits: Tensor) -> Tensor:
         """Processed scores of the next token of some rows: (rows, vocab) → (rows, vocab)."""
         if self.is_prefix_free:
-            return self.process_free(logits)
+            return processed(self.processors, logits)
         logits = logits.to(torch.float32, copy=True)
         if self.is_lockstep:
             every = logits.new_zeros(len(self.lengths), logits.shape[1])
@@ -147,15 +138,14 @@ class Sequences:
 
     def warp(self, logits: Tensor) -> Tensor:
         """A drafter's logits (rows, vocab) after the processors that look at nothing else."""
-        warpers = LogitsProcessorList(one for one in self.processors if type(one) in PREFIX_FREE)
-        return warpers(self._buffer[:1, :1].expand(len(logits), 1), logits)
+        return processed([one for one in self.processors if type(one) in PREFIX_FREE], logits)
 
     def scores_after(
         self, row: int, tokens: list[int], parents: list[int], logits: Tensor
     ) -> Tensor:
         """Processed scores after each node of a tree below a row: (nodes, vocab) → the same."""
         if self.is_prefix_free:
-            return self.process_free(logits)
+            return processed(self.processors, logits)
         logits, text = logits.to(torch.float32, copy=True), self._row(row)
         prefixes = [text]  # parents come before their children
         for token, parent in zip(tokens[1:], parents[1:], strict=True):

@@ -3,6 +3,11 @@
 Also a streamer that sees more than those of transformers: draft trees, and where tokens came from.
 """
 
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
 from transformers import generation as hf
 from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -69,3 +74,15 @@ ROW_WISE_CRITERIA = (
 BATCH_CRITERIA = (MaxLengthCriteria, MaxTimeCriteria)
 # those that remember what they have seen
 STATEFUL = hf.SynthIDTextWatermarkLogitsProcessor, hf.UnbatchedClassifierFreeGuidanceLogitsProcessor
+
+
+def processed(processors: Sequence[LogitsProcessor], logits: Tensor) -> Tensor:
+    """Scores of (rows, vocab) logits, by processors that look at nothing else.
+
+    In fp32 whatever the target's dtype, as in plain `generate`: float64 can tie there.
+    """
+    scores = logits.to(torch.float32, copy=bool(processors))
+    ids = torch.zeros(len(logits), 1, dtype=torch.long, device=logits.device)
+    for processor in processors:
+        scores = processor(ids, scores)
+    return scores

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..decoding.acceptance_rules import Chance, Uniforms
+from ..decoding.chance import Chance, Uniforms
 from ..decoding.drafting import PADDING, DraftTree, Level, TreeShape
 
 

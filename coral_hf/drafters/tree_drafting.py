@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..decoding.acceptance_rules import Uniforms
+from ..decoding.chance import Uniforms
 from ..decoding.drafting import DraftTree, TreeShape, Warp
 from ..heads.draft_heads import DraftHead
 from ..target import Target, text_config

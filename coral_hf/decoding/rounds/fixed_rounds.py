@@ -13,19 +13,21 @@ or captured once. All that a round leaves to the next stays in the same buffers.
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
 from ...target import text_config
-from ..acceptance_rules import Uniforms
 from ..caches.fixed_cache import FixedCache
+from ..chance import Uniforms
 from ..drafting import PADDING, DraftTree, FixedDrafting, Level, TreeShape, root_only
+from ..rules import decide
+from ..rules.walk import Verdict
 from ..settings import Rule
 from ..target_runner import TargetRunner
-from ..verifier import Verdict, verify_greedy, verify_token
-from .traversal import verify_traversal
+from ..watchers import processed
 
 
 @dataclass
@@ -109,7 +111,7 @@ class FixedRounds:
     def draft(self) -> None:
         """Draft a tree below each root."""
         self.uniforms.rewind()
-        warp = self._processed if self.rule.is_drawn else None
+        warp = partial(processed, self.processors) if self.rule.is_drawn else None
         tree = self.drafting.propose(self.root, self.shape, warp, self.uniforms)
         for own, part in zip(self.tree, tree, strict=True):
             if isinstance(own, Tensor):  # a head that reads few tokens has fewer children
@@ -132,31 +134,11 @@ class FixedRounds:
     def _accept(self, tree: DraftTree) -> tuple[Tensor, Verdict, Tensor]:
         """Features (batch, nodes, width) of a pass, its verdict and its tokens; commits them."""
         output = self.target.score(tree)
-        verdict = self._verdict(tree, output.logits)
+        self.uniforms.rewind()
+        how = self.processors, self.uniforms
+        verdict = decide(self.rule.name, tree, output.logits, *how)
         tokens = verdict.tokens(tree)  # (batch, depth + 1)
         self.target.cache.commit(verdict.lengths * self.is_active, verdict.path)
         last = tokens.gather(1, verdict.lengths[:, None] - 1)[:, 0]
         self.root.copy_(torch.where(self.is_active, last.clamp(min=0), self.root))
         return output.features, verdict, tokens
-
-    def _verdict(self, tree: DraftTree, logits: Tensor) -> Verdict:
-        """What the target accepts; `logits` are (batch, nodes, vocab)."""
-        if self.rule.name == "greedy":
-            scores = self._processed(logits.flatten(0, 1)) if self.processors else logits
-            return verify_greedy(tree, scores.view_as(logits))
-        rows = torch.arange(len(logits), device=logits.device)
-        self.uniforms.rewind()
-        if self.rule.name != "token" and self.rule.is_drawn and tree is self.tree:
-            probs = self._processed(logits.flatten(0, 1)).softmax(-1).view_as(logits)
-            return verify_traversal(tree, probs, self.uniforms)
-        return verify_token(
-            tree, lambda node: self._processed(logits[rows, node]).softmax(-1), self.uniforms
-        )
-
-    def _processed(self, logits: Tensor) -> Tensor:
-        """Scores of (rows, vocab) logits, in fp32 as in plain `generate`."""
-        scores = logits.float()
-        ids = self.tree.tokens[:1, :1].expand(len(scores), 1)
-        for processor in self.processors:
-            scores = processor(ids, scores)
-        return scores

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...decoding.acceptance_rules import Uniforms
+from ...decoding.chance import Uniforms
 from ...decoding.drafting import PADDING, DraftTree, Level, TreeShape, Warp, host_tensor
 from ...heads.ranking import rank
 from ...target import Target

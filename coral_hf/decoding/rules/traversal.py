@@ -1,9 +1,10 @@
-"""Traversal Verification on tensors: the rule of `acceptance_rules.traversal` for a whole batch.
+"""Traversal Verification of a draft tree (Weng et al. 2025, arXiv 2505.12398), over tensors.
 
-In: a tree, the target's distribution after each node, uniforms. Out: a `Verdict`. The rule tries
+In: a tree, the target's distribution after each node, chance. Out: a `Verdict`. The rule tries
 whole paths, the deepest first, and what it tries next is the same whatever was drawn: all before it
 was rejected. So how likely each node is accepted follows level by level from the root, and the
-first node in the order of trying whose own draw accepts it ends the path.
+first node in the order of trying whose own draw accepts it ends the path. On a chain that is Block
+Verification (Sun et al. 2025, ICLR).
 
     tree       0 ─┬─ 1 ─┬─ 3        siblings in order
                   │     └─ 4
@@ -11,22 +12,23 @@ first node in the order of trying whose own draw accepts it ends the path.
     tried      3  4  1  5  2  0     a node after all that hang on it; the root is accepted at last
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..acceptance_rules import Chance, Uniforms
-from ..drafting import PADDING, DraftTree
-from ..verifier import Verdict, first_true, follow
+from ..chance import Chance, Uniforms
+from ..drafting import PADDING, DraftTree, host_tensor
+from .walk import Verdict, first_true, follow
 
 
 class Chances(NamedTuple):
     """How likely each node is accepted once all before it were rejected, and what is left then."""
 
     accept: Tensor  # (batch, nodes)
-    # by level of the tree: nodes that have children (batch, families), and what the target has yet
-    # to say after them, (batch, families, vocab)
+    # nodes that have children (batch, families), and what the target has yet to say after them,
+    # (batch, families, vocab)
     left: list[tuple[Tensor, Tensor]]
 
 
@@ -36,6 +38,9 @@ def verify_traversal(tree: DraftTree, probs: Tensor, chance: Chance | Uniforms) 
     `probs`: (batch, nodes, vocab). For tokens that were chosen the rule is `verify_token`.
     """
     batch = len(tree.tokens)
+    if not tree.plan and batch > 1:  # families differ from row to row
+        rows = [verify_traversal(_row(tree, i), probs[i : i + 1], chance) for i in range(batch)]
+        return Verdict(*map(torch.cat, zip(*rows, strict=True)))
     chances = chances_of(tree, probs)
     drawn = torch.stack([chance.accept(accept) for accept in chances.accept.T], dim=1)
     is_accepted = drawn & (tree.parents != PADDING)
@@ -54,36 +59,54 @@ def verify_traversal(tree: DraftTree, probs: Tensor, chance: Chance | Uniforms) 
     return Verdict(path, lengths, chance.draw(rest))
 
 
-def chances_of(tree: DraftTree, probs: Tensor) -> Chances:
-    """Chances in a tree that was drawn as its `plan` says; `probs` are (batch, nodes, vocab)."""
-    batch, nodes = tree.tokens.shape
-    reach = torch.ones(batch, nodes, dtype=torch.float64, device=probs.device)
-    accept, left, start = reach.clone(), [], 1
-    assert tree.draft_probs is not None
+def _row(tree: DraftTree, row: int) -> DraftTree:
+    """One row of a tree (batch, nodes), as deep as all of them."""
+    parts = tree._asdict().items()
+    own = {name: part[row : row + 1] for name, part in parts if isinstance(part, Tensor)}
+    return tree._replace(levels=tree.max_depth, **own)
+
+
+def families_of(tree: DraftTree) -> Iterator[Tensor]:
+    """Yield nodes (families, children), siblings side by side, none before those it hangs on.
+
+    By its `plan`; without one, of a single row (1, nodes), family by family.
+    """
+    start, device = 1, tree.tokens.device
     for families, children in tree.plan:
         stop = start + families * children
-        tokens, parents = (
-            part[:, start:stop].unflatten(1, (families, children))
-            for part in (tree.tokens, tree.parents)
-        )
+        yield torch.arange(start, stop, device=device).view(families, children)
+        start = stop
+    parents = [] if tree.plan else tree.parents[0, 1:].tolist()
+    for parent in sorted({*parents} - {PADDING}):
+        found = [node for node, own in enumerate(parents, start=1) if own == parent]
+        yield host_tensor([found]).to(device)
+
+
+def chances_of(tree: DraftTree, probs: Tensor) -> Chances:
+    """Chances in a tree that was drawn; `probs` are (batch, nodes, vocab)."""
+    reach = torch.ones(tree.tokens.shape, dtype=torch.float64, device=probs.device)
+    accept, left = reach.clone(), []
+    assert tree.draft_probs is not None
+    for nodes in families_of(tree):
+        # (batch, families, children)
+        tokens, parents = tree.tokens[:, nodes], tree.parents[:, nodes]
         # (batch, families): a family without its first child has none
         parent = parents[..., 0].clamp(min=0)
         index = parent[..., None].expand(-1, -1, probs.shape[2])
         p, q = (part.gather(1, index).double() for part in (probs, tree.draft_probs))
         mine = reach.gather(1, parent)
-        for child in range(children):
+        for child in range(nodes.shape[1]):
             token = tokens[..., child : child + 1]
             is_node = parents[..., child] != PADDING
             entered, rejected = _try(mine, p, q, token)
             for part in (reach, accept):
-                part[:, start + child : stop : children] = entered
+                part[:, nodes[:, child]] = entered
             mine = torch.where(is_node, rejected[0], mine)
             p = torch.where(is_node[..., None], rejected[1], p)
             if tree.draws != "independent":
                 q = torch.where(is_node[..., None], _without(q, token), q)
         accept.scatter_(1, parent, mine)
         left.append((parent.masked_fill(parents[..., 0] == PADDING, PADDING), p))
-        start = stop
     return Chances(accept, left)
 
 
