@@ -1,7 +1,7 @@
-"""The tables as a page: `python -m coral_hf.decoding.guard > docs/reference/guard.md`."""
+"""The guard's tables as a page: `python docs/site/guard_page.py > docs/reference/guard.md`."""
 
-from .. import watchers
-from .entries import TABLES, Entry, Table, Way
+from coral_hf.decoding import watchers
+from coral_hf.decoding.guard.entries import TABLES, Entry, Table, Way
 
 HEAD = """\
 # What is drafted, and what is refused
@@ -16,7 +16,7 @@ that applies wins, and what is in no table is refused or tried. `CoralDrafter.fr
 plain `generate` but for near ties; that is said once.
 
 Each line names the test that holds it. This page is written by
-`python -m coral_hf.decoding.guard > docs/reference/guard.md`.
+`python docs/site/guard_page.py > docs/reference/guard.md`.
 """
 WORDS = {Way.TREE: "tree", Way.CHAIN: "chain", Way.REFUSED: "refused"}
 # lines of the tables that stand for classes of transformers
