@@ -152,19 +152,16 @@ def steer_last(module, inputs, output):
 
 def look(module, inputs, output):
     """A hook that changes nothing."""
-    look.seen.append(output.shape[1])
 
 
 @pytest.mark.parametrize(("hook", "way"), [(steer, TREE), (steer_last, REFUSED), (look, TREE)])
 def test_a_hook_is_tried(hook, way):
-    look.seen = []
     target = tiny_target("llama")
     target.model.layers[0].mlp.register_forward_hook(hook)
     judgement = judge_target(target, rows=1)
     assert judgement.way == way and judgement.keeps_rows
-    assert len(look.seen) <= 1  # one pass tells that it changes nothing
     if way == REFUSED:
-        assert "its forward hook steer_last changes what passes" in judgement.obstacle
+        assert "its forward hook steer_last was put there by others" in judgement.obstacle
     else:
         assert_drafts_its_own_text(target, **TREES)
 

@@ -11,16 +11,15 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 from torch.nn.modules import module as torch_module
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from ...target import all_modules, read_target, text_config
+from ...target import all_modules, text_config
 from ..preparation.needs import PREPARE, UPDATE
 from .copies import small_copy
-from .entries import TABLES, TREE, Finding, Findings, finding
+from .entries import TABLES, Finding, Findings, finding
 from .trial import Verdict, try_target
 
 logger = logging.get_logger(__name__)
@@ -131,13 +130,11 @@ def foreign_hooks(model: PreTrainedModel) -> list[Callable]:
 
 def forward_hooks(model: PreTrainedModel) -> Iterator[Callable]:
     """All forward hooks that a pass of a target runs."""
-    return (hook for place in _places(model) for hook in place.values())
-
-
-def _places(model: PreTrainedModel) -> list[dict[int, Callable]]:
-    """The dicts that hold the forward hooks of a target's modules, and of all modules."""
-    places = [getattr(torch_module, name) for name in GLOBAL_HOOKS]
-    return places + [vars(module)[name] for module in all_modules(model) for name in HOOKS]
+    for name in GLOBAL_HOOKS:
+        yield from getattr(torch_module, name).values()
+    for module in all_modules(model):
+        for name in HOOKS:
+            yield from vars(module)[name].values()
 
 
 def _name(one: Any) -> str:
@@ -203,49 +200,5 @@ def _try_itself(model: PreTrainedModel) -> Verdict:
 
 
 def _try_hooks(model: PreTrainedModel, rows: int) -> Verdict:
-    if not _alters(model, rows):
-        return Verdict(TREE)
     lengths = tuple(11 - row % 8 for row in range(rows))
     return try_target(model, [(3,) * rows, lengths], 8, keeps_rows=True)
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def _alters(model: PreTrainedModel, rows: int) -> bool:
-    """Whether a target's foreign hooks change what passes through them, over (rows, 2) tokens."""
-    hooks, altered = foreign_hooks(model), []
-    places = _places(model)
-    before = [dict(place) for place in places]
-
-    def watched(hook: Callable, *inputs: Any, **kwargs: Any) -> Any:
-        tensors = list(_tensors((inputs, kwargs)))
-        versions = [tensor._version for tensor in tensors]
-        result = hook(*inputs, **kwargs)
-        altered.append(result is not None or versions != [one._version for one in tensors])
-        return result
-
-    try:
-        for place in places:
-            for key, hook in place.items():
-                if hook in hooks:
-                    place[key] = functools.partial(watched, hook)
-        ids = torch.zeros(rows, 2, dtype=torch.long, device=read_target(model).device)
-        model(input_ids=ids, use_cache=False)
-    except Exception:  # the trial says what it raises
-        return True
-    finally:
-        for place, hooks_before in zip(places, before, strict=True):
-            place.update(hooks_before)
-    return any(altered)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors, of any shape, in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _tensors(part)
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from _tensors(part)
