@@ -3,19 +3,28 @@
 # ruff: noqa: F811  fixtures are imported
 
 import json
+import runpy
 from dataclasses import replace
+from operator import itemgetter
 
 import pytest
 import torch
 from conftest import VOCAB, scatter_weights, tiny_target
 from test_benchmark import tokenizer  # noqa: F401
-from test_cli import drafter, invoke  # noqa: F401  a trained drafter
-from test_examples import folder  # noqa: F401  a saved target and its conversations
+from test_cli import drafter  # noqa: F401  a trained drafter
+from test_examples import (  # noqa: F401  a saved target and its conversations
+    EXAMPLES,
+    folder,
+    run,
+)
 
 from coral_hf import CoralDrafter
-from coral_hf.measure import Call, Prompt, SweepSettings, call_generate, left_padded, run_sweep
+from coral_hf.measure import Call, Prompt, call_generate, left_padded
 from coral_hf.measure.summary import summarise
 
+run_sweep, SweepSettings = itemgetter("run_sweep", "SweepSettings")(
+    runpy.run_path(str(EXAMPLES / "sweep.py"))
+)
 TREE = {"tree_depth": 3, "tree_top_k": 3, "tree_nodes": 8}
 SENTENCES = ["w5 w6 w7", "w9", "w3 w3 w4 w8 w9", "w11 w2", "w7 w7", "w30 w31", "w20 w4"]
 
@@ -191,18 +200,18 @@ def test_sizes_without_prompts_or_room_are_refused(target, own_drafter, tokenize
         run_sweep(target, own_drafter, tokenizer, prompts_of(*SENTENCES), settings)
 
 
-def test_the_command_writes_the_report_of_a_sweep(drafter, folder):
-    result = invoke(
-        "sweep",
+def test_the_example_writes_the_report_of_a_sweep(drafter, folder, monkeypatch, capsys):
+    run(
+        monkeypatch,
+        "sweep.py",
         *("--target", folder / "target", "--drafter", drafter),
         *("--prompts", folder / "talk.jsonl", "--limit", 4, "--max-new-tokens", 6),
         *("--batch-size", 1, "--batch-size", 2, "--context", 16, "--repeats", 1),
         *("--output", folder / "sweep", "--tree-depth", 2, "--pad-layers", 3, "--last", 5),
     )
-    assert result.exit_code == 0, result.output
     report = json.loads((folder / "sweep" / "report.json").read_text())
     sizes = ["batch of 1", "batch of 2", "context of 16"]
     assert [row["task"] for row in report["rows"]][::2] == sizes
     assert report["settings"]["tree_depth"] == 2
     assert report["environment"]["num_target_layers"] == 3
-    assert "Break-even" in result.output
+    assert "Break-even" in capsys.readouterr().out

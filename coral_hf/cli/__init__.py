@@ -19,7 +19,6 @@ from .measure import (
     compare,
     generate,
     playground,
-    sweep,
     verify,
 )
 from .parser import Command, parse
@@ -31,7 +30,7 @@ GROUPS: dict[str, list[Command]] = {
     "try": [demo],
     "train": [plan, train, distill, data, regenerate, features],
     "use": [generate, playground],
-    "measure": [verify, benchmark, sweep, compare, autotune, reproduce],
+    "measure": [verify, benchmark, compare, autotune, reproduce],
     "publish": [publish, import_, export],
 }
 

@@ -136,11 +136,6 @@ def benchmark(own: BenchmarkOptions, settings: measure.BenchmarkSettings) -> Non
     own.show(measure.run_benchmark(target, drafter, tokenizer, prompts, settings, **others))
 
 
-def sweep(own: MeasuredOptions, settings: measure.SweepSettings) -> None:
-    """Measure a drafter by batch size and by length of the context."""
-    own.show(measure.run_sweep(*own.load(), settings))
-
-
 @dataclass(kw_only=True)
 class VerifyOptions(DrafterOptions, PromptOptions):
     """What is verified, on which prompts."""

@@ -1,7 +1,7 @@
-"""Measurements of drafters: benchmark, sweep over batch sizes and contexts, autotune, reports,
+"""Measurements of drafters: benchmark, autotune, reports,
 and whether the output is the target's own.
 
-`read_prompts` → `run_benchmark` or `run_sweep` → `Report`. One call alone: `call_generate` →
+`read_prompts` → `run_benchmark` → `Report`. One call alone: `call_generate` →
 `Call`. Names are imported when they are first used: the settings alone import no torch.
 """
 
@@ -15,8 +15,7 @@ _HOMES = {
     "padding": ["pad_target"],
     "prompts": ["Prompt", "encode", "left_padded", "read_prompts"],
     "report": ["Report"],
-    "settings": ["BenchmarkSettings", "SweepSettings", "VerifySettings"],
-    "sweep": ["run_sweep"],
+    "settings": ["BenchmarkSettings", "VerifySettings"],
 }
 
 __all__ = sorted(sum(_HOMES.values(), []))

@@ -135,23 +135,6 @@ class VerifySettings(DraftingSettings):
 
 
 @dataclass(kw_only=True)
-class SweepSettings(HeadSettings):
-    """What a sweep varies, and how often each size is measured; decoding is greedy."""
-
-    batch_sizes: list[int] = option("Prompts in a batch.", [], flag="batch-size", least=1)
-    contexts: list[int] = option("Tokens before the answer.", [], flag="context", least=1)
-    # the first token comes with the prefill
-    max_new_tokens: int = option("Tokens of each answer.", 128, least=2)
-    repeats: int = option("Timed calls of each method on each batch.", 3, least=1)
-    warmup: int = option("Untimed calls of each method before those of each size.", 1, least=0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.batch_sizes and not self.contexts:
-            raise ValueError("`batch_sizes` and `contexts` are both empty; give one of them.")
-
-
-@dataclass(kw_only=True)
 class ComparisonSettings(TreeSettings):
     """What all trials of a comparison share."""
 

@@ -1,25 +1,32 @@
 """Speed of a drafter against plain `generate`, by batch size and by length of the context.
 
-In: a target, a drafter, prompts, settings. Out: a Report, a line a size. What grows with the batch
-is the work of a pass; what grows with the context is the cache that each pass reads.
+    python examples/sweep.py --target org/my-llama --drafter my-drafter --prompts mt_bench.jsonl \\
+        --output sweep --batch-size 1 --batch-size 8 --context 1024 --context 4096
+
+A table with a line a size. What grows with the batch is the work of a pass; what grows with the
+context is the cache that each pass reads.
 """
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..target import text_config
-from .benchmark import COLUMNS, LEGEND
-from .calls import Bench, Call, sampling_arguments
-from .plots import speed_figure
-from .prompts import Prompt, encode, left_padded, room_for_prompt
-from .report import Report, describe_environment, tabulate
-from .settings import SweepSettings
-from .summary import summarise
+from coral_hf.cli.options import MeasuredOptions
+from coral_hf.cli.parser import parse
+from coral_hf.measure.benchmark import COLUMNS, LEGEND
+from coral_hf.measure.calls import Bench, Call, sampling_arguments
+from coral_hf.measure.plots import speed_figure
+from coral_hf.measure.prompts import Prompt, encode, left_padded, room_for_prompt
+from coral_hf.measure.report import Report, describe_environment, tabulate
+from coral_hf.measure.settings import HeadSettings, option
+from coral_hf.measure.summary import summarise
+from coral_hf.target import text_config
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +41,23 @@ BREAK_EVEN = """\
 Break-even: what a round costs in plain tokens, the tau from which on drafting pays. No stop ends an
 answer after a context, whose prompt is joined from many.
 """
+
+
+@dataclass(kw_only=True)
+class SweepSettings(HeadSettings):
+    """What a sweep varies, and how often each size is measured; decoding is greedy."""
+
+    batch_sizes: list[int] = option("Prompts in a batch.", [], flag="batch-size", least=1)
+    contexts: list[int] = option("Tokens before the answer.", [], flag="context", least=1)
+    # the first token comes with the prefill
+    max_new_tokens: int = option("Tokens of each answer.", 128, least=2)
+    repeats: int = option("Timed calls of each method on each batch.", 3, least=1)
+    warmup: int = option("Untimed calls of each method before those of each size.", 1, least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.batch_sizes and not self.contexts:
+            raise ValueError("`batch_sizes` and `contexts` are both empty; give one of them.")
 
 
 def run_sweep(
@@ -104,3 +128,12 @@ def sized_batches(
                 f"`contexts` has {length}, but the target leaves room for {room} tokens; give less."
             )
         yield f"{CONTEXT} of {length}", [[tokens.repeat(-(-length // len(tokens)))[:length]]]
+
+
+def sweep(own: MeasuredOptions, settings: SweepSettings) -> None:
+    """Measure a drafter by batch size and by length of the context."""
+    own.show(run_sweep(*own.load(), settings))
+
+
+if __name__ == "__main__":
+    sweep(**parse("sweep.py", sweep, sys.argv[1:]))
