@@ -62,12 +62,14 @@ def from_raw_tensors(target, layers, config, first, theta, tensors, ids):
 @torch.no_grad()
 def from_the_drafting(target, drafter, ids, monkeypatch):
     """The same from the drafting side of a call."""
-    steps, plain = [], Eagle3Drafter.draft_logits
-    monkeypatch.setattr(
-        Eagle3Drafter,
-        "draft_logits",
-        lambda own, hidden: (steps.append(plain(own, hidden)), steps[-1])[1],
-    )
+    steps, plain = [], Eagle3Drafter.normed
+
+    def normed(own, hidden):  # what its LM head reads, quantized or not
+        found = plain(own, hidden)
+        steps.append(own.lm_head(found))
+        return found
+
+    monkeypatch.setattr(Eagle3Drafter, "normed", normed)
     drafting = Eagle3Drafting(drafter, read_target(target))
     states = target(ids[None, :-1], output_hidden_states=True).hidden_states
     features = torch.cat([states[layer] for layer in drafting.layers], -1)
