@@ -10,7 +10,7 @@ from eagle_checkpoint import LLAMA2, eagle_tensors, write_checkpoint
 from safetensors.torch import load_file
 
 from coral_hf import CoralDrafter, from_eagle
-from coral_hf.checkpoints import export_drafter, proposal_counts
+from coral_hf.checkpoints import export_drafter
 from coral_hf.target import read_target
 from coral_hf.training.stages import follow_vocabulary
 
@@ -87,12 +87,6 @@ def test_an_engine_gets_the_vocabulary_of_the_target_as_it_is_now(tmp_path, engi
     elif engine == "vllm":
         tensors = load_file(tmp_path / "out" / "model.safetensors")
         assert tensors["embed_tokens.weight"].equal(target.model.embed_tokens.weight)
-
-
-def test_proposals_are_counted_over_the_vocabulary_of_the_target_as_it_is_now():
-    target, drafter = resized(PADDED)
-    counts = proposal_counts(target, drafter, [torch.arange(9)[None]], top_k=PADDED)
-    assert counts.shape == (PADDED,) and counts.min() > 0
 
 
 # ---- import

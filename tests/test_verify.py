@@ -9,9 +9,9 @@ from test_examples import folder  # noqa: F401  a saved target and its conversat
 
 import coral_hf
 from coral_hf import CoralDrafter
-from coral_hf.decoding import verifier
+from coral_hf.decoding import rules
 from coral_hf.decoding.chance import Chance
-from coral_hf.decoding.verifier import Verdict
+from coral_hf.decoding.rules.walk import Verdict
 from coral_hf.measure import Prompt, VerifySettings
 from coral_hf.measure.benchmark import Mismatch
 from coral_hf.measure.lossless.samples import REST, chi_square, count_outcomes, outcome_chances
@@ -68,7 +68,7 @@ def keeps_first_children(tree, logits):
 
 
 def test_a_greedy_rule_that_keeps_what_was_drafted_is_found(check, monkeypatch):
-    monkeypatch.setattr(verifier, "verify_greedy", keeps_first_children)
+    monkeypatch.setattr(rules, "verify_greedy", keeps_first_children)
     found = check(sampled_prompts=0)
     assert not found.is_lossless and found.checks[0].is_passed is False
     assert "NOT LOSSLESS, failed: greedy, float64" in found.to_markdown()
@@ -78,7 +78,6 @@ def test_a_greedy_rule_that_keeps_what_was_drafted_is_found(check, monkeypatch):
 @pytest.mark.parametrize("rule", ["token", "traversal"])
 def test_a_sampling_rule_that_keeps_every_token_is_found(check, monkeypatch, rule):
     monkeypatch.setattr(Chance, "accept", lambda self, chances: torch.ones_like(chances).bool())
-    monkeypatch.setattr(Chance, "is_accepted", lambda self, chance: True)
     found = check(drawn_tree=True, verification=rule)
     assert found.checks[0].is_passed and not found.is_lossless
     assert found.checks[-1].what.startswith("sampling") and found.checks[-1].is_passed is False
@@ -107,7 +106,7 @@ def test_without_float64_the_working_dtype_decides(check, monkeypatch):
     found = check(target, sampled_prompts=0)
     assert found.checks[0].found == "not possible: the target's weights are quantised"
     assert found.checks[1].what == "greedy, float32" and found.checks[1].is_passed
-    monkeypatch.setattr(verifier, "verify_greedy", keeps_first_children)
+    monkeypatch.setattr(rules, "verify_greedy", keeps_first_children)
     assert not check(target, sampled_prompts=0).is_lossless
 
 
@@ -175,6 +174,6 @@ def test_the_command_prints_a_verdict_and_exits_with_1_if_it_is_bad(
     result = invoke("verify", *words)
     assert result.exit_code == 0, result.output
     assert "Lossless: all checks" in result.output
-    monkeypatch.setattr(verifier, "verify_greedy", keeps_first_children)
+    monkeypatch.setattr(rules, "verify_greedy", keeps_first_children)
     result = invoke("verify", *words)
     assert result.exit_code == 1 and "NOT LOSSLESS" in result.output

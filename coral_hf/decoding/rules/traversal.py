@@ -12,7 +12,6 @@ Verification (Sun et al. 2025, ICLR).
     tried      3  4  1  5  2  0     a node after all that hang on it; the root is accepted at last
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -66,20 +65,21 @@ def _row(tree: DraftTree, row: int) -> DraftTree:
     return tree._replace(levels=tree.max_depth, **own)
 
 
-def families_of(tree: DraftTree) -> Iterator[Tensor]:
-    """Yield nodes (families, children), siblings side by side, none before those it hangs on.
+def families_of(tree: DraftTree) -> list[Tensor]:
+    """List nodes (families, children), siblings side by side, none before those it hangs on.
 
     By its `plan`; without one, of a single row (1, nodes), family by family.
     """
-    start, device = 1, tree.tokens.device
+    found, start, device = [], 1, tree.tokens.device
     for families, children in tree.plan:
         stop = start + families * children
-        yield torch.arange(start, stop, device=device).view(families, children)
+        found.append(torch.arange(start, stop, device=device).view(families, children))
         start = stop
     parents = [] if tree.plan else tree.parents[0, 1:].tolist()
     for parent in sorted({*parents} - {PADDING}):
-        found = [node for node, own in enumerate(parents, start=1) if own == parent]
-        yield host_tensor([found]).to(device)
+        family = [node for node, own in enumerate(parents, start=1) if own == parent]
+        found.append(host_tensor([family]).to(device))
+    return found
 
 
 def chances_of(tree: DraftTree, probs: Tensor) -> Chances:
