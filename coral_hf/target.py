@@ -277,4 +277,6 @@ def _warn_of_other_target(found: PreTrainedConfig, config: PreTrainedConfig) -> 
     # a folder may be given by its whole path or from where one stands
     names = (None, found._name_or_path, full_name(found._name_or_path))
     if config.target_name_or_path not in names:
-        logger.info(f"The drafter was made for {config.target_name_or_path}, not for {names[1]}.")
+        logger.info_once(
+            f"The drafter was made for {config.target_name_or_path}, not for {names[1]}."
+        )

@@ -68,6 +68,9 @@ def test_the_demo_shows_both_depths_and_leaves_its_files(first_run, settings):
     assert shown.index("(3 layers, 1 of them padding") < shown.index("tokens (2 layers)")
     assert shown.endswith('--target MODEL --drafter my-drafter "Tell me a story."')
     assert shown.count("┃ alone ┃ with the drafter ┃") == 2
+    here = settings.output
+    names = f"--target {here}/target --drafter {here}/drafter --pad-layers 3"
+    assert f"coral-hf playground {names} Next, with a model of your own" in shown
     assert (settings.output / "drafter" / "tokenizer.json").is_file()
     for depth in ("2-layers", "3-layers"):
         assert (settings.output / depth / "report.json").is_file()
