@@ -257,9 +257,10 @@ class Experiment:
 
     def training_seconds(self, name: str, loss: str) -> float:
         """How long the models of a drafter were trained."""
-        folders = [self.coral()]
-        if name != "coral":
-            folders = [self.pretrained(name), self.fine_tuned(name, loss)]
+        is_coral = name == "coral"
+        folders = (
+            [self.coral()] if is_coral else [self.pretrained(name), self.fine_tuned(name, loss)]
+        )
         records = [json.loads((folder / RECORD).read_text()) for folder in folders]
         return round(sum(entry["seconds"] for record in records for entry in record), 1)
 
