@@ -103,7 +103,8 @@ class Experiment:
         max_length = parse_arguments(options.work, [*OPTIONS.split(), *typed]).max_length
         self.rows = prepare_dataset(rows, self.tokenizer, max_length)
         trained = "\n".join(rows["text"] if "text" in rows.features else ())
-        found = read_prompts(options.dataset, last=options.hold_out, num_words=options.num_words)
+        which = {"last": options.hold_out, "num_words": options.num_words}
+        found = read_prompts(options.dataset, user_turn=options.user_turn, **which)
         chosen = [one for one in found if one.text is None or one.text not in trained]
         # the longest first: a static cache keeps its length
         chosen = chosen[: options.num_prompts]
@@ -262,6 +263,7 @@ if __name__ == "__main__":
     sizes = {"hold-out": 200, "num-words": 32, "num-prompts": 40, "max-new-tokens": 96}
     for name, size in sizes.items():  # held-out rows, words of a text that are its prompt
         parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--user-turn", type=int, default=-1, help="of a dialogue, to be answered")
     parser.add_argument("--compiled", action="store_true", help="compiled plain `generate` too")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     # processor time is for one thread on a busy machine
