@@ -324,7 +324,7 @@ def main(options: argparse.Namespace) -> None:
                     known[key] |= experiment.measure(drafter, *key[-2:])
                     known[key]["parameters"] = drafter.num_parameters()
                     known[key]["training_seconds"] = experiment.training_seconds(name, loss)
-                    lines.append([known[key] | facts])
+                    lines.append([facts | known[key]])
                 found.append(known[key])
     print("\n".join(table(found)))
 
