@@ -68,7 +68,10 @@ def check_settings(
         raise ValueError(f"`{name}` is True, but training runs on a CPU; use bf16, or neither.")
     train_dataset = others.get("train_dataset")
     if isinstance(train_dataset, Mapping):
-        raise ValueError(f"`train_dataset` has the parts {[*train_dataset]}; pass one of them.")
+        raise ValueError(
+            f"`train_dataset` is a {type(train_dataset).__name__} of the parts {[*train_dataset]};"
+            " pass one of them."
+        )
 
 
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase | None:
