@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from coral_hf import CoralDrafter, Eagle3Drafter
 from coral_hf.hub import CardFacts, make_card, read_results, write_card
 from coral_hf.hub.card import check_results
-from coral_hf.hub.drafter_folder import hub_id
+from coral_hf.hub.repository import hub_id
 from coral_hf.identity import weights_digest
 from coral_hf.measure import BenchmarkSettings, Prompt, Report, run_benchmark
 from coral_hf.measure.report import command_line

@@ -1,6 +1,99 @@
-"""A drafter on the Hub: its repository, its model card, its code."""
+"""A drafter on the Hub: its repository, its model card, its code.
 
-from .card import CardFacts, Results, bring_card, make_card, read_results, write_card
-from .drafter_folder import finish_config
-from .publish import publish, push
-from .repository import Branch
+In: a folder or a drafter, a repo id. Out: one commit with all files and a model card.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi
+from transformers import AutoTokenizer
+
+from ..drafters.model import Drafter
+from ..identity import record_tokenizer
+from .card import CardFacts, bring_card, check_results, make_card, read_results, write_card
+from .repository import CARD, Branch, finish_config, published_files, read_drafter
+
+logger = logging.getLogger(__name__)
+
+
+def publish(
+    folder: str | Path,
+    repo_id: str,
+    reports: Sequence[str | Path] = (),
+    facts: CardFacts | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> CommitInfo:
+    """Write the card of a drafter into its folder and upload both.
+
+    A card that was written by hand, in the folder or on the Hub, stays.
+
+    Args:
+        folder: what `coral-hf train` or `save_pretrained` wrote.
+        repo_id: `"organisation/name"`, made if it does not exist.
+        reports: report.json files of `coral-hf benchmark`, shown in the card and uploaded.
+        facts: what the card says beside what the drafter knows; its `base_model` becomes the
+            drafter's target.
+        private: of a new repository.
+        revision: a branch, made if it does not exist; `main` by default.
+        token: as in `HfApi`, by default that of `hf auth login` or HF_TOKEN.
+
+    Raises:
+        ValueError: if the folder holds no whole drafter, a report is of another one, or something
+            else is at `repo_id`.
+        HfHubHTTPError: if the Hub refuses.
+    """
+    if "/" not in repo_id:
+        raise ValueError(f"`repo_id` is {repo_id!r}; give it as organisation/name.")
+    commit = {"revision": revision, "token": token}
+    return push(read_drafter(folder), folder, repo_id, facts, reports, private, **commit)
+
+
+def push(
+    drafter: Drafter,
+    folder: str | Path,
+    repo_id: str,
+    facts: CardFacts | None = None,
+    reports: Sequence[str | Path] = (),
+    private: bool | None = None,
+    **commit: Any,
+) -> CommitInfo:
+    """Upload the folder that a drafter was saved into, with its card: `drafter.push_to_hub`.
+
+    Args:
+        commit: `revision`, `token`, and what `HfApi.create_commit` takes; others: see [`publish`].
+    """
+    folder, api = Path(folder), HfApi(token=commit.pop("token", None))
+    if "/" not in repo_id:  # the Hub adds its owner
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    branch = Branch(repo_id, commit.pop("revision", None), api.token)
+    facts = (facts or CardFacts(repo_id))._replace(repo_id=repo_id)
+    if (folder / "tokenizer_config.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        record_tokenizer(tokenizer, drafter.config)  # a ValueError if it is another one
+        facts = facts._replace(has_chat_template=tokenizer.chat_template is not None)
+    results = [read_results(report) for report in reports]
+    for result in results:
+        check_results(result, drafter, [drafter.config.target_name_or_path, facts.base_model])
+    branch.check_vacant(private)
+    bring_card(folder, branch)
+    if not write_card(folder, drafter, facts, results) and results:
+        raise ValueError(
+            f"{folder / CARD} was written by hand, so the report has no place in it; move it away,"
+            " on the Hub too, and publish again, or publish without a report."
+        )
+    if finish_config(drafter.config, folder, facts.base_model) is None:
+        logger.warning(
+            "The card of %s names no target that others can load; publish again with `base_model`"
+            " (`--base-model`), its id on the Hub.",
+            repo_id,
+        )
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    files = {name: folder / name for name in published_files(folder)}
+    for number, report in enumerate(reports, 1):
+        files[f"results/report{f'-{number}' if number > 1 else ''}.json"] = Path(report)
+    return branch.upload(files, **commit)

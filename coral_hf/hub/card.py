@@ -19,8 +19,7 @@ from ..drafters.families import FAMILIES
 from ..drafters.model import Drafter
 from ..identity import weights_digest
 from ..measure.settings import DRAFTING
-from .drafter_folder import hub_id
-from .repository import CARD, Branch
+from .repository import CARD, Branch, hub_id
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 LIBRARY = "coral_hf"
@@ -31,6 +30,7 @@ MARK = "<!-- Written by coral_hf from what the checkpoint and its reports hold. 
 # in the card that transformers writes where there is none
 GENERATED = "This model card has been automatically generated"
 METHOD = "coral"  # of the drafter, in a benchmark's report
+Report = Mapping[str, Any]  # what `read_results` returns
 
 
 class CardFacts(NamedTuple):
@@ -45,20 +45,10 @@ class CardFacts(NamedTuple):
     has_chat_template: bool | None = None  # of the tokenizer; None: see the training record
 
 
-class Results(NamedTuple):
-    """The parts of a report that a card shows."""
-
-    rows: list[dict[str, Any]]  # of the drafter, by benchmark, overall last
-    depths: list[dict[str, Any]]  # of the drafter
-    environment: dict[str, Any]
-    settings: dict[str, Any]
-    num_skipped: int  # prompts
-
-
 def make_card(
     drafter: Drafter,
     facts: CardFacts,
-    results: Sequence[Results] = (),
+    results: Sequence[Report] = (),
     earlier: Mapping[str, Any] | None = None,
 ) -> ModelCard:
     """Make the card of a drafter, with metadata that the Hub accepts.
@@ -69,9 +59,15 @@ def make_card(
     """
     config, own, stages = drafter.config, drafter.generation_config, drafter.training_record
     family = FAMILIES[config.model_type]
-    tagged = facts._replace(tags=[family.name.lower().replace(" ", "-"), *TAGS, *facts.tags])
-    data = _metadata(tagged, hub_id(config.target_name_or_path), stages, earlier or {})
-    chats = facts.has_chat_template
+    facts = facts._replace(
+        base_model=facts.base_model or hub_id(config.target_name_or_path),
+        datasets=[
+            *(name for stage in stages for name in stage.get("datasets", [])),
+            *facts.datasets,
+        ],
+        tags=[family.name.lower().replace(" ", "-"), *TAGS, *facts.tags],
+    )
+    data, chats = _metadata(facts, earlier or {}), facts.has_chat_template
     if chats is None:
         chats = bool(stages) and stages[-1].get("has_chat_template", False)
     card = ModelCard.from_template(
@@ -98,19 +94,16 @@ def _number(text: str) -> str:
     return sha256("\n".join(text.split()).encode()).hexdigest()[:16]
 
 
-def _metadata(
-    facts: CardFacts, target: str | None, stages: Sequence[dict], earlier: Mapping[str, Any]
-) -> ModelCardData:
+def _metadata(facts: CardFacts, earlier: Mapping[str, Any]) -> ModelCardData:
+    """Make a card's metadata; those of an earlier card are kept where nothing else is known."""
     bases = earlier.get("base_model")
-    target = facts.base_model or target or (bases[0] if isinstance(bases, list) else bases)
-    recorded = [name for stage in stages for name in stage.get("datasets", [])]
-    datasets = [*recorded, *facts.datasets, *earlier.get("datasets", [])]
+    target = facts.base_model or (bases[0] if isinstance(bases, list) else bases)
     known = {
         "base_model": target,
         # weights that work beside an unchanged base model; without a relation the Hub lists a
         # drafter as a finetuned target
         "base_model_relation": "adapter" if target else None,
-        "datasets": [*dict.fromkeys(datasets)] or None,
+        "datasets": [*dict.fromkeys([*facts.datasets, *earlier.get("datasets", [])])] or None,
         "language": facts.language or earlier.get("language"),
         "library_name": LIBRARY,
         "license": facts.license or earlier.get("license"),
@@ -141,7 +134,7 @@ def write_card(
     folder: str | Path,
     drafter: Drafter,
     facts: CardFacts,
-    results: Sequence[Results] = (),
+    results: Sequence[Report] = (),
 ) -> bool:
     """Write README.md into a folder unless there is one written by hand; whether it was written.
 
@@ -164,38 +157,31 @@ def bring_card(folder: Path, branch: Branch) -> None:
         (folder / CARD).write_text(text, encoding="utf-8")
 
 
-def read_results(path: str | Path) -> Results:
-    """Read a report.json.
+def read_results(path: str | Path) -> Report:
+    """Read the parts of a report.json that a card shows: of its rows, those of the drafter.
 
     Raises:
         ValueError: if it is no report of `coral-hf benchmark`, or measured no drafter.
     """
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
+        for part in ("rows", "acceptance"):
+            report[part] = [row for row in report[part] if row["method"] == METHOD]
         settings = report["settings"]
         # what the call chose; the rest are the drafter's own settings
-        drafting = {name: settings[name] for name in DRAFTING if settings.get(name) is not None}
-        results = Results(
-            rows=[row for row in report["rows"] if row["method"] == METHOD],
-            depths=[depth for depth in report["acceptance"] if depth["method"] == METHOD],
-            environment=report["environment"],
-            settings=settings | {"drafting": drafting},
-            num_skipped=len(report["skipped"]),
-        )
+        chosen = {name: settings[name] for name in DRAFTING if settings.get(name) is not None}
+        report["drafting"] = chosen
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} cannot be read as a report of `coral-hf benchmark` ({error!r}). Pass the"
             " report.json of its --output."
         ) from error
-    if not results.rows:
-        raise ValueError(
-            f"{path} measured no drafter: the method {METHOD!r} is not in it. Run `coral-hf"
-            " benchmark --method plain --method coral`."
-        )
-    return results
+    if not report["rows"]:
+        raise ValueError(f"{path} measured no drafter; run `coral-hf benchmark --method {METHOD}`.")
+    return report
 
 
-def check_results(results: Results, drafter: Drafter, targets: Sequence[str | None]) -> None:
+def check_results(results: Report, drafter: Drafter, targets: Sequence[str | None]) -> None:
     """Check that a report is of this drafter.
 
     Args:
@@ -204,17 +190,16 @@ def check_results(results: Results, drafter: Drafter, targets: Sequence[str | No
     Raises:
         ValueError: if other weights were measured, or another target.
     """
-    environment = results.environment
-    found, own = environment["drafter_digest"], weights_digest(drafter)
+    measured, own = results["environment"], weights_digest(drafter)
     # the digest rounds to bf16; float16 rounds differently before that
-    if found not in (own, weights_digest(deepcopy(drafter).half())):
+    if measured["drafter_digest"] not in (own, weights_digest(deepcopy(drafter).half())):
         raise ValueError(
-            f"The report measured a drafter with other weights ({environment['drafter']},"
-            f" {found[:8]}), this one's are {own[:8]}; measure this one."
+            f"The report measured a drafter with other weights ({measured['drafter']}); measure"
+            " this one."
         )
     names = {Path(target).name for target in targets if target is not None}
-    if names and Path(environment["target"]).name not in names:
+    if names and Path(measured["target"]).name not in names:
         raise ValueError(
-            f"The report was measured on the target {environment['target']}, and the drafter is"
-            f" for {' or '.join(sorted(names))}; measure it on its own target."
+            f"The report was measured on the target {measured['target']}, and the drafter is for"
+            f" {' or '.join(sorted(names))}; measure it on its own target."
         )

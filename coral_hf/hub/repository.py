@@ -1,30 +1,132 @@
-"""A branch of a repository on the Hub: whether a drafter may go there, and the upload.
+"""A drafter's folder, and the branch on the Hub that it goes to.
 
-In: a repo id, a branch, a token. Out: the card that is there, a refusal, or a commit.
+In: what `coral-hf train` or `save_pretrained` wrote; a repo id. Out: the drafter, the files to
+upload, a config and code that others can load; the card that is there, a refusal, or a commit.
 """
 
 import json
+import re
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    ModelInfo,
-    hf_hub_download,
-)
-from huggingface_hub.errors import RepositoryNotFoundError
-from transformers.utils import ADAPTER_CONFIG_NAME
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedConfig, utils
 
+from ..atomic import write_text
+from ..drafters.configuration import FamilyConfig
 from ..drafters.families import FAMILIES
-from .drafter_folder import stale_files
+from ..drafters.model import TRAINING_RECORD, Drafter
 
 CARD = "README.md"
-# kinds of files that hold weights
+CODE = "modeling_coral.py"
+# all that a repository holds of this package; without it transformers says what to install
+CODE_TEXT = """\
+# a drafter for speculative decoding; to load it and to generate with it: pip install coral_hf
+from coral_hf import {config}, {model}  # noqa: F401
+"""
+AUTO_MAP = {
+    "AutoConfig": "modeling_coral.{config}",
+    "AutoModel": "modeling_coral.{model}",
+    "AutoModelForCausalLM": "modeling_coral.{model}",  # assistants are loaded by it
+}
+# the weights that are loaded by default, whole or in shards; not a variant of them (fp16)
+LOADED = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+# kinds of files: those that go along, and those that hold weights
+KINDS = (".json", ".safetensors", ".jinja", ".model", ".txt", ".png", ".md")
 WEIGHTS = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt", ".onnx", ".h5", ".msgpack"}
+# what a training run leaves beside its checkpoint
+LEFT_OUT = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
+
+
+def read_drafter(folder: str | Path) -> Drafter:
+    """Read the drafter in a folder and check every tensor.
+
+    Raises:
+        ValueError: if something else is there, or two checkpoints, or weights that are not finite.
+    """
+    folder = Path(folder)
+    if not (folder / utils.CONFIG_NAME).is_file():
+        raise ValueError(
+            f"{folder} holds no drafter. Give the folder that `coral-hf train --output` or"
+            " `drafter.save_pretrained` wrote; if it is an adapter, merge it into its drafter."
+        )
+    model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(f"{folder} holds a {model_type} model, not a drafter.")
+    if all(
+        (folder / name).exists()
+        for name in (utils.SAFE_WEIGHTS_NAME, utils.SAFE_WEIGHTS_INDEX_NAME)
+    ):
+        raise ValueError(f"{folder} holds two checkpoints, one in shards; delete the older one.")
+    drafter = FAMILIES[model_type].model.from_pretrained(folder).eval()
+    broken = [name for name, values in drafter.state_dict().items() if not values.isfinite().all()]
+    if broken:
+        names = ", ".join(broken[:3])
+        raise ValueError(f"{folder}: weights are not all finite ({names}); use an earlier one.")
+    return drafter
+
+
+def published_files(folder: str | Path) -> list[str]:
+    """List the files to upload: checkpoint, tokenizer, card, code and pictures.
+
+    Checkpoints of a training run, optimizer states and logs lie in folders or are of other kinds.
+    """
+    return sorted(
+        path.name
+        for path in Path(folder).iterdir()
+        if path.is_file() and path.name not in LEFT_OUT
+        if path.name == CODE or path.suffix in KINDS and path.name[0] not in "._"
+    )
+
+
+def stale_files(there: list[str], here: list[str]) -> list[str]:
+    """List a repository's files that would be loaded with, or in place of, a new checkpoint.
+
+    A single file of weights is loaded before shards, an adapter on top of its drafter. Where `here`
+    has only a variant of the weights, nothing is stale.
+    """
+    if not any(LOADED.fullmatch(name) for name in here):
+        return []
+    extra = (utils.ADAPTER_CONFIG_NAME, utils.ADAPTER_SAFE_WEIGHTS_NAME, TRAINING_RECORD)
+    loaded = [name for name in there if LOADED.fullmatch(name) or name in extra]
+    return [name for name in loaded if name not in here]
+
+
+def finish_config(
+    config: FamilyConfig, folder: str | Path, base_model: str | None = None
+) -> str | None:
+    """Write a config.json that others can load, and the code beside it.
+
+    Args:
+        config: the drafter's.
+        base_model: the target's Hub id; the config's own by default.
+
+    Returns:
+        The target's id that config.json has, None where there is none: a folder of this machine
+        loads nothing for others, and its path is private.
+    """
+    published, model = deepcopy(config), FAMILIES[config.model_type].model
+    names = {"config": type(config).__name__, "model": model.__name__}
+    published.target_name_or_path = base_model or hub_id(config.target_name_or_path)
+    published.auto_map = {auto: name.format(**names) for auto, name in AUTO_MAP.items()}
+    published.save_pretrained(folder)
+    write_text(Path(folder) / CODE, CODE_TEXT.format(**names))
+    return published.target_name_or_path
+
+
+def hub_id(name: str | None) -> str | None:
+    """Return a target's name if it can be an id on the Hub; None for a folder of this machine."""
+    if name is None or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
 
 
 class Branch(NamedTuple):
@@ -49,39 +151,34 @@ class Branch(NamedTuple):
             found = HfApi().model_info(self.repo_id, expand=asked, token=self.token)
         except RepositoryNotFoundError:
             return  # or one that this token cannot see, and cannot write to
-        other = self._other_model(found)
-        if other is not None:
-            raise ValueError(
-                f"{self.repo_id} holds {other}, whose files a drafter's would replace; publish"
-                " under another name."
-            )
+        if (other := self._other_model(found)) is not None:
+            raise ValueError(f"{self.repo_id} holds {other}; publish under another name.")
         if private and found.private is False:
             raise ValueError(
                 f"{self.repo_id} exists and is public, and `private` only makes new repositories"
-                " private; change its visibility in its settings on the Hub, or use another name."
+                " private; change it in its settings on the Hub, or use another name."
             )
 
-    def _other_model(self, found: ModelInfo) -> str | None:
+    def _other_model(self, found: Any) -> str | None:
         """Name what a repository holds that is neither a drafter nor an adapter of one."""
         model_type = (found.config or {}).get("model_type")
         names = [sibling.rfilename for sibling in found.siblings or []]
-        is_drafter = model_type in FAMILIES
-        if is_drafter or (ADAPTER_CONFIG_NAME in names and self._adapts_drafter()):
+        if model_type in FAMILIES:
             return None
+        if utils.ADAPTER_CONFIG_NAME in names:  # PEFT writes down of what it is one
+            adapted = json.loads(self._replace(revision=None).read_text(utils.ADAPTER_CONFIG_NAME))
+            library = (adapted.get("auto_mapping") or {}).get("parent_library")
+            if str(library).startswith("coral_hf"):
+                return None
         if model_type is not None:
             return f"a {model_type} model"
         weights = [name for name in names if PurePosixPath(name).suffix in WEIGHTS]
         return f"another model's {weights[0]}" if weights else None
 
-    def _adapts_drafter(self) -> bool:
-        """Check whether the repository's adapter is of a drafter, as PEFT writes down."""
-        adapted = json.loads(Branch(self.repo_id, None, self.token).read_text(ADAPTER_CONFIG_NAME))
-        return str((adapted.get("auto_mapping") or {}).get("parent_library")).startswith("coral_hf")
-
     def read_text(self, name: str) -> str:
         """Read a small file as it is on the Hub now, whatever the cache holds of it."""
-        options = {"revision": self.revision, "token": self.token, "force_download": True}
-        return Path(hf_hub_download(self.repo_id, name, **options)).read_text(encoding="utf-8")
+        api, options = HfApi(token=self.token), {"revision": self.revision, "force_download": True}
+        return Path(api.hf_hub_download(self.repo_id, name, **options)).read_text(encoding="utf-8")
 
     def card(self) -> str | None:
         """Read the card of the branch, of `main` where the branch has none; None without one.
@@ -96,31 +193,23 @@ class Branch(NamedTuple):
         return None
 
     def upload(
-        self,
-        files: Mapping[str, Path],
-        commit_message: str | None = None,
-        create_pr: bool = False,
-        **options: Any,
+        self, files: Mapping[str, Path], commit_message: str | None = None, **options: Any
     ) -> CommitInfo:
         """Commit files and delete those of an earlier drafter, at once: nobody loads half of one.
 
         Args:
             files: path in the repository → file here.
-            create_pr: open a pull request.
-            options: more keywords of `HfApi.create_commit`.
+            commit_message: of the commit.
+            options: more keywords of `HfApi.create_commit`, such as `create_pr`.
         """
         api = HfApi(token=self.token)
         is_branch = self.revision is not None and not self.revision.startswith("refs/")
-        if is_branch and not create_pr:
+        if is_branch and not options.get("create_pr"):
             api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
         there = api.list_repo_files(self.repo_id, revision=self.revision)
         operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
         operations += [CommitOperationDelete(name) for name in stale_files(there, list(files))]
+        message = commit_message or "Upload drafter"
         return api.create_commit(
-            self.repo_id,
-            operations,
-            commit_message=commit_message or "Upload drafter",
-            revision=self.revision,
-            create_pr=create_pr,
-            **options,
+            self.repo_id, operations, commit_message=message, revision=self.revision, **options
         )

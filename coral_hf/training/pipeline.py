@@ -19,7 +19,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..drafters.model import Drafter
-from ..hub.drafter_folder import stale_files
+from ..hub.repository import stale_files
 from ..measure.tuning.head_choice import NEW_TOKENS, PROMPTS, choose_head
 from .arguments import CoralTrainingArguments
 from .evaluation import EvaluationTable
