@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from .drafters.coral import CoralDrafter as CoralDrafter
     from .drafters.eagle3 import Eagle3Config as Eagle3Config
     from .drafters.eagle3 import Eagle3Drafter as Eagle3Drafter
+    from .drafters.eagle3 import ParallelConfig as ParallelConfig
+    from .drafters.eagle3 import ParallelDrafter as ParallelDrafter
     from .drafters.language_model import LanguageModelDrafter as LanguageModelDrafter
     from .drafters.medusa import MedusaConfig as MedusaConfig
     from .drafters.medusa import MedusaDrafter as MedusaDrafter
-    from .drafters.parallel import ParallelConfig as ParallelConfig
-    from .drafters.parallel import ParallelDrafter as ParallelDrafter
     from .drafters.recurrent import RecurrentConfig as RecurrentConfig
     from .drafters.recurrent import RecurrentDrafter as RecurrentDrafter
     from .hub import publish as publish
@@ -58,10 +58,9 @@ _MODULES = {
     ],
     "drafters.bigram": ["BigramConfig", "BigramDrafter"],
     "drafters.coral": ["CoralConfig", "CoralDrafter"],
-    "drafters.eagle3": ["Eagle3Config", "Eagle3Drafter"],
+    "drafters.eagle3": ["Eagle3Config", "Eagle3Drafter", "ParallelConfig", "ParallelDrafter"],
     "drafters.language_model": ["LanguageModelDrafter"],
     "drafters.medusa": ["MedusaConfig", "MedusaDrafter"],
-    "drafters.parallel": ["ParallelConfig", "ParallelDrafter"],
     "drafters.recurrent": ["RecurrentConfig", "RecurrentDrafter"],
     "hub": ["publish"],
     "measure.tuning.autotune": ["autotune"],
@@ -90,15 +89,7 @@ def register() -> None:
     from .decoding import install
 
     # they register themselves
-    from .drafters import (  # noqa: F401
-        bigram,
-        coral,
-        eagle3,
-        language_model,
-        medusa,
-        parallel,
-        recurrent,
-    )
+    from .drafters import bigram, coral, eagle3, language_model, medusa, recurrent  # noqa: F401
     from .drafters.model import Drafter
 
     install()

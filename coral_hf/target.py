@@ -244,9 +244,14 @@ def check_target(
     """
     is_same_type = config.target_model_type in (None, model.config.model_type)
     width = getattr(config, "target_hidden_size", config.hidden_size)  # a drafter may differ
-    for name, expected in (("hidden_size", width), ("vocab_size", config.vocab_size)):
-        found = getattr(text_config(model), name)
-        if expected == found:
+    expected_sizes = {
+        "hidden_size": width,
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": getattr(config, "target_num_layers", None),  # None: of any number
+    }
+    for name, expected in expected_sizes.items():
+        found = getattr(text_config(model), name, None)
+        if expected in (None, found):
             continue
         if name == "vocab_size" and takes_other_vocabulary and is_same_type:
             logger.warning_once(

@@ -25,7 +25,7 @@ from pandas import DataFrame
 from coral_hf.atomic import new_folder, sole_writer
 from coral_hf.cli.options import DatasetOptions, MeasuredOptions, load_drafter
 from coral_hf.cli.parser import parse
-from coral_hf.drafters.coral.configuration import CoralConfig
+from coral_hf.drafters.coral import CoralConfig
 from coral_hf.drafters.model import Drafter
 from coral_hf.heads.router import Groups
 from coral_hf.identity import weights_digest

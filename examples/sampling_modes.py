@@ -38,8 +38,7 @@ from coral_hf.decoding.chance import Chance
 from coral_hf.decoding.drafting import DraftTree, TreeShape, Warp, register_drafting
 from coral_hf.decoding.rules.traversal import verify_traversal
 from coral_hf.decoding.rules.walk import Verdict
-from coral_hf.drafters.coral import CoralConfig
-from coral_hf.drafters.coral.drafting import CoralDrafting
+from coral_hf.drafters.coral import CoralConfig, CoralDrafting
 from coral_hf.drafters.tree_builders import Beam
 from coral_hf.measure import read_prompts
 from coral_hf.measure.calls import Arguments, call_generate, sampling_arguments, seeded

@@ -68,7 +68,7 @@ def test_fields_that_do_not_fit_together_are_refused(target, fields, message):
 
 def test_a_target_of_another_depth_is_refused(target):
     other = tiny_target("llama", num_hidden_layers=3)
-    with pytest.raises(ValueError, match="of a target of 2 layers .unnamed., and this one has 3"):
+    with pytest.raises(ValueError, match="`num_hidden_layers` of the target is 3, .* with 2"):
         other.generate(torch.tensor([[5, 9]]), assistant_model=made(target), max_new_tokens=4)
 
 

@@ -277,7 +277,7 @@ def test_losses_that_it_has_not_are_refused(target, tmp_path, settings, said):
 def test_a_target_of_another_depth_is_refused_and_takes_a_warm_start(target, tmp_path):
     drafter = drafter_of(target)
     deeper = tiny_target("llama", torch.float64, num_hidden_layers=4)
-    with pytest.raises(ValueError, match="of a target of 2 layers .*, and this one has 4"):
+    with pytest.raises(ValueError, match="`num_hidden_layers` of the target is 4, .* with 2"):
         step_of(drafter, deeper, tmp_path)
     assert warm_start(deeper, drafter).config.target_layers == [1, 2, 3]
 

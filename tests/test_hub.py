@@ -283,7 +283,7 @@ def test_published_code_loads_a_drafter_without_an_import_or_says_what_to_instal
     assert b"from coral_hf import CoralConfig, CoralDrafter" in files["modeling_coral.py"]
     missing, found = stranger.first.strip().splitlines()
     assert "Run `pip install coral_hf`" in missing
-    assert found == "coral_hf.drafters.coral.modeling"
+    assert found == "coral_hf.drafters.coral"
     saved = [path.name for path in (stranger.log.parent / "saved").iterdir()]
     assert "model.safetensors" in saved and not any(name.endswith(".py") for name in saved)
 

@@ -145,15 +145,15 @@ def test_a_static_tree_sets_the_size_of_trees_and_is_saved(target, tmp_path):
 @pytest.mark.parametrize(
     ("choices", "said"),
     [
-        ([], "`tree_choices` is empty"),
-        ([[0], []], r"\[\] is empty"),
-        ([[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]], r"is 4 tokens deep, and there are 3 heads"),
-        ([[0], [0]], r"\[0\] is listed twice"),
-        ([[0], [1, 0]], r"\[1, 0\] has no parent: list \[1\] too"),
-        ([[0], [-1]], r"\[-1\] has rank \[-1\], and the vocabulary 40 tokens"),
-        ([[40]], r"has rank \[40\]"),
-        ([[0], [0.5]], r"has rank \[0.5\]"),
-        ([0, 1], r"is \[0, 1\]; list the ranks on the path to each node"),
+        ([], r"has \(\); list each node once, as 1 to 3 ranks below 40"),
+        ([[0], []], r"has \(\)"),
+        ([[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]], r"has \(0, 0, 0, 0\)"),
+        ([[0], [0]], r"has \(0,\)"),
+        ([[0], [1, 0]], r"has \(1, 0\); .* and its parent too"),
+        ([[0], [-1]], r"has \(-1,\)"),
+        ([[40]], r"has \(40,\)"),
+        ([[0], [0.5]], r"has \(0.5,\)"),
+        ([0, 1], r"has 0; list each node once"),
     ],
 )
 def test_what_is_no_tree_of_the_heads_is_refused(target, choices, said):

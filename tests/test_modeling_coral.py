@@ -319,27 +319,11 @@ def test_loading_info_is_given_when_asked_for(saved):
     assert isinstance(loaded, CoralDrafter) and not info["missing_keys"]
 
 
-def test_a_drafter_whose_config_has_an_earlier_layout_is_refused(saved):
-    path = saved[1] / "config.json"
-    config = {**json.loads(path.read_text()), "training_record": None, "embedding_scale": 1.0}
-    path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="an earlier version .*training_record.* train the"):
-        AutoModel.from_pretrained(saved[1])
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("router.fc.weight", "an earlier version .*router.fc.weight"),
-        ("low_rank.up.weight", "an earlier version .*low_rank.up.weight"),
-        ("lm_head.weight", "does not fit its config: unexpected_keys lm_head.weight"),
-    ],
-)
-def test_a_checkpoint_with_an_unknown_tensor_is_refused(saved, name, message):
+def test_a_checkpoint_with_an_unknown_tensor_is_refused(saved):
     _, folder = saved
-    tensors = load_file(folder / "model.safetensors") | {name: torch.zeros(3)}
+    tensors = load_file(folder / "model.safetensors") | {"lm_head.weight": torch.zeros(3)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="not fit its config: unexpected_keys lm_head.weight"):
         AutoModel.from_pretrained(folder)
 
 

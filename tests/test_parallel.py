@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from coral_hf import CoralTrainingArguments, ParallelConfig, ParallelDrafter, from_eagle
 from coral_hf.checkpoints import export_drafter
 from coral_hf.decoding.drafting import TreeShape
-from coral_hf.drafters.parallel import ParallelDrafting
+from coral_hf.drafters.eagle3 import ParallelDrafting
 from coral_hf.target import read_features, read_target
 from coral_hf.training.steps.parallel import draw_chains
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from coral_hf import CoralDrafter, register_drafting
 from coral_hf.decoding.drafting import TreeShape
-from coral_hf.drafters.coral.drafting import CoralDrafting
+from coral_hf.drafters.coral import CoralDrafting
 from coral_hf.measure.calls import sampling_arguments
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "sampling_modes.py"

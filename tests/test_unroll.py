@@ -14,8 +14,7 @@ from coral_hf import CoralConfig, CoralDrafter
 from coral_hf.decoding.caches.ragged_cache import RaggedCache
 from coral_hf.decoding.drafting import TreeShape
 from coral_hf.drafters.coral import CoralDrafting
-from coral_hf.drafters.feature_drafting import CacheContext
-from coral_hf.drafters.layers import CausalContext
+from coral_hf.drafters.layers import CacheContext, CausalContext
 from coral_hf.target import read_features, read_target
 from coral_hf.training.steps.attention import mixed_attention, plain_mixed_attention
 from coral_hf.training.steps.unroll import unroll

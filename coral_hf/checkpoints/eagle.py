@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import CONFIG_NAME, logging
 
-from ..drafters.coral.configuration import CoralConfig
+from ..drafters.coral import CoralConfig
 from ..target import Target
 
 logger = logging.get_logger(__name__)

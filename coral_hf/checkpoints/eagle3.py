@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from ..drafters.eagle3 import Eagle3Config, Eagle3Drafter, default_layers
-from ..drafters.parallel import ParallelDrafter
+from ..drafters.eagle3 import Eagle3Config, Eagle3Drafter, ParallelDrafter, default_layers
 from ..target import Target, check_target, read_target, text_config
 from .eagle import (
     EMBEDDINGS,

@@ -15,9 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..drafters.eagle3 import Eagle3Config, Eagle3Drafter, default_layers
-from ..drafters.parallel import ParallelConfig, ParallelDrafter
-from ..target import Scales, Target, text_config
+from ..drafters.eagle3 import (
+    Eagle3Config,
+    Eagle3Drafter,
+    ParallelConfig,
+    ParallelDrafter,
+    default_layers,
+)
+from ..target import Scales, Target
 from .eagle import EMBEDDINGS, is_plain
 from .eagle3 import LAYERS, SWITCHES
 from .engines import Content, engine_config, obstacles
@@ -46,8 +51,6 @@ def eagle3_content(
     """
     config, state = drafter.config, drafter.state_dict()
     tensors = {name: state[name] for name in state if not name.startswith("heads.")}
-    if target is not None:
-        config.check_depth(text_config(target.model).num_hidden_layers)
     _add_embeddings(tensors, engine, target, scale)
     reasons = _reasons(drafter, engine, vocab_size)
     if isinstance(drafter, ParallelDrafter):

@@ -18,12 +18,10 @@ from transformers.utils import CONFIG_NAME
 
 from ..atomic import new_folder, write_json
 from ..drafters.configuration import FamilyConfig
-from ..drafters.coral.configuration import CoralConfig
-from ..drafters.coral.modeling import CoralDrafter
+from ..drafters.coral import CoralConfig, CoralDrafter
 from ..drafters.eagle3 import Eagle3Drafter
-from ..drafters.families import FAMILIES
 from ..drafters.medusa import MedusaDrafter
-from ..drafters.model import Drafter
+from ..drafters.model import FAMILIES, Drafter
 from ..drafters.recurrent import RecurrentDrafter
 from ..heads.router import check_token_ids
 from ..target import Scales, Target, check_target, may_scale, read_target, text_config

@@ -13,13 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..drafters.coral.configuration import CoralConfig
-from ..drafters.coral.modeling import CoralDrafter
-from ..drafters.eagle3 import Eagle3Drafter
-from ..drafters.families import FAMILIES
+from ..drafters.coral import CoralConfig, CoralDrafter
+from ..drafters.eagle3 import Eagle3Drafter, ParallelDrafter
 from ..drafters.medusa import MedusaDrafter
-from ..drafters.model import Drafter
-from ..drafters.parallel import ParallelDrafter
+from ..drafters.model import FAMILIES, Drafter
 from ..drafters.recurrent import RecurrentConfig, RecurrentDrafter
 from ..identity import record_tokenizer
 from ..target import Target, check_target, read_target, text_config
@@ -98,7 +95,7 @@ def read_shape(folder: Path) -> Shape:
     config = read_config(folder)
     if family := FAMILIES.get(config.get("model_type", "")):
         raise ValueError(
-            f"{folder} holds a drafter of coral_hf already ({family.name}); load it with"
+            f"{folder} holds a drafter of coral_hf already ({family.title}); load it with"
             " AutoModel.from_pretrained."
         )
     kinds = ("speculators_model_type", "architectures", "model_type")

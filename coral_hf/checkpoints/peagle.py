@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..drafters.parallel import ParallelDrafter
+from ..drafters.eagle3 import ParallelDrafter
 from ..target import Target
 from .eagle import EMBEDDINGS, is_plain
 

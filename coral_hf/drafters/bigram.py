@@ -160,4 +160,4 @@ def best_pairs(
     return codes[best] % vocab_size, (weights[best] / totals[:, None]).log()
 
 
-register_family(BigramConfig, BigramDrafter, BigramDrafting)
+register_family(BigramDrafter, BigramDrafting)

@@ -1,7 +1,7 @@
 """The drafting side of a call, of drafters with a KV cache: what they have read, and their trees.
 
-In: committed tokens. Out: a `DraftTree` a round. The loop knows a drafter by the protocol
-`Drafting` and nothing else. A family says how a step goes, and by which head its output is read.
+In: committed tokens, and of a `FeatureDrafting` the target's features. Out: a `DraftTree` a round.
+A family says how a step goes, and by which head its output is read.
 
     a step reads      a level's nodes, and the outputs of its step for their parents
     a node attends    to what is committed, to its ancestors and to itself
@@ -20,7 +20,11 @@ from transformers import PreTrainedModel
 from ..decoding.caches.fixed_cache import FixedCache
 from ..decoding.caches.ragged_cache import HIDDEN, RaggedCache
 from ..decoding.drafting import DraftTree, Level, TreeShape
-from ..target import Target
+from ..decoding.guard import accept_features
+from ..heads.draft_heads import DraftHead
+from ..target import Target, check_target
+from .layers import CacheContext
+from .model import Drafter
 from .tree_builders import Beam, plan_levels
 from .tree_drafting import Grown, TreeDrafting, last_kept
 
@@ -28,7 +32,7 @@ from .tree_drafting import Grown, TreeDrafting, last_kept
 LEAST_PIECE, LARGEST_PIECE = 128, 256
 MASK_SIZE = 2**20  # of a piece's mask, one row's
 LEVELS = 64  # nodes of a default tree's levels, all of them
-
+LEAST_WINDOW = 32  # holds the levels of any tree
 
 Windows = list[int | None]  # of each layer, None for full attention
 
@@ -45,16 +49,6 @@ class DrafterMemory(NamedTuple):
 
     def __deepcopy__(self, memo: dict) -> "DrafterMemory":
         return DrafterMemory(self.drafter, deepcopy(self.cache, memo))
-
-    def fits(self, drafter: PreTrainedModel, starts: Tensor, windows: Windows) -> bool:
-        """Whether sequences that begin at `starts`, (batch,), continue where these end."""
-        ends = self.cache.next_positions
-        return (
-            self.drafter() is drafter
-            and [layer.window for layer in self.cache.layers] == windows
-            and len(ends) == len(starts)
-            and bool((ends.to(starts.device) == starts).all())
-        )
 
 
 class CachedDrafting(TreeDrafting):
@@ -113,22 +107,26 @@ class CachedDrafting(TreeDrafting):
     def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
         """Read prompts or what continues them, (batch, length); see [`Drafting`]."""
         memory, self._memory = self._memory, None
-        starts = positions[:, 0] + self.lead
-        if memory is not None and not memory.fits(self.drafter, starts, self._windows):
-            memory = None
-        if memory is None:
-            self._use(RaggedCache(self._windows))
+        is_new = memory is None or not self._continues(memory, positions[:, 0] + self.lead)
+        if memory is None or is_new:
+            self._cache = RaggedCache(self._windows)
             self._cache.begin(len(tokens), self.device)
         else:
-            self._use(memory.cache)
+            self._cache = memory.cache
             self._cache.truncate()  # an interrupted call may have left drafted slots
         length = positions.shape[1]
         self._cache.reserve(self._cache.width + length, length, LEVELS)
-        self._begin(tokens, features, positions, is_new=memory is None)
+        self._begin(tokens, features, positions, is_new)
 
-    def _use(self, cache: RaggedCache | FixedCache) -> None:
-        """Read and write a cache from now on."""
-        self._cache = cache
+    def _continues(self, memory: DrafterMemory, starts: Tensor) -> bool:
+        """Whether sequences that begin at `starts`, (batch,), continue those of a memory."""
+        ends = memory.cache.next_positions
+        return (
+            memory.drafter() is self.drafter
+            and [layer.window for layer in memory.cache.layers] == self._windows
+            and len(ends) == len(starts)
+            and bool((ends.to(starts.device) == starts).all())
+        )
 
     def _read(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
         """Read parts of prompts piece by piece, (batch, new) tokens and their positions."""
@@ -159,9 +157,8 @@ class CachedDrafting(TreeDrafting):
     def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
         """Read tokens (batch, new) and keep the first `counts` of each row; see [`Drafting`]."""
         # prompts may stay on the CPU, and a target's last layer may be on another device
-        device = self.device
-        tokens, new = tokens.to(device), tokens.shape[1]
-        steps = torch.arange(new, device=device)
+        tokens, new = tokens.to(self.device), tokens.shape[1]
+        steps = torch.arange(new, device=self.device)
         positions = self._cache.position_ids(steps[None])  # (batch, new)
         causal = (steps <= steps[:, None]).expand(len(tokens), -1, -1)
         # a lone node attends to all there is
@@ -182,7 +179,7 @@ class CachedDrafting(TreeDrafting):
 
     def fix(self, capacity: int, shape: TreeShape, is_drawn: bool) -> tuple[Level, ...]:
         """See [`FixedDrafting`]."""
-        self._use(FixedCache(self._cache, capacity, self._room(shape), shape.depth + 1))
+        self._cache = FixedCache(self._cache, capacity, self._room(shape), shape.depth + 1)
         self._output = self._output.clone(memory_format=torch.contiguous_format)
         return tuple(plan_levels(shape)) if is_drawn else ()
 
@@ -206,7 +203,7 @@ class CachedDrafting(TreeDrafting):
 
     def unfix(self, lengths: list[int]) -> None:
         """See [`FixedDrafting`]."""
-        self._use(self._cache.grown(lengths))
+        self._cache = self._cache.grown(lengths)
 
     def select(self, rows: Tensor) -> None:
         """Keep rows of the batch, of shape (kept,); see [`Drafting`]."""
@@ -223,25 +220,80 @@ class CachedDrafting(TreeDrafting):
         return Grown(self._output)
 
     def _grow(self, grown: Grown, beam: Beam, depth: int) -> Grown:
-        seen = self._see_itself(grown.seen, beam)
-        return Grown(self._expand(beam, grown.features, seen, depth - 1), seen)
-
-    @staticmethod
-    def _see_itself(seen: Tensor | None, beam: Beam) -> Tensor:
-        """Let each new beam node see the expanded nodes that its parent sees, and itself.
-
-        (batch, parents, expanded) → (batch, beam, expanded + beam); None if the parent is the root.
-        """
+        """One step over the beam, whose nodes see what their parents see, and themselves."""
         batch, width = beam.tokens.shape
-        itself = torch.eye(width, dtype=torch.bool, device=beam.tokens.device)
-        itself = itself.expand(batch, -1, -1)
-        if seen is None:
-            return itself
-        return torch.cat([beam.of_parents(seen), itself], dim=2)
-
-    def _expand(self, beam: Beam, features: Tensor, seen: Tensor, depth: int) -> Tensor:
-        """One drafter step over the beam: (batch, beam, hidden) features that its nodes predict."""
-        depths = seen.new_full((1, 1), depth, dtype=torch.long)
+        seen = torch.eye(width, dtype=torch.bool, device=beam.tokens.device).expand(batch, -1, -1)
+        if grown.seen is not None:  # the parent is not the root: (batch, beam, expanded + beam)
+            seen = torch.cat([beam.of_parents(grown.seen), seen], dim=2)
+        depths = seen.new_full((1, 1), depth - 1, dtype=torch.long)
         positions = self._cache.position_ids(depths)  # (batch, 1)
-        mask = self._mask(positions.expand(seen.shape[:2]), seen)
-        return self._step(beam.tokens, beam.of_parents(features), positions, mask)
+        mask = self._mask(positions.expand(batch, width), seen)
+        features = beam.of_parents(grown.features)
+        return Grown(self._step(beam.tokens, features, positions, mask), seen)
+
+
+class FeatureDrafting(CachedDrafting):
+    """Of drafters that predict hidden states of their target; a family says by which head.
+
+    f̂ is what the drafter's step returns, which the next step reads in the place of a feature.
+
+        committed tokens     x0       x1       x2       x3
+        target features      f0       f1       f2
+        begin reads          (x1,f0)  (x2,f1)  (x3,f2)        the last output, f̂3, gives level 1
+        a level reads        (node, its parent's f̂)           and gives the next level
+
+    Args:
+        drafter, target, memory: see [`CachedDrafting`].
+        draft_head: one of `DRAFT_HEADS`; the drafter's own choice by default.
+        draft_window: committed tokens that the drafter attends to, and so keeps; all by default, or
+            `draft_window` of its `generation_config`.
+    """
+
+    drafter: Drafter
+    options = ("draft_head", "draft_window")
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        target: Target,
+        memory: DrafterMemory | None = None,
+        draft_head: str | None = None,
+        draft_window: int | None = None,
+    ):
+        accept_features(target.model)
+        check_target(drafter.config, target.model, takes_other_vocabulary=True)
+        window = draft_window or getattr(drafter.generation_config, "draft_window", None)
+        if window is not None and window < LEAST_WINDOW:
+            raise ValueError(
+                f"`draft_window` is {window}; use at least {LEAST_WINDOW} tokens, or None for all."
+            )
+        super().__init__(drafter, target, [window] * drafter.config.num_hidden_layers, memory)
+        self._head_name = draft_head or drafter.config.draft_head
+        self.head = self._bind(draft_head)
+
+    @abstractmethod
+    def _bind(self, name: str | None) -> DraftHead:
+        """The draft head of a name, the drafter's own choice by default."""
+
+    @property
+    def kind(self) -> Hashable:
+        """See [`FixedDrafting`]."""
+        return super().kind, self._head_name
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embed tokens (batch, new) as a step reads them: (batch, new, hidden)."""
+        return self.target.embed(tokens)
+
+    def extend(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
+        """Read the next part of prompts, (batch, length + 1); see [`PartwiseDrafting`]."""
+        self._read(tokens[:, 1:], features, positions)  # each feature with the token after it
+
+    def _begin(self, tokens: Tensor, features: Tensor, positions: Tensor, is_new: bool) -> None:
+        self.extend(tokens, features, positions)
+
+    def _step(
+        self, tokens: Tensor, states: Tensor, positions: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """See [`CachedDrafting`]; `mask` is (batch, new, slots + new), added to scores."""
+        context = CacheContext(self._cache, None if mask is None else mask[:, None])
+        return self.drafter(self.embed(tokens).to(self.device), states, positions, context)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from ..heads.settings import HeadFields, check_head_fields
 from ..identity import cached_commit, full_name
 from ..target import max_positions
 
@@ -77,8 +78,8 @@ class FamilyConfig(PreTrainedConfig):
 
 
 @strict
-class DrafterConfig(FamilyConfig):
-    """What the config of a family with layers begins with.
+class DrafterConfig(HeadFields, FamilyConfig):
+    """What the config of a family with layers begins with; draft heads are in `HeadFields`.
 
     Args:
         num_hidden_layers: decoder layers of the drafter.
@@ -100,13 +101,12 @@ class DrafterConfig(FamilyConfig):
     output_bias = mlp_bias = qk_norm = False
 
     def __post_init__(self, **kwargs):
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         super().__post_init__(**kwargs)
+        check_head_fields(self)
 
     @classmethod
     def _own_fields(cls, text: PreTrainedConfig) -> dict[str, Any]:
@@ -116,6 +116,7 @@ class DrafterConfig(FamilyConfig):
 def target_fields(target_config: PreTrainedConfig) -> dict[str, Any]:
     """Read what the config of any drafter takes from its target's."""
     text = target_config.get_text_config(decoder=True)
+    first = getattr(text, "bos_token_id", None)
     return {
         "vocab_size": text.vocab_size,
         "hidden_size": text.hidden_size,
@@ -124,8 +125,8 @@ def target_fields(target_config: PreTrainedConfig) -> dict[str, Any]:
         "target_revision": getattr(target_config, "_commit_hash", None)
         or cached_commit(target_config._name_or_path),
         "target_model_type": target_config.model_type,
+        "bos_token_id": first[0] if isinstance(first, list) else first,
         # CodeGen's config has no pad token at all
-        "bos_token_id": _first(getattr(text, "bos_token_id", None)),
         "eos_token_id": getattr(text, "eos_token_id", None),
         "pad_token_id": getattr(text, "pad_token_id", None),
     }
@@ -145,33 +146,26 @@ def _field(text: PreTrainedConfig, *names: str) -> Any:
 
 def _layer_sizes(text: PreTrainedConfig) -> dict[str, Any]:
     """Read the widths, heads and limits of a target's text config, and its rotary parameters."""
-    heads = _field(text, "num_attention_heads")
+    heads, hidden = _field(text, "num_attention_heads"), text.hidden_size
     if heads is None:
         raise ValueError(
             f"The target's config, {type(text).__name__}, has no attention heads; a drafter with"
             " layers needs a target with attention."
         )
     epsilon = _field(text, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+    # GPT-2 leaves it unset for four times the width; Gemma 3n lists one for each layer
+    inner = _field(text, "intermediate_size", "n_inner") or 4 * hidden
     return {
-        "intermediate_size": _intermediate_size(text),
+        "intermediate_size": max(inner) if isinstance(inner, (list, tuple)) else inner,
         "num_attention_heads": heads,
         "num_key_value_heads": _field(text, "num_key_value_heads") or heads,
-        "head_dim": _field(text, "head_dim") or text.hidden_size // heads,
+        "head_dim": _field(text, "head_dim") or hidden // heads,
         "max_position_embeddings": max_positions(text) or DrafterConfig.max_position_embeddings,
         "rms_norm_eps": float(1e-6 if epsilon is None else epsilon),
         "rope_parameters": _rope(text),
         # Qwen2 has a bias in q, k and v without a field that says so
         "attention_bias": bool(_field(text, "attention_bias")) or text.model_type == "qwen2",
     }
-
-
-def _intermediate_size(text: PreTrainedConfig) -> int:
-    """Read the width of a feed-forward block, which GPT-2 leaves unset for four times the width.
-
-    Gemma 3n lists one for each layer; the drafter takes the widest.
-    """
-    size = _field(text, "intermediate_size", "n_inner") or 4 * text.hidden_size
-    return max(size) if isinstance(size, (list, tuple)) else size
 
 
 def _rope(text: PreTrainedConfig) -> dict | None:
@@ -186,7 +180,3 @@ def _rope(text: PreTrainedConfig) -> dict | None:
         # the drafter rotates whole heads; only the wavelengths follow the target
         rope.pop("partial_rotary_factor", None)
     return rope
-
-
-def _first(token_id: int | list[int] | None) -> int | None:
-    return token_id[0] if isinstance(token_id, list) else token_id

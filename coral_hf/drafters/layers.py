@@ -13,6 +13,10 @@ from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, rotate_half
 
+from ..decoding.caches.fixed_cache import FixedCache
+from ..decoding.caches.ragged_cache import RaggedCache
+from ..decoding.caches.shared_keys import attend
+
 
 class Context(Protocol):
     """What a drafter step attends to besides itself: a cache, or past steps in training."""
@@ -35,6 +39,25 @@ class CausalContext:
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend causally, (batch, heads, length, head_dim); see [`Context`]."""
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+class CacheContext:
+    """A drafter's own cache as the context of a step.
+
+    `mask`: (batch, 1, length, slots + length), added to scores; None: plainly causal.
+    """
+
+    def __init__(self, cache: RaggedCache | FixedCache, mask: Tensor | None = None):
+        self.cache, self.mask = cache, mask
+
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Append to the cache and attend to it: (batch, heads, length, head_dim)."""
+        keys, values = self.cache.update(key, value, layer_idx)
+        if self.mask is not None:
+            return attend(query, keys, values, self.mask.to(query.dtype))
+        return F.scaled_dot_product_attention(
+            query, keys, values, is_causal=query.shape[2] > 1, enable_gqa=True
+        )
 
 
 class Attention(nn.Module):

@@ -17,7 +17,6 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -32,8 +31,6 @@ from ..lm_head import execution_device
 from .configuration import FamilyConfig
 
 TRAINING_RECORD = "training_record.json"  # beside the weights
-# prefixes of fields and weights that only the first layout of this package saved
-FIRST_LAYOUT = ("training_record", "router.", "hot_tokens", "low_rank.")
 
 Made = TypeVar("Made", bound="Drafter")
 
@@ -42,6 +39,8 @@ class Drafter(PreTrainedModel, GenerationMixin):
     """A light model that proposes a target's next tokens, and cannot generate alone."""
 
     config: FamilyConfig
+    title: ClassVar[str]  # of the family, as users meet it
+    paper: ClassVar[str]  # the method and where it is described, in Markdown
     base_model_prefix = "model"
     main_input_name = "input_ids"  # of a batch of training, whose tokens `Trainer` counts
     supports_gradient_checkpointing = True
@@ -107,7 +106,7 @@ class Drafter(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if the checkpoint cannot be read, lacks a tensor, or has one of another
                 shape or name, for which transformers would fill in random numbers and only warn;
-                if its tensors contradict each other; if an earlier layout of this package wrote it.
+                if its tensors contradict each other.
         """
         kwargs["ignore_mismatched_sizes"] = True  # they are named below
         try:
@@ -119,12 +118,6 @@ class Drafter(PreTrainedModel, GenerationMixin):
                 f"The weights of {pretrained_model_name_or_path} cannot be read ({error}). Download"
                 " or save them again."
             ) from error
-        names = [*vars(drafter.config), *info["unexpected_keys"]]
-        if earlier := sorted(name for name in names if name.startswith(FIRST_LAYOUT)):
-            raise ValueError(
-                f"{pretrained_model_name_or_path} was saved by an earlier version of coral_hf in a"
-                f" layout ({', '.join(earlier)}) that is no longer read; train the drafter again."
-            )
         for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if info[kind]:
                 keys = ", ".join(sorted(map(_with_shapes, info[kind])))
@@ -199,21 +192,23 @@ class Drafter(PreTrainedModel, GenerationMixin):
         )
 
 
-def register_family(
-    config: type[PreTrainedConfig],
-    model: type[PreTrainedModel],
-    drafting: Callable[..., Drafting],
-    options: tuple[str, ...] = (),
-) -> None:
+# the families that are trained and published, by `model_type` of their configs
+FAMILIES: dict[str, type[Drafter]] = {}
+
+
+def register_family(model: type[PreTrainedModel], drafting: Callable[..., Drafting]) -> None:
     """Let transformers load a family's drafters, and `generate` take them.
 
-    `options`: see [`register_drafting`].
+    `drafting.options` are keywords of `generate`; see [`register_drafting`].
     """
+    config = model.config_class
     AutoConfig.register(config.model_type, config, exist_ok=True)
     # by the second of them transformers' users load assistants
     for auto in (AutoModel, AutoModelForCausalLM):
         auto.register(config, model, exist_ok=True)
-    register_drafting(config.model_type, drafting, options)
+    register_drafting(config.model_type, drafting, getattr(drafting, "options", ()))
+    if issubclass(model, Drafter):
+        FAMILIES[config.model_type] = model
 
 
 def _read_record(name: str | Path, options: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,10 +1,12 @@
-"""Trees that are drafted level by level: the most confident nodes, or drawn ones.
+"""One call of `generate`: trees level by level, and drafters that keep the last feature alone.
 
 In: by a family, what the drafter makes of a root and of the best nodes of a level. Out: a
-`DraftTree`.
+`DraftTree`, of the most confident nodes or of drawn ones.
 """
 
+import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
@@ -12,8 +14,10 @@ from torch import Tensor
 
 from ..decoding.chance import Uniforms
 from ..decoding.drafting import DraftTree, TreeShape, Warp
+from ..decoding.guard import accept_features
 from ..heads.draft_heads import DraftHead
-from ..target import Target, text_config
+from ..target import FEATURE, Target, check_target, text_config
+from .model import Drafter
 from .tree_builders import Beam, SampledTreeBuilder, TreeBuilder, plan_levels
 
 
@@ -56,9 +60,7 @@ class TreeDrafting(ABC):
     ) -> DraftTree:
         """Draft EAGLE-2's dynamic tree, or a drawn one, below `root` (batch,)."""
         root = root.to(self.device)
-        if warp is None:
-            return self._choose(root, shape)
-        return self._draw(root, shape, warp, chance)
+        return self._choose(root, shape) if warp is None else self._draw(root, shape, warp, chance)
 
     def _draw(
         self, root: Tensor, shape: TreeShape, warp: Warp, chance: Uniforms | None
@@ -70,8 +72,7 @@ class TreeDrafting(ABC):
             if depth > 0:
                 grown = self._grow(grown, beam, depth)
             logits = self.head.logits(grown.features, beam.log_path)  # (batch, families, vocab)
-            probs = warp(logits.flatten(0, 1)).softmax(-1).view_as(logits)
-            builder.draw(probs, level.children)
+            builder.draw(warped(logits, warp), level.children)
         return builder.build()
 
     def _choose(self, root: Tensor, shape: TreeShape) -> DraftTree:
@@ -88,7 +89,68 @@ class TreeDrafting(ABC):
         return builder.build()
 
 
+def warped(logits: Tensor, warp: Warp) -> Tensor:
+    """The distribution that is drawn from, (rows, nodes, vocab) as the logits."""
+    return warp(logits.flatten(0, 1)).softmax(-1).view_as(logits)
+
+
 def last_kept(states: Tensor, counts: Tensor) -> Tensor:
     """Of states (batch, new, width) those of the last of `counts` (batch,): (batch, 1, width)."""
     last = (counts.to(states.device)[:, None, None] - 1).clamp(min=0)
     return states.gather(1, last.expand(-1, -1, states.shape[2]))
+
+
+class LastFeatureDrafting:
+    """Keeps the feature before each root, and no cache; a family says how it drafts from it.
+
+        tokens          x0   x1   x2   x3        x3 is the root, which the target has not read
+        features        f0   f1   f2             a round starts from f2, and from nothing before it
+
+    A call that continues another reads a new feature. See [`FixedDrafting`].
+    """
+
+    layers: tuple[int, ...] = (FEATURE,)
+    _feature: Tensor  # (batch, hidden), in one buffer unless rows leave
+
+    def __init__(self, drafter: Drafter, target: Target, memory: None = None):
+        accept_features(target.model)
+        check_target(drafter.config, target.model, takes_other_vocabulary=True)
+        self.drafter, self.target = drafter, target
+        self._num_tokens = text_config(target.model).vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        """See [`FixedDrafting`]."""
+        return self.drafter.device
+
+    @property
+    def kind(self) -> Hashable:
+        """See [`FixedDrafting`]."""
+        return weakref.ref(self.drafter), self.drafter.dtype
+
+    def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
+        """Take the last feature of prompts, (batch, length, hidden); see [`Drafting`]."""
+        self._feature = features[:, -1].to(self.device, copy=True)
+
+    extend = begin  # the last part of a prompt holds the last feature
+
+    def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
+        """Take the feature before each row's newest token; see [`Drafting`].
+
+        Of (batch, new, hidden) features, that of the last of `counts`, (batch,).
+        """
+        new, counts = last_kept(features.to(self.device), counts)[:, 0], counts.to(self.device)
+        self._feature.copy_(torch.where(counts[:, None] > 0, new, self._feature))
+
+    def select(self, rows: Tensor) -> None:
+        """Keep rows of the batch, of shape (kept,); see [`Drafting`]."""
+        self._feature = self._feature[rows]
+
+    def memory(self) -> None:
+        """Return None: there is nothing that a continued call does not read anew."""
+
+    def unfix(self, lengths: list[int]) -> None:
+        """See [`FixedDrafting`]."""
+
+    def forget_pass(self) -> None:
+        """See [`FixedDrafting`]."""

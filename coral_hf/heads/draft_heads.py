@@ -112,9 +112,13 @@ class OtherVocabulary:
 
     def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
         """Compute all logits, (batch, nodes, vocab); see [`DraftHead`]."""
-        logits = self._logits_of(features).float()
-        added = self._num_tokens - logits.shape[-1]  # cuts those the target has not, if negative
-        return F.pad(logits, (0, added), value=float("-inf")) if added else logits
+        return fit_vocabulary(self._logits_of(features).float(), self._num_tokens)
+
+
+def fit_vocabulary(logits: Tensor, num_tokens: int) -> Tensor:
+    """Logits (*batch, own_vocab) as of a target's tokens: others are cut, new ones are -inf."""
+    added = num_tokens - logits.shape[-1]
+    return F.pad(logits, (0, added), value=float("-inf")) if added else logits
 
 
 class FrequencyHead:

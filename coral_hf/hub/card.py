@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..decoding.settings import TREE_DEFAULTS
-from ..drafters.families import FAMILIES
-from ..drafters.model import Drafter
+from ..drafters.model import FAMILIES, Drafter
 from ..identity import weights_digest
 from ..measure.settings import DRAFTING
 from .repository import CARD, Branch, hub_id
@@ -65,7 +64,7 @@ def make_card(
             *(name for stage in stages for name in stage.get("datasets", [])),
             *facts.datasets,
         ],
-        tags=[family.name.lower().replace(" ", "-"), *TAGS, *facts.tags],
+        tags=[family.title.lower().replace(" ", "-"), *TAGS, *facts.tags],
     )
     data, chats = _metadata(facts, earlier or {}), facts.has_chat_template
     if chats is None:

@@ -18,8 +18,7 @@ from transformers import PreTrainedConfig, utils
 
 from ..atomic import write_text
 from ..drafters.configuration import FamilyConfig
-from ..drafters.families import FAMILIES
-from ..drafters.model import TRAINING_RECORD, Drafter
+from ..drafters.model import FAMILIES, TRAINING_RECORD, Drafter
 
 CARD = "README.md"
 CODE = "modeling_coral.py"
@@ -62,7 +61,7 @@ def read_drafter(folder: str | Path) -> Drafter:
         for name in (utils.SAFE_WEIGHTS_NAME, utils.SAFE_WEIGHTS_INDEX_NAME)
     ):
         raise ValueError(f"{folder} holds two checkpoints, one in shards; delete the older one.")
-    drafter = FAMILIES[model_type].model.from_pretrained(folder).eval()
+    drafter = FAMILIES[model_type].from_pretrained(folder).eval()
     broken = [name for name, values in drafter.state_dict().items() if not values.isfinite().all()]
     if broken:
         names = ", ".join(broken[:3])
@@ -109,7 +108,7 @@ def finish_config(
         The target's id that config.json has, None where there is none: a folder of this machine
         loads nothing for others, and its path is private.
     """
-    published, model = deepcopy(config), FAMILIES[config.model_type].model
+    published, model = deepcopy(config), FAMILIES[config.model_type]
     names = {"config": type(config).__name__, "model": model.__name__}
     published.target_name_or_path = base_model or hub_id(config.target_name_or_path)
     published.auto_map = {auto: name.format(**names) for auto, name in AUTO_MAP.items()}

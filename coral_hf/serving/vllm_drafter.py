@@ -22,8 +22,7 @@ from vllm.model_executor.models.llama_eagle import EagleLlamaForCausalLM, LlamaM
 from vllm.model_executor.models.utils import maybe_prefix
 
 from ..checkpoints import check_tensors
-from ..drafters.coral.configuration import CoralConfig
-from ..drafters.coral.modeling import CoralDrafter
+from ..drafters.coral import CoralConfig, CoralDrafter
 from ..heads.collection import DraftHeads
 from ..heads.draft_heads import DraftHead
 from ..lm_head import LMHead

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..drafters.coral.modeling import CoralDrafter
+from ..drafters.coral import CoralDrafter
 from ..drafters.eagle3 import Eagle3Drafter
 from ..drafters.model import Drafter
 from ..target import Target, text_config

@@ -1,9 +1,9 @@
-"""EAGLE-3's drafter: configuration → modeling → drafting; registered on import."""
+"""EAGLE-3's drafter and the parallel one (P-EAGLE): configuration → modeling → drafting."""
 
 from ..model import register_family
-from .configuration import Eagle3Config, default_layers
-from .drafting import Eagle3Drafting
-from .modeling import Eagle3Drafter
+from .configuration import Eagle3Config, ParallelConfig, default_layers
+from .drafting import Eagle3Drafting, ParallelDrafting
+from .modeling import Eagle3Drafter, ParallelDrafter
 
-options = ("draft_head", "draft_window")
-register_family(Eagle3Config, Eagle3Drafter, Eagle3Drafting, options)
+register_family(Eagle3Drafter, Eagle3Drafting)
+register_family(ParallelDrafter, ParallelDrafting)

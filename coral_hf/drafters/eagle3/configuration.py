@@ -1,7 +1,7 @@
-"""Configuration of an EAGLE-3 drafter (Li et al. 2025) and of its 3.1 variants.
+"""Configurations of EAGLE-3 drafters (Li et al. 2025), their 3.1 variants, and parallel drafters.
 
 In: the config of a target. Out: `Eagle3Config`: which of the target's layers the drafter reads, its
-draft vocabulary, and where its norms are.
+draft vocabulary, and where its norms are; `ParallelConfig` (P-EAGLE), with more layers.
 """
 
 from typing import Any
@@ -9,14 +9,14 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from ...heads.settings import HeadFields, check_head_fields
 from ..configuration import DrafterConfig
 
 DRAFT_VOCABULARY = 32000  # tokens, as published
+PARALLEL_LAYERS = 4  # as published
 
 
 @strict
-class Eagle3Config(HeadFields, DrafterConfig):
+class Eagle3Config(DrafterConfig):
     """Configuration of an [`Eagle3Drafter`].
 
     `Eagle3Config.from_target` fills in everything that follows from a target. What it shares with
@@ -67,10 +67,8 @@ class Eagle3Config(HeadFields, DrafterConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        check_head_fields(self)
         self.target_layers = list(self.target_layers)
-        if self.target_hidden_size is None:
-            self.target_hidden_size = self.hidden_size
+        self.target_hidden_size = self.target_hidden_size or self.hidden_size
         if self.draft_vocab_size is None:
             self.draft_vocab_size = self.vocab_size
         if not 1 <= self.draft_vocab_size <= self.vocab_size:
@@ -89,16 +87,6 @@ class Eagle3Config(HeadFields, DrafterConfig):
                 f"`hidden_size` is {self.hidden_size} and `target_hidden_size`"
                 f" {self.target_hidden_size}: the target's embeddings do not fit a drafter of"
                 " another width; set `has_embeddings`."
-            )
-
-    def check_depth(self, num_layers: int) -> None:
-        """Raise a ValueError if the drafter was made for a target of another number of layers."""
-        if self.target_num_layers not in (None, num_layers):
-            raise ValueError(
-                f"The drafter reads hidden states of a target of {self.target_num_layers} layers"
-                f" ({self.target_name_or_path or 'unnamed'}), and this one has {num_layers}. Use"
-                " the drafter's own target, or train a drafter for this one, from its"
-                " `from_target(target)`."
             )
 
     @classmethod
@@ -123,3 +111,41 @@ def default_layers(num_layers: int) -> list[int]:
     if num_layers >= 4:
         return [1, num_layers // 2, num_layers - 1]
     return list(range(num_layers + 1))[-3:]
+
+
+@strict
+class ParallelConfig(Eagle3Config):
+    """Configuration of a [`ParallelDrafter`].
+
+    `ParallelConfig.from_target` fills in everything that follows from a target. Its other fields
+    are those of `Eagle3Config`.
+
+    Args:
+        mask_token_id: the token whose row of an embedding table is the mask embedding in the files
+            of vLLM and of other trainers: one that no text has. Only they need it.
+
+    Example:
+
+    ```python
+    >>> from transformers import LlamaConfig
+    >>> from coral_hf import ParallelConfig
+    >>> ParallelConfig.from_target(LlamaConfig(num_hidden_layers=32)).num_hidden_layers
+    4
+    ```
+    """
+
+    model_type = "coral_parallel"
+
+    mask_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(
+                f"`mask_token_id` is {self.mask_token_id}; use a token from 0 to"
+                f" {self.vocab_size - 1} that no text has, or None."
+            )
+
+    @classmethod
+    def _own_fields(cls, text: PreTrainedConfig) -> dict[str, Any]:
+        return super()._own_fields(text) | {"num_hidden_layers": PARALLEL_LAYERS}

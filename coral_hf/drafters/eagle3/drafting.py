@@ -1,14 +1,35 @@
-"""EAGLE-3's side of a call: it fuses hidden states of the target, and has a head of its own."""
+"""EAGLE-3's side of a call, and the parallel drafter's: one pass a round, trees over marginals.
 
+EAGLE-3 fuses hidden states of the target, and has a head of its own. Of a parallel drafter
+
+    committed         x3       x4       x5                      x4 and x5 are new in this round
+    the pass reads    (x4,g3)  (x5,g4)  (m,h)    (m,h)          at positions 3 … 6
+    and gives                  q1       q2       q3             of the next tokens, levels 1, 2, 3
+
+The pass that reads what was accepted reads the masks of the next tree too, behind the last accepted
+token of each row; their keys are dropped. A path's confidence is the product of its tokens'
+marginals. Each q is known before a token of the tree is, so drawing from it and testing is exact.
+"""
+
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ...heads.draft_heads import Children
+from ...decoding.caches.ragged_cache import RaggedCache
+from ...decoding.drafting import DraftTree, Level, TreeShape, Warp
+from ...heads.draft_heads import Children, DraftHead
 from ...heads.ranking import rank
 from ...heads.settings import UNTRAINED_HEADS
 from ...lm_head import LMHead
 from ...target import Target, text_config
-from ..feature_drafting import DrafterMemory, FeatureDrafting
-from .modeling import Eagle3Drafter
+from ..cached_drafting import FeatureDrafting
+from ..tree_builders import chosen_of_marginals, drawn_of_marginals
+from ..tree_drafting import last_kept, warped
+from .modeling import Eagle3Drafter, ParallelDrafter
+
+MASKED = -1  # stands for a token that is not known
 
 
 class OwnHead:
@@ -51,19 +72,12 @@ class Eagle3Drafting(FeatureDrafting):
 
     drafter: Eagle3Drafter
 
-    def __init__(
-        self,
-        drafter: Eagle3Drafter,
-        target: Target,
-        memory: DrafterMemory | None = None,
-        draft_head: str | None = None,
-        draft_window: int | None = None,
-    ):
-        super().__init__(drafter, target, memory, draft_head, draft_window)
-        text, config = text_config(target.model), drafter.config
-        config.check_depth(text.num_hidden_layers)
-        self.layers = tuple(config.target_layers)
-        self.head = OwnHead(drafter, text.vocab_size, draft_head)
+    def __init__(self, drafter: Eagle3Drafter, target: Target, *args, **options):
+        super().__init__(drafter, target, *args, **options)
+        self.layers = tuple(drafter.config.target_layers)
+
+    def _bind(self, name: str | None) -> DraftHead:
+        return OwnHead(self.drafter, text_config(self.target.model).vocab_size, name)
 
     def read(self, features: Tensor) -> Tensor:
         """Fuse features, (batch, new, layers · hidden) → (batch, new, hidden)."""
@@ -73,3 +87,98 @@ class Eagle3Drafting(FeatureDrafting):
         """Embed tokens (batch, new) by the drafter's own table, or by the target's."""
         has_own = self.drafter.config.has_embeddings
         return self.drafter.embed(tokens) if has_own else self.target.embed(tokens)
+
+
+class ParallelDrafting(Eagle3Drafting):
+    """Drafts for one call of `generate` with a [`ParallelDrafter`]; see [`FeatureDrafting`].
+
+    `_output` holds all levels of the next tree, as far as they are known: (batch, levels, hidden).
+    """
+
+    drafter: ParallelDrafter
+    _ahead = 0  # masks of a pass
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embed tokens (batch, new), of which some may be masked: (batch, new, hidden)."""
+        known = super().embed(tokens.clamp(min=0)).to(self.device)
+        is_masked = (tokens == MASKED).to(self.device)[..., None]
+        return torch.where(is_masked, self.drafter.mask_embedding, known)
+
+    def propose(
+        self, root: Tensor, shape: TreeShape, warp: Warp | None = None, chance: Any = None
+    ) -> DraftTree:
+        """Draft a tree over the marginals of the positions behind `root` (batch,)."""
+        if isinstance(self._cache, RaggedCache):  # rounds of constant shapes reach far enough
+            self._reach(shape.depth)
+        return super().propose(root, shape, warp, chance)
+
+    def fix(self, capacity: int, shape: TreeShape, is_drawn: bool) -> tuple[Level, ...]:
+        """See [`FixedDrafting`]."""
+        self._reach(shape.depth)
+        self._output = self._output[:, : shape.depth]
+        return super().fix(capacity, shape, is_drawn)
+
+    def _room(self, shape: TreeShape) -> int:
+        return 2 * shape.depth
+
+    def _reach(self, depth: int) -> None:
+        """Know so many levels from now on; the first tree of a call has a pass of its own."""
+        self._ahead = depth - 1
+        if self._output.shape[1] < depth:
+            none = self._output.new_empty(len(self._output), 0, dtype=torch.long)
+            features = self.drafter.mask_hidden[:, :0].expand(len(none), -1, -1)
+            masked = self._pass(none, features, none.new_zeros(len(none)))
+            self._cache.truncate()
+            self._output = torch.cat([self._output[:, :1], masked], dim=1)
+
+    def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
+        """Read tokens (batch, new) and keep the first `counts` of each row; see [`Drafting`]."""
+        if self._ahead == 0:
+            return super().commit(tokens, features, counts)
+        predicted = self._pass(tokens.to(self.device), features, counts.to(self.device))
+        masked = predicted[:, tokens.shape[1] :]
+        self._keep(torch.cat([last_kept(predicted, counts), masked], dim=1), counts)
+
+    def _pass(self, tokens: Tensor, features: Tensor, counts: Tensor) -> Tensor:
+        """One step over new tokens and masks behind the first `counts` of each row.
+
+        Args:
+            tokens: (batch, new).
+            features: (batch, new, layers · hidden), before each of them.
+            counts: (batch,).
+
+        Returns:
+            (batch, new + masks, hidden).
+        """
+        new, shared = tokens.shape[1], self.drafter.mask_hidden.expand(len(tokens), self._ahead, -1)
+        index = torch.arange(new + self._ahead, device=self.device)
+        is_masked = index >= new
+        places = torch.where(is_masked, counts[:, None] + index - new, index)
+        positions = self._cache.position_ids(places)  # (batch, new + masks)
+        # a mask sees no token that is dropped: (batch, new + masks, new + masks)
+        is_seen = (index < counts[:, None])[:, None] | is_masked | ~is_masked[:, None]
+        mask = self._mask(positions, is_seen & (index <= index[:, None]))
+        features = torch.cat([features.to(self.device, shared.dtype), shared], dim=1)
+        tokens = F.pad(tokens, (0, self._ahead), value=MASKED)
+        return self._step(tokens, self.read(features), positions, mask)
+
+    def _draw(self, root: Tensor, shape: TreeShape, warp: Warp, chance: Any) -> DraftTree:
+        """A tree of draws without replacement among siblings, which share the q of their level."""
+        outputs = self._outputs(shape.depth)
+        logits = self.head.logits(outputs, _no_path(outputs))  # (levels, batch, vocab)
+        return drawn_of_marginals(root, shape, warped(logits, warp), chance)
+
+    def _choose(self, root: Tensor, shape: TreeShape) -> DraftTree:
+        """The paths of the largest products of marginals below `root` (batch,)."""
+        outputs = self._outputs(shape.depth)
+        children = self.head.children(outputs, _no_path(outputs), shape.top_k)
+        return chosen_of_marginals(root, shape, *children)
+
+    def _outputs(self, levels: int) -> Tensor:
+        """What the head reads of the first levels: (levels, batch, hidden)."""
+        return self._output[:, :levels].transpose(0, 1)
+
+
+def _no_path(outputs: Tensor) -> Tensor:
+    """The log-confidence of empty paths, to outputs (levels, batch, hidden): (levels, batch)."""
+    return outputs.new_zeros(outputs.shape[:2], dtype=torch.float32)

@@ -9,6 +9,16 @@
 
 The logits are of the draft vocabulary, the drafter's own choice of the target's tokens. Draft heads
 read its LM head as a CORAL drafter's read the target's.
+
+A parallel drafter (P-EAGLE) predicts several positions in one pass:
+
+    position           0        1        2        3        4
+    drafter reads      (x1,g0)  (x2,g1)  (x3,g2)  (m,h)    (m,h)
+    whose logits are   of x2    of x3    of x4    of x5    of x6
+
+m is the mask embedding and h the shared hidden state, the same at every position whose token and
+features are not known yet. A position sees all before it, so those of one pass know that they
+stand one after another, and nothing of each other's tokens: their logits are marginals.
 """
 
 import torch
@@ -22,7 +32,7 @@ from ...heads.router import check_token_ids
 from ...target import read_target
 from ..layers import Attention, CausalContext, Context, DecoderLayer
 from ..model import Drafter
-from .configuration import Eagle3Config
+from .configuration import Eagle3Config, ParallelConfig
 
 
 class Eagle3Layer(GradientCheckpointingLayer):
@@ -62,6 +72,7 @@ class Eagle3Drafter(Drafter):
 
     config_class = Eagle3Config
     config: Eagle3Config
+    title, paper = "EAGLE-3", "[EAGLE-3 (NeurIPS 2025)](https://arxiv.org/abs/2503.01840)"
     _no_split_modules = ["Eagle3Layer", "DecoderLayer"]
     d2t: Tensor  # (draft_vocab,), the token id of each draft id, less the draft id
     t2d: Tensor  # (vocab,), whether a token can be proposed
@@ -74,11 +85,8 @@ class Eagle3Drafter(Drafter):
         # (batch, length, fused * target_hidden) → (batch, length, hidden)
         self.fc = nn.Linear(fused * width, config.hidden_size, bias=config.fc_bias)
         self.input_norm = LlamaRMSNorm(fused * width, epsilon) if config.norm_before_fc else None
-        self.fc_norm = (
-            nn.ModuleList(LlamaRMSNorm(width, epsilon) for _ in range(fused))
-            if config.fc_norm
-            else None
-        )
+        norms = [LlamaRMSNorm(width, epsilon) for _ in range(fused if config.fc_norm else 0)]
+        self.fc_norm = nn.ModuleList(norms) if norms else None
         self.layers = nn.ModuleList(
             DecoderLayer(config, idx) if idx > 0 else Eagle3Layer(config)
             for idx in range(config.num_hidden_layers)
@@ -86,9 +94,8 @@ class Eagle3Drafter(Drafter):
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.norm = LlamaRMSNorm(config.hidden_size, epsilon)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
-        self.embed_tokens = (
-            nn.Embedding(config.vocab_size, config.hidden_size) if config.has_embeddings else None
-        )
+        sizes = config.vocab_size, config.hidden_size
+        self.embed_tokens = nn.Embedding(*sizes) if config.has_embeddings else None
         self.heads = DraftHeads(config)
         draft_ids = torch.arange(config.draft_vocab_size)
         self.register_buffer("d2t", torch.zeros_like(draft_ids))
@@ -211,3 +218,29 @@ class Eagle3Drafter(Drafter):
     def normed(self, hidden: Tensor) -> Tensor:
         """What `lm_head` reads of what `forward` returned: (*batch, hidden) → (*batch, hidden)."""
         return hidden if self.config.norm_output else self.norm(hidden)
+
+
+class ParallelDrafter(Eagle3Drafter):
+    """A light model that predicts a target's next tokens, all of a draft in one pass.
+
+    `mask_hidden` is the shared hidden state before its fusion, `mask_embedding` what stands for a
+    token that is not known; `forward` is [`Eagle3Drafter`]'s.
+
+    Example:
+
+    ```python
+    >>> drafter = ParallelDrafter.from_target(target)  # fresh, to be trained
+    >>> drafter = AutoModel.from_pretrained("org/parallel-llama3")  # or load a trained one
+    >>> target.generate(**inputs, assistant_model=drafter)
+    ```
+    """
+
+    config_class = ParallelConfig
+    config: ParallelConfig
+    title, paper = "P-EAGLE", "[P-EAGLE (2026)](https://arxiv.org/abs/2602.01469)"
+
+    def __init__(self, config: ParallelConfig):
+        super().__init__(config)
+        # norms follow both, so their size is of no account
+        self.mask_hidden = nn.Parameter(torch.randn(1, 1, self.fc.in_features))
+        self.mask_embedding = nn.Parameter(torch.randn(1, 1, config.hidden_size))

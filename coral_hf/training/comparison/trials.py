@@ -25,7 +25,7 @@ from transformers import (
 
 from ...atomic import JsonLines, keep_settings, sole_writer
 from ...drafters.configuration import FamilyConfig
-from ...drafters.coral.configuration import CoralConfig
+from ...drafters.coral import CoralConfig
 from ...drafters.model import Drafter
 from ...heads.settings import HeadFields
 from ...identity import digest, identify

@@ -17,8 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from ...lm_head import LMHead
-from ...target import FEATURE, Target, text_config
-from ..arguments import CoralTrainingArguments
+from ...target import FEATURE, text_config
 from ..grouping import label_counts, most_frequent_first
 from ..stages import add_heads
 from . import Losses, Trained, register_step
@@ -33,10 +32,6 @@ class Eagle3Step(OwnHeadStep):
     recipes = ("eagle3",)
     stages: ClassVar[tuple[str, ...]] = ("drafter", "router", "joint")
     head_parts = ("norm", "lm_head")
-
-    def __init__(self, config: Eagle3Config, target: Target, args: CoralTrainingArguments):
-        super().__init__(config, target, args)
-        config.check_depth(text_config(target.model).num_hidden_layers)
 
     @classmethod
     def layers(cls, config: Eagle3Config) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...drafters.parallel import ParallelConfig, ParallelDrafter
+from ...drafters.eagle3 import ParallelConfig, ParallelDrafter
 from ...target import Target
 from ..arguments import CoralTrainingArguments
 from ..data.documents import Places

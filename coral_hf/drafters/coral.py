@@ -12,13 +12,43 @@ held here.
 """
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ...heads.collection import DraftHeads
-from ..layers import CausalContext, Context, DecoderLayer
-from ..model import Drafter
-from .configuration import CoralConfig
+from ..heads.collection import DraftHeads
+from ..heads.draft_heads import DraftHead
+from ..target import FEATURE
+from .cached_drafting import FeatureDrafting
+from .configuration import DrafterConfig
+from .layers import CausalContext, Context, DecoderLayer
+from .model import Drafter, register_family
+
+
+@strict
+class CoralConfig(DrafterConfig):
+    """Configuration of a [`CoralDrafter`].
+
+    The defaults describe EAGLE-1's drafter for a Llama-2-7B target. `CoralConfig.from_target`
+    fills in everything that follows from a target. What it shares with other families is in
+    `DrafterConfig`, its draft heads are in `HeadFields`.
+
+    Args:
+        fc_bias: a bias in the projection of [embedding; feature].
+
+    Example:
+
+    ```python
+    >>> from transformers import LlamaConfig
+    >>> from coral_hf import CoralConfig
+    >>> CoralConfig.from_target(LlamaConfig(hidden_size=256, vocab_size=1000)).hidden_size
+    256
+    ```
+    """
+
+    model_type = "coral"
+
+    fc_bias: bool = False
 
 
 class CoralDrafter(Drafter):
@@ -35,6 +65,7 @@ class CoralDrafter(Drafter):
 
     config_class = CoralConfig
     config: CoralConfig
+    title, paper = "CORAL", "[CORAL (ACL 2025)](https://arxiv.org/abs/2502.16880)"
     # modules that are called on their own need FSDP hooks of their own
     _no_split_modules = ["DecoderLayer", "Router", "LowRank"]
 
@@ -81,3 +112,25 @@ class CoralDrafter(Drafter):
         for layer in self.layers:
             hidden = layer(hidden, cos=cos, sin=sin, context=context or CausalContext())
         return hidden
+
+
+class CoralDrafting(FeatureDrafting):
+    """Reads the target's last feature, and draft heads of its choice; see [`FeatureDrafting`].
+
+    Example:
+
+    ```python
+    >>> drafting = CoralDrafting(drafter, read_target(target))
+    >>> drafting.begin(tokens, features, positions)
+    >>> tree = drafting.propose(tokens[:, -1], TreeShape(depth=6, top_k=10, nodes=60))
+    ```
+    """
+
+    layers: tuple[int, ...] = (FEATURE,)
+    drafter: CoralDrafter
+
+    def _bind(self, name: str | None) -> DraftHead:
+        return self.drafter.heads.bind(self.target.head, name)
+
+
+register_family(CoralDrafter, CoralDrafting)
