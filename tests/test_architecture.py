@@ -60,8 +60,7 @@ SEAMS = {
     "DynamicCache": ["decoding/guard/target.py", "target.py"],
     "DynamicLayer": [
         "decoding/caches/continuation.py",
-        "decoding/caches/image_layer.py",
-        "decoding/caches/ragged_layer.py",
+        "decoding/caches/layers.py",
     ],
 }
 

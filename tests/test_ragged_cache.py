@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from coral_hf.decoding.caches.layers import GROWTH, SLACK, SPARE, RaggedLayer
 from coral_hf.decoding.caches.ragged_cache import HIDDEN, RaggedCache
-from coral_hf.decoding.caches.ragged_layer import GROWTH, SLACK, SPARE, RaggedLayer
 
 BATCH, HEADS, WIDTH = 2, 3, 4
 KINDS = [*["update"] * 6, "crop", "crop", "repeat", "select", "reorder", "reset"]

@@ -5,18 +5,15 @@ a cache that a later call, with or without a drafter, continues from.
 """
 
 from collections.abc import Sequence
+from copy import copy
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ...target import CONVOLUTION
-from ..drafting import host_tensor
-from .image_layer import ImageLayer
+from .layers import ImageLayer, RaggedLayer, new_layer
 from .ragged_cache import HIDDEN, RaggedCache
-from .ragged_layer import RaggedLayer
 
 # the keyword and the output of `generate` and of models: `past_key_values` before transformers 5.24
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
@@ -51,10 +48,7 @@ def _grows(cache: Cache) -> bool:
 
 
 def continued_cache(
-    input_ids: Tensor,
-    model_kwargs: dict,
-    windows: Sequence[int | None],
-    room: tuple[int, int] = (0, 0),
+    input_ids: Tensor, model_kwargs: dict, windows: Sequence[int | None], room: tuple[int, int]
 ) -> RaggedCache:
     """Adopt the cache of a call, or make an empty one where it starts at the first token.
 
@@ -105,17 +99,13 @@ def _adopt(layer: DynamicLayer, window: int | None) -> RaggedLayer | ImageLayer 
     if isinstance(layer, RaggedLayer) and layer.window == window:
         layer.is_plain = layer.record_past = False
         return layer
-    if window == 0:
-        image = ImageLayer()
-        if layer.is_initialized and layer.get_seq_length():
-            image.update(layer.keys, layer.values)
-        return image
-    adopted = RaggedLayer(window)
+    adopted = new_layer(window)
     if layer.is_initialized and layer.get_seq_length():
-        held = layer.keys.shape[-2]
-        if not isinstance(layer, DynamicLayer) or held > layer.get_seq_length():
+        if window != 0:
+            adopted.start = layer.get_seq_length() - layer.keys.shape[-2]
+            adopted.record_past = True
+        if not isinstance(layer, DynamicLayer) or adopted.start < 0:
             return None
-        adopted.start, adopted.record_past = layer.get_seq_length() - held, True
         adopted.update(layer.keys, layer.values)
     return adopted
 
@@ -132,13 +122,11 @@ def returned_cache(given: Cache | None, cache: Cache) -> Cache:
 
 def part_of(cache: RaggedCache, row: int) -> RaggedCache:
     """Copy the committed slots of one row of a batch to another cache."""
-    part = RaggedCache([layer.window for layer in cache.layers])
-    part.set_recording(True)
-    for layer, own in zip(part.layers, cache.layers, strict=True):
-        if own.is_initialized:
-            layer.start = own.start
-            layer.update(own.keys[row : row + 1], own.values[row : row + 1])
-            layer.cut(cache.lengths[row])
+    part = copy(cache)
+    part.layers = [copy(layer) for layer in cache.layers]
+    part.select([row])
+    for layer in part.layers:
+        layer._buffers = []  # which are the whole batch's
     return part
 
 
@@ -147,24 +135,25 @@ def join(parts: list[tuple[list[int], RaggedCache]]) -> RaggedCache:
 
     Keys and values are (rows, kv_heads, slots, head_dim).
     """
-    order = host_tensor([row for rows, _ in parts for row in rows]).argsort()
     whole = RaggedCache([layer.window for layer in parts[0][1].layers])
     whole.set_recording(True)
+    batch = sum(len(rows) for rows, _ in parts)
     for index, layer in enumerate(whole.layers):
-        layers = [part.layers[index] for _, part in parts]
-        if layers[0].is_initialized:
-            layer.start = min(one.start for one in layers)
-            stop = max(one.get_seq_length() for one in layers)
-            sides = [(one.start - layer.start, stop - one.get_seq_length()) for one in layers]
-            states = zip(*((one.keys, one.values) for one in layers), strict=True)
-            layer.update(*(_stack(part, sides)[order] for part in states))
+        found = [(rows, part.layers[index]) for rows, part in parts]
+        states = found[0][1]
+        if not states.is_initialized:
+            continue
+        layer.start = min(one.start for _, one in found)
+        width = max(one.get_seq_length() for _, one in found) - layer.start
+        keys, values = (
+            part.new_zeros(batch, part.shape[1], width, part.shape[3])
+            for part in (states.keys, states.values)
+        )
+        for rows, one in found:
+            first, stop = one.start - layer.start, one.get_seq_length() - layer.start
+            keys[rows, :, first:stop], values[rows, :, first:stop] = one.keys, one.values
+        layer.update(keys, values)
     return whole
-
-
-def _stack(parts: Sequence[Tensor], sides: Sequence[tuple[int, int]]) -> Tensor:
-    """Stack (rows, kv_heads, slots, head_dim) along the batch, with slots added on both sides."""
-    padded = [F.pad(part, (0, 0, *both)) for part, both in zip(parts, sides, strict=True)]
-    return torch.cat(padded)
 
 
 def whole_length(input_ids: Tensor, model_kwargs: dict) -> int:

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..drafting import host_tensor
+from .layers import RaggedLayer
 from .ragged_cache import HIDDEN, RaggedCache
-from .ragged_layer import RaggedLayer
 
 
 class FixedLayer(CacheLayerMixin):

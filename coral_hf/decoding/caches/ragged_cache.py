@@ -22,18 +22,9 @@ from transformers.cache_utils import Cache
 
 from ...target import CONVOLUTION
 from ..drafting import host_tensor
-from .conv_layer import ConvLayer
-from .image_layer import ImageLayer
-from .ragged_layer import RaggedLayer, spare_slots
+from .layers import RaggedLayer, new_layer, spare_slots
 
 HIDDEN = -1  # the position of a slot that no query attends to
-
-
-def new_layer(window: int | None) -> RaggedLayer | ConvLayer | ImageLayer:
-    """An empty layer of a window; see [`coral_hf.target.sliding_windows`]."""
-    if window == CONVOLUTION:
-        return ConvLayer()
-    return ImageLayer() if window == 0 else RaggedLayer(window)
 
 
 class RaggedCache(Cache):
@@ -206,8 +197,8 @@ class RaggedCache(Cache):
 
     def sees_all(self) -> bool:
         """Whether a lone token behind each row attends to all that is held."""
-        layers = [(layer.window, layer.held) for layer in self.layers]
-        return self.is_dense and all(not window or held < window for window, held in layers)
+        sliding = [layer for layer in self.layers if (layer.window or 0) > 0]
+        return self.is_dense and all(layer.held < layer.window for layer in sliding)
 
     def set_recording(self, is_on: bool) -> None:
         """Whether sliding layers keep what a pass pushes out of their window until `commit`."""
@@ -218,5 +209,5 @@ class RaggedCache(Cache):
         """Append and forget as transformers' own layers do, from now on."""
         for layer in self.layers:
             layer.is_plain, layer.record_past, layer._buffers = True, False, []
-            if layer.window is not None:
+            if (layer.window or 0) > 0:
                 layer.release(layer.get_seq_length() - layer.window + 1)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
+from ..caches.layers import RaggedLayer
 from ..caches.ragged_cache import RaggedCache
-from ..caches.ragged_layer import RaggedLayer
 from ..sequences import Sequences
 from ..watchers import ROW_WISE_CRITERIA, STATELESS
 from .own_loop import Passes, resumed

@@ -1,12 +1,15 @@
-"""A layer of a ragged cache: keys and values in a buffer that drops rejected tokens in place.
+"""Layers of a ragged cache: of text, of images, and of convolutions.
 
-In: keys and values of each pass, and which slots are kept. Out: views of the buffers. A layer with
-a sliding window holds the window, the slots by which rows differ, and the tree.
+In: keys and values of each pass, and which slots are kept. Out: views of buffers that drop rejected
+tokens in place. A layer with a sliding window holds the window, the slots by which rows differ, and
+the tree. Images stay whatever becomes of the text; a convolution has states and no slots.
 """
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+
+from ...target import CONVOLUTION
 
 # growing and dropping copy: the buffers of a full layer have one slot to spare for so many that
 # they hold, and so many at least; those of a sliding layer too, which also holds as many beyond its
@@ -159,3 +162,72 @@ class RaggedLayer(DynamicLayer):
                 buffer.narrow(-2, 0, held).copy_(getattr(self, name))
             setattr(self, name, buffer.narrow(-2, 0, held))  # the old keys go before values come
             self._buffers.append(buffer)
+
+
+class ImageLayer(DynamicLayer):
+    """Keys and values (batch, kv_heads, slots, head_dim) of an image, or of nothing: no text.
+
+    It stands among layers of a `RaggedCache`, and all of its slots are read in every pass.
+    """
+
+    window = 0  # no token attends to one before it
+    start = 0
+    is_plain = record_past = False
+
+    def move(self, source: Tensor, destination: Tensor) -> None:
+        """Leave the slots where they are, whatever (batch, kept) move in the text."""
+
+    def cut(self, length: int) -> None:
+        """Keep all slots."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Keep all slots."""
+
+    def holds(self, length: int) -> bool:
+        """Whether a text of `length` tokens can continue with what is held."""
+        return True
+
+
+class ConvLayer(LinearAttentionLayer):
+    """States (batch, channels, tokens) by their index, as many as a convolution looks back.
+
+    It stands among layers of a `RaggedCache`, where rows grow alike, in chains, so that rejected
+    tokens are the last ones of all rows. While it records, it also holds what a commit may drop, as
+    transformers' own layer does.
+    """
+
+    window = CONVOLUTION
+    start = 0
+    is_plain = is_sliding = False
+    is_initialized = False  # it has no slots that could be moved or copied
+
+    def __init__(self, number_of_states: int = 1):
+        super().__init__(number_of_states)
+        self._committed = self._drafted = 0  # tokens, of the text and of the newest pass
+
+    def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, **kwargs) -> Tensor:
+        """Read states of new tokens, (batch, channels, new); see transformers' layer."""
+        if self.record_past and state_idx == 0:
+            self._drafted += conv_states.shape[-1]
+        return super().update_conv_state(conv_states, state_idx, **kwargs)
+
+    def get_seq_length(self) -> int:
+        """Slots, of which it has none."""
+        return 0
+
+    def cut(self, length: int) -> None:
+        """Keep a text of `length` tokens: so many of the newest pass as it has grown by."""
+        if self._drafted:
+            self.crop(length - self._committed - self._drafted)
+        self._committed, self._drafted = length, 0
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows, by their index of shape (rows,)."""
+        self.reorder_cache(indices)
+
+
+def new_layer(window: int | None) -> RaggedLayer | ConvLayer | ImageLayer:
+    """An empty layer of a window; see [`coral_hf.target.sliding_windows`]."""
+    if window == CONVOLUTION:
+        return ConvLayer()
+    return ImageLayer() if window == 0 else RaggedLayer(window)
