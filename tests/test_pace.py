@@ -13,7 +13,7 @@ from transformers import (
 
 from coral_hf import CoralDrafter
 from coral_hf.decoding import generate as door
-from coral_hf.decoding.plain import pace
+from coral_hf.decoding.plain import own_loop
 from coral_hf.decoding.plain.costs import PROBES, Costs, MeasuredCosts, RoundSample
 
 LENGTH, NEW = 12, 30
@@ -36,7 +36,7 @@ def trials(monkeypatch):
 
     def noted(self, *args, **kwargs):
         output = sample(self, *args, **kwargs)
-        if any(isinstance(one, pace._Trial) for one in args):
+        if any(isinstance(one, own_loop._Trial) for one in args):
             found.append(output)
         return output
 
@@ -59,7 +59,7 @@ def test_a_trial_takes_the_steps_of_plain_generate_and_changes_nothing(
     plain = target.generate(**CALL, **prompts, **settings)
     assert drafted(target, prompts | settings).equal(plain)
     assert len(trials) == 1
-    assert trials[0].equal(plain[:, : LENGTH + 1 + pace.PASSES])
+    assert trials[0].equal(plain[:, : LENGTH + 1 + own_loop.TRIED])
 
 
 def test_a_text_that_came_as_its_new_tokens_is_tried_too(trials):
@@ -117,7 +117,7 @@ def test_no_step_is_tried_where_somebody_would_notice(trials, prompts, kind):
         return {
             "processor": {"logits_processor": LogitsProcessorList([Remembers()])},
             "criterion": {"stopping_criteria": StoppingCriteriaList([Counts()])},
-            "room": {"max_new_tokens": pace.PASSES},
+            "room": {"max_new_tokens": own_loop.TRIED},
         }.get(kind, {})
 
     seen = []
@@ -144,17 +144,19 @@ def test_a_trial_holds_no_second_cache():
 
     made = []
 
-    def spy(*args):
-        made.append(args[2])
+    step_seconds = own_loop.OwnLoop.step_seconds
+
+    def spy(loop, cache):
+        made.append(cache)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "cat", noted)
-            return pace.step_seconds(*args)
+            return step_seconds(loop, cache)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("coral_hf.decoding.loop.step_seconds", spy)
+        patch.setattr(own_loop.OwnLoop, "step_seconds", spy)
         drafted(target, {"inputs": ids})
     assert len(made) == 1 and any(len(shape) == 4 and shape[2] > 200 for shape in shapes)
-    layer = pace._Layer(made[0].layers[0])
+    layer = own_loop._TriedLayer(made[0].layers[0])
     assert layer._shared[0].data_ptr() == made[0].layers[0].keys.data_ptr()
 
 

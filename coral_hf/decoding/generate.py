@@ -46,6 +46,7 @@ from .guard import (
 )
 from .loop import CoralGenerateOutput, DecodingLoop, Plan, decode_plainly
 from .outputs import OutputCollector
+from .plain.own_loop import OwnLoop
 from .preparation.needs import Preparation, choose_preparation
 from .preparation.runner import make_runner
 from .rounds.choice import asks_for_fixed_rounds, can_capture, with_constant_shapes
@@ -212,7 +213,7 @@ class BoundDrafter:
             choose_shape(None, defaults, settings, rule)
             self._start(model)()
             sequences = Sequences(input_ids, *watchers, self.streamer)
-            return decode_plainly(model, sequences, config, model_kwargs)
+            return decode_plainly(OwnLoop(model, sequences, config, model_kwargs))
         judgement = accept_target(model, len(input_ids))
         call = Call(model, input_ids, config, model_kwargs, *watchers, self.keywords)
         judgement &= accept_call(call, rule)

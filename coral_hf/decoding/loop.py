@@ -10,14 +10,14 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .caches.continuation import CACHE
 from .draft_policy import DraftPolicy, RoundSample
 from .drafting import Drafting, DraftTree, TreeShape, host_tensor, root_only, with_padding
 from .outputs import OutputCollector, TargetOutput
-from .plain import decode_all, decode_rest, step_seconds
+from .plain.own_loop import OwnLoop
 from .sequences import Sequences
 from .settings import Rule
 from .target_runner import PromptReader, TargetRunner
@@ -77,11 +77,9 @@ class CoralGenerateOutput(GenerateDecoderOnlyOutput):
     stats: DecodingStats | None = None
 
 
-def decode_plainly(
-    model: PreTrainedModel, sequences: Sequences, config: GenerationConfig, model_kwargs: dict
-) -> Tensor | CoralGenerateOutput:
+def decode_plainly(own_loop: OwnLoop) -> Tensor | CoralGenerateOutput:
     """Decode as plain `generate` does: token ids (batch, length), or all that was asked for."""
-    output, passes = decode_all(model, sequences, config, model_kwargs)
+    output, passes = own_loop.decode_all()
     if isinstance(output, Tensor):
         return output
     stats = DecodingStats(prefill_seconds=passes.times[0] - passes.start)
@@ -125,12 +123,14 @@ class DecodingLoop:
         """Decode until every row has ended; `model_kwargs` are what `generate` prepared."""
         self.prefill(model_kwargs)
         self.lap("prefill_seconds")
-        state = self.target.model, self.sequences, self.target.cache, self.collector.config
-        self.policy.begin(len(self.sequences.active), partial(step_seconds, *state, model_kwargs))
+        watched = self.sequences, self.collector.config, model_kwargs
+        own_loop = OwnLoop(self.target.model, *watched)
+        step_seconds = partial(own_loop.step_seconds, self.target.cache)
+        self.policy.begin(len(self.sequences.active), step_seconds)
         while self.sequences.active and not self.policy.is_plain:
             self.round()
         if self.sequences.active:
-            return self.step_back(model_kwargs)
+            return self.step_back(own_loop)
         self.sequences.end()
 
     def prefill(self, model_kwargs: dict) -> None:
@@ -257,7 +257,7 @@ class DecodingLoop:
                 self.drafting.select(host_tensor(kept))
             self.keep_memory = False  # the drafter forgets the rows that have ended
 
-    def step_back(self, model_kwargs: dict) -> None:
+    def step_back(self, own_loop: OwnLoop) -> None:
         """Decode the rest plainly, by transformers' own loop, which reads rows of one length."""
         self.stats.is_stepped_back, self.keep_memory = True, False
         del self.drafting  # and the memory that it holds
@@ -266,9 +266,7 @@ class DecodingLoop:
         if not (rows := self.sequences.active):
             return self.sequences.end()
         self.lap_start = time.perf_counter()
-        model, cache, scores = self.target.model, self.target.cache, self.collector.scores()
-        config = self.collector.config
-        output, passes = decode_rest(model, self.sequences, cache, config, model_kwargs, scores)
+        output, passes = own_loop.decode_rest(self.target.cache, self.collector.scores())
         self.collector.add_all(rows, passes.counts, output)
         self.sequences.take(rows, output.sequences)
         self.target.cache = output[CACHE]
@@ -300,8 +298,5 @@ class DecodingLoop:
         if not self.collector.returns_dict:
             return sequences
         return CoralGenerateOutput(
-            sequences=sequences,
-            stats=self.stats,
-            **{CACHE: cache},
-            **self.collector.outputs(),
+            sequences=sequences, stats=self.stats, **{CACHE: cache}, **self.collector.outputs()
         )

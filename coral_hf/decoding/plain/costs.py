@@ -113,14 +113,7 @@ class Timings:
     rest: DecayedLine  # nodes beside the root → passes of all but the levels
     level: float  # passes
     plain: deque[float] = field(default_factory=lambda: deque(maxlen=PROBES))  # seconds
-
-
-@dataclass
-class Memory:
-    """What a process knows of the costs of one target."""
-
-    timings: dict[Hashable, Timings] = field(default_factory=dict)  # by rows, device and dtype
-    # by kind of call too: a step of plain `generate`, in passes of our loop over one token a row
+    # by kind of call: a step of plain `generate`, in passes of our loop over one token a row
     steps: dict[Hashable, float] = field(default_factory=dict)
 
 
@@ -135,26 +128,25 @@ class MeasuredCosts(CostModel):
 
     is_clock = True
 
-    _remembered: "WeakKeyDictionary[PreTrainedModel, Memory]" = WeakKeyDictionary()
+    # by rows, device and dtype
+    _remembered: "WeakKeyDictionary[PreTrainedModel, dict[Hashable, Timings]]" = WeakKeyDictionary()
 
     def __init__(self, model: PreTrainedModel, before: Costs, kind: Hashable = None):
         super().__init__(before)
-        self._memory = self._remembered.setdefault(model, Memory())
-        self._timings, self._kind = self._memory.timings, (model.device, model.dtype)
-        self._call = kind
+        self._timings = self._remembered.setdefault(model, {})
+        self._place, self._kind = (model.device, model.dtype), kind
         self._step: float | None = None  # seconds, until our own passes were measured beside it
 
     def begin(self, rows: int, step_seconds: StepSeconds) -> None:
         """See [`CostModel`]. Passes of our loop are then measured too, to compare the two."""
-        if self._call is None or (rows, *self._kind, self._call) in self._memory.steps:
-            return
-        self._step = step_seconds()
-        if self._step is not None:
-            self.forget_plain(rows)
+        if self._kind is not None and self._kind not in self._of(rows).steps:
+            self._step = step_seconds()
+            if self._step is not None:
+                self.forget_plain(rows)
 
     def _of(self, rows: int) -> Timings:
         new = Timings(DecayedLine(self._costs.node), self._costs.level)
-        return self._timings.setdefault((rows, *self._kind), new)
+        return self._timings.setdefault((rows, *self._place), new)
 
     def lacks_plain(self, rows: int) -> bool:
         """See [`CostModel`]."""
@@ -162,10 +154,10 @@ class MeasuredCosts(CostModel):
 
     def plain(self, rows: int) -> float:
         """See [`CostModel`]. In seconds."""
-        own, key = statistics.median(self._of(rows).plain), (rows, *self._kind, self._call)
+        own, steps = statistics.median(self._of(rows).plain), self._of(rows).steps
         if self._step is not None:
-            self._memory.steps[key], self._step = self._step / own, None
-        return own * self._memory.steps.get(key, 1.0)
+            steps[self._kind], self._step = self._step / own, None
+        return own * steps.get(self._kind, 1.0)
 
     def costs(self, rows: int) -> Costs:
         """See [`CostModel`]."""

@@ -2,25 +2,43 @@
 
 In: what `generate` has prepared, or where our loop stands when drafting does not pay. Out: the
 output of plain `generate`, and its `Passes`. So what is not drafted costs what plain `generate`
-costs, whatever watches the tokens.
+costs, whatever watches the tokens. What a step of it costs now is tried beforehand, in a few steps
+of which nothing is kept:
+
+    layer       keys that are held, shared   + those of the trial's own steps
+    a step      joins the two, as transformers' layers do, and keeps the new ones alone
+
+so that a trial holds no second cache, and leaves tokens, cache, watchers and chance as they were.
 """
 
+import statistics
 import time
 from copy import copy
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..caches.continuation import CACHE, whole_length
+from ..caches.layers import RaggedLayer
 from ..caches.ragged_cache import RaggedCache
 from ..sequences import Sequences
-from .whole_batch import WholeBatch
+from ..watchers import ROW_WISE_CRITERIA, STATELESS
 
 OUTPUTS = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
+TRIED = 4  # passes of a trial; the first one's seconds, in which the loop is set up, do not count
 
 
 class Passes(StoppingCriteriaList):
@@ -48,89 +66,99 @@ class Passes(StoppingCriteriaList):
         return (len(done) - done.sum(0) + 1).clamp(max=len(done)).tolist()
 
 
-def decode_all(
-    model: PreTrainedModel,
-    sequences: Sequences,
-    config: GenerationConfig,
-    model_kwargs: dict[str, Any],
-) -> tuple[Tensor | GenerateDecoderOnlyOutput, Passes]:
-    """Decode a whole call plainly: what plain `generate` would do next.
+@dataclass
+class OwnLoop:
+    """transformers' own loop for a call.
 
     Args:
-        sequences: of the prompts.
-        config, model_kwargs: what `generate` has prepared.
-    """
-    passes = Passes(sequences.criteria)
-    output = model._sample(
-        sequences.ids,
-        sequences.processors,
-        passes,
-        config,
-        streamer=sequences.streamer,
-        **model_kwargs,
-    )
-    return output, passes
-
-
-def decode_rest(
-    model: PreTrainedModel,
-    sequences: Sequences,
-    cache: RaggedCache,
-    config: GenerationConfig,
-    model_kwargs: dict[str, Any],
-    scores: tuple[Tensor, ...] | None = None,
-) -> tuple[GenerateDecoderOnlyOutput, Passes]:
-    """Decode the rest of the rows of the last pass, which are equally long.
-
-    Args:
-        cache: of all their tokens but the last one.
+        model: the target.
+        sequences: of the call.
         config, model_kwargs: what `generate` has prepared for the prompts.
-        scores: of the tokens so far, if criteria are to see them.
-
-    Returns:
-        the output, with `sequences` (rows, all tokens) and other fields of the new tokens alone;
-            and its passes.
     """
-    cache.use_plain_append()
-    ids, config, kwargs = resumed(model, sequences, cache, config, model_kwargs)
-    ahead = ids.shape[1] - sequences.longest
-    if not config.return_dict_in_generate:
-        vars(config).update(dict.fromkeys(OUTPUTS, False))
-    config.return_dict_in_generate = True
-    around = WholeBatch(sequences, sequences.active, ahead, scores)
-    passes = Passes(around.criteria)
-    output = model._sample(
-        ids, around.processors, passes, config, streamer=around.streamer, **kwargs
-    )
-    output.sequences = output.sequences[:, ahead:]
-    return output, passes
 
+    model: PreTrainedModel
+    sequences: Sequences
+    config: GenerationConfig
+    model_kwargs: dict[str, Any]
 
-def resumed(
-    model: PreTrainedModel,
-    sequences: Sequences,
-    cache: RaggedCache,
-    config: GenerationConfig,
-    model_kwargs: dict[str, Any],
-) -> tuple[Tensor, GenerationConfig, dict[str, Any]]:
-    """What transformers' own loop needs to go on with the active rows; see [`decode_rest`].
+    def decode_all(self) -> tuple[Tensor | GenerateDecoderOnlyOutput, Passes]:
+        """Decode a whole call plainly: what plain `generate` would do next."""
+        sequences = self.sequences
+        passes, streamer = Passes(sequences.criteria), sequences.streamer
+        watched = sequences.ids, sequences.processors, passes, self.config
+        return self.model._sample(*watched, streamer=streamer, **self.model_kwargs), passes
 
-    Returns:
-        their ids (rows, all tokens), those before `input_ids` included, which only the cache has; a
-            copy of the config; the inputs of a pass over their last token.
-    """
-    rows, batch = sequences.active, len(sequences.lengths)
-    prompts = sequences.ids[:, : sequences.prompt_length]
-    ahead = whole_length(prompts, model_kwargs) - sequences.prompt_length
-    kwargs = {**model_kwargs, CACHE: cache}
-    for _ in range(sequences.longest - sequences.prompt_length):
-        kwargs = model._update_model_kwargs_for_generation({}, kwargs, is_encoder_decoder=False)
-    if len(rows) < batch:
-        kwargs = {name: _of_rows(value, rows, batch) for name, value in kwargs.items()}
-    ids, config = F.pad(sequences.ids[rows], (ahead, 0)), copy(config)
-    config.is_assistant = True  # or the prompt's images would be read again
-    config._mask_length = ids.shape[1]
-    return ids, config, kwargs
+    def decode_rest(
+        self, cache: RaggedCache, scores: tuple[Tensor, ...] | None
+    ) -> tuple[GenerateDecoderOnlyOutput, Passes]:
+        """Decode the rest of the rows of the last pass, which are equally long.
+
+        Args:
+            cache: of all their tokens but the last one.
+            scores: of the tokens so far, if criteria are to see them.
+
+        Returns:
+            the output, with `sequences` (rows, all tokens) and other fields of the new tokens
+                alone; and its passes.
+        """
+        cache.use_plain_append()
+        ids, config, kwargs = self._resumed(cache)
+        ahead = ids.shape[1] - self.sequences.longest
+        if not config.return_dict_in_generate:
+            vars(config).update(dict.fromkeys(OUTPUTS, False))
+        config.return_dict_in_generate = True
+        around = WholeBatch(self.sequences, ahead, scores)
+        passes = Passes(around.criteria)
+        watched = ids, around.processors, passes, config
+        output = self.model._sample(*watched, streamer=around.streamer, **kwargs)
+        output.sequences = output.sequences[:, ahead:]
+        return output, passes
+
+    def step_seconds(self, cache: RaggedCache) -> float | None:
+        """Measure a step, for greedy calls, behind what a `cache` holds.
+
+        Returns:
+            seconds; None where a trial would leave traces, or cannot run.
+        """
+        sequences = self.sequences
+        layers = [layer for layer in cache.layers if type(layer) is RaggedLayer]
+        is_traced = (
+            any(type(one) not in STATELESS for one in sequences.processors)
+            or any(type(one) not in ROW_WISE_CRITERIA for one in sequences.criteria)
+            or len(sequences.active) < len(sequences.lengths)
+            or len(layers) < len(cache.layers)
+            or not all(layer.is_initialized for layer in layers)
+        )
+        if is_traced or (sequences.criteria.max_length or 0) - sequences.longest < TRIED:
+            return None
+        shared = copy(cache)
+        shared.layers = [_TriedLayer(layer) for layer in layers]
+        ids, config, kwargs = self._resumed(shared)
+        config.return_dict_in_generate = False
+        passes = _Trial(StoppingCriteriaList(sequences.criteria))
+        self.model._sample(ids, sequences.processors, passes, config, **kwargs)
+        return statistics.median(after - before for before, after in pairwise(passes.times))
+
+    def _resumed(self, cache: RaggedCache) -> tuple[Tensor, GenerationConfig, dict[str, Any]]:
+        """What the loop needs to go on with the active rows; see `decode_rest`.
+
+        Returns:
+            their ids (rows, all tokens), those before `input_ids` included, which only the cache
+                has; a copy of the config; the inputs of a pass over their last token.
+        """
+        sequences = self.sequences
+        rows, batch, prompt = sequences.active, len(sequences.lengths), sequences.prompt_length
+        ahead = whole_length(sequences.ids[:, :prompt], self.model_kwargs) - prompt
+        kwargs = {**self.model_kwargs, CACHE: cache}
+        update = self.model._update_model_kwargs_for_generation
+        for _ in range(sequences.longest - prompt):
+            kwargs = update({}, kwargs, is_encoder_decoder=False)
+        if len(rows) < batch:
+            kwargs = {name: _of_rows(value, rows, batch) for name, value in kwargs.items()}
+        ids, config = F.pad(sequences.ids[rows], (ahead, 0)), copy(self.config)
+        config.is_assistant = True  # or the prompt's images would be read again
+        config._mask_length = ids.shape[1]
+        return ids, config, kwargs
 
 
 def _of_rows(value: Any, rows: list[int], batch: int) -> Any:
@@ -140,3 +168,116 @@ def _of_rows(value: Any, rows: list[int], batch: int) -> Any:
     if value.dim() == 3 and value.shape[1] == batch and value.shape[0] != batch:
         return value[:, rows]  # positions in time, height and width
     return value[rows] if value.dim() and value.shape[0] == batch else value
+
+
+class WholeBatch(StoppingCriteria, BaseStreamer):
+    """Processors, criteria and streamer for a loop over the active rows of a call.
+
+    They see the whole batch, as in plain `generate`; where nothing is missing, they are the call's.
+
+    Args:
+        sequences: of the call; rows that have ended are padded.
+        ahead: columns of ids to leave out, which only a cache has.
+        scores: of the tokens so far, (batch, vocab) each, where criteria are to see them.
+    """
+
+    def __init__(self, sequences: Sequences, ahead: int, scores: tuple[Tensor, ...] | None):
+        self.processors, self.criteria = sequences.processors, sequences.criteria
+        self.streamer = sequences.streamer
+        self._sequences, self._rows, self._ahead = sequences, sequences.active, ahead
+        self._scores = scores or ()
+        is_ended = [sequences.is_ended[row] for row in self._rows]
+        is_whole = len(self._rows) == len(sequences.lengths)
+        if is_whole and not ahead and not scores and not any(is_ended):
+            return
+        self._ended = torch.tensor(is_ended, device=sequences.ids.device)
+        self.processors = LogitsProcessorList([self.process])
+        for one in sequences.criteria:  # which tells `generate` to pad
+            if hasattr(one, "eos_token_id"):
+                self.eos_token_id = one.eos_token_id
+        self.criteria = StoppingCriteriaList([self])
+        if self.streamer is not None:
+            self.streamer = self
+
+    def process(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (rows, vocab) of the rows that go on; one that stays beyond its end is padded."""
+        every = scores.new_zeros(len(self._sequences.lengths), scores.shape[1])
+        every[self._rows] = scores
+        scores = self._sequences.processors(self._whole(input_ids), every)[self._rows]
+        if padded := self._sequences.padded:
+            scores[padded] = float("-inf")
+            scores[padded, self._sequences.pad_token] = 0.0
+        return scores
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs) -> Tensor:
+        """Whether each of the rows that go on has ended, (rows,)."""
+        if scores is not None and len(self._rows) == len(self._sequences.lengths):
+            scores = (*self._scores, *scores)
+        done = self._sequences.criteria(self._whole(input_ids), scores, **kwargs)
+        return done[self._rows] | self._ended
+
+    def put(self, tokens: Tensor) -> None:
+        """Stream the newest tokens, of shape (rows,)."""
+        assert self._sequences.streamer is not None, "there is one to wrap"
+        self._sequences.streamer.put(self._with_padding(tokens))
+
+    def end(self) -> None:
+        """Tell the streamer that the sequences are complete."""
+        self._sequences.end()
+
+    def _whole(self, input_ids: Tensor) -> Tensor:
+        """The ids of all rows, (rows, ahead + length) → (batch, length)."""
+        whole, known = self._with_padding(input_ids[:, self._ahead :]), self._sequences.ids
+        ended = [row for row in range(len(whole)) if row not in self._rows]
+        whole[ended, : known.shape[1]] = known[ended]
+        return whole
+
+    def _with_padding(self, tokens: Tensor) -> Tensor:
+        """(rows, ...) → (batch, ...)"""
+        batch, pad = len(self._sequences.lengths), self._sequences.pad_token
+        whole = tokens.new_full((batch, *tokens.shape[1:]), pad)
+        whole[self._rows] = tokens
+        return whole
+
+
+class _Trial(Passes):
+    """Criteria that are asked, and end the loop after `TRIED` passes whatever they say."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs) -> Tensor:
+        """See [`Passes`]."""
+        done = super().__call__(input_ids, scores, **kwargs)
+        return torch.full_like(done, len(self.times) == TRIED)
+
+
+class _TriedLayer(RaggedLayer):
+    """A layer that shares the keys of another one, and keeps its own new ones apart."""
+
+    def __init__(self, layer: RaggedLayer):
+        super().__init__(layer.window)
+        vars(self).update(vars(layer), _buffers=[])
+        self._shared = layer.keys, layer.values  # (batch, kv_heads, held, head_dim) each
+        self._new: list[tuple[Tensor, Tensor]] = []
+        self._forget()
+
+    @property
+    def held(self) -> int:
+        """See [`RaggedLayer`]."""
+        return self._shared[0].shape[-2] + len(self._new)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """See [`RaggedLayer`]: of one token, (batch, kv_heads, 1, head_dim)."""
+        self._new.append((key_states, value_states))
+        states = zip(self._shared, zip(*self._new, strict=True), strict=True)
+        keys, values = (torch.cat([shared, *new], dim=-2) for shared, new in states)
+        self._forget()
+        return keys, values
+
+    def _forget(self) -> None:
+        """Drop what has left the window, of what is shared."""
+        past = 0 if self.window is None else self.held - self.window + 1
+        if 0 < past <= self._shared[0].shape[-2]:
+            kept = self._shared[0].shape[-2] - past
+            keys, values = (states.narrow(-2, past, kept) for states in self._shared)
+            self._shared, self.start = (keys, values), self.start + past

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, GenerationConfig
 
-from ..draft_policy import Costs, DraftPolicy, RoundSample
+from ..draft_policy import Costs, DraftPolicy, RoundSample, RungDraft, ladder
 from ..drafting import FixedDrafting, TreeShape, host_tensor, root_only
 from ..loop import DecodingLoop
 from ..target_runner import TargetRunner
 from .fixed_rounds import FixedRounds
-from .rungs import RungDraft, ladder
 from .steps import Steps, measure_costs, run_dry, steps_of
 
 LEAST_CAPACITY = 256
