@@ -53,7 +53,7 @@ SEAMS = {
         "target.py",
     ],
     "_attn_implementation": [
-        *(f"decoding/guard/{name}.py" for name in ("copies", "foreign", "target")),
+        *(f"decoding/guard/{name}.py" for name in ("foreign", "target", "trial")),
         "measure/lossless/verify.py",
         "training/features/reading.py",
     ],

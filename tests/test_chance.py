@@ -32,7 +32,7 @@ LOADED = ("__init__", "_make")
 # files that draw: all of a call of `generate` is in the first, the others train
 DRAWING = {
     "decoding/chance.py",
-    "decoding/guard/copies.py",  # weights of small copies
+    "decoding/guard/trial.py",  # weights of small copies
     "heads/collection.py",  # initial weights of a router
     "training/grouping/positions.py",
     "training/layer_start.py",

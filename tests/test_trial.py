@@ -8,9 +8,8 @@ from transformers import LlamaForCausalLM
 
 from coral_hf import CoralDrafter
 from coral_hf.decoding.guard import CHAIN, REFUSED, TREE, judge_target
-from coral_hf.decoding.guard.copies import VOCAB, small_copy
 from coral_hf.decoding.guard.foreign import NEW, PROMPTS
-from coral_hf.decoding.guard.trial import try_target
+from coral_hf.decoding.guard.trial import VOCAB, small_copy, try_target
 
 TREES = {"tree_depth": 4, "tree_top_k": 6, "tree_nodes": 24}
 PROMPT = {"input_ids": torch.arange(3, 14)[None], "attention_mask": torch.ones(1, 11).long()}

@@ -3,6 +3,7 @@
 In: a target, and everything that `generate` has prepared. Out: a `Judgement` by the tables.
 """
 
+from collections.abc import Iterable
 from inspect import signature
 from itertools import chain
 from typing import Any, NamedTuple
@@ -22,9 +23,9 @@ from ..caches.continuation import CACHE
 from ..preparation.needs import further_inputs
 from ..settings import Rule
 from ..watchers import ROW_WISE, STATEFUL, STATELESS
-from .entries import REFUSED, TABLES, TREE, Findings, Judgement, finding, judge
+from .entries import REFUSED, TABLES, TREE, Finding, Findings, Judgement, finding, judge
 from .foreign import LIBRARIES, has_adapters_by_row, root_of
-from .target import judge_placement
+from .target import placement_findings
 
 # A field of a refused entry is refused where its value is neither the default nor the one that
 # the target's own config has; a keyword where it is passed. Names in neither table are refused.
@@ -48,24 +49,20 @@ class Call(NamedTuple):
     keywords: tuple[str, ...] = ()  # that the caller has set, where they are known
 
 
-def judge_call(call: Call, rule: Rule) -> Judgement:
+def accept_call(call: Call, rule: Rule) -> Judgement:
     """Judge whether and how a drafter can follow a call.
 
     Args:
         rule: by which trees are drafted and verified.
+
+    Raises:
+        ValueError: if none can.
     """
-    prompts = _inputs(call.model, call.input_ids, call.model_kwargs)
-    inputs = chain(prompts, further_inputs(call.model_kwargs))
-    settings = chain(_modes(call.config), _fields(call.model, call.config), _keywords(call))
-    watched = chain(_caches(call.model_kwargs.get(CACHE)), _rule(call, rule))
-    lengths = _lengths(call.model, call.criteria)
-    found = judge([*settings, *inputs, *lengths, *watched]) & judge_placement(call.model)
+    settings = [*_settings(call.model, call.config), *_keywords(call)]
+    inputs = [*_prompts(call), *further_inputs(call.model_kwargs)]
+    watched = [*_caches(call.model_kwargs.get(CACHE)), *_rule(call, rule)]
+    found = _accepted([*settings, *inputs, *watched, *placement_findings(call.model)])
     return found._replace(keeps_rows=len(call.input_ids) > 1 and has_adapters_by_row(call.model))
-
-
-def accept_call(call: Call, rule: Rule) -> Judgement:
-    """Judge a call, see [`judge_call`], and raise a ValueError if it cannot be drafted for."""
-    return _accepted(judge_call(call, rule))
 
 
 def accept_keywords(model: PreTrainedModel, call: dict[str, Any]) -> None:
@@ -75,31 +72,31 @@ def accept_keywords(model: PreTrainedModel, call: dict[str, Any]) -> None:
     altogether, or raises an error of its own before it hands the call on.
     """
     given = {n: value for n, value in call.items() if value is not None and value is not False}
-    title = "Keywords of a call"
-    found = [finding(title, name) for name in given if name in KEYWORDS]
-    if given.get("cache_implementation") == "paged":
-        found.append(finding(title, "paged"))
+    names = [*given, *(["paged"] if given.get("cache_implementation") == "paged" else [])]
+    found = [(name, KEYWORDS[name]) for name in names if name in KEYWORDS]
     config = GenerationConfig()
     # the last one wins
     for settings in (model.generation_config, given.get("generation_config"), given):
         named = vars(settings) if isinstance(settings, GenerationConfig) else settings or {}
         vars(config).update({name: named[name] for name in FIELDS if named.get(name) is not None})
-    _accepted(judge([*found, *_modes(config), *_fields(model, config)]))
+    _accepted([*found, *_settings(model, config)])
 
 
 def refuse_continuous_batching() -> None:
     """Raise the ValueError of a call of `generate_batch` with a drafter."""
-    _accepted(judge([finding(MODES, "generate_batch")]))
+    _accepted([finding(MODES, "generate_batch")])
 
 
-def _accepted(judgement: Judgement) -> Judgement:
+def _accepted(findings: Iterable[Finding]) -> Judgement:
+    """The judgement of what was found, which is no refusal."""
+    judgement = judge(findings)
     if judgement.way == REFUSED:
         raise ValueError(f"{judgement.reasons[0]}.")
     return judgement
 
 
-def _modes(config: GenerationConfig) -> Findings:
-    """What of a call's mode does not go with a drafter."""
+def _settings(model: PreTrainedModel, config: GenerationConfig) -> Findings:
+    """What of a call's mode does not go with a drafter, and what it sets that has no effect."""
     mode = config.get_generation_mode()
     if config.prompt_lookup_num_tokens is not None:
         yield finding(MODES, "prompt_lookup_num_tokens")
@@ -109,10 +106,6 @@ def _modes(config: GenerationConfig) -> Findings:
         yield finding(MODES, "use_cache")
     if config.cache_implementation not in KNOWN_CACHES:
         yield finding(MODES, "cache_implementation", config.cache_implementation)
-
-
-def _fields(model: PreTrainedModel, config: GenerationConfig) -> Findings:
-    """Settings that have no effect with a drafter, where they were set."""
     plain = GenerationConfig()
     defaults = plain._get_default_generation_params()
     own = model.generation_config
@@ -162,11 +155,12 @@ def _rule(call: Call, rule: Rule) -> Findings:
         yield finding(MODES, "rule that reads rows alone", rule.name)
 
 
-def _inputs(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict) -> Findings:
-    """What of a call's prompts, (batch, length), a drafter cannot continue."""
-    length, limit = input_ids.shape[1], position_limit(model)
-    mask = model_kwargs.get("attention_mask")
-    if model_kwargs.get("inputs_embeds") is not None:
+def _prompts(call: Call) -> Findings:
+    """What of a call's prompts, or of the longest text that it may write, cannot be drafted for."""
+    length, limit = call.input_ids.shape[1], position_limit(call.model)
+    mask = call.model_kwargs.get("attention_mask")
+    keys = getattr(text_config(call.model), "keep_window_size", None)  # Doge
+    if call.model_kwargs.get("inputs_embeds") is not None:
         yield finding(PROMPTS, "inputs_embeds")
     elif length == 0:
         yield finding(PROMPTS, "empty prompt")
@@ -175,11 +169,6 @@ def _inputs(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict) -> Fi
     elif limit is not None and length > limit:
         sizes = f"{length} tokens, but the target has {limit}"
         yield finding(PROMPTS, "prompt beyond the positions", sizes)
-
-
-def _lengths(model: PreTrainedModel, criteria: StoppingCriteriaList) -> Findings:
-    """What of the longest text that a call may write a drafter cannot follow."""
-    keys, longest = getattr(text_config(model), "keep_window_size", None), criteria.max_length
-    if keys is not None and longest is not None and longest > keys:  # Doge
+    if keys is not None and (longest := call.criteria.max_length or 0) > keys:
         sizes = f"{longest} tokens, but `keep_window_size` is {keys}"
         yield finding(PROMPTS, "best keys", sizes)

@@ -18,9 +18,8 @@ from transformers.utils import logging
 
 from ...target import all_modules, text_config
 from ..preparation.needs import PREPARE, UPDATE
-from .copies import small_copy
 from .entries import TABLES, Finding, Findings, finding
-from .trial import Verdict, try_target
+from .trial import Verdict, small_copy, try_target
 
 logger = logging.get_logger(__name__)
 

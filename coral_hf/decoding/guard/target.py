@@ -4,9 +4,11 @@ In: any model of transformers, as it is. Out: a `Judgement` by the tables; what 
 is refused.
 """
 
+from collections.abc import Iterator
+from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import distributed
+from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.integrations.fsdp import is_fsdp_managed_module
@@ -24,7 +26,6 @@ from ..preparation.needs import preparation_findings
 from ..preparation.switches import rotary_types
 from .entries import REFUSED, TABLES, Findings, Judgement, finding, judge
 from .foreign import foreign_findings, foreign_hooks, has_foreign_attention, state_of
-from .quantization import quantization_findings
 
 logger = logging.get_logger(__name__)
 
@@ -53,18 +54,14 @@ def judge_target(model: PreTrainedModel, rows: int = 0) -> Judgement:
 
 
 def _judge_itself(model: PreTrainedModel, rows: int) -> Judgement:
-    found = judge(_structure(model))
-    if found.way == REFUSED:  # the rest may not be there to look at
-        return found
-    layers = [*_cache_layers(model), *_attention(model), *_layer_types(model), *_rotary(model)]
-    found &= judge([*layers, *quantization_findings(model), *preparation_findings(model)])
-    if found.way == REFUSED:
-        return found
-    found &= judge(foreign_findings(model, rows))
-    return found._replace(
-        # a convolution reads the padding of rows that have ended, as in plain `generate`
-        keeps_rows=bool(foreign_hooks(model)) or CONVOLUTION in sliding_windows(model),
-    )
+    found = Judgement()
+    for findings in (_structure(model), _layers(model), foreign_findings(model, rows)):
+        found &= judge(findings)
+        if found.way == REFUSED:  # the rest may not be there to look at
+            return found
+    # a convolution reads the padding of rows that have ended, as in plain `generate`
+    keeps_rows = bool(foreign_hooks(model)) or CONVOLUTION in sliding_windows(model)
+    return found._replace(keeps_rows=keeps_rows)
 
 
 def accept_target(model: PreTrainedModel, rows: int = 0) -> Judgement:
@@ -89,22 +86,20 @@ def _raise_if_refused(model: PreTrainedModel, judgement: Judgement) -> None:
         )
 
 
-def judge_placement(model: PreTrainedModel) -> Judgement:
-    """Judge whether this process alone can run a target's passes, as rounds need.
+def placement_findings(model: PreTrainedModel) -> Findings:
+    """Whether this process alone can run a target's passes, as rounds need.
 
     Processes that each hold a shard of it would run different numbers of passes, and wait for each
     other's weights.
     """
     count = distributed.get_world_size() if distributed.is_initialized() else 1
-    if count == 1:
-        return Judgement()
     # FSDP2 may wrap only a target's layers; ZeRO-3 marks the weights that it shards
-    is_sharded = (
+    if count > 1 and (
         is_fsdp_managed_module(model)
         or any(isinstance(module, FSDPModule) for module in all_modules(model))
         or any(hasattr(weight, "ds_id") for weight in model.parameters())
-    )
-    return judge([finding("Placement", "sharded", count)] if is_sharded else [])
+    ):
+        yield finding("Placement", "sharded", count)
 
 
 def _adapters(model: PreTrainedModel) -> Findings:
@@ -152,24 +147,71 @@ def _features(model: PreTrainedModel) -> Findings:
         yield finding(title, "embedding width", f"{width} and its layers {text.hidden_size}")
 
 
-def _cache_layers(model: PreTrainedModel) -> Findings:
+def _layers(model: PreTrainedModel) -> Findings:
     names = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
     if LINEAR in names and not model._is_stateful:  # as transformers itself tells them apart
         names = names - {LINEAR} | {f"{LINEAR} of convolutions alone"}
-    for name in sorted(names):
-        yield finding("Cache layers", name)
+    attention = [] if has_foreign_attention(model) else [model.config._attn_implementation]
+    types = {*(getattr(text_config(model), "layer_types", None) or ())}
+    yield from (finding("Cache layers", name) for name in sorted(names))
+    yield from (finding("Attention functions", name) for name in attention)
+    yield from (finding("Layer types", name) for name in sorted(types))
+    yield from (finding("Rotary embeddings", name) for name in sorted(rotary_types(model)))
+    kinds = {*_quantization_of_config(model), *_quantization_of_torchao(model)}
+    yield from (finding("Quantization", kind) for kind in sorted(kinds))
+    yield from preparation_findings(model)
 
 
-def _attention(model: PreTrainedModel) -> Findings:
-    if not has_foreign_attention(model):
-        yield finding("Attention functions", model.config._attn_implementation)
+def _quantization_of_config(model: PreTrainedModel) -> Iterator[str]:
+    """The kind of a target's `quantization_config`, if it has one.
+
+    A pass over a tree has other tokens in it than a plain pass: where a layer's scale, or its
+    choice of columns, is taken over all of them, the output is no longer the same to the last
+    digit, though it is the target's own text but for near ties. Such kinds are drafted, and that is
+    said once.
+    """
+    given = getattr(model.config, "quantization_config", None)
+    if given is None or getattr(given, "dequantize", False):
+        return
+    config: dict[str, Any] = given if isinstance(given, dict) else given.to_dict()
+    method = str(getattr(config.get("quant_method"), "value", config.get("quant_method")))
+    if method == "bitsandbytes":
+        is_8bit = config.get("load_in_8bit") or config.get("_load_in_8bit")
+        method += "_8bit" if is_8bit else "_4bit"
+        if is_8bit and config.get("llm_int8_threshold") == 0.0:
+            method += " without outliers"
+    elif method == "compressed-tensors" and _scales_tensors(config):
+        method += " of dynamic tensors"
+    elif method == "fp8" and config.get("activation_scheme") == "static":
+        method += " static"
+    elif method == "fp_quant" and config.get("forward_dtype") == "mxfp4":
+        method += " mxfp4"
+    elif method == "quanto" and config.get("activations"):
+        method += " of activations"
+    if method != "torchao":  # whose weights tell more
+        yield method
 
 
-def _layer_types(model: PreTrainedModel) -> Findings:
-    for name in sorted(set(getattr(text_config(model), "layer_types", None) or ())):
-        yield finding("Layer types", name)
+def _scales_tensors(config: dict[str, Any]) -> bool:
+    """Whether compressed tensors scale activations over a whole pass."""
+    groups = (config.get("config_groups") or {}).values()
+    inputs = [group.get("input_activations") or {} for group in groups if isinstance(group, dict)]
+    dynamic = [one for one in inputs if one.get("dynamic") not in (None, False)]
+    return any(one.get("strategy") in (None, "tensor", "tensor_group") for one in dynamic)
 
 
-def _rotary(model: PreTrainedModel) -> Findings:
-    for name in sorted(rotary_types(model)):
-        yield finding("Rotary embeddings", name)
+def _quantization_of_torchao(model: nn.Module) -> set[str]:
+    """The kinds of torchao's weights in a model, whoever has put them there."""
+    found = set()
+    weights = (weight for module in all_modules(model) for weight in module._parameters.values())
+    for weight in weights:
+        is_plain = type(weight) is nn.Parameter  # most are, and asking costs little
+        if is_plain or not type(weight).__module__.startswith("torchao."):
+            continue
+        activations = getattr(weight, "act_quant_kwargs", None)
+        if activations is None or getattr(weight, "act_quant_scale", None) is not None:
+            found.add("torchao")
+            continue
+        scale = type(getattr(activations, "granularity", None)).__name__
+        found.add("torchao by row" if scale in ("PerRow", "PerToken") else "torchao by tensor")
+    return found

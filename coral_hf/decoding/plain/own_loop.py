@@ -254,7 +254,7 @@ class _TriedLayer(RaggedLayer):
 
     def __init__(self, layer: RaggedLayer):
         super().__init__(layer.window)
-        vars(self).update(vars(layer), _buffers=[])
+        self.__dict__.update(vars(layer), _buffers=[])
         self._shared = layer.keys, layer.values  # (batch, kv_heads, held, head_dim) each
         self._new: list[tuple[Tensor, Tensor]] = []
         self._forget()
