@@ -40,8 +40,8 @@ def drafted(target, drafter, given, **settings):
 def costing(base, level=0.0, node=0.0):
     """Rounds that cost so much, in place of `measure_costs`."""
 
-    def measure(rounds, steps):
-        steps.costs[:] = [Costs(base, level, node)]
-        return steps.costs[0]
+    def measure(rounds):
+        rounds.steps.costs[:] = [Costs(base, level, node)]
+        return rounds.steps.costs[0]
 
     return measure

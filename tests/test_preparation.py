@@ -9,12 +9,13 @@ from coral_hf import CoralDrafter
 from coral_hf.decoding.guard import REFUSED, judge_target
 from coral_hf.decoding.preparation.needs import (
     Preparation,
+    Switch,
     agree,
     choose_preparation,
     further_inputs,
     overridden,
+    rotary_switches,
 )
-from coral_hf.decoding.preparation.switches import Switch, rotary_switches
 
 DIRECT, OWN, CHECKED = Preparation
 GROWN, TYPES = torch.arange(6)[None], torch.tensor([[1, 2, 3]])

@@ -67,8 +67,12 @@ class DraftTree(NamedTuple):
 
     def to(self, device: torch.device) -> "DraftTree":
         """Copy the tree, (batch, nodes), to a device."""
+        return self.each(lambda part: part.to(device))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "DraftTree":
+        """The tree with all of its tensors changed, (batch, nodes) and so on."""
         parts = self._asdict().items()
-        return self._replace(**{n: p.to(device) for n, p in parts if isinstance(p, Tensor)})
+        return self._replace(**{n: change(p) for n, p in parts if isinstance(p, Tensor)})
 
     @property
     def max_depth(self) -> int:
@@ -197,11 +201,7 @@ class FixedDrafting(Drafting, Protocol):
     device: torch.device
 
     def propose(
-        self,
-        root: Tensor,
-        shape: TreeShape,
-        warp: Warp | None = None,
-        chance: Any = None,
+        self, root: Tensor, shape: TreeShape, warp: Warp | None = None, chance: Any = None
     ) -> DraftTree:
         """See [`Drafting`]; `root` is (batch,), `chance` an `chance.Uniforms`."""
         ...

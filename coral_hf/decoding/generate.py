@@ -37,19 +37,13 @@ from ..target import read_target, sliding_windows
 from .caches.continuation import MEMORY, continued_cache, given_cache, is_user_cache, returned_cache
 from .draft_policy import Costs, choose_policy, choose_speculation
 from .drafting import Drafting, Family, family_of, family_options
-from .guard import (
-    Call,
-    accept_call,
-    accept_keywords,
-    accept_target,
-    refuse_continuous_batching,
-)
+from .guard import Call, accept_call, accept_keywords, accept_target, refuse_continuous_batching
 from .loop import CoralGenerateOutput, DecodingLoop, Plan, decode_plainly
 from .outputs import OutputCollector
 from .plain.own_loop import OwnLoop
 from .preparation.needs import Preparation, choose_preparation
 from .preparation.runner import make_runner
-from .rounds.choice import asks_for_fixed_rounds, can_capture, with_constant_shapes
+from .rounds.choice import with_constant_shapes
 from .rounds.loop import FixedPlan
 from .sequences import Sequences
 from .settings import (
@@ -240,15 +234,11 @@ class BoundDrafter:
         policy = choose_policy(model, shape, speculation, costs, config.do_sample, kind)
         plan = Plan(rule, longest, keep_cache, config.prefill_chunk_size)
         loop = DecodingLoop(drafting, runner, sequences, collector, policy, plan)
-        is_captured = bool((defaults | settings)["capture"])
-        if asks_for_fixed_rounds(config, is_captured):
-            is_prepared = need > Preparation.DIRECT or not takes_tree
-            is_captured = is_captured and can_capture(model, config)
-            # drawn text follows from its seed, and so never from a clock
-            given_costs = Costs(**(costs or {})) if config.do_sample else None
-            rest = (lambda: (start(), make())), given_costs, is_captured, self.num_compiled
-            how = FixedPlan(shape, speculation == "adaptive", config, *rest)
-            loop = with_constant_shapes(loop, how, is_prepared)
+        # drawn text follows from its seed, and so never from a clock
+        given_costs = Costs(**(costs or {})) if config.do_sample else None
+        rest = given_costs, bool((defaults | settings)["capture"]), self.num_compiled
+        how = FixedPlan(shape, speculation == "adaptive", config, lambda: (start(), make()), *rest)
+        loop = with_constant_shapes(loop, how, need > Preparation.DIRECT or not takes_tree)
         del drafting  # the loop gives it up where it does not pay
         loop.run(model_kwargs)
         filled = returned_cache(given, runner.whole_cache())

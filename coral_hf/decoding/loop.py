@@ -6,6 +6,7 @@ In: prompts, and all that `generate` has prepared. Out: the target's own tokens,
 import time
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, repeat
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,12 +16,20 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .caches.continuation import CACHE
 from .draft_policy import DraftPolicy, RoundSample
-from .drafting import Drafting, DraftTree, TreeShape, host_tensor, root_only, with_padding
+from .drafting import (
+    Drafting,
+    DraftTree,
+    PartwiseDrafting,
+    TreeShape,
+    host_tensor,
+    root_only,
+    with_padding,
+)
 from .outputs import OutputCollector, TargetOutput
 from .plain.own_loop import OwnLoop
 from .sequences import Sequences
 from .settings import Rule
-from .target_runner import PromptReader, TargetRunner
+from .target_runner import TargetRunner
 from .verifier import Accepted, Verifier
 
 
@@ -135,8 +144,10 @@ class DecodingLoop:
 
     def prefill(self, model_kwargs: dict) -> None:
         """Read the prompts (batch, length), emit each row's first token, start the drafter."""
-        prompts, reader = self.sequences.ids, PromptReader(self.drafting)
-        output = self.target.prefill(prompts, model_kwargs, self.plan.chunk_size, reader)
+        prompts, drafting, readers = self.sequences.ids, self.drafting, None
+        if isinstance(drafting, PartwiseDrafting):  # the first part begins, others continue
+            readers = chain([drafting.begin], repeat(drafting.extend))
+        output = self.target.prefill(prompts, model_kwargs, self.plan.chunk_size, readers)
         nothing = output.features[:, :0].clone()  # features of a long prompt are not kept
         self.collector.prompt = output._replace(features=nothing, logits=nothing)
         rows = self.sequences.active
@@ -146,7 +157,8 @@ class DecodingLoop:
             new = output.features.shape[1]
             unread = prompts[:, prompts.shape[1] - new :]
             tokens = torch.cat([unread, unread.new_tensor(first.tokens)], dim=1)
-            reader.read(tokens, output.features, self.target.cache.positions[:, -new:])
+            read = drafting.begin if readers is None else next(readers)
+            read(tokens, output.features, self.target.cache.positions[:, -new:])
         self.drop(rows, kept)
 
     def round(self) -> None:
@@ -178,7 +190,7 @@ class DecodingLoop:
         # whatever a drafter puts there, the target reads the token that was committed
         root = root[:, None].to(tree.tokens.device)  # (batch, 1)
         tree = tree._replace(tokens=torch.cat([root, tree.tokens[:, 1:]], dim=1))
-        return self.target.checked(tree) if self.target.is_checked else tree
+        return self.target.checked(tree)
 
     def budget(self, shape: TreeShape) -> TreeShape:
         """The largest tree of which every accepted token may still come out.
@@ -186,11 +198,9 @@ class DecodingLoop:
         A node of depth d is followed by one more token, so d + 1 of them must fit.
         """
         shortest = min(self.sequences.lengths[row] for row in self.sequences.active)
-        depth = min(shape.depth, self.plan.max_length - shortest - 1)
-        if self.target.is_limited:
-            room = self.target.room()
-            depth, shape = min(depth, room), shape._replace(nodes=min(shape.nodes, room + 1))
-        return shape._replace(depth=max(depth, 0))
+        room = self.target.room()
+        depth = min(shape.depth, room, self.plan.max_length - shortest - 1)
+        return shape._replace(depth=max(depth, 0), nodes=min(shape.nodes, room + 1))
 
     def verify(self, tree: DraftTree) -> tuple[TargetOutput, Accepted]:
         """One pass of the target over the tree, and what it accepts."""

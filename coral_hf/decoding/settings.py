@@ -7,12 +7,7 @@ ValueError that says what does not fit; nothing is silently done another way.
 from copy import copy
 from typing import Any, NamedTuple
 
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    StoppingCriteriaList,
-    StopStringCriteria,
-)
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.utils import logging
 
 from ..target import position_limit

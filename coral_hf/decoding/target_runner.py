@@ -9,6 +9,7 @@ reaches the target as a 4-D float mask and position ids; a chain is plain causal
 """
 
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,34 +26,12 @@ from ..target import (
     takes_positions,
     text_config,
 )
-from .caches.continuation import CACHE, join, part_of, whole_length, whole_positions
+from .caches.continuation import CACHE, join, part_of, whole_length
 from .caches.ragged_cache import HIDDEN, RaggedCache
 from .caches.shared_keys import sharing_keys
-from .drafting import Drafting, DraftTree, PartwiseDrafting
+from .drafting import DraftTree
 from .outputs import TargetOutput
-from .preparation.switches import rotary_switches
-
-
-class PromptReader:
-    """Hands prompts to a drafting side, whole or in parts: the first one begins, others continue.
-
-    Args:
-        drafting: one of a call.
-    """
-
-    def __init__(self, drafting: Drafting):
-        self._read = drafting.begin
-        self._extend = drafting.extend if isinstance(drafting, PartwiseDrafting) else None
-
-    @property
-    def takes_parts(self) -> bool:
-        """Whether a prompt may come in parts."""
-        return self._extend is not None
-
-    def read(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
-        """Read tokens (batch, length + 1), features and positions; see [`PartwiseDrafting`]."""
-        self._read(tokens, features, positions)
-        self._read = self._extend or self._read
+from .preparation.needs import rotary_switches
 
 
 class TargetRunner:
@@ -82,8 +61,6 @@ class TargetRunner:
         self._limit = position_limit(target.model)
         self._windows = sliding_windows(target.model)
         self._switches = rotary_switches(target.model)
-        self.is_limited = bool(self._switches)  # whether `room` has anything to say
-        self.is_checked = False  # whether `checked` has
         # whether a layer may be left out, which shifts the indices of hidden states
         self._skips = 0 in self._windows or not counts_layers(target.model)
         self._extras, self._keeps_rows = extras, keeps_rows
@@ -102,17 +79,18 @@ class TargetRunner:
         input_ids: Tensor,
         model_kwargs: dict,
         chunk_size: int | None = None,
-        reader: PromptReader | None = None,
+        readers: Iterator[Callable[..., None]] | None = None,
     ) -> TargetOutput:
         """Read what the cache does not hold of the prompts (batch, length).
 
         Args:
             chunk_size: tokens of a pass; all at once by default.
-            reader: gets the features of each pass but the last, where it takes parts.
+            readers: the first is called with tokens, features and positions of the first pass, and
+                so on, but of the last one; see [`PartwiseDrafting`].
 
         Returns:
             logits of the last token only, (batch, 1, vocab); features of the tokens that were read,
-                without those that `reader` has got.
+                without those that `readers` have got.
         """
         cache, held, (batch, length) = self.cache, self.cache.get_seq_length(), input_ids.shape
         is_whole = length == whole_length(input_ids, model_kwargs)
@@ -138,14 +116,14 @@ class TargetRunner:
                 inputs |= {CACHE: cache, "use_cache": True}
             output = self._forward(**inputs)
             features.append(output.features[:, start - stop :])
-            if reader is not None and reader.takes_parts and stop < width:
+            if readers is not None and stop < width:
                 part = positions[:, held + start : held + stop]
-                reader.read(new_ids[:, start : stop + 1], features.pop(), part)
+                next(readers)(new_ids[:, start : stop + 1], features.pop(), part)
         cache.set_recording(True)
         cache.begin(batch, self._target.device)
         cache.append(positions)
         _check_slots(cache)
-        if self.is_limited:
+        if self._switches:
             self._ahead = int(cache.next_positions.max()) - cache.width
         joined = features[0] if len(features) == 1 else torch.cat(features, dim=1)
         return output._replace(logits=output.logits[:, -1:], features=joined)
@@ -153,11 +131,15 @@ class TargetRunner:
     def _prompt_positions(self, input_ids: Tensor, model_kwargs: dict) -> Tensor:
         """Positions of all tokens of prompts (batch, length), `HIDDEN` where padded."""
         whole, mask = whole_length(input_ids, model_kwargs), model_kwargs.get("attention_mask")
-        mask = input_ids.new_ones(len(input_ids), whole) if mask is None else mask
+        seen = input_ids.new_ones(len(input_ids), whole).bool() if mask is None else mask.bool()
         given = model_kwargs.get("position_ids")
         if given is None and self._takes_positions:  # plain `generate` does not know that
-            given = torch.arange(whole, device=mask.device)[None]
-        return whole_positions(mask.bool(), given).to(self._target.device)
+            given = torch.arange(whole, device=seen.device)[None]
+        if given is not None and given.dim() == 3:  # time, height and width, which agree for text
+            given = given[-1]
+        if given is None or given.shape[1] != whole:
+            given = seen.long().cumsum(1) - 1
+        return given.to(seen.device).masked_fill(~seen, HIDDEN).to(self._target.device)
 
     def room(self) -> int:
         """Nodes, and so levels, that the next tree may have below its root."""
@@ -178,12 +160,9 @@ class TargetRunner:
         if self._takes_tree or self._takes_positions:
             inputs["position_ids"] = positions
         if self._takes_tree:
-            is_plain = tree.tokens.shape[1] == 1 and self.cache.sees_all()
-            inputs["attention_mask"] = (
-                None
-                if is_plain
-                else masks_by_layer(self.model, self.cache, positions, tree.ancestry())
-            )
+            if tree.tokens.shape[1] > 1 or not self.cache.sees_all():
+                masks = masks_by_layer(self.model, self.cache, positions, tree.ancestry())
+                inputs["attention_mask"] = masks
         elif not self.cache.is_dense:  # the 2-D mask of padded prompts, grown to the chain's end
             seen = self.cache.positions != HIDDEN
             own = torch.ones_like(tree.tokens, dtype=torch.bool)

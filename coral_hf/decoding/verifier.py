@@ -9,19 +9,21 @@ In: a `DraftTree` and the target's output of each node. Out: `Accepted`, appende
                   at the whole tree has decided before, by the scores of every node
 """
 
+from collections.abc import Sequence
 from itertools import count
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor
 
-from .chance import Chance
+from .chance import Chance, Uniforms
 from .drafting import DraftTree, host_tensor
 from .outputs import OutputCollector, TargetOutput
-from .rules import decide, looks_ahead
 from .rules.traversal import verify_traversal
-from .rules.walk import Step, Verdict, first_true, siblings_at, token_step
+from .rules.walk import Step, Verdict, siblings_at, token_step, verify_greedy, verify_token
 from .sequences import Sequences
+from .watchers import processed
 
 
 class Accepted(NamedTuple):
@@ -78,8 +80,12 @@ class Verifier:
             else:
                 scores = sequences.scores(rows, scores)
                 tokens, children = self._next_step(tree, nodes, going, scores)
-            for row in sequences.padded:  # all rows are going
-                tokens[row], children[row] = self._padding_step(tree, row, nodes[row])
+            if ended := sequences.padded:  # all rows are going
+                padding = tree.tokens.new_full((len(nodes),), sequences.pad_token)
+                siblings = siblings_at(tree, host_tensor(nodes).to(padding.device))
+                next_nodes = siblings.with_token(padding).tolist()
+                for row in ended:
+                    tokens[row], children[row] = sequences.pad_token, next_nodes[row]
             for row, token, child, own in zip(going, tokens, children, scores, strict=True):
                 self.collector.add(active[row], logits[row, nodes[row]], own)
                 path[row].append(nodes[row])
@@ -99,10 +105,8 @@ class Verifier:
     def _look_ahead(self, tree: DraftTree, logits: Tensor) -> tuple[Tensor, list[Step]]:
         """Decide by the scores of every node: the scores (batch, nodes, vocab), and all steps."""
         texts = zip(self.sequences.active, tree.tokens.tolist(), tree.parents.tolist(), strict=True)
-        after = [
-            self.sequences.scores_after(*text, own) for text, own in zip(texts, logits, strict=True)
-        ]
-        scores = torch.stack(after)
+        pairs = zip(texts, logits, strict=True)
+        scores = torch.stack([self.sequences.scores_after(*text, own) for text, own in pairs])
         verdict = verify_traversal(tree, scores.softmax(-1), self.chance)
         children = verdict.path.roll(-1, dims=1)  # 0 where the path ends
         steps = zip(verdict.tokens(tree).T, children.T, strict=True)
@@ -122,9 +126,31 @@ class Verifier:
             step = token_step(siblings, scores.softmax(-1), self.chance)
         return step.token.tolist(), step.child.tolist()
 
-    def _padding_step(self, tree: DraftTree, row: int, node: int) -> tuple[int, int]:
-        """The next token in a tree (batch, nodes) of a row that has ended and stays: padding."""
-        token = self.sequences.pad_token
-        is_next = (tree.parents[row] == node) & (tree.tokens[row] == token)  # (nodes,)
-        is_next[0] = False
-        return token, int(first_true(is_next[None]))
+
+def looks_ahead(rule: str, tree: DraftTree) -> bool:
+    """Whether a rule of `settings.RULES` looks at all of a tree before its first token is decided.
+
+    On chains "block" is "traversal". On tokens that were chosen both are the token rule.
+    """
+    return rule in ("traversal", "block") and tree.draft_probs is not None
+
+
+def decide(
+    rule: str,
+    tree: DraftTree,
+    logits: Tensor,
+    processors: Sequence[LogitsProcessor],
+    chance: Chance | Uniforms,
+) -> Verdict:
+    """What the target accepts by a rule, where scores follow from logits (batch, nodes, vocab)."""
+    if rule == "greedy":
+        is_coarse = not processors and logits.dtype != torch.float64  # `processed` changes nothing
+        scores = logits if is_coarse else processed(processors, logits.flatten(0, 1))
+        return verify_greedy(tree, scores.view_as(logits))
+    if looks_ahead(rule, tree):
+        probs = processed(processors, logits.flatten(0, 1)).softmax(-1)
+        return verify_traversal(tree, probs.view_as(logits), chance)
+    rows = torch.arange(len(logits), device=logits.device)
+    return verify_token(
+        tree, lambda node: processed(processors, logits[rows, node]).softmax(-1), chance
+    )

@@ -64,14 +64,9 @@ STATELESS = (
     hf.EncoderRepetitionPenaltyLogitsProcessor,
     hf.PrefixConstrainedLogitsProcessor,
 )
-ROW_WISE_CRITERIA = (
-    MaxLengthCriteria,
-    MaxTimeCriteria,
-    hf.EosTokenCriteria,
-    hf.StopStringCriteria,
-)
 # criteria that end all rows at once, where all are equally long
 BATCH_CRITERIA = (MaxLengthCriteria, MaxTimeCriteria)
+ROW_WISE_CRITERIA = (*BATCH_CRITERIA, hf.EosTokenCriteria, hf.StopStringCriteria)
 # those that remember what they have seen
 STATEFUL = hf.SynthIDTextWatermarkLogitsProcessor, hf.UnbatchedClassifierFreeGuidanceLogitsProcessor
 

@@ -13,7 +13,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from ...target import CONVOLUTION
 from .layers import ImageLayer, RaggedLayer, new_layer
-from .ragged_cache import HIDDEN, RaggedCache
+from .ragged_cache import RaggedCache
 
 # the keyword and the output of `generate` and of models: `past_key_values` before transformers 5.24
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
@@ -165,15 +165,3 @@ def whole_length(input_ids: Tensor, model_kwargs: dict) -> int:
         if model_kwargs.get(name) is not None:
             return model_kwargs[name].shape[-1]
     return input_ids.shape[1]
-
-
-def whole_positions(seen: Tensor, given: Tensor | None) -> Tensor:
-    """Positions of all tokens, `HIDDEN` where padded: (batch, read + new) bool → the same shape.
-
-    `given`: the target's position ids, (batch or 1, read + new), where each token has one;
-        with a leading axis for time, height and width, which agree for text.
-    """
-    given = given[-1] if given is not None and given.dim() == 3 else given
-    if given is None or given.shape[1:] != seen.shape[1:]:
-        return (seen.long().cumsum(1) - 1).masked_fill(~seen, HIDDEN)
-    return given.to(seen.device).masked_fill(~seen, HIDDEN)

@@ -22,8 +22,7 @@ from ...target import (
     takes_positions,
     text_config,
 )
-from ..preparation.needs import preparation_findings
-from ..preparation.switches import rotary_types
+from ..preparation.needs import preparation_findings, rotary_types
 from .entries import REFUSED, TABLES, Findings, Judgement, finding, judge
 from .foreign import foreign_findings, foreign_hooks, has_foreign_attention, state_of
 

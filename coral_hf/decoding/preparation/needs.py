@@ -1,22 +1,29 @@
-"""Which calls need the target's own preparation of inputs in every round.
+"""Which calls need the target's own preparation of inputs in every round, and how far one reaches.
 
 In: a target, and what `generate` has prepared for it. Out: a `Preparation`. Which targets and
-inputs may come is the guard's to say.
+inputs may come is the guard's to say. Where rotary embeddings change with the length of a text, a
+tree has only so many levels that all its nodes are read as plain `generate` would read them, one
+after the other:
+
+    LongRoPE       positions 0 … length-1 by one set of frequencies, longer texts by another: a pass
+                   ends before the switch or begins behind it
+    dynamic NTK    texts longer than `length` by frequencies of their own length: one token a pass
 """
 
+import sys
 from collections.abc import Iterator
 from enum import IntEnum
 from numbers import Number
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
+from ...target import text_config
 from ..caches.continuation import CACHE
 from ..guard.entries import TABLES, TREE, Entry, Findings
-from .switches import is_reached, rotary_switches
 
 PREPARE, UPDATE = "prepare_inputs_for_generation", "_update_model_kwargs_for_generation"
 # classes of transformers that override one of them, and of these, those whose method does nothing
@@ -34,6 +41,44 @@ DIRECT_INPUTS = {
 }
 # further inputs, of which a new token gets what the one before it had
 INPUTS = TABLES["Inputs that reach the target at each step"]
+
+
+class Switch(NamedTuple):
+    """Where a rotary embedding changes."""
+
+    length: int  # tokens of the longest text that is read as short ones are
+    is_growing: bool  # whether each further token changes it again
+
+    def room(self, length: int) -> int:
+        """Levels of a tree below a root that is the last of `length` tokens."""
+        if length <= self.length:
+            return self.length - length
+        return 0 if self.is_growing else sys.maxsize
+
+
+def rotary_switches(model: PreTrainedModel) -> tuple[Switch, ...]:
+    """Where the rotary embeddings of a target change, those of each layer type."""
+    text, found = text_config(model), set()
+    for kind in _rope_parameters(model):
+        name = kind.get("rope_type", "default")
+        if name == "longrope":
+            own = getattr(text, "original_max_position_embeddings", None)
+            length = kind.get("original_max_position_embeddings") or own
+            found.add(Switch(int(length or text.max_position_embeddings), False))
+        elif "dynamic" in name:  # as transformers asks
+            found.add(Switch(int(text.max_position_embeddings), True))
+    return tuple(sorted(found))
+
+
+def rotary_types(model: PreTrainedModel) -> set[str]:
+    """Names of a target's rotary embeddings, those of each layer type."""
+    return {kind.get("rope_type", "default") for kind in _rope_parameters(model)}
+
+
+def _rope_parameters(model: PreTrainedModel) -> list[dict]:
+    """The settings of rotary embeddings, those of each layer type where they differ."""
+    given = getattr(text_config(model), "rope_parameters", None) or {}
+    return [one for one in given.values() if isinstance(one, dict)] or [given]
 
 
 class Preparation(IntEnum):
@@ -60,7 +105,7 @@ def choose_preparation(
     if not switches:
         owners -= AT_A_SWITCH
     # with several rows, the rotary embedding looks at the longest
-    is_switching = batch > 1 and is_reached(switches, max_length)
+    is_switching = batch > 1 and any(max_length > switch.length for switch in switches)
     needs_own = owners or is_switching or any(further_inputs(model_kwargs))
     return Preparation.OWN if needs_own else Preparation.DIRECT
 

@@ -43,7 +43,6 @@ class PreparedRunner(TargetRunner):
         self._is_compared = need == Preparation.CHECKED
         self._has_differed = False
         self._updates_itself = UPDATE in overridden(self._target.model)
-        self.is_limited = self.is_checked = True
 
     def prefill(self, input_ids: Tensor, model_kwargs: dict, *passes) -> TargetOutput:
         """See [`TargetRunner`]."""

@@ -9,22 +9,13 @@ from transformers.utils import logging
 
 from ...target import CONVOLUTION, all_modules, sliding_windows, takes_positions
 from ..loop import DecodingLoop
-from ..preparation.switches import rotary_switches
+from ..preparation.needs import rotary_switches
 from .loop import FixedLoop, FixedPlan
 
 logger = logging.get_logger(__name__)
 
 
-def asks_for_fixed_rounds(config: GenerationConfig, is_captured: bool) -> bool:
-    """Whether a call asks for constant shapes, in the way in which it asks transformers.
-
-    `is_captured`: whether it asks for CUDA graphs.
-    """
-    is_compiled = config.compile_config is not None and not config.disable_compile
-    return config.cache_implementation == "static" or is_compiled or is_captured
-
-
-def can_capture(model: PreTrainedModel, config: GenerationConfig) -> bool:
+def _can_capture(model: PreTrainedModel, config: GenerationConfig) -> bool:
     """Whether the rounds of a call can be captured in CUDA graphs; tells why not at INFO.
 
     Raises:
@@ -51,23 +42,29 @@ def can_capture(model: PreTrainedModel, config: GenerationConfig) -> bool:
 
 
 def with_constant_shapes(loop: DecodingLoop, how: FixedPlan, is_prepared: bool) -> DecodingLoop:
-    """The loop of a call that asks for constant shapes; the same one where it cannot have them.
+    """The loop of a call: with constant shapes where it asks for them and can have them.
 
-    `is_prepared`: whether the target prepares the inputs of each round itself, or takes no tree.
+    A call asks in the way in which it asks transformers, or for CUDA graphs.
+
+    Args:
+        is_prepared: whether the target prepares the inputs of each round itself, or takes no tree.
 
     Raises:
         ValueError: if it cannot, and is there to compile and no more.
     """
+    is_static = how.config.cache_implementation == "static"
+    if not (is_static or how.is_captured or how.compile_config is not None):
+        return loop
+    if how.is_captured:
+        how = how._replace(is_captured=_can_capture(loop.target.model, how.config))
     obstacle = _obstacle(loop, is_prepared)
     if obstacle is None:
-        return FixedLoop(**{name: vars(loop)[name] for name in _PARTS}, fixed=how)
+        parts = loop.drafting, loop.target, loop.sequences, loop.collector, loop.policy, loop.plan
+        return FixedLoop(*parts, fixed=how)
     if how.num_compiled is not None:
         raise ValueError(f"There is nothing to compile: {obstacle}.")
     logger.info(f"The rounds of this call have varying shapes: {obstacle}.")
     return loop
-
-
-_PARTS = ("drafting", "target", "sequences", "collector", "policy", "plan")
 
 
 def _obstacle(loop: DecodingLoop, is_prepared: bool) -> str | None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +24,10 @@ from ...target import text_config
 from ..caches.fixed_cache import FixedCache
 from ..chance import Uniforms
 from ..drafting import PADDING, DraftTree, FixedDrafting, Level, TreeShape, root_only
-from ..rules import decide
 from ..rules.walk import Verdict
 from ..settings import Rule
 from ..target_runner import TargetRunner
+from ..verifier import decide
 from ..watchers import processed
 
 
@@ -42,6 +43,7 @@ class FixedRounds:
         rule: by which trees are drafted and verified.
         processors: whose scores follow from logits alone.
         capacity: tokens that a row may have.
+        steps: how they are run, by name; see [`steps.Steps`].
     """
 
     drafting: FixedDrafting
@@ -51,6 +53,7 @@ class FixedRounds:
     rule: Rule
     processors: Sequence[LogitsProcessor]
     capacity: int
+    steps: Any = None
 
     def __post_init__(self):
         batch, device = len(self.root), self.root.device
@@ -102,6 +105,10 @@ class FixedRounds:
     def vocab_size(self) -> int:
         """Tokens that the target gives logits of."""
         return text_config(self.target.model).vocab_size
+
+    def run(self, name: str) -> Tensor | None:
+        """Run a step of a round, `draft`, `verify` or `token`: None, or (batch, new + 1)."""
+        return self.steps.run(name, self)
 
     def forget_pass(self) -> None:
         """Forget what a step has left that was broken off."""

@@ -53,17 +53,6 @@ class FixedPlan(NamedTuple):
         return None if self.config.disable_compile else self.config.compile_config
 
 
-class Rung(NamedTuple):
-    """Rounds with trees of one size."""
-
-    rounds: FixedRounds
-    steps: Steps
-
-    def run(self, name: str) -> Tensor | None:
-        """Run a step of a round."""
-        return self.steps.run(name, self.rounds)
-
-
 class HostCopy:
     """A tensor on its way to the host, for which nobody waits before it is read."""
 
@@ -104,7 +93,7 @@ class FixedLoop(DecodingLoop):
             self.shapes = ladder(self.fixed.shape)
         # a device that works by itself drafts while the host reads; a draft keeps nothing
         self.drafts_ahead = self.sequences.ids.is_cuda
-        self.ahead: Rung | None = None  # whose next tree is being drafted
+        self.ahead: FixedRounds | None = None  # whose next tree is being drafted
 
     def run(self, model_kwargs: dict) -> None:
         """Decode until every row has ended; `model_kwargs` are what `generate` prepared."""
@@ -140,8 +129,8 @@ class FixedLoop(DecodingLoop):
         drafting.begin(tokens, output.features, target.cache.positions)
         rungs = self._rungs(drafting, target)
         self._ready(rungs[0])
-        for rung in rungs[1 : len(shapes)]:
-            run_dry(*rung, "draft", "verify")
+        for smaller in rungs[1 : len(shapes)]:
+            run_dry(smaller, "draft", "verify")
         self.lap("warm_up_seconds")
 
     def begin_rounds(self) -> None:
@@ -149,7 +138,7 @@ class FixedLoop(DecodingLoop):
         self._begin()
         self.policy = DraftPolicy(self.fixed.shape)
         if self.fixed.is_adaptive:
-            costs = self.fixed.costs or measure_costs(*self.largest)
+            costs = self.fixed.costs or measure_costs(self.largest)
             self.policy = RungDraft([shape for shape in self.shapes if shape in self.rungs], costs)
 
     def _begin(self) -> None:
@@ -157,18 +146,20 @@ class FixedLoop(DecodingLoop):
         self.largest, *smaller = self._rungs(self.drafting, self.target)
         self._ready(self.largest)
         if self.fixed.compile_config is not None:
-            smaller = [rung for rung in smaller if rung.steps.is_ready("draft", "verify")]
-        self.rungs = {rung.rounds.shape: rung for rung in (self.largest, *smaller)}
+            smaller = [one for one in smaller if one.steps.is_ready("draft", "verify")]
+        self.rungs = {one.shape: one for one in (self.largest, *smaller)}
         self.num_stopped = 0
         self._note_ends()
 
-    def _rungs(self, drafting: FixedDrafting, target: TargetRunner) -> list[Rung]:
+    def _rungs(self, drafting: FixedDrafting, target: TargetRunner) -> list[FixedRounds]:
         """Rounds of all sizes, over the same buffers."""
         root = self.sequences.last(list(range(len(self.sequences.lengths))))
         how = self.fixed.shape, self.plan.rule, tuple(self.sequences.processors)
         first = FixedRounds(drafting, target, root, *how, self.capacity)
         rounds = [first, *(first.smaller(shape) for shape in self.shapes[1:])]
-        return [Rung(one, self._steps(one.shape)) for one in rounds]
+        for one in rounds:
+            one.steps = self._steps(one.shape)
+        return rounds
 
     def _steps(self, shape: TreeShape) -> Steps:
         """The steps of rounds with trees of a shape, which all calls of a kind share."""
@@ -181,11 +172,11 @@ class FixedLoop(DecodingLoop):
         how = self.fixed.compile_config, self.fixed.is_captured
         return steps_of(self.target.model, kind, *how)
 
-    def _ready(self, rung: Rung) -> None:
+    def _ready(self, rounds: FixedRounds) -> None:
         """Run each step of the largest rounds once, and measure them where somebody asks."""
-        run_dry(*rung, "draft", "verify", *(["token"] if self.fixed.is_adaptive else []))
+        run_dry(rounds, "draft", "verify", *(["token"] if self.fixed.is_adaptive else []))
         if self.fixed.is_adaptive and self.fixed.costs is None:
-            measure_costs(*rung)
+            measure_costs(rounds)
 
     def _capacity(self, length: int) -> int:
         """What rows of `length` tokens need, with all that a round may write behind them."""
@@ -214,7 +205,7 @@ class FixedLoop(DecodingLoop):
         if is_plain := self.policy.is_plain:
             self.stats.is_stepped_back, self.keep_memory = True, False
             rung = self.largest
-        tree = root_only(rung.rounds.root) if is_plain else rung.rounds.tree
+        tree = root_only(rung.root) if is_plain else rung.tree
         self.sequences.show(tree)
         self.lap("draft_seconds")
         copy = HostCopy(rung.run("token" if is_plain else "verify"))
@@ -233,13 +224,13 @@ class FixedLoop(DecodingLoop):
             self.policy.note(RoundSample(len(rows), levels, nodes, sum(counts) / len(rows)))
         self.lap("other_seconds")
 
-    def _draft(self) -> Rung:
+    def _draft(self) -> FixedRounds:
         """Begin a round, with a tree where drafting pays: of the size that pays most."""
         if self._is_full():
             self._grow()
         size = self.policy.plan(len(self.sequences.active))
         rung = self.rungs.get(size, self.largest)
-        rung.rounds.uniforms.draw_all()
+        rung.uniforms.draw_all()
         if not self.policy.is_plain:
             rung.run("draft")
         return rung
@@ -265,7 +256,7 @@ class FixedLoop(DecodingLoop):
         if sum(is_stopped) > self.num_stopped:
             self.num_stopped = sum(is_stopped)
             is_active = host_tensor([not one for one in is_stopped])
-            self.largest.rounds.is_active.copy_(is_active, non_blocking=True)
+            self.largest.is_active.copy_(is_active, non_blocking=True)
 
     def _grow(self) -> None:
         """Go on in buffers of the next capacity."""

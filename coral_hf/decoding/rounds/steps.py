@@ -177,11 +177,12 @@ class Captured:
         self._graph, self._output = graph, output
 
 
-def run_dry(rounds: FixedRounds, steps: Steps, *names: str) -> None:
+def run_dry(rounds: FixedRounds, *names: str) -> None:
     """Run each step once on rows that keep nothing, so that what compiles has compiled.
 
     A step that cannot be compiled or captured runs as it is from then on.
     """
+    steps: Steps = rounds.steps
     rounds.is_active.fill_(False)
     for name in names:
         if steps.is_ready(name):
@@ -199,25 +200,25 @@ def run_dry(rounds: FixedRounds, steps: Steps, *names: str) -> None:
     rounds.is_active.fill_(True)
 
 
-def measure_costs(rounds: FixedRounds, steps: Steps) -> Costs:
+def measure_costs(rounds: FixedRounds) -> Costs:
     """What rounds cost in passes of one token: measured once, in rounds that keep nothing.
 
     Once in a process, so that calls alike decide alike.
     """
-    if not steps.costs:
+    if not rounds.steps.costs:
         rounds.is_active.fill_(False)
-        seconds = {name: [_timed(rounds, steps, name) for _ in range(TRIALS)] for name in STEPS}
+        seconds = {name: [_timed(rounds, name) for _ in range(TRIALS)] for name in STEPS}
         draft, verify, token = (statistics.median(seconds[name]) for name in STEPS)
         tree = rounds.tree
         more = max(verify / token - 1, 0.0) / max(tree.tokens.shape[1] - 1, 1)
-        steps.costs.append(Costs(base=1.0, level=draft / token / tree.levels, node=more))
+        rounds.steps.costs.append(Costs(base=1.0, level=draft / token / tree.levels, node=more))
         rounds.is_active.fill_(True)
-    return steps.costs[0]
+    return rounds.steps.costs[0]
 
 
-def _timed(rounds: FixedRounds, steps: Steps, name: str) -> float:
+def _timed(rounds: FixedRounds, name: str) -> float:
     """Seconds of a step, with what a device has still to do."""
     start = time.perf_counter()
-    steps.run(name, rounds)
+    rounds.run(name)
     rounds.root.tolist()
     return time.perf_counter() - start

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..chance import Chance, Uniforms
 from ..drafting import PADDING, DraftTree, host_tensor
-from .walk import Verdict, first_true, follow
+from .walk import Verdict, first_true, follow, normed
 
 
 class Chances(NamedTuple):
@@ -38,7 +38,10 @@ def verify_traversal(tree: DraftTree, probs: Tensor, chance: Chance | Uniforms) 
     """
     batch = len(tree.tokens)
     if not tree.plan and batch > 1:  # families differ from row to row
-        rows = [verify_traversal(_row(tree, i), probs[i : i + 1], chance) for i in range(batch)]
+        tree, rows = tree._replace(levels=tree.max_depth), []
+        for row, own in enumerate(probs.split(1)):
+            alone = tree.each(lambda part, row=row: part[row : row + 1])
+            rows.append(verify_traversal(alone, own, chance))
         return Verdict(*map(torch.cat, zip(*rows, strict=True)))
     chances = chances_of(tree, probs)
     drawn = torch.stack([chance.accept(accept) for accept in chances.accept.T], dim=1)
@@ -56,13 +59,6 @@ def verify_traversal(tree: DraftTree, probs: Tensor, chance: Chance | Uniforms) 
         place = first_true(is_last)
         rest = torch.where(is_last.any(1, keepdim=True), left[rows, place], rest)
     return Verdict(path, lengths, chance.draw(rest))
-
-
-def _row(tree: DraftTree, row: int) -> DraftTree:
-    """One row of a tree (batch, nodes), as deep as all of them."""
-    parts = tree._asdict().items()
-    own = {name: part[row : row + 1] for name, part in parts if isinstance(part, Tensor)}
-    return tree._replace(levels=tree.max_depth, **own)
 
 
 def families_of(tree: DraftTree) -> list[Tensor]:
@@ -104,7 +100,7 @@ def chances_of(tree: DraftTree, probs: Tensor) -> Chances:
             mine = torch.where(is_node, rejected[0], mine)
             p = torch.where(is_node[..., None], rejected[1], p)
             if tree.draws != "independent":
-                q = torch.where(is_node[..., None], _without(q, token), q)
+                q = torch.where(is_node[..., None], normed(q, token, torch.zeros_like(q)), q)
         accept.scatter_(1, parent, mine)
         left.append((parent.masked_fill(parents[..., 0] == PADDING, PADDING), p))
     return Chances(accept, left)
@@ -132,9 +128,3 @@ def _try(
     p = torch.where(mass[..., None] > 0, rest / mass.clamp(min=tiny)[..., None], p)
     is_open = reach > 0  # else nothing below can be accepted any more
     return entered, (torch.where(is_open, left, reach), p)
-
-
-def _without(q: Tensor, token: Tensor) -> Tensor:
-    """`q` (batch, families, vocab) without a token (batch, families, 1), normed; zeros if empty."""
-    rest = q.scatter(2, token, 0)
-    return rest / rest.sum(2, keepdim=True).clamp(min=torch.finfo(rest.dtype).tiny)

@@ -143,9 +143,9 @@ def token_step(siblings: Siblings, target_probs: Tensor, chance: Chance | Unifor
         is_accepted = chance.accept(chances[:, 0].clamp(max=1)) & is_tried
         child = torch.where(is_accepted, tried, child)
         is_rejected = (is_tried & ~is_accepted)[:, None]
-        p = torch.where(is_rejected, _normed((p - q).clamp(min=0), token, p), p)
+        p = torch.where(is_rejected, normed((p - q).clamp(min=0), token, p), p)
         if not siblings.is_independent:
-            q = torch.where(is_rejected, _normed(q, token, torch.zeros_like(q)), q)
+            q = torch.where(is_rejected, normed(q, token, torch.zeros_like(q)), q)
         is_child = is_child.scatter(1, tried[:, None], False)
     drawn = chance.draw(p)
     return Step(torch.where(child > 0, tokens.gather(1, child[:, None])[:, 0], drawn), child)
@@ -163,9 +163,9 @@ def first_true(mask: Tensor) -> Tensor:
     return torch.where(first < nodes, first, 0)
 
 
-def _normed(probs: Tensor, token: Tensor, otherwise: Tensor) -> Tensor:
-    """`probs` (batch, vocab) without `token` (batch, 1), normed; else `otherwise`."""
-    rest = probs.scatter(1, token, 0)
-    mass = rest.sum(1, keepdim=True)
+def normed(probs: Tensor, token: Tensor, otherwise: Tensor) -> Tensor:
+    """`probs` (..., vocab) without `token` (..., 1), normed; else `otherwise`."""
+    rest = probs.scatter(-1, token, 0)
+    mass = rest.sum(-1, keepdim=True)
     tiny = torch.finfo(rest.dtype).tiny  # whose inverse would overflow
     return torch.where(mass < tiny, otherwise, rest / mass.clamp(min=tiny))
