@@ -62,7 +62,7 @@ _NAMED: WeakKeyDictionary[PreTrainedModel, tuple[tuple, PreTrainedModel]] = Weak
 
 def install() -> None:
     """Let `generate` and pipelines take a CORAL drafter as `assistant_model`; once is enough."""
-    if is_installed():
+    if hasattr(GenerationMixin.generate, "is_coral_door"):
         return
     plain, signature = GenerationMixin.generate, inspect.signature(GenerationMixin.generate)
     plain_batch, plain_loading = GenerationMixin.generate_batch, pipelines.load_assistant_model
@@ -104,15 +104,10 @@ def install() -> None:
 
 def uninstall() -> None:
     """Give `generate` and pipelines back as they were before `import coral_hf`."""
-    if is_installed():
+    if hasattr(GenerationMixin.generate, "is_coral_door"):
         GenerationMixin.generate = GenerationMixin.generate.__wrapped__
         GenerationMixin.generate_batch = GenerationMixin.generate_batch.__wrapped__
         pipelines.load_assistant_model = pipelines.load_assistant_model.__wrapped__
-
-
-def is_installed() -> bool:
-    """Whether `generate` takes a CORAL drafter as `assistant_model`."""
-    return getattr(GenerationMixin.generate, "is_coral_door", False)
 
 
 def load_drafter(name: str | Path, target: PreTrainedModel) -> PreTrainedModel:
@@ -200,7 +195,8 @@ class BoundDrafter:
         """Decode what `generate` has prepared for the target: `input_ids` are (batch, length)."""
         config, watchers = generation_config, (logits_processor, stopping_criteria)
         own, settings = getattr(self.drafter, "generation_config", None), self.settings
-        defaults = _defaults(own)
+        # of calls that leave settings out
+        defaults = {name: getattr(own, name, TREE_DEFAULTS.get(name)) for name in DECODING_KEYWORDS}
         rule = choose_rule(config.do_sample, defaults, settings)
         speculation = choose_speculation((defaults | settings)["speculation"])
         if speculation == "never":  # rounds are none, so that the guard has nothing to say
@@ -251,11 +247,6 @@ class BoundDrafter:
             name: self.settings[name] for name in self.family.options if name in self.settings
         }
         return partial(self.family.start, self.drafter, read_target(model), **options)
-
-
-def _defaults(own: GenerationConfig | None) -> Settings:
-    """Settings of calls that leave them out, from a drafter's `generation_config`."""
-    return {name: getattr(own, name, TREE_DEFAULTS.get(name)) for name in DECODING_KEYWORDS}
 
 
 def decoder(

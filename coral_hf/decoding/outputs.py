@@ -5,7 +5,7 @@ output of `generate`, one entry a token.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from transformers import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..target import CONVOLUTION
+
+OUTPUTS = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
 
 
 class TargetOutput(NamedTuple):
@@ -43,25 +45,24 @@ class OutputCollector:
 
     def __init__(self, config: GenerationConfig, batch: int, windows: Sequence[int | None] = ()):
         self.config, self.returns_dict = config, bool(config.return_dict_in_generate)
-        names = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
-        wanted = [name for name in names if self.returns_dict and getattr(config, name)]
-        self.keeps_scores, self.keeps_logits = (name in wanted for name in names[:2])
+        wanted = [name for name in OUTPUTS if self.returns_dict and getattr(config, name)]
+        self.keeps_scores, self.keeps_logits = (name in wanted for name in OUTPUTS[:2])
         # what the target's passes must give
-        self.extras = tuple(name for name in names[2:] if name in wanted)
+        self.extras = tuple(name for name in OUTPUTS[2:] if name in wanted)
         self._windows = [window for window in windows if window != CONVOLUTION]
-        self._scores: list[list[Tensor]] = [[] for _ in range(batch)]  # (vocab,) a token
-        self._logits: list[list[Tensor]] = [[] for _ in range(batch)]
-        self._hidden: list[list[ByLayer]] = [[] for _ in range(batch)]  # (1, hidden) by layer
-        self._attentions: list[list[ByLayer]] = [[] for _ in range(batch)]  # (heads, 1, slots)
+        # by row, and for each token: (vocab,), or by layer (1, hidden) and (heads, 1, slots)
+        self._kept: dict[str, list[list[Any]]] = {
+            name.removeprefix("output_"): [[] for _ in range(batch)] for name in OUTPUTS
+        }
         # the pass over the prompts, which counts as the first token's
         self.prompt = TargetOutput(*(torch.empty(0, dtype=torch.float32, device="cpu"),) * 2)
 
     def add(self, row: int, logits: Tensor, processed: Tensor) -> None:
         """Keep a token's logits and processed scores, each of shape (vocab,)."""
         if self.keeps_logits:
-            self._logits[row].append(logits.to(torch.float32, copy=True))
+            self._kept["logits"][row].append(logits.to(torch.float32, copy=True))
         if self.keeps_scores:
-            self._scores[row].append(processed)
+            self._kept["scores"][row].append(processed)
 
     def add_all(
         self, rows: list[int], counts: list[int], output: GenerateDecoderOnlyOutput
@@ -70,11 +71,9 @@ class OutputCollector:
 
         Its tuples have one entry a token, or one by layer, over (rows, ...).
         """
-        kept = self._logits, self._scores, self._hidden, self._attentions
-        found = output.logits, output.scores, output.hidden_states, output.attentions
-        for by_row, by_token in zip(kept, found, strict=True):
+        for name, by_row in self._kept.items():
             for index, (row, count) in enumerate(zip(rows, counts, strict=True)):
-                for one in (by_token or ())[:count]:
+                for one in (getattr(output, name) or ())[:count]:
                     is_state = isinstance(one, tuple)
                     by_row[row].append(tuple(x[index] for x in one) if is_state else one[index])
 
@@ -87,27 +86,26 @@ class OutputCollector:
             path: node by node from the root.
         """
         for depth, node in enumerate(path, start=1):
-            self._hidden[row].append(tuple(s[index, node, None] for s in output.hidden_states))
+            states = tuple(state[index, node, None] for state in output.hidden_states)
+            self._kept["hidden_states"][row].append(states)
             windows = self._windows if output.attentions else ()  # which may not be asked for
             layers = zip(output.attentions, windows, strict=True)
             prefix = path[:depth], output.lengths, index
-            self._attentions[row].append(tuple(_attended(w[index], *prefix, x) for w, x in layers))
+            weights = tuple(_attended(one[index], *prefix, window) for one, window in layers)
+            self._kept["attentions"][row].append(weights)
 
     def scores(self) -> tuple[Tensor, ...] | None:
         """Each (batch, vocab), one a token; None if the caller does not want them."""
-        return _by_token(self._scores) or None
+        return _by_token(self._kept["scores"]) or None
 
     def outputs(self) -> dict[str, tuple | None]:
         """By the names of `GenerateDecoderOnlyOutput`."""
-        return {
-            "scores": self.scores(),
-            "logits": _by_token(self._logits) or None,
-            "hidden_states": self._states(self.prompt.hidden_states, self._hidden),
-            "attentions": self._states(self.prompt.attentions, self._attentions),
-        }
+        logits = _by_token(self._kept["logits"]) or None
+        states = {name: self._states(name) for name in ("hidden_states", "attentions")}
+        return {"scores": self.scores(), "logits": logits, **states}
 
-    @staticmethod
-    def _states(prompt: ByLayer, rows: list[list[ByLayer]]) -> tuple[ByLayer, ...] | None:
+    def _states(self, name: str) -> tuple[ByLayer, ...] | None:
+        prompt, rows = getattr(self.prompt, name), self._kept[name]
         if not prompt:
             return None
         layers = [_by_token([[one[i] for one in row] for row in rows]) for i in range(len(prompt))]

@@ -112,13 +112,11 @@ def has_foreign_attention(model: PreTrainedModel) -> bool:
 
 def foreign_modules(model: PreTrainedModel) -> list[type | Callable]:
     """The classes of modules of a target, and functions that replace a forward, of others."""
-    found: dict[Any, None] = {}
-    for module in all_modules(model):
-        found[type(module)] = None
-        if "forward" in module.__dict__:
-            found[module.__dict__["forward"]] = None
-    found.pop(type(model))
-    return [one for one in found if root_of(one) not in LIBRARIES]
+    parts = ((type(one), one.__dict__.get("forward")) for one in all_modules(model))
+    found = dict.fromkeys(part for both in parts for part in both)
+    return [
+        one for one in found if one not in (None, type(model)) and root_of(one) not in LIBRARIES
+    ]
 
 
 def foreign_hooks(model: PreTrainedModel) -> list[Callable]:

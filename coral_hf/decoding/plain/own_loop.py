@@ -34,10 +34,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from ..caches.continuation import CACHE, whole_length
 from ..caches.layers import RaggedLayer
 from ..caches.ragged_cache import RaggedCache
+from ..outputs import OUTPUTS
 from ..sequences import Sequences
 from ..watchers import ROW_WISE_CRITERIA, STATELESS
 
-OUTPUTS = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
 TRIED = 4  # passes of a trial; the first one's seconds, in which the loop is set up, do not count
 
 

@@ -3,6 +3,8 @@
 In: the loop of a call, before its first pass. Out: the loop that runs it.
 """
 
+from typing import Any
+
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
@@ -10,6 +12,7 @@ from transformers.utils import logging
 from ...target import CONVOLUTION, all_modules, sliding_windows, takes_positions
 from ..loop import DecodingLoop
 from ..preparation.needs import rotary_switches
+from ..target_runner import TargetRunner
 from .loop import FixedLoop, FixedPlan
 
 logger = logging.get_logger(__name__)
@@ -59,8 +62,8 @@ def with_constant_shapes(loop: DecodingLoop, how: FixedPlan, is_prepared: bool) 
         how = how._replace(is_captured=_can_capture(loop.target.model, how.config))
     obstacle = _obstacle(loop, is_prepared)
     if obstacle is None:
-        parts = loop.drafting, loop.target, loop.sequences, loop.collector, loop.policy, loop.plan
-        return FixedLoop(*parts, fixed=how)
+        sides: tuple[Any, TargetRunner] = loop.drafting, loop.target
+        return FixedLoop(*sides, loop.sequences, loop.collector, loop.policy, loop.plan, fixed=how)
     if how.num_compiled is not None:
         raise ValueError(f"There is nothing to compile: {obstacle}.")
     logger.info(f"The rounds of this call have varying shapes: {obstacle}.")

@@ -12,6 +12,7 @@ Verification (Sun et al. 2025, ICLR).
     tried      3  4  1  5  2  0     a node after all that hang on it; the root is accepted at last
 """
 
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ def verify_traversal(tree: DraftTree, probs: Tensor, chance: Chance | Uniforms) 
     if not tree.plan and batch > 1:  # families differ from row to row
         tree, rows = tree._replace(levels=tree.max_depth), []
         for row, own in enumerate(probs.split(1)):
-            alone = tree.each(lambda part, row=row: part[row : row + 1])
+            alone = tree.each(itemgetter(slice(row, row + 1)))
             rows.append(verify_traversal(alone, own, chance))
         return Verdict(*map(torch.cat, zip(*rows, strict=True)))
     chances = chances_of(tree, probs)
