@@ -195,8 +195,8 @@ class BoundDrafter:
         """Decode what `generate` has prepared for the target: `input_ids` are (batch, length)."""
         config, watchers = generation_config, (logits_processor, stopping_criteria)
         own, settings = getattr(self.drafter, "generation_config", None), self.settings
-        # of calls that leave settings out
-        defaults = {name: getattr(own, name, TREE_DEFAULTS.get(name)) for name in DECODING_KEYWORDS}
+        names = DECODING_KEYWORDS  # of what calls may leave out
+        defaults: Settings = {name: getattr(own, name, TREE_DEFAULTS.get(name)) for name in names}
         rule = choose_rule(config.do_sample, defaults, settings)
         speculation = choose_speculation((defaults | settings)["speculation"])
         if speculation == "never":  # rounds are none, so that the guard has nothing to say
