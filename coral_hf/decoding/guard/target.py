@@ -54,10 +54,11 @@ def judge_target(model: PreTrainedModel, rows: int = 0) -> Judgement:
 
 def _judge_itself(model: PreTrainedModel, rows: int) -> Judgement:
     found = Judgement()
-    for findings in (_structure(model), _layers(model), foreign_findings(model, rows)):
+    for findings in (_structure(model), _layers(model)):
         found &= judge(findings)
         if found.way == REFUSED:  # the rest may not be there to look at
             return found
+    found &= judge(foreign_findings(model, rows))
     # a convolution reads the padding of rows that have ended, as in plain `generate`
     keeps_rows = bool(foreign_hooks(model)) or CONVOLUTION in sliding_windows(model)
     return found._replace(keeps_rows=keeps_rows)
