@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from .drafters.recurrent import RecurrentConfig as RecurrentConfig
     from .drafters.recurrent import RecurrentDrafter as RecurrentDrafter
     from .hub import publish as publish
+    from .measure.autotune import autotune as autotune
     from .measure.lossless import verify as verify
-    from .measure.tuning.autotune import autotune as autotune
     from .training import AssistantTrainer as AssistantTrainer
     from .training import AssistantTrainingArguments as AssistantTrainingArguments
     from .training import CoralTrainer as CoralTrainer
@@ -63,7 +63,7 @@ _MODULES = {
     "drafters.medusa": ["MedusaConfig", "MedusaDrafter"],
     "drafters.recurrent": ["RecurrentConfig", "RecurrentDrafter"],
     "hub": ["publish"],
-    "measure.tuning.autotune": ["autotune"],
+    "measure.autotune": ["autotune"],
     "measure.lossless": ["verify"],
     "training": [
         "AssistantTrainer",

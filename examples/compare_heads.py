@@ -31,8 +31,7 @@ from coral_hf.heads.router import Groups
 from coral_hf.identity import weights_digest
 from coral_hf.measure.benchmark import COLUMNS, measure_prompts
 from coral_hf.measure.calls import Bench, Call, sampling_arguments
-from coral_hf.measure.plots import new_figure
-from coral_hf.measure.report import Report, Table, dashed, describe_environment
+from coral_hf.measure.report import Report, Table, dashed, describe_environment, new_figure
 from coral_hf.measure.settings import ComparisonSettings, option
 from coral_hf.measure.summary import OVERALL, Row, summarise_tasks
 from coral_hf.target import read_target

@@ -34,9 +34,15 @@ from transformers import (
 
 from coral_hf.atomic import JsonLines
 from coral_hf.identity import digest
-from coral_hf.measure import plots
 from coral_hf.measure.calls import decoded_rounds
-from coral_hf.measure.report import Table, describe_environment
+from coral_hf.measure.report import (
+    COLOURS,
+    Line,
+    Table,
+    describe_environment,
+    line_figure,
+    save_figure,
+)
 from coral_hf.measure.settings import ComparisonSettings
 from coral_hf.target import read_target
 from coral_hf.training.comparison.trials import Comparison, Trial
@@ -266,12 +272,12 @@ def token_table(rows: Sequence[Row]) -> Table:
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw τ over the tokens that were read: a line for each recipe, a dot for each run."""
-    lines = list[plots.Line]()
-    for colour, (recipe, own) in zip(plots.COLOURS, by_recipe(rows), strict=False):
-        lines.append(plots.Line(recipe, *zip(*curve(own), strict=True), "-", colour))
-        lines += (plots.Line("", *zip(*curve([row]), strict=True), ".", colour) for row in own)
+    lines = list[Line]()
+    for colour, (recipe, own) in zip(COLOURS, by_recipe(rows), strict=False):
+        lines.append(Line(recipe, *zip(*curve(own), strict=True), "-", colour))
+        lines += (Line("", *zip(*curve([row]), strict=True), ".", colour) for row in own)
     labels = {"xlabel": "tokens read in training", "ylabel": "τ, tokens per target pass"}
-    plots.save(plots.line_figure(lines, **labels), path)
+    save_figure(line_figure(lines, **labels), path)
 
 
 def by_recipe(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:

@@ -21,10 +21,9 @@ from coral_hf.cli.options import MeasuredOptions
 from coral_hf.cli.parser import parse
 from coral_hf.measure.benchmark import COLUMNS, LEGEND
 from coral_hf.measure.calls import Bench, Call, sampling_arguments
-from coral_hf.measure.plots import speed_figure
 from coral_hf.measure.prompts import Prompt, encode, left_padded, room_for_prompt
-from coral_hf.measure.report import Report, describe_environment, tabulate
-from coral_hf.measure.settings import HeadSettings, option
+from coral_hf.measure.report import Report, describe_environment, speed_figure, tabulate
+from coral_hf.measure.settings import DraftingSettings, option
 from coral_hf.measure.summary import summarise
 from coral_hf.target import text_config
 
@@ -44,7 +43,7 @@ answer after a context, whose prompt is joined from many.
 
 
 @dataclass(kw_only=True)
-class SweepSettings(HeadSettings):
+class SweepSettings(DraftingSettings):
     """What a sweep varies, and how often each size is measured; decoding is greedy."""
 
     batch_sizes: list[int] = option("Prompts in a batch.", [], flag="batch-size", least=1)

@@ -54,7 +54,7 @@ SEAMS = {
     ],
     "_attn_implementation": [
         *(f"decoding/guard/{name}.py" for name in ("foreign", "target", "trial")),
-        "measure/lossless/verify.py",
+        "measure/lossless.py",
         "training/features/reading.py",
     ],
     "DynamicCache": ["decoding/guard/target.py", "target.py"],

@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 from coral_hf import CoralDrafter, autotune
 from coral_hf.measure import Call
-from coral_hf.measure.tuning.autotune import CANDIDATES, Trial, fit_costs
+from coral_hf.measure.autotune import CANDIDATES, Trial, fit_costs
 
 PROMPT = torch.tensor([[5, 9, 3, 17, 22, 8]])
 

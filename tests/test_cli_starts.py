@@ -17,7 +17,7 @@ from test_examples import folder  # noqa: F401
 from test_resume import start
 from transformers import AutoModel, AutoModelForCausalLM
 
-from coral_hf.measure.tuning.head_choice import heads_of
+from coral_hf.measure.autotune import heads_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep:FutureWarning")
 

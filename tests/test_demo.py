@@ -1,20 +1,17 @@
 """The demo in three steps on a few stories, in seconds."""
 
 import io
-import json
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 
 import pytest
-import torch
 from rich.progress import Progress
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedTokenizerBase
 
 from coral_hf.demo import Budget, DemoSettings
-from coral_hf.demo.corpus import held_out_prompts, story_rows, told
 from coral_hf.demo.models import RECORD, BudgetCallback, bf16_pays, kept, train_tokenizer
 from coral_hf.demo.run import run_demo
-from coral_hf.demo.stories import opening, stories
+from coral_hf.demo.stories import held_out_prompts, opening, stories, story_rows, told
 
 STEPS = Budget(max_steps=3, max_seconds=60)
 TINY = {
@@ -28,10 +25,6 @@ TINY = {
     "num_prompts": 2,
     "max_new_tokens": 8,
 }
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
 
 
 def shown_by(settings: DemoSettings):
@@ -106,12 +99,6 @@ def test_rounds_are_compiled_and_the_seconds_are_shown(first_run, settings):
         assert {row.exact_match for row in report.numbers["rows"][-2:]} == {1.0}
 
 
-@pytest.mark.slow
-def test_fresh_trains_again(first_run, settings):
-    _, shown = shown_by(replace(settings, fresh=True))
-    assert shown.count("Training") == 3
-
-
 def test_an_interrupted_training_run_leaves_no_model(tmp_path):
     def interrupted(folder):
         (folder / "half").write_text("")
@@ -130,7 +117,6 @@ def test_an_interrupted_training_run_leaves_no_model(tmp_path):
     [
         ({"seed": 5}, "weights", "was written with seed = 0, now it is 5"),
         ({}, "other weights", "was written with target = 'weights', now it is 'other weights'"),
-        ({"seed": 5, "fresh": True}, "other weights", None),
         ({"max_new_tokens": 5}, "weights", None),
     ],
 )
@@ -140,45 +126,7 @@ def test_a_model_is_kept_for_what_it_was_trained_with(tmp_path, changed, read, s
     kept(here, "model", trained.append, target="weights")
     with nullcontext() if said is None else pytest.raises(ValueError, match=said):
         kept(replace(here, **changed), "model", trained.append, target=read)
-    assert len(trained) == 1 + ("fresh" in changed)
-
-
-def test_a_target_and_a_dataset_of_conversations_can_be_given(tmp_path, tokenizer):
-    tokenizer.chat_template = CHAT_TEMPLATE
-    source = save_target(tmp_path / "target", tokenizer)
-    turns = [{"role": "user", "content": "sort"}, {"role": "assistant", "content": "list.sort()"}]
-    rows = "\n".join(json.dumps({"messages": turns}) for _ in range(8))
-    (tmp_path / "chat.jsonl").write_text(rows)
-    given = {"target": str(source), "dataset": str(tmp_path / "chat.jsonl")}
-    reports, shown = shown_by(DemoSettings(**TINY, **given, output=tmp_path / "out"))
-    assert shown.count("Training") == 2 and "tokens (2 layers)" in shown
-    assert {call.task for call in reports[0].calls} == {"held-out"}
-
-
-def save_target(folder, tokenizer):
-    """A random target of two layers with its tokenizer."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=256,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def test_a_dataset_without_rows_to_train_on_is_refused(tmp_path):
-    path = tmp_path / "one.jsonl"
-    path.write_text(json.dumps({"text": "one"}))
-    with pytest.raises(ValueError, match="number of samples 1"):
-        held_out_prompts(DemoSettings(dataset=str(path)))
+    assert len(trained) == 1
 
 
 def test_prompts_begin_no_story_that_is_trained_on():

@@ -10,7 +10,7 @@ from datasets import Dataset
 from coral_hf import BigramDrafter, CoralDrafter, CoralTrainingArguments, Eagle3Drafter
 from coral_hf.heads import draft_heads
 from coral_hf.hub.card import CardFacts, make_card
-from coral_hf.measure.tuning.head_choice import choose_head, heads_of
+from coral_hf.measure.autotune import choose_head, heads_of
 from coral_hf.training.pipeline import train
 
 PROMPTS = [[5, 6, 7, 8], [9, 3, 4], [2, 2, 11, 12, 13]]
@@ -18,7 +18,7 @@ PROMPTS = [[5, 6, 7, 8], [9, 3, 4], [2, 2, 11, 12, 13]]
 
 @pytest.fixture(autouse=True)
 def _short_answers(monkeypatch):
-    monkeypatch.setattr("coral_hf.measure.tuning.head_choice.NEW_TOKENS", 8)
+    monkeypatch.setattr("coral_hf.measure.autotune.NEW_TOKENS", 8)
 
 
 @pytest.fixture

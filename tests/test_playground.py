@@ -25,8 +25,7 @@ from coral_hf.measure.calls import sampling_arguments
 from coral_hf.measure.prompts import Prompt, encode, left_padded, user_message
 from coral_hf.playground import drawing
 from coral_hf.playground.models import Models
-from coral_hf.playground.race import Race, Round, Side
-from coral_hf.playground.turns import Turns
+from coral_hf.playground.race import Race, Round, Side, Turns
 
 # Gradio reads an option of pandas that goes away
 pytestmark = pytest.mark.filterwarnings("ignore:.future.no_silent_downcasting")
@@ -126,7 +125,7 @@ def test_a_streamer_sees_the_tree_of_which_the_next_tokens_come(models, rounds):
 
 
 def test_calls_that_take_turns_never_overlap(monkeypatch):
-    monkeypatch.setattr("coral_hf.playground.turns.SLICE", 0.002)
+    monkeypatch.setattr("coral_hf.playground.race.SLICE", 0.002)
     turns, now, seen = Turns(), [], []
     first = [turns.enter() for _ in range(2)]
 

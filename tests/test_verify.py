@@ -14,8 +14,7 @@ from coral_hf.decoding.chance import Chance
 from coral_hf.decoding.rules.walk import Verdict
 from coral_hf.measure import Prompt, VerifySettings
 from coral_hf.measure.benchmark import Mismatch
-from coral_hf.measure.lossless.samples import REST, chi_square, count_outcomes, outcome_chances
-from coral_hf.measure.lossless.verify import is_tie
+from coral_hf.measure.lossless import REST, chi_square, count_outcomes, outcome_chances
 
 PROMPTS = [Prompt("text", "a", text="w1 w2 w3"), Prompt("text", "b", text="w9 w4")]
 TREE = {"tree_depth": 3, "tree_top_k": 4, "tree_nodes": 13}
@@ -128,8 +127,8 @@ def test_near_ties_count_as_equal():
     def mismatch(gap: float, roundings: float) -> Mismatch:
         return Mismatch("chat", "a", 0, "coral", 3, gap, roundings)
 
-    assert is_tie(mismatch(0.25, 2.0), "bfloat16") and not is_tie(mismatch(9.0, 72.0), "bfloat16")
-    assert is_tie(mismatch(1e-9, 1e5), "float64") and not is_tie(mismatch(1e-4, 1e10), "float64")
+    assert mismatch(0.25, 2.0).is_tie("bfloat16") and not mismatch(9.0, 72.0).is_tie("bfloat16")
+    assert mismatch(1e-9, 1e5).is_tie("float64") and not mismatch(1e-4, 1e10).is_tie("float64")
 
 
 def test_chances_of_outcomes_are_the_targets_own():

@@ -194,7 +194,7 @@ def autotune(own: AutotuneOptions) -> None:
     """Find the fastest draft head and tree on this machine, and save them with the drafter."""
     from ..atomic import write_json
     from ..drafters.model import TRAINING_RECORD
-    from ..measure.tuning.autotune import autotune as find_tree
+    from ..measure.autotune import autotune as find_tree
 
     target, drafter, tokenizer, prompts = own.load()
     ids = [measure.encode(prompt, tokenizer) for prompt in prompts]  # (1, length) each

@@ -25,20 +25,13 @@ class DemoSettings:
     Args:
         num_stories: that are trained on.
         max_length: tokens of a training row at most.
-        pad_layers: depth of the padded target; a deeper one is measured as it is.
-        tree: depth, top-k and nodes of what is drafted.
-        shallow_tree: the same for a target of fewer layers than `pad_layers`, of which a level of
-            the tree costs a good part.
+        pad_layers: depth of the padded target.
+        tree: depth, top-k and nodes of what is drafted for it.
+        shallow_tree: the same at the target's own two layers, of which a level of the tree costs a
+            good part.
     """
 
     output: Path = option("Folder of models, reports and plots.", Path("coral-demo"))
-    target: str | None = option("A target of your own; a small one is trained by default.", None)
-    dataset: str | None = option("Conversations or text of your own.", None)
-    chat_template: str | None = option("Another chat template: a file, or its text.", None)
-    chat_template_kwargs: str | None = option(
-        """Its options: '{"enable_thinking": false}'.""", None
-    )
-    fresh: bool = option("Train again what the folder holds.", False)
     compile: bool = option("Compile the rounds.", True)
     # in Python alone
     num_stories: int = 8000

@@ -29,20 +29,18 @@ from transformers import (
 
 from ..atomic import keep_settings, new_folder
 from ..drafters.coral import CoralDrafter
+from ..measure.autotune import choose_head
 from ..measure.prompts import encode
-from ..measure.tuning.head_choice import choose_head
 from ..training import CoralTrainer, CoralTrainingArguments
 from ..training.pipeline import save
 from . import Budget, DemoSettings
-from .corpus import DRAFTER_BATCH_SIZE, held_out_prompts, story_rows, told, training_rows
+from .stories import held_out_prompts, story_rows, told
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARMUP_STEPS = 20
-SMALL_VOCAB = 8192
-# likely tokens lie in many groups of a small vocabulary: half of it is read, not an eighth
-SMALL_VOCAB_GROUPS: dict[str, Any] = {"num_groups": 8, "num_active_groups": 4}
+DRAFTER_BATCH_SIZE = 2  # rows of a step: more steps in the same time
 # settings on which no weights depend
-NOT_TRAINED = tuple("output fresh compile pad_layers tree shallow_tree max_new_tokens".split())
+NOT_TRAINED = ("output", "compile", "pad_layers", "tree", "shallow_tree", "max_new_tokens")
 RECORD = "demo.json"  # in the folder of a model
 
 
@@ -53,11 +51,11 @@ def kept(settings: DemoSettings, name: str, train: Callable[[Path], None], **rea
         read: digests of what the model depends on beside the settings.
 
     Raises:
-        ValueError: if there is one that depends on something else, unless all is trained afresh.
+        ValueError: if there is one that depends on something else.
     """
     folder = settings.output / name
     trained = {key: value for key, value in vars(settings).items() if key not in NOT_TRAINED}
-    if settings.fresh or not (folder / RECORD).is_file():
+    if not (folder / RECORD).is_file():
         with new_folder(folder, last=RECORD) as unfinished:
             train(unfinished)
             keep_settings(unfinished / RECORD, trained | read, folder)
@@ -124,16 +122,19 @@ def train_drafter(
 
     The drafter reads the faster of its two heads, by prompts that are neither trained on nor shown.
     """
-    rows = training_rows(settings, tokenizer)
+    rows = story_rows(told(settings)[0], tokenizer).shuffle(seed=settings.seed)
+    most = settings.drafter_budget.max_steps * DRAFTER_BATCH_SIZE  # that are used up
+    rows = rows.select(range(min(most, len(rows))))
     # fp32, whatever the target's dtype: small updates vanish in lower ones
     drafter = CoralDrafter.from_target(target).float()
     # a small machine verifies fewer nodes
     drafter.generation_config.update(tree_depth=6, tree_top_k=8, tree_nodes=32)
-    is_small = drafter.config.vocab_size < SMALL_VOCAB
     for stage, budget in (("drafter", settings.drafter_budget), ("router", settings.router_budget)):
         args = CoralTrainingArguments(
             **common_arguments(settings, budget, folder),
-            **(SMALL_VOCAB_GROUPS if is_small else {}),
+            # likely tokens lie in many groups of a small vocabulary: half of it is read
+            num_groups=8,
+            num_active_groups=4,
             stage=stage,
             classification_weight=1.0,
             max_length=settings.max_length,

@@ -11,27 +11,21 @@ from typing import Any
 from rich import get_console
 from rich.table import Table
 from rich.text import Text
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from ..identity import digest, weights_digest
-from ..measure.benchmark import first_difference, run_benchmark
-from ..measure.chat import set_chat_options
+from ..atomic import write_text
+from ..identity import weights_digest
+from ..measure.benchmark import num_same, run_benchmark
 from ..measure.padding import pad_target
 from ..measure.prompts import Prompt, encode
 from ..measure.report import Report, dashed
-from ..measure.settings import BenchmarkSettings
+from ..measure.settings import TREE, BenchmarkSettings
 from ..measure.terminal import coloured_text, legend, unlogged
-from ..training.data import load_conversations
 from . import DemoSettings
-from .corpus import held_out_prompts, write_stories
 from .models import DEVICE, kept, train_drafter, train_target
+from .stories import held_out_prompts, stories
 
+MORE_STORIES = 1000  # for the reader's own next steps
 # of a report's environment, and its numbers for the target alone and with the drafter
 RESULT = (
     "{1.tokens_per_second:.1f} tokens/s alone (eager), {2.tokens_per_second:.1f} with the drafter;"
@@ -60,34 +54,34 @@ def run_demo(settings: DemoSettings) -> list[Report]:
         ValueError: if the output folder holds models that were trained with other settings.
     """
     console = get_console()
-    source = settings.target or kept(settings, "target", partial(train_target, settings))
+    source = kept(settings, "target", partial(train_target, settings))
     target = AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(DEVICE).eval()
-    template = settings.chat_template, settings.chat_template_kwargs
-    tokenizer = set_chat_options(AutoTokenizer.from_pretrained(source), *template)
+    tokenizer = AutoTokenizer.from_pretrained(source)
     train = partial(train_drafter, settings, target, tokenizer)
-    read = {"target": weights_digest(target)}
-    if settings.dataset is not None:
-        read["dataset"] = digest([*load_conversations(settings.dataset)])
-    else:
-        write_stories(settings)
-    folder = kept(settings, "drafter", train, **read)
+    folder = kept(settings, "drafter", train, target=weights_digest(target))
+    more, _ = stories(settings.seed + 1, MORE_STORIES, 0)
+    write_text(settings.output / "stories.txt", "\n\n".join(more))
     drafter = AutoModel.from_pretrained(folder, dtype=target.dtype).to(DEVICE)
 
     prompts = held_out_prompts(settings)
-    is_shallow = target.config.get_text_config().num_hidden_layers < settings.pad_layers
+    shallow, tree = (
+        dict[str, Any](zip(TREE, sizes, strict=True))
+        for sizes in (settings.shallow_tree, settings.tree)
+    )
     own = BenchmarkSettings(
-        **tree_settings(settings.shallow_tree if is_shallow else settings.tree),
+        **shallow,
         max_new_tokens=settings.max_new_tokens,
         seed=settings.seed,
         compile=settings.compile,
         speculation="adaptive",  # so shallow a target may be faster without
     )
-    reports = [measure(target, drafter, tokenizer, prompts, own)]
-    if is_shallow:
-        # the machine is warm by now
-        deep = replace(own, **tree_settings(settings.tree), speculation="always", warmup=0)
-        padded = pad_target(target, settings.pad_layers)
-        reports.append(measure(padded, drafter, tokenizer, prompts, deep))
+    deep = replace(own, **tree, speculation="always", warmup=0)  # the machine is warm by then
+    reports = []
+    for model, chosen in ((target, own), (pad_target(target, settings.pad_layers), deep)):
+        layers = model.config.num_hidden_layers
+        said = f"Measuring {len(prompts)} held-out prompts with {layers} layers"
+        with unlogged("decoding.draft_policy", "measure.benchmark"), console.status(said):
+            reports.append(run_benchmark(model, drafter, tokenizer, prompts, chosen))
     for report in reports:
         report.write(settings.output / f"{report.environment.num_target_layers}-layers")
     for prompt in prompts[:2]:
@@ -103,57 +97,31 @@ def run_demo(settings: DemoSettings) -> list[Report]:
     console.rule()
     console.print(f"Models, reports and plots are in {settings.output}.", soft_wrap=True)
     page = "coral-hf playground"
-    if settings.target is not None or settings.output != DemoSettings.output:
-        page += f" --target {source} --drafter {folder}"
-        page += f" --pad-layers {settings.pad_layers}" if is_shallow else ""
+    if settings.output != DemoSettings.output:
+        page += f" --target {source} --drafter {folder} --pad-layers {settings.pad_layers}"
     console.print(NEXT.format(page), highlight=False, soft_wrap=True)
     return reports
 
 
-def tree_settings(tree: tuple[int, int, int]) -> dict[str, Any]:
-    """Name the depth, the top-k and the nodes of a tree."""
-    return dict(zip(("tree_depth", "tree_top_k", "tree_nodes"), tree, strict=True))
-
-
-def measure(
-    target: PreTrainedModel,
-    drafter: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Prompt],
-    settings: BenchmarkSettings,
-) -> Report:
-    """Measure the drafter with a target of some depth, and say so meanwhile."""
-    layers = target.config.get_text_config().num_hidden_layers
-    said = f"Measuring {len(prompts)} held-out prompts with {layers} layers"
-    with unlogged("decoding.draft_policy", "measure.benchmark"), get_console().status(said):
-        return run_benchmark(target, drafter, tokenizer, prompts, settings)
-
-
-def side_by_side(report: Report, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Table | str:
+def side_by_side(report: Report, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Table:
     """Return a prompt and its answers: the target's alone, and with the drafter, coloured."""
     calls = {call.method: call for call in report.calls if call.prompt == prompt.id}
-    if not calls:  # beyond the context
-        return ""
     text = tokenizer.decode(encode(prompt, tokenizer)[0], skip_special_tokens=True)
     table = Table("alone", "with the drafter", title=Text(text, "dim"), title_justify="left")
-    plain, coral = calls["plain"], calls["coral"]
+    plain, coral = calls["plain"].tokens[0], calls["coral"]
     drafted = coloured_text(tokenizer, coral.tokens[0], coral.round_lengths)
-    table.add_row(coloured_text(tokenizer, plain.tokens[0]), drafted)
+    table.add_row(coloured_text(tokenizer, plain), drafted)
     return table
 
 
 def headline(report: Report) -> str:
     """Say how much faster the target is with the drafter, and how much of its text is the same."""
     environment, row = report.environment, report.numbers["rows"][-1]  # over all prompts
-    answers: dict[str, list[list[int]]] = {"plain": [], "coral": []}
-    for call in report.calls:
-        answers[call.method] += call.tokens
-    total = sum(map(len, answers["plain"]))
-    pairs = zip(*answers.values(), strict=True)
-    same = sum(
-        len(plain) if (place := first_difference(plain, coral)) is None else place
-        for plain, coral in pairs
+    plain, coral = (
+        [call.tokens[0] for call in report.calls if call.method == name]
+        for name in ("plain", "coral")
     )
+    same, total = sum(map(num_same, plain, coral)), sum(map(len, plain))
     speed = f"{row.speedup:.1f}x faster" if row.speedup > 1.05 else f"{row.speedup:.2f}x the speed"
     layers = f"{environment.num_target_layers} layers"
     if padded := environment.num_padded_layers:

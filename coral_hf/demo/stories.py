@@ -1,10 +1,19 @@
-"""Short stories for the demo, put together from phrases: as many as asked for, the same for a seed.
+"""Short stories for the demo, put together from phrases: the same for a seed.
 
-A story is opened, somebody wants or finds something, it goes wrong, a friend helps. What was lost,
-how, and who helped comes again later in the story, so a model has to read back what was told.
+In: DemoSettings. Out: stories to train on, their training rows, and prompts that begin none of
+them. A story is opened, somebody wants or finds something, it goes wrong, a friend helps. What was
+lost, how, and who helped comes again later, so a model has to read back what was told.
 """
 
 from random import Random
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ..measure.prompts import Prompt
+from . import DemoSettings
+
+PARTS = 2  # of the held-out prompts: what is measured, and what the head is chosen by
 
 NAMES = {
     **dict.fromkeys(
@@ -138,3 +147,21 @@ def stories(seed: int, count: int, held_out: int) -> tuple[list[str], list[str]]
     begun = {opening(story) for story in apart}
     told = (tell(chance) for _ in range(count))
     return [story for story in told if opening(story) not in begun], apart
+
+
+def told(settings: DemoSettings) -> tuple[list[str], list[str]]:
+    """Return the stories to train on, and those that are held out."""
+    return stories(settings.seed, settings.num_stories, PARTS * settings.num_prompts)
+
+
+def story_rows(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Return a row of `input_ids` (length,) for each text, between BOS and EOS."""
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return Dataset.from_dict({"input_ids": [[start, *row, end] for row in rows]})
+
+
+def held_out_prompts(settings: DemoSettings, part: int = 0) -> list[Prompt]:
+    """Return prompts that begin no training row; those of another part are others."""
+    prompts = [Prompt("stories", str(i), text=opening(x)) for i, x in enumerate(told(settings)[1])]
+    return prompts[part::PARTS]

@@ -18,9 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..decoding import warm_up
 from .calls import Arguments, Bench, Call, sampling_arguments
-from .plots import acceptance_figure, speed_figure
 from .prompts import Prompt, encode, fitting, left_padded, room_for_prompt
-from .report import Report, describe_environment, tabulate
+from .report import Report, acceptance_figure, describe_environment, speed_figure, tabulate
 from .settings import BenchmarkSettings
 from .summary import accepted_depths, summarise_tasks
 
@@ -57,6 +56,8 @@ MISMATCHES = {
     "top-2 logit gap there": "{0.top2_gap:.3g}",
 }
 TINY = torch.finfo(torch.float64).tiny
+TIE = 1e-6  # gap of the two best logits in float64, below which they are in no order
+ROUNDINGS = 64  # of another dtype, within which two logits count as equal
 LEGEND = """\
 Items are turns of prompts, or batches; tokens: new ones of a call on each. Tau: tokens of a row for
 each target pass that it took part in after the first, the prefill; by token (all tokens / all
@@ -82,6 +83,10 @@ class Mismatch:
     position: int  # among the new tokens
     top2_gap: float  # between the target's two highest logits there, in its own dtype
     num_roundings: float = 0.0  # the gap by what the dtype rounds the highest logit by
+
+    def is_tie(self, dtype: str) -> bool:
+        """Whether the two logits were too close to be told apart in a dtype."""
+        return self.top2_gap <= TIE if dtype == "float64" else self.num_roundings <= ROUNDINGS
 
 
 def run_benchmark(
@@ -231,6 +236,12 @@ def first_difference(expected: list[int], found: list[int]) -> int | None:
     """Return the index of the first token that differs or that only one has, None if equal."""
     pairs = enumerate(zip_longest(expected, found))
     return next((index for index, (one, other) in pairs if one != other), None)
+
+
+def num_same(expected: list[int], found: list[int]) -> int:
+    """Count the expected tokens before the first that differs."""
+    place = first_difference(expected, found)
+    return len(expected) if place is None else place
 
 
 @torch.no_grad()

@@ -51,17 +51,20 @@ class TreeSettings:
 
     def drafting(self) -> dict[str, Any]:
         """Return the keywords of `generate` for a drafter that were chosen."""
-        chosen = {name: vars(self).get(name) for name in DRAFTING}
-        return {name: value for name, value in chosen.items() if value is not None}
+        own = vars(self)
+        return {name: own[name] for name in DRAFTING if own.get(name) is not None}
 
 
 @dataclass(kw_only=True)
-class HeadSettings(TreeSettings):
-    """The draft tree, the head that it is read from, and how rounds are run."""
+class DraftingSettings(TreeSettings):
+    """How tokens are drafted and verified, and how rounds are run."""
 
     draft_head: Head | None = option("Draft head; the drafter's own by default.", None)
     cache_implementation: Literal["static"] | None = option("Rounds of constant shapes.", None)
     compile: bool = option("Compile them, with torch's own defaults.", False)
+    verification: Rule | None = option("Rule of acceptance when sampling.", None)
+    drawn_tree: bool | None = option("When sampling, draw the tree's tokens at random.", None)
+    draft_window: int | None = option("Tokens that the drafter attends to.", None)
 
     def drafting(self) -> dict[str, Any]:
         """Return the keywords of `generate` for a drafter that were chosen."""
@@ -71,15 +74,6 @@ class HeadSettings(TreeSettings):
 
             chosen["compile_config"] = CompileConfig(mode="default")
         return chosen
-
-
-@dataclass(kw_only=True)
-class DraftingSettings(HeadSettings):
-    """How tokens are drafted and verified."""
-
-    verification: Rule | None = option("Rule of acceptance when sampling.", None)
-    drawn_tree: bool | None = option("When sampling, draw the tree's tokens at random.", None)
-    draft_window: int | None = option("Tokens that the drafter attends to.", None)
 
 
 @dataclass(kw_only=True)
@@ -120,18 +114,16 @@ class VerifySettings(DraftingSettings):
 
     def sampling(self, own: Any) -> dict[str, float]:
         """Return the sampling settings, where none were chosen those of a generation config."""
-        neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-        found = {name: (vars(self)[name], getattr(own, name)) for name in neutral}
-        return {
-            name: next((value for value in values if value is not None), neutral[name])
-            for name, values in found.items()
-        }
+        found: dict[str, float] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        for place in (own, self):
+            given = {name: getattr(place, name) for name in found}
+            found |= {name: value for name, value in given.items() if value is not None}
+        return found
 
     def shape(self) -> dict[str, Any]:
         """Return the keywords of `generate` for a drafter that a greedy call takes too."""
-        return {
-            name: value for name, value in self.drafting().items() if name not in SAMPLING_ALONE
-        }
+        chosen = self.drafting()
+        return {name: chosen[name] for name in chosen if name not in SAMPLING_ALONE}
 
 
 @dataclass(kw_only=True)

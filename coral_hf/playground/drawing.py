@@ -11,7 +11,7 @@ from operator import itemgetter
 from transformers import PreTrainedTokenizerBase
 
 from ..decoding.drafting import PADDING
-from ..measure.benchmark import first_difference
+from ..measure.benchmark import num_same
 from ..measure.calls import Call
 from ..measure.summary import accepted_depths
 from ..measure.terminal import COLOURS, colour_of
@@ -28,8 +28,7 @@ def pane(name: str, side: Side | None = None) -> str:
         numbers = f"{len(side.tokens)} tokens, {side.tokens_per_second:.1f} tokens/s"
         if side.rounds:
             emitted = sum(len(one.accepted) + (one.own is not None) for one in side.rounds)
-            tau = emitted / len(side.rounds)
-            numbers += f", τ {tau:.2f}"
+            numbers += f", τ {emitted / len(side.rounds):.2f}"
         # a copy: more is being written
         text = "".join(coloured([*side.parts]))
     box = f'<div class="box text" role="region" tabindex="0" aria-label="{name}">{text}</div>'
@@ -60,9 +59,7 @@ def result(race: Race) -> str:
     shown = f"<strong>{race.ratio:.2f}×</strong> the speed of the target alone"
     if race.is_greedy and not race.is_running and not race.plain.is_stopped:
         plain, drafted = race.plain.tokens, race.drafted.tokens
-        place = first_difference(plain, drafted)
-        same = len(plain) if place is None else place
-        shown += f", the same {same} of {len(plain)} tokens"
+        shown += f", the same {num_same(plain, drafted)} of {len(plain)} tokens"
     return f'<p role="status">{shown}</p>'
 
 

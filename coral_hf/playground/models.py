@@ -10,13 +10,12 @@ from typing import get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..measure.autotune import heads_of
 from ..measure.calls import sampling_arguments
 from ..measure.chat import restore_chat_options
 from ..measure.prompts import encode_said, left_padded
 from ..measure.settings import DraftingSettings, Head
-from ..measure.tuning.head_choice import heads_of
-from .race import Race
-from .turns import Turns
+from .race import Race, Turns
 
 
 @dataclass

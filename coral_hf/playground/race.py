@@ -1,13 +1,20 @@
 """A race: one prompt, answered by the target alone and with a drafter, at the same time.
 
-In: two calls of `generate` that want a streamer. Out: for each what it has written so far, its
-tokens, its seconds and its rounds.
+In: two calls of `generate` that want a streamer, each in a thread of its own. Out: for each what it
+has written so far, its tokens, its rounds, and its seconds as if it had had the machine for itself:
+they use it in turn, and pass it on between tokens.
+
+    call 1    ████      ████      ██             seconds 10
+    call 2        ██████    ████████  ██████     seconds 20: the other has ended
+
+No two of them run at any time, so whatever transformers or a drafter keep is never shared.
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from threading import Thread
+from threading import Condition, Thread
 
 import torch
 from torch import Tensor
@@ -15,9 +22,79 @@ from transformers import PreTrainedTokenizerBase
 
 from ..decoding import DraftTree
 from ..measure.terminal import ColouredStreamer
-from .turns import Turn, Turns
 
 logger = logging.getLogger(__name__)
+SLICE = 0.03  # seconds of a turn at least
+
+
+class Turns:
+    """The machine: whoever has used it least goes next."""
+
+    def __init__(self) -> None:
+        self.changed = Condition()
+        self.calls: list[Turn] = []
+        self.holder: Turn | None = None
+
+    def enter(self) -> "Turn":
+        """Join, with as much used as who has used it least."""
+        with self.changed:
+            self.calls.append(turn := Turn(self, min((one.used for one in self.calls), default=0)))
+        return turn
+
+
+class Turn:
+    """The turns of one call, with its clock and its random numbers.
+
+    Holds the machine within its `with` block, but for `pass_on`; others wait for a call that has
+    joined, so whoever joins begins at once.
+    """
+
+    def __init__(self, turns: Turns, used: float) -> None:
+        self.seconds = 0.0
+        self._turns, self._before = turns, used
+        self._random = random_states()
+
+    @property
+    def used(self) -> float:
+        """Seconds by which the next call is chosen."""
+        return self._before + self.seconds
+
+    def __enter__(self) -> "Turn":
+        turns = self._turns
+
+        def is_next() -> bool:
+            return not turns.holder and self is min(turns.calls, key=lambda call: call.used)
+
+        with turns.changed:
+            turns.changed.wait_for(is_next)
+            turns.holder = self
+        torch.set_rng_state(self._random[0])
+        torch.cuda.set_rng_state_all(self._random[1:])
+        self._since = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._turns.changed:
+            self._turns.calls.remove(self)
+            self._end()
+
+    def pass_on(self) -> None:
+        """Let others use the machine, where this turn has lasted long enough."""
+        if time.perf_counter() - self._since > SLICE:
+            self._end()
+            self.__enter__()
+
+    def _end(self) -> None:
+        self.seconds += time.perf_counter() - self._since
+        self._random = random_states()
+        with self._turns.changed:
+            self._turns.holder = None
+            self._turns.changed.notify_all()
+
+
+def random_states() -> list[Tensor]:
+    """The states of torch's generators, the CPU's first."""
+    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
 
 
 @dataclass

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ..drafters.model import Drafter
 from ..hub.repository import stale_files
-from ..measure.tuning.head_choice import NEW_TOKENS, PROMPTS, choose_head
+from ..measure.autotune import NEW_TOKENS, PROMPTS, choose_head
 from .arguments import CoralTrainingArguments
 from .evaluation import EvaluationTable
 from .evaluation.acceptance import held_out_prompts

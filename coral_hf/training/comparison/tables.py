@@ -10,8 +10,7 @@ from pandas import DataFrame, Series
 from scipy.stats import t as student
 
 from ...atomic import write_text
-from ...measure import plots
-from ...measure.report import Table
+from ...measure.report import COLOURS, Line, Table, line_figure, save_figure
 from .trials import Comparison, Result, Trial
 
 
@@ -125,11 +124,11 @@ def _difference(gaps: Series | None) -> str:
 
 def plot_scaling(results: Sequence[Result], folder: Path) -> None:
     """Draw the mean τ over the tokens that were read: a line for each trial, a dot for each run."""
-    lines: list[plots.Line] = []
+    lines: list[Line] = []
     for index, (trial, own) in enumerate(_table_of_runs(results).groupby("trial", sort=False)):
         means = own.groupby("steps")[["num_tokens", "mean"]].mean()
-        colour = plots.COLOURS[index % len(plots.COLOURS)]
-        lines.append(plots.Line("", own["num_tokens"], own["mean"], ".", colour))
-        lines.append(plots.Line(trial, means["num_tokens"], means["mean"], "-", colour))
+        colour = COLOURS[index % len(COLOURS)]
+        lines.append(Line("", own["num_tokens"], own["mean"], ".", colour))
+        lines.append(Line(trial, means["num_tokens"], means["mean"], "-", colour))
     labels = {"xlabel": "tokens read in training", "ylabel": "τ, tokens per target pass"}
-    plots.save(plots.line_figure(lines, xscale="log", **labels), folder / "scaling.png")
+    save_figure(line_figure(lines, xscale="log", **labels), folder / "scaling.png")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from ...measure.plots import COLOURS, Line, draw_lines, line_figure, new_figure, save
+from ...measure.report import COLOURS, Line, draw_lines, line_figure, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +50,7 @@ class PlotCallback(TrainerCallback):
         for name, figure in figures(state.log_history).items():
             path = Path(args.output_dir) / f"{name}.png"
             try:
-                save(figure, path)
+                save_figure(figure, path)
             except OSError as error:  # a training run is worth more than its plot
                 logger.warning("The plot %s could not be written (%s).", path, error)
             for callback in self._handler.callbacks:

@@ -1,25 +1,32 @@
-"""Search for the fastest draft head and tree on this machine, within a given time.
+"""What pays best on this machine, found by measuring it: a drafter's draft head, and its tree.
 
-In: a drafter, its target and prompts. Out: a Tuning. The head is chosen first. Then one setting of
-the tree is changed at a time, each tree is compared with plain decoding of the same prompt just
-before it, and all measurements together give the costs by which sampling decides how much to draft.
+In: a drafter, its target and prompts. Out: τ and speed by head, and a Tuning. The config names the
+fastest head, and the last entry of the training record keeps all figures, for the card. Then one
+setting of the tree is changed at a time, each tree is compared with plain decoding of the same
+prompt just before it, and all measurements together give the costs by which sampling decides how
+much to draft.
 """
 
 import time
 from collections.abc import Iterator, Sequence
 from itertools import combinations, cycle
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ...decoding.guard import TREE, judge_target
-from ...decoding.settings import TREE_DEFAULTS
-from ..calls import ROUND_STAGES, Bench, Call, sampling_arguments
-from ..prompts import Prompt, encode, left_padded
-from .head_choice import PROMPTS, Figures, choose_head
+from ..decoding.guard import TREE, judge_target
+from ..decoding.settings import TREE_DEFAULTS
+from ..heads.collection import DraftHeads
+from ..target import read_target
+from .calls import ROUND_STAGES, Bench, Call, sampling_arguments
+from .prompts import Prompt, encode, left_padded
+from .report import describe_environment
+from .summary import summarise
+
+logger = logging.get_logger(__name__)
 
 CANDIDATES = {
     "tree_nodes": (8, 16, 32, 60, 100),
@@ -27,11 +34,86 @@ CANDIDATES = {
     "tree_top_k": (1, 4, 10),
 }
 NEW_TOKENS = 32  # of a call
+PROMPTS = 8  # are enough to choose a head
 WARMUP_TOKENS = 8
 FINALISTS = 3  # trees that are measured again while there is time
 LEAST_COST = 1e-4  # plain passes, of a level or a node
 
 Tree = dict[str, int]
+Figures = dict[str, dict[str, Any]]  # by head: `tau` and `speedup`
+
+
+def heads_of(drafter: PreTrainedModel, target: PreTrainedModel) -> list[str]:
+    """List the draft heads that a drafter has, the full one first; none of a family without them.
+
+    Those in eight bits are left out: a private copy of the target's LM head is for who asks for it.
+    Of a target whose LM head cannot be read in parts there is the full one alone.
+    """
+    heads = getattr(drafter, "heads", None)
+    if not isinstance(heads, DraftHeads):
+        return []
+    if not read_target(target).head.is_readable:
+        return ["full"]
+    parts = {
+        "full": True,
+        "routed": heads.router is not None and drafter.config.is_router_trained,
+        "frequency": heads.hot_tokens is not None,
+        "low_rank": heads.low_rank is not None,
+    }
+    return [name for name, is_there in parts.items() if is_there]
+
+
+def choose_head(
+    drafter: PreTrainedModel,
+    target: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    max_seconds: float = 60.0,
+) -> Figures:
+    """Let a drafter read the fastest of the draft heads that it has.
+
+    Every prompt is answered greedily by the target alone and with each head, with the drafter's own
+    tree; the first one untimed before that.
+
+    Args:
+        prompts: token ids, (length,) each, as varied as those to come; some eight are enough.
+        max_seconds: after which no new prompt is begun.
+
+    Returns:
+        by head, its τ and its speed-up over plain `generate`, the prefill left out, the median over
+        prompts; nothing where there is one head, or no prompt was answered with two tokens.
+    """
+    names = heads_of(drafter, target)
+    if len(names) < 2:
+        return {}
+    common = sampling_arguments(0.0, NEW_TOKENS)
+    common["pad_token_id"] = drafter.config.pad_token_id or 0
+    drafting = common | {"assistant_model": drafter, "speculation": "always"}
+    methods = {name: drafting | {"draft_head": name} for name in names}
+    bench = Bench(target, {"plain": common} | methods, warmup=1)
+    batches = [left_padded([prompt], 0, target.device) for prompt in prompts]
+    calls: list[Call] = []
+    bench.warm_up(batches)
+    end = time.perf_counter() + max_seconds
+    for item, batch in enumerate(batches):
+        calls += bench.compare(batch, item)
+        if time.perf_counter() > end:
+            break
+    rows = {row.method: row for row in summarise(calls, "num_rows")}
+    found: Figures = {
+        name: {"tau": rows[name].tau_per_token, "speedup": rows[name].decoding_speedup}
+        for name in names
+        if rows[name].decoding_speedup
+    }
+    if found:
+        num_prompts, fastest = item + 1, max(found, key=lambda name: found[name]["speedup"])
+        drafter.heads.configure(draft_head=fastest)
+        shown = ", ".join(f"{name} {one['speedup']:.2f}x" for name, one in found.items())
+        logger.info(f"`draft_head` is {fastest!r}: of {num_prompts} prompts, over plain, {shown}.")
+        if drafter.training_record:
+            facts = describe_environment(target)
+            own = {"prompts": num_prompts, "hardware": facts.hardware, "dtype": facts.dtype}
+            drafter.training_record[-1]["heads"] = {"figures": found, **own}
+    return found
 
 
 class Trial(NamedTuple):
