@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from glob import escape
 from pathlib import Path
@@ -105,17 +105,13 @@ def _replace_files(folder: Path, new: Path, last: str | None) -> None:
     """Move the files of `new` into a folder in place of its own."""
     old = _partial(folder, REPLACED)
     old.mkdir()
-    try:
+    with ExitStack() as undo:  # what has been done, the last first, if anything fails
+        undo.callback(old.rmdir)
+        undo.callback(_move_files, old, folder, last=last)
         _move_files(folder, old, first=last)
-        try:
-            _move_files(new, folder, last=last)
-        except BaseException:
-            _move_files(folder, new, first=last)
-            raise
-    except BaseException:
-        _move_files(old, folder, last=last)
-        old.rmdir()
-        raise
+        undo.callback(_move_files, folder, new, first=last)
+        _move_files(new, folder, last=last)
+        undo.pop_all()
     shutil.rmtree(old)
 
 
@@ -152,13 +148,11 @@ def sole_writer(folder: str | Path, file: str = "") -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        who = ""
+        who = "another run"
         with suppress(OSError):  # it may have just begun or ended
-            who = holder.read_text()
-        raise ValueError(
-            f"{folder / file} is in use: {who or 'another run'} writes to it. Wait for it, stop it,"
-            " or choose another output."
-        ) from None
+            who = holder.read_text() or who
+        remedy = "Wait for it, stop it, or choose another output."
+        raise ValueError(f"{folder / file} is in use: {who} writes to it. {remedy}") from None
     try:
         for partial in folder.glob(f"{PARTIAL}*-{escape(file)}*"):
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
@@ -182,12 +176,10 @@ def keep_settings(path: str | Path, settings: Mapping[str, Any], output: str | P
     Raises:
         ValueError: if the output was written with other settings, naming the first.
     """
-    path = Path(path)
     now = json.loads(json.dumps(settings))
-    if not path.exists():
-        write_json(path, now)
-        return
-    then = json.loads(path.read_text(encoding="utf-8"))
+    if not Path(path).exists():
+        return write_json(path, now)
+    then = json.loads(Path(path).read_text(encoding="utf-8"))
     for name in sorted({*then, *now}):
         if then.get(name) != now.get(name):
             raise ValueError(
@@ -231,10 +223,8 @@ class JsonLines:
                 try:
                     yield json.loads(line)
                 except ValueError as error:
-                    raise ValueError(
-                        f"{self.path}, line {number} is not JSON: {error}. Repair or delete the"
-                        " line; what it held is computed again."
-                    ) from error
+                    what = f"{self.path}, line {number} is not JSON: {error}"
+                    raise ValueError(f"{what}. Repair it, or delete it to redo it.") from error
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write rows through to the disk; if that fails, what was there stays as it was."""

@@ -4,17 +4,15 @@ In: a model, a tokenizer, a dataset, a file or plain values. Out: strings and nu
 a result, which tell later whether it still belongs to them.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator
-from functools import partial
+from contextlib import suppress
 from hashlib import sha256
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,17 +22,15 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import CONFIG_NAME
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 TOKEN_COLUMNS = ("input_ids", "labels", "position_ids")  # of a dataset, what is trained on
 BLOCK = 4096  # bytes of a weight that are summed to one number
-SAMPLES = 1024  # numbers of a weight that are read one by one: a sum would miss that two swap
 CHUNK = 1 << 24  # bytes of a file that are read at a time
-_HASHES: WeakKeyDictionary[PreTrainedTokenizerBase, dict[int, str]] = WeakKeyDictionary()
+SAMPLES = 1024  # numbers of a weight that are read one by one: a sum would miss that two swap
+_HASHES: WeakKeyDictionary[Tokenizer, dict[int, str]] = WeakKeyDictionary()
 
 
 def digest(value: Any) -> str:
@@ -46,13 +42,13 @@ def file_digest(path: str | Path) -> str:
     """Compute the SHA-256 of the bytes of a file."""
     found = sha256()
     with Path(path).open("rb") as file:
-        for chunk in iter(partial(file.read, CHUNK), b""):
+        while chunk := file.read(CHUNK):
             found.update(chunk)
     return found.hexdigest()
 
 
-def rows_digest(rows: Dataset) -> str:
-    """Compute the SHA-256 of a dataset's token columns, whatever integer type stores them.
+def rows_digest(rows: Any) -> str:
+    """Compute the SHA-256 of the token columns of a `datasets.Dataset`, whatever type stores them.
 
     They are read as Arrow arrays: lists of Python numbers would take minutes.
     """
@@ -85,17 +81,14 @@ def cached_commit(name: str) -> str | None:
     """
     if not name or os.path.isdir(name):
         return None
-    try:
+    with suppress(HFValidationError):  # the path of a folder that is gone
         path = try_to_load_from_cache(name, CONFIG_NAME)
-    except HFValidationError:  # the path of a folder that is gone
-        return None
-    if not isinstance(path, str):
-        return None
-    commit = os.path.dirname(path)
-    return os.path.basename(commit) if len(os.listdir(os.path.dirname(commit))) == 1 else None
+        if isinstance(path, str) and len(os.listdir(Path(path).parents[1])) == 1:
+            return Path(path).parent.name
+    return None
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase, num_tokens: int | None = None) -> str:
+def tokenizer_hash(tokenizer: Tokenizer, num_tokens: int | None = None) -> str:
     """Compute the SHA-256 of a tokenizer's map from tokens to ids, on which a drafter depends.
 
     `num_tokens`: of the tokens with the lowest ids alone, as added tokens get the highest ones.
@@ -106,16 +99,15 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase, num_tokens: int | None = 
     return sha256(json.dumps(tokens, ensure_ascii=False).encode()).hexdigest()
 
 
-def short_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+def short_hash(tokenizer: Tokenizer) -> str:
     """Return the first digits of `tokenizer_hash`, computed once for each size of a tokenizer."""
-    known = _HASHES.setdefault(tokenizer, {})
-    size = len(tokenizer)
+    known, size = _HASHES.setdefault(tokenizer, {}), len(tokenizer)
     if size not in known:
         known[size] = tokenizer_hash(tokenizer)[:16]
     return known[size]
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+def check_tokenizer(tokenizer: Tokenizer, config: PreTrainedConfig) -> None:
     """Raise a ValueError if a drafter was trained with another tokenizer.
 
     One that has gained tokens since is the same: it maps the earlier ones to the same ids.
@@ -123,13 +115,12 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
     expected, size = (getattr(config, f"tokenizer_{name}", None) for name in ("hash", "size"))
     if expected is not None and expected != tokenizer_hash(tokenizer, size):
         raise ValueError(
-            "The tokenizer that was passed maps tokens to other ids than the one that the drafter"
-            f" was trained with ({config.target_name_or_path or 'unnamed target'}). Pass the"
-            " target's own tokenizer."
+            "The tokenizer maps tokens to other ids than the one that the drafter was trained with"
+            f" ({config.target_name_or_path or 'unnamed target'}). Pass the target's own tokenizer."
         )
 
 
-def record_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+def record_tokenizer(tokenizer: Tokenizer, config: PreTrainedConfig) -> None:
     """Keep in a drafter's config which tokenizer it is for, unless it is known already.
 
     Raises:

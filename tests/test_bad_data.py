@@ -357,7 +357,7 @@ def test_a_bos_or_eos_other_than_the_targets_is_a_warning(
     warn_of_other_ends(tokenizer, target)
     assert found == [
         "The tokenizer's EOS is token 1, the target's 3: it may be another target's. Pass the"
-        " target's own tokenizer."
+        " target's own."
     ]
     target.generation_config.eos_token_id = [1, 2]  # as chat models have several ends
     warn_of_other_ends(tokenizer, target)

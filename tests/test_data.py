@@ -291,7 +291,7 @@ def test_a_thought_that_only_the_prompt_opens_is_read_where_it_is_empty() -> Non
         assert rows_of(thought, template) == [f"{asked}|hm</think>yes<end>"]
     kept = {"role": "assistant", "content": "yes", "reasoning": "hm"}
     assert rows_of([CHAT[0], kept], template) == [f"{asked}|hm\n</think>\n\nyes<end>"]
-    with pytest.raises(ValueError, match="leaves out the thought of turn 1"):
+    with pytest.raises(ValueError, match="does not render turn 1, with its calls or its thought"):
         rows_of([CHAT[0], kept], PLAIN_TEMPLATE)
 
 

@@ -16,8 +16,8 @@ from coral_hf.training.data import (
     prepare_dataset,
     with_weight,
 )
-from coral_hf.training.data.inspection.check import num_odd, repetition
-from coral_hf.training.data.inspection.spans import kinds_of
+from coral_hf.training.data.check import num_odd, repetition
+from coral_hf.training.data.show import kinds_of
 
 QUESTION = {"role": "user", "content": "hi"}
 
@@ -33,17 +33,17 @@ def test_numbers_are_those_of_the_rows_that_training_reads(num_proc):
     found = check_dataset(dataset, tokenizer, 64, num_proc=num_proc)
     readable = dataset.select([0, 1, 2, 4])
     trained = prepare_dataset(readable, tokenizer, 64)
-    assert found.num_training_rows == len(trained)
-    assert found.num_tokens == sum(map(len, trained["input_ids"]))
+    assert found["num_training_rows"] == len(trained)
+    assert found["num_tokens"] == sum(map(len, trained["input_ids"]))
     labels = [label for row in trained["labels"] for label in row]
-    assert found.num_trained == sum(label != -100 for label in labels)
-    assert (found.num_cut_rows, found.num_dropped, found.num_rows) == (1, 0, 5)
-    assert (found.num_turns, found.num_assistant_turns) == (len(CHAT) + 6, 5)
-    (why,) = found.unread
-    assert why.startswith("`messages` has no turns") and found.unread_rows[why] == 3
-    first = {one["reason"].split(",")[0]: one["row"] for one in reversed(found.strangest)}
+    assert found["num_trained"] == sum(label != -100 for label in labels)
+    assert (found["num_cut_rows"], found["num_dropped"], found["num_rows"]) == (1, 0, 5)
+    assert (found["num_turns"], found["num_assistant_turns"]) == (len(CHAT) + 6, 5)
+    (why,) = found["unread"]
+    assert why.startswith("`messages` has no turns") and found["unread_rows"][why] == 3
+    first = {one["reason"].split(",")[0]: one["row"] for one in reversed(found["strangest"])}
     assert first["most tokens"] == 1 and first["odd characters"] == 2
-    assert json.loads(json.dumps(found.to_dict()))["lengths"]["longest"] == 64
+    assert json.loads(json.dumps(found))["lengths"]["longest"] == 64
     assert "not read   1 rows" in str(found)
 
 
@@ -51,16 +51,16 @@ def test_rows_that_are_cut_before_their_answer_are_dropped():
     long = [{"role": "user", "content": "q" * 90}, {"role": "assistant", "content": "a"}]
     dataset = datasets.Dataset.from_list([{"messages": long}, {"messages": CHAT}])
     found = check_dataset(dataset, tiny_tokenizer(PLAIN_TEMPLATE), 64)
-    assert (found.num_dropped, found.num_training_rows, found.num_cut_rows) == (1, 1, 1)
+    assert (found["num_dropped"], found["num_training_rows"], found["num_cut_rows"]) == (1, 1, 1)
 
 
 def test_the_behaviour_of_the_template_is_counted():
     opened = PLAIN_TEMPLATE.replace("%}<bot>{% endif", "%}<bot><think>{% endif")
     dataset = datasets.Dataset.from_list([{"messages": CHAT}] * 2)
-    counts = check_dataset(dataset, tiny_tokenizer(opened), 64).behaviour
+    counts = check_dataset(dataset, tiny_tokenizer(opened), 64)["behaviour"]
     assert counts["an empty thought is read before answers, not trained"] == 2
     assert counts["a training row an answer, as turns are rendered otherwise later"] == 2
-    plain = check_dataset(dataset, tiny_tokenizer(PLAIN_TEMPLATE), 64).behaviour
+    plain = check_dataset(dataset, tiny_tokenizer(PLAIN_TEMPLATE), 64)["behaviour"]
     assert plain == {"one rendering holds every prompt and answer": 2}
 
 

@@ -129,12 +129,12 @@ def test_a_report_that_cannot_be_read_is_refused(tmp_path):
 def test_a_report_of_another_drafter_or_target_is_refused(drafter, report_file):
     results = read_results(report_file)
     check_results(results, drafter, ["org/target", None])
-    with pytest.raises(ValueError, match="measured on the target target, and .* is for llama"):
+    with pytest.raises(ValueError, match="measured on the target target, the drafter is for llama"):
         check_results(results, drafter, ["org/llama"])
     other = deepcopy(drafter)
     with torch.no_grad():
         other.fc.weight[0, 0] *= 1.01  # one number of all
-    with pytest.raises(ValueError, match="with other weights .* measure this one"):
+    with pytest.raises(ValueError, match="measured other weights"):
         check_results(results, other, ["org/target"])
 
 

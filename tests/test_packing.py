@@ -10,8 +10,7 @@ from test_trainer import make_trainer
 
 from coral_hf import CoralDrafter
 from coral_hf.training.data import CoralCollator, pack_dataset
-from coral_hf.training.data.documents import parts_of
-from coral_hf.training.data.packing import best_fit
+from coral_hf.training.data.documents import best_fit, parts_of
 from coral_hf.training.evaluation.acceptance import first_document
 from coral_hf.training.features.reading import TargetFeatures, reads_packed_rows
 from coral_hf.training.steps.unroll import unroll

@@ -15,10 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 import coral_hf
 from coral_hf import CoralConfig, CoralDrafter, CoralTrainer, CoralTrainingArguments
 from coral_hf.training.features import CachedFeatures, write_features
-from coral_hf.training.planning import PlanSettings, timing
-from coral_hf.training.planning.live_bytes import bytes_of
-from coral_hf.training.planning.rows import num_checkpoints
-from coral_hf.training.planning.step_memory import RunShape, step_memory
+from coral_hf.training.planning import PlanSettings, run
+from coral_hf.training.planning.memory import RunShape, bytes_of, step_memory
+from coral_hf.training.planning.run import num_checkpoints
 from coral_hf.training.steps import kind_of_recipe
 
 UNTIMED = PlanSettings(measure=False)
@@ -132,12 +131,12 @@ def test_a_run_that_does_not_fit_is_made_smaller_step_by_step(named, tmp_path):
     args = arguments(tmp_path, per_device_train_batch_size=2)
     planned = coral_hf.plan(named, rows(600, 9), args, PlanSettings(gpu_memory=1, measure=False))
     assert not planned.fits  # all of one GiB is left to CUDA
-    options = [change.options for change in planned.changes]
+    options = [*planned.changes]
     assert options[0] == "--per_device_train_batch_size 1 --gradient_accumulation_steps 2"
     assert options[1].endswith("_checkpointing True") and options[2] == "--dtype bfloat16"
     assert ["bits" in one for one in options[3:5]] == [True, True]
     assert options[5:] == ["--max_length 512"]
-    sizes = [change.memory.total for change in planned.changes]
+    sizes = [memory.total for memory in planned.changes.values()]
     assert sizes[0] < planned.memory.total and sizes[-1] < sizes[2]
     assert "does not fit in a GPU of 1 GiB" in str(planned)
     roomy = coral_hf.plan(named, rows(600, 9), args, PlanSettings(gpu_memory=2, measure=False))
@@ -222,7 +221,7 @@ def test_hours_come_from_a_few_steps_and_nothing_is_kept(folder, tmp_path, featu
 @pytest.mark.slow
 def test_hours_count_single_steps_by_their_share(folder, tmp_path, monkeypatch):  # noqa: F811
     seconds = iter([8.0, 2.0])  # of all steps, of one
-    monkeypatch.setattr(timing, "fmean", lambda _: next(seconds))
+    monkeypatch.setattr(run, "fmean", lambda _: next(seconds))
     args = arguments(tmp_path, max_steps=1000, single_step_share=0.25)
     planned = coral_hf.plan(folder / "target", folder / "talk.jsonl", args, PlanSettings())
     assert planned.stages[0].seconds == 0.75 * 8.0 + 0.25 * 2.0

@@ -27,8 +27,7 @@ from coral_hf.atomic import sole_writer
 from coral_hf.identity import file_digest, seed_of
 from coral_hf.training.data import load_conversations
 from coral_hf.training.regeneration import RegenerationSettings
-from coral_hf.training.regeneration.answers import AnswerGenerator, GumbelNoise
-from coral_hf.training.regeneration.regenerate import regenerate
+from coral_hf.training.regeneration.regenerate import AnswerGenerator, GumbelNoise, regenerate
 
 WORDS = ["hi", "so?", "when and where", "tell me more", "no", "a longer question than most"]
 END = 1  # <end>
@@ -163,7 +162,7 @@ def test_tokens_of_another_tokenizer_are_refused(target, tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<more>"])
     row = read(tmp_path / "out.jsonl")[0]
-    with pytest.raises(ValueError, match="`token_rows` were written with the tokenizer "):
+    with pytest.raises(ValueError, match="`token_rows` were written with another tokenizer"):
         tokenize_one(row, tokenizer, 100)
     assert tokenize_one({**row, "token_rows": None}, tokenizer, 100)
 

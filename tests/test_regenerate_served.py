@@ -232,7 +232,7 @@ REFUSALS = {
     "no JSON": (
         {"faults": [Fault("GET", 200, 1, "<html>Hello</html>")]},
         {},
-        "no JSON object, but '<html>Hello</html>'",
+        "no JSON object, but '200 <html>Hello</html>'",
     ),
     "no API": (
         {"faults": [Fault("POST", 404, 1, '{"detail": "Not Found"}')]},
@@ -259,7 +259,9 @@ def test_a_server_with_another_tokenizer_is_refused(server, folder, tmp_path):
 
 
 def test_where_nothing_listens_the_address_is_named(folder, tmp_path):
-    with pytest.raises(ConnectionError, match="^http://127.0.0.1:9/v1 does not .*: no connection"):
+    with pytest.raises(
+        ConnectionError, match="^http://127.0.0.1:9/v1 does not .*: no answer .ConnectError"
+    ):
         run(Endpoint("http://127.0.0.1:9", str(folder)), tmp_path / "out.jsonl")
     assert not list(tmp_path.iterdir())
 

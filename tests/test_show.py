@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from coral_hf.training.data import render_mask, show
 from coral_hf.training.data.encoding import encode
-from coral_hf.training.data.inspection.show import SHADES
+from coral_hf.training.data.show import SHADES
 
 ROW = {"messages": [{"role": "user", "content": "a yb"}, {"role": "assistant", "content": "é\n"}]}
 

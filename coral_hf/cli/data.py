@@ -70,8 +70,8 @@ def check(own: DataOptions, rows: Any) -> None:
     num_proc = own.num_proc or (most if most > 1 else None)
     sizes = (own.max_length or 2048, num_proc, own.vocab_size())
     found = check_dataset(rows, own.load_tokenizer(), *sizes)
-    print(json.dumps(found.to_dict(), ensure_ascii=False) if own.json else found)
-    if found.unread:
+    print(json.dumps(found, ensure_ascii=False) if own.json else found)
+    if found["unread"]:
         sys.exit(1)
 
 

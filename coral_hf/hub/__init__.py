@@ -82,16 +82,11 @@ def push(
     branch.check_vacant(private)
     bring_card(folder, branch)
     if not write_card(folder, drafter, facts, results) and results:
-        raise ValueError(
-            f"{folder / CARD} was written by hand, so the report has no place in it; move it away,"
-            " on the Hub too, and publish again, or publish without a report."
-        )
+        what = f"{folder / CARD} was written by hand, so the report has no place in it"
+        raise ValueError(f"{what}; move it away, on the Hub too, or publish without a report.")
     if finish_config(drafter.config, folder, facts.base_model) is None:
-        logger.warning(
-            "The card of %s names no target that others can load; publish again with `base_model`"
-            " (`--base-model`), its id on the Hub.",
-            repo_id,
-        )
+        what = f"The card of {repo_id} names no target that others can load"
+        logger.warning(f"{what}; publish again with `base_model`, its id on the Hub.")
     api.create_repo(repo_id, private=private, exist_ok=True)
     files = {name: folder / name for name in published_files(folder)}
     for number, report in enumerate(reports, 1):

@@ -21,7 +21,6 @@ from ..measure.settings import DRAFTING
 from .repository import CARD, Branch, hub_id
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
-LIBRARY = "coral_hf"
 TAGS = ("speculative-decoding", "drafter")
 # the end of a card of ours, with a number made from the text before it; any other card, and one
 # whose text has another number, was written or edited by hand
@@ -58,12 +57,10 @@ def make_card(
     """
     config, own, stages = drafter.config, drafter.generation_config, drafter.training_record
     family = FAMILIES[config.model_type]
+    recorded = [name for stage in stages for name in stage.get("datasets", [])]
     facts = facts._replace(
         base_model=facts.base_model or hub_id(config.target_name_or_path),
-        datasets=[
-            *(name for stage in stages for name in stage.get("datasets", [])),
-            *facts.datasets,
-        ],
+        datasets=[*recorded, *facts.datasets],
         tags=[family.title.lower().replace(" ", "-"), *TAGS, *facts.tags],
     )
     data, chats = _metadata(facts, earlier or {}), facts.has_chat_template
@@ -104,7 +101,7 @@ def _metadata(facts: CardFacts, earlier: Mapping[str, Any]) -> ModelCardData:
         "base_model_relation": "adapter" if target else None,
         "datasets": [*dict.fromkeys([*facts.datasets, *earlier.get("datasets", [])])] or None,
         "language": facts.language or earlier.get("language"),
-        "library_name": LIBRARY,
+        "library_name": "coral_hf",
         "license": facts.license or earlier.get("license"),
         "pipeline_tag": "text-generation",
         "tags": [*dict.fromkeys([*facts.tags, *earlier.get("tags", [])])],
@@ -130,10 +127,7 @@ def has_card_by_hand(folder: str | Path) -> bool:
 
 
 def write_card(
-    folder: str | Path,
-    drafter: Drafter,
-    facts: CardFacts,
-    results: Sequence[Report] = (),
+    folder: str | Path, drafter: Drafter, facts: CardFacts, results: Sequence[Report] = ()
 ) -> bool:
     """Write README.md into a folder unless there is one written by hand; whether it was written.
 
@@ -171,10 +165,8 @@ def read_results(path: str | Path) -> Report:
         chosen = {name: settings[name] for name in DRAFTING if settings.get(name) is not None}
         report["drafting"] = chosen
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a report of `coral-hf benchmark` ({error!r}). Pass the"
-            " report.json of its --output."
-        ) from error
+        what = f"{path} cannot be read as a report of `coral-hf benchmark` ({error!r})"
+        raise ValueError(f"{what}. Pass the report.json of its --output.") from error
     if not report["rows"]:
         raise ValueError(f"{path} measured no drafter; run `coral-hf benchmark --method {METHOD}`.")
     return report
@@ -192,13 +184,10 @@ def check_results(results: Report, drafter: Drafter, targets: Sequence[str | Non
     measured, own = results["environment"], weights_digest(drafter)
     # the digest rounds to bf16; float16 rounds differently before that
     if measured["drafter_digest"] not in (own, weights_digest(deepcopy(drafter).half())):
-        raise ValueError(
-            f"The report measured a drafter with other weights ({measured['drafter']}); measure"
-            " this one."
-        )
+        raise ValueError(f"The report measured other weights ({measured['drafter']}), not these.")
     names = {Path(target).name for target in targets if target is not None}
     if names and Path(measured["target"]).name not in names:
+        found, own = measured["target"], " or ".join(sorted(names))
         raise ValueError(
-            f"The report was measured on the target {measured['target']}, and the drafter is for"
-            f" {' or '.join(sorted(names))}; measure it on its own target."
+            f"The report was measured on the target {found}, the drafter is for {own}."
         )

@@ -25,13 +25,8 @@ CODE = "modeling_coral.py"
 # all that a repository holds of this package; without it transformers says what to install
 CODE_TEXT = """\
 # a drafter for speculative decoding; to load it and to generate with it: pip install coral_hf
-from coral_hf import {config}, {model}  # noqa: F401
+from coral_hf import {}, {}  # noqa: F401
 """
-AUTO_MAP = {
-    "AutoConfig": "modeling_coral.{config}",
-    "AutoModel": "modeling_coral.{model}",
-    "AutoModelForCausalLM": "modeling_coral.{model}",  # assistants are loaded by it
-}
 # the weights that are loaded by default, whole or in shards; not a variant of them (fp16)
 LOADED = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 # kinds of files: those that go along, and those that hold weights
@@ -108,12 +103,15 @@ def finish_config(
         The target's id that config.json has, None where there is none: a folder of this machine
         loads nothing for others, and its path is private.
     """
-    published, model = deepcopy(config), FAMILIES[config.model_type]
-    names = {"config": type(config).__name__, "model": model.__name__}
+    published = deepcopy(config)
+    names = type(config).__name__, FAMILIES[config.model_type].__name__
+    # assistants are loaded as causal language models
+    kinds = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+    classes = zip(kinds, [*names, names[1]], strict=True)
     published.target_name_or_path = base_model or hub_id(config.target_name_or_path)
-    published.auto_map = {auto: name.format(**names) for auto, name in AUTO_MAP.items()}
+    published.auto_map = {auto: f"modeling_coral.{name}" for auto, name in classes}
     published.save_pretrained(folder)
-    write_text(Path(folder) / CODE, CODE_TEXT.format(**names))
+    write_text(Path(folder) / CODE, CODE_TEXT.format(*names))
     return published.target_name_or_path
 
 
@@ -153,10 +151,8 @@ class Branch(NamedTuple):
         if (other := self._other_model(found)) is not None:
             raise ValueError(f"{self.repo_id} holds {other}; publish under another name.")
         if private and found.private is False:
-            raise ValueError(
-                f"{self.repo_id} exists and is public, and `private` only makes new repositories"
-                " private; change it in its settings on the Hub, or use another name."
-            )
+            what = f"{self.repo_id} exists and is public, and `private` only makes new ones private"
+            raise ValueError(f"{what}; change it in its settings on the Hub, or use another name.")
 
     def _other_model(self, found: Any) -> str | None:
         """Name what a repository holds that is neither a drafter nor an adapter of one."""

@@ -1,4 +1,4 @@
-"""Training data: loading → messages → encoding → dataset → collator.
+"""Training data: loading → messages → encoding → dataset → documents.
 
 In: conversations of any common layout (a file, a Hub id, a `datasets.Dataset`), the target's
 tokenizer. Out: rows of `input_ids`, `attention_mask`, `labels`; [`CoralCollator`] pads them to a
@@ -6,11 +6,10 @@ batch. Trained is what the target writes: the assistant's turns or, of plain tex
 """
 
 from ...measure.chat import set_chat_options
-from .collator import CoralCollator
+from .check import DataCheck, check_dataset
 from .dataset import prepare_dataset
+from .documents import CoralCollator, pack_dataset, share_prompts
 from .encoding import tokenize
-from .inspection.check import DataCheck, check_dataset
-from .inspection.show import describe, render_mask, show
 from .loading import join_datasets, load_conversations, with_weight
 from .messages import to_messages
-from .packing import pack_dataset, share_prompts
+from .show import describe, render_mask, show

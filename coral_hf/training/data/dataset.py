@@ -14,14 +14,15 @@ import datasets
 import pyarrow.compute as arrow
 import transformers
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
 from ...identity import digest, file_digest
 from ...measure import chat
+from ...target import text_config
 from .encoding import IGNORED, check_ids, cut, encode
-from .layouts import Row
-from .messages import count_empty_turns
+from .messages import Row, count_empty_turns
 
 Data = TypeVar("Data", Dataset, IterableDataset)
 
@@ -29,13 +30,13 @@ logger = logging.get_logger(__name__)
 
 IDS, MASK = datasets.Sequence(datasets.Value("int32")), datasets.Sequence(datasets.Value("int8"))
 COLUMNS = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS}
-COUNTS = dict.fromkeys(("source", "num_trained", "num_lost", "num_empty"), datasets.Value("int64"))
-NOTES = {**COUNTS, "problem": datasets.Value("string")}
+NOTES = dict.fromkeys(("source", "num_trained", "num_lost", "num_empty"), datasets.Value("int64"))
+NOTES |= {"problem": datasets.Value("string")}
 
 
 def prepare_dataset(
     dataset: Data,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     max_length: int,
     num_proc: int | None = None,
     vocab_size: int | None = None,
@@ -60,65 +61,56 @@ def prepare_dataset(
             when the row is reached.
     """
     if isinstance(dataset, dict):
-        raise ValueError(
-            f"`dataset` is a {type(dataset).__name__} of {[*dataset]}; pass one of them, such as"
-            " `datasets['train']`."
-        )
+        raise ValueError(f"`dataset` is a {type(dataset).__name__} of {[*dataset]}; pass one.")
     plain = dataset.with_format(None)  # lists, not tensors
     first = next(iter(plain), None)
     if first is None:
         raise ValueError("`dataset` has no rows; check its path, its split and its filters.")
-    columns = dataset.column_names or list(first)  # a stream may not know its columns
-    ignored = [name for name in ignore_columns if name in columns]
-    if ignored:
-        plain = plain.remove_columns(ignored)
-        columns = [name for name in columns if name not in ignored]
+    plain = plain.remove_columns([name for name in ignore_columns if name in first])
+    row = {name: first[name] for name in first if name not in ignore_columns}
     given = {"tokenizer": tokenizer, "max_length": max_length, "vocab_size": vocab_size}
-    # fail at once where every row would
-    _tokenize_or_raise({name: first[name] for name in columns}, 0, **given)
+    read = functools.partial(_tokenize, **given)
+    strict = functools.partial(read, is_strict=True)
+    strict(row, 0)  # fail at once where every row would
     if isinstance(plain, IterableDataset):
-        rows = map_rows(plain, _tokenize_or_raise, COLUMNS, columns=columns, **given)
+        rows = map_rows(plain, strict, COLUMNS)
         return rows.filter(lambda row: any(label != IGNORED for label in row["labels"]))
-    rows = map_rows(plain, _tokenize, {**COLUMNS, **NOTES}, "Tokenizing", num_proc, **given)
+    rows = map_rows(plain, read, {**COLUMNS, **NOTES}, "Tokenizing", num_proc)
     return _drop_untrained(rows, len(plain), max_length)
 
 
 def map_rows(
     dataset: Data,
-    function: Callable[..., list[dict[str, Any]]],
+    read: Callable[[Row, int], list[dict[str, Any]]],
     features: Mapping[str, Any],
     desc: str = "",
     num_proc: int | None = None,
-    columns: Sequence[str] | None = None,
-    **given: Any,
 ) -> Data:
     """Call a function with each row and its number, and collect the rows that it returns.
 
     Args:
         features: of these; what a row lacks is None.
         desc: of the progress bar; a stream has none.
-        columns: of the dataset, where a stream does not know them.
-        given: further arguments of the function.
     """
-    options = {"remove_columns": columns or dataset.column_names, "with_indices": True}
-    known = {"function": function, "names": [*features], "code": code_version(), **given}
+    known = {"read": read, "names": [*features], "code": code_version()}
+    options = {"with_indices": True, "fn_kwargs": known, "remove_columns": columns_of(dataset)}
     if isinstance(dataset, IterableDataset):  # a bad row is raised when it is reached
-        return dataset.map(_by_row, batched=True, batch_size=1, fn_kwargs=known, **options)
+        return dataset.map(_by_row, batched=True, batch_size=1, **options)
     options |= {"features": datasets.Features(features), "desc": desc, "num_proc": num_proc}
-    return dataset.with_format(None).map(_by_row, batched=True, fn_kwargs=known, **options)
+    return dataset.with_format(None).map(_by_row, batched=True, **options)
+
+
+def columns_of(dataset: Any) -> list[str]:
+    """Name the columns of a dataset; a stream may not know its own."""
+    return dataset.column_names or list(next(iter(dataset)))
 
 
 def _by_row(
-    batch: dict[str, list],
-    indices: list[int],
-    function: Callable[..., list[dict[str, Any]]],
-    names: Sequence[str],
-    code: str,  # for the cache alone
-    **given: Any,
+    batch: dict[str, list], indices: list[int], read: Callable, names: Sequence[str], code: str
 ) -> dict[str, list]:
-    """See `map_rows`; a batch is given by column."""
+    """See `map_rows`; a batch is given by column, and `code` for the cache alone."""
     rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-    found = [one for pair in zip(rows, indices, strict=True) for one in function(*pair, **given)]
+    found = [one for row, i in zip(rows, indices, strict=True) for one in read(row, i)]
     return {name: [one.get(name) for one in found] for name in names}
 
 
@@ -128,47 +120,37 @@ def code_version() -> str:
 
     `datasets` knows a function by its name alone, so its cache would outlive an edit.
     """
-    own = [*sorted(Path(__file__).parent.glob("*.py")), Path(chat.__file__)]
-    files = [file_digest(file) for file in own]
-    return digest([files, transformers.__version__])
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(chat.__file__)]
+    return digest([*map(file_digest, files), transformers.__version__])
 
 
 def _tokenize(
     row: Row,
     index: int,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     max_length: int,
     vocab_size: int | None,
+    is_strict: bool = False,
 ) -> list[dict[str, Any]]:
     """Tokenize a row to rows of COLUMNS and NOTES.
 
-    An error is noted in a row of its own, so that all bad rows are counted.
+    An error is noted in a row of its own, so that all bad rows are counted; `is_strict` raises it.
     """
     problem, num_empty, whole = "", 0, [{"input_ids": list[int](), "labels": list[int]()}]
     try:
         found = encode(row, tokenizer, max_length, vocab_size)
         num_empty, whole = count_empty_turns(row, found.messages), found.rows
     except ValueError as error:
-        problem = str(error)
-    notes = {"source": index, "num_empty": num_empty, "problem": problem}
-    parts = [(one, cut(one, max_length)) for one in whole]
-    return [
-        {
-            **part,
-            **notes,
-            "num_trained": sum(label != IGNORED for label in part["labels"]),
-            "num_lost": len(one["input_ids"]) - len(part["input_ids"]),
-        }
-        for one, part in parts
-    ]
-
-
-def _tokenize_or_raise(row: Row, index: int, **given: Any) -> list[dict[str, Any]]:
-    """Tokenize a row of a stream."""
-    found = _tokenize(row, index, **given)
-    if found[0]["problem"]:
-        raise ValueError(f"Row {index}: {found[0]['problem']}")
-    return found
+        problem = f"Row {index}: {error}"
+        if is_strict:
+            raise ValueError(problem) from error
+    rows = []
+    for one in whole:
+        part: dict[str, Any] = {**cut(one, max_length), "source": index, "problem": problem}
+        part["num_trained"] = sum(label != IGNORED for label in part["labels"])
+        part["num_lost"] = len(one["input_ids"]) - len(part["input_ids"])
+        rows.append({**part, "num_empty": num_empty})
+    return rows
 
 
 def _drop_untrained(rows: Dataset, num_rows: int, max_length: int) -> Dataset:
@@ -180,26 +162,24 @@ def _drop_untrained(rows: Dataset, num_rows: int, max_length: int) -> Dataset:
         max_length: that they were cut to.
     """
     notes = rows.select_columns([*NOTES]).to_pandas()
-    bad, of_rows = notes[notes["problem"] != ""], f"of {num_rows} rows"
+    bad, of_rows = notes.problem[notes.problem != ""], f"of {num_rows} rows"
     if len(bad):
         raise ValueError(
-            f"Row {bad['source'].iloc[0]}: {bad['problem'].iloc[0]} Of {num_rows} rows, {len(bad)}"
-            " cannot be read; repair them or drop them with `dataset.filter` (docs/use/data.md)."
+            f"{bad.iloc[0]} Of {num_rows} rows, {len(bad)} cannot be read; repair them or drop them"
+            " with `dataset.filter` (docs/use/data.md)."
         )
-    sources = notes.groupby("source")
-    lost, empty = notes["num_lost"], sources["num_empty"].max()
-    num_cut = (sources["num_lost"].max() > 0).sum()
+    lost, empty = notes.num_lost, notes.groupby("source").num_empty.max()
     if lost.any():
         logger.warning(
-            f"Cut to `max_length` = {max_length}: {num_cut} {of_rows}; {lost.sum()} tokens are"
-            f" lost, {lost.max()} of one row."
+            f"Cut to `max_length` = {max_length}: {notes.source[lost > 0].nunique()} {of_rows};"
+            f" {lost.sum()} tokens are lost, {lost.max()} of one row."
         )
     if empty.any():
         logger.warning(
             f"With empty turns: {(empty > 0).sum()} {of_rows}, the first is row {empty.idxmax()};"
             " they are trained as they stand, or drop them with `dataset.filter`."
         )
-    kept = notes.index[notes["num_trained"] > 0]
+    kept = notes.index[notes.num_trained > 0]
     if len(rows) > num_rows:
         of_rows = f"of {len(rows)} rows, made of {num_rows},"
     dropped = f"{len(rows) - len(kept)} {of_rows} have no trained token in their first {max_length}"
@@ -210,23 +190,20 @@ def _drop_untrained(rows: Dataset, num_rows: int, max_length: int) -> Dataset:
     return rows.select_columns([*COLUMNS]).select(kept)
 
 
-def warn_of_other_ends(tokenizer: PreTrainedTokenizerBase, target: PreTrainedModel) -> None:
+def warn_of_other_ends(tokenizer: Tokenizer, target: PreTrainedModel) -> None:
     """Warn of a tokenizer whose BOS or EOS is not the target's.
 
     Its ids may all be within the vocabulary and still be those of another target.
     """
-    configs = (target.config.get_text_config(decoder=True), target.generation_config)
     for name in ("bos_token_id", "eos_token_id"):
         own, known = getattr(tokenizer, name), set[Any]()
-        for config in configs:  # chat models have several ends
-            found = getattr(config, name, None)
+        for config in (text_config(target), target.generation_config):
+            found = getattr(config, name, None)  # chat models have several ends
             known |= {*found} if isinstance(found, list) else {found} - {None}
         if own is not None and known and own not in known:
             expected = " or ".join(map(str, sorted(known)))
-            logger.warning(
-                f"The tokenizer's {name[:3].upper()} is token {own}, the target's {expected}: it"
-                " may be another target's. Pass the target's own tokenizer."
-            )
+            which = f"The tokenizer's {name[:3].upper()} is token {own}, the target's {expected}"
+            logger.warning(f"{which}: it may be another target's. Pass the target's own.")
 
 
 def check_rows(dataset: Any, vocab_size: int) -> None:

@@ -1,32 +1,43 @@
 """Token ids and labels of a row; a label is -100 where nothing is trained.
 
 In: a row and the target's tokenizer. Out: training rows of `input_ids`, `attention_mask`, `labels`,
-each (length,); several of a long text, or where a template renders turns otherwise later.
+each (length,); several of a long text. A conversation is one where one rendering of it holds each
+prompt, as the target would be asked, and each answer. Else it is a row an answer:
+
+    prompt   <user> hello <assistant> <think>        rendered with add_generation_prompt=True
+    answer   a greeting </think> good morning <end>  the turn, as the template or the row writes it
 """
 
 import math
+import re
+from bisect import bisect_right
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ...identity import short_hash
-from .conversation import IGNORED, Chat, Encoded
-from .layouts import TOKEN_MASKS, Row, check_masks, is_plain_text, layout_of, read_text
-from .messages import Message
+from .messages import TOKEN_MASKS, Message, Row, check_unread, is_plain_text, layout_of, read_text
+from .turns import RenderedChat, Turn
 
+Encoded = dict[str, list[int]]  # `input_ids` and `labels`, each (length,)
+Offsets = Sequence[tuple[int, int]]  # (length, 2), where each token begins and ends in the text
+
+IGNORED = -100  # the label that cross entropy and the trainer's count of items skip
 TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask", "token_type_ids", "special_tokens_mask")
+# with it a template itself marks what the target writes
+GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class Encoding(NamedTuple):
     """Training rows of a row, and how the chat template behaved."""
 
     rows: list[Encoded]
-    messages: list[Message]  # of a conversation, as the row gives them
-    behaviour: list[str]
+    messages: Sequence[Message] = ()  # of a conversation, as the row gives them
+    behaviour: Sequence[str] = ()
 
 
-def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:
+def tokenize(row: Row, tokenizer: Tokenizer, max_length: int) -> list[Encoded]:
     """Turn a row into training rows of `input_ids`, `attention_mask`, `labels`, each (length,).
 
     Of conversations the assistant's tokens are trained (all or none is an error), of plain text all
@@ -50,70 +61,63 @@ def cut(encoded: Encoded, max_length: int) -> Encoded:
 
 
 def encode(
-    row: Row,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None = None,
-    vocab_size: int | None = None,
+    row: Row, tokenizer: Tokenizer, max_length: int | None = None, vocab_size: int | None = None
 ) -> Encoding:
     """Turn a row into training rows of `input_ids` and `labels`, each (length,).
 
     Plain text is split into rows of `max_length`; others are whole. Ids beyond `vocab_size` are an
     error.
     """
-    layout, messages, behaviour = layout_of(row), list[Message](), list[str]()
+    layout = layout_of(row)
     if is_plain_text(row):
-        found = split_text(_encode_text(row, tokenizer), tokenizer.bos_token_id, max_length)
+        whole = _encode_text(row, tokenizer)
+        found = Encoding(split_text(whole, tokenizer.bos_token_id, max_length))
     elif layout == "token_rows":
-        found = _encode_token_rows(row, tokenizer)
+        found = Encoding(_encode_token_rows(row, tokenizer))
     elif layout == "input_ids":
-        found = [_encode_ids(row)]
+        found = Encoding([_encode_ids(row)])
     else:
-        chat = Chat(row, tokenizer)
-        found, messages, behaviour = chat.encode(), chat.chat.given, chat.behaviour
+        found = Chat(row, tokenizer).encode()
     # A drafter reads a token and the feature before it; nothing predicts the first two tokens.
     # position        0      1        2        3
     # token           x0     x1       x2       x3
     # feature         f0     f1       f2       f3       f_i has read x_0 .. x_i
     # drafter reads          (x1,f0)  (x2,f1)  (x3,f2)  and predicts x2, x3, x4
     # label           -100   -100     x2       x3
-    for one in found:
+    for one in found.rows:
         check_ids(one["input_ids"], vocab_size or math.inf)
         one["labels"] = [IGNORED, IGNORED, *one["labels"][2:]][: len(one["input_ids"])]
-    return Encoding(found, messages, behaviour)
+    return found
 
 
-def _encode_token_rows(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+def _encode_token_rows(row: Row, tokenizer: Tokenizer) -> list[Encoded]:
     """Read what the target read and wrote, as `regenerate` keeps it: nothing is rendered."""
-    written_by, own = row["token_rows"][0].get("tokenizer"), short_hash(tokenizer)
-    if written_by not in (None, own):
+    if row["token_rows"][0].get("tokenizer") not in (None, short_hash(tokenizer)):
         raise ValueError(
-            f"`token_rows` were written with the tokenizer {written_by}, not with this one ({own})."
-            " Pass the tokenizer of their target, or drop the column, and the messages are rendered"
-            " with this one."
+            "`token_rows` were written with another tokenizer; pass that, or drop them."
         )
     return [_encode_ids(part) for part in row["token_rows"]]
 
 
 def _encode_ids(row: Row) -> Encoded:
-    ids = row["input_ids"]
-    labels = ids if row.get("labels") is None else row["labels"]
-    mask = [1] * len(ids) if row.get("attention_mask") is None else row["attention_mask"]
-    masks = [name for name in TOKEN_MASKS if row.get(name) is not None]
-    check_masks(row, [*TOKEN_COLUMNS, *TOKEN_MASKS])
-    kept = [1] * len(ids)
-    for name in masks:  # trained is what all of them keep
-        if len(row[name]) != len(ids):
-            raise ValueError(f"{len(ids)} `input_ids` have {len(row[name])} in `{name}`.")
-        kept = [a and b for a, b in zip(kept, row[name], strict=True)]
-    sizes = {len(ids), len(labels), len(mask)}
-    if len(sizes) > 1 or any(b not in (a, IGNORED) for a, b in zip(ids, labels, strict=True)):
-        raise ValueError(
-            f"{len(ids)} `input_ids` have {len(labels)} `labels` and {len(mask)} in the mask; each"
-            " needs one, and a label is its own token (unshifted) or -100."
-        )
-    labels = [label if is_kept else IGNORED for label, is_kept in zip(labels, kept, strict=True)]
-    pairs = [pair for *pair, is_real in zip(ids, labels, mask, strict=True) if is_real]
-    return {"input_ids": [i for i, _ in pairs], "labels": [label for _, label in pairs]}
+    """Read tokens but for padding; trained are those with a label that every mask keeps."""
+    check_unread(row, [*TOKEN_COLUMNS, *TOKEN_MASKS], None)
+    ids, ones = row["input_ids"], [1] * len(row["input_ids"])
+    names = ("labels", "attention_mask", *TOKEN_MASKS)
+    given = {name: row[name] for name in names if row.get(name) is not None}
+    for name, values in given.items():
+        labels = values if name == "labels" else ids
+        is_shifted = any(b not in (a, IGNORED) for a, b in zip(ids, labels, strict=False))
+        if len(values) != len(ids) or is_shifted:
+            raise ValueError(
+                f"{len(ids)} `input_ids` have {len(values)} in `{name}`; each needs one, and a"
+                " label is its own token (unshifted) or -100."
+            )
+    labels, is_real = given.pop("labels", ids), given.pop("attention_mask", ones)
+    kept = [*map(all, zip(ones, *given.values(), strict=True))]
+    real = [i for i in range(len(ids)) if is_real[i]]
+    labels = [labels[i] if kept[i] else IGNORED for i in real]
+    return {"input_ids": [ids[i] for i in real], "labels": labels}
 
 
 def split_text(encoded: Encoded, bos: int | None, max_length: int | None) -> list[Encoded]:
@@ -138,7 +142,7 @@ def split_text(encoded: Encoded, bos: int | None, max_length: int | None) -> lis
     return parts
 
 
-def _encode_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+def _encode_text(row: Row, tokenizer: Tokenizer) -> Encoded:
     """Encode a text, or a prompt and its completion, of which the prompt is not trained."""
     prompt, text = read_text(row)
     read = _text_ids(prompt, tokenizer) if prompt else []
@@ -152,7 +156,7 @@ def _encode_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     return {"input_ids": ids, "labels": [IGNORED] * len(read) + ids[len(read) :]}
 
 
-def _text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _text_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     """Tokenize a text, (length,), with one BOS, whoever writes it, and without EOS."""
     ids = tokenizer(text, verbose=False)["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -171,3 +175,119 @@ def check_ids(ids: Sequence[int], vocab_size: float, where: str = "") -> None:
             f"{where}`input_ids` has {token}, outside the target's vocabulary of {vocab_size}"
             " tokens; encode it with the target's own tokenizer."
         )
+
+
+class Chat(RenderedChat):
+    """A conversation that is tokenized; see [`RenderedChat`]."""
+
+    def __init__(self, row: Row, tokenizer: Tokenizer):
+        super().__init__(row, tokenizer)
+        self.tokenizer = tokenizer
+        self.has_blocks = bool(GENERATION_BLOCK.search(self.template))
+        self._ids_of: dict[str, list[int]] = {}  # tokens of texts that come again and again
+        self._special = {*tokenizer.added_tokens_decoder}
+
+    def encode(self) -> Encoding:
+        """Return the training rows, one where that is exact."""
+        if (whole := self._encode_whole()) is not None:
+            how, found = "one rendering holds every prompt and answer", [whole]
+        else:
+            how = "a training row an answer, as turns are rendered otherwise later"
+            found = [self._encode_turn(turn) for turn in self.turns if turn.is_trained]
+            found = found or [{"input_ids": [], "labels": []}]
+        trained = [label != IGNORED for one in found for label in one["labels"]]
+        if (trained and all(trained)) or not (any(trained) or self.is_weighted):
+            roles = [turn["role"] for turn in self.messages]
+            raise ValueError(
+                f"{'Every' if any(trained) else 'No'} token of {roles} is trained; expected the"
+                " answers' alone. Drop rows without prompt or answer with `dataset.filter`, or"
+                " enclose only the answers in the template in `{% generation %}`."
+            )
+        return Encoding(found, self.given, [*self.behaviour(), how])
+
+    def _ids(self, text: str) -> list[int]:
+        """Tokenize a text, (length,), as `apply_chat_template` does."""
+        if text not in self._ids_of:
+            self._ids_of[text] = self._encoded(text)["input_ids"]
+        return self._ids_of[text]
+
+    def _encoded(self, text: str) -> Any:
+        """Tokenize a text: `input_ids` and `offset_mapping`, (length,) each."""
+        # not verbose: a warning of the length would come before the cut to `max_length`
+        options = {"return_offsets_mapping": True, "verbose": False}
+        return self.tokenizer(text, add_special_tokens=False, **options)
+
+    def _encode_whole(self) -> Encoded | None:
+        """Encode the whole conversation as one row; None where a part of it would be another.
+
+        Parts are prompts and answers, as texts and as tokens.
+        """
+        text = self.text(self.messages)
+        known = (t.options is not None and text.startswith(t.prompt + t.answer) for t in self.turns)
+        if not all(known):
+            return None
+        full = self.tokens(self.messages) if self.has_blocks else self._encoded(text)
+        ids, offsets = full["input_ids"], full["offset_mapping"]
+        mask, length = [False] * len(ids), len(ids)
+        for turn in self.turns:
+            seam, stop = len(turn.prompt), len(turn.prompt + turn.answer)
+            start = self._tokens_before(seam, text, ids, offsets)
+            end, is_whole = boundary(stop, offsets)
+            if start is None or (self.is_complete and not is_whole):
+                return None
+            mask[start:end] = [turn.is_trained] * (end - start)
+            length = length if self.is_complete else end
+        if self.has_blocks:
+            # where no weight concerns a turn, the template's marks count
+            on, blocks = all(turn.is_trained for turn in self.turns), full["assistant_masks"]
+            mask = [bool(b) and (on or m) for b, m in zip(blocks, mask, strict=True)]
+        return labelled(ids[:length], mask[:length])
+
+    def _tokens_before(self, seam: int, text: str, ids: list[int], offsets: Offsets) -> int | None:
+        """Count the tokens of a prompt, the first `seam` characters; None if they are other ones.
+
+        Special tokens are tokenized apart, so only what follows the last of them is compared.
+        """
+        number, is_whole = boundary(seam, offsets)
+        if not is_whole:
+            return None
+        last = next((i for i in reversed(range(number)) if ids[i] in self._special), 0)
+        tail = text[offsets[last][0] : seam] if number else text[:seam]
+        return number if self._ids(tail) == ids[last:number] else None
+
+    def _encode_turn(self, turn: Turn) -> Encoded:
+        """Encode the prompt and the answer of one turn."""
+        seam, written = len(turn.prompt), turn.empty + turn.answer
+        full = self._encoded(turn.prompt + written)
+        ids, offsets = full["input_ids"], full["offset_mapping"]
+        start = self._tokens_before(seam, turn.prompt + written, ids, offsets)
+        mask = [1] * len(ids)
+        if start is None:  # a token spans both: the target writes others
+            prompt, after = self._ids(turn.prompt), self._encoded(written)
+            apart = [*prompt, *after["input_ids"]]
+            if self.tokenizer.decode(apart) != self.tokenizer.decode(ids):
+                raise ValueError(
+                    f"The tokens of turn {turn.position} are others after its prompt than in the"
+                    " whole text; let the target answer itself (`coral-hf regenerate`)."
+                )
+            start = len(prompt) + boundary(len(turn.empty), after["offset_mapping"])[0]
+            ids, mask = apart, [1] * len(apart)
+        elif turn.empty:
+            start = boundary(seam + len(turn.empty), offsets)[0]
+        elif self.has_blocks and turn.options is not None and self.is_complete:
+            turns = self.messages[: turn.position + 1]
+            blocks = self.tokens(turns, **turn.options)["assistant_masks"]
+            mask = blocks if len(blocks) == len(ids) else mask
+        return labelled(ids, [bool(on) and i >= start for i, on in enumerate(mask)])
+
+
+def labelled(ids: list[int], is_trained: Sequence[bool]) -> Encoded:
+    """Label those tokens, (length,), that are trained."""
+    labels = [token if on else IGNORED for token, on in zip(ids, is_trained, strict=True)]
+    return {"input_ids": ids, "labels": labels}
+
+
+def boundary(place: int, offsets: Offsets) -> tuple[int, bool]:
+    """Count the tokens that end before a place in a text, and tell whether none spans it."""
+    number = bisect_right(offsets, place, key=lambda token: token[1])
+    return number, all(start >= place for start, _ in offsets[number : number + 1])

@@ -7,6 +7,7 @@ start of the user's, with neighbouring turns of one role joined, with contents a
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from reprlib import repr as shortened
 from typing import Any
 
@@ -59,7 +60,8 @@ def rendered_form(messages: list[Message], render: Callable[..., str]) -> list[M
 
 def forms_of(messages: list[Message]) -> Iterator[list[Message]]:
     """Yield the different forms of messages, the least changed first."""
-    forms = [with_parsed_calls(messages)]
+    # calls and arguments that are JSON in a string, templates would quote once more
+    forms = [[_with_arguments(turn, parse) for turn in messages]]
     yield forms[0]
     changes = (arguments_as_text, developer_as_system, system_within_user, joined_neighbours)
     for change in (*changes, contents_as_parts):
@@ -69,11 +71,6 @@ def forms_of(messages: list[Message]) -> Iterator[list[Message]]:
     yield from forms[1:]
 
 
-def with_parsed_calls(messages: list[Message]) -> list[Message]:
-    """Read calls and arguments that are JSON in a string: templates would quote them once more."""
-    return [_with_arguments(turn, parse) for turn in messages]
-
-
 def arguments_as_text(messages: list[Message]) -> list[Message]:
     """Write the arguments of calls as JSON, for templates that print them as they are."""
     return [_with_arguments(turn, as_text) for turn in messages]
@@ -81,13 +78,10 @@ def arguments_as_text(messages: list[Message]) -> list[Message]:
 
 def parse(value: Any) -> Any:
     """Return the object that a string is the JSON of; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        found = json.loads(value)
-    except json.JSONDecodeError:
-        return value
-    return found if isinstance(found, dict | list) else value
+    with suppress(json.JSONDecodeError):
+        found = json.loads(value) if isinstance(value, str) else None
+        return found if isinstance(found, dict | list) else value
+    return value
 
 
 def as_text(value: Any) -> Any:
@@ -98,24 +92,19 @@ def as_text(value: Any) -> Any:
 def _with_arguments(turn: Message, change: Callable[[Any], Any]) -> Message:
     """Change the `arguments` of all calls of a turn."""
     calls = parse(turn.get("tool_calls"))
-    if not calls:
-        return turn
-    if not isinstance(calls, list) or not all(isinstance(one, Mapping) for one in calls):
-        raise ValueError(f"`tool_calls` is {shortened(calls)}; expected objects with a `function`.")
 
-    def changed(call: Mapping[str, Any]) -> dict[str, Any]:
+    def changed(call: Any) -> dict[str, Any]:
+        if not isinstance(call, Mapping):
+            name = shortened(calls)
+            raise ValueError(f"`tool_calls` is {name}; expected objects with a `function`.")
         found = {**call}
         if "function" in found:  # OpenAI's layout
-            if not isinstance(found["function"], Mapping):
-                raise ValueError(
-                    f"`function` of a call is {shortened(found['function'])}, no object."
-                )
             found["function"] = changed(found["function"])
         if "arguments" in found:
             found["arguments"] = change(found["arguments"])
         return found
 
-    return {**turn, "tool_calls": [changed(call) for call in calls]}
+    return {**turn, "tool_calls": [changed(call) for call in calls]} if calls else turn
 
 
 def developer_as_system(messages: list[Message]) -> list[Message]:
@@ -137,9 +126,8 @@ def joined_neighbours(messages: list[Message]) -> list[Message]:
     joined = list[Message]()
     for turn in messages:
         last = joined[-1] if joined else {}
-        plain = {"role", "content", "weight"}
         is_same = {**last, "content": ""} == {**turn, "content": ""}
-        if turn["role"] != "tool" and is_same and {*turn} <= plain:
+        if is_same and turn["role"] != "tool" and {*turn} <= {"role", "content", "weight"}:
             joined[-1] = {**turn, "content": f"{last['content']}\n\n{turn['content']}"}
         else:
             joined.append(turn)
@@ -191,9 +179,9 @@ def _probe(turn: Message) -> Message:
     calls = turn.get("tool_calls") or []
     if calls:
         # OpenAI's layout keeps the name under `function`, others at the top
-        named = {"name": call}
         renamed = [
-            {**one, **named, "function": {**one.get("function", {}), **named}} for one in calls
+            {**one, "name": call, "function": {**one.get("function", {}), "name": call}}
+            for one in calls
         ]
         return {**turn, "tool_calls": renamed}
     probe = {"tool": result, "system": system, "developer": system}.get(turn["role"])

@@ -34,10 +34,7 @@ BINARY = ("parquet", "arrow")  # files without lines
 
 
 def load_conversations(
-    path: str | Path,
-    split: str = "train",
-    config: str | None = None,
-    revision: str | None = None,
+    path: str | Path, split: str = "train", config: str | None = None, revision: str | None = None
 ) -> Dataset:
     """Load conversations or plain text from a file, a folder or the Hub.
 
@@ -58,7 +55,9 @@ def load_conversations(
     file, name = Path(path), str(path)
     if any((file / saved).is_file() for saved in ("dataset_dict.json", "state.json")):
         found = datasets.load_from_disk(name)
-        return split_of(found, split) if isinstance(found, dict) else found
+        if isinstance(found, dict) and split not in found:
+            raise ValueError(f"`split` is {split!r}; give one of the dataset's {[*found]}.")
+        return found[split] if isinstance(found, dict) else found
     reader = None if file.is_dir() else _reader_of(file)
     if reader is None and file.is_file():
         raise ValueError(
@@ -67,15 +66,15 @@ def load_conversations(
         )
     if reader == "text":
         return datasets.Dataset.from_dict({"text": _documents(file, split)})
-    given: dict[str, Any] = {"data_files": name, **_delimiter(file)} if reader else {}
-    if not reader:
-        given = {"name": config, "revision": None if file.exists() else revision}
+    given: dict[str, Any] = {"name": config, "revision": None if file.exists() else revision}
+    if reader:
+        given = {"data_files": name, **({"delimiter": "\t"} if ".tsv" in file.suffixes else {})}
     builder = datasets.load_dataset_builder(reader or name, **given)
     found = (builder.config.data_files or {}).get(split.partition("[")[0], [])
     files = [Path(local) for local in found if Path(local).is_file()]  # none of a Hub id
     for local in files:  # Arrow takes bytes that are not UTF-8
         if _reader_of(local) not in BINARY:
-            deque(_texts(local), maxlen=0)
+            deque(_lines(local), maxlen=0)
     try:
         builder.download_and_prepare()
         return builder.as_dataset(split)
@@ -86,21 +85,6 @@ def load_conversations(
     return datasets.load_dataset(reader or name, split=split, features=features, **given)
 
 
-def split_of(found: dict[str, Dataset], split: str) -> Dataset:
-    """Return a split of a dataset.
-
-    Raises:
-        ValueError: if it has no such split, naming those that it has.
-    """
-    if split not in found:
-        raise ValueError(f"`split` is {split!r}, but the dataset has {[*found]}; give one of them.")
-    return found[split]
-
-
-def _delimiter(file: Path) -> dict[str, str]:
-    return {"delimiter": "\t"} if ".tsv" in file.suffixes else {}
-
-
 def _reader_of(file: Path) -> str | None:
     """Name the reader of `datasets` for a file; None for an unknown ending."""
     name = file.stem if file.suffix in COMPRESSED else file.name
@@ -108,33 +92,25 @@ def _reader_of(file: Path) -> str | None:
     return None if reader in BINARY and name != file.name else reader
 
 
-def _lines(file: Path) -> Iterator[bytes]:
-    """Yield the lines of a file, decompressed by the ending of its name."""
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a file with their numbers, decompressed by the ending of its name.
+
+    Raises:
+        ValueError: for a file that is empty or truncated, or has a line that is not UTF-8.
+    """
+    is_empty, number = True, 0
     try:
         with fsspec.open(str(file), compression="infer") as lines:
-            yield from lines
+            for number, line in enumerate(lines, start=1):
+                text = line.decode("utf-8-sig")
+                is_empty = is_empty and not text.strip()
+                yield number, text
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}, line {number}: {error}. Repair or drop the line.") from error
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         if file.suffix not in COMPRESSED:
             raise
-        raise ValueError(
-            f"{file} is not a whole {file.suffix[1:]} file: {error}. Copy it again."
-        ) from error
-
-
-def _texts(file: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a file with their numbers.
-
-    Raises:
-        ValueError: for a file that is empty, or that has a line that is not UTF-8.
-    """
-    is_empty = True
-    for number, line in enumerate(_lines(file), start=1):
-        try:
-            text = line.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}, line {number}: {error}. Repair or drop the line.") from error
-        is_empty = is_empty and not text.strip()
-        yield number, text
+        raise ValueError(f"{file} is not a whole {file.suffix[1:]} file: {error}.") from error
     if is_empty:
         raise ValueError(f"{file} is empty; give a file with at least one row.")
 
@@ -145,7 +121,7 @@ def _rows(file: Path) -> Iterator[tuple[int, dict]]:
     Raises:
         ValueError: for what is neither.
     """
-    lines = _texts(file)
+    lines = _lines(file)
     for number, text in lines:
         try:
             if text.lstrip().startswith("["):
@@ -192,7 +168,7 @@ def _documents(file: Path, split: str) -> list[str]:
     """Split a text file into its documents."""
     if split != "train":
         raise ValueError(f"`split` is {split!r}, but a text file has 'train' only; use that.")
-    text = "".join(line for _, line in _texts(file))
+    text = "".join(line for _, line in _lines(file))
     if "<|endoftext|>" in text:
         return [part.strip() for part in text.split("<|endoftext|>") if part.strip()]
     documents = [""]
@@ -216,15 +192,19 @@ def join_datasets(parts: Sequence[Dataset], names: Sequence[str]) -> Dataset:
     """
     if len(parts) == 1:
         return parts[0]
+    schemas = [part.features.arrow_schema.remove_metadata() for part in parts]
+    # objects whose keys differ within a file are read as JSON, which holds any objects; text is
+    # left alone, since what looks like JSON would come back parsed
+    free = {f.name: f for schema in schemas for f in schema if "arrow.json" in str(f.type)}
+    freed = [
+        pyarrow.schema(f if pyarrow.types.is_string(f.type) else free.get(f.name, f) for f in s)
+        for s in schemas
+    ]
     try:
-        schema = _unify([part.features.arrow_schema.remove_metadata() for part in parts])
+        schema = pyarrow.unify_schemas(freed, promote_options="permissive")
     except pyarrow.ArrowTypeError as error:
-        raise ValueError(
-            f"{', '.join(names)} hold different kinds of values: {error}. Write them in one way, or"
-            " drop what is not needed."
-        ) from error
-    merged = datasets.Features.from_arrow_schema(schema)
-    aligned = []
+        raise ValueError(f"{', '.join(names)} hold different kinds of values: {error}.") from error
+    merged, aligned = datasets.Features.from_arrow_schema(schema), []
     for part in parts:
         features = datasets.Features({name: merged[name] for name in part.features})
         aligned.append(part if part.features == features else part.cast(features))
@@ -238,21 +218,6 @@ def with_weight(rows: Dataset, weight: float) -> Dataset:
     """
     if not weight > 0:
         raise ValueError(f"The weight of a dataset is {weight}; give a number above 0.")
-    whole, size = int(weight), round(math.modf(weight)[0] * len(rows))
+    size = round(math.modf(weight)[0] * len(rows))
     part = sorted(random.Random(0).sample(range(len(rows)), size))
-    return rows.select([*[*range(len(rows))] * whole, *part]) if weight != 1 else rows
-
-
-def _unify(schemas: Sequence[pyarrow.Schema]) -> pyarrow.Schema:
-    """Merge schemas to one with the columns and keys of all."""
-    try:
-        return pyarrow.unify_schemas(schemas, promote_options="permissive")
-    except pyarrow.ArrowTypeError:
-        # objects whose keys differ within a file are read as JSON, which holds any objects; text is
-        # left alone, since what looks like JSON would come back parsed
-        free = {f.name: f for schema in schemas for f in schema if "arrow.json" in str(f.type)}
-        freed = [
-            pyarrow.schema(f if pyarrow.types.is_string(f.type) else free.get(f.name, f) for f in s)
-            for s in schemas
-        ]
-        return pyarrow.unify_schemas(freed, promote_options="permissive")
+    return rows.select([*range(len(rows))] * int(weight) + part) if weight != 1 else rows

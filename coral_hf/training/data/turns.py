@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
 from ...measure.chat import OPTIONS, chat_options, read_options, render
 from .forms import as_parts, rendered_form, text_of
-from .layouts import Row
-from .messages import Message, read_tools, to_messages
+from .messages import Message, Row, read_tools, to_messages
 
 logger = logging.get_logger(__name__)
 
@@ -54,7 +53,7 @@ class RenderedChat:
         ValueError: for a row that cannot be read, or that the chat template cannot render.
     """
 
-    def __init__(self, row: Row, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, row: Row, tokenizer: Tokenizer):
         own = read_options(row[OPTIONS]) if row.get(OPTIONS) else {}
         tools = read_tools(row)
         self.template = tokenizer.get_chat_template(tools=tools)
@@ -73,14 +72,14 @@ class RenderedChat:
 
     def behaviour(self) -> list[str]:
         """Say how the template takes the conversation, where that is not as it stands."""
-        given = [(turn["role"], type(turn.get("content"))) for turn in self.given]
-        taken = [(turn["role"], type(turn.get("content"))) for turn in self.messages]
-        if [role for role, _ in given] != [role for role, _ in taken]:
-            found = ["turns are read as ones of another role, or joined"]
-        else:
-            found = ["contents are written as lists of parts"] if given != taken else []
-        for options in (turn.options for turn in self.turns if turn.options):
-            found += [f"answers are asked for with {name} {on}" for name, on in options.items()]
+        found = list[str]()
+        if [turn["role"] for turn in self.given] != [turn["role"] for turn in self.messages]:
+            found.append("turns are read as ones of another role, or joined")
+        elif any(isinstance(turn.get("content"), list) for turn in self.messages):
+            found.append("contents are written as lists of parts")
+        for turn in self.turns:
+            options = (turn.options or {}).items()
+            found += [f"answers are asked for with {name} {on}" for name, on in options]
         if any(turn.empty for turn in self.turns):
             found.append("an empty thought is read before answers, not trained")
         return [*dict.fromkeys(found)]
@@ -132,26 +131,23 @@ class RenderedChat:
         if opened and not has_calls and not thought:
             content = text_of(turn)
             if is_cut or f"</{opened[1]}>" in content:
-                inside = after_mark(content, opened[0])
-                return prompt, "", inside + ("" if is_cut else self._ending(position))
+                return prompt, "", after_mark(content, opened[0]) + self._ending(position, is_cut)
         if opened and text.startswith(prompt[: opened.start()]) and not (is_cut and has_calls):
             written = text_of(turn) if is_cut else text[opened.start() :]
             if not written.startswith(opened[0].strip()):
                 return prompt, *with_thought(opened[0], opened[1], thought, written)
-        if thought and thought not in text:
-            raise ValueError(
-                f"The chat template leaves out the thought of turn {position}"
-                " (`reasoning_content`); write it into `content`, with the marks of the target."
-            )
         if opened or thought or has_calls:
             raise ValueError(
                 f"The chat template does not render turn {position}, with its calls or its thought,"
-                " after the prompt of it; let the target answer itself (`coral-hf regenerate`)."
+                " after the prompt of it; write a thought into `content`, with the target's marks,"
+                " or let the target answer itself (`coral-hf regenerate`)."
             )
-        return prompt, "", text_of(turn) + ("" if is_cut else self._ending(position))
+        return prompt, "", text_of(turn) + self._ending(position, is_cut)
 
-    def _ending(self, position: int) -> str:
-        """Return what the template writes after an answer."""
+    def _ending(self, position: int, is_cut: bool) -> str:
+        """Return what the template writes after an answer; nothing after one that was cut off."""
+        if is_cut:
+            return ""
         before, turn = self.messages[:position], self.messages[position]
         content = as_parts(ANSWER) if isinstance(turn.get("content"), list) else ANSWER
         text = self.text([*before, {"role": "assistant", "content": content}])

@@ -11,15 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import IterableDataset
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ...atomic import free_bytes, shown_bytes
 from ...drafters.configuration import FamilyConfig
@@ -30,10 +26,9 @@ from ..features.index import FORMAT_BYTES
 from ..steps import kind_of_recipe, step_kind
 from ..train_dataset import trained_rows
 from . import PlanSettings
-from .report import Change, Plan, StagePlan
-from .rows import RowSizes, num_checkpoints, num_steps, row_sizes
-from .step_memory import RunShape, StepMemory, step_memory
-from .timing import timed_run
+from .memory import RunShape, StepMemory, step_memory
+from .report import Plan, StagePlan
+from .run import largest_batch, lengths_of, num_checkpoints, num_steps, timed_run
 
 SMALL = 1e9  # bytes of a target whose steps are timed without being asked
 CONTEXT = 2**30  # bytes of a GPU that are left to CUDA itself and to fragments
@@ -46,7 +41,7 @@ def plan(
     dataset: Any,
     stages: CoralTrainingArguments | Sequence[CoralTrainingArguments] = (),
     settings: PlanSettings | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Tokenizer | None = None,
     dtype: str = "auto",
     drafter: FamilyConfig | None = None,
 ) -> Plan:
@@ -74,14 +69,16 @@ def plan(
     config = AutoConfig.from_pretrained(target)
     tokenizer = AutoTokenizer.from_pretrained(target) if tokenizer is None else tokenizer
     rows = _read_rows(dataset, tokenizer, stages[0], config.get_text_config(decoder=True))
-    sizes = row_sizes(rows, stages[0])
+    lengths = lengths_of(rows)
     shape = _shape_of(config, drafter, stages[0], settings, dtype)
     room, room_name = _room(settings, shape)
-    found = [_plan_stage(replace(shape, args=args), sizes, tokenizer) for args in stages]
+    shapes = [replace(shape, args=args) for args in stages]
+    found = [_plan_stage(one, rows, lengths, tokenizer) for one in shapes]
     largest = max(range(len(found)), key=lambda index: found[index].memory.total)
     formats = () if isinstance(rows, CachedFeatures) else FORMAT_BYTES
     features, token_seconds = settings.features if formats else "cached", None
-    if _is_timed(settings, target, found[0].memory):
+    is_small = Path(target).is_dir() and found[0].memory.target <= SMALL
+    if is_small if settings.measure is None else settings.measure:
         model = AutoModelForCausalLM.from_pretrained(target, dtype=shape.dtype)
         steps, token_seconds = timed_run(model, tokenizer, rows, stages, shape.drafter, features)
         found = [one._replace(seconds=s) for one, s in zip(found, steps, strict=True)]
@@ -89,11 +86,11 @@ def plan(
     layers = step_kind(shape.drafter.model_type).layers(shape.drafter)
     return Plan(
         target=f"{target}, {_described(config, shape)}",
-        rows=f"{len(sizes.lengths)}, of {sizes.num_tokens} tokens, at most {sizes.lengths.max()}",
+        rows=f"{len(rows)}, of {lengths.sum()} tokens, at most {lengths.max()}",
         stages=found,
         room=room,
         room_name=room_name,
-        changes=[*_changes(replace(shape, args=stages[largest]), found[largest], sizes, room)],
+        changes=_changes(shapes[largest], found[largest].memory, rows, lengths, room),
         caches={
             name: plan_features(config, rows, output, name, layers=layers).disk_bytes
             for name in formats
@@ -103,7 +100,7 @@ def plan(
         output=output,
         free=free_bytes(output),
         existing=sum(_written_bytes(Path(args.output_dir)) for args in stages),
-        cache_seconds=None if token_seconds is None else token_seconds * sizes.num_tokens,
+        cache_seconds=None if token_seconds is None else token_seconds * lengths.sum(),
     )
 
 
@@ -139,13 +136,12 @@ def _read_rows(dataset: Any, tokenizer: Any, args: CoralTrainingArguments, text:
         )
     if isinstance(dataset, CachedFeatures):
         return dataset
-    return trained_rows(dataset, tokenizer, args, text)
+    return trained_rows(dataset, tokenizer, args, text).with_format(None)
 
 
-def _plan_stage(shape: RunShape, sizes: RowSizes, tokenizer: PreTrainedTokenizerBase) -> StagePlan:
-    args = shape.args
-    memory = step_memory(shape, sizes.largest_batch(args.per_device_train_batch_size))
-    steps = num_steps(len(sizes.lengths), args)
+def _plan_stage(shape: RunShape, rows: Any, lengths: np.ndarray, tokenizer: Tokenizer) -> StagePlan:
+    args, steps = shape.args, num_steps(len(rows), shape.args)
+    memory = step_memory(shape, largest_batch(rows, lengths, args))
     # an adapter's weights are half of the two states that the optimizer keeps of each
     weights = memory.drafter if shape.lora_rank is None else memory.optimizer // 2
     states = 0 if args.save_only_model else memory.optimizer
@@ -153,17 +149,15 @@ def _plan_stage(shape: RunShape, sizes: RowSizes, tokenizer: PreTrainedTokenizer
     return StagePlan(args.stage, steps, memory, checkpoint, num_checkpoints(steps, args))
 
 
-def _changes(shape: RunShape, planned: StagePlan, sizes: RowSizes, room: int) -> Iterator[Change]:
-    """Yield changes of a run, each on top of those before it, until it fits."""
-    if planned.memory.total <= room:
-        return
-    for options, smaller in _smaller(shape, int(sizes.lengths.max())):
-        batch = sizes.largest_batch(smaller.args.per_device_train_batch_size)
-        batch = {name: part[:, : smaller.args.max_length] for name, part in batch.items()}
-        memory = step_memory(smaller, batch)
-        yield Change(options, memory)
-        if memory.total <= room:
-            return
+def _changes(
+    shape: RunShape, memory: StepMemory, rows: Any, lengths: np.ndarray, room: int
+) -> dict[str, StepMemory]:
+    """Return changes of a run, each on top of those before it, until it fits."""
+    smaller, found = _smaller(shape, int(lengths.max())), dict[str, StepMemory]()
+    while memory.total > room and (change := next(smaller, None)) is not None:
+        options, shape = change
+        found[options] = memory = step_memory(shape, largest_batch(rows, lengths, shape.args))
+    return found
 
 
 def _smaller(shape: RunShape, longest: int) -> Iterator[tuple[str, RunShape]]:
@@ -199,31 +193,21 @@ def _smaller(shape: RunShape, longest: int) -> Iterator[tuple[str, RunShape]]:
 
 def _room(settings: PlanSettings, shape: RunShape) -> tuple[int, str]:
     """Return the bytes of memory that a process can have, and what they are of."""
-    if settings.gpu_memory is not None:
-        size = int(settings.gpu_memory * 2**30)
-        return size - CONTEXT, f"a GPU of {settings.gpu_memory:g} GiB, one of them left to CUDA"
-    if not shape.on_cpu:
-        size = torch.cuda.get_device_properties(0).total_memory
-        return size - CONTEXT, f"this GPU of {size / 2**30:.3g} GiB, one of them left to CUDA"
-    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return size - PROCESS, f"this machine's {shown_bytes(size)}, one of them left to libraries"
-
-
-def _is_timed(settings: PlanSettings, target: str, memory: StepMemory) -> bool:
-    is_small = Path(target).is_dir() and memory.target <= SMALL
-    return is_small if settings.measure is None else settings.measure
+    if shape.on_cpu:
+        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return size - PROCESS, f"this machine's {shown_bytes(size)}, one of them left to libraries"
+    known = settings.gpu_memory or torch.cuda.get_device_properties(0).total_memory / 2**30
+    return int(known * 2**30) - CONTEXT, f"a GPU of {known:.3g} GiB, one of them left to CUDA"
 
 
 def _described(config: PreTrainedConfig, shape: RunShape) -> str:
     kind = ", ".join(config.architectures or [config.model_type])
-    name = str(shape.dtype).removeprefix("torch.")
-    if shape.bits:
-        return f"{kind}, in {shape.bits} bits"
     is_quantized = getattr(config, "quantization_config", None) is not None
-    return f"{kind}, {'quantized, else ' if is_quantized else ''}{name}"
+    dtype = f"{'quantized, else ' if is_quantized else ''}{str(shape.dtype).removeprefix('torch.')}"
+    return f"{kind}, in {shape.bits} bits" if shape.bits else f"{kind}, {dtype}"
 
 
-def _saved_bytes(tokenizer: PreTrainedTokenizerBase) -> int:
+def _saved_bytes(tokenizer: Tokenizer) -> int:
     """Count the bytes of a tokenizer's files, which lie in every checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)

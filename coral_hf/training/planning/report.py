@@ -9,15 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...atomic import shown_bytes
-from .step_memory import StepMemory
+from .memory import StepMemory
 
-MEMORY_NAMES = {
-    "target": "target's weights",
-    "drafter": "drafter's weights",
-    "optimizer": "optimizer",
-    "features": "features of the batches",
-    "activations": "activations, gradients",
-}
+# of the fields of a StepMemory
+MEMORY_NAMES = ["target's weights", "drafter's weights", "optimizer"]
+MEMORY_NAMES += ["features of the batches", "activations, gradients"]
+VERDICTS = {True: "fits", False: "does not fit"}
 
 
 class StagePlan(NamedTuple):
@@ -36,13 +33,6 @@ class StagePlan(NamedTuple):
         return self.checkpoint * self.num_checkpoints
 
 
-class Change(NamedTuple):
-    """Options that are added to a run, with those before them, so that it fits."""
-
-    options: str
-    memory: StepMemory
-
-
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a training run takes, and what there is."""
@@ -52,7 +42,8 @@ class Plan:
     stages: list[StagePlan]
     room: int  # bytes of memory that a process can have
     room_name: str  # of what
-    changes: list[Change]  # none where the run fits
+    # what makes the run fit: options that are added, with those before them → memory
+    changes: dict[str, StepMemory]
     caches: dict[str, int]  # bytes of a feature cache in each format
     features: str  # "online", "cached" already, or the format to be written
     finished: int  # bytes of the finished drafter
@@ -62,9 +53,14 @@ class Plan:
     cache_seconds: float | None = None  # of writing the features, where it was timed
 
     @property
+    def largest(self) -> StagePlan:
+        """The stage that takes most memory."""
+        return max(self.stages, key=lambda stage: stage.memory.total)
+
+    @property
     def memory(self) -> StepMemory:
-        """The memory of the stage that takes most."""
-        return max((stage.memory for stage in self.stages), key=lambda memory: memory.total)
+        """The memory of that stage."""
+        return self.largest.memory
 
     @property
     def disk(self) -> int:
@@ -83,15 +79,21 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether memory and disk suffice."""
-        return self.memory.total <= self.room and self.disk - self.existing <= self.free
+        return self.memory.total <= self.room and self.fits_disk
+
+    @property
+    def fits_disk(self) -> bool:
+        """Whether the disk suffices."""
+        return self.disk - self.existing <= self.free
 
     def check_disk(self) -> None:
         """Raise a ValueError if the disk cannot hold what the run writes, with what to do."""
-        if (needed := self.disk - self.existing) > self.free:
+        if not self.fits_disk:
             raise ValueError(
-                f"The run needs {shown_bytes(needed)} of disk, but only {shown_bytes(self.free)}"
-                f" are free at {self.output}; keep fewer checkpoints (--save_total_limit 1),"
-                " compute features while training or as int8, or choose another --output."
+                f"The run needs {shown_bytes(self.disk - self.existing)} of disk, but only"
+                f" {shown_bytes(self.free)} are free at {self.output}; keep fewer checkpoints"
+                " (--save_total_limit 1), compute features while training or as int8, or choose"
+                " another --output."
             )
 
     def __str__(self) -> str:
@@ -100,17 +102,16 @@ class Plan:
     def _lines(self) -> Iterator[str]:
         yield f"Target: {self.target}"
         yield f"Rows: {self.rows}"
-        memory = self.memory
-        of = next(stage.stage for stage in self.stages if stage.memory is memory)
-        yield f"Memory of a process, at the peak of a step (stage {of!r}):"
-        for name, count in memory._asdict().items():
-            yield f"  {MEMORY_NAMES[name]:26}{shown_bytes(count):>10}"
-        verdict = "fits" if memory.total <= self.room else "does not fit"
-        yield f"  {'together':26}{shown_bytes(memory.total):>10}   {verdict} in {self.room_name}"
-        for index, change in enumerate(self.changes):
-            verdict = "fits" if change.memory.total <= self.room else "does not fit"
-            start = "with" if not index else "and"
-            yield f"  {start} {change.options}: {shown_bytes(change.memory.total)}, {verdict}"
+        yield f"Memory of a process, at the peak of a step (stage {self.largest.stage!r}):"
+        for name, count in zip(MEMORY_NAMES, self.memory, strict=True):
+            yield f"  {name:26}{shown_bytes(count):>10}"
+        total, verdict = self.memory.total, VERDICTS[self.memory.total <= self.room]
+        yield f"  {'together':26}{shown_bytes(total):>10}   {verdict} in {self.room_name}"
+        start = "with"
+        for options, memory in self.changes.items():
+            verdict = VERDICTS[memory.total <= self.room]
+            yield f"  {start} {options}: {shown_bytes(memory.total)}, {verdict}"
+            start = "and"
         yield "Disk:"
         for stage in self.stages:
             each = f"{stage.num_checkpoints} of {shown_bytes(stage.checkpoint)}"
@@ -119,10 +120,9 @@ class Plan:
         caches = ", ".join(f"{name} {shown_bytes(size)}" for name, size in self.caches.items())
         if caches:
             yield f"  features, if cached (`coral-hf features`): {caches}"
-        verdict = "fits" if self.disk - self.existing <= self.free else "does not fit"
         yield (
             f"  together {shown_bytes(self.disk)} with features {self.features},"
-            f" {verdict}: {shown_bytes(self.free)} are free at {self.output}"
+            f" {VERDICTS[self.fits_disk]}: {shown_bytes(self.free)} are free at {self.output}"
         )
         steps = ", ".join(f"{stage.num_steps} in {stage.stage!r}" for stage in self.stages)
         if self.hours is None:

@@ -15,19 +15,67 @@ Where the prompt of an answer begins with all tokens before it, they share a row
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ...identity import short_hash
-from ...measure.chat import OPTIONS, read_options, render
+from ...identity import short_hash, tokenizer_hash
+from ...measure.chat import OPTIONS, chat_options, read_options, render
 from ..data.forms import rendered_form
-from ..data.layouts import Row, is_plain_text, read_text
-from ..data.messages import Message, read_tools, to_messages
+from ..data.messages import Message, Row, is_plain_text, read_text, read_tools, to_messages
 from . import RegenerationSettings
-from .answers import Answer
+
+
+class Answer(NamedTuple):
+    """The tokens that a target generated after a prompt."""
+
+    tokens: list[int]  # (new,) with the end token, where there is one
+    is_complete: bool  # whether the target ended it itself
+
+    @property
+    def text_tokens(self) -> list[int]:
+        """The tokens of its text, (new,): without the end token."""
+        return self.tokens[:-1] if self.is_complete else self.tokens
+
+    @classmethod
+    def of(cls, tokens: list[int], ends: Sequence[int]) -> "Answer":
+        """Cut generated tokens, (new,), after the first end token."""
+        end = next((i for i, token in enumerate(tokens, start=1) if token in ends), None)
+        return cls(tokens[:end], end is not None)
+
+
+def end_tokens(config: GenerationConfig, tokenizer: Tokenizer) -> list[int]:
+    """Return the tokens that end an answer: the target's, or where it names none, its tokenizer's.
+
+    `config`: the target's generation config.
+    """
+    ends = tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+def longest_prompt(positions: float, settings: RegenerationSettings) -> float:
+    """Return how many tokens of `positions` an answer leaves to its prompt.
+
+    Raises:
+        ValueError: if it leaves none.
+    """
+    if (most := settings.max_new_tokens) >= positions:
+        raise ValueError(f"`max_new_tokens` is {most}, but there are {positions} positions.")
+    return positions - most
+
+
+def asked_for(settings: RegenerationSettings, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Collect what answers of any target depend on, as plain values by name."""
+    return {
+        **{name: value for name, value in asdict(settings).items() if name != "batch_size"},
+        "tokenizer": tokenizer_hash(tokenizer),
+        "chat_template": tokenizer.chat_template,
+        "chat_template_kwargs": chat_options(tokenizer),
+    }
 
 
 class Dialogue:
@@ -43,13 +91,7 @@ class Dialogue:
         ValueError: for a row that cannot be read, or that holds tokens.
     """
 
-    def __init__(
-        self,
-        number: int,
-        row: Row,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: RegenerationSettings,
-    ):
+    def __init__(self, number: int, row: Row, tokenizer: Tokenizer, settings: RegenerationSettings):
         self.number, self._id, self._is_text = number, row.get("id"), is_plain_text(row)
         self._tokenizer, self._settings = tokenizer, settings
         self._messages: list[Message] = []
@@ -57,10 +99,11 @@ class Dialogue:
         self._has_prompt = bool(prompt)  # of its own, which is read as a whole
         first = {"role": "user", "content": prompt or text}
         self._rest = [first] if self._is_text else to_messages(row)
-        self._tools = None if self._is_text else read_tools(row)
-        self._options = read_options(row[OPTIONS]) if row.get(OPTIONS) else {}
+        tools = None if self._is_text else read_tools(row)
+        options = read_options(row[OPTIONS]) if row.get(OPTIONS) else {}
+        self._given = {"tokenizer": tokenizer, "tools": tools, **options}  # of `render`
         self.num_turns = len(self._rest)
-        self.content = json.dumps([self._rest, self._tools, self._is_text, self._options])
+        self.content = json.dumps([self._rest, tools, self._is_text, options])
         self._start: list[int] = []  # (kept,) tokens of a plain text before its answer
         self._prompt: list[int] = []  # (length,) of the answer that comes next
         self._token_rows: list[dict[str, Any]] = []  # what the target read and wrote
@@ -79,14 +122,12 @@ class Dialogue:
         try:
             ids = self._text_prompt() if self._is_text else self._chat_prompt()
             if len(ids) > max_length:
-                raise ValueError(
-                    f"a prompt of {len(ids)} tokens; at most {max_length} leave room for an answer"
-                )
-            self._prompt = ids
-            return ids
+                room = f"at most {max_length} leave room for an answer"
+                raise ValueError(f"a prompt of {len(ids)} tokens; {room}")
         except ValueError as error:
-            self.stopped = str(error)
-            return []
+            self.stopped, ids = str(error), []
+        self._prompt = ids
+        return ids
 
     def take(self, answer: Answer) -> None:
         """Add an answer; nothing follows one that was cut off."""
@@ -105,15 +146,12 @@ class Dialogue:
     def _keep_tokens(self, new: list[int]) -> None:
         """Add what was read and written, (new,), to the last row of tokens, or begin another."""
         rows, prompt = self._token_rows, self._prompt
-        known = rows[-1]["input_ids"] if rows else []
-        if not known or prompt[: len(known)] != known:
-            rows.append(
-                {"input_ids": [], "loss_mask": [], "tokenizer": short_hash(self._tokenizer)}
-            )
-        row = rows[-1]
-        read = prompt[len(row["input_ids"]) :]
-        row["input_ids"] += [*read, *new]
-        row["loss_mask"] += [0] * len(read) + [1] * len(new)
+        if not rows or prompt[: len(rows[-1]["input_ids"])] != rows[-1]["input_ids"]:
+            tokenizer = short_hash(self._tokenizer)
+            rows.append({"input_ids": [], "loss_mask": [], "tokenizer": tokenizer})
+        read = prompt[len(rows[-1]["input_ids"]) :]
+        rows[-1]["input_ids"] += [*read, *new]
+        rows[-1]["loss_mask"] += [0] * len(read) + [1] * len(new)
 
     def result(self) -> dict[str, Any]:
         """Make the row to be written, with its number; without an answer, the `reason`."""
@@ -126,7 +164,8 @@ class Dialogue:
         if self._is_text:
             return {**row, "text": self._messages[-1]["content"], **ending}
         kept = self._messages if self.stopped is None else self._messages[: self.num_kept]
-        tools = {"tools": json.dumps(self._tools, ensure_ascii=False)} if self._tools else {}
+        tools = self._given["tools"]
+        tools = {"tools": json.dumps(tools, ensure_ascii=False)} if tools else {}
         return {**row, "messages": kept, **tools, **ending}
 
     def _advance(self) -> bool:
@@ -143,10 +182,8 @@ class Dialogue:
         return self.stopped is None and self._messages[-1]["role"] in ("user", "tool")
 
     def _chat_prompt(self) -> list[int]:
-        given = {"tokenizer": self._tokenizer, "tools": self._tools, **self._options}
-        rendered: Callable[..., str] = partial(render, tokenize=False, **given)
-        form = rendered_form(self._messages, rendered)
-        text = rendered(form, add_generation_prompt=True)
+        rendered: Callable[..., str] = partial(render, tokenize=False, **self._given)
+        text = rendered(rendered_form(self._messages, rendered), add_generation_prompt=True)
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _text_prompt(self) -> list[int]:

@@ -101,15 +101,10 @@ class Connection(httpx.AsyncClient):
             TooLong: if the server refuses a prompt for its length.
             ValueError: if it refuses for another reason.
         """
-        method = "GET" if body is None else "POST"
         try:
-            response = await self.request(method, path, json=body)
-        except httpx.ConnectError as error:
-            raise Failure(f"no connection ({error})") from error
-        except httpx.TimeoutException as error:
-            raise Failure(f"no answer in {self._endpoint.timeout:g} s") from error
+            response = await self.request("POST" if body else "GET", path, json=body)
         except httpx.RequestError as error:
-            raise Failure(f"the connection broke off ({type(error).__name__})") from error
+            raise Failure(f"no answer ({type(error).__name__} {error})") from error
         return self._read(response)
 
     async def ask(
@@ -150,7 +145,7 @@ class Connection(httpx.AsyncClient):
         status, url = response.status_code, self._endpoint.url
         if status == 200 and isinstance(found, dict):
             return found
-        said = f"{status} {self._message(found, response.text)}".strip()
+        said = f"{status} {self._said(found, response.text)}".strip()
         if status in RETRIED:
             named = response.headers.get("retry-after", "")
             raise Failure(said, float(named) if named.isdecimal() else 0.0)
@@ -160,16 +155,12 @@ class Connection(httpx.AsyncClient):
         if status == 413 or (status == 400 and re.search("context.(length|window)", said)):
             raise TooLong(f"the server refused a prompt for its length ({said})")
         if status == 200:
-            raise Failure(f"no JSON object, but {self._clean(response.text)!r}")
+            raise Failure(f"no JSON object, but {said!r}")
         raise ValueError(f"The server at {url} refused a request to {response.url} ({said}).")
 
-    def _message(self, found: Any, text: str) -> str:
-        """Return what a server says of an error, in its object or as text."""
-        error = found.get("error", found) if isinstance(found, dict) else text
-        error = error.get("message", text) if isinstance(error, dict) else error
-        return self._clean(str(error)).rstrip(".")
-
-    def _clean(self, text: str) -> str:
-        """Cut a server's words short, and take out the key."""
+    def _said(self, found: Any, text: str) -> str:
+        """Return what a server says of an error, without the key and cut short."""
+        error = found.get("error") if isinstance(found, dict) else None
+        text = str(error.get("message", text)) if isinstance(error, dict) else text
         text = text.replace(self._key, "(key)") if self._key else text
-        return " ".join(text.split())[:300]
+        return " ".join(text.split())[:300].rstrip(".")

@@ -6,31 +6,45 @@ In: a target, rows of any layout. Out: a JSONL file of `messages` or `text` rows
     out.jsonl                   a row a line, each with its number in the dataset
     out.jsonl.settings.json     what the answers depend on; a resumed run must have the same
     out.jsonl.left_out.jsonl    rows without an answer, with the reason
+
+With a temperature, a token is drawn as the largest of log-probability plus Gumbel noise; the noise
+of each answer comes from a generator of its own, so no answer depends on the others of its batch.
 """
 
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.utils import logging
 
 from ...atomic import JsonLines, keep_settings, sole_writer
-from ...identity import seed_of
+from ...identity import identify, seed_of, weights_digest
+from ...measure.calls import seeded
+from ...measure.prompts import left_padded
+from ...target import max_positions, text_config
 from ..data.dataset import warn_of_other_ends
 from . import RegenerationSettings
-from .answers import AnswerGenerator
-from .dialogue import Dialogue
+from .dialogue import Answer, Dialogue, asked_for, end_tokens, longest_prompt
 from .endpoint import Endpoint
 from .served import ServedTarget
 
 logger = logging.get_logger(__name__)
 
 WINDOW = 64  # batches whose rows are sorted together, so that those of a batch are alike
+# override the target's own generation config, which would change its distribution
+SAMPLED = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "do_sample": True}
+GREEDY = {**SAMPLED, "do_sample": False, "temperature": 1.0, "top_p": 1.0}
+SAMPLED |= {"top_k": 0, "min_p": 0.0, "typical_p": 1.0}
 
 
 class Regenerated(NamedTuple):
@@ -43,7 +57,7 @@ class Regenerated(NamedTuple):
 
 def regenerate(
     target: PreTrainedModel | Endpoint,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     dataset: Any,
     output: str | Path,
     settings: RegenerationSettings | None = None,
@@ -72,13 +86,16 @@ def regenerate(
     settings, output = settings or RegenerationSettings(), Path(output)
     sidecar = Path(f"{output}.settings.json")
     sizes, digest = _survey(dataset, tokenizer, settings)
-    generator = _generator(target, tokenizer, settings, drafter)
+    if not isinstance(target, Endpoint):
+        generator: Any = AnswerGenerator(target, tokenizer, settings, drafter)
+    elif drafter is None:
+        generator = ServedTarget(target, tokenizer, settings)
+    else:
+        raise ValueError("A server drafts itself (docs/use/serve.md); leave out `drafter`.")
     warn_of_other_ends(tokenizer, generator.target)
     with sole_writer(output.parent, output.name):
         if output.exists() and not sidecar.exists():
-            raise ValueError(
-                f"`output` {output} exists and was not written by `regenerate`; choose another."
-            )
+            raise ValueError(f"`output` {output} exists and was not written by `regenerate`.")
         keep_settings(sidecar, {"dataset": digest, **generator.identity()}, output)
         answers = JsonLines(output).mend()
         left_out = JsonLines(f"{output}.left_out.jsonl").mend()
@@ -90,34 +107,26 @@ def regenerate(
         if isinstance(generator, ServedTarget):
             parts = generator.answered(row_of(n) for n in range(len(sizes)) if n not in done)
         else:
-            parts = _answered(_batches(sizes, done, settings.batch_size), row_of, generator)
-        with (
-            closing(parts),
-            tqdm(total=len(sizes), initial=len(done), unit="row", desc="Answering") as bar,
-        ):
+            parts = generator.answered(_batches(sizes, done, settings.batch_size), row_of)
+        counts = {"total": len(sizes), "initial": len(done)}
+        with closing(parts), tqdm(unit="row", desc="Answering", **counts) as bar:
             for rows in parts:
                 new = [row.result() for row in rows if row.number not in done]
                 answers.append([row for row in new if "reason" not in row])
                 left_out.append([row for row in new if "reason" in row])
                 bar.update(len(new))
-        return _summary(answers, left_out)
-
-
-def _generator(
-    target: PreTrainedModel | Endpoint,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: RegenerationSettings,
-    drafter: PreTrainedModel | None,
-) -> AnswerGenerator | ServedTarget:
-    if not isinstance(target, Endpoint):
-        return AnswerGenerator(target, tokenizer, settings, drafter)
-    if drafter is not None:
-        raise ValueError("A server drafts itself (docs/use/serve.md); leave out `drafter`.")
-    return ServedTarget(target, tokenizer, settings)
+        complete = [row["is_complete"] for row in answers.read()]
+        reasons = [row["reason"] for row in left_out.read()]
+    if reasons:
+        logger.warning(
+            f"{len(reasons)} rows have no answer and are left out, such as for {reasons[0]};"
+            f" {left_out.path} names them."
+        )
+    return Regenerated(len(complete), complete.count(False), len(reasons))
 
 
 def _survey(
-    dataset: Any, tokenizer: PreTrainedTokenizerBase, settings: RegenerationSettings
+    dataset: Any, tokenizer: Tokenizer, settings: RegenerationSettings
 ) -> tuple[list[tuple[int, int]], str]:
     """Read all rows before the first answer: turns and characters of each, and their digest."""
     sizes, digest = [], sha256()
@@ -127,10 +136,8 @@ def _survey(
             if not number and not row.next_prompt(math.inf) and row.stopped:
                 raise ValueError(row.stopped)  # as every row would stop
         except ValueError as error:
-            raise ValueError(
-                f"Row {number}: {error} Repair or drop such rows with `dataset.filter`"
-                " (docs/use/data.md)."
-            ) from error
+            remedy = "Repair or drop such rows with `dataset.filter` (docs/use/data.md)."
+            raise ValueError(f"Row {number}: {error} {remedy}") from error
         digest.update(row.content.encode())
         sizes.append((row.num_turns, len(row.content)))
     return sizes, digest.hexdigest()
@@ -150,27 +157,97 @@ def _batches(
         yield from (batch for batch in batches if not done.issuperset(batch))
 
 
-def _answered(
-    batches: Iterator[list[int]], row_of: Callable[[int], Dialogue], generator: AnswerGenerator
-) -> Generator[list[Dialogue], None, None]:
-    """Answer all turns of rows, a batch at a time."""
-    longest, seed = generator.max_prompt_length, generator.settings.seed
-    for numbers in batches:
-        rows = [row_of(number) for number in numbers]
-        while asked := [(row, ids) for row in rows if (ids := row.next_prompt(longest))]:
-            seeds = [seed_of(seed, row.number, row.num_kept) for row, _ in asked]
-            answers = generator.generate([ids for _, ids in asked], seeds)
-            for (row, _), answer in zip(asked, answers, strict=True):
-                row.take(answer)
-        yield rows
+@dataclass
+class AnswerGenerator:
+    """A target that answers batches of prompts.
+
+    Raises:
+        ValueError: if answers of `max_new_tokens` leave prompts no room in the target's positions.
+    """
+
+    target: PreTrainedModel  # on its device
+    tokenizer: Tokenizer
+    settings: RegenerationSettings
+    drafter: PreTrainedModel | None = None  # to be faster
+
+    def __post_init__(self) -> None:
+        positions = max_positions(text_config(self.target)) or math.inf
+        self._room = longest_prompt(positions, self.settings)
+        self._ends = end_tokens(self.target.generation_config, self.tokenizer)
+        pads = [self.tokenizer.pad_token_id, *self._ends, 0]
+        self._pad = next(token for token in pads if token is not None)
+        self.target.eval()
+
+    def identity(self) -> dict[str, Any]:
+        """Collect what the answers depend on beside their prompts, as plain values by name."""
+        digest, dtype, quantization = identify(self.target)
+        # a drafter changes no greedy answer
+        is_drafted = self.drafter is not None and self.settings.temperature > 0
+        return {
+            **asked_for(self.settings, self.tokenizer),
+            "target": digest,
+            "dtype": dtype,
+            "quantization": quantization,
+            "drafter": weights_digest(self.drafter) if is_drafted else None,
+        }
+
+    def answered(
+        self, batches: Iterator[list[int]], row_of: Callable[[int], Dialogue]
+    ) -> Generator[list[Dialogue], None, None]:
+        """Answer all turns of rows, a batch of their numbers at a time."""
+        for numbers in batches:
+            rows = [row_of(number) for number in numbers]
+            while asked := [(r, ids) for r in rows if (ids := r.next_prompt(self._room))]:
+                seeds = [seed_of(self.settings.seed, r.number, r.num_kept) for r, _ in asked]
+                answers = self.generate([ids for _, ids in asked], seeds)
+                for (row, _), answer in zip(asked, answers, strict=True):
+                    row.take(answer)
+            yield rows
+
+    def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Answer]:
+        """Answer some prompts.
+
+        Args:
+            prompts: (batch, length), of different lengths.
+            seeds: (batch,) of the draws. With a drafter, the first is that of the whole batch.
+        """
+        settings, device = self.settings, self.target.device
+        choice, processors = GREEDY, LogitsProcessorList()
+        if settings.temperature > 0 and self.drafter is not None:
+            choice = {"temperature": settings.temperature, "top_p": settings.top_p, **SAMPLED}
+        elif settings.temperature > 0:  # the largest score, after noise
+            processors.append(TemperatureLogitsWarper(settings.temperature))
+            processors += [TopPLogitsWarper(settings.top_p), GumbelNoise(seeds, device)]
+        ends = {"eos_token_id": self._ends or None, "pad_token_id": self._pad}
+        config = GenerationConfig(**choice, **ends, max_new_tokens=settings.max_new_tokens)
+        batch = left_padded(prompts, self._pad, device)
+        with seeded(seeds[0], device):
+            output = self.target.generate(
+                **batch,
+                generation_config=config,
+                logits_processor=processors,
+                assistant_model=self.drafter,
+            )
+        new = output[:, batch["input_ids"].shape[1] :]  # (batch, new)
+        return [Answer.of(tokens, self._ends) for tokens in new.tolist()]
 
 
-def _summary(answers: JsonLines, left_out: JsonLines) -> Regenerated:
-    complete = [row["is_complete"] for row in answers.read()]
-    reasons = [row["reason"] for row in left_out.read()]
-    if reasons:
-        logger.warning(
-            f"{len(reasons)} rows have no answer and are left out, such as for {reasons[0]};"
-            f" {left_out.path} names them."
-        )
-    return Regenerated(len(complete), complete.count(False), len(reasons))
+class GumbelNoise(LogitsProcessor):
+    """Noise after which the largest score is a draw from softmax(scores): the Gumbel-max trick.
+
+    Args:
+        seeds: (batch,), one a row.
+        device: of the scores; another kind of device draws other tokens.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device):
+        # a generator for each row of scores (batch, vocab)
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Add noise to scores, (batch, vocab)."""
+        noise = torch.empty_like(scores)  # (batch, vocab)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        # the logarithm of an exponential variable is a negative Gumbel variable
+        return scores - noise.log()

@@ -12,39 +12,35 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 from anyio.from_thread import start_blocking_portal
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ...identity import full_name, seed_of
 from ...target import max_positions, text_config
 from . import RegenerationSettings
-from .answers import Answer, asked_for, end_tokens, longest_prompt
-from .dialogue import Dialogue
+from .dialogue import Answer, Dialogue, asked_for, end_tokens, longest_prompt
 from .endpoint import Connection, Endpoint, Failure, TooLong
 
-# parameters that a server would otherwise take from the target's generation config
-NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-NEUTRAL |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+# a text is sent without special tokens; else, what a server would take from the target's
+# generation config
+SENT = {"return_token_ids": True, "add_special_tokens": False, "top_k": -1, "min_p": 0.0}
+SENT |= {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 # a text that tokenizers split in different ways
 PROBE = "  Naïve:\n\n3.14159 == 日本語?"
 
 
-class Configs(NamedTuple):
-    """What is read of a target without its weights, by the names that a model has for it."""
-
-    config: Any
-    generation_config: GenerationConfig
-
-    @classmethod
-    def of(cls, name: str) -> "Configs":
-        """Read the configs of a folder or a Hub id."""
-        config = AutoConfig.from_pretrained(name)
-        try:
-            return cls(config, GenerationConfig.from_pretrained(name))
-        except OSError:  # there is no such file
-            return cls(config, GenerationConfig.from_model_config(config))
+def configs_of(name: str) -> SimpleNamespace:
+    """Read the configs of a folder or a Hub id, by the names that a model has for them."""
+    config = AutoConfig.from_pretrained(name)
+    try:
+        own = GenerationConfig.from_pretrained(name)
+    except OSError:  # there is no such file
+        own = GenerationConfig.from_model_config(config)
+    return SimpleNamespace(config=config, generation_config=own)
 
 
 class ServedTarget:
@@ -56,14 +52,9 @@ class ServedTarget:
             if answers of `max_new_tokens` leave prompts no room in its positions.
     """
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: RegenerationSettings,
-    ):
+    def __init__(self, endpoint: Endpoint, tokenizer: Tokenizer, settings: RegenerationSettings):
         self.endpoint, self.tokenizer, self.settings = endpoint, tokenizer, settings
-        self.target = Configs.of(endpoint.target)
+        self.target: Any = configs_of(endpoint.target)
         self._vocab_size = text_config(self.target).vocab_size
         self._ends = end_tokens(self.target.generation_config, tokenizer)
         with start_blocking_portal() as portal:
@@ -124,9 +115,7 @@ class ServedTarget:
             "temperature": self.settings.temperature,
             "top_p": self.settings.top_p,
             "stop_token_ids": self._ends,
-            "add_special_tokens": False,  # to a text
-            "return_token_ids": True,
-            **NEUTRAL,
+            **SENT,
             **others,
         }
 
@@ -138,14 +127,10 @@ class ServedTarget:
             Failure: if the server broke it off.
         """
         choice, most = continuation(reply, prompt), self.settings.max_new_tokens
-        tokens = choice.get("token_ids")
-        if tokens is None:
-            raise ValueError("the server returned an answer without its token ids.")
-        if len(tokens) > most or not all(0 <= token < self._vocab_size for token in tokens):
-            raise ValueError(
-                f"the server returned {len(tokens)} tokens up to {max(tokens)}; {most} were asked"
-                f" for, and the target has tokens below {self._vocab_size}."
-            )
+        tokens, size = choice.get("token_ids") or [], self._vocab_size
+        if len(tokens) > most or not all(0 <= token < size for token in tokens):
+            found = f"{len(tokens)} tokens up to {max(tokens)}"
+            raise ValueError(f"the server returned {found}, not at most {most} below {size}.")
         answer = Answer.of(tokens, self._ends)
         if not answer.is_complete and len(tokens) < most:
             reason = choice.get("finish_reason")
@@ -153,15 +138,15 @@ class ServedTarget:
                 raise Failure(f"an answer that ended with {reason!r}")
             raise ValueError(
                 f"the server ended an answer after {len(tokens)} of {most} tokens, with {reason!r}"
-                f" and token {tokens[-1:]}, where the ends of"
-                f" {self.endpoint.target} are {self._ends}; serve it without limits of its own"
-                " (vLLM: `--generation-config vllm`)."
+                f" and token {tokens[-1:]}; the target's ends are {self._ends}. Serve it without"
+                " limits of its own (vLLM: `--generation-config vllm`)."
             )
         return answer
 
     async def _meet(self) -> None:
         """Find the target's name and positions on the server, and that it returns tokens."""
         url, target = self.endpoint.url, self.endpoint.target
+        ids = self.tokenizer(PROBE, add_special_tokens=False, verbose=False)["input_ids"]
         async with Connection(self.endpoint, 1) as server:
             try:
                 entry = self._entry((await server.once("models")).get("data") or [])
@@ -169,13 +154,10 @@ class ServedTarget:
                 own = max_positions(text_config(self.target)) or math.inf
                 self._positions = min(own, entry.get("max_model_len") or math.inf)
                 self.max_prompt_length = longest_prompt(self._positions, self.settings)
-                ids = self._encode(PROBE)
                 reply = await server.once("completions", self._body(ids, 1))
                 if not continuation(reply, ids).get("token_ids"):
-                    raise ValueError(
-                        f"The server at {url} returns no token ids, of which a row is made; use one"
-                        " that knows `return_token_ids`, such as vLLM from 0.10.2 on."
-                    )
+                    what = f"The server at {url} returns no token ids, of which a row is made"
+                    raise ValueError(f"{what}; use vLLM from 0.10.2 on, or one alike.")
             except Failure as failure:
                 raise ConnectionError(
                     f"{url} does not answer as a server with OpenAI's API does: {failure}. Start"
@@ -185,14 +167,9 @@ class ServedTarget:
                 read = continuation(await server.once("completions", self._body(PROBE, 1)))
             except (Failure, ValueError):  # not every server of tokens reads text
                 return
-        if read.get("prompt_token_ids") not in (None, self._encode(PROBE)):
-            raise ValueError(
-                f"The server at {url} encodes a text to other tokens than the tokenizer of {target}"
-                " does, so it holds another target; name the one that it holds."
-            )
-
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if read.get("prompt_token_ids") not in (None, ids):
+            what = f"The server at {url} encodes a text to other tokens than {target}'s tokenizer"
+            raise ValueError(f"{what}, so it holds another target; name the one that it holds.")
 
     def _entry(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
         """Return what a server says of the target, among all models that it holds."""
@@ -201,10 +178,10 @@ class ServedTarget:
         for entry in entries:
             if entry["id"] in names or (not model and entry.get("root") in names):
                 return entry
-        held = ", ".join(entry["id"] for entry in entries)
+        held = ", ".join(entry["id"] for entry in entries) or "no model"
         raise ValueError(
-            f"The server at {self.endpoint.url} holds {held or 'no model'}, and none called"
-            f" {model or name}; give the target's name there as `model`, --endpoint-model."
+            f"The server at {self.endpoint.url} holds {held}, and none called {model or name};"
+            " give the target's name there as `model`, --endpoint-model."
         )
 
 

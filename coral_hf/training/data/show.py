@@ -1,21 +1,52 @@
 """A viewer of training rows: which tokens are trained, and what they are.
 
 In: rows of any layout, a tokenizer. Out: text on a terminal, in colour or, through a pipe, with
-marks that say the same; or a JSON object for each training row.
+marks that say the same; or a JSON object for each training row, with spans of one kind.
+
+    <user> hi <bot> <think> hm </think> yes <end>
+    read ........... thought .......... answer .
 """
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ..encoding import encode
-from ..layouts import Row, layout_of
-from .spans import ANSWER, CALL, CUT, READ, THOUGHT, Piece, pieces, spans
+from .encoding import IGNORED, Encoded, encode
+from .messages import Row, layout_of
 
+
+class Piece(NamedTuple):
+    """A token as a reader sees it."""
+
+    text: str  # empty for the first tokens of a character of several
+    kind: str
+    is_special: bool = False
+
+
+READ, ANSWER, THOUGHT, CALL, CUT = "read", "answer", "thought", "tool_call", "cut"
+NAMES = r"(\w*think\w*|reasoning|thought)"
+# a thought ends with its mark or with the answer; one that the prompt opens begins with the answer
+THOUGHTS = re.compile(
+    rf"<(?P<mark>{NAMES})>.*?(?:</(?P=mark)>|\Z)"
+    rf"|\A(?:(?!<{NAMES}>).)*</{NAMES}>"
+    r"|\[THINK\].*?(?:\[/THINK\]|\Z)"
+    r"|<\|channel\|>analysis.*?(?:<\|end\|>|\Z)",
+    re.DOTALL,
+)
+CALLS = re.compile(
+    r"<(?P<mark>tool_calls?|function_calls?)>(?:.*</(?P=mark)>|.*)"
+    r"|<function=(?:.*</function>|.*)"
+    r"|<[|｜]tool[_▁]calls?[^|｜]*[|｜]>(?:.*<[|｜]tool[_▁]calls?[_▁]end[|｜]>|.*)"
+    r"|(?:\[TOOL_CALLS\]|<\|python_tag\|>|<\|action_start\|>).*"
+    r"|<\|channel\|>commentary to=(?:.*?<\|call\|>|.*)",
+    re.DOTALL,
+)
 # two shades of each kind, in turn, so that neighbouring tokens are distinguishable
 SHADES = {
     READ: ("white on grey15", "white on grey27"),
@@ -25,21 +56,15 @@ SHADES = {
     CUT: ("strike grey50", "strike grey62"),
 }
 MARKS = {READ: "", ANSWER: "⟦⟧", THOUGHT: "⟪⟫", CALL: "⟨⟩", CUT: "✂✂"}
-BOUNDARY, NO_TEXT = "│", "∅"
-LEGEND = [
-    Piece("trained", ANSWER, False),
-    Piece(" not trained ", READ, False),
-    Piece("<special>", READ, True),
-    Piece("thought", THOUGHT, False),
-    Piece("tool call", CALL, False),
-    Piece("cut", CUT, False),
-]
+BOUNDARY, PART_OF_CHARACTER = "│", "…"  # the latter stands for a token without a text of its own
+LEGEND = [Piece("trained", ANSWER), Piece(" not trained ", READ), Piece("<special>", READ, True)]
+LEGEND += [Piece("thought", THOUGHT), Piece("tool call", CALL), Piece("cut", CUT)]
 MOST_CUT = 40  # tokens beyond `max_length` that are printed
 
 
 def show(
     rows: Iterable[tuple[int, Row]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     max_length: int | None = None,
     console: Console | None = None,
 ) -> None:
@@ -81,9 +106,7 @@ def show(
 
 
 def describe(
-    rows: Iterable[tuple[int, Row]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None = None,
+    rows: Iterable[tuple[int, Row]], tokenizer: Tokenizer, max_length: int | None = None
 ) -> Iterator[dict[str, Any]]:
     """Yield what `show` prints as objects: a training row each, or the `error` of a row."""
     for found, part in _read(rows, tokenizer, max_length):
@@ -91,7 +114,7 @@ def describe(
 
 
 def _read(
-    rows: Iterable[tuple[int, Row]], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+    rows: Iterable[tuple[int, Row]], tokenizer: Tokenizer, max_length: int | None
 ) -> Iterator[tuple[dict[str, Any], list[Piece]]]:
     """Yield each training row, its numbers and its tokens; or the `error` of a row."""
     for number, row in rows:
@@ -100,25 +123,19 @@ def _read(
         except ValueError as error:
             yield {"row": number, "error": str(error)}, []
             continue
+        layout = layout_of(row)
+        turns = row[layout] if layout in ("messages", "conversations") else []
+        roles = ", ".join(str(turn.get("role", turn.get("from"))) for turn in turns)
+        source = f"`{layout}`: {roles}" if roles else f"`{layout}`"
         for index, part in enumerate(parts, start=1):
             kinds = [piece.kind for piece in part]
             num_tokens = len(kinds) - kinds.count(CUT)
-            found = {"row": number, "part": index, "parts": len(parts), "source": source_of(row)}
+            found = {"row": number, "part": index, "parts": len(parts), "source": source}
             found |= {"num_tokens": num_tokens, "num_trained": num_tokens - kinds.count(READ)}
             yield {**found, "num_cut": kinds.count(CUT)}, part
 
 
-def source_of(row: Row) -> str:
-    """Say which column a row is read from, and which turns stand there."""
-    layout = layout_of(row)
-    turns = row[layout] if layout in ("messages", "conversations") else []
-    roles = [str(turn.get("role", turn.get("from"))) for turn in turns]
-    return f"`{layout}`" + (f": {', '.join(roles)}" if roles else "")
-
-
-def _parts(
-    row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int | None
-) -> list[list[Piece]]:
+def _parts(row: Row, tokenizer: Tokenizer, max_length: int | None) -> list[list[Piece]]:
     found = encode(row, tokenizer, max_length).rows
     return [pieces(whole, tokenizer, max_length) for whole in found]
 
@@ -129,10 +146,7 @@ def _describe(num_tokens: int, num_trained: int) -> str:
 
 
 def render_mask(
-    row: Row,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None = None,
-    has_marks: bool = False,
+    row: Row, tokenizer: Tokenizer, max_length: int | None = None, has_marks: bool = False
 ) -> Text:
     """Render the tokens of a row as a `rich` text, coloured by what they are.
 
@@ -156,7 +170,7 @@ def _visible(text: str) -> str:
     """Write out control characters: they would be invisible, or move the cursor."""
     letters = text.replace("\n", "↵\n")
     shown = (char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in letters)
-    return "".join(shown) or NO_TEXT
+    return "".join(shown) or PART_OF_CHARACTER
 
 
 def _render(shown: list[Piece], has_marks: bool) -> Text:
@@ -172,3 +186,62 @@ def _render(shown: list[Piece], has_marks: bool) -> Text:
         text.append(_visible(piece.text), style=style)
         before = piece.kind
     return text.append(MARKS[before][1:]) if has_marks else text
+
+
+def pieces(whole: Encoded, tokenizer: Tokenizer, max_length: int | None = None) -> list[Piece]:
+    """Return the tokens of a training row that is not cut yet, each with its kind.
+
+    Thoughts and calls are found by the marks around them in what is trained.
+    """
+    ids, labels = whole["input_ids"], whole["labels"]
+    added = tokenizer.added_tokens_decoder.items()
+    special = {i for i, token in added if token.special} | {*tokenizer.all_special_ids}
+    texts, kinds = token_texts(ids, tokenizer), list[str]()
+    for is_trained, group in groupby(range(len(ids)), key=lambda i: labels[i] != IGNORED):
+        part = [texts[i] for i in group]
+        kinds += kinds_of(part) if is_trained else [READ] * len(part)
+    size = len(ids) if max_length is None else max_length
+    kinds[size:] = [CUT] * len(kinds[size:])
+    return [Piece(t, k, i in special) for t, k, i in zip(texts, kinds, ids, strict=True)]
+
+
+def kinds_of(texts: Sequence[str]) -> list[str]:
+    """Return the kind of each token of an answer, of their texts."""
+    whole, kinds, place = "".join(texts), list[str](), 0
+    found = [(THOUGHT, one.span()) for one in THOUGHTS.finditer(whole)]
+    outside = THOUGHTS.sub(lambda one: "\0" * len(one[0]), whole)
+    found += [(CALL, one.span()) for one in CALLS.finditer(outside)]
+    for text in texts:
+        inside = (kind for kind, (start, stop) in found if start <= place < stop)
+        kinds.append(next(inside, ANSWER))
+        place += len(text)
+    return kinds
+
+
+def spans(found: Sequence[Piece]) -> Iterator[dict[str, Any]]:
+    """Yield tokens of one kind that follow each other: kind, `tokens` from and to, text."""
+    start = 0
+    for kind, group in groupby(found, key=lambda piece: piece.kind):
+        parts = [*group]
+        text = "".join(piece.text for piece in parts)
+        yield {"kind": kind, "tokens": [start, start + len(parts)], "text": text}
+        start += len(parts)
+
+
+def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """Decode each token; a character of several tokens is the text of the last of them."""
+
+    def decode(tokens: list[int]) -> str:
+        return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+
+    # many decoders drop the space that opens a text, so none of our tokens stands at its start
+    anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    opening, pending, texts = decode(anchor), list[int](), list[str]()
+    for i in ids:
+        pending.append(i)
+        text = decode([*anchor, *pending]).removeprefix(opening)
+        # no character has more than four bytes
+        is_part = text.endswith("\ufffd") and len(pending) < 4
+        texts.append("" if is_part else text)
+        pending = pending if is_part else []
+    return texts

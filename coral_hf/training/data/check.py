@@ -7,18 +7,18 @@ in batches, by several processes; a few numbers of each are kept.
 import unicodedata
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 import datasets
 from datasets import Dataset
 from pandas import DataFrame, concat
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ..dataset import map_rows
-from ..encoding import IGNORED, encode
-from ..layouts import Row, layout_of
+from .dataset import map_rows
+from .encoding import IGNORED, encode
+from .messages import Row, layout_of
 
 TEXT, INTEGER, FLOAT = (datasets.Value(kind) for kind in ("string", "int64", "float64"))
 # of a training row; `num_turns` and `num_assistant` stand in the first of those of a row
@@ -41,65 +41,53 @@ QUANTILES = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1.0}
 LEAST_TEXT = 200  # characters of a text whose repetition counts
 # control characters, private and unassigned ones, halves of pairs; and what stands for bad bytes
 ODD, USUAL, REPLACED = {"Cc", "Cn", "Co", "Cs"}, "\n\t\r", "\ufffd"
+TEMPLATE = """\
+rows       {num_rows:,} ({layouts}) → {num_training_rows:,} training rows
+turns      {num_turns:,}, {num_assistant_turns:,} of them the assistant's
+tokens     {num_tokens:,}; of a training row: {lengths}
+trained    {num_trained:,} tokens ({share:.1%})
+cut        {num_cut_rows:,} training rows lose {num_cut_tokens:,} tokens beyond {max_length:,}
+dropped    {num_dropped:,} training rows, without a trained token before that
+not read   {num_unread:,} rows, which training refuses"""
 
 
-@dataclass
-class DataCheck:
-    """What `check_dataset` found; rows are those of the dataset, unless it says training rows."""
+class DataCheck(dict[str, Any]):
+    """What `check_dataset` found, by name; `str` makes a text of it, and it is JSON as it is.
 
-    num_rows: int
-    num_training_rows: int
-    layouts: dict[str, int]
-    num_turns: int
-    num_assistant_turns: int
-    num_tokens: int
-    num_trained: int
-    lengths: dict[str, float]  # of training rows, in tokens: quantiles
-    max_length: int
-    num_cut_rows: int  # training rows
-    num_cut_tokens: int
-    num_dropped: int  # training rows without a trained token in their first `max_length`
-    unread: dict[str, int]  # why rows cannot be read → how many
-    unread_rows: dict[str, int]  # the first row of each
-    behaviour: dict[str, int]  # of the chat template → in how many conversations
-    strangest: list[dict[str, Any]]  # row, reason, value
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all of it, as JSON takes it."""
-        return asdict(self)
+    num_rows, num_turns, num_assistant_turns: of the dataset.
+    layouts: how many rows are of each.
+    num_training_rows, num_tokens, num_trained: as training reads it.
+    lengths: quantiles of the tokens of a training row.
+    num_cut_rows, num_cut_tokens: training rows that are cut to `max_length`, what they lose.
+    num_dropped: training rows without a trained token in their first `max_length`.
+    unread, unread_rows: why rows cannot be read → how many; and the first of them.
+    behaviour: of the chat template → in how many conversations.
+    strangest: row, reason and value of each.
+    """
 
     def __str__(self) -> str:
-        share = self.num_trained / max(self.num_tokens, 1)
-        lengths = ", ".join(f"{name} {size:,.0f}" for name, size in self.lengths.items())
-        layouts = ", ".join(f"{count:,} of `{name}`" for name, count in self.layouts.items())
-        lines = [
-            f"rows       {self.num_rows:,} ({layouts}) → {self.num_training_rows:,} training rows",
-            f"turns      {self.num_turns:,}, {self.num_assistant_turns:,} of them the assistant's",
-            f"tokens     {self.num_tokens:,}; of a training row: {lengths}",
-            f"trained    {self.num_trained:,} tokens ({share:.1%})",
-            f"cut        {self.num_cut_rows:,} training rows lose {self.num_cut_tokens:,} tokens"
-            f" beyond {self.max_length:,}",
-            f"dropped    {self.num_dropped:,} training rows, without a trained token before that",
-            f"not read   {sum(self.unread.values()):,} rows, which training refuses",
-        ]
-        lines += [
-            f"           {count:,}, the first is row {self.unread_rows[why]}: {why}"
-            for why, count in self.unread.items()
-        ]
-        lines += [
-            f"{'template' if not index else '':10} {count:,} conversations: {what}"
-            for index, (what, count) in enumerate(self.behaviour.items())
-        ]
-        lines += ["strangest"] + [
-            f"           row {one['row']}: {one['reason']} {one['value']:,.4g}"
-            for one in self.strangest
-        ]
+        shown = {
+            "share": self["num_trained"] / max(self["num_tokens"], 1),
+            "lengths": ", ".join(f"{name} {size:,.0f}" for name, size in self["lengths"].items()),
+            "layouts": ", ".join(
+                f"{count:,} of `{name}`" for name, count in self["layouts"].items()
+            ),
+            "num_unread": sum(self["unread"].values()),
+        }
+        lines = [TEMPLATE.format(**{**self, **shown})]
+        for why, count in self["unread"].items():
+            lines.append(f"{'':11}{count:,}, the first is row {self['unread_rows'][why]}: {why}")
+        for what, count in self["behaviour"].items():
+            lines.append(f"template   {count:,} conversations: {what}")
+        lines.append("strangest")
+        for one in self["strangest"]:
+            lines.append(f"{'':11}row {one['row']}: {one['reason']} {one['value']:,.4g}")
         return "\n".join(lines)
 
 
 def check_dataset(
     dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     max_length: int,
     num_proc: int | None = None,
     vocab_size: int | None = None,
@@ -114,7 +102,8 @@ def check_dataset(
         vocab_size: of the target, to find token ids that it does not have.
     """
     given = {"tokenizer": tokenizer, "max_length": max_length, "vocab_size": vocab_size}
-    parts = map_rows(dataset, _measure, MEASURES, "Reading", num_proc, **given).to_pandas()
+    measure = partial(_measure, **given)
+    parts = map_rows(dataset, measure, MEASURES, "Reading", num_proc).to_pandas()
     read = parts[parts.problem == ""]
     kept = read[read.num_trained > 0]
     lengths = kept.num_tokens.quantile([*QUANTILES.values()]).tolist() if len(kept) else []
@@ -146,20 +135,16 @@ def _strangest(parts: DataFrame) -> list[dict[str, Any]]:
     """Return rows that are the first by one of the measures, in turn, each once."""
     ranked = []
     for name, is_most, reason in STRANGE:
-        order = {"by": [name, "row"], "ascending": [not is_most, True], "ignore_index": True}
-        # what was not measured of a row is null
-        first = parts.dropna(subset=name).sort_values(**order).head(NUM_STRANGE)
-        ranked.append(DataFrame({"row": first.row, "reason": reason, "value": first[name]}))
+        known = parts.dropna(subset=name)  # what was not measured of a row is null
+        first = known.nlargest(NUM_STRANGE, name) if is_most else known.nsmallest(NUM_STRANGE, name)
+        columns = {"row": [*first.row], "reason": reason, "value": [*first[name]]}
+        ranked.append(DataFrame(columns))
     in_turn = concat(ranked).sort_index(kind="stable").drop_duplicates("row")
     return in_turn.head(NUM_STRANGE).to_dict("records")
 
 
 def _measure(
-    row: Row,
-    index: int,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    vocab_size: int | None,
+    row: Row, index: int, tokenizer: Tokenizer, max_length: int, vocab_size: int | None
 ) -> list[dict[str, Any]]:
     """Measure the training rows of a row."""
     try:
@@ -196,14 +181,10 @@ def _measure(
 
 def num_odd(text: str) -> int:
     """Count characters that no one types: control, private and unassigned ones, and bad bytes."""
-    for usual in USUAL:
-        text = text.replace(usual, "")
-    if text.isprintable() and REPLACED not in text:  # what is printable is no other odd one
-        return 0
     return sum(
         count
         for char, count in Counter(text).items()
-        if char == REPLACED or unicodedata.category(char) in ODD
+        if char == REPLACED or (char not in USUAL and unicodedata.category(char) in ODD)
     )
 
 

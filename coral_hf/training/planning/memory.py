@@ -6,30 +6,35 @@ shapes of the code: target, unroll, losses, backward pass and optimizer are the 
 """
 
 import copy
+import weakref
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from logging import getLogger
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
 from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from ...drafters.configuration import FamilyConfig
-from ...target import read_features, read_target
+from ...target import read_features, read_target, text_config
 from ..adapters import lora, with_adapter
 from ..arguments import CoralTrainingArguments
 from ..stages import HEAD_OF, default_groups, default_rank, freeze_others
-from ..steps import Trained, TrainingStep, Unrolled, step_kind, training_step
-from .live_bytes import LiveBytes, bytes_of, size_of
-from .target_size import plain_config, target_size
+from ..steps import Trained, Unrolled, step_kind, training_step
 
 logger = logging.get_logger(__name__)
+
+# bits of a quantized weight, its scales included: NF4 has one of fp32 for 64 weights
+# (bitsandbytes), LLM.int8 one of fp32 for a row
+BITS = {4: 4.5, 8: 8.01}
 
 
 class StepMemory(NamedTuple):
@@ -68,35 +73,14 @@ def step_memory(run: RunShape, batch: Mapping[str, Tensor]) -> StepMemory:
             length, layers · hidden), of which only the shapes are read.
     """
     trained = _trained_positions(batch)
-    with torch.device("meta"):
+    with FakeTensorMode():
         config = plain_config(run.target)
         target = AutoModelForCausalLM.from_config(config, dtype=run.dtype).eval()
-        model = _make_model(run)
-    with FakeTensorMode():
-        for one in (target, model):
-            _drop_data(one)
         target.requires_grad_(False)
-        step = training_step(run.drafter, read_target(target), run.args)
         shapes = {name: torch.empty(part.shape, dtype=part.dtype) for name, part in batch.items()}
-        found = _Simulation(run, target, model, step).run(shapes, trained)
-    size = target_size(target, run.target, run.bits)
-    unpacked = found.activations + size.unpacked
-    return found._replace(target=size.weights, activations=unpacked)
-
-
-def _drop_data(model: nn.Module) -> None:
-    """Replace the weights of a model by ones of the mode around, of the same shapes and types."""
-    known = dict[int, Tensor]()  # tied weights stay one
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, weight in held.items():
-                if weight is not None and id(weight) not in known:
-                    empty = torch.empty(weight.shape, dtype=weight.dtype)
-                    is_trained = isinstance(weight, nn.Parameter)
-                    new = nn.Parameter(empty, weight.requires_grad) if is_trained else empty
-                    known[id(weight)] = new
-                    known[id(new)] = new
-                held[name] = None if weight is None else known[id(weight)]
+        found = _Simulation(run, target, _make_model(run)).step(shapes, trained)
+    weights, unpacked = target_size(target, run.target, run.bits)
+    return found._replace(target=weights, activations=found.activations + unpacked)
 
 
 def _make_model(run: RunShape) -> nn.Module:
@@ -124,15 +108,12 @@ def _trained_positions(batch: Mapping[str, Tensor]) -> Trained:
 class _Simulation:
     """A few optimizer steps within `FakeTensorMode`."""
 
-    def __init__(
-        self, run: RunShape, target: PreTrainedModel, model: nn.Module, step: TrainingStep
-    ):
-        self._run, self._target, self._model, self._step = run, target, model, step
-        is_adapted = isinstance(model, PeftModel)
-        self._drafter = model.get_base_model() if is_adapted else model
-        self._layers = step.layers(run.drafter)
-        self._width = len(self._layers) * run.target.get_text_config(decoder=True).hidden_size
-        args = run.args
+    def __init__(self, run: RunShape, target: PreTrainedModel, model: nn.Module):
+        self._args, self._target, self._model = run.args, target, model
+        self._step = training_step(run.drafter, read_target(target), run.args)
+        self._drafter = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._layers = self._step.layers(run.drafter)
+        self._on_cpu, args = run.on_cpu, run.args
         if args.gradient_checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None)  # its newer name
             enable = enable or model.gradient_checkpointing_enable
@@ -143,21 +124,21 @@ class _Simulation:
         self._weights = [weight for weight in model.parameters() if weight.requires_grad]
         self._optimizer = kind(self._weights, **settings)
 
-    def run(self, batch: dict[str, Tensor], trained: Trained) -> StepMemory:
+    def step(self, batch: dict[str, Tensor], trained: Trained) -> StepMemory:
         """Count a step that is not the first, which has no state of the optimizer yet."""
         # documents of packed rows are found by their positions, which have no data here; a row of
         # them takes what one document of its length takes
         batch.pop("position_ids", None)
         features = batch.pop("features", None)
-        accumulated = self._run.args.gradient_accumulation_steps
+        accumulated = self._args.gradient_accumulation_steps
         with LiveBytes(self._target, self._model) as live:
             held = list[Tensor]()
             if features is None and not self._target_runs(batch):
-                features = torch.empty(*batch["input_ids"].shape, self._width)
+                width = len(self._layers) * text_config(self._target).hidden_size
+                features = torch.empty(*batch["input_ids"].shape, width)
             if features is not None:
                 # `Trainer` fetches the batches of a step together, and on a CPU the next one too
-                count = accumulated + self._run.on_cpu
-                held = [torch.empty_like(features) for _ in range(count)]
+                held = [torch.empty_like(features) for _ in range(accumulated + self._on_cpu)]
                 batch["features"] = held[0]
             for _ in range(min(accumulated, 2)):
                 computed = self._accumulate(batch, trained)
@@ -178,7 +159,7 @@ class _Simulation:
     def _update(self) -> list[Tensor]:
         """Update the weights once and drop their gradients; return those that had any."""
         given = [one for one in self._weights if one.grad is not None]
-        torch.nn.utils.clip_grad_norm_(self._weights, self._run.args.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(self._weights, self._args.max_grad_norm)
         self._optimizer.step()
         self._model.zero_grad()
         return given
@@ -207,7 +188,7 @@ class _Simulation:
             batch: (batch, length) each.
             trained: (steps, positions, 0).
         """
-        args, autocast = self._run.args, nullcontext()
+        args, autocast = self._args, nullcontext()
         if args.bf16 or args.fp16:
             autocast = torch.autocast("cpu", torch.bfloat16 if args.bf16 else torch.float16)
         self._model.train()
@@ -224,3 +205,92 @@ class _Simulation:
             loss = self._step.losses(self._drafter, selected).total / 2
         loss.backward()
         return size_of(unrolled.features)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operations make, until they are released.
+
+    Args:
+        models: whose weights, of any shape, are not counted.
+    """
+
+    def __init__(self, *models: nn.Module):
+        super().__init__()
+        self.live = self.peak = 0
+        # addresses of storages that are alive, and of those that are not counted
+        self._known = {*storages(*models)}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
+        """Run an operation and count what it returns."""
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and _address(tensor) not in self._known:
+                storage, address = tensor.untyped_storage(), _address(tensor)
+                self._known.add(address)
+                weakref.finalize(storage, self._release, address, storage.nbytes())
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+        return output
+
+    def _release(self, address: int, size: int) -> None:
+        self.live -= size
+        self._known.remove(address)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def storages(*models: nn.Module) -> dict[int, int]:
+    """Return the bytes of all parameters and buffers by address, tied ones once."""
+    held = [weight for model in models for weight in [*model.parameters(), *model.buffers()]]
+    return {_address(weight): size_of(weight) for weight in held}
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Count the bytes of a model's weights."""
+    return sum(storages(model).values())
+
+
+def size_of(tensor: Tensor) -> int:
+    """Count the bytes of the storage of a tensor of any shape."""
+    return tensor.untyped_storage().nbytes()
+
+
+def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return a config without its quantization, with the shapes of the weights before it."""
+    plain = copy.deepcopy(config)
+    for part in (plain, plain.get_text_config(decoder=True)):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return plain
+
+
+def target_size(
+    model: PreTrainedModel, config: PreTrainedConfig, bits: int | None = None
+) -> tuple[int, int]:
+    """Count the bytes of a target, and of the largest weight that it unpacks while it runs.
+
+    Args:
+        model: without data and without quantization, in the dtype of the run.
+        config: with its `quantization_config`, if its checkpoint has one.
+        bits: 4 or 8, to quantize the layers when it is loaded.
+    """
+    whole, given = bytes_of(model), getattr(config, "quantization_config", None)
+    if bits is None and given is None:
+        return whole, 0
+    target = read_target(model)
+    outer = [*target.head.module.parameters(), *target.embeddings.parameters()]
+    kept = {*map(id, outer)}  # in floating point
+    counts = [w.numel() for w in model.parameters() if w.ndim > 1 and id(w) not in kept]
+    itemsize = model.dtype.itemsize
+    packed = int(sum(counts) * BITS[bits or bits_of(given)] / 8)
+    return whole - sum(counts) * itemsize + packed, max(counts, default=0) * itemsize
+
+
+def bits_of(quantization: Any) -> int:
+    """Read how many bits a `quantization_config` keeps of a weight, 4 or 8."""
+    given = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = str(getattr(given.get("quant_method"), "value", given.get("quant_method")))
+    is_4_bit = given.get("load_in_4bit") or given.get("bits") == 4 or "fp4" in method
+    return 4 if is_4_bit else 8
