@@ -33,6 +33,7 @@ from coral_hf.training.data import load_conversations, prepare_dataset, to_messa
 from coral_hf.training.warm_start import from_layer, warm_start
 
 KEY = ("run", "seed", "share", "start")
+AT_ONCE = 20  # prompts that are answered together
 COLUMNS = {
     "start": "{0[start]}",
     "seed": "{0[seed]}",
@@ -61,7 +62,7 @@ def acceptance_length(target, drafter, prompts: list[list[int]]) -> tuple[float,
     """Return τ, greedy: tokens per target pass over all prompts; and these tokens."""
     drafter.generation_config.update(tree_depth=6, tree_top_k=8, tree_nodes=32)
     read = read_target(target)
-    rounds = decoded_rounds(drafter.eval(), read, prompts, max_new_tokens=64, batch_size=1)
+    rounds = decoded_rounds(drafter.eval(), read, prompts, max_new_tokens=64, batch_size=AT_ONCE)
     return mean(rounds), sum(rounds)
 
 
