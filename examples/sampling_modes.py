@@ -36,8 +36,7 @@ from coral_hf.atomic import JsonLines
 from coral_hf.decoding import rules
 from coral_hf.decoding.chance import Chance
 from coral_hf.decoding.drafting import DraftTree, TreeShape, Warp, register_drafting
-from coral_hf.decoding.rules.traversal import verify_traversal
-from coral_hf.decoding.rules.walk import Verdict
+from coral_hf.decoding.rules import Verdict, verify_traversal
 from coral_hf.drafters.coral import CoralConfig, CoralDrafting
 from coral_hf.drafters.tree_builders import Beam
 from coral_hf.measure import read_prompts

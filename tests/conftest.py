@@ -406,7 +406,7 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _always_draft(monkeypatch):
     """Tiny targets are faster than any drafter, so calls would soon step back."""
-    monkeypatch.setattr("coral_hf.decoding.draft_policy.DEFAULT_SPECULATION", "always")
+    monkeypatch.setattr("coral_hf.decoding.plain.draft_policy.DEFAULT_SPECULATION", "always")
 
 
 @contextlib.contextmanager

@@ -12,10 +12,10 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from coral_hf.decoding.chance import Chance
-from coral_hf.decoding.draft_policy import DraftPolicy
 from coral_hf.decoding.drafting import family_of
 from coral_hf.decoding.loop import DecodingLoop, Plan
 from coral_hf.decoding.outputs import OutputCollector
+from coral_hf.decoding.plain.draft_policy import DraftPolicy
 from coral_hf.decoding.sequences import Sequences
 from coral_hf.decoding.settings import Rule
 from coral_hf.decoding.target_runner import TargetRunner

@@ -13,7 +13,7 @@ from torch import Tensor
 import coral_hf
 from coral_hf import CoralDrafter
 from coral_hf.decoding.chance import Chance
-from coral_hf.decoding.draft_policy import DraftPolicy
+from coral_hf.decoding.plain.draft_policy import DraftPolicy
 from coral_hf.drafters.tree_builders import SampledTreeBuilder
 
 PACKAGE = Path(coral_hf.__file__).parent

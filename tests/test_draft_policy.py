@@ -10,7 +10,6 @@ from test_generate import TheTargetItself
 
 from coral_hf import CoralDrafter
 from coral_hf.decoding.caches.continuation import CACHE
-from coral_hf.decoding.draft_policy import PATIENCE, AdaptiveDraft, choose_speculation
 from coral_hf.decoding.drafting import TreeShape
 from coral_hf.decoding.plain.costs import (
     PROBES,
@@ -20,6 +19,7 @@ from coral_hf.decoding.plain.costs import (
     MeasuredCosts,
     RoundSample,
 )
+from coral_hf.decoding.plain.draft_policy import PATIENCE, AdaptiveDraft, choose_speculation
 from coral_hf.drafters.tree_builders import TreeBuilder
 
 SHAPE = TreeShape(depth=4, top_k=3, nodes=20)
@@ -191,7 +191,8 @@ def test_a_drafter_that_knows_the_text_keeps_drafting(target, drafter, monkeypat
     text = target.generate(PROMPT, do_sample=False, max_new_tokens=60)
     drafting = TheTargetItself(text)
     monkeypatch.setattr(
-        "coral_hf.decoding.draft_policy.MeasuredCosts", lambda _, costs, kind: CostModel(costs)
+        "coral_hf.decoding.plain.draft_policy.MeasuredCosts",
+        lambda _, costs, kind: CostModel(costs),
     )
     out = target.generate(
         PROMPT,

@@ -26,9 +26,9 @@ from transformers import (
 )
 
 from coral_hf import CoralDrafter
+from coral_hf.decoding import rules
 from coral_hf.decoding.drafting import TreeShape
-from coral_hf.decoding.rules import walk
-from coral_hf.decoding.rules.walk import Step, token_step
+from coral_hf.decoding.rules import Step, token_step
 from coral_hf.drafters.tree_builders import SampledTreeBuilder
 from coral_hf.target import read_target
 
@@ -225,7 +225,7 @@ def test_fifty_thousand_samples_fit_the_target(pair, seed):
 @pytest.mark.slow
 @torch.no_grad()
 def test_fifty_thousand_samples_without_the_residual_step_do_not_fit(pair, monkeypatch):
-    monkeypatch.setattr(walk, "token_step", without_residual)
+    monkeypatch.setattr(rules, "token_step", without_residual)
     counts = sample_texts(*pair, SEEDS[0], count=50_000)
     assert p_value(counts, own_chances(pair[0])) < 1e-6
 

@@ -7,8 +7,9 @@ from transformers import GenerationMixin, LogitsProcessorList, TopKLogitsWarper
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from coral_hf import CoralDrafter
-from coral_hf.decoding import DraftTree, draft_policy
+from coral_hf.decoding import DraftTree
 from coral_hf.decoding.caches.continuation import CACHE
+from coral_hf.decoding.plain import draft_policy
 
 LENGTH, NEW, STEPS_BACK = 9, 40, 3
 SAMPLES = {"do_sample": True, "top_p": 0.9, "repetition_penalty": 1.2}

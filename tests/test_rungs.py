@@ -6,9 +6,9 @@ from fixed_calls import PLAIN, STATIC, TREE, costing, drafted, pair, prompts
 from transformers import CompileConfig
 
 import coral_hf
-from coral_hf.decoding.draft_policy import RungDraft, ladder
 from coral_hf.decoding.drafting import TreeShape
 from coral_hf.decoding.plain.costs import Costs, RoundSample
+from coral_hf.decoding.plain.draft_policy import RungDraft, ladder
 from coral_hf.decoding.rounds import loop as loop_module
 from coral_hf.decoding.rounds.steps import Steps
 

@@ -205,8 +205,8 @@ def test_the_benchmark_says_what_was_read_before_anything_is_loaded(folder, tmp_
 
 
 def test_an_answer_is_not_cut_by_what_is_logged_meanwhile(caplog):
-    for name in ("decoding.draft_policy", "target"):
-        with unlogged("decoding.draft_policy"):
+    for name in ("decoding.plain.draft_policy", "target"):
+        with unlogged("decoding.plain.draft_policy"):
             logging.getLogger(f"coral_hf.{name}").warning(name)
-    logging.getLogger("coral_hf.decoding.draft_policy").warning("afterwards")
+    logging.getLogger("coral_hf.decoding.plain.draft_policy").warning("afterwards")
     assert caplog.messages == ["target", "afterwards"]

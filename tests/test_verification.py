@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from coral_hf.decoding.drafting import DraftTree
-from coral_hf.decoding.rules.walk import verify_greedy
+from coral_hf.decoding.rules import verify_greedy
 
 WORDS = ["The", "cat", "sat", "on", "down", "the", "a", "mat", "sofa", "."]
 NODES = ["sat", "on", "down", "the", "a", "on", "mat", "sofa"]

@@ -22,11 +22,10 @@ from reference_rules import (
 )
 from torch import Tensor
 
+from coral_hf.decoding import rules
 from coral_hf.decoding.chance import Chance
 from coral_hf.decoding.drafting import DraftTree, Level
-from coral_hf.decoding.rules import walk
-from coral_hf.decoding.rules.traversal import chances_of, verify_traversal
-from coral_hf.decoding.rules.walk import Step, token_step, verify_token
+from coral_hf.decoding.rules import Step, chances_of, token_step, verify_token, verify_traversal
 
 Prefix = tuple[int, ...]
 Rule = Callable[..., Outcome]  # tokens, parents, target_probs, draft_probs, accept → Outcome
@@ -498,7 +497,7 @@ step_of = token_step
     "case", [case for case in CHAINS + BUSHES if case.kind == "random"], ids=name_of
 )
 def test_a_tensor_rule_without_its_residual_changes_the_distribution(case, monkeypatch):
-    monkeypatch.setattr(walk, "token_step", step_without_residual)
+    monkeypatch.setattr(rules, "token_step", step_without_residual)
     assert error(run_rule(tensor_walk, case), case) > 1e-3
 
 

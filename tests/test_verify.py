@@ -11,7 +11,7 @@ import coral_hf
 from coral_hf import CoralDrafter
 from coral_hf.decoding import verifier
 from coral_hf.decoding.chance import Chance
-from coral_hf.decoding.rules.walk import Verdict
+from coral_hf.decoding.rules import Verdict
 from coral_hf.measure import Prompt, VerifySettings
 from coral_hf.measure.benchmark import Mismatch
 from coral_hf.measure.lossless import REST, chi_square, count_outcomes, outcome_chances

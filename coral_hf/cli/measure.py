@@ -37,7 +37,7 @@ def generate(own: GenerateOptions) -> None:
 
     target, drafter, tokenizer = own.load_models()
     ids = encode_said(own.prompt, tokenizer, target, own.max_new_tokens)  # (1, length)
-    with unlogged("decoding.draft_policy"):  # the last line says whether drafting paid
+    with unlogged("decoding.plain.draft_policy"):  # the last line says whether drafting paid
         output = target.generate(
             ids,
             assistant_model=drafter,

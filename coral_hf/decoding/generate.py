@@ -35,11 +35,11 @@ from ..identity import check_tokenizer
 from ..lm_head import execution_device
 from ..target import read_target, sliding_windows
 from .caches.continuation import MEMORY, continued_cache, given_cache, is_user_cache, returned_cache
-from .draft_policy import Costs, choose_policy, choose_speculation
 from .drafting import Drafting, Family, family_of, family_options
 from .guard import Call, accept_call, accept_keywords, accept_target, refuse_continuous_batching
 from .loop import CoralGenerateOutput, DecodingLoop, Plan, decode_plainly
 from .outputs import OutputCollector
+from .plain.draft_policy import Costs, choose_policy, choose_speculation
 from .plain.own_loop import OwnLoop
 from .preparation.needs import Preparation, choose_preparation
 from .preparation.runner import make_runner

@@ -15,7 +15,6 @@ from transformers import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .caches.continuation import CACHE
-from .draft_policy import DraftPolicy, RoundSample
 from .drafting import (
     Drafting,
     DraftTree,
@@ -26,6 +25,7 @@ from .drafting import (
     with_padding,
 )
 from .outputs import OutputCollector, TargetOutput
+from .plain.draft_policy import DraftPolicy, RoundSample
 from .plain.own_loop import OwnLoop
 from .sequences import Sequences
 from .settings import Rule

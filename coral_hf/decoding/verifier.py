@@ -20,8 +20,15 @@ from transformers import LogitsProcessor
 from .chance import Chance, Uniforms
 from .drafting import DraftTree, host_tensor
 from .outputs import OutputCollector, TargetOutput
-from .rules.traversal import verify_traversal
-from .rules.walk import Step, Verdict, siblings_at, token_step, verify_greedy, verify_token
+from .rules import (
+    Step,
+    Verdict,
+    siblings_at,
+    token_step,
+    verify_greedy,
+    verify_token,
+    verify_traversal,
+)
 from .sequences import Sequences
 from .watchers import processed
 

@@ -80,7 +80,7 @@ def run_demo(settings: DemoSettings) -> list[Report]:
     for model, chosen in ((target, own), (pad_target(target, settings.pad_layers), deep)):
         layers = model.config.num_hidden_layers
         said = f"Measuring {len(prompts)} held-out prompts with {layers} layers"
-        with unlogged("decoding.draft_policy", "measure.benchmark"), console.status(said):
+        with unlogged("decoding.plain.draft_policy", "measure.benchmark"), console.status(said):
             reports.append(run_benchmark(model, drafter, tokenizer, prompts, chosen))
     for report in reports:
         report.write(settings.output / f"{report.environment.num_target_layers}-layers")

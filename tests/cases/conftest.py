@@ -72,7 +72,7 @@ def stepping_back(monkeypatch):
         seen.append(sample)
         policy.is_plain = len(seen) == 2
 
-    monkeypatch.setattr("coral_hf.decoding.draft_policy.DraftPolicy.note", note)
+    monkeypatch.setattr("coral_hf.decoding.plain.draft_policy.DraftPolicy.note", note)
 
 
 @pytest.fixture

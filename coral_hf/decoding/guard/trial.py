@@ -18,10 +18,10 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ...target import read_target, sliding_windows, text_config
-from ..draft_policy import DraftPolicy
 from ..drafting import DraftTree, TreeShape, Warp, host_tensor
 from ..loop import DecodingLoop, Plan
 from ..outputs import OutputCollector
+from ..plain.draft_policy import DraftPolicy
 from ..preparation.needs import Preparation, choose_preparation
 from ..preparation.runner import make_runner
 from ..sequences import Sequences

@@ -1,1 +1,1 @@
-"""Plain decoding: transformers' own loop, and what rounds cost beside it."""
+"""What is not drafted, and when that is: transformers' own loop, costs, and the policy."""

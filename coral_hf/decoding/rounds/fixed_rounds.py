@@ -24,7 +24,7 @@ from ...target import text_config
 from ..caches.fixed_cache import FixedCache
 from ..chance import Uniforms
 from ..drafting import PADDING, DraftTree, FixedDrafting, Level, TreeShape, root_only
-from ..rules.walk import Verdict
+from ..rules import Verdict
 from ..settings import Rule
 from ..target_runner import TargetRunner
 from ..verifier import decide

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, GenerationConfig
 
-from ..draft_policy import Costs, DraftPolicy, RoundSample, RungDraft, ladder
 from ..drafting import FixedDrafting, TreeShape, host_tensor, root_only
 from ..loop import DecodingLoop
+from ..plain.draft_policy import Costs, DraftPolicy, RoundSample, RungDraft, ladder
 from ..target_runner import TargetRunner
 from .fixed_rounds import FixedRounds
 from .steps import Steps, measure_costs, run_dry, steps_of

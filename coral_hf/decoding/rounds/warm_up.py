@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from transformers import CompileConfig, PreTrainedModel
 
-from ..draft_policy import NUM_RUNGS
 from ..generate import decoder
+from ..plain.draft_policy import NUM_RUNGS
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """How much to draft in a round, and when to stop drafting: as much as pays.
 
 In: what rounds cost and gave (`RoundSample`). Out: the shape of the next tree. Costs are counted in
-plain passes of the target, which are steps of plain `generate`; see `plain/costs.py`:
+plain passes of the target, which are steps of plain `generate`; see `costs.py`:
 
     cost of a round = base + level · levels drafted + node · nodes beside the root
 
@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .drafting import TreeShape
-from .plain.costs import FADING, CostModel, Costs, MeasuredCosts, RoundSample, StepSeconds
+from ..drafting import TreeShape
+from .costs import FADING, CostModel, Costs, MeasuredCosts, RoundSample, StepSeconds
 
 logger = logging.get_logger(__name__)
 SPECULATION = ("adaptive", "always", "never")
