@@ -16,10 +16,11 @@ from coral_hf.decoding.drafting import family_of
 from coral_hf.decoding.loop import DecodingLoop, Plan
 from coral_hf.decoding.outputs import OutputCollector
 from coral_hf.decoding.plain.draft_policy import DraftPolicy
+from coral_hf.decoding.rules import Verdict, siblings_at, token_step
 from coral_hf.decoding.sequences import Sequences
 from coral_hf.decoding.settings import Rule
 from coral_hf.decoding.target_runner import TargetRunner
-from coral_hf.decoding.verifier import Verdict, Verifier, siblings_at, token_step
+from coral_hf.decoding.verifier import Verifier
 from coral_hf.target import read_target
 
 PROMPT = torch.tensor([[1, 2, 3]])

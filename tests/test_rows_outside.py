@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LogitsProcessor, StoppingCriteria
 
 from coral_hf import CoralDrafter
-from coral_hf.decoding import draft_policy
+from coral_hf.decoding.plain import draft_policy
 
 TREE = {"speculation": "always", "tree_depth": 3, "tree_top_k": 2, "tree_nodes": 8}
 SETTINGS = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 0}

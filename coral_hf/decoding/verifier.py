@@ -17,18 +17,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from . import rules
 from .chance import Chance, Uniforms
 from .drafting import DraftTree, host_tensor
 from .outputs import OutputCollector, TargetOutput
-from .rules import (
-    Step,
-    Verdict,
-    siblings_at,
-    token_step,
-    verify_greedy,
-    verify_token,
-    verify_traversal,
-)
 from .sequences import Sequences
 from .watchers import processed
 
@@ -65,7 +57,7 @@ class Verifier:
         tokens = self.sequences.emit([row[: row[-1]] for row in read])
         return Accepted(verdict.path[:, : max(map(len, tokens))], tokens)
 
-    def verdict(self, tree: DraftTree, logits: Tensor) -> Verdict:
+    def verdict(self, tree: DraftTree, logits: Tensor) -> rules.Verdict:
         """What the target accepts where nothing needs order; `logits` are (batch, nodes, vocab)."""
         return decide(self.rule, tree, logits, self.sequences.processors, self.chance)
 
@@ -89,7 +81,7 @@ class Verifier:
                 tokens, children = self._next_step(tree, nodes, going, scores)
             if ended := sequences.padded:  # all rows are going
                 padding = tree.tokens.new_full((len(nodes),), sequences.pad_token)
-                siblings = siblings_at(tree, host_tensor(nodes).to(padding.device))
+                siblings = rules.siblings_at(tree, host_tensor(nodes).to(padding.device))
                 next_nodes = siblings.with_token(padding).tolist()
                 for row in ended:
                     tokens[row], children[row] = sequences.pad_token, next_nodes[row]
@@ -109,15 +101,15 @@ class Verifier:
         padded = [nodes + [0] * (longest - len(nodes)) for nodes in path]
         return Accepted(host_tensor(padded).to(logits.device), accepted)
 
-    def _look_ahead(self, tree: DraftTree, logits: Tensor) -> tuple[Tensor, list[Step]]:
+    def _look_ahead(self, tree: DraftTree, logits: Tensor) -> tuple[Tensor, list[rules.Step]]:
         """Decide by the scores of every node: the scores (batch, nodes, vocab), and all steps."""
         texts = zip(self.sequences.active, tree.tokens.tolist(), tree.parents.tolist(), strict=True)
         pairs = zip(texts, logits, strict=True)
         scores = torch.stack([self.sequences.scores_after(*text, own) for text, own in pairs])
-        verdict = verify_traversal(tree, scores.softmax(-1), self.chance)
+        verdict = rules.verify_traversal(tree, scores.softmax(-1), self.chance)
         children = verdict.path.roll(-1, dims=1)  # 0 where the path ends
         steps = zip(verdict.tokens(tree).T, children.T, strict=True)
-        return scores, [Step(*step) for step in steps]
+        return scores, [rules.Step(*step) for step in steps]
 
     def _next_step(
         self, tree: DraftTree, nodes: list[int], going: list[int], scores: Tensor
@@ -126,11 +118,11 @@ class Verifier:
 
         `nodes`: of each row; `going`: rows whose walk goes on; `scores`: theirs, (going, vocab).
         """
-        siblings = siblings_at(tree, host_tensor(nodes).to(scores.device), going)
+        siblings = rules.siblings_at(tree, host_tensor(nodes).to(scores.device), going)
         if self.rule == "greedy":
-            step = Step(token := scores.argmax(-1), siblings.with_token(token))
+            step = rules.Step(token := scores.argmax(-1), siblings.with_token(token))
         else:
-            step = token_step(siblings, scores.softmax(-1), self.chance)
+            step = rules.token_step(siblings, scores.softmax(-1), self.chance)
         return step.token.tolist(), step.child.tolist()
 
 
@@ -148,16 +140,16 @@ def decide(
     logits: Tensor,
     processors: Sequence[LogitsProcessor],
     chance: Chance | Uniforms,
-) -> Verdict:
+) -> rules.Verdict:
     """What the target accepts by a rule, where scores follow from logits (batch, nodes, vocab)."""
     if rule == "greedy":
         is_coarse = not processors and logits.dtype != torch.float64  # `processed` changes nothing
         scores = logits if is_coarse else processed(processors, logits.flatten(0, 1))
-        return verify_greedy(tree, scores.view_as(logits))
+        return rules.verify_greedy(tree, scores.view_as(logits))
     if looks_ahead(rule, tree):
         probs = processed(processors, logits.flatten(0, 1)).softmax(-1)
-        return verify_traversal(tree, probs.view_as(logits), chance)
+        return rules.verify_traversal(tree, probs.view_as(logits), chance)
     rows = torch.arange(len(logits), device=logits.device)
-    return verify_token(
+    return rules.verify_token(
         tree, lambda node: processed(processors, logits[rows, node]).softmax(-1), chance
     )
