@@ -59,6 +59,13 @@ class DecodingStats:
         self.num_nodes += max(counts)
         self.round_lengths += [1] * sum(counts)
 
+    def add_round(self, tree: DraftTree, counts: list[int]) -> None:
+        """Count a round over trees (batch, nodes), which gave so many tokens of each row."""
+        self.num_rounds += 1
+        self.num_levels += tree.levels
+        self.num_nodes += tree.tokens.shape[1]
+        self.round_lengths += [count for count in counts if count]
+
     @property
     def acceptance_length(self) -> float:
         """τ: tokens of a row per target pass, of the rounds; 0 if there was none."""
@@ -211,10 +218,7 @@ class DecodingLoop:
         self, rows: list[int], tree: DraftTree, output: TargetOutput, accepted: Accepted
     ) -> list[int]:
         """Keep what was accepted, drop the rows that have ended, and return the others."""
-        self.stats.num_rounds += 1
-        self.stats.num_levels += tree.levels
-        self.stats.num_nodes += tree.tokens.shape[1]
-        self.stats.round_lengths += [count for count in accepted.counts if count]
+        self.stats.add_round(tree, accepted.counts)
         if self.collector.extras:
             paths = zip(rows, accepted.path.tolist(), accepted.counts, strict=True)
             for index, (row, path, count) in enumerate(paths):

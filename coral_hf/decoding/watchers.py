@@ -36,11 +36,10 @@ PREFIX_FREE = (
     hf.MinPLogitsWarper,
     hf.SuppressTokensLogitsProcessor,
     hf.TemperatureLogitsWarper,
+    hf.TopHLogitsWarper,
     hf.TopKLogitsWarper,
     hf.TopPLogitsWarper,
     hf.TypicalLogitsWarper,
-    # not in all versions
-    *(getattr(hf, name) for name in ("TopHLogitsWarper",) if hasattr(hf, name)),
 )
 # processors that look at a row and its own prefix
 ROW_WISE = (

@@ -81,12 +81,11 @@ def state_of(model: PreTrainedModel) -> tuple | None:
     for module in all_modules(model):
         parts = module.__dict__
         kinds.append(type(module))
-        for weight in parts["_parameters"].values():
-            if weight is not None and type(weight) is not torch.nn.Parameter:
-                return None
+        weights = {type(weight) for weight in parts["_parameters"].values() if weight is not None}
+        if weights - {torch.nn.Parameter}:
+            return None
         for name in HOOKS:
-            if parts[name]:
-                found += parts[name].values()
+            found += parts[name].values()
         if "forward" in parts:
             found.append(parts["forward"])
     own = vars(model)

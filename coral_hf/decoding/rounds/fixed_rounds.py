@@ -90,9 +90,8 @@ class FixedRounds:
         draft_probs = None
         if plan:
             levels, branching = len(plan), max(level.children for level in plan)
-            draft_probs = torch.zeros(
-                batch, nodes, self.vocab_size, dtype=torch.float32, device=device
-            )
+            sizes = batch, nodes, text_config(self.target.model).vocab_size
+            draft_probs = torch.zeros(sizes, dtype=torch.float32, device=device)
         self.tree = DraftTree(
             *(tokens, parents, depths, draft_probs),
             draws="without_replacement" if plan else "chosen",
@@ -100,11 +99,6 @@ class FixedRounds:
             branching=branching,
             plan=plan,
         )
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens that the target gives logits of."""
-        return text_config(self.target.model).vocab_size
 
     def run(self, name: str) -> Tensor | None:
         """Run a step of a round, `draft`, `verify` or `token`: None, or (batch, new + 1)."""
@@ -142,8 +136,8 @@ class FixedRounds:
         """Features (batch, nodes, width) of a pass, its verdict and its tokens; commits them."""
         output = self.target.score(tree)
         self.uniforms.rewind()
-        how = self.processors, self.uniforms
-        verdict = decide(self.rule.name, tree, output.logits, *how)
+        rule, watched = self.rule.name, (self.processors, self.uniforms)
+        verdict = decide(rule, tree, output.logits, *watched)
         tokens = verdict.tokens(tree)  # (batch, depth + 1)
         self.target.cache.commit(verdict.lengths * self.is_active, verdict.path)
         last = tokens.gather(1, verdict.lengths[:, None] - 1)[:, 0]

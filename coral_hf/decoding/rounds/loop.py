@@ -84,8 +84,7 @@ class FixedLoop(DecodingLoop):
 
     def __post_init__(self):
         super().__post_init__()
-        is_compiled = self.fixed.compile_config is not None
-        self.stats.way = "compiled" if is_compiled else "static"
+        self.stats.way = "static" if self.fixed.compile_config is None else "compiled"
         if self.fixed.is_captured:
             self.stats.way = "captured"
         self.shapes = [self.fixed.shape]  # the largest first
@@ -191,9 +190,6 @@ class FixedLoop(DecodingLoop):
             self.capacity = capacity_for(self.capacity + 1)
         return least
 
-    def drop(self, rows: list[int], kept: list[int]) -> None:
-        """Keep all rows."""
-
     def kept(self, rows: list[int]) -> list[int]:
         """All rows: what has ended stays in its place."""
         return rows
@@ -215,19 +211,18 @@ class FixedLoop(DecodingLoop):
         self.lap("verify_seconds")
         counts = [len(new) for new in self.sequences.emit([found[row] for row in rows])]
         self._note_ends()
-        self.stats.num_rounds += 1
-        self.stats.round_lengths += counts
-        levels, nodes = tree.levels, tree.tokens.shape[1]
-        self.stats.num_levels += levels
-        self.stats.num_nodes += nodes
+        self.stats.add_round(tree, counts)
         if not is_plain:
-            self.policy.note(RoundSample(len(rows), levels, nodes, sum(counts) / len(rows)))
+            size, tokens = (tree.levels, tree.tokens.shape[1]), sum(counts) / len(rows)
+            self.policy.note(RoundSample(len(rows), *size, tokens))
         self.lap("other_seconds")
 
     def _draft(self) -> FixedRounds:
         """Begin a round, with a tree where drafting pays: of the size that pays most."""
-        if self._is_full():
-            self._grow()
+        if self._is_full():  # go on in buffers of the next capacity
+            self.end_rounds(goes_on=True)
+            self.capacity = self._capacity(self.sequences.longest + self.capacity // 2)
+            self._begin()
         size = self.policy.plan(len(self.sequences.active))
         rung = self.rungs.get(size, self.largest)
         rung.uniforms.draw_all()
@@ -258,21 +253,9 @@ class FixedLoop(DecodingLoop):
             is_active = host_tensor([not one for one in is_stopped])
             self.largest.is_active.copy_(is_active, non_blocking=True)
 
-    def _grow(self) -> None:
-        """Go on in buffers of the next capacity."""
-        lengths = self._committed()
-        self.target.cache = self.target.cache.grown(lengths)
-        self.drafting.unfix(lengths)
-        self.capacity = self._capacity(max(lengths) + self.capacity // 2 + 1)
-        self._begin()
-
-    def _committed(self) -> list[int]:
-        """Tokens of each row that both models have read: all but the newest."""
-        return [length - 1 for length in self.sequences.lengths]
-
-    def end_rounds(self) -> None:
+    def end_rounds(self, goes_on: bool = False) -> None:
         """Go back to buffers that grow, for whoever continues the sequences."""
-        lengths = self._committed()
+        lengths = [length - 1 for length in self.sequences.lengths]  # neither has read the newest
         self.target.cache = self.target.cache.grown(lengths)
-        if self.keep_memory:
+        if goes_on or self.keep_memory:
             self.drafting.unfix(lengths)
