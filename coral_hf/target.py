@@ -43,12 +43,10 @@ def read_scales(text: PreTrainedConfig) -> Scales:
     if isinstance(factor, str):  # MPT names a rule, which transformers does not apply
         factor = 1.0
     divisor = getattr(text, "logits_scaling", None) or 1.0
+    embedding = getattr(text, "embedding_multiplier", None) or 1.0
     softcap = getattr(text, "final_logit_softcapping", None)
-    return Scales(
-        embedding=float(getattr(text, "embedding_multiplier", None) or 1.0),
-        logit=float(factor / divisor),
-        softcap=None if softcap is None else float(softcap),
-    )
+    softcap = None if softcap is None else float(softcap)
+    return Scales(float(embedding), float(factor / divisor), softcap)
 
 
 def may_scale(text: PreTrainedConfig) -> bool:
@@ -93,12 +91,8 @@ def read_target(model: PreTrainedModel) -> Target:
             f"The target {type(model).__name__} has no LM head; load it with AutoModelForCausalLM."
         )
     scales = read_scales(text)
-    return Target(
-        model=model,
-        head=LMHead(output, scales.logit, scales.softcap),
-        embeddings=model.get_input_embeddings(),
-        embedding_scale=scales.embedding,
-    )
+    head = LMHead(output, scales.logit, scales.softcap)
+    return Target(model, head, model.get_input_embeddings(), scales.embedding)
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -128,9 +122,8 @@ def read_features(
         (batch, length, len(layers) · hidden), side by side.
     """
     inner = tuple(layer for layer in layers if layer != FEATURE)
-    is_named = counts_layers(model) and 0 not in sliding_windows(model)
     given: dict = {"attention_mask": attention_mask, "use_cache": False}
-    given["output_hidden_states"] = named_states(inner) if is_named else bool(inner)
+    given["output_hidden_states"] = named_states(model, inner)
     if position_ids is not None:
         given["position_ids"] = position_ids
     output = decoder_of(model)(input_ids=input_ids, **given)
@@ -139,14 +132,18 @@ def read_features(
     return torch.cat(states, dim=-1) if inner else last
 
 
-def named_states(layers: tuple[int, ...]) -> bool | int | list[int]:
+def named_states(model: PreTrainedModel, layers: tuple[int, ...]) -> bool | int | list[int]:
     """The value of `output_hidden_states` that returns at least the states of some layers.
 
     Newer versions of transformers return the named states alone; older ones return all for -1, and
     know no -1 in a list.
     """
-    if layers in ((), (FEATURE,)):
-        return layers[0] if layers else False
+    # a layer may be left out, which shifts the indices of hidden states
+    is_named = counts_layers(model) and 0 not in sliding_windows(model)
+    if not layers or not is_named:
+        return bool(layers)
+    if layers == (FEATURE,):
+        return FEATURE
     return list(layers) if NAMES_STATES else True
 
 
@@ -205,10 +202,8 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 def max_positions(text: PreTrainedConfig) -> int | None:
     """Return the longest sequence a target is made for; None where it does not say (BLOOM)."""
-    for name in ("max_position_embeddings", "max_seq_len"):  # the latter in MPT
-        if getattr(text, name, None) is not None:
-            return getattr(text, name)
-    return None
+    # the latter in MPT
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
 
 
 def sliding_windows(model: PreTrainedModel) -> list[int | None]:
@@ -265,23 +260,15 @@ def check_target(
             f" {expected} ({config.target_name_or_path or 'unnamed'}). Use the drafter's own"
             " target, or train a drafter for this one, from its `from_target(target)`."
         )
-    _warn_of_other_target(model.config, config)
-
-
-def _warn_of_other_target(found: PreTrainedConfig, config: PreTrainedConfig) -> None:
-    """Warn of a target of another family than the drafter was made for.
-
-    Another name is not an error: a drafter still does well for a fine-tuned target.
-    """
-    if config.target_model_type not in (None, found.model_type):
+    if not is_same_type:
         logger.warning_once(
             f"The drafter was made for a {config.target_model_type} target and is used with a"
-            f" {found.model_type} target of the same sizes. The output is still the target's own;"
-            " expect few accepted tokens."
+            f" {model.config.model_type} target of the same sizes. The output is still the target's"
+            " own; expect few accepted tokens."
         )
-    # a folder may be given by its whole path or from where one stands
-    names = (None, found._name_or_path, full_name(found._name_or_path))
+    # no error: a drafter still does well for a fine-tuned target; and a folder may be given by its
+    # whole path or from where one stands
+    name = model.config._name_or_path
+    names = (None, name, full_name(name))
     if config.target_name_or_path not in names:
-        logger.info_once(
-            f"The drafter was made for {config.target_name_or_path}, not for {names[1]}."
-        )
+        logger.info_once(f"The drafter was made for {config.target_name_or_path}, not for {name}.")

@@ -131,6 +131,9 @@ class Uniforms:
         return self.numbers[self._next - 1]
 
 
+Draws = Chance | Uniforms
+
+
 def _place(probs: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Find where numbers (...) below 1 lie in the cumulated `probs` (..., vocab).
 

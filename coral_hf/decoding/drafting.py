@@ -101,6 +101,20 @@ class DraftTree(NamedTuple):
         is_child[:, 0].fill_(False)
         return is_child
 
+    def with_padding(self, rows: list[int], pad_token: int) -> "DraftTree":
+        """Replace the trees of some rows, by their index, by chains of a padding token.
+
+        All parts of a tree are (batch, nodes).
+        """
+        nodes = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        is_chain = nodes <= self.max_depth
+        parents = (nodes - 1).clamp(min=0).masked_fill(~is_chain, PADDING)
+        chain = {"tokens": pad_token, "parents": parents, "depths": nodes * is_chain}
+        parts = {name: getattr(self, name).clone() for name in chain}
+        for name, value in chain.items():
+            parts[name][rows] = value
+        return self._replace(**parts)
+
 
 def root_only(tokens: Tensor) -> DraftTree:
     """Make trees of one node, which turn a round into a plain decoding step.
@@ -110,23 +124,6 @@ def root_only(tokens: Tensor) -> DraftTree:
     tokens = tokens[:, None].long()  # a prompt's may be of another integer type
     zeros = torch.zeros_like(tokens)
     return DraftTree(tokens, zeros, zeros)
-
-
-def with_padding(tree: DraftTree, rows: list[int], pad_token: int) -> DraftTree:
-    """Replace the trees of some rows, by their index, by chains of a padding token.
-
-    All parts of a tree are (batch, nodes).
-    """
-    if not rows or tree.tokens.shape[1] == 1:
-        return tree
-    nodes = torch.arange(tree.tokens.shape[1], device=tree.tokens.device)
-    is_chain = nodes <= tree.max_depth
-    parents = (nodes - 1).clamp(min=0).masked_fill(~is_chain, PADDING)
-    chain = {"tokens": pad_token, "parents": parents, "depths": nodes * is_chain}
-    parts = {name: getattr(tree, name).clone() for name in chain}
-    for name, value in chain.items():
-        parts[name][rows] = value
-    return tree._replace(**parts)
 
 
 class Drafting(Protocol):

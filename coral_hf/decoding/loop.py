@@ -15,15 +15,7 @@ from transformers import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .caches.continuation import CACHE
-from .drafting import (
-    Drafting,
-    DraftTree,
-    PartwiseDrafting,
-    TreeShape,
-    host_tensor,
-    root_only,
-    with_padding,
-)
+from .drafting import Drafting, DraftTree, PartwiseDrafting, TreeShape, host_tensor, root_only
 from .outputs import OutputCollector, TargetOutput
 from .plain.draft_policy import DraftPolicy, RoundSample
 from .plain.own_loop import OwnLoop
@@ -193,7 +185,7 @@ class DecodingLoop:
             return root_only(root)
         tree = self.drafting.propose(root, shape, self.warp)
         if padded := self.sequences.padded:
-            tree = with_padding(tree, padded, self.sequences.pad_token)
+            tree = tree.with_padding(padded, self.sequences.pad_token)
         # whatever a drafter puts there, the target reads the token that was committed
         root = root[:, None].to(tree.tokens.device)  # (batch, 1)
         tree = tree._replace(tokens=torch.cat([root, tree.tokens[:, 1:]], dim=1))

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chance import Chance, Uniforms
+from .chance import Draws
 from .drafting import PADDING, DraftTree, host_tensor
 
 
@@ -92,7 +92,7 @@ def follow(tree: DraftTree, leads_on: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def verify_token(
-    tree: DraftTree, target_probs: Callable[[Tensor], Tensor], chance: Chance | Uniforms
+    tree: DraftTree, target_probs: Callable[[Tensor], Tensor], chance: Draws
 ) -> Verdict:
     """Walk down from the root, token by token, in all rows at once.
 
@@ -127,7 +127,7 @@ def siblings_at(tree: DraftTree, node: Tensor, rows: Sequence[int] | None = None
     return Siblings(tokens, is_child, draft, tree.draws == "independent", tree.branching)
 
 
-def token_step(siblings: Siblings, target_probs: Tensor, chance: Chance | Uniforms) -> Step:
+def token_step(siblings: Siblings, target_probs: Tensor, chance: Draws) -> Step:
     """A token of `target_probs` (batch, vocab), as often as possible one of the siblings'.
 
     Chosen siblings (q = 1) are accepted with p in all, so the target's own draw decides. Drawn ones
@@ -183,7 +183,7 @@ class Chances(NamedTuple):
     left: list[tuple[Tensor, Tensor]]
 
 
-def verify_traversal(tree: DraftTree, probs: Tensor, chance: Chance | Uniforms) -> Verdict:
+def verify_traversal(tree: DraftTree, probs: Tensor, chance: Draws) -> Verdict:
     """Accept the first path whose end its own draw accepts, in a tree that was drawn.
 
     `probs`: (batch, nodes, vocab). For tokens that were chosen the rule is `verify_token`.

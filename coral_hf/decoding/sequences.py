@@ -22,17 +22,9 @@ from transformers import generation as hf
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from . import watchers
 from .drafting import DraftTree, host_tensor
-from .watchers import (
-    BATCH_CRITERIA,
-    PREFIX_FREE,
-    ROW_WISE,
-    ROW_WISE_CRITERIA,
-    STATEFUL,
-    STATELESS,
-    DraftStreamer,
-    processed,
-)
+from .watchers import DraftStreamer, processed
 
 GROWTH = 128  # tokens of a row that a buffer has room for, each time that it grows
 
@@ -67,12 +59,13 @@ class Sequences:
         self.criteria = stopping_criteria
         self._end_tokens = _end_tokens(stopping_criteria)
         self._limit = stopping_criteria.max_length or sys.maxsize  # tokens of a row
-        sees_batch = any(type(one) not in ROW_WISE_CRITERIA for one in stopping_criteria)
+        sees_batch = any(type(one) not in watchers.ROW_WISE_CRITERIA for one in stopping_criteria)
         sees_batch |= streamer is not None or not self.is_row_wise
         # plain `generate` pads where a criterion knows end tokens; else a row goes on until all end
         self._pads = any(hasattr(one, "eos_token_id") for one in stopping_criteria)
         # what is not known may look at rows that have ended
-        known = (*STATELESS, *STATEFUL, *(ROW_WISE_CRITERIA if self._pads else BATCH_CRITERIA))
+        known = watchers.ROW_WISE_CRITERIA if self._pads else watchers.BATCH_CRITERIA
+        known = (*watchers.STATELESS, *watchers.STATEFUL, *known)
         keeps_rows |= any(type(one) not in known for one in (*logits_processor, *stopping_criteria))
         self.keeps_rows = batch > 1 and keeps_rows
         self.is_lockstep = batch > 1 and (is_lockstep or sees_batch or self.keeps_rows)
@@ -80,7 +73,7 @@ class Sequences:
     @property
     def is_row_wise(self) -> bool:
         """Whether each processor looks at one row at a time."""
-        return all(type(one) in ROW_WISE for one in self.processors)
+        return all(type(one) in watchers.ROW_WISE for one in self.processors)
 
     @property
     def active(self) -> list[int]:
@@ -115,7 +108,7 @@ class Sequences:
     @property
     def is_prefix_free(self) -> bool:
         """Whether scores depend on logits alone."""
-        return all(type(one) in PREFIX_FREE for one in self.processors)
+        return all(type(one) in watchers.PREFIX_FREE for one in self.processors)
 
     def scores(self, rows: list[int], logits: Tensor) -> Tensor:
         """Processed scores of the next token of some rows: (rows, vocab) → (rows, vocab)."""
@@ -138,7 +131,9 @@ class Sequences:
 
     def warp(self, logits: Tensor) -> Tensor:
         """A drafter's logits (rows, vocab) after the processors that look at nothing else."""
-        return processed([one for one in self.processors if type(one) in PREFIX_FREE], logits)
+        return processed(
+            [one for one in self.processors if type(one) in watchers.PREFIX_FREE], logits
+        )
 
     def scores_after(
         self, row: int, tokens: list[int], parents: list[int], logits: Tensor
@@ -169,11 +164,7 @@ class Sequences:
             self.streamer.take_tree(tree)
 
     def append(
-        self,
-        rows: list[int],
-        tokens: list[int],
-        scores: Callable[[], tuple[Tensor, ...] | None],
-        depth: int = 0,
+        self, rows: list[int], tokens: list[int], scores: Callable[[], tuple | None], depth: int = 0
     ) -> None:
         """Make one more token of some rows certain, stream it, and ask whether it is their last.
 

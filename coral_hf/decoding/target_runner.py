@@ -17,15 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..target import (
-    Target,
-    counts_layers,
-    named_states,
-    position_limit,
-    sliding_windows,
-    takes_positions,
-    text_config,
-)
+from ..target import Target, named_states, position_limit, sliding_windows, takes_positions
 from .caches.continuation import CACHE, join, part_of, whole_length
 from .caches.ragged_cache import HIDDEN, RaggedCache
 from .caches.shared_keys import sharing_keys
@@ -61,8 +53,7 @@ class TargetRunner:
         self._limit = position_limit(target.model)
         self._windows = sliding_windows(target.model)
         self._switches = rotary_switches(target.model)
-        # whether a layer may be left out, which shifts the indices of hidden states
-        self._skips = 0 in self._windows or not counts_layers(target.model)
+        self._states = named_states(target.model, layers)
         self._extras, self._keeps_rows = extras, keeps_rows
         self._ahead = 0  # of the longest row, how far its positions are ahead of its slots
         self._rows: list[int] = []  # of the call, that are in the cache
@@ -192,19 +183,14 @@ class TargetRunner:
         if CACHE not in inputs:
             inputs |= {CACHE: self.cache, "use_cache": True}
         names = [name.removeprefix("output_") for name in self._extras]
-        layers = self._layers
-        inputs["output_hidden_states"] = bool(layers) if self._skips else named_states(layers)
-        inputs |= dict.fromkeys(self._extras, True)
+        inputs |= {"output_hidden_states": self._states, **dict.fromkeys(self._extras, True)}
         outputs = self._run(inputs)
         tokens = inputs["input_ids"]
         states = [outputs.hidden_states[layer] for layer in self._layers]
         states = states or [tokens.new_empty(*tokens.shape, 0, dtype=outputs.logits.dtype)]
-        return TargetOutput(
-            outputs.logits,
-            states[0] if len(states) == 1 else torch.cat(states, dim=-1),
-            list(self.cache.lengths),
-            **{name: getattr(outputs, name) for name in names},
-        )
+        features = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
+        extras = {name: getattr(outputs, name) for name in names}
+        return TargetOutput(outputs.logits, features, list(self.cache.lengths), **extras)
 
     def _read_tree(self, inputs: dict[str, Any]) -> TargetOutput:
         """One pass over the nodes of trees, (batch, nodes)."""
@@ -233,14 +219,11 @@ def masks_by_layer(
         (batch, 1, new, slots + new or more)
     """
     windows = [layer.window for layer in cache.layers]
-    masks = {
-        window: cache.mask(positions, own, model.dtype, window)[:, None]
-        for window in set(windows) - {0}
-    }
+    masks = {one: cache.mask(positions, own, model.dtype, one)[:, None] for one in {*windows} - {0}}
     if len(masks) == 1:
         return next(iter(masks.values()))
-    names = dict(zip(text_config(model).layer_types, windows, strict=False))
-    return {name: masks[window] for name, window in names.items()}
+    types = model.config.get_text_config(decoder=True).layer_types
+    return {name: masks[window] for name, window in zip(types, windows, strict=False)}
 
 
 def _check_slots(cache: RaggedCache) -> None:

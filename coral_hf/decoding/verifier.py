@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from . import rules
-from .chance import Chance, Uniforms
+from .chance import Chance, Draws
 from .drafting import DraftTree, host_tensor
 from .outputs import OutputCollector, TargetOutput
 from .sequences import Sequences
@@ -135,11 +135,7 @@ def looks_ahead(rule: str, tree: DraftTree) -> bool:
 
 
 def decide(
-    rule: str,
-    tree: DraftTree,
-    logits: Tensor,
-    processors: Sequence[LogitsProcessor],
-    chance: Chance | Uniforms,
+    rule: str, tree: DraftTree, logits: Tensor, processors: Sequence[LogitsProcessor], chance: Draws
 ) -> rules.Verdict:
     """What the target accepts by a rule, where scores follow from logits (batch, nodes, vocab)."""
     if rule == "greedy":

@@ -9,14 +9,13 @@ from copy import copy
 
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.generation import GenerateDecoderOnlyOutput
 
-from ...target import CONVOLUTION
+from ...target import CONVOLUTION, NAMES_STATES
 from .layers import ImageLayer, RaggedLayer, new_layer
 from .ragged_cache import RaggedCache
 
 # the keyword and the output of `generate` and of models: `past_key_values` before transformers 5.24
-CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
+CACHE = "cache" if NAMES_STATES else "past_key_values"
 # the attribute of a returned cache that holds what the drafter has read of the same sequences
 MEMORY = "drafter_memory"
 

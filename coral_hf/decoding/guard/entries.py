@@ -85,13 +85,9 @@ class Judgement(NamedTuple):
 
     def __and__(self, other: "Judgement") -> "Judgement":
         """What two judgements allow together."""
-        both = sorted((self, other), key=lambda one: one.way)
-        return Judgement(
-            both[0].way,
-            both[0].reasons + both[1].reasons,
-            self.notes + other.notes,
-            self.keeps_rows or other.keeps_rows,
-        )
+        low, high = sorted((self, other), key=lambda one: one.way)
+        notes, keeps_rows = self.notes + other.notes, self.keeps_rows or other.keeps_rows
+        return Judgement(low.way, low.reasons + high.reasons, notes, keeps_rows)
 
 
 def judge(findings: Iterable[Finding]) -> Judgement:

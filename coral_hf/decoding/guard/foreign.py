@@ -163,11 +163,7 @@ def root_of(one: Any) -> str:
 
 
 def _tried(
-    model: PreTrainedModel,
-    kind: str,
-    name: str,
-    parts: tuple,
-    attempt: Callable[[PreTrainedModel], Verdict],
+    model: PreTrainedModel, kind: str, name: str, parts: tuple, attempt: Callable[..., Verdict]
 ) -> Finding:
     """Try a target once for its foreign parts, and return the entry of what was found."""
     found, key = _found.setdefault(model, {}), (kind, model.config._attn_implementation, *parts)

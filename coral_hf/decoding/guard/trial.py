@@ -132,16 +132,10 @@ def _try_call(
     longest, padding = max(lengths), host_tensor([max(lengths) - one for one in lengths])
     ids = torch.arange(len(lengths) * longest, device=device).view(len(lengths), -1) * 7 % vocab
     seen = torch.arange(longest, device=device) >= padding.to(device)[:, None]
-    settings = GenerationConfig(
-        max_new_tokens=new,
-        min_new_tokens=new,
-        do_sample=False,
-        num_beams=1,
-        no_repeat_ngram_size=1,  # a text of all tokens, which tells their places apart
-        return_dict_in_generate=True,
-        output_logits=True,
-        pad_token_id=0,
-    )
+    # a text of all tokens, which tells their places apart
+    how = {"do_sample": False, "num_beams": 1, "no_repeat_ngram_size": 1, "pad_token_id": 0}
+    how |= {"return_dict_in_generate": True, "output_logits": True}
+    settings = GenerationConfig(max_new_tokens=new, min_new_tokens=new, **how)
     call = {"attention_mask": seen.long(), "generation_config": settings}
     plain = model.generate(ids, **call)
     known = KnownText(plain.sequences, vocab, takes_tree)

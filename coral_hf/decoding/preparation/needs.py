@@ -31,14 +31,8 @@ PREPARE, UPDATE = "prepare_inputs_for_generation", "_update_model_kwargs_for_gen
 CLASSES = TABLES["Targets that prepare the inputs of each step"]
 AT_A_SWITCH = {name for name, entry in CLASSES.items() if entry is CLASSES["Phi3ForCausalLM"]}
 # what a round needs, or none does: with nothing else, rounds are made without the target's methods
-DIRECT_INPUTS = {
-    "attention_mask",
-    "position_ids",
-    "use_cache",
-    "logits_to_keep",
-    CACHE,
-    *MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL,
-}
+DIRECT_INPUTS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", CACHE}
+DIRECT_INPUTS.update(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL)
 # further inputs, of which a new token gets what the one before it had
 INPUTS = TABLES["Inputs that reach the target at each step"]
 

@@ -87,10 +87,8 @@ class PreparedRunner(TargetRunner):
             positions = inputs.get("position_ids")
             root = self.cache.width if positions is None else positions[..., :1]
             own = self.cache.position_ids(tree.depths)
-            inputs |= {
-                "position_ids": root + tree.depths,
-                "attention_mask": masks_by_layer(self.model, self.cache, own, tree.ancestry()),
-            }
+            masks = masks_by_layer(self.model, self.cache, own, tree.ancestry())
+            inputs |= {"position_ids": root + tree.depths, "attention_mask": masks}
         if inputs.get(CACHE) is not None:
             return self._read_tree(inputs)
         # the target reads its text again, the root alone behind it

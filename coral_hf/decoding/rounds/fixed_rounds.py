@@ -92,13 +92,9 @@ class FixedRounds:
             levels, branching = len(plan), max(level.children for level in plan)
             sizes = batch, nodes, text_config(self.target.model).vocab_size
             draft_probs = torch.zeros(sizes, dtype=torch.float32, device=device)
-        self.tree = DraftTree(
-            *(tokens, parents, depths, draft_probs),
-            draws="without_replacement" if plan else "chosen",
-            levels=levels,
-            branching=branching,
-            plan=plan,
-        )
+        draws: Any = "without_replacement" if plan else "chosen"
+        parts = tokens, parents, depths, draft_probs
+        self.tree = DraftTree(*parts, draws, levels, branching, plan)
 
     def run(self, name: str) -> Tensor | None:
         """Run a step of a round, `draft`, `verify` or `token`: None, or (batch, new + 1)."""

@@ -26,11 +26,8 @@ from .fixed_rounds import FixedRounds
 logger = logging.get_logger(__name__)
 
 Step = Callable[[FixedRounds], Tensor | None]
-STEPS: dict[str, Step] = {
-    "draft": FixedRounds.draft,
-    "verify": FixedRounds.verify,
-    "token": FixedRounds.token,
-}
+_ALL: tuple[Any, ...] = FixedRounds.draft, FixedRounds.verify, FixedRounds.token
+STEPS: dict[str, Step] = {step.__name__: step for step in _ALL}
 COMPILERS = ("torch._dynamo", "torch._inductor")  # whose errors come before anything has run
 _COMPILING = Lock()  # one thread at a time
 TRIALS = 3  # dry rounds, whose median says what a round costs

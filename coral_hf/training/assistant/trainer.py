@@ -30,7 +30,6 @@ from ...target import (
     FEATURE,
     Target,
     max_positions,
-    named_states,
     read_features,
     read_target,
     text_config,
@@ -150,9 +149,7 @@ class AssistantTrainer(AtomicCheckpoints):
         read = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         is_trained = inputs["labels"][:, 1:] != IGNORED  # (batch, length - 1)
         # logits of the last position alone: those of the others exist a few at a time
-        output = model(
-            **read, use_cache=False, logits_to_keep=1, output_hidden_states=named_states((FEATURE,))
-        )
+        output = model(**read, use_cache=False, logits_to_keep=1, output_hidden_states=FEATURE)
         states = output.hidden_states[FEATURE][:, :-1][is_trained]  # (positions, width)
         features = read_features(self.target.model, **read)[:, :-1][is_trained]
         head = read_target(self.drafter).head
