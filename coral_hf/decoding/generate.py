@@ -79,9 +79,8 @@ def install() -> None:
 
     @functools.wraps(plain_batch)
     def generate_batch(self, *args, **kwargs):
-        drafter, loop = kwargs.get("assistant_model"), kwargs.get("custom_generate")
-        is_named = isinstance(drafter, (str, Path)) and is_drafter(drafter)
-        if is_named or family_of(drafter) is not None or isinstance(loop, BoundDrafter):
+        is_bound = isinstance(kwargs.get("custom_generate"), BoundDrafter)
+        if is_bound or is_drafter(kwargs.get("assistant_model")):
             refuse_continuous_batching()
         return plain_batch(self, *args, **kwargs)
 
@@ -138,9 +137,11 @@ def named_drafter(name: str | Path, target: PreTrainedModel) -> PreTrainedModel:
     return loaded[1]
 
 
-def is_drafter(name: str | Path) -> bool:
-    """Whether a folder or a Hub id is one of a drafter of a registered family."""
-    return family_of(SimpleNamespace(config=AutoConfig.from_pretrained(name))) is not None
+def is_drafter(assistant: Any) -> bool:
+    """Whether an assistant, or what a folder or a Hub id holds, is of a registered family."""
+    if isinstance(assistant, (str, Path)):
+        assistant = SimpleNamespace(config=AutoConfig.from_pretrained(assistant))
+    return family_of(assistant) is not None
 
 
 def _without_wrapper(drafter: PreTrainedModel) -> PreTrainedModel:

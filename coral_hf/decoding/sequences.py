@@ -12,7 +12,6 @@ Where something outside counts rows, none leaves the batch before all have ended
 import contextlib
 import copy
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 import torch
@@ -60,7 +59,8 @@ class Sequences:
         self._end_tokens = _end_tokens(stopping_criteria)
         self._limit = stopping_criteria.max_length or sys.maxsize  # tokens of a row
         sees_batch = any(type(one) not in watchers.ROW_WISE_CRITERIA for one in stopping_criteria)
-        sees_batch |= streamer is not None or not self.is_row_wise
+        sees_batch |= any(type(one) not in watchers.ROW_WISE for one in logits_processor)
+        sees_batch |= streamer is not None
         # plain `generate` pads where a criterion knows end tokens; else a row goes on until all end
         self._pads = any(hasattr(one, "eos_token_id") for one in stopping_criteria)
         # what is not known may look at rows that have ended
@@ -69,11 +69,6 @@ class Sequences:
         keeps_rows |= any(type(one) not in known for one in (*logits_processor, *stopping_criteria))
         self.keeps_rows = batch > 1 and keeps_rows
         self.is_lockstep = batch > 1 and (is_lockstep or sees_batch or self.keeps_rows)
-
-    @property
-    def is_row_wise(self) -> bool:
-        """Whether each processor looks at one row at a time."""
-        return all(type(one) in watchers.ROW_WISE for one in self.processors)
 
     @property
     def active(self) -> list[int]:
@@ -119,15 +114,12 @@ class Sequences:
             every = logits.new_zeros(len(self.lengths), logits.shape[1])
             every[rows] = logits
             return self.processors(self.ids.clone(), every)[rows]
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for index, row in enumerate(rows):
-            by_length[self.lengths[row]].append(index)
-        parts = []
-        for length, found in by_length.items():  # rows of one length are a batch
+        lengths = [self.lengths[row] for row in rows]
+        for length in set(lengths):  # rows of one length are a batch
+            found = [index for index, own in enumerate(lengths) if own == length]
             own = [rows[index] for index in found]
-            parts.append(self._process(own, self._buffer[own, :length], logits[found]))
-        found = [index for part in by_length.values() for index in part]
-        return torch.cat(parts)[host_tensor(found).argsort().to(logits.device)]
+            logits[found] = self._process(own, self._buffer[own, :length], logits[found])
+        return logits
 
     def warp(self, logits: Tensor) -> Tensor:
         """A drafter's logits (rows, vocab) after the processors that look at nothing else."""
