@@ -70,30 +70,21 @@ def foreign_findings(model: PreTrainedModel, rows: int = 0) -> Findings:
 def state_of(model: PreTrainedModel) -> tuple | None:
     """What a target is now, as far as a judgement looks at it: a key by which a change is noticed.
 
-    One walk over its modules takes a fraction of what judging takes.
+    Two walks over its modules take a fraction of what judging takes.
 
     Returns:
         None where others have put forward hooks or methods of their own on it, or where its weights
             are of another kind than torch's: these may change without a trace.
     """
-    found: list[Any] = [hook for name in GLOBAL_HOOKS for hook in getattr(torch_module, name)]
-    kinds: list[type] = []
-    for module in all_modules(model):
-        parts = module.__dict__
-        kinds.append(type(module))
-        weights = {type(weight) for weight in parts["_parameters"].values() if weight is not None}
-        if weights - {torch.nn.Parameter}:
-            return None
-        for name in HOOKS:
-            found += parts[name].values()
-        if "forward" in parts:
-            found.append(parts["forward"])
-    own = vars(model)
-    if PREPARE in own or UPDATE in own or any(root_of(one) not in LIBRARIES for one in found):
+    modules, own = list(all_modules(model)), vars(model)
+    weights = {type(weight) for one in modules for weight in one._parameters.values()}
+    replaced = [vars(one)["forward"] for one in modules if "forward" in vars(one)]
+    is_foreign = any(root_of(one) not in LIBRARIES for one in (*forward_hooks(model), *replaced))
+    if is_foreign or PREPARE in own or UPDATE in own or weights - {torch.nn.Parameter, type(None)}:
         return None
     configs = {id(config): config for config in (model.config, text_config(model))}
     attention = ALL_ATTENTION_FUNCTIONS.get(model.config._attn_implementation)
-    return tuple(kinds), tuple(map(_fields, configs.values())), attention
+    return tuple(map(type, modules)), tuple(map(_fields, configs.values())), attention
 
 
 def _fields(config: PreTrainedConfig) -> str:
