@@ -16,7 +16,6 @@ from coral_hf.decoding.plain.costs import (
     CostModel,
     Costs,
     DecayedLine,
-    MeasuredCosts,
     RoundSample,
 )
 from coral_hf.decoding.plain.draft_policy import PATIENCE, AdaptiveDraft, choose_speculation
@@ -91,7 +90,7 @@ def test_nodes_and_levels_must_be_worth_what_they_cost():
 
 
 def test_costs_are_measured_in_plain_passes(target):
-    costs_of = MeasuredCosts(tiny_target("llama"), Costs())
+    costs_of = CostModel(Costs(), tiny_target("llama"))
     for _ in range(PROBES):
         assert costs_of.lacks_plain(1)
         costs_of.note(RoundSample(1, 0, 1, 1.0, 0.0, 0.010, 0.5))
@@ -110,7 +109,7 @@ def test_a_line_without_spread_keeps_its_assumed_slope():
 
 
 def test_a_machine_that_slows_down_is_no_reason_to_step_back():
-    policy = AdaptiveDraft(SHAPE, MeasuredCosts(tiny_target("llama"), Costs()))
+    policy = AdaptiveDraft(SHAPE, CostModel(Costs(), tiny_target("llama")))
     rounds(policy, PROBES, tokens=1, seconds=(0.0, 0.01, 0.0))
     rounds(policy, 5, tokens=2.5, seconds=(0.0, 0.011, 0.0))
     for _ in range(60):
@@ -120,7 +119,7 @@ def test_a_machine_that_slows_down_is_no_reason_to_step_back():
 
 
 def test_plain_passes_that_were_measured_when_the_machine_was_slow_are_corrected():
-    policy = AdaptiveDraft(SHAPE, MeasuredCosts(tiny_target("llama"), Costs()))
+    policy = AdaptiveDraft(SHAPE, CostModel(Costs(), tiny_target("llama")))
     rounds(policy, PROBES, tokens=1, seconds=(0.0, 0.03, 0.0))
     rounds(policy, 14, tokens=1, seconds=(0.002, 0.01, 0.001))  # no token beside a plain pass's
     rounds(policy, PROBES, tokens=1, seconds=(0.0, 0.01, 0.0))
@@ -129,8 +128,8 @@ def test_plain_passes_that_were_measured_when_the_machine_was_slow_are_corrected
 
 def test_measured_costs_are_remembered_from_call_to_call():
     model = tiny_target("llama")
-    rounds(AdaptiveDraft(SHAPE, MeasuredCosts(model, Costs())), PROBES, 1, seconds=(0.0, 0.01, 0.0))
-    assert AdaptiveDraft(SHAPE, MeasuredCosts(model, Costs())).plan(1).depth == SHAPE.depth
+    rounds(AdaptiveDraft(SHAPE, CostModel(Costs(), model)), PROBES, 1, seconds=(0.0, 0.01, 0.0))
+    assert AdaptiveDraft(SHAPE, CostModel(Costs(), model)).plan(1).depth == SHAPE.depth
 
 
 def test_an_unknown_speculation_is_refused(target, drafter):
@@ -190,10 +189,8 @@ def test_an_untrained_drafter_is_left_alone_after_a_while(target, drafter, monke
 def test_a_drafter_that_knows_the_text_keeps_drafting(target, drafter, monkeypatch):
     text = target.generate(PROMPT, do_sample=False, max_new_tokens=60)
     drafting = TheTargetItself(text)
-    monkeypatch.setattr(
-        "coral_hf.decoding.plain.draft_policy.MeasuredCosts",
-        lambda _, costs, kind: CostModel(costs),
-    )
+    measured = "coral_hf.decoding.plain.draft_policy.CostModel"
+    monkeypatch.setattr(measured, lambda costs, *_: CostModel(costs))
     out = target.generate(
         PROMPT,
         do_sample=False,

@@ -14,7 +14,7 @@ from transformers import (
 from coral_hf import CoralDrafter
 from coral_hf.decoding import generate as door
 from coral_hf.decoding.plain import own_loop
-from coral_hf.decoding.plain.costs import PROBES, Costs, MeasuredCosts, RoundSample
+from coral_hf.decoding.plain.costs import PROBES, CostModel, Costs, RoundSample
 
 LENGTH, NEW = 12, 30
 CALL = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0}
@@ -164,7 +164,7 @@ def test_plain_passes_of_our_loop_count_as_what_a_step_of_plain_generate_costs()
     model = tiny_target("llama")
 
     def measured(kind, step, own):
-        costs = MeasuredCosts(model, Costs(), kind)
+        costs = CostModel(Costs(), model, kind)
         costs.begin(2, lambda: step)
         while costs.lacks_plain(2):
             costs.note(RoundSample(2, 0, 1, 1.0, 0.0, own, 0.5))
@@ -173,7 +173,7 @@ def test_plain_passes_of_our_loop_count_as_what_a_step_of_plain_generate_costs()
     assert measured("short", 0.03, 0.01) == pytest.approx(0.03)
     assert measured("short", 99.0, 0.01) == pytest.approx(0.03)  # it is known
     assert measured("long", 0.02, 0.04) == pytest.approx(0.02)
-    costs = MeasuredCosts(model, Costs(), "long")
+    costs = CostModel(Costs(), model, "long")
     costs.forget_plain(2)
     for _ in range(PROBES):  # the machine is half as fast
         costs.note(RoundSample(2, 0, 1, 1.0, 0.0, 0.08, 0.5))

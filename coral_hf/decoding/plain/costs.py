@@ -48,37 +48,6 @@ class RoundSample(NamedTuple):
     read: float = 0.0  # seconds in which the drafter reads the new tokens
 
 
-class CostModel:
-    """Costs that no clock changes, so that decisions follow from tokens alone."""
-
-    is_clock = False  # whether rounds are timed
-
-    def __init__(self, costs: Costs):
-        self._costs = costs
-
-    def begin(self, rows: int, step_seconds: StepSeconds) -> None:
-        """Take the beginning of a call into account, whose rows are equally long."""
-
-    def lacks_plain(self, rows: int) -> bool:
-        """Whether plain passes are to be measured before any round can be judged."""
-        return False
-
-    def plain(self, rows: int) -> float:
-        """The cost of a plain pass, in a unit of the model's own."""
-        return 1.0
-
-    def costs(self, rows: int) -> Costs:
-        """What a tree would cost now."""
-        return self._costs
-
-    def note(self, sample: RoundSample) -> float:
-        """Take a round into account, and return what it has cost."""
-        return self._costs.of_round(sample.levels, sample.nodes)
-
-    def forget_plain(self, rows: int) -> None:
-        """Ask for new plain passes, where they would change anything."""
-
-
 @dataclass
 class DecayedLine:
     """A straight line through points, of which older ones count less."""
@@ -117,55 +86,64 @@ class Timings:
     steps: dict[Hashable, float] = field(default_factory=dict)
 
 
-class MeasuredCosts(CostModel):
-    """Costs of one target, remembered by the process from call to call.
+class CostModel:
+    """Costs of a target: measured, and remembered by the process from call to call; or as given.
 
     Args:
         before: costs that are assumed until rounds were measured.
+        model: the target; None: no clock changes costs, so that decisions follow from tokens alone.
         kind: of call, of which a step of plain `generate` is a fixed part of a pass of our loop; no
             step can be measured in calls of the kind None.
     """
 
-    is_clock = True
-
     # by rows, device and dtype
     _remembered: "WeakKeyDictionary[PreTrainedModel, dict[Hashable, Timings]]" = WeakKeyDictionary()
 
-    def __init__(self, model: PreTrainedModel, before: Costs, kind: Hashable = None):
-        super().__init__(before)
-        self._timings = self._remembered.setdefault(model, {})
-        self._place, self._kind = (model.device, model.dtype), kind
+    def __init__(self, before: Costs, model: PreTrainedModel | None = None, kind: Hashable = None):
+        self._costs, self._kind, self.is_clock = before, kind, model is not None
         self._step: float | None = None  # seconds, until our own passes were measured beside it
-
-    def begin(self, rows: int, step_seconds: StepSeconds) -> None:
-        """See [`CostModel`]. Passes of our loop are then measured too, to compare the two."""
-        if self._kind is not None and self._kind not in self._of(rows).steps:
-            self._step = step_seconds()
-            if self._step is not None:
-                self.forget_plain(rows)
+        if model is not None:
+            self._timings = self._remembered.setdefault(model, {})
+            self._place = model.device, model.dtype
 
     def _of(self, rows: int) -> Timings:
         new = Timings(DecayedLine(self._costs.node), self._costs.level)
         return self._timings.setdefault((rows, *self._place), new)
 
+    def begin(self, rows: int, step_seconds: StepSeconds) -> None:
+        """Take the beginning of a call into account, whose rows are equally long.
+
+        Passes of our loop are then measured too, to compare the two.
+        """
+        if self.is_clock and self._kind is not None and self._kind not in self._of(rows).steps:
+            self._step = step_seconds()
+            if self._step is not None:
+                self.forget_plain(rows)
+
     def lacks_plain(self, rows: int) -> bool:
-        """See [`CostModel`]."""
-        return len(self._of(rows).plain) < PROBES
+        """Whether plain passes are to be measured before any round can be judged."""
+        return self.is_clock and len(self._of(rows).plain) < PROBES
 
     def plain(self, rows: int) -> float:
-        """See [`CostModel`]. In seconds."""
+        """The cost of a plain pass: seconds, or 1 without a clock."""
+        if not self.is_clock:
+            return 1.0
         own, steps = statistics.median(self._of(rows).plain), self._of(rows).steps
         if self._step is not None:
             steps[self._kind], self._step = self._step / own, None
         return own * steps.get(self._kind, 1.0)
 
     def costs(self, rows: int) -> Costs:
-        """See [`CostModel`]."""
+        """What a tree would cost now."""
+        if not self.is_clock:
+            return self._costs
         timings = self._of(rows)
         return Costs(timings.rest.at_zero(self._costs.base), timings.level, timings.rest.slope)
 
     def note(self, sample: RoundSample) -> float:
-        """See [`CostModel`]."""
+        """Take a round into account, and return what it has cost."""
+        if not self.is_clock:
+            return self._costs.of_round(sample.levels, sample.nodes)
         timings = self._of(sample.rows)
         if sample.levels == 0:
             timings.plain.append(sample.decode)
@@ -182,5 +160,6 @@ class MeasuredCosts(CostModel):
         return draft + rest
 
     def forget_plain(self, rows: int) -> None:
-        """See [`CostModel`]."""
-        self._of(rows).plain.clear()
+        """Ask for new plain passes, where they would change anything."""
+        if self.is_clock:
+            self._of(rows).plain.clear()

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..drafting import TreeShape
-from .costs import FADING, CostModel, Costs, MeasuredCosts, RoundSample, StepSeconds
+from .costs import FADING, CostModel, Costs, RoundSample, StepSeconds
 
 logger = logging.get_logger(__name__)
 SPECULATION = ("adaptive", "always", "never")
@@ -211,10 +211,9 @@ def choose_policy(
         speculation: `"adaptive"` or `"always"`.
         stored: the `Costs` that `autotune` has found, by name.
         do_sample: decide by stored costs alone, so that a seed gives the same text again.
-        kind: of call, see [`MeasuredCosts`].
+        kind: of call, see [`CostModel`].
     """
     if speculation == "always":
         return DraftPolicy(shape)
     costs = Costs(**(stored or {}))
-    model_of = CostModel(costs) if do_sample else MeasuredCosts(model, costs, kind)
-    return AdaptiveDraft(shape, model_of)
+    return AdaptiveDraft(shape, CostModel(costs, None if do_sample else model, kind))
