@@ -144,7 +144,7 @@ def test_any_mask_positions_and_chunks_give_the_tokens_of_the_target_alone(
     expected = target.generate(**batch, **settings_)
     way = Judgement(CHAIN, ("a test",)) if is_chain else Judgement()
     tree = {**tree, "tree_top_k": 1} if is_chain else tree
-    with mock.patch("coral_hf.decoding.generate.accept_target", return_value=way):
+    with mock.patch("coral_hf.decoding.guard.calls.accept_target", return_value=way):
         out = target.generate(
             **batch, **settings_, **tree, assistant_model=drafter, prefill_chunk_size=chunk
         )

@@ -202,7 +202,7 @@ def _shape(request, monkeypatch):
     """The same target as one that takes trees, and as one that takes chains only."""
     if request.param == "chain":
         chain = Judgement(CHAIN, ("a test",))
-        monkeypatch.setattr("coral_hf.decoding.generate.accept_target", lambda *_: chain)
+        monkeypatch.setattr("coral_hf.decoding.guard.calls.accept_target", lambda *_: chain)
         monkeypatch.setitem(TREE, "tree_top_k", 1)
 
 

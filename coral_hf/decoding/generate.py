@@ -36,7 +36,7 @@ from ..lm_head import execution_device
 from ..target import read_target, sliding_windows
 from .caches.continuation import MEMORY, continued_cache, given_cache, is_user_cache, returned_cache
 from .drafting import Drafting, Family, family_of, family_options
-from .guard import Call, accept_call, accept_keywords, accept_target, refuse_continuous_batching
+from .guard import Call, accept_call, accept_keywords, refuse_continuous_batching
 from .loop import CoralGenerateOutput, DecodingLoop, Plan, decode_plainly
 from .outputs import OutputCollector
 from .plain.draft_policy import Costs, choose_policy, choose_speculation
@@ -205,9 +205,8 @@ class BoundDrafter:
             self._start(model)()
             sequences = Sequences(input_ids, *watchers, self.streamer)
             return decode_plainly(OwnLoop(model, sequences, config, model_kwargs))
-        judgement = accept_target(model, len(input_ids))
         call = Call(model, input_ids, config, model_kwargs, *watchers, self.keywords)
-        judgement &= accept_call(call, rule)
+        judgement = accept_call(call, rule)
         longest = max_length_of(model, stopping_criteria)
         need = choose_preparation(model, model_kwargs, len(input_ids), longest)
         shape, takes_tree = choose_shape(judgement.obstacle, defaults, settings, rule)

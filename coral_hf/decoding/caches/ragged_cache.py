@@ -119,7 +119,13 @@ class RaggedCache(Cache):
         if nodes is None and not self.is_even:
             nodes = steps.expand(len(counts), -1)
         if nodes is not None:
-            self._move(self.width + nodes.to(device), slots)
+            source = self.width + nodes.to(device)
+            # a CPU is free to look whether they lie where they belong
+            is_moved = device.type != "cpu" or not source.equal(slots)
+            # layers that share another layer's keys stay empty
+            for layer in self.layers if is_moved else ():
+                if layer.is_initialized:
+                    layer.move(source, slots)
         own, new = self.next_positions[:, None] + steps, host_tensor(counts).to(device)
         if self.is_even and min(counts) == kept:
             self.positions = torch.cat([self.positions, own], dim=1)
@@ -134,15 +140,6 @@ class RaggedCache(Cache):
                 first = min(self.lengths) - layer.window + 1
                 if first - layer.start >= layer.slack:
                     layer.release(first)
-
-    def _move(self, source: Tensor, destination: Tensor) -> None:
-        """Copy slots in every layer, (batch, kept) each."""
-        # a CPU is free to look whether they lie where they belong
-        if source.device.type == "cpu" and source.equal(destination):
-            return
-        for layer in self.layers:
-            if layer.is_initialized:  # layers that share another layer's keys stay empty
-                layer.move(source, destination)
 
     def truncate(self, width: int | None = None) -> None:
         """Keep the first `width` slots; by default those that are committed."""

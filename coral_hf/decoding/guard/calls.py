@@ -25,7 +25,7 @@ from ..settings import Rule
 from ..watchers import ROW_WISE, STATEFUL, STATELESS
 from .entries import REFUSED, TABLES, TREE, Finding, Findings, Judgement, finding, judge
 from .foreign import LIBRARIES, has_adapters_by_row, root_of
-from .target import placement_findings
+from .target import accept_target, placement_findings
 
 # A field of a refused entry is refused where its value is neither the default nor the one that
 # the target's own config has; a keyword where it is passed. Names in neither table are refused.
@@ -50,7 +50,7 @@ class Call(NamedTuple):
 
 
 def accept_call(call: Call, rule: Rule) -> Judgement:
-    """Judge whether and how a drafter can follow a call.
+    """Judge whether and how a drafter can follow a call, its target included.
 
     Args:
         rule: by which trees are drafted and verified.
@@ -58,11 +58,12 @@ def accept_call(call: Call, rule: Rule) -> Judgement:
     Raises:
         ValueError: if none can.
     """
+    target, rows = accept_target(call.model, len(call.input_ids)), len(call.input_ids)
     settings = [*_settings(call.model, call.config), *_keywords(call)]
     inputs = [*_prompts(call), *further_inputs(call.model_kwargs)]
     watched = [*_caches(call.model_kwargs.get(CACHE)), *_rule(call, rule)]
     found = _accepted([*settings, *inputs, *watched, *placement_findings(call.model)])
-    return found._replace(keeps_rows=len(call.input_ids) > 1 and has_adapters_by_row(call.model))
+    return target & found._replace(keeps_rows=rows > 1 and has_adapters_by_row(call.model))
 
 
 def accept_keywords(model: PreTrainedModel, call: dict[str, Any]) -> None:

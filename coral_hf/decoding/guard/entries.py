@@ -42,18 +42,15 @@ Finding = tuple[object, Entry]  # what was found, and what is known of it
 Findings = Iterator[Finding]
 
 
-def _read_entry(fields: dict[str, str]) -> Entry:
-    way = next(way for way in Way if way.name.lower() in fields)
-    return Entry(way, fields.pop(way.name.lower()), **fields)
-
-
 def _read_tables() -> dict[str, Table]:
     """Read tables.yaml, whose keys are names with commas between them."""
-    text = Path(__file__).with_name("tables.yaml").read_text(encoding="utf-8")
-    tables: dict[str, Table] = {}
+    text, tables = Path(__file__).with_name("tables.yaml").read_text(encoding="utf-8"), {}
     for title, table in yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)).items():
-        entries = [(names, _read_entry(fields)) for names, fields in table.items()]
-        tables[title] = {name: entry for names, entry in entries for name in names.split(", ")}
+        tables[title] = entries = {}
+        for names, fields in table.items():
+            way = next(way for way in Way if way.name.lower() in fields)
+            entry = Entry(way, fields.pop(way.name.lower()), **fields)
+            entries.update(dict.fromkeys(names.split(", "), entry))
     return tables
 
 
