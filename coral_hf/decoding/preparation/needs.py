@@ -16,6 +16,7 @@ from enum import IntEnum
 from numbers import Number
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
@@ -168,13 +169,7 @@ def _agrees(whole: Any, steps: list[Any]) -> bool:
 
 def _joins(whole: Tensor, steps: list[Tensor], axis: int) -> bool:
     """Whether steps are parts of a whole along an axis: one each, or all up to their own."""
-    if any(step.dim() != whole.dim() for step in steps):
-        return False
-    count, length = len(steps), whole.shape[axis]
-    sizes, starts = [step.shape[axis] for step in steps], [0] * count
-    if sizes == [1] * count and length == count:
-        starts = list(range(count))
-    elif sizes != list(range(length - count + 1, length + 1)):
-        return False
-    parts = zip(steps, starts, sizes, strict=True)
-    return all(step.equal(whole.narrow(axis, *place)) for step, *place in parts)
+    length, count = whole.shape[axis], len(steps)
+    prefixes = [whole.narrow(axis, 0, max(length - end, 0)) for end in reversed(range(count))]
+    ways = [parts for parts in (whole.split(1, axis), prefixes) if len(parts) == count]
+    return any(all(map(torch.equal, steps, parts)) for parts in ways)
