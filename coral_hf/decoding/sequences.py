@@ -69,6 +69,11 @@ class Sequences:
         keeps_rows |= any(type(one) not in known for one in (*logits_processor, *stopping_criteria))
         self.keeps_rows = batch > 1 and keeps_rows
         self.is_lockstep = batch > 1 and (is_lockstep or sees_batch or self.keeps_rows)
+        # whether scores depend on logits alone
+        self.is_prefix_free = all(type(one) in watchers.PREFIX_FREE for one in logits_processor)
+        # whether nothing asks for one token after another: all of a round can come at once
+        is_bounded = self._end_tokens is not None
+        self.is_free = is_bounded and self.is_prefix_free and not self.is_lockstep
 
     @property
     def active(self) -> list[int]:
@@ -94,16 +99,6 @@ class Sequences:
     def last(self, rows: list[int]) -> Tensor:
         """The newest token of some rows after the prompt's, of shape (len(rows),), in int64."""
         return host_tensor([self._newest[row] for row in rows]).to(self._buffer.device)
-
-    @property
-    def is_free(self) -> bool:
-        """Whether nothing asks for one token after another: all of a round can come at once."""
-        return self._end_tokens is not None and self.is_prefix_free and not self.is_lockstep
-
-    @property
-    def is_prefix_free(self) -> bool:
-        """Whether scores depend on logits alone."""
-        return all(type(one) in watchers.PREFIX_FREE for one in self.processors)
 
     def scores(self, rows: list[int], logits: Tensor) -> Tensor:
         """Processed scores of the next token of some rows: (rows, vocab) → (rows, vocab)."""
