@@ -184,4 +184,4 @@ def _try_itself(model: PreTrainedModel) -> Verdict:
 
 def _try_hooks(model: PreTrainedModel, rows: int) -> Verdict:
     lengths = tuple(11 - row % 8 for row in range(rows))
-    return try_target(model, [(3,) * rows, lengths], 8, keeps_rows=True)
+    return try_target(model, [(3,) * rows, lengths], 8)

@@ -1,8 +1,8 @@
-"""A trial of a target: drafted as a tree and as a chain, against plain decoding, on small texts.
+"""A trial of a target: read as trees and as chains, against plain decoding, on small texts.
 
 In: a target, or a small copy of it, which has a layer of each kind and random weights. Out: the
-highest way in which it gives the logits of plain `generate`. The drafter of a trial knows the text,
-and drafts wrong tokens beside it:
+highest way in which it gives the logits of plain `generate`. The text of plain `generate` is read
+again, several tokens in a pass, with wrong ones beside them:
 
     node     0      1      2    3      4    5      6      7        the true tokens are t1, t2, t3
     token    root   wrong  t1   wrong  t2   wrong  wrong  t3
@@ -15,23 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
 
-from ...target import read_target, sliding_windows, text_config
-from ..drafting import DraftTree, TreeShape, Warp, host_tensor
-from ..loop import DecodingLoop, Plan
-from ..outputs import OutputCollector
-from ..plain.draft_policy import DraftPolicy
+from ...target import FEATURE, read_target, text_config
+from ..drafting import DraftTree, host_tensor
 from ..preparation.needs import Preparation, choose_preparation
 from ..preparation.runner import make_runner
-from ..sequences import Sequences
-from ..settings import Rule
 from .entries import CHAIN, REFUSED, TREE, Way
 
-SHAPE = TreeShape(depth=3, top_k=2, nodes=8)
 PARENTS = (0, 0, 0, 2, 2, 1, 4, 4)
 DEPTHS = (0, 1, 1, 2, 2, 2, 3, 3)
-IS_TRUE = (1, 0, 1, 0, 1, 0, 0, 1)
+TRUE_NODES = (0, 2, 4, 7)
 # how far logits may be off, in their standard deviation; another mask moves them much further
 ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-3}  # some compute attention in float32
 LOOSE = 0.2  # in lower precision
@@ -55,68 +48,19 @@ class Verdict(NamedTuple):
     said: str = ""  # what was wrong with the next higher way
 
 
-class KnownText:
-    """A drafter that knows the texts (batch, length) which come, prompts included."""
-
-    layers: tuple[int, ...] = (-1,)
-
-    def __init__(self, texts: Tensor, vocab: int, takes_tree: bool):
-        self._texts, self._vocab, self._takes_tree = texts.cpu(), vocab, takes_tree
-        self._rounds = 0
-
-    def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
-        """Count the prompts' tokens, (batch, length)."""
-        self._lengths = host_tensor([tokens.shape[1]] * len(tokens))
-
-    def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
-        """Count new tokens, (batch, new)."""
-        self._lengths = self._lengths + counts
-
-    def select(self, rows: Tensor) -> None:
-        """Keep some rows, by their index of shape (batch,)."""
-        self._texts, self._lengths = self._texts[rows], self._lengths[rows]
-
-    def memory(self) -> None:
-        """Return None: nothing is continued."""
-
-    def propose(self, root: Tensor, shape: TreeShape, warp: Warp | None = None) -> DraftTree:
-        """The true tokens below `root` (batch,) and wrong ones; of a chain, the last are wrong.
-
-        All parts of the tree are (batch, nodes).
-        """
-        depth = min(shape.depth, SHAPE.depth)
-        if self._takes_tree:
-            parts = (host_tensor(part) for part in (PARENTS, DEPTHS, IS_TRUE))
-            nodes = sum(level <= depth for level in DEPTHS)
-            parents, depths, is_true = (part[:nodes] for part in parts)
-        else:
-            depths = host_tensor(range(depth + 1))
-            parents = (depths - 1).clamp(min=0)
-            is_true = depths <= depth - self._rounds % (depth + 1)
-        self._rounds += 1
-        places = (self._lengths[:, None] - 1 + depths).clamp(max=self._texts.shape[1] - 1)
-        known = self._texts.gather(1, places)
-        tokens = torch.where(is_true.bool(), known, (known + 1) % self._vocab)
-        tree = DraftTree(tokens, parents.expand_as(tokens), depths.expand_as(tokens), levels=depth)
-        return tree.to(root.device)
-
-
 @torch.no_grad()
-def try_target(
-    model: PreTrainedModel, prompts: list[tuple[int, ...]], new: int, keeps_rows: bool = False
-) -> Verdict:
+def try_target(model: PreTrainedModel, prompts: list[tuple[int, ...]], new: int) -> Verdict:
     """Find the highest way in which a target gives the logits of plain `generate`.
 
     Args:
         prompts: lengths of the prompts of each call.
         new: tokens of each text.
-        keeps_rows: whether all rows stay in each pass.
     """
     said = ""
     for way in (TREE, CHAIN):
         try:
             for lengths in prompts:
-                _try_call(model, lengths, new, way == TREE, keeps_rows)
+                _try_call(model, lengths, new, way == TREE)
         except Exception as error:  # whatever other people's code raises is its answer
             said = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
@@ -124,10 +68,8 @@ def try_target(
     return Verdict(REFUSED, said)
 
 
-def _try_call(
-    model: PreTrainedModel, lengths: tuple[int, ...], new: int, takes_tree: bool, keeps_rows: bool
-) -> None:
-    """Raise an error if a drafted call does not give the logits of the plain one."""
+def _try_call(model: PreTrainedModel, lengths: tuple[int, ...], new: int, takes_tree: bool) -> None:
+    """Raise an error if a target does not give the logits of a plain call in larger passes."""
     device, vocab = read_target(model).device, text_config(model).vocab_size
     longest, padding = max(lengths), host_tensor([max(lengths) - one for one in lengths])
     ids = torch.arange(len(lengths) * longest, device=device).view(len(lengths), -1) * 7 % vocab
@@ -138,40 +80,52 @@ def _try_call(
     settings = GenerationConfig(max_new_tokens=new, min_new_tokens=new, **how)
     call = {"attention_mask": seen.long(), "generation_config": settings}
     plain = model.generate(ids, **call)
-    known = KnownText(plain.sequences, vocab, takes_tree)
 
-    def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    def read_again(
+        model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
+    ):
         need = choose_preparation(model, kwargs, len(input_ids), longest + new)
         assert need < Preparation.CHECKED or not takes_tree, "each round is compared with steps"
-        stays = keeps_rows or need > Preparation.DIRECT
-        watched = input_ids, logits_processor, stopping_criteria
-        sequences = Sequences(*watched, is_lockstep=not takes_tree, keeps_rows=stays)
-        collector = OutputCollector(generation_config, len(input_ids), sliding_windows(model))
-        passes = known.layers, None, collector.extras
-        runner = make_runner(read_target(model), need, takes_tree, *passes)
-        plan = Plan(Rule("greedy", False), longest + new)
-        loop = DecodingLoop(known, runner, sequences, collector, DraftPolicy(SHAPE), plan)
-        loop.run(kwargs)
-        return loop.output(runner.cache)
+        runner = make_runner(read_target(model), need, takes_tree, (FEATURE,))
+        found = [runner.prefill(input_ids, kwargs).logits[:, 0]]  # (batch, vocab) for each token
+        while len(found) < new:
+            depth = min(3, new - len(found) - 1, runner.room())
+            rest = plain.sequences[:, longest + len(found) - 1 :]
+            tree, path = _tree_of(rest, depth, vocab, None if takes_tree else len(found))
+            tree = runner.checked(tree)
+            path = path[: tree.tokens.shape[1]]
+            logits = runner.score(tree).logits
+            found += [logits[:, node] for node in path]
+            nodes = host_tensor([path] * len(input_ids)) if len(path) > 1 else None
+            runner.commit([len(path)] * len(input_ids), nodes)
+        return torch.stack(found)
 
-    drafted = model.generate(ids, **call, custom_generate=decode)
-    _compare(plain, drafted, longest, ROUNDING.get(model.dtype, LOOSE))
+    found = model.generate(ids, **call, custom_generate=read_again)
+    expected = torch.stack(plain.logits)
+    off = (found.to(expected) - expected).abs().amax(-1) / expected.std(dim=-1)  # (tokens, batch)
+    off = off[off > ROUNDING.get(model.dtype, LOOSE)]
+    if len(off):
+        raise AssertionError(f"logits are off by {float(off.max()):.1g} standard deviations")
 
 
-def _compare(plain: ModelOutput, drafted: ModelOutput, start: int, rounding: float) -> None:
-    """Raise an AssertionError where logits differ by more than rounding at equal texts.
+def _tree_of(
+    text: Tensor, depth: int, vocab: int, number: int | None
+) -> tuple[DraftTree, list[int]]:
+    """The tree of a root and the next tokens of a text (batch, some), and its true nodes.
 
-    The logits of a token are (batch, vocab), and the texts (batch, length).
+    `number`: None; of a chain one that says how many of its last tokens are wrong.
     """
-    same = torch.ones(len(plain.sequences), dtype=torch.bool, device=plain.sequences.device)
-    for step, (expected, found) in enumerate(zip(plain.logits, drafted.logits, strict=True)):
-        off = (found.to(expected.device) - expected).abs().amax(-1) / expected.std(dim=-1)
-        if rows := (same & (off > rounding)).nonzero()[:, 0].tolist():
-            raise AssertionError(
-                f"logits of token {step + 1} in row {rows[0] + 1} are off by"
-                f" {float(off[rows[0]]):.1g} standard deviations"
-            )
-        same &= plain.sequences[:, start + step] == drafted.sequences[:, start + step]
+    if number is None:
+        nodes = sum(level <= depth for level in DEPTHS)
+        parents, depths, path = PARENTS[:nodes], DEPTHS[:nodes], TRUE_NODES[: depth + 1]
+    else:
+        depths = tuple(range(depth + 1))
+        parents, path = (0, *depths[:-1]), depths[: depth + 1 - number % (depth + 1)]
+    known = text[:, list(depths)]
+    is_true = [node in path for node in range(len(depths))]
+    tokens = torch.where(host_tensor(is_true).bool().to(text.device), known, (known + 1) % vocab)
+    shape = (host_tensor(part).to(text.device).expand_as(tokens) for part in (parents, depths))
+    return DraftTree(tokens, *shape, levels=depth), list(path)
 
 
 def small_copy(model: PreTrainedModel) -> PreTrainedModel:
