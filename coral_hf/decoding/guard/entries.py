@@ -44,7 +44,8 @@ Findings = Iterator[Finding]
 
 def _read_tables() -> dict[str, Table]:
     """Read tables.yaml, whose keys are names with commas between them."""
-    text, tables = Path(__file__).with_name("tables.yaml").read_text(encoding="utf-8"), {}
+    text = Path(__file__).with_name("tables.yaml").read_text(encoding="utf-8")
+    tables: dict[str, Table] = {}
     for title, table in yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)).items():
         tables[title] = entries = {}
         for names, fields in table.items():
