@@ -124,8 +124,8 @@ def _tree_of(
     known = text[:, list(depths)]
     is_true = [node in path for node in range(len(depths))]
     tokens = torch.where(host_tensor(is_true).bool().to(text.device), known, (known + 1) % vocab)
-    shape = (host_tensor(part).to(text.device).expand_as(tokens) for part in (parents, depths))
-    return DraftTree(tokens, *shape, levels=depth), list(path)
+    below, at = (host_tensor(part).to(tokens).expand_as(tokens) for part in (parents, depths))
+    return DraftTree(tokens, below, at, levels=depth), list(path)
 
 
 def small_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -3,12 +3,7 @@
 In: what `generate` has prepared, or where our loop stands when drafting does not pay. Out: the
 output of plain `generate`, and its `Passes`. So what is not drafted costs what plain `generate`
 costs, whatever watches the tokens. What a step of it costs now is tried beforehand, in a few steps
-of which nothing is kept:
-
-    layer       keys that are held, shared   + those of the trial's own steps
-    a step      joins the two, as transformers' layers do, and keeps the new ones alone
-
-so that a trial holds no second cache, and leaves tokens, cache, watchers and chance as they were.
+of which nothing is kept: they leave tokens, cache, watchers and chance as they were.
 """
 
 import statistics
@@ -131,12 +126,17 @@ class OwnLoop:
         )
         if is_traced or (sequences.criteria.max_length or 0) - sequences.longest < TRIED:
             return None
-        shared = copy(cache)
-        shared.layers = [_TriedLayer(layer) for layer in layers]
-        ids, config, kwargs = self._resumed(shared)
+        ids, config, kwargs = self._resumed(cache)
         config.return_dict_in_generate = False
         passes = _Trial(StoppingCriteriaList(sequences.criteria))
-        self.model._sample(ids, sequences.processors, passes, config, **kwargs)
+        for layer in layers:  # they append as transformers' own, and keep what leaves a window
+            layer.is_plain, layer._buffers = True, []
+        try:
+            self.model._sample(ids, sequences.processors, passes, config, **kwargs)
+        finally:
+            for layer in layers:
+                layer.is_plain = False
+                layer.cut(cache.width)
         return statistics.median(after - before for before, after in pairwise(passes.times))
 
     def _resumed(self, cache: RaggedCache) -> tuple[Tensor, GenerationConfig, dict[str, Any]]:
@@ -247,37 +247,3 @@ class _Trial(Passes):
         """See [`Passes`]."""
         done = super().__call__(input_ids, scores, **kwargs)
         return torch.full_like(done, len(self.times) == TRIED)
-
-
-class _TriedLayer(RaggedLayer):
-    """A layer that shares the keys of another one, and keeps its own new ones apart."""
-
-    def __init__(self, layer: RaggedLayer):
-        super().__init__(layer.window)
-        self.__dict__.update(vars(layer), _buffers=[])
-        self._shared = layer.keys, layer.values  # (batch, kv_heads, held, head_dim) each
-        self._new: list[tuple[Tensor, Tensor]] = []
-        self._forget()
-
-    @property
-    def held(self) -> int:
-        """See [`RaggedLayer`]."""
-        return self._shared[0].shape[-2] + len(self._new)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
-    ) -> tuple[Tensor, Tensor]:
-        """See [`RaggedLayer`]: of one token, (batch, kv_heads, 1, head_dim)."""
-        self._new.append((key_states, value_states))
-        states = zip(self._shared, zip(*self._new, strict=True), strict=True)
-        keys, values = (torch.cat([shared, *new], dim=-2) for shared, new in states)
-        self._forget()
-        return keys, values
-
-    def _forget(self) -> None:
-        """Drop what has left the window, of what is shared."""
-        past = 0 if self.window is None else self.held - self.window + 1
-        if 0 < past <= self._shared[0].shape[-2]:
-            kept = self._shared[0].shape[-2] - past
-            keys, values = (states.narrow(-2, past, kept) for states in self._shared)
-            self._shared, self.start = (keys, values), self.start + past
