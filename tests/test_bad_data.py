@@ -88,19 +88,11 @@ def test_bad_rows_are_dropped_by_a_filter_over_tokenize() -> None:
     assert len(prepare_dataset(kept, tokenizer, 100)) == 2
 
 
-def test_empty_turns_are_counted_in_a_warning(warnings: list[str]) -> None:
+def test_empty_turns_are_trained_and_an_empty_text_is_dropped(warnings: list[str]) -> None:
     silent = {"messages": [CHAT[0], {"role": "assistant", "content": " "}]}
-    assert len(prepare([{"messages": CHAT}, silent, silent])) == 3
-    assert warnings == [
-        "With empty turns: 2 of 3 rows, the first is row 1; they are trained as they stand, or drop"
-        " them with `dataset.filter`."
-    ]
-
-
-def test_an_empty_text_is_counted_and_dropped(warnings: list[str]) -> None:
+    assert len(prepare([{"messages": CHAT}, silent, silent])) == 3 and not warnings
     assert len(prepare([{"text": "abc"}, {"text": ""}])) == 1
-    assert warnings[0].startswith("With empty turns: 1 of 2 rows")
-    assert warnings[1].startswith("1 of 2 rows have no trained token")
+    assert warnings[0].startswith("1 of 2 rows have no trained token")
 
 
 def test_a_row_of_100k_tokens_is_cut_with_one_warning(warnings: list[str]) -> None:

@@ -550,14 +550,6 @@ def test_a_batch_is_padded_on_the_right_to_its_longest_row() -> None:
     assert batch["labels"].tolist() == [[-100, -100, 7], [-100, -100, -100]]
 
 
-@pytest.mark.parametrize(("multiple", "length"), [(1, 19), (4, 20), (19, 19), (64, 64)])
-def test_a_batch_is_padded_to_a_multiple(multiple: int, length: int) -> None:
-    dataset = prepare([{"messages": CHAT}, {"messages": CHAT[:2]}])
-    for rows in (dataset.to_list(), list(dataset.with_format("torch"))):
-        batch = CoralCollator(pad_to_multiple_of=multiple)(rows)
-        assert {tuple(tensor.shape) for tensor in batch.values()} == {(2, length)}
-
-
 def test_rows_that_were_not_prepared_are_refused() -> None:
     with pytest.raises(ValueError, match=r"Rows have \['input_ids'\], not .*use `prepare_dataset`"):
         CoralCollator()([{"input_ids": [5, 6, 7]}])

@@ -16,7 +16,7 @@ from coral_hf.training.data import (
     prepare_dataset,
     with_weight,
 )
-from coral_hf.training.data.check import num_odd, repetition
+from coral_hf.training.data.check import repetition
 from coral_hf.training.data.show import kinds_of
 
 QUESTION = {"role": "user", "content": "hi"}
@@ -42,7 +42,7 @@ def test_numbers_are_those_of_the_rows_that_training_reads(num_proc):
     (why,) = found["unread"]
     assert why.startswith("`messages` has no turns") and found["unread_rows"][why] == 3
     first = {one["reason"].split(",")[0]: one["row"] for one in reversed(found["strangest"])}
-    assert first["most tokens"] == 1 and first["odd characters"] == 2
+    assert first["most tokens"] == 1 and first["shortest answer"] == 4
     assert json.loads(json.dumps(found))["lengths"]["longest"] == 64
     assert "not read   1 rows" in str(found)
 
@@ -64,9 +64,7 @@ def test_the_behaviour_of_the_template_is_counted():
     assert plain == {"one rendering holds every prompt and answer": 2}
 
 
-def test_odd_characters_and_repetition_are_what_their_names_say():
-    assert num_odd("plain, ünïcode 漢字 \U0001f600\n\t") == 0
-    assert num_odd("a\x00b\ufffd\ue000") == 3
+def test_repetition_is_what_its_name_says():
     assert repetition("short") is None
     assert repetition("na " * 500) > 20 > repetition("".join(map(chr, range(33, 300))))
 

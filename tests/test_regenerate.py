@@ -432,7 +432,6 @@ def test_a_full_disk_keeps_the_rows_that_are_written(target, tmp_path):
     ("settings", "message"),
     [
         ({"temperature": -1.0}, "`temperature` is -1.0; use 0 or more"),
-        ({"top_p": 0.0}, "`top_p` is 0.0; use a value above 0"),
         ({"unfinished": "mend"}, "`unfinished` is 'mend'; use 'keep' or 'drop'"),
         ({"batch_size": 0}, "`batch_size` is 0; use 1 or more"),
         ({"max_new_tokens": 128}, "`max_new_tokens` is 128, but there are 128 positions"),

@@ -135,7 +135,7 @@ def test_a_request_that_fails_is_sent_again(target, server, folder, tmp_path, fa
     served = ServedTarget(at(server, folder), tiny_tokenizer(), settings())
     server.faults.append(fault)
     numbers = iter(range(6))
-    rows = (Dialogue(n, chats()[n], tiny_tokenizer(), settings()) for n in numbers)
+    rows = ([Dialogue(n, chats()[n], tiny_tokenizer(), settings())] for n in numbers)
     found = {row.number: row.result() for part in served.answered(rows) for row in part}
     assert not server.faults and found == read(tmp_path / "own.jsonl")
 
@@ -176,7 +176,7 @@ def holds(rows: dict[int, list[dict[str, Any]]], prompt: list[int]) -> bool:
 
 def test_a_run_that_is_stopped_waits_for_no_answer(server, folder, monkeypatch):
     served = ServedTarget(at(server, folder), tiny_tokenizer(), settings())
-    rows = [Dialogue(n, chats()[n], tiny_tokenizer(), settings()) for n in (0, 3)]
+    rows = [[Dialogue(n, chats()[n], tiny_tokenizer(), settings())] for n in (0, 3)]
     server.meeting = threading.Barrier(3)  # to which two come
 
     def interrupted(*_: Any, **__: Any) -> None:

@@ -14,9 +14,9 @@ from test_data import CHAT, PLAIN_TEMPLATE, fresh_cache, tiny_tokenizer  # noqa:
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from coral_hf.training.data import render_mask, show
+from coral_hf.training.data import show
 from coral_hf.training.data.encoding import encode
-from coral_hf.training.data.show import SHADES
+from coral_hf.training.data.show import SHADES, pieces, render
 
 ROW = {"messages": [{"role": "user", "content": "a yb"}, {"role": "assistant", "content": "é\n"}]}
 
@@ -27,14 +27,19 @@ def printed(rows: list[dict[str, Any]], **options: Any) -> str:
     return console.file.getvalue()
 
 
+def rendered(row: dict[str, Any], tokenizer: Any, has_marks: bool = False) -> Any:
+    (whole,) = encode(row, tokenizer).rows
+    return render(pieces(whole, tokenizer), has_marks)
+
+
 def test_marks_stand_around_trained_tokens_and_between_all() -> None:
-    text = render_mask(ROW, tiny_tokenizer(), has_marks=True)
+    text = rendered(ROW, tiny_tokenizer(), has_marks=True)
     assert text.plain == "<s>│<user>│a│ y│b│<end>│<bot>│⟦…│é│↵\n│<end>⟧"
 
 
 def test_colours_tell_trained_tokens_from_others() -> None:
     tokenizer = tiny_tokenizer()
-    text = render_mask(ROW, tokenizer)
+    text = rendered(ROW, tokenizer)
     spans = [(text.plain[span.start : span.end], str(span.style)) for span in text.spans]
     labels = encode(ROW, tokenizer).rows[0]["labels"]
     assert len(spans) == len(labels) and "│" not in text.plain
@@ -68,8 +73,8 @@ def test_the_tokens_cut_from_a_row_are_counted() -> None:
 
 def test_control_characters_are_written_out() -> None:
     row = {"text": "ab\x1b[31m\tc"}
-    assert "\x1b" not in render_mask(row, tiny_tokenizer()).plain
-    assert "\\x1b" in render_mask(row, tiny_tokenizer()).plain
+    assert "\x1b" not in rendered(row, tiny_tokenizer()).plain
+    assert "\\x1b" in rendered(row, tiny_tokenizer()).plain
 
 
 def test_spaces_that_a_decoder_strips_are_shown() -> None:
@@ -77,7 +82,7 @@ def test_spaces_that_a_decoder_strips_are_shown() -> None:
     core.pre_tokenizer = pre_tokenizers.Metaspace()
     core.decoder = decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
-    text = render_mask({"text": "a b b"}, tokenizer, has_marks=True)
+    text = rendered({"text": "a b b"}, tokenizer, has_marks=True)
     assert text.plain == " a│ b│⟦ b⟧"
 
 

@@ -51,10 +51,8 @@ def read_drafter(folder: str | Path) -> Drafter:
     model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
     if model_type not in FAMILIES:
         raise ValueError(f"{folder} holds a {model_type} model, not a drafter.")
-    if all(
-        (folder / name).exists()
-        for name in (utils.SAFE_WEIGHTS_NAME, utils.SAFE_WEIGHTS_INDEX_NAME)
-    ):
+    weights = (utils.SAFE_WEIGHTS_NAME, utils.SAFE_WEIGHTS_INDEX_NAME)
+    if all((folder / name).exists() for name in weights):
         raise ValueError(f"{folder} holds two checkpoints, one in shards; delete the older one.")
     drafter = FAMILIES[model_type].from_pretrained(folder).eval()
     broken = [name for name, values in drafter.state_dict().items() if not values.isfinite().all()]

@@ -12,4 +12,4 @@ from .documents import CoralCollator, pack_dataset, share_prompts
 from .encoding import tokenize
 from .loading import join_datasets, load_conversations, with_weight
 from .messages import to_messages
-from .show import describe, render_mask, show
+from .show import describe, show

@@ -4,9 +4,7 @@ In: rows of any layout, the target's tokenizer. Out: a `DataCheck`, as text or J
 in batches, by several processes; a few numbers of each are kept.
 """
 
-import unicodedata
 import zlib
-from collections import Counter
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -24,7 +22,7 @@ TEXT, INTEGER, FLOAT = (datasets.Value(kind) for kind in ("string", "int64", "fl
 # of a training row; `num_turns` and `num_assistant` stand in the first of those of a row
 MEASURES = {
     **dict.fromkeys(("row", "num_tokens", "num_trained", "num_cut", "num_turns"), INTEGER),
-    **dict.fromkeys(("num_assistant", "shortest_answer", "odd_characters"), INTEGER),
+    **dict.fromkeys(("num_assistant", "shortest_answer"), INTEGER),
     **dict.fromkeys(("trained_share", "repetition"), FLOAT),
     **dict.fromkeys(("layout", "behaviour", "problem"), TEXT),
 }
@@ -32,15 +30,12 @@ MEASURES = {
 STRANGE = [
     ("num_tokens", True, "most tokens"),
     ("shortest_answer", False, "shortest answer, in tokens"),
-    ("odd_characters", True, "odd characters"),
     ("trained_share", False, "least of it is trained, as a share"),
     ("repetition", True, "most repetition: zlib makes it shorter by the factor"),
 ]
 NUM_STRANGE = 10
 QUANTILES = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1.0}
 LEAST_TEXT = 200  # characters of a text whose repetition counts
-# control characters, private and unassigned ones, halves of pairs; and what stands for bad bytes
-ODD, USUAL, REPLACED = {"Cc", "Cn", "Co", "Cs"}, "\n\t\r", "\ufffd"
 TEMPLATE = """\
 rows       {num_rows:,} ({layouts}) → {num_training_rows:,} training rows
 turns      {num_turns:,}, {num_assistant_turns:,} of them the assistant's
@@ -173,19 +168,9 @@ def _measure(
         "behaviour": "\n".join(encoded.behaviour),
         "num_turns": len(turns),
         "num_assistant": sum(turn["role"] == "assistant" for turn in turns),
-        "odd_characters": num_odd(text) or None,
         "repetition": repetition(text),
     }
     return found
-
-
-def num_odd(text: str) -> int:
-    """Count characters that no one types: control, private and unassigned ones, and bad bytes."""
-    return sum(
-        count
-        for char, count in Counter(text).items()
-        if char == REPLACED or (char not in USUAL and unicodedata.category(char) in ODD)
-    )
 
 
 def repetition(text: str) -> float | None:

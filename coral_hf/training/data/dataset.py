@@ -22,7 +22,7 @@ from ...identity import digest, file_digest
 from ...measure import chat
 from ...target import text_config
 from .encoding import IGNORED, check_ids, cut, encode
-from .messages import Row, count_empty_turns
+from .messages import Row
 
 Data = TypeVar("Data", Dataset, IterableDataset)
 
@@ -30,7 +30,7 @@ logger = logging.get_logger(__name__)
 
 IDS, MASK = datasets.Sequence(datasets.Value("int32")), datasets.Sequence(datasets.Value("int8"))
 COLUMNS = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS}
-NOTES = dict.fromkeys(("source", "num_trained", "num_lost", "num_empty"), datasets.Value("int64"))
+NOTES = dict.fromkeys(("source", "num_trained", "num_lost"), datasets.Value("int64"))
 NOTES |= {"problem": datasets.Value("string")}
 
 
@@ -136,10 +136,9 @@ def _tokenize(
 
     An error is noted in a row of its own, so that all bad rows are counted; `is_strict` raises it.
     """
-    problem, num_empty, whole = "", 0, [{"input_ids": list[int](), "labels": list[int]()}]
+    problem, whole = "", [{"input_ids": list[int](), "labels": list[int]()}]
     try:
-        found = encode(row, tokenizer, max_length, vocab_size)
-        num_empty, whole = count_empty_turns(row, found.messages), found.rows
+        whole = encode(row, tokenizer, max_length, vocab_size).rows
     except ValueError as error:
         problem = f"Row {index}: {error}"
         if is_strict:
@@ -149,12 +148,12 @@ def _tokenize(
         part: dict[str, Any] = {**cut(one, max_length), "source": index, "problem": problem}
         part["num_trained"] = sum(label != IGNORED for label in part["labels"])
         part["num_lost"] = len(one["input_ids"]) - len(part["input_ids"])
-        rows.append({**part, "num_empty": num_empty})
+        rows.append(part)
     return rows
 
 
 def _drop_untrained(rows: Dataset, num_rows: int, max_length: int) -> Dataset:
-    """Drop rows without labels, count them and those that were cut or empty; refuse bad rows.
+    """Drop rows without labels, count them and those that were cut; refuse bad rows.
 
     Args:
         rows: tokenized, each with the number of its source.
@@ -168,16 +167,11 @@ def _drop_untrained(rows: Dataset, num_rows: int, max_length: int) -> Dataset:
             f"{bad.iloc[0]} Of {num_rows} rows, {len(bad)} cannot be read; repair them or drop them"
             " with `dataset.filter` (docs/use/data.md)."
         )
-    lost, empty = notes.num_lost, notes.groupby("source").num_empty.max()
+    lost = notes.num_lost
     if lost.any():
         logger.warning(
             f"Cut to `max_length` = {max_length}: {notes.source[lost > 0].nunique()} {of_rows};"
             f" {lost.sum()} tokens are lost, {lost.max()} of one row."
-        )
-    if empty.any():
-        logger.warning(
-            f"With empty turns: {(empty > 0).sum()} {of_rows}, the first is row {empty.idxmax()};"
-            " they are trained as they stand, or drop them with `dataset.filter`."
         )
     kept = notes.index[notes.num_trained > 0]
     if len(rows) > num_rows:

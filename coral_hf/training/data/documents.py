@@ -209,11 +209,10 @@ class CoralCollator:
     Packed rows have `position_ids` too, and rows of a feature cache `features` (batch, length,
     hidden).
 
-    >>> batch = CoralCollator(pad_to_multiple_of=8)([dataset[0], dataset[1]])
+    >>> batch = CoralCollator()([dataset[0], dataset[1]])
     """
 
     pad_token_id: int = 0  # any id of the vocabulary: mask and labels hide it
-    pad_to_multiple_of: int | None = None  # so that fewer lengths occur
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Pad rows to `input_ids`, `attention_mask`, `labels` and what else they have, by name.
@@ -224,8 +223,7 @@ class CoralCollator:
         pads = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
         if not pads.keys() <= rows[0].keys():
             raise ValueError(f"Rows have {[*rows[0]]}, not {[*pads]}; use `prepare_dataset`.")
-        multiple = self.pad_to_multiple_of or 1
-        length = -(-max(len(row["input_ids"]) for row in rows) // multiple) * multiple
+        length = max(len(row["input_ids"]) for row in rows)
         fills: dict[str, Sequence[int]] = {name: [pad] * length for name, pad in pads.items()}
         if "position_ids" in rows[0]:
             fills["position_ids"] = range(length)  # padding is a document of its own

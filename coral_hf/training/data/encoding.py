@@ -93,9 +93,7 @@ def encode(
 def _encode_token_rows(row: Row, tokenizer: Tokenizer) -> list[Encoded]:
     """Read what the target read and wrote, as `regenerate` keeps it: nothing is rendered."""
     if row["token_rows"][0].get("tokenizer") not in (None, short_hash(tokenizer)):
-        raise ValueError(
-            "`token_rows` were written with another tokenizer; pass that, or drop them."
-        )
+        raise ValueError("`token_rows` were written with another tokenizer; pass it, or drop them.")
     return [_encode_ids(part) for part in row["token_rows"]]
 
 
@@ -145,8 +143,8 @@ def split_text(encoded: Encoded, bos: int | None, max_length: int | None) -> lis
 def _encode_text(row: Row, tokenizer: Tokenizer) -> Encoded:
     """Encode a text, or a prompt and its completion, of which the prompt is not trained."""
     prompt, text = read_text(row)
-    read = _text_ids(prompt, tokenizer) if prompt else []
-    ids = _text_ids(prompt + text, tokenizer)
+    read = text_ids(prompt, tokenizer) if prompt else []
+    ids = text_ids(prompt + text, tokenizer)
     if ids[: len(read)] != read:  # a token spans both: the target writes others
         ids = [*read, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
     eos = tokenizer.eos_token_id
@@ -156,7 +154,7 @@ def _encode_text(row: Row, tokenizer: Tokenizer) -> Encoded:
     return {"input_ids": ids, "labels": [IGNORED] * len(read) + ids[len(read) :]}
 
 
-def _text_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+def text_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     """Tokenize a text, (length,), with one BOS, whoever writes it, and without EOS."""
     ids = tokenizer(text, verbose=False)["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -171,10 +169,8 @@ def check_ids(ids: Sequence[int], vocab_size: float, where: str = "") -> None:
     """Raise a ValueError if token ids of a row, (length,), are outside the vocabulary."""
     if ids and (min(ids) < 0 or max(ids) >= vocab_size):
         token = next(token for token in ids if not 0 <= token < vocab_size)
-        raise ValueError(
-            f"{where}`input_ids` has {token}, outside the target's vocabulary of {vocab_size}"
-            " tokens; encode it with the target's own tokenizer."
-        )
+        what = f"{where}`input_ids` has {token}, outside the target's vocabulary of {vocab_size}"
+        raise ValueError(f"{what} tokens; encode it with the target's own tokenizer.")
 
 
 class Chat(RenderedChat):
@@ -266,10 +262,8 @@ class Chat(RenderedChat):
             prompt, after = self._ids(turn.prompt), self._encoded(written)
             apart = [*prompt, *after["input_ids"]]
             if self.tokenizer.decode(apart) != self.tokenizer.decode(ids):
-                raise ValueError(
-                    f"The tokens of turn {turn.position} are others after its prompt than in the"
-                    " whole text; let the target answer itself (`coral-hf regenerate`)."
-                )
+                what = f"The tokens of turn {turn.position} are others after its prompt"
+                raise ValueError(f"{what}; let the target answer itself (`coral-hf regenerate`).")
             start = len(prompt) + boundary(len(turn.empty), after["offset_mapping"])[0]
             ids, mask = apart, [1] * len(apart)
         elif turn.empty:

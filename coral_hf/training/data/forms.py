@@ -40,22 +40,20 @@ def rendered_form(messages: list[Message], render: Callable[..., str]) -> list[M
         ValueError: if the template renders none: what the first that it takes lacks, or why it does
             not take the messages as they are.
     """
-    refusal = None
+    errors = list[ValueError]()
     for form in forms_of(messages):
         try:
             check_all_is_rendered(form, render)
         except ValueError as error:
-            is_first_taken = isinstance(error, LeftOutError) > isinstance(refusal, LeftOutError)
-            refusal = error if refusal is None or is_first_taken else refusal
+            errors.append(error)
             continue
-        if refusal is not None and [turn["role"] for turn in form] != [t["role"] for t in messages]:
+        if errors and [turn["role"] for turn in form] != [turn["role"] for turn in messages]:
             logger.warning_once(
-                "The chat template does not take some conversations as they are, such as for their"
-                " roles: turns are read as ones of another role, or joined (docs/use/data.md)."
+                "The chat template does not take the roles of some conversations: their turns are"
+                " read as ones of another role, or joined (docs/use/data.md)."
             )
         return form
-    assert refusal is not None, "messages have at least one form"
-    raise refusal
+    raise next((error for error in errors if isinstance(error, LeftOutError)), errors[0])
 
 
 def forms_of(messages: list[Message]) -> Iterator[list[Message]]:
@@ -95,8 +93,7 @@ def _with_arguments(turn: Message, change: Callable[[Any], Any]) -> Message:
 
     def changed(call: Any) -> dict[str, Any]:
         if not isinstance(call, Mapping):
-            name = shortened(calls)
-            raise ValueError(f"`tool_calls` is {name}; expected objects with a `function`.")
+            raise ValueError(f"`tool_calls` is {shortened(calls)}, and not a list of calls.")
         found = {**call}
         if "function" in found:  # OpenAI's layout
             found["function"] = changed(found["function"])
@@ -160,17 +157,14 @@ def check_all_is_rendered(messages: list[Message], render: Callable[..., str]) -
     for probe, what in PROBES.items():
         if probe in str(probed) and probe not in text:
             raise LeftOutError(
-                f"The chat template leaves out {what}; set `tokenizer.chat_template` to one that"
-                " renders them, or drop such rows with `dataset.filter`."
+                f"The chat template leaves out {what}; use another, or drop the row."
             )
     for turn in messages:
         for call in turn.get("tool_calls") or []:
             arguments = call.get("function", call).get("arguments")
             if isinstance(arguments, dict) and arguments and str(arguments) in text:
-                raise LeftOutError(
-                    f"The chat template prints the arguments {shortened(arguments)} as Python does;"
-                    " give them as text, as JSON."
-                )
+                remedy = "give them as text, as JSON"
+                raise LeftOutError(f"The template prints the arguments as Python does; {remedy}.")
 
 
 def _probe(turn: Message) -> Message:

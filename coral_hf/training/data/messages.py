@@ -218,13 +218,6 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
-def count_empty_turns(row: Row, messages: Sequence[Message]) -> int:
-    """Count the turns of a row without a word and without a tool call; an empty text is one."""
-    if is_plain_text(row):
-        return int(not read_text(row)[1].strip())
-    return sum(not (turn.get("tool_calls") or turn["content"].strip()) for turn in messages)
-
-
 def read_tools(row: Row) -> list[Any] | None:
     """Read the `tools` of a row, a list of JSON schemas or its JSON; None where it has none.
 

@@ -87,7 +87,7 @@ def show(
     console = Console(highlight=False) if console is None else console
     has_marks = console.no_color or console.color_system is None
     write = partial(console.print, soft_wrap=True)
-    write(_render(LEGEND, has_marks).append("  ↵ a line break  … a part of the next character"))
+    write(render(LEGEND, has_marks).append("  ↵ a line break  … a part of the next character"))
     counts = []
     for found, part in _read(rows, tokenizer, max_length):
         if "error" in found:
@@ -99,7 +99,7 @@ def show(
         lost = f"; {found['num_cut']} more are cut" if found["num_cut"] else ""
         write(Text(f"\nRow {found['row']}{of}: {_describe(*counts[-1])}{lost}", style="bold"))
         write(Text(f"from {found['source']}", style="dim"))
-        write(_render(part[: found["num_tokens"] + MOST_CUT], has_marks))
+        write(render(part[: found["num_tokens"] + MOST_CUT], has_marks))
     if len(counts) > 1:
         total = _describe(*map(sum, zip(*counts, strict=True)))
         write(Text(f"\n{len(counts)} rows: {total}", style="bold"))
@@ -110,7 +110,13 @@ def describe(
 ) -> Iterator[dict[str, Any]]:
     """Yield what `show` prints as objects: a training row each, or the `error` of a row."""
     for found, part in _read(rows, tokenizer, max_length):
-        yield found if "error" in found else {**found, "spans": [*spans(part)]}
+        start, spans = 0, list[dict[str, Any]]()
+        for kind, group in groupby(part, key=lambda piece: piece.kind):
+            texts = [piece.text for piece in group]
+            stop = start + len(texts)
+            spans.append({"kind": kind, "tokens": [start, stop], "text": "".join(texts)})
+            start = stop
+        yield {**found, "spans": spans}
 
 
 def _read(
@@ -119,10 +125,11 @@ def _read(
     """Yield each training row, its numbers and its tokens; or the `error` of a row."""
     for number, row in rows:
         try:
-            parts = _parts(row, tokenizer, max_length)
+            wholes = encode(row, tokenizer, max_length).rows
         except ValueError as error:
             yield {"row": number, "error": str(error)}, []
             continue
+        parts = [pieces(whole, tokenizer, max_length) for whole in wholes]
         layout = layout_of(row)
         turns = row[layout] if layout in ("messages", "conversations") else []
         roles = ", ".join(str(turn.get("role", turn.get("from"))) for turn in turns)
@@ -135,35 +142,9 @@ def _read(
             yield {**found, "num_cut": kinds.count(CUT)}, part
 
 
-def _parts(row: Row, tokenizer: Tokenizer, max_length: int | None) -> list[list[Piece]]:
-    found = encode(row, tokenizer, max_length).rows
-    return [pieces(whole, tokenizer, max_length) for whole in found]
-
-
 def _describe(num_tokens: int, num_trained: int) -> str:
     share = num_trained / max(num_tokens, 1)
     return f"{num_tokens} tokens, {num_trained} trained ({share:.1%})"
-
-
-def render_mask(
-    row: Row, tokenizer: Tokenizer, max_length: int | None = None, has_marks: bool = False
-) -> Text:
-    """Render the tokens of a row as a `rich` text, coloured by what they are.
-
-    Where it becomes several training rows, each is a paragraph.
-
-    Args:
-        row: of any layout.
-        tokenizer: the target's.
-        max_length: tokens after which it is cut.
-        has_marks: write ⟦ ⟧ around trained tokens, ⟪ ⟫ around thoughts, ⟨ ⟩ around tool calls, ✂
-            around what is cut and │ between tokens, for where no colours are.
-
-    Raises:
-        ValueError: for a row that cannot be read.
-    """
-    parts = _parts(row, tokenizer, max_length)
-    return Text("\n").join(_render(part, has_marks) for part in parts)
 
 
 def _visible(text: str) -> str:
@@ -173,7 +154,8 @@ def _visible(text: str) -> str:
     return "".join(shown) or PART_OF_CHARACTER
 
 
-def _render(shown: list[Piece], has_marks: bool) -> Text:
+def render(shown: list[Piece], has_marks: bool = False) -> Text:
+    """Render tokens as a `rich` text, coloured by what they are, or with marks around them."""
     text, before = Text(), READ
     for index, piece in enumerate(shown):
         if has_marks:
@@ -216,16 +198,6 @@ def kinds_of(texts: Sequence[str]) -> list[str]:
         kinds.append(next(inside, ANSWER))
         place += len(text)
     return kinds
-
-
-def spans(found: Sequence[Piece]) -> Iterator[dict[str, Any]]:
-    """Yield tokens of one kind that follow each other: kind, `tokens` from and to, text."""
-    start = 0
-    for kind, group in groupby(found, key=lambda piece: piece.kind):
-        parts = [*group]
-        text = "".join(piece.text for piece in parts)
-        yield {"kind": kind, "tokens": [start, start + len(parts)], "text": text}
-        start += len(parts)
 
 
 def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:

@@ -130,10 +130,8 @@ def _read_rows(dataset: Any, tokenizer: Any, args: CoralTrainingArguments, text:
         is_cache = (Path(dataset) / INDEX).is_file()
         dataset = CachedFeatures(dataset) if is_cache else load_conversations(str(dataset))
     if isinstance(dataset, IterableDataset):
-        raise ValueError(
-            "`dataset` is a stream, whose rows cannot be counted before the run; plan with a part"
-            " of it, such as `Dataset.from_list([*dataset.take(1000)])`, and `max_steps`."
-        )
+        remedy = "such as `Dataset.from_list([*dataset.take(1000)])`, and `max_steps`"
+        raise ValueError(f"`dataset` is a stream; plan with a part of it, {remedy}.")
     if isinstance(dataset, CachedFeatures):
         return dataset
     return trained_rows(dataset, tokenizer, args, text).with_format(None)

@@ -28,7 +28,5 @@ class RegenerationSettings:
 
     def __post_init__(self) -> None:
         check_least(self)
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p` is {self.top_p}; use a value above 0, up to 1.")
         if self.unfinished not in ("keep", "drop"):
             raise ValueError(f"`unfinished` is {self.unfinished!r}; use 'keep' or 'drop'.")

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ...identity import short_hash, tokenizer_hash
 from ...measure.chat import OPTIONS, chat_options, read_options, render
+from ..data.encoding import text_ids
 from ..data.forms import rendered_form
 from ..data.messages import Message, Row, is_plain_text, read_text, read_tools, to_messages
 from . import RegenerationSettings
@@ -35,11 +36,6 @@ class Answer(NamedTuple):
 
     tokens: list[int]  # (new,) with the end token, where there is one
     is_complete: bool  # whether the target ended it itself
-
-    @property
-    def text_tokens(self) -> list[int]:
-        """The tokens of its text, (new,): without the end token."""
-        return self.tokens[:-1] if self.is_complete else self.tokens
 
     @classmethod
     def of(cls, tokens: list[int], ends: Sequence[int]) -> "Answer":
@@ -131,7 +127,7 @@ class Dialogue:
 
     def take(self, answer: Answer) -> None:
         """Add an answer; nothing follows one that was cut off."""
-        ids = [*self._start, *answer.text_tokens]
+        ids = [*self._start, *(answer.tokens[:-1] if answer.is_complete else answer.tokens)]
         text = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         if not answer.is_complete:
             self.stopped = "an answer that was cut off"
@@ -141,17 +137,14 @@ class Dialogue:
         self._messages.append({"role": "assistant", "content": text})
         self.num_kept = len(self._messages)
         self._is_complete = answer.is_complete
-        self._keep_tokens(answer.tokens)
-
-    def _keep_tokens(self, new: list[int]) -> None:
-        """Add what was read and written, (new,), to the last row of tokens, or begin another."""
+        # what was read and written goes into the last row of tokens, or begins another
         rows, prompt = self._token_rows, self._prompt
         if not rows or prompt[: len(rows[-1]["input_ids"])] != rows[-1]["input_ids"]:
             tokenizer = short_hash(self._tokenizer)
             rows.append({"input_ids": [], "loss_mask": [], "tokenizer": tokenizer})
         read = prompt[len(rows[-1]["input_ids"]) :]
-        rows[-1]["input_ids"] += [*read, *new]
-        rows[-1]["loss_mask"] += [0] * len(read) + [1] * len(new)
+        rows[-1]["input_ids"] += [*read, *answer.tokens]
+        rows[-1]["loss_mask"] += [0] * len(read) + [1] * len(answer.tokens)
 
     def result(self) -> dict[str, Any]:
         """Make the row to be written, with its number; without an answer, the `reason`."""
@@ -188,9 +181,8 @@ class Dialogue:
 
     def _text_prompt(self) -> list[int]:
         """Take a prompt or the first tokens of a text, (length,), after BOS where there is one."""
-        text, bos = self._messages[0]["content"], self._tokenizer.bos_token_id
-        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        opening = [] if bos is None else [bos]
-        start = ids[1:] if ids[:1] == [bos] else ids
-        self._start = start if self._has_prompt else start[: self._settings.prompt_tokens]
-        return [*opening, *self._start]
+        ids = text_ids(self._messages[0]["content"], self._tokenizer)
+        opening = 0 if self._tokenizer.bos_token_id is None else 1
+        most = None if self._has_prompt else opening + self._settings.prompt_tokens
+        self._start = ids[opening:most]
+        return ids[:most]

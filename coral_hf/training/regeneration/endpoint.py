@@ -128,10 +128,9 @@ class Connection(httpx.AsyncClient):
             except Failure as failure:
                 failures += 1
                 if failures > self._endpoint.retries:
-                    raise ConnectionError(
-                        f"The server at {self._endpoint.url} failed {failures} times in a row, in"
-                        f" the end with: {failure}. Repeat the run when it is up again; it resumes."
-                    ) from failure
+                    what = f"The server at {self._endpoint.url} failed {failures} times in a row"
+                    remedy = "Repeat the run when it is up again; it resumes."
+                    raise ConnectionError(f"{what}, last with: {failure}. {remedy}") from failure
                 seconds = min(FIRST_WAIT * 2 ** min(failures - 1, 10), LONGEST_WAIT)
                 # not all requests that failed together come again together
                 seconds *= self._random.uniform(0.5, 1)

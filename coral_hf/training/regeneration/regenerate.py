@@ -12,7 +12,7 @@ of each answer comes from a generator of its own, so no answer depends on the ot
 """
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
@@ -100,14 +100,9 @@ def regenerate(
         answers = JsonLines(output).mend()
         left_out = JsonLines(f"{output}.left_out.jsonl").mend()
         done = {row["row"] for file in (answers, left_out) for row in file.read()}
-
-        def row_of(number: int) -> Dialogue:
-            return Dialogue(number, dataset[number], tokenizer, settings)
-
-        if isinstance(generator, ServedTarget):
-            parts = generator.answered(row_of(n) for n in range(len(sizes)) if n not in done)
-        else:
-            parts = generator.answered(_batches(sizes, done, settings.batch_size), row_of)
+        batches = _batches(sizes, done, generator.batch_size)
+        given = ([Dialogue(i, dataset[i], tokenizer, settings) for i in part] for part in batches)
+        parts = generator.answered(given)
         counts = {"total": len(sizes), "initial": len(done)}
         with closing(parts), tqdm(unit="row", desc="Answering", **counts) as bar:
             for rows in parts:
@@ -173,6 +168,7 @@ class AnswerGenerator:
     def __post_init__(self) -> None:
         positions = max_positions(text_config(self.target)) or math.inf
         self._room = longest_prompt(positions, self.settings)
+        self.batch_size = self.settings.batch_size
         self._ends = end_tokens(self.target.generation_config, self.tokenizer)
         pads = [self.tokenizer.pad_token_id, *self._ends, 0]
         self._pad = next(token for token in pads if token is not None)
@@ -191,12 +187,9 @@ class AnswerGenerator:
             "drafter": weights_digest(self.drafter) if is_drafted else None,
         }
 
-    def answered(
-        self, batches: Iterator[list[int]], row_of: Callable[[int], Dialogue]
-    ) -> Generator[list[Dialogue], None, None]:
-        """Answer all turns of rows, a batch of their numbers at a time."""
-        for numbers in batches:
-            rows = [row_of(number) for number in numbers]
+    def answered(self, batches: Iterator[list[Dialogue]]) -> Iterator[list[Dialogue]]:
+        """Answer all turns of rows, a batch at a time."""
+        for rows in batches:
             while asked := [(r, ids) for r in rows if (ids := r.next_prompt(self._room))]:
                 seeds = [seed_of(self.settings.seed, r.number, r.num_kept) for r, _ in asked]
                 answers = self.generate([ids for _, ids in asked], seeds)

@@ -8,10 +8,10 @@ sent as token ids, and answers are read as token ids: text, encoded again, may b
 """
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,6 +52,8 @@ class ServedTarget:
             if answers of `max_new_tokens` leave prompts no room in its positions.
     """
 
+    batch_size = 1  # rows come one by one, and those of the settings' size are under way at once
+
     def __init__(self, endpoint: Endpoint, tokenizer: Tokenizer, settings: RegenerationSettings):
         self.endpoint, self.tokenizer, self.settings = endpoint, tokenizer, settings
         self.target: Any = configs_of(endpoint.target)
@@ -69,14 +71,14 @@ class ServedTarget:
             "positions": None if math.isinf(self._positions) else self._positions,
         }
 
-    def answered(self, rows: Iterator[Dialogue]) -> Generator[list[Dialogue], None, None]:
+    def answered(self, batches: Iterator[list[Dialogue]]) -> Iterator[list[Dialogue]]:
         """Answer all turns of rows, `batch_size` of them at a time, and yield those that are done.
 
         Raises:
             ConnectionError: if the server fails too often in a row.
             ValueError: for an answer that cannot be the target's, with the row.
         """
-        size = self.settings.batch_size
+        size, rows = self.settings.batch_size, chain.from_iterable(batches)
         with (
             start_blocking_portal() as portal,
             portal.wrap_async_context_manager(Connection(self.endpoint, size)) as server,
