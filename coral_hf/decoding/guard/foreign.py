@@ -54,17 +54,17 @@ def foreign_findings(model: PreTrainedModel, rows: int = 0) -> Findings:
     if has_foreign_attention(model):
         name = model.config._attn_implementation
         function = ALL_ATTENTION_FUNCTIONS.get(name)
-        yield _tried(model, "attention function", name, (function,), _try_copy)
+        yield _tried(model, "attention function", name, (function,))
     kind = own_class(type(model))
     is_foreign = root_of(kind) not in LIBRARIES
     if is_foreign or kind.__name__ not in KNOWN_CLASSES:
         name = "class" if is_foreign else "new class"
-        yield _tried(model, name, kind.__name__, (kind,), _try_copy)
+        yield _tried(model, name, kind.__name__, (kind,))
     if modules := foreign_modules(model):
-        yield _tried(model, "modules", _name(modules[0]), tuple(modules), _try_itself)
+        yield _tried(model, "modules", _name(modules[0]), tuple(modules))
     if rows and (hooks := foreign_hooks(model)):
-        attempt = functools.partial(_try_hooks, rows=rows)
-        yield _tried(model, "hooks", _name(hooks[0]), (rows, *hooks), attempt)
+        lengths = tuple(11 - row % 8 for row in range(rows))
+        yield _tried(model, "hooks", _name(hooks[0]), tuple(hooks), [(3,) * rows, lengths])
 
 
 def state_of(model: PreTrainedModel) -> tuple | None:
@@ -154,34 +154,26 @@ def root_of(one: Any) -> str:
 
 
 def _tried(
-    model: PreTrainedModel, kind: str, name: str, parts: tuple, attempt: Callable[..., Verdict]
+    model: PreTrainedModel, kind: str, name: str, parts: tuple, prompts: list = PROMPTS
 ) -> Finding:
-    """Try a target once for its foreign parts, and return the entry of what was found."""
-    found, key = _found.setdefault(model, {}), (kind, model.config._attn_implementation, *parts)
+    """Try a target once for its foreign parts, and return the entry of what was found.
+
+    `kind`: of part; modules and hooks hang on the target itself, others are tried on a small copy.
+    """
+    found = _found.setdefault(model, {})
+    key = kind, model.config._attn_implementation, len(prompts[0]), *parts
     if key not in found:
         if len(found) >= REMEMBERED:  # hooks may be new in each call
             del found[next(iter(found))]
-        found[key] = attempt(model)
+        tried, new = model, 8
+        if kind not in ("modules", "hooks"):
+            try:
+                tried, new = small_copy(model), NEW
+            except Exception as error:  # a class of others may be made in another way
+                logger.info(f"No small copy of {type(model).__name__} can be made: {error}")
+        found[key] = try_target(tried, prompts, new)
         logger.info(f"The {kind} {name!r} of the target was tried: {found[key].way.name.lower()}.")
     way, said = found[key]
     _, entry = finding("Code of others, which is tried", kind)
     reason = f"{entry.reason} ({said})" if said else entry.reason
     return name, entry._replace(way=way, reason=reason)
-
-
-def _try_copy(model: PreTrainedModel) -> Verdict:
-    try:
-        made = small_copy(model)
-    except Exception as error:  # a class of others may be made in another way
-        logger.info(f"No small copy of {type(model).__name__} can be made: {error}")
-        return _try_itself(model)
-    return try_target(made, PROMPTS, NEW)
-
-
-def _try_itself(model: PreTrainedModel) -> Verdict:
-    return try_target(model, PROMPTS, 8)
-
-
-def _try_hooks(model: PreTrainedModel, rows: int) -> Verdict:
-    lengths = tuple(11 - row % 8 for row in range(rows))
-    return try_target(model, [(3,) * rows, lengths], 8)
