@@ -38,7 +38,7 @@ class Steps:
     """The steps of rounds of one kind, by name, and what is known of them."""
 
     by_name: dict[str, Step] = field(default_factory=lambda: dict(STEPS))
-    first_seconds: dict[str, float] = field(default_factory=dict)  # of a step's first run
+    done: set[str] = field(default_factory=set)  # that have run
     costs: list[Costs] = field(default_factory=list)  # of a round, once they were measured
 
     def run(self, name: str, rounds: FixedRounds) -> Tensor | None:
@@ -55,8 +55,7 @@ class Steps:
                 if not type(error).__module__.startswith(COMPILERS):
                     raise
                 # the target has changed since, and what it is now does not compile
-                self.give_up(name, error)
-                rounds.forget_pass()
+                self.give_up(name, rounds, error)
                 return self.by_name[name](rounds)
             unguarded = step.unguarded() if rounds.root.device.type == "cpu" else None
             if unguarded is not None:
@@ -65,11 +64,12 @@ class Steps:
 
     def is_ready(self, *names: str) -> bool:
         """Whether some steps have run, so that nothing of them is left to compile."""
-        return self.first_seconds.keys() >= {*names}
+        return self.done >= {*names}
 
-    def give_up(self, name: str, error: Exception) -> None:
+    def give_up(self, name: str, rounds: FixedRounds, error: Exception) -> None:
         """Run a step as it is from now on, and say so once."""
         self.by_name[name] = STEPS[name]
+        rounds.forget_pass()
         reason = " ".join(str(error).strip().split("\n")[:2])
         logger.warning_once(
             f"The step `{name}` of a round cannot be compiled or captured with this target and"
@@ -181,19 +181,15 @@ def run_dry(rounds: FixedRounds, *names: str) -> None:
     """
     steps: Steps = rounds.steps
     rounds.is_active.fill_(False)
-    for name in names:
-        if steps.is_ready(name):
-            continue
-        start = time.perf_counter()
+    for name in (name for name in names if name not in steps.done):
         try:
             with _COMPILING:
                 steps.run(name, rounds)
         except Exception as error:
             if steps.by_name[name] is STEPS[name]:
                 raise
-            steps.give_up(name, error)
-            rounds.forget_pass()
-        steps.first_seconds[name] = time.perf_counter() - start
+            steps.give_up(name, rounds, error)
+        steps.done.add(name)
     rounds.is_active.fill_(True)
 
 
