@@ -3,7 +3,6 @@
 In: a target, and everything that `generate` has prepared. Out: a `Judgement` by the tables.
 """
 
-from collections.abc import Iterable
 from inspect import signature
 from itertools import chain
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from ..caches.continuation import CACHE
 from ..preparation.needs import further_inputs
 from ..settings import Rule
 from ..watchers import ROW_WISE, STATEFUL, STATELESS
-from .entries import REFUSED, TABLES, TREE, Finding, Findings, Judgement, finding, judge
+from .entries import TABLES, TREE, Findings, Judgement, finding, judge
 from .foreign import LIBRARIES, has_adapters_by_row, root_of
 from .target import accept_target, placement_findings
 
@@ -62,7 +61,7 @@ def accept_call(call: Call, rule: Rule) -> Judgement:
     settings = [*_settings(call.model, call.config), *_keywords(call)]
     inputs = [*_prompts(call), *further_inputs(call.model_kwargs)]
     watched = [*_caches(call.model_kwargs.get(CACHE)), *_rule(call, rule)]
-    found = _accepted([*settings, *inputs, *watched, *placement_findings(call.model)])
+    found = judge([*settings, *inputs, *watched, *placement_findings(call.model)]).accepted()
     return target & found._replace(keeps_rows=rows > 1 and has_adapters_by_row(call.model))
 
 
@@ -80,20 +79,12 @@ def accept_keywords(model: PreTrainedModel, call: dict[str, Any]) -> None:
     for settings in (model.generation_config, given.get("generation_config"), given):
         named = vars(settings) if isinstance(settings, GenerationConfig) else settings or {}
         vars(config).update({name: named[name] for name in FIELDS if named.get(name) is not None})
-    _accepted([*found, *_settings(model, config)])
+    judge([*found, *_settings(model, config)]).accepted()
 
 
 def refuse_continuous_batching() -> None:
     """Raise the ValueError of a call of `generate_batch` with a drafter."""
-    _accepted([finding(MODES, "generate_batch")])
-
-
-def _accepted(findings: Iterable[Finding]) -> Judgement:
-    """The judgement of what was found, which is no refusal."""
-    judgement = judge(findings)
-    if judgement.way == REFUSED:
-        raise ValueError(f"{judgement.reasons[0]}.")
-    return judgement
+    judge([finding(MODES, "generate_batch")]).accepted()
 
 
 def _settings(model: PreTrainedModel, config: GenerationConfig) -> Findings:

@@ -81,6 +81,12 @@ class Judgement(NamedTuple):
         """Why no tree can be verified, if none can."""
         return None if self.way == TREE else self.reasons[0]
 
+    def accepted(self, subject: str = "") -> "Judgement":
+        """Itself, or a ValueError that begins with a `subject` if it is a refusal."""
+        if self.way == REFUSED:
+            raise ValueError(f"{subject}{self.reasons[0]}.")
+        return self
+
     def __and__(self, other: "Judgement") -> "Judgement":
         """What two judgements allow together."""
         low, high = sorted((self, other), key=lambda one: one.way)

@@ -66,8 +66,7 @@ def _judge_itself(model: PreTrainedModel, rows: int) -> Judgement:
 
 def accept_target(model: PreTrainedModel, rows: int = 0) -> Judgement:
     """Judge a target, and raise a ValueError if it cannot take a drafter; notes are said once."""
-    judgement = judge_target(model, rows)
-    _raise_if_refused(model, judgement)
+    judgement = judge_target(model, rows).accepted(_refusal(model))
     for note in judgement.notes:
         logger.warning_once(f"The target {type(model).__name__} is drafted for, but {note}.")
     return judgement
@@ -75,15 +74,13 @@ def accept_target(model: PreTrainedModel, rows: int = 0) -> Judgement:
 
 def accept_features(model: PreTrainedModel) -> None:
     """Raise a ValueError if a target has no features that a drafter could read."""
-    _raise_if_refused(model, judge(_features(model)))
+    judge(_features(model)).accepted(_refusal(model))
 
 
-def _raise_if_refused(model: PreTrainedModel, judgement: Judgement) -> None:
-    if judgement.way == REFUSED:
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        raise ValueError(
-            f"The target {type(model).__name__} cannot take a drafter: {judgement.reasons[0]}."
-        )
+def _refusal(model: PreTrainedModel) -> str:
+    """How the refusal of a target begins."""
+    kind = type(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    return f"The target {kind.__name__} cannot take a drafter: "
 
 
 def placement_findings(model: PreTrainedModel) -> Findings:
