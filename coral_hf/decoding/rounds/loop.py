@@ -126,10 +126,7 @@ class FixedLoop(DecodingLoop):
         output = target.prefill(prompts, {"attention_mask": torch.ones_like(prompts)})
         tokens = torch.cat([prompts, prompts[:, :1]], dim=1)
         drafting.begin(tokens, output.features, target.cache.positions)
-        rungs = self._rungs(drafting, target)
-        self._ready(rungs[0])
-        for smaller in rungs[1 : len(shapes)]:
-            run_dry(smaller, "draft", "verify")
+        self._rungs(drafting, target, len(shapes))
         self.lap("warm_up_seconds")
 
     def begin_rounds(self) -> None:
@@ -141,24 +138,33 @@ class FixedLoop(DecodingLoop):
             self.policy = RungDraft([shape for shape in self.shapes if shape in self.rungs], costs)
 
     def _begin(self) -> None:
-        """Make rounds of all sizes; of compiled ones those that need no more compiling."""
+        """Make rounds of all sizes, in the buffers of this call."""
         self.largest, *smaller = self._rungs(self.drafting, self.target)
-        self._ready(self.largest)
-        if self.fixed.compile_config is not None:
-            smaller = [one for one in smaller if one.steps.is_ready("draft", "verify")]
         self.rungs = {one.shape: one for one in (self.largest, *smaller)}
         self.num_stopped = 0
         self._note_ends()
 
-    def _rungs(self, drafting: FixedDrafting, target: TargetRunner) -> list[FixedRounds]:
-        """Rounds of all sizes, over the same buffers."""
+    def _rungs(
+        self, drafting: FixedDrafting, target: TargetRunner, num_compiled: int = 1
+    ) -> list[FixedRounds]:
+        """Rounds of all sizes, over the same buffers; of compiled ones those that are compiled.
+
+        Each step of the largest has run once, and was measured where somebody asks.
+        """
         root = self.sequences.last(list(range(len(self.sequences.lengths))))
         how = self.fixed.shape, self.plan.rule, tuple(self.sequences.processors)
         first = FixedRounds(drafting, target, root, *how, self.capacity)
         rounds = [first, *(first.smaller(shape) for shape in self.shapes[1:])]
         for one in rounds:
             one.steps = self._steps(one.shape)
-        return rounds
+        run_dry(first, "draft", "verify", *(["token"] if self.fixed.is_adaptive else []))
+        if self.fixed.is_adaptive and self.fixed.costs is None:
+            measure_costs(first)
+        if self.fixed.compile_config is None:
+            return rounds
+        for smaller in rounds[1:num_compiled]:
+            run_dry(smaller, "draft", "verify")
+        return [one for one in rounds if one.steps.is_ready("draft", "verify")]
 
     def _steps(self, shape: TreeShape) -> Steps:
         """The steps of rounds with trees of a shape, which all calls of a kind share."""
@@ -170,12 +176,6 @@ class FixedLoop(DecodingLoop):
         kind = *sizes, processors, self.drafting.kind, self.sequences.ids.device
         how = self.fixed.compile_config, self.fixed.is_captured
         return steps_of(self.target.model, kind, *how)
-
-    def _ready(self, rounds: FixedRounds) -> None:
-        """Run each step of the largest rounds once, and measure them where somebody asks."""
-        run_dry(rounds, "draft", "verify", *(["token"] if self.fixed.is_adaptive else []))
-        if self.fixed.is_adaptive and self.fixed.costs is None:
-            measure_costs(rounds)
 
     def _capacity(self, length: int) -> int:
         """What rows of `length` tokens need, with all that a round may write behind them."""
