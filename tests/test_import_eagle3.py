@@ -124,7 +124,7 @@ def test_a_target_writes_the_same_tokens_with_an_imported_drafter(target, tmp_pa
 def test_published_configs_are_read(tmp_path, name, vocab, depth, layers):
     path = shared_file(f"drafter_configs/{name}.json")
     (tmp_path / "config.json").write_text(path.read_text())
-    config, fields, kind = read_shape(tmp_path)
+    _, config, fields, kind = read_shape(tmp_path)
     assert kind is (ParallelDrafter if "peagle" in name else Eagle3Drafter)
     assert fields["draft_vocab_size"] == vocab
     sizes = {name: fields[name] for name in ("hidden_size", "vocab_size", "num_attention_heads")}

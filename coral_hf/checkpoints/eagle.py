@@ -1,6 +1,7 @@
 """Checkpoints of EAGLE-1, EAGLE-2 (Li et al. 2024) and HASS (Zhang et al. 2024).
 
-In: a folder. Out: the sizes of the drafter, and its tensors under our names, which are EAGLE's.
+In: a config and tensors. Out: a `CoralDrafter`, whose tensors have EAGLE's names; beside that the
+checks that all checkpoints share.
 
     embedding (hidden) ┐
                        ├ fc (hidden, 2 hidden) ─ layers.0 without an input norm ─ next feature
@@ -10,21 +11,19 @@ In: a folder. Out: the sizes of the drafter, and its tensors under our names, wh
     first layer sees, which is `scale` times a row for Gemma or Granite. So fc differs by 1 / scale.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import logging
 
-from ..drafters.coral import CoralConfig
-from ..target import Target
+from ..drafters.coral import CoralConfig, CoralDrafter
+from ..target import Target, read_target, text_config
+from .files import Checkpoint, check_dense
 
 logger = logging.get_logger(__name__)
 
@@ -41,41 +40,22 @@ ROPE_THETA = 10000.0
 EMBEDDINGS, HEAD = "embed_tokens.weight", "lm_head.weight"
 # where the config does not say whether there is a bias, these tensors do
 BIASES = {"fc_bias": "fc.bias", "attention_bias": "layers.0.self_attn.q_proj.bias"}
+# weights that read embeddings of the target, of CORAL and of Recurrent Drafters
+READERS = ("fc.weight", "rnn_w.weight")
 ROUNDING = 1e-2  # relative: a copy of the target's weights may be in half precision
 CHUNK = 4096  # rows that are compared at a time
 
 
-def read_eagle_shape(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Read the sizes of a drafter from its config.json.
+def read_eagle_shape(config: dict[str, Any]) -> dict[str, Any]:
+    """Read the sizes of a drafter, after making its config and rotary frequencies from them.
 
     Returns:
         fields of `CoralConfig`, without those of biases that the config does not mention.
-
-    Raises:
-        ValueError: if a field is missing or makes no sense.
     """
     if config.get("model_type") == "eagle" and isinstance(config.get("model"), dict):
         config = config["model"]  # an older layout of vLLM
     # transformers writes null where it means the default
     fields = {name: value for name, value in config.items() if value is not None}
-    with naming_config(folder):
-        return checked_shape(fields)
-
-
-@contextmanager
-def naming_config(folder: Path) -> Iterator[None]:
-    """Turn errors about fields of a config into a ValueError that names the file."""
-    try:
-        yield
-    except Exception as error:  # transformers raises any, wherever it meets a field
-        raise ValueError(
-            f"{folder / CONFIG_NAME} lacks a field, or has one that makes no sense"
-            f" ({type(error).__name__}: {error}). Correct it, or download the file again."
-        ) from error
-
-
-def checked_shape(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return a drafter's sizes, after making its config and rotary frequencies from them."""
     shape = {name: fields[name] for name in SIZES}
     shape |= {name: fields.get(name, default) for name, default in DEFAULTS.items()}
     heads = shape["num_attention_heads"]
@@ -86,13 +66,36 @@ def checked_shape(fields: dict[str, Any]) -> dict[str, Any]:
     shape["rope_parameters"] = {"rope_type": kind, "rope_theta": theta, **rope}
     biases = {"fc_bias": "bias", "attention_bias": "qkv_bias"}
     shape |= {name: fields[theirs] for name, theirs in biases.items() if theirs in fields}
-    config = CoralConfig(**shape)
-    ACT2FN[config.hidden_act]  # a KeyError that lists those there are
+    own = CoralConfig(**shape)
+    ACT2FN[own.hidden_act]  # a KeyError that lists those there are
     if heads % shape["num_key_value_heads"]:
         raise ValueError(f"`num_key_value_heads` does not divide `num_attention_heads`, {heads}")
-    if not LlamaRotaryEmbedding(config).inv_freq.isfinite().all():
+    if not LlamaRotaryEmbedding(own).inv_freq.isfinite().all():
         raise ValueError(f"the frequencies of `rope_parameters` {rope} are not finite")
     return shape
+
+
+def eagle_drafter(
+    target: PreTrainedModel, found: Checkpoint, tensors: dict[str, Tensor]
+) -> CoralDrafter:
+    """Make a CORAL drafter of an EAGLE-1 checkpoint's sizes, and drop what is the target's own."""
+    check_dense(tensors, found.folder)
+    fields = found.fields | {
+        field: name in tensors or found.fields.get(field, False) for field, name in BIASES.items()
+    }
+    own = {"vocab_size": text_config(target).vocab_size}
+    drafter, bound = CoralDrafter.from_target(target, **fields | own), read_target(target)
+    if EMBEDDINGS not in tensors and HEAD not in tensors:
+        check_num_tokens(fields["vocab_size"], own["vocab_size"])
+        logger.warning(
+            f"The EAGLE checkpoint has no `{EMBEDDINGS}`, so only its sizes say that it belongs to"
+            " this target. With another one few drafted tokens would be accepted."
+        )
+    for name, weight in ((EMBEDDINGS, bound.embeddings.weight), (HEAD, bound.head.weight)):
+        if name in tensors:
+            check_copy(name, tensors.pop(name), weight, fields["vocab_size"])
+    drop_frequencies(tensors, drafter.config)
+    return drafter
 
 
 def check_tensors(
@@ -125,17 +128,13 @@ def check_tensors(
         raise ValueError(f"{what} has other tensors than expected; {'; '.join(listed)}. {remedy}")
 
 
-def check_num_tokens(vocab_size: int, own: int, kind: str) -> None:
-    """Raise a ValueError if a checkpoint without embeddings is for another number of tokens.
-
-    Args:
-        vocab_size: of the checkpoint.
-        own: of the target.
-        kind: of the checkpoint, as the message names it.
+def check_num_tokens(vocab_size: int, own: int) -> None:
+    """Raise a ValueError if a checkpoint without embeddings has another `vocab_size` than its
+    target's `own`.
     """
     if vocab_size != own:
         raise ValueError(
-            f"`vocab_size` of the target is {own}, but the {kind} checkpoint was made for one with"
+            f"`vocab_size` of the target is {own}, but the checkpoint was made for one with"
             f" {vocab_size}, and has no `{EMBEDDINGS}` that would tell whether it is the same with"
             " other padding or more tokens. Use the checkpoint's own target."
         )
@@ -177,7 +176,7 @@ def drop_frequencies(tensors: dict[str, Tensor], config: PreTrainedConfig) -> No
         found = tensors.pop(name).float()
         if found.shape != frequencies.shape or not found.allclose(frequencies, rtol=ROUNDING):
             raise ValueError(
-                f"`{name}` of the EAGLE checkpoint is not what its config's `rope_theta` gives; set"
+                f"`{name}` of the checkpoint is not what its config's `rope_theta` gives; set"
                 " `rope_theta` in config.json to what the drafter was trained with."
             )
 
@@ -211,10 +210,8 @@ def table_scale(target: Target, num_rows: int = 64) -> float:
 
 
 def scale_embeddings(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Multiply the first half of `fc.weight` (hidden, 2 hidden), which reads the embedding."""
-    if scale == 1.0:
-        return tensors
-    weight = tensors["fc.weight"].clone()
-    half = weight.shape[1] // 2
-    weight[:, :half] *= scale
-    return {**tensors, "fc.weight": weight}
+    """Multiply what reads embeddings, (hidden, hidden): half of `fc.weight`, or `rnn_w.weight`."""
+    scaled = {name: tensors[name].clone() for name in READERS if name in tensors and scale != 1.0}
+    for weight in scaled.values():
+        weight[:, : len(weight)] *= scale
+    return tensors | scaled

@@ -1,6 +1,6 @@
-"""Checkpoints of EAGLE-3 (Li et al. 2025), as four trainers write them.
+"""Checkpoints of EAGLE-3 (Li et al. 2025), as four trainers write them, and of P-EAGLE.
 
-In: a config and tensors. Out: fields of `Eagle3Config`, and the tensors under our names.
+In: a config and tensors. Out: an `Eagle3Drafter` or a `ParallelDrafter`, and its tensors.
 
                     first layer   config                     hidden states of the target
     SafeAILab       midlayer      top level                  inputs of layers 2, L // 2, L - 3
@@ -10,8 +10,16 @@ In: a config and tensors. Out: fields of `Eagle3Config`, and the tensors under o
 
 The list at the top level counts inputs of layers. One in `eagle_config` counts outputs, as both
 trainers write it and as SGLang reads it for a Llama, unless it is the published default in inputs
-or names the output of the last layer as one. This was read from the code of trainers and engines,
-and from published names and shapes, not from a checkpoint.
+or names the output of the last layer as one. P-EAGLE has beside that
+
+                   shared hidden state              mask token, in config.json
+    AWS            mask_hidden (1, 1, 3 · hidden)   ptd_token_id
+    speculators    mask_hidden (1, 1, 3 · hidden)   mask_token_id, speculators_model_type "peagle"
+    vLLM reads     mask_hidden, of any shape        pard_token, ptd_token_id, mask_token_id
+
+The mask embedding is the mask token's row of `embed_tokens.weight` there, and a tensor of its own
+here. This was read from the code of trainers and engines, and from published names and shapes, not
+from a checkpoint.
 """
 
 from pathlib import Path
@@ -24,19 +32,13 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from ..drafters.eagle3 import Eagle3Config, Eagle3Drafter, ParallelDrafter, default_layers
 from ..target import Target, check_target, read_target, text_config
-from .eagle import (
-    EMBEDDINGS,
-    check_num_tokens,
-    check_tensors,
-    checked_shape,
-    drop_frequencies,
-    is_plain,
-    naming_config,
-    table_scale,
-)
+from . import eagle
+from .eagle import EMBEDDINGS, is_plain
 from .files import Checkpoint, check_dense
-from .peagle import HIDDEN, names_peagle, read_mask_token, split_table
 
+HIDDEN, EMBEDDING = "mask_hidden", "mask_embedding"
+TOKEN = "ptd_token_id"  # as it is written
+TOKENS = ("pard_token", TOKEN, "mask_token_id")
 SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 LAYERS = "eagle_aux_hidden_state_layer_ids"
 MAPS = ("d2t", "t2d")
@@ -73,46 +75,42 @@ def names_eagle3(config: dict[str, Any]) -> bool:
     )
 
 
-def read_eagle3_shape(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+def names_peagle(config: dict[str, Any]) -> bool:
+    """Whether a config.json says that it is of a P-EAGLE drafter."""
+    kinds = config.get("speculators_model_type"), config.get("architectures")
+    return _mask_token(config) is not None or "peagle" in str(kinds).lower()
+
+
+def _mask_token(config: dict[str, Any]) -> int | None:
+    found = [int(config[name]) for name in TOKENS if config.get(name) is not None]
+    return found[0] if found else None
+
+
+def read_eagle3_shape(config: dict[str, Any]) -> dict[str, Any]:
     """Read fields of `Eagle3Config` from a config.json.
 
     Returns:
         the fields, without those of [`FROM_TENSORS`], those that follow from the target, and what
         it does not say.
-
-    Raises:
-        ValueError: if a field is missing or makes no sense, or the drafter fuses no layers.
     """
-    nested = config.get("eagle_config") or {}
+    nested, layer = config.get("eagle_config") or {}, config.get("transformer_layer_config")
     said = {**nested, **{name: value for name, value in config.items() if value is not None}}
-    if said.get("use_aux_hidden_state") is False:
-        raise ValueError(
-            f"{folder} is a drafter of `use_aux_hidden_state` false: it reads the target's last"
-            " hidden state without a fusion, which neither EAGLE-1 nor EAGLE-3 does."
-        )
-    with naming_config(folder):
-        shape = checked_shape(_layer_fields(config))
-        switches = {name: bool(said[name]) for name in SWITCHES if said.get(name) is not None}
-        if "transformer_layer_config" in config:  # as vLLM reads an older one
-            switches.setdefault("norm_before_residual", True)
-        for name in ("draft_vocab_size", "target_hidden_size"):
-            shape |= {name: int(said[name])} if said.get(name) is not None else {}
-        is_wider = shape.get("target_hidden_size", shape["hidden_size"]) != shape["hidden_size"]
-        shape |= {**switches, "has_embeddings": is_wider}
-        if names_peagle(config):
-            shape["mask_token_id"] = read_mask_token(config)
-        Eagle3Config(**shape)
+    fields = config
+    if layer is not None:  # speculators leaves out what is its class's default
+        fields = CONFIG_MAPPING[layer.get("model_type", "llama")](**layer).to_dict()
+    # the tensors tell of biases
+    shape = eagle.read_eagle_shape({**fields, "bias": None, "qkv_bias": None})
+    switches = {name: bool(said[name]) for name in SWITCHES if said.get(name) is not None}
+    if layer is not None:  # as vLLM reads an older one
+        switches.setdefault("norm_before_residual", True)
+    for name in ("draft_vocab_size", "target_hidden_size"):
+        shape |= {name: int(said[name])} if said.get(name) is not None else {}
+    is_wider = shape.get("target_hidden_size", shape["hidden_size"]) != shape["hidden_size"]
+    shape |= {**switches, "has_embeddings": is_wider}
+    if names_peagle(config):
+        shape["mask_token_id"] = _mask_token(config)
+    Eagle3Config(**shape)
     return shape
-
-
-def _layer_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the decoder layer; speculators leaves out what is its class's default."""
-    layer = config.get("transformer_layer_config")
-    if layer is not None:
-        config = CONFIG_MAPPING[layer.get("model_type", "llama")](**layer).to_dict()
-    # transformers writes null where it means the default; the tensors tell of biases
-    biases = ("bias", "qkv_bias")
-    return {k: v for k, v in config.items() if v is not None and k not in biases}
 
 
 def fitted_shape(
@@ -141,42 +139,36 @@ def fitted_shape(
 
 def _target_layers(config: dict[str, Any], depth: int) -> list[int]:
     """The indices of hidden states of a target of `depth` layers that a config lists, or means."""
-    listed = config.get(LAYERS)
-    if not listed:
-        listed = (config.get("eagle_config") or {}).get(LAYERS)
-        if not listed:
-            return default_layers(depth)
-        counts_inputs = list(listed) == default_layers(depth) or depth in listed
-        listed = [layer + (not counts_inputs) for layer in listed]
-    return list(listed)
+    if config.get(LAYERS):
+        return list(config[LAYERS])
+    listed = (config.get("eagle_config") or {}).get(LAYERS) or default_layers(depth)
+    counts_inputs = list(listed) == default_layers(depth) or depth in listed
+    return [layer + (not counts_inputs) for layer in listed]
 
 
-def eagle3_drafter(target: PreTrainedModel, found: Checkpoint) -> Eagle3Drafter:
-    """Make a drafter from a checkpoint.
-
-    Raises:
-        ValueError: that names each tensor which is missing, unknown, of another shape or value.
-    """
-    folder = found.folder
+def eagle3_drafter(
+    target: PreTrainedModel, found: Checkpoint, tensors: dict[str, Tensor]
+) -> Eagle3Drafter:
+    """Make a drafter of a checkpoint's sizes, and bring its tensors into our form."""
     # of a config that does not tell EAGLE-3 from EAGLE-1, the fields were read as EAGLE-1's
-    shape = fitted_shape(read_eagle3_shape(found.config, folder), found.config, target)
-    tensors = {_our_name(name): tensor for name, tensor in found.tensors.items()}
-    check_dense({name: one for name, one in tensors.items() if name not in MAPS}, folder)
+    shape = fitted_shape(read_eagle3_shape(found.config), found.config, target)
+    for name in list(tensors):
+        tensors[_our_name(name)] = tensors.pop(name)
+    dense = {name: tensor for name, tensor in tensors.items() if name not in MAPS}
+    check_dense(dense, found.folder)
     if "lm_head.weight" in tensors:
         shape = {"draft_vocab_size": len(tensors["lm_head.weight"])} | shape
     bound, kind = read_target(target), Eagle3Drafter
     if HIDDEN in tensors or "mask_token_id" in shape:
         kind = ParallelDrafter
-        split_table(tensors, bound, shape.get("mask_token_id"), folder)
+        _split_table(tensors, bound, shape.get("mask_token_id"), found.folder)
     _settle_embeddings(tensors, bound, shape)
     shape |= {
         field: name in tensors or shape.get(field, False) for field, name in FROM_TENSORS.items()
     }
-    drafter = kind.from_target(target, **shape).to(found.dtype)
-    drop_frequencies(tensors, drafter.config)
+    drafter = kind.from_target(target, **shape)
+    eagle.drop_frequencies(tensors, drafter.config)
     _settle_maps(tensors, drafter)
-    check_tensors(tensors, drafter.state_dict(), f"The EAGLE-3 checkpoint {folder}")
-    drafter.load_state_dict(tensors)
     return drafter
 
 
@@ -186,6 +178,33 @@ def _our_name(name: str) -> str:
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
     return name
+
+
+def _split_table(
+    tensors: dict[str, Tensor], target: Target, token: int | None, folder: Path
+) -> None:
+    """Make the mask embedding a tensor of its own, in the place of a row of a table.
+
+    The table, (vocab, hidden), gets the target's own row there, so that one which is the target's
+    is known as such.
+
+    Raises:
+        ValueError: if no token is named, or one that is none.
+    """
+    own, found = target.embeddings.weight, tensors.get(EMBEDDINGS)
+    table = own.detach() if found is None else found
+    if token is None or not 0 <= token < len(table):
+        raise ValueError(
+            f"{folder} is a P-EAGLE drafter, whose config.json names its mask token as one of"
+            f" {', '.join(TOKENS)}: expected a token from 0 to {len(table) - 1}, and found {token}."
+            " Add the one that it was trained with."
+        )
+    tensors[EMBEDDING] = table[token].cpu().reshape(1, 1, -1).clone()
+    if HIDDEN in tensors:
+        tensors[HIDDEN] = tensors[HIDDEN].reshape(1, 1, -1)
+    if found is not None and is_plain(own) and token < len(own) and found.shape[1] == own.shape[1]:
+        tensors[EMBEDDINGS] = found.clone()
+        tensors[EMBEDDINGS][token] = own[token].detach().to(found)
 
 
 def _settle_embeddings(tensors: dict[str, Tensor], target: Target, shape: dict[str, Any]) -> None:
@@ -199,15 +218,15 @@ def _settle_embeddings(tensors: dict[str, Tensor], target: Target, shape: dict[s
     """
     own, found = target.embeddings.weight, tensors.get(EMBEDDINGS)
     if found is None:
-        check_num_tokens(shape["vocab_size"], text_config(target.model).vocab_size, "EAGLE-3")
-        if table_scale(target) != 1.0 and not shape["has_embeddings"]:
+        eagle.check_num_tokens(shape["vocab_size"], text_config(target.model).vocab_size)
+        if eagle.table_scale(target) != 1.0 and not shape["has_embeddings"]:
             tensors[EMBEDDINGS] = own.detach().cpu().clone()
         return
     if not is_plain(own) or found.ndim != 2 or found.shape[1] != own.shape[1]:
         return  # nothing to compare with; a wrong shape is named with the others
     rows = min(len(found), len(own))
     ours = own.detach()[:rows].to(found.device, found.dtype)
-    if found[:rows].equal(ours) and table_scale(target) == 1.0:
+    if found[:rows].equal(ours) and eagle.table_scale(target) == 1.0:
         del tensors[EMBEDDINGS]
         return
     pair = (found[: min(rows, SAMPLE)].float(), ours[:SAMPLE].float())

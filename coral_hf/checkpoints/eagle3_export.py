@@ -10,6 +10,7 @@ else there. From the engines' own sources: vLLM 0.32 (`llama_eagle3.py`, `qwen3_
     eagle     inputs of layers 2, L // 2, L - 3       its own, or the target's
 """
 
+import re
 from typing import Any
 
 import torch
@@ -24,9 +25,8 @@ from ..drafters.eagle3 import (
 )
 from ..target import Scales, Target
 from .eagle import EMBEDDINGS, is_plain
-from .eagle3 import LAYERS, SWITCHES
+from .eagle3 import EMBEDDING, LAYERS, SWITCHES, TOKEN
 from .engines import Content, engine_config, obstacles
-from .peagle import TOKEN, join_table
 
 BIASES = ("attention_bias", "output_bias", "mlp_bias", "qk_norm")
 # fields of the config that an engine's drafters do not have
@@ -51,10 +51,12 @@ def eagle3_content(
     """
     config, state = drafter.config, drafter.state_dict()
     tensors = {name: state[name] for name in state if not name.startswith("heads.")}
-    _add_embeddings(tensors, engine, target, scale)
+    is_fed = engine == "sglang" and scale == 1.0  # the engine feeds it the target's own table
+    if EMBEDDINGS not in tensors and target is not None and not is_fed:
+        tensors[EMBEDDINGS] = target.embeddings.weight * scale
     reasons = _reasons(drafter, engine, vocab_size)
     if isinstance(drafter, ParallelDrafter):
-        reasons += join_table(tensors, drafter, engine, vocab_size)
+        reasons += _join_table(tensors, drafter, engine, vocab_size)
     if config.has_embeddings or scale != 1.0:
         reasons += _embedding_reasons(tensors.get(EMBEDDINGS), engine, target, config, vocab_size)
     if config.draft_vocab_size == vocab_size:
@@ -64,20 +66,14 @@ def eagle3_content(
     else:
         tensors["t2d"] = torch.zeros(vocab_size, dtype=torch.bool)
         tensors["t2d"][drafter.draft_tokens[drafter.draft_tokens < vocab_size].cpu()] = True
-    if engine == "vllm" and (config.attention_bias or config.output_bias):
-        _fill_biases(tensors)
     if engine != "vllm":
-        tensors = {_old_name(name): tensor for name, tensor in tensors.items()}
+        tensors = {re.sub(r"^layers\.0\.", "midlayer.", n): one for n, one in tensors.items()}
+    elif config.attention_bias or config.output_bias:
+        # vLLM's attention has all four biases or none
+        for name in [name for name in tensors if name.endswith("_proj.weight") and "attn" in name]:
+            zero = torch.zeros_like(tensors[name][:, 0])
+            tensors.setdefault(name.replace("weight", "bias"), zero)
     return Content(_fields(config, engine, vocab_size), tensors, reasons, [])
-
-
-def _add_embeddings(
-    tensors: dict[str, Tensor], engine: str, target: Target | None, scale: float
-) -> None:
-    """Add the table (vocab, hidden) that the drafter reads, where an engine may need it."""
-    if EMBEDDINGS in tensors or target is None or (engine == "sglang" and scale == 1.0):
-        return
-    tensors[EMBEDDINGS] = target.embeddings.weight * scale
 
 
 def _reasons(drafter: Eagle3Drafter, engine: str, vocab_size: int) -> list[str]:
@@ -136,6 +132,37 @@ def _embedding_reasons(
     return [f"SGLang feeds it the target's embeddings, not its own{remedy}"]
 
 
+def _join_table(
+    tensors: dict[str, Tensor], drafter: ParallelDrafter, engine: str, vocab_size: int
+) -> list[str]:
+    """Put the mask embedding into the table of an engine, or list why that cannot be.
+
+    `vocab_size`: of the target.
+    """
+    config, table = drafter.config, tensors.get(EMBEDDINGS)
+    token, mask = config.mask_token_id, tensors.pop(EMBEDDING)
+    if engine != "vllm":
+        return [f"{engine} drafts no tokens in parallel"]
+    found = []
+    if token is None:
+        found.append(
+            "`mask_token_id` is not set; set it in the drafter's config to a token that no"
+            " text has, such as a reserved one"
+        )
+    elif token >= vocab_size:
+        found.append(f"`mask_token_id` is {token}, beyond the target's {vocab_size} tokens")
+    if table is None:
+        found.append(
+            "its mask embedding goes into the target's embeddings, so pass `target` (--target)"
+        )
+    if len(config.target_layers) != 3 or config.target_hidden_size != config.hidden_size:
+        found.append("vLLM takes a shared hidden state of three layers of the drafter's own width")
+    if table is not None and not found:
+        tensors[EMBEDDINGS] = table.detach().clone()
+        tensors[EMBEDDINGS][token] = mask.reshape(-1).to(table)
+    return found
+
+
 def _fields(config: Eagle3Config, engine: str, vocab_size: int) -> dict[str, Any]:
     """Write the fields of an engine's config.json."""
     fields = engine_config(config, Scales(), engine, has_fc_bias=False)
@@ -159,14 +186,3 @@ def _fields(config: Eagle3Config, engine: str, vocab_size: int) -> dict[str, Any
     if not _is_default(config):
         fields["eagle_config"][LAYERS] = [layer - 1 for layer in layers]
     return fields
-
-
-def _fill_biases(tensors: dict[str, Tensor]) -> None:
-    """Add biases of 0 where the attention has some, since vLLM's has all four or none."""
-    for name in [name for name in tensors if name.endswith("_proj.weight") and "attn" in name]:
-        bias = name.replace("weight", "bias")
-        tensors.setdefault(bias, torch.zeros_like(tensors[name][:, 0]))
-
-
-def _old_name(name: str) -> str:
-    return name.replace("layers.0.", "midlayer.", 1) if name.startswith("layers.0.") else name

@@ -22,22 +22,10 @@ from ..drafters.configuration import DrafterConfig, FamilyConfig
 from ..target import Scales
 
 HOT_TOKENS = "hot_tokens.pt"  # ids of the tokens that SGLang's drafter may read alone
-ENGINES = ("vllm", "sglang", "eagle")
 SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
+    *("initializer_range", "rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
 ROTARY = ("default", "linear", "dynamic", "yarn", "llama3")
 # EAGLE's own code rotates with this base whenever its `rope_scaling` is set
@@ -61,72 +49,64 @@ def engine_config(
     Args:
         has_fc_bias: whether `fc` has a bias that is not 0.
     """
+    assert config.rope_parameters, "the config fills them in"
     fields = {name: getattr(config, name) for name in SIZES}
     fields |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     fields |= {"tie_word_embeddings": False, "attention_bias": False}
-    fields |= _rotary_fields(config, engine)
+    # in the forms of transformers 5 and 4; engines read either, EAGLE's code the second
+    rope, scaling = config.rope_parameters, None
+    if rope["rope_type"] != "default":
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    if engine == "eagle":
+        fields["bias"] = has_fc_bias
+        if scaling is not None:
+            scaling = {"type": rope["rope_type"], "factor": float(rope["factor"])}
+    else:
+        fields["rope_parameters"] = dict(rope)
+    fields |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
     if engine == "sglang":
-        fields |= _sglang_fields(config, scales)
+        # its Llama with q/k/v biases has one in o_proj
+        family = "Qwen2" if config.attention_bias else "Llama"
+        fields["architectures"] = [f"{family}ForCausalLMEagle"]
+        if config.attention_bias:
+            fields |= {"model_type": "qwen2", "attention_bias": True, "use_sliding_window": False}
+        if scales.softcap is not None:
+            fields["final_logit_softcapping"] = scales.softcap
     elif config.attention_bias:
         fields["qkv_bias"] = True
     if engine == "vllm" and scales.logit != 1.0:
         fields["logit_scale"] = scales.logit
-    if engine == "eagle":
-        fields["bias"] = has_fc_bias
     return fields
-
-
-def _sglang_fields(config: DrafterConfig, scales: Scales) -> dict[str, Any]:
-    """Return the fields that name SGLang's class; its Llama with q/k/v biases has one in o_proj."""
-    family = "Qwen2" if config.attention_bias else "Llama"
-    fields: dict[str, Any] = {"architectures": [f"{family}ForCausalLMEagle"]}
-    if config.attention_bias:
-        fields |= {"model_type": "qwen2", "attention_bias": True, "use_sliding_window": False}
-    if scales.softcap is not None:
-        fields["final_logit_softcapping"] = scales.softcap
-    return fields
-
-
-def _rotary_fields(config: DrafterConfig, engine: str) -> dict[str, Any]:
-    """Return rotary parameters in the forms of transformers 5 and 4; engines read either."""
-    assert config.rope_parameters, "the config fills them in"
-    rope = dict(config.rope_parameters)
-    theta = rope.pop("rope_theta")
-    scaling = None if rope["rope_type"] == "default" else rope
-    if engine == "eagle":
-        if scaling is not None:
-            scaling = {"type": scaling["rope_type"], "factor": float(scaling["factor"])}
-        return {"rope_theta": theta, "rope_scaling": scaling}
-    both = {"rope_theta": theta, "rope_scaling": scaling}
-    return {"rope_parameters": {**rope, "rope_theta": theta}, **both}
 
 
 def obstacles(config: DrafterConfig, scales: Scales, engine: str, has_fc_bias: bool) -> list[str]:
     """List why a drafter would predict something else in an engine."""
-    found = []
-    if engine == "vllm" and has_fc_bias:
-        found.append("`fc.bias` is not 0, and vLLM's drafters have none (SGLang's do)")
-    if engine != "vllm" and scales.logit != 1.0:
-        found.append(f"only vLLM's drafters scale logits, as the target does by {scales.logit}")
-    if engine != "sglang" and scales.softcap is not None:
-        found.append(f"only SGLang's drafters cap logits, as the target does at {scales.softcap}")
-    if engine != "eagle" and config.hidden_act != "silu":
-        found.append(f"`hidden_act` is {config.hidden_act!r}, and the engine's is 'silu'")
     assert config.rope_parameters, "the config fills them in"
-    rope, kinds = config.rope_parameters, ROTARY[:3] if engine == "eagle" else ROTARY
-    if rope["rope_type"] not in kinds or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        found.append(f"its rotary embedding {rope} is none of the engine's {kinds}")
-    elif engine == "eagle" and rope["rope_type"] != "default" and rope["rope_theta"] != EAGLE_BASE:
-        found.append(
-            f"EAGLE's code rotates with a base of {EAGLE_BASE} where positions are scaled, the"
-            f" drafter with {rope['rope_theta']}"
-        )
-    if engine == "eagle" and config.head_dim != config.hidden_size // config.num_attention_heads:
-        found.append(
-            f"`head_dim` is {config.head_dim}, and EAGLE's code takes `hidden_size` /"
-            " `num_attention_heads`"
-        )
-    return found
+    is_eagle, rope = engine == "eagle", config.rope_parameters
+    kinds, kind = ROTARY[:3] if is_eagle else ROTARY, rope["rope_type"]
+    is_rotated = kind in kinds and rope.get("partial_rotary_factor", 1.0) == 1.0
+    is_other_base = kind != "default" and rope["rope_theta"] != EAGLE_BASE
+    is_other_width = config.head_dim != config.hidden_size // config.num_attention_heads
+    reasons = {
+        "`fc.bias` is not 0, and vLLM's drafters have none (SGLang's do)": (
+            engine == "vllm" and has_fc_bias
+        ),
+        f"only vLLM's drafters scale logits, as the target does by {scales.logit}": (
+            engine != "vllm" and scales.logit != 1.0
+        ),
+        f"only SGLang's drafters cap logits, as the target does at {scales.softcap}": (
+            engine != "sglang" and scales.softcap is not None
+        ),
+        f"`hidden_act` is {config.hidden_act!r}, and the engine's is 'silu'": (
+            not is_eagle and config.hidden_act != "silu"
+        ),
+        f"its rotary embedding {rope} is none of the engine's {kinds}": not is_rotated,
+        f"EAGLE's code rotates with a base of {EAGLE_BASE} where positions are scaled, the drafter"
+        f" with {rope['rope_theta']}": is_eagle and is_rotated and is_other_base,
+        f"`head_dim` is {config.head_dim}, and EAGLE's code takes `hidden_size` /"
+        " `num_attention_heads`": is_eagle and is_other_width,
+    }
+    return [reason for reason, is_so in reasons.items() if is_so]
 
 
 def serving_command(

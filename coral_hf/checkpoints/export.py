@@ -27,22 +27,24 @@ from ..heads.router import check_token_ids
 from ..target import Scales, Target, check_target, may_scale, read_target, text_config
 from .eagle import EMBEDDINGS, check_tensors, scale_embeddings, table_scale
 from .eagle3_export import eagle3_content
-from .engines import (
-    ENGINES,
-    HOT_TOKENS,
-    Content,
-    engine_config,
-    obstacles,
-    serving_command,
-)
+from .engines import HOT_TOKENS, Content, engine_config, obstacles, serving_command
 from .files import WEIGHTS, check_output, config_folder, read_config, read_dtype
-from .medusa import MEDUSA_ENGINES, MEDUSA_WEIGHTS, medusa_content
-from .recurrent import recurrent_content
+from .other_families import MEDUSA_WEIGHTS, medusa_content, recurrent_content
 
+ENGINES = ("vllm", "sglang", "eagle")
 # of the families that not all engines read
 ENGINES_OF: dict[type, tuple[str, ...]] = {
-    MedusaDrafter: MEDUSA_ENGINES,
+    MedusaDrafter: ("vllm", "medusa"),
     RecurrentDrafter: ("redrafter",),
+}
+# the files of an export beside its config: weights, and what there may be in their place or beside
+FILES = {
+    "vllm": (WEIGHTS[0], MEDUSA_WEIGHTS[0]),  # TGI reads the second name alone, vLLM any
+    "sglang": (WEIGHTS[0], HOT_TOKENS),
+    # all versions of EAGLE's code read the pickle, only the newest the other; so does Medusa's
+    "eagle": (WEIGHTS[1],),
+    "medusa": (MEDUSA_WEIGHTS[1],),
+    "redrafter": (WEIGHTS[0],),
 }
 BODY = ("fc.", "layers.")
 REMEDY = (
@@ -90,14 +92,14 @@ def export_drafter(
         ValueError: if the drafter would predict something else in the engine, naming each reason,
             or if `output` holds something else. Nothing is written then.
     """
-    is_medusa = isinstance(drafter, MedusaDrafter)
+    is_medusa = isinstance(drafter, MedusaDrafter)  # which reads no embedding
     engines = ENGINES_OF.get(type(drafter), ENGINES)
     if engine not in engines:
         raise ValueError(f"`engine` is {engine!r}; use one of {engines}.")
     config, dtype = drafter.config, read_dtype(dtype or drafter.dtype)
     read = (drafter.name_or_path, config.target_name_or_path, getattr(target, "name_or_path", None))
     check_output(output, overwrite, export_files(engine), read)
-    scales, bound = Scales(), None  # of Medusa heads, which read no embedding
+    scales, bound = Scales(), None
     if target is None:
         if not (is_medusa or getattr(config, "has_embeddings", False)):
             _check_unscaled(config)
@@ -119,12 +121,18 @@ def export_drafter(
         assert isinstance(drafter, CoralDrafter), "the families that are exported"
         hot_tokens = _hot_tokens(drafter, engine, hot_tokens, config.vocab_size)
         made = _coral_content(drafter, config, engine, bound, scales)
-    _check_reasons(made.reasons, engine)
+    if made.reasons:
+        why = "; ".join(made.reasons)
+        raise ValueError(f"The drafter cannot be exported for {engine}: {why}. {USE_TRANSFORMERS}")
     tensors = _to_save(made.tensors, dtype)
     names = dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
     with new_folder(output, last=CONFIG_NAME) as folder:
         write_json(folder / CONFIG_NAME, made.fields | names)
-        _save(tensors, folder / export_files(engine)[-1 if is_medusa else 1])
+        path = folder / FILES[engine][-1 if is_medusa else 0]
+        if path.suffix in (".bin", ".pt"):
+            torch.save(tensors, path)
+        else:
+            save_file(tensors, path, metadata={"format": "pt"})
         if hot_tokens is not None:
             torch.save(hot_tokens, folder / HOT_TOKENS)
     notes = [*made.notes, *_notes(drafter, scales.embedding, engine, hot_tokens)]
@@ -135,14 +143,26 @@ def export_drafter(
 def _coral_content(
     drafter: CoralDrafter, config: CoralConfig, engine: str, target: Target | None, scales: Scales
 ) -> Content:
-    """Gather what a folder holds of a CORAL drafter; `config` is as wide as the target."""
-    state = drafter.state_dict()
-    body = {name: tensor for name, tensor in state.items() if name.startswith(BODY)}
-    has_fc_bias = bool(body["fc.bias"].any()) if "fc.bias" in body else False
+    """Gather what a folder holds of a CORAL drafter; `config` is as wide as the target.
+
+    Tensors are compared with those that the drafter's own config gives: an engine may skip some of
+    wrong names silently.
+    """
+    with torch.device("meta"):
+        whole = CoralDrafter(drafter.config).state_dict()
+    tensors, wanted = (
+        {name: tensor for name, tensor in state.items() if name.startswith(BODY)}
+        for state in (drafter.state_dict(), whole)
+    )
+    check_tensors(tensors, wanted, f"The drafter as {engine} would load it", REMEDY)
+    has_fc_bias = "fc.bias" in tensors and bool(tensors["fc.bias"].any())
     reasons = obstacles(config, scales, engine, has_fc_bias)
     if target is not None and target.head.bias is not None:
-        reasons = [*reasons, "the target's LM head has a bias, which engines drop"]
-    tensors = _for_engine(body, drafter.config, engine, has_fc_bias)
+        reasons.append("the target's LM head has a bias, which engines drop")
+    if engine == "sglang":  # it would keep random numbers where a checkpoint has none
+        tensors.setdefault("fc.bias", torch.zeros_like(tensors["fc.weight"][:, 0]))
+    elif not has_fc_bias:
+        tensors.pop("fc.bias", None)
     if target is not None and engine != "sglang":
         tensors[EMBEDDINGS] = target.embeddings.weight
     fields = engine_config(config, scales, engine, has_fc_bias)
@@ -151,12 +171,7 @@ def _coral_content(
 
 def export_files(engine: str) -> tuple[str, ...]:
     """Return the names of the files that an export for an engine may have."""
-    # all versions of EAGLE's code read the pickle, only the newest the other; so does Medusa's
-    weights = {"eagle": WEIGHTS[1], "medusa": MEDUSA_WEIGHTS[1]}.get(engine, WEIGHTS[0])
-    names = (CONFIG_NAME, weights)
-    # TGI reads that name alone, vLLM any
-    others = {"sglang": (HOT_TOKENS,), "vllm": (MEDUSA_WEIGHTS[0],)}
-    return (*names, *others.get(engine, ()))
+    return (CONFIG_NAME, *FILES[engine])
 
 
 def check_drafter(source: str | Path) -> None:
@@ -201,32 +216,6 @@ def _hot_tokens(
     return [token for token in drafter.heads.hot_tokens.tolist() if token < vocab_size] or None
 
 
-def _check_reasons(reasons: list[str], engine: str) -> None:
-    """Raise a ValueError with all reasons why an engine would predict something else."""
-    if reasons:
-        why = "; ".join(reasons)
-        raise ValueError(f"The drafter cannot be exported for {engine}: {why}. {USE_TRANSFORMERS}")
-
-
-def _for_engine(
-    body: dict[str, Tensor], config: CoralConfig, engine: str, has_fc_bias: bool
-) -> dict[str, Tensor]:
-    """Compare tensors with those that a config gives; add or drop the bias of `fc` (hidden,).
-
-    An engine may skip tensors of wrong names silently.
-    """
-    with torch.device("meta"):
-        whole = CoralDrafter(config).state_dict()
-    wanted = {name: tensor for name, tensor in whole.items() if name.startswith(BODY)}
-    check_tensors(body, wanted, f"The drafter as {engine} would load it", REMEDY)
-    tensors = dict(body)
-    if engine == "sglang":  # it would keep random numbers where a checkpoint has none
-        tensors.setdefault("fc.bias", torch.zeros_like(body["fc.weight"][:, 0]))
-    elif not has_fc_bias:
-        tensors.pop("fc.bias", None)
-    return tensors
-
-
 def _to_save(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Copy tensors of any shapes in one dtype; a ValueError for a number it cannot hold."""
     saved = {}
@@ -239,14 +228,6 @@ def _to_save(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
                 " bfloat16 or float32, or train the drafter again."
             )
     return saved
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors of any shapes as a pickle or as safetensors, by the name of the file."""
-    if path.suffix in (".bin", ".pt"):
-        torch.save(tensors, path)
-    else:
-        save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _notes(

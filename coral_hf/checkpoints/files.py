@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
+from ..drafters.model import Drafter
+
 # in the order in which they are looked for; each may be split into shards that an index lists
 WEIGHTS = (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)
 INDEX = ".index.json"
@@ -27,32 +29,17 @@ DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float3
 
 
 class Checkpoint(NamedTuple):
-    """What was read of a drafter's checkpoint."""
+    """What a checkpoint's config.json says."""
 
     folder: Path
     config: dict[str, Any]  # as it is written
     fields: dict[str, Any]  # of the drafter's config, those that do not follow from tensors
-    tensors: dict[str, Tensor]  # under the names of the file
-    dtype: torch.dtype  # that the drafter is to have
+    kind: type[Drafter]
 
 
 def config_folder(source: str | Path, **download: Any) -> Path:
     """Return a local folder with the config of a folder or Hub id; nothing else is downloaded."""
     return _local(source, [CONFIG_NAME], **download)
-
-
-def weights_folder(
-    source: str | Path, folder: Path, names: tuple[str, ...] = WEIGHTS, **download: Any
-) -> Path:
-    """Add the weights to the folder of [`config_folder`], in the first format that there is."""
-    # a folder of the Hub's cache is named after the commit that the config came from
-    at_commit = {**download, "revision": folder.name}
-    for name in names:
-        stem, suffix = name.split(".")
-        _local(source, [f"{stem}*.{suffix}", name + INDEX], **at_commit)
-        if any(folder.glob(f"{stem}*.{suffix}")):
-            break
-    return folder
 
 
 def _local(source: str | Path, patterns: list[str], **download: Any) -> Path:
@@ -77,14 +64,24 @@ def read_config(folder: Path) -> dict[str, Any]:
     return PreTrainedConfig.get_config_dict(folder)[0]
 
 
-def read_weights(folder: Path, names: tuple[str, ...] = WEIGHTS) -> dict[str, Tensor]:
-    """Read all tensors of a folder, of any shapes, from one file or from shards.
+def read_weights(
+    source: str | Path, folder: Path, names: tuple[str, ...], **download: Any
+) -> dict[str, Tensor]:
+    """Read all tensors, of any shapes, in the first format that there is, from a file or shards.
+
+    Args:
+        folder: of [`config_folder`], to which a Hub id's are added.
+        names: of the files, format by format.
 
     Raises:
         ValueError: that names the file, if one is missing or damaged, holds anything but plain
             tensors, or if shards and their index disagree.
     """
+    # a folder of the Hub's cache is named after the commit that the config came from
+    at_commit = {**download, "revision": folder.name}
     for name in names:
+        stem, suffix = name.split(".")
+        _local(source, [f"{stem}*.{suffix}", name + INDEX], **at_commit)
         if (folder / (name + INDEX)).is_file():
             return _read_shards(folder / (name + INDEX))
         if (folder / name).is_file():

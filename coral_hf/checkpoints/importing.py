@@ -5,13 +5,13 @@ family that it is of. Each tensor has its place, is compared with the target's o
 is an error.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME
 
 from ..drafters.coral import CoralConfig, CoralDrafter
 from ..drafters.eagle3 import Eagle3Drafter, ParallelDrafter
@@ -19,75 +19,30 @@ from ..drafters.medusa import MedusaDrafter
 from ..drafters.model import FAMILIES, Drafter
 from ..drafters.recurrent import RecurrentConfig, RecurrentDrafter
 from ..identity import record_tokenizer
-from ..target import Target, check_target, read_target, text_config
-from .eagle import (
-    BIASES,
-    EMBEDDINGS,
-    HEAD,
-    check_copy,
-    check_num_tokens,
-    check_tensors,
-    drop_frequencies,
-    read_eagle_shape,
-    scale_embeddings,
-    table_scale,
-)
-from .eagle3 import (
-    OWN_TENSORS,
-    eagle3_drafter,
-    fitted_shape,
-    names_eagle3,
-    read_eagle3_shape,
-)
-from .files import (
-    WEIGHTS,
-    Checkpoint,
-    check_dense,
-    config_folder,
-    read_config,
-    read_dtype,
-    read_weights,
-    weights_folder,
-)
-from .medusa import MEDUSA_WEIGHTS, medusa_drafter, names_medusa
-from .peagle import names_peagle
-from .recurrent import RELEASED, read_recurrent_shape, recurrent_drafter
-
-logger = logging.get_logger(__name__)
+from ..target import check_target, read_target, text_config
+from . import eagle, eagle3, other_families
+from .files import WEIGHTS, Checkpoint, config_folder, read_config, read_dtype, read_weights
 
 # patterns of the file names that saving a drafter and its target's tokenizer writes
 DRAFTER_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors*",
-    "model-*-of-*.safetensors",
-    "training_record.json",
-    "tokenizer*",
-    "*_tokens*.json",
-    "chat_template.jinja",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
+    *("config.json", "generation_config.json", "training_record.json"),
+    *("model.safetensors*", "model-*-of-*.safetensors"),
+    *("tokenizer*", "*_tokens*.json", "chat_template.jinja", "vocab.*", "merges.txt", "*.model"),
 )
 # what the config of a family that is not imported holds
-OTHER_FAMILIES = {
-    "dflash": "DFlash",
-    "dspark": "DSpark",
-    "domino": "Domino",
-    "mtp": "MTP",
+OTHER_FAMILIES = {"dflash": "DFlash", "dspark": "DSpark", "domino": "Domino", "mtp": "MTP"}
+# of a family: what reads its fields in a config.json, and what makes a drafter of its tensors
+FORMATS: dict[type[Drafter], tuple[Callable, Callable]] = {
+    CoralDrafter: (eagle.read_eagle_shape, eagle.eagle_drafter),
+    Eagle3Drafter: (eagle3.read_eagle3_shape, eagle3.eagle3_drafter),
+    ParallelDrafter: (eagle3.read_eagle3_shape, eagle3.eagle3_drafter),
+    MedusaDrafter: (other_families.read_medusa_shape, other_families.medusa_drafter),
+    RecurrentDrafter: (other_families.read_recurrent_shape, other_families.recurrent_drafter),
 }
 
 
-class Shape(NamedTuple):
-    """What a checkpoint's config.json says."""
-
-    config: dict[str, Any]  # as it is written
-    fields: dict[str, Any]  # of the drafter's config, those that do not follow from tensors
-    kind: type[Drafter]
-
-
-def read_shape(folder: Path) -> Shape:
-    """Read the sizes of a drafter from its config.json.
+def read_shape(folder: Path) -> Checkpoint:
+    """Read the family and the sizes of a drafter from its config.json.
 
     Raises:
         ValueError: if a field is missing or makes no sense, or the drafter is of another family.
@@ -100,19 +55,34 @@ def read_shape(folder: Path) -> Shape:
         )
     kinds = ("speculators_model_type", "architectures", "model_type")
     said = str([config.get(name) for name in kinds]).lower()
-    if names := [name for word, name in OTHER_FAMILIES.items() if word in said]:
+    names = [name for word, name in OTHER_FAMILIES.items() if word in said]
+    for fields in (config, config.get("eagle_config") or {}):
+        if fields.get("use_aux_hidden_state") is False:
+            names.append("one that fuses no hidden states (`use_aux_hidden_state`)")
+    if names:
         raise ValueError(
             f"{folder} holds a drafter of another kind, {names[0]}; import one of EAGLE-1, EAGLE-2,"
             " EAGLE-3, P-EAGLE, HASS, Medusa or the Recurrent Drafter."
         )
-    if config.get("model_type") == RELEASED:
-        return Shape(config, read_recurrent_shape(config, folder), RecurrentDrafter)
-    if names_medusa(config):
-        return Shape(config, {}, MedusaDrafter)
-    if names_eagle3(config):
-        kind = ParallelDrafter if names_peagle(config) else Eagle3Drafter
-        return Shape(config, read_eagle3_shape(config, folder), kind)
-    return Shape(config, read_eagle_shape(config, folder), CoralDrafter)
+    kind = _kind_of(config)
+    try:
+        return Checkpoint(folder, config, FORMATS[kind][0](config), kind)
+    except Exception as error:  # transformers raises any, wherever it meets a field
+        raise ValueError(
+            f"{folder / CONFIG_NAME} lacks a field, or has one that makes no sense"
+            f" ({type(error).__name__}: {error}). Correct it, or download the file again."
+        ) from error
+
+
+def _kind_of(config: dict[str, Any]) -> type[Drafter]:
+    """The family of a config.json; one that names none is of EAGLE-1, or of old EAGLE-3."""
+    if config.get("model_type") == other_families.RELEASED:
+        return RecurrentDrafter
+    if other_families.names_medusa(config):
+        return MedusaDrafter
+    if eagle3.names_eagle3(config):
+        return ParallelDrafter if eagle3.names_peagle(config) else Eagle3Drafter
+    return CoralDrafter
 
 
 def import_drafter(
@@ -143,12 +113,18 @@ def import_drafter(
     """
     dtype = target.dtype if dtype is None else read_dtype(dtype)
     folder = config_folder(source, **download)
-    shape = read_shape(folder)
-    _check_shape(target, shape)
-    names = (*MEDUSA_WEIGHTS, *WEIGHTS) if shape.kind is MedusaDrafter else WEIGHTS
-    tensors = read_weights(weights_folder(source, folder, names, **download), names)
-    found = Checkpoint(folder, shape.config, shape.fields, tensors, dtype)
-    drafter = _drafter_of(shape.kind, target, found)
+    found = read_shape(folder)
+    _check_shape(target, found)
+    names = (*other_families.MEDUSA_WEIGHTS, *WEIGHTS) if found.kind is MedusaDrafter else WEIGHTS
+    tensors = read_weights(source, folder, names, **download)
+    is_eagle3 = any(name.startswith(eagle3.OWN_TENSORS) for name in tensors)
+    kind = Eagle3Drafter if found.kind is CoralDrafter and is_eagle3 else found.kind
+    drafter: Drafter = FORMATS[kind][1](target, found, tensors).to(dtype)
+    eagle.check_tensors(tensors, drafter.state_dict(), f"The checkpoint {folder}")
+    if isinstance(drafter, CoralDrafter | RecurrentDrafter):
+        scale = eagle.table_scale(read_target(target))
+        tensors = eagle.scale_embeddings(tensors, 1 / scale)
+    drafter.load_state_dict(tensors)
     if tokenizer is not None:
         record_tokenizer(tokenizer, drafter.config)
     is_local = Path(source).is_dir()  # a path of this machine means nothing elsewhere
@@ -160,59 +136,12 @@ def import_drafter(
 from_eagle = import_drafter  # by the name of the first family that was read
 
 
-def _check_shape(target: PreTrainedModel, shape: Shape) -> None:
+def _check_shape(target: PreTrainedModel, found: Checkpoint) -> None:
     """Raise a ValueError if a config says that the drafter is another target's."""
-    if issubclass(shape.kind, Eagle3Drafter):
-        fitted_shape(shape.fields, shape.config, target)
-    elif shape.kind is RecurrentDrafter:
-        check_target(RecurrentConfig(**shape.fields), target)
-    elif shape.kind is CoralDrafter:  # whose tensors tell of the vocabulary
+    if issubclass(found.kind, Eagle3Drafter):
+        eagle3.fitted_shape(found.fields, found.config, target)
+    elif found.kind is RecurrentDrafter:
+        check_target(RecurrentConfig(**found.fields), target)
+    elif found.kind is CoralDrafter:  # whose tensors tell of the vocabulary
         own = {"vocab_size": text_config(target).vocab_size}
-        check_target(CoralConfig(**shape.fields | own), target)
-
-
-def _drafter_of(kind: type[Drafter], target: PreTrainedModel, found: Checkpoint) -> Drafter:
-    """Make a drafter from a checkpoint whose config says that it is of a kind."""
-    if kind is MedusaDrafter:
-        return medusa_drafter(target, found)
-    if kind is RecurrentDrafter:
-        return recurrent_drafter(target, found)
-    if kind is not CoralDrafter or any(name.startswith(OWN_TENSORS) for name in found.tensors):
-        return eagle3_drafter(target, found)
-    return _eagle_drafter(target, found)
-
-
-def _eagle_drafter(target: PreTrainedModel, found: Checkpoint) -> CoralDrafter:
-    """Make a CORAL drafter from an EAGLE-1 checkpoint."""
-    folder, tensors = found.folder, found.tensors
-    check_dense(tensors, folder)
-    shape = found.fields | {
-        field: name in tensors or found.fields.get(field, False) for field, name in BIASES.items()
-    }
-    own = {"vocab_size": text_config(target).vocab_size}
-    drafter = CoralDrafter.from_target(target, **shape | own).to(found.dtype)
-    bound = read_target(target)
-    _drop_copies(tensors, bound, shape["vocab_size"])
-    drop_frequencies(tensors, drafter.config)
-    check_tensors(tensors, drafter.state_dict(), f"The EAGLE checkpoint {folder}")
-    drafter.load_state_dict(scale_embeddings(tensors, 1 / table_scale(bound)))
-    return drafter
-
-
-def _drop_copies(tensors: dict[str, Tensor], target: Target, vocab_size: int) -> None:
-    """Take out of a checkpoint's tensors what is the target's own.
-
-    `vocab_size`: of the target when the checkpoint was made.
-
-    Raises:
-        ValueError: that names a tensor which differs, and how far it is off.
-    """
-    if EMBEDDINGS not in tensors and HEAD not in tensors:
-        check_num_tokens(vocab_size, text_config(target.model).vocab_size, "EAGLE")
-        logger.warning(
-            f"The EAGLE checkpoint has no `{EMBEDDINGS}`, so only its sizes say that it belongs to"
-            " this target. With another one few drafted tokens would be accepted."
-        )
-    for name, own in ((EMBEDDINGS, target.embeddings.weight), (HEAD, target.head.weight)):
-        if name in tensors:
-            check_copy(name, tensors.pop(name), own, vocab_size)
+        check_target(CoralConfig(**found.fields | own), target)

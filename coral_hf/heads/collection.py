@@ -3,6 +3,7 @@
 In: the drafter's config and weights, and the LM head that it reads. Out: the `DraftHead` of a call.
 """
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -79,14 +80,8 @@ class DraftHeads(nn.Module):
         self.register_buffer("hot_tokens", hot)
         if config.head_rank is not None:
             self.low_rank = LowRank(config.hidden_size, config.head_rank)
-        # copies of the target's head (vocab, hidden) in another order, or of some rows or channels
-        self._quantized_rows: Cached[QuantizedRows] = Cached()
-        self._quantized_groups: Cached[QuantizedRows] = Cached()
-        self._grouped_rows: Cached[Tensor] = Cached()
-        self._hot_rows: Cached[Tensor] = Cached()
-        self._channels: Cached[Tensor] = Cached()
-        self._hot_tokens: Cached[Tensor] = Cached()  # those that a target still has
-        self._is_finite: Cached[bool] = Cached()  # of the router's weights
+        # by what it is, such as a copy of the target's head (vocab, hidden) in another order
+        self._cached: dict[str, Cached] = defaultdict(Cached)
 
     def bind(self, head: LMHead, name: str | None = None) -> DraftHead:
         """Return the draft head `name` (the config's by default) on a target's LM head.
@@ -118,7 +113,7 @@ class DraftHeads(nn.Module):
                 f" of eight bits are there for {DEVICES}; use draft_head='full' or 'routed'."
             )
         if part is self:
-            rows = self._quantized_rows.get([head.weight], lambda: quantize(head.weight))
+            rows = self._cached["quantized"].get([head.weight], lambda: quantize(head.weight))
             return QuantizedHead(head, rows)
         if isinstance(part, Router):
             return self._routed(head, part, is_quantized="quantized" in name)
@@ -133,10 +128,10 @@ class DraftHeads(nn.Module):
         """
         weight = head.weight
         if len(weight) < self.config.vocab_size:
-            hot = self._hot_tokens.get([hot, weight], lambda: hot[hot < len(weight)])
+            hot = self._cached["hot tokens"].get([hot, weight], lambda: hot[hot < len(weight)])
             if not len(hot):
                 return FullHead(head)
-        rows = self._hot_rows.get([weight, hot], lambda: weight.detach()[hot])
+        rows = self._cached["hot rows"].get([weight, hot], lambda: weight.detach()[hot])
         return FrequencyHead(head, hot, rows)
 
     def _routed(self, head: LMHead, router: Router, is_quantized: bool) -> DraftHead:
@@ -145,8 +140,8 @@ class DraftHeads(nn.Module):
         Where a target has lost rows since, it has rows of zeros, which are never drafted.
         """
         weight, vocab_size = head.weight, self.config.vocab_size
-        weights = [*router.parameters()]
-        if not self._is_finite.get(weights, lambda: all(x.isfinite().all() for x in weights)):
+        weights, is_finite = [*router.parameters()], self._cached["finite router"]
+        if not is_finite.get(weights, lambda: all(x.isfinite().all() for x in weights)):
             logger.warning_once(
                 "The router's weights are not finite: the whole LM head is read instead."
             )
@@ -161,14 +156,14 @@ class DraftHeads(nn.Module):
 
         rows: Tensor | QuantizedRows | None = None
         if is_quantized:
-            rows = self._quantized_groups.get(sources, lambda: quantize(grouped()))
+            rows = self._cached["quantized groups"].get(sources, lambda: quantize(grouped()))
         elif lost or (order is not None and not has_kernel(weight)):
-            rows = self._grouped_rows.get(sources, grouped)
+            rows = self._cached["groups"].get(sources, grouped)
         return RoutedHead(head, router, Routing.from_config(self.config), rows, vocab_size)
 
     def _low_rank(self, head: LMHead, low_rank: LowRank) -> DraftHead:
         weight, up = head.weight, low_rank.up.weight  # (vocab, hidden), (hidden, rank)
-        channels = self._channels.get(
+        channels = self._cached["channels"].get(
             [weight, up], lambda: weight.detach() @ up.detach().to(weight.dtype)
         )  # (vocab, rank)
         return LowRankHead(head, low_rank, channels)

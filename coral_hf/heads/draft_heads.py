@@ -16,8 +16,9 @@ the probabilities that verification uses. The router's mass says how much is lef
 which of the tokens that were read is better: their logits do.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class Children(NamedTuple):
     log_confidence: Tensor  # (batch, nodes, top_k), at most 0: it ranks nodes and nothing else
 
 
-class DraftHead(Protocol):
+class DraftHead(ABC):
     """What the decoding loop asks of a draft head."""
 
     def children(self, features: Tensor, log_path: Tensor, top_k: int) -> Children:
@@ -48,7 +49,9 @@ class DraftHead(Protocol):
             log_path: (batch, nodes), log-confidence of the path from the root to each node.
             top_k: children of each node; there are fewer where fewer tokens were read.
         """
+        return Children(*rank(self.logits(features, log_path), top_k))
 
+    @abstractmethod
     def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
         """Compute logits to draw from, -inf for the part of the vocabulary that is not read.
 
@@ -63,15 +66,11 @@ class DraftHead(Protocol):
         """
 
 
-class FullHead:
+class FullHead(DraftHead):
     """Reads the target's whole LM head."""
 
     def __init__(self, head: LMHead):
         self.head = head
-
-    def children(self, features: Tensor, log_path: Tensor, top_k: int) -> Children:
-        """Rank the children of features (batch, nodes, hidden); see [`DraftHead`]."""
-        return Children(*rank(self.logits(features, log_path), top_k))
 
     def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
         """Compute all logits, (batch, nodes, vocab); see [`DraftHead`]."""
@@ -95,7 +94,7 @@ class QuantizedHead(FullHead):
         return self.head.finish(logits if bias is None else logits + bias.float())
 
 
-class OtherVocabulary:
+class OtherVocabulary(DraftHead):
     """Reads an LM head of the drafter's own, which may know more tokens than its target, or fewer.
 
     Args:
@@ -105,10 +104,6 @@ class OtherVocabulary:
 
     def __init__(self, logits_of: Callable[[Tensor], Tensor], num_tokens: int):
         self._logits_of, self._num_tokens = logits_of, num_tokens
-
-    def children(self, features: Tensor, log_path: Tensor, top_k: int) -> Children:
-        """Rank the children of features (batch, nodes, hidden); see [`DraftHead`]."""
-        return Children(*rank(self.logits(features, log_path), top_k))
 
     def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
         """Compute all logits, (batch, nodes, vocab); see [`DraftHead`]."""
@@ -121,7 +116,7 @@ def fit_vocabulary(logits: Tensor, num_tokens: int) -> Tensor:
     return F.pad(logits, (0, added), value=float("-inf")) if added else logits
 
 
-class FrequencyHead:
+class FrequencyHead(DraftHead):
     """Reads the LM head's rows of the most frequent tokens.
 
     Args:
@@ -130,9 +125,7 @@ class FrequencyHead:
     """
 
     def __init__(self, head: LMHead, tokens: Tensor, weight: Tensor):
-        self.head = head
-        self.tokens = tokens
-        self.weight = weight
+        self.head, self.tokens, self.weight = head, tokens, weight
 
     def children(self, features: Tensor, log_path: Tensor, top_k: int) -> Children:
         """Rank the children of features (batch, nodes, hidden); see [`DraftHead`].
@@ -144,13 +137,17 @@ class FrequencyHead:
 
     def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
         """Compute the logits of the frequent tokens, (batch, nodes, vocab); see [`DraftHead`]."""
-        read = self._read(features)
-        logits = read.new_full((*read.shape[:-1], self.head.weight.shape[0]), float("-inf"))
-        return logits.index_copy(-1, self.tokens, read)
+        return spread(self._read(features), self.tokens, self.head.weight.shape[0])
 
     def _read(self, features: Tensor) -> Tensor:
         """(batch, nodes, hidden) → (batch, nodes, read)"""
         return self.head.logits_from(features, self.weight, self.tokens).float()
+
+
+def spread(read: Tensor, tokens: Tensor, vocab_size: int) -> Tensor:
+    """Logits (*batch, read) of tokens (read,) as of all, (*batch, vocab), -inf for others."""
+    logits = read.new_full((*read.shape[:-1], vocab_size), float("-inf"))
+    return logits.index_copy(-1, tokens, read)
 
 
 class LowRank(nn.Module):
@@ -183,15 +180,14 @@ class LowRankHead(FullHead):
 
     def __init__(self, head: LMHead, low_rank: LowRank, weight: Tensor):
         super().__init__(head)
-        self.low_rank = low_rank
-        self.weight = weight
+        self.low_rank, self.weight = low_rank, weight
 
     def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
         """Compute approximate logits, (batch, nodes, vocab); see [`DraftHead`]."""
         return self.head.logits_from(self.low_rank.down(features), self.weight).float()
 
 
-class RoutedHead:
+class RoutedHead(DraftHead):
     """Reads the active groups of the LM head.
 
     Args:

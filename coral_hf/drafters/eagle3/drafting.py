@@ -19,8 +19,7 @@ from torch.nn import functional as F
 
 from ...decoding.caches.ragged_cache import RaggedCache
 from ...decoding.drafting import DraftTree, Level, TreeShape, Warp
-from ...heads.draft_heads import Children, DraftHead
-from ...heads.ranking import rank
+from ...heads.draft_heads import Children, DraftHead, fit_vocabulary, spread
 from ...heads.settings import UNTRAINED_HEADS
 from ...lm_head import LMHead
 from ...target import Target, text_config
@@ -32,7 +31,7 @@ from .modeling import Eagle3Drafter, ParallelDrafter
 MASKED = -1  # stands for a token that is not known
 
 
-class OwnHead:
+class OwnHead(DraftHead):
     """A draft head on a drafter's own LM head, whose rows stand for its draft vocabulary.
 
     Args:
@@ -44,15 +43,13 @@ class OwnHead:
         if (name or drafter.config.draft_head) not in UNTRAINED_HEADS:
             drafter.check_whole()
         self._head = drafter.heads.bind(LMHead(drafter.lm_head), name)
-        self._drafter, self._num_tokens = drafter, num_tokens
-        tokens = drafter.draft_tokens
-        self._gone = tokens >= num_tokens if bool((tokens >= num_tokens).any()) else None
-        self._tokens = tokens.clamp(max=num_tokens - 1)
+        self._drafter, self._tokens, self._num_tokens = drafter, drafter.draft_tokens, num_tokens
+        self._has_lost = bool((self._tokens >= num_tokens).any())
 
     def children(self, features: Tensor, log_path: Tensor, top_k: int) -> Children:
         """Rank the children of features (batch, nodes, hidden); see [`DraftHead`]."""
-        if self._gone is not None:
-            return Children(*rank(self.logits(features, log_path), min(top_k, self._num_tokens)))
+        if self._has_lost:
+            return super().children(features, log_path, min(top_k, self._num_tokens))
         normed, top_k = self._drafter.normed(features), min(top_k, len(self._tokens))
         places, log_confidence = self._head.children(normed, log_path, top_k)
         return Children(self._tokens[places], log_confidence)
@@ -60,11 +57,8 @@ class OwnHead:
     def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
         """Spread logits over the target's vocabulary, (batch, nodes, vocab); see [`DraftHead`]."""
         read = self._head.logits(self._drafter.normed(features), log_path)
-        if self._gone is not None:
-            read = read.masked_fill(self._gone, float("-inf"))
-        logits = read.new_full((*read.shape[:-1], self._num_tokens), float("-inf"))
-        # a draft id without a token stands for the last one, whose logit it must not overwrite
-        return logits.scatter_reduce(-1, self._tokens.expand_as(read), read, "amax")
+        logits = spread(read, self._tokens, self._drafter.config.vocab_size)
+        return fit_vocabulary(logits, self._num_tokens)
 
 
 class Eagle3Drafting(FeatureDrafting):

@@ -1,16 +1,19 @@
-"""Checkpoints of Medusa heads (Cai et al. 2024), as they are published, and as they are written.
+"""Checkpoints of Medusa heads (Cai et al. 2024) and Recurrent Drafters (Cheng et al. 2024).
 
-In: a config and tensors. Out: a `MedusaDrafter`; or the reverse.
+In: a config and tensors, as they are published. Out: a drafter; or the reverse.
 
-                   weights                           head k: block i, LM head behind n blocks
+    Medusa         weights                           head k: block i, LM head behind n blocks
     Medusa, TGI    medusa_lm_head.pt, .safetensors   k.i.linear, k.n
     whole models   a language model's own            medusa_head.k.i.linear, medusa_head.k.n
     vLLM           model.safetensors                 blocks.k.layers.i, lm_heads.k
 
 Medusa's last version has no LM heads of the heads' own, and neither has a file of it; vLLM calls
 that `original_lm_head`. The number of heads is that of the tensors: a published config names fewer
-than its file has. This was read from the code of Medusa (e2a5d20), TGI and vLLM 0.32, and from
-published names, shapes and configs, not from a checkpoint.
+than its file has. A Recurrent Drafter's fields and tensors have the same names here and there, but
+its `rnn_w` reads rows of the target's table there, and here what the target's layers see.
+
+This was read from the code of Medusa (e2a5d20), TGI, vLLM 0.32 and apple/ml-recurrent-drafter
+(bd8586b), and from published names, shapes and configs, not from a checkpoint.
 """
 
 import re
@@ -23,25 +26,34 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..drafters.medusa import MedusaConfig, MedusaDrafter
+from ..drafters.recurrent import RecurrentConfig, RecurrentDrafter
 from ..target import Target, check_target, read_target, text_config
-from .eagle import HEAD, check_copy, check_tensors, naming_config
+from .eagle import HEAD, check_copy, check_tensors, scale_embeddings, table_scale
 from .engines import Content
 from .files import Checkpoint, check_dense
 
 logger = logging.get_logger(__name__)
 
-MEDUSA_ENGINES = ("vllm", "medusa")
 MEDUSA_WEIGHTS = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 # of a name as published, or as vLLM has it: head, block or LM head, and which tensor of it
 PUBLISHED = re.compile(r"(?:medusa_heads?\.)?(\d+)\.(\d+)\.(linear\.)?(weight|bias)")
 VLLM = re.compile(r"blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)")
 BLOCK = re.compile(r"blocks\.(\d+)\.(\d+)\.linear\.weight")
+RELEASED = "recurrent_drafting_drafter"  # `model_type` of the Recurrent Drafter's code
+RECURRENT_FIELDS = ("vocab_size", "hidden_size", "exit_dim", "num_draft_layers", "rnn")
 
 
 def names_medusa(config: dict[str, Any]) -> bool:
     """Whether a config.json says that it is of Medusa heads, or of a model with such heads."""
     kinds = str([config.get("model_type"), config.get("architectures")]).lower()
     return "medusa" in kinds or any(name.startswith("medusa_") for name in config)
+
+
+def read_medusa_shape(config: dict[str, Any]) -> dict[str, Any]:
+    """Read which model some heads were made for, and how many there are at least."""
+    least, base = int(config.get("medusa_num_heads") or 1), config.get("base_model_name_or_path")
+    MedusaConfig(num_heads=least, target_name_or_path=base)
+    return {"num_heads": least, "target_name_or_path": base}
 
 
 def our_name(name: str) -> str:
@@ -54,17 +66,25 @@ def our_name(name: str) -> str:
     return f"blocks.{head}.{block}.linear.{kind}" if linear else f"lm_heads.{head}.{kind}"
 
 
-def medusa_drafter(target: PreTrainedModel, found: Checkpoint) -> MedusaDrafter:
-    """Make a drafter from a checkpoint.
+def medusa_drafter(
+    target: PreTrainedModel, found: Checkpoint, tensors: dict[str, Tensor]
+) -> MedusaDrafter:
+    """Make a drafter of a checkpoint's sizes, and leave its heads in `tensors`, by our names.
 
     Raises:
-        ValueError: that names each tensor which is missing, unknown or of another shape, or the
-            model that the heads were made for.
+        ValueError: that names what is missing, or the model that the heads were made for.
     """
-    folder, config = found.folder, found.config
-    tensors, copies = _apart(found.tensors, config)
+    folder, base, own_head = found.folder, found.fields["target_name_or_path"], "lm_heads.0.weight"
+    copies = []  # of the target's LM head, (vocab, hidden)
+    if any(name.startswith("medusa_head") for name in tensors):  # of a whole model
+        copies += [tensors[HEAD]] if HEAD in tensors else []
+        for name in [name for name in tensors if not name.startswith("medusa_head")]:
+            del tensors[name]
+    for name in list(tensors):
+        tensors[our_name(name)] = tensors.pop(name)
+    if found.config.get("original_lm_head") and own_head in tensors:
+        copies.append(tensors.pop(own_head))  # vLLM reads a copy of it where heads have none
     check_dense(tensors, folder)
-    tensors = {our_name(name): tensor for name, tensor in tensors.items()}
     places = [tuple(map(int, one.groups())) for one in map(BLOCK.fullmatch, tensors) if one]
     first = tensors.get("blocks.0.0.linear.weight")
     if first is None or first.ndim != 2:
@@ -73,18 +93,15 @@ def medusa_drafter(target: PreTrainedModel, found: Checkpoint) -> MedusaDrafter:
             f" {', '.join(sorted(tensors)[:5])}. Give the folder of {' or '.join(MEDUSA_WEIGHTS)}."
         )
     heads, depth = (1 + max(place) for place in zip(*places, strict=True))
-    with naming_config(folder):
-        said, base = int(config.get("medusa_num_heads") or 0), config.get("base_model_name_or_path")
-        MedusaConfig(target_name_or_path=base)
-    if said > heads:
+    if found.fields["num_heads"] > heads:
         raise ValueError(
-            f"{folder} has {heads} Medusa heads, but its `medusa_num_heads` is {said}; download it"
-            " again, or correct config.json."
+            f"{folder} has {heads} Medusa heads, but its `medusa_num_heads` is"
+            f" {found.fields['num_heads']}; download it again, or correct config.json."
         )
-    head, own = read_target(target).head, tensors.get("lm_heads.0.weight")
-    sizes = {"hidden_size": first.shape[0], "vocab_size": text_config(target).vocab_size}
+    own, sizes = tensors.get(own_head), {"vocab_size": text_config(target).vocab_size}
     if own is not None and own.ndim == 2:
         sizes["vocab_size"] = own.shape[0]
+    sizes["hidden_size"] = first.shape[0]
     check_target(MedusaConfig(**sizes, target_name_or_path=base), target)
     if not copies and (not base or Path(base).name != Path(target.name_or_path).name):
         logger.warning(
@@ -93,32 +110,13 @@ def medusa_drafter(target: PreTrainedModel, found: Checkpoint) -> MedusaDrafter:
             " With another one few drafted tokens would be accepted."
         )
     for copy in copies:
-        check_copy(HEAD, copy, head.weight, sizes["vocab_size"])
-    has_own = any(name.startswith("lm_heads.") for name in tensors)
+        check_copy(HEAD, copy, read_target(target).head.weight, sizes["vocab_size"])
     if not any(name.endswith(".bias") for name in tensors):  # as vLLM's may have none
         zero = torch.zeros(sizes["hidden_size"])
         tensors |= {f"blocks.{head}.{block}.linear.bias": zero for head, block in places}
+    has_own = any(name.startswith("lm_heads.") for name in tensors)
     shape = {"num_heads": heads, "num_hidden_layers": depth, "has_lm_heads": has_own}
-    drafter = MedusaDrafter.from_target(target, **shape).to(found.dtype)
-    check_tensors(tensors, drafter.state_dict(), f"The Medusa checkpoint {folder}")
-    drafter.load_state_dict(tensors)
-    return drafter
-
-
-def _apart(
-    tensors: dict[str, Tensor], config: dict[str, Any]
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Take out of a checkpoint its heads, and copies of the target's LM head (vocab, hidden)."""
-    copies = []
-    if own := {name: one for name, one in tensors.items() if name.startswith("medusa_head")}:
-        copies += [tensors[HEAD]] if HEAD in tensors else []  # of a whole model
-        tensors = own
-    if config.get("original_lm_head"):  # vLLM reads a copy of it where heads have none
-        named = {our_name(name): name for name in tensors}
-        if name := named.get("lm_heads.0.weight"):
-            copies.append(tensors[name])
-            tensors = {other: one for other, one in tensors.items() if other != name}
-    return tensors, copies
+    return MedusaDrafter.from_target(target, **shape)
 
 
 def medusa_content(
@@ -159,3 +157,52 @@ def medusa_content(
         "original_lm_head": not has_own,
     }
     return Content(fields, tensors, reasons, notes)
+
+
+def read_recurrent_shape(config: dict[str, Any]) -> dict[str, Any]:
+    """Read fields of `RecurrentConfig` from the config.json of a released drafter."""
+    # the released code leaves out what is its default
+    fields = {name: ({"rnn": False} | config)[name] for name in RECURRENT_FIELDS}
+    RecurrentConfig(**fields)
+    return fields
+
+
+def recurrent_drafter(
+    target: PreTrainedModel, found: Checkpoint, tensors: dict[str, Tensor]
+) -> RecurrentDrafter:
+    """Make a drafter of a released checkpoint's sizes.
+
+    Raises:
+        ValueError: for a quantised tensor, or why the target does not fit.
+    """
+    check_dense(tensors, found.folder)
+    drafter = RecurrentDrafter.from_target(target, **found.fields)
+    if reasons := _obstacles(drafter.config, table_scale(read_target(target))):
+        raise ValueError(f"{found.folder} cannot be a drafter of this target: {reasons[0]}.")
+    return drafter
+
+
+def recurrent_content(drafter: RecurrentDrafter, scale: float, vocab_size: int) -> Content:
+    """Gather what a folder of the released code holds of a drafter.
+
+    Args:
+        scale: what the target's first layer sees, as a multiple of its table's row.
+        vocab_size: of the target, which may have grown or shrunk since.
+    """
+    config, reasons = drafter.config, _obstacles(drafter.config, scale)
+    if vocab_size != config.vocab_size:
+        reasons += [f"its head has {config.vocab_size} tokens, the target {vocab_size}"]
+    with torch.device("meta"):
+        wanted = RecurrentDrafter(config).state_dict()
+    check_tensors(drafter.state_dict(), wanted, "The drafter", "Merge an adapter first.")
+    fields = {name: getattr(config, name) for name in RECURRENT_FIELDS}
+    fields |= {"model_type": RELEASED, "architectures": ["Drafter"]}
+    notes = ["The released code reads Llama targets alone, and its samples are not exact."]
+    return Content(fields, scale_embeddings(drafter.state_dict(), scale), reasons, notes)
+
+
+def _obstacles(config: RecurrentConfig, scale: float) -> list[str]:
+    """List why rows of a table, which are `scale` times smaller, cannot be read in their place."""
+    if scale == 1.0 or config.rnn:
+        return []
+    return [f"the target scales its embeddings by {scale:.6g}, and without an RNN no weight can"]
