@@ -39,6 +39,7 @@ from coral_hf.decoding.drafting import DraftTree, TreeShape, Warp, register_draf
 from coral_hf.decoding.rules import Verdict, verify_traversal
 from coral_hf.drafters.coral import CoralConfig, CoralDrafting
 from coral_hf.drafters.tree_builders import Beam
+from coral_hf.drafters.tree_drafting import Grown
 from coral_hf.measure import read_prompts
 from coral_hf.measure.calls import Arguments, call_generate, sampling_arguments, seeded
 from coral_hf.measure.prompts import encode, left_padded
@@ -218,17 +219,16 @@ class ListDrafting(CoralDrafting):
     def expander(self, warp: Warp) -> Expand:
         """Start at the root; the drafter reads a level at each call."""
         self._cache.truncate()
-        features, seen, depth = self._output, None, -1
+        grown, depth = Grown(self._output), 0
 
         def expand(tokens: list[int], places: list[int]) -> Tensor:
-            nonlocal features, seen, depth
-            if depth >= 0:
+            nonlocal grown, depth
+            if depth > 0:
                 zeros = torch.zeros(1, len(tokens))
                 beam = Beam(torch.tensor([tokens]), torch.tensor([places]), zeros)
-                seen = self._see_itself(seen, beam)
-                features = self._expand(beam, features, seen, depth)
+                grown = self._grow(grown, beam, depth)
             depth += 1
-            logits = self.head.logits(features, torch.zeros(features.shape[:2]))[0]
+            logits = self.head.logits(grown.features, torch.zeros(grown.features.shape[:2]))[0]
             return warp(logits).softmax(-1)  # (nodes, vocab)
 
         return expand

@@ -249,7 +249,7 @@ BAD = {
     "no fusion": (
         {"eagle_config": {"use_aux_hidden_state": False}},
         lambda _: {},
-        "`use_aux_hidden_state` false",
+        "of another kind, one that fuses no hidden states",
     ),
     "another width": ({"hidden_size": 48}, lambda _: {}, "`hidden_size` of the target is 32, but"),
     "another vocabulary": (

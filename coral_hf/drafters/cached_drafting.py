@@ -25,7 +25,7 @@ from ..heads.draft_heads import DraftHead
 from ..target import Target, check_target
 from .layers import CacheContext
 from .model import Drafter
-from .tree_builders import Beam, plan_levels
+from .tree_builders import Beam
 from .tree_drafting import Grown, TreeDrafting, last_kept
 
 # tokens of a prompt that are read at once, so that masks and activations do not grow with it
@@ -181,21 +181,16 @@ class CachedDrafting(TreeDrafting):
         """See [`FixedDrafting`]."""
         self._cache = FixedCache(self._cache, capacity, self._room(shape), shape.depth + 1)
         self._output = self._output.clone(memory_format=torch.contiguous_format)
-        return tuple(plan_levels(shape)) if is_drawn else ()
+        return super().fix(capacity, shape, is_drawn)
 
     def _room(self, shape: TreeShape) -> int:
         """Tokens of passes between two commits, at most."""
         return max(shape.depth + 1, shape.top_k * (shape.depth - 1))
 
     @property
-    def device(self) -> torch.device:
-        """See [`FixedDrafting`]."""
-        return self.drafter.device
-
-    @property
     def kind(self) -> Hashable:
         """See [`FixedDrafting`]."""
-        return weakref.ref(self.drafter), *self._windows, self._dtype
+        return super().kind, *self._windows
 
     def forget_pass(self) -> None:
         """See [`FixedDrafting`]."""

@@ -11,6 +11,7 @@ A head is residual blocks, x + SiLU(Wx + b), and an LM head: its own, or the tar
 """
 
 from collections.abc import Hashable, Sequence
+from functools import partial
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -22,15 +23,13 @@ from transformers.utils import logging
 from ..decoding.chance import Uniforms
 from ..decoding.drafting import PADDING, DraftTree, Level, TreeShape, Warp, host_tensor
 from ..decoding.settings import TREE_DEFAULTS
-from ..heads.draft_heads import fit_vocabulary
-from ..heads.ranking import rank
+from ..heads.draft_heads import OtherVocabulary
 from ..lm_head import LMHead
 from ..target import Target, read_target
 from .configuration import FamilyConfig
 from .layers import ResidualBlock
 from .model import Drafter, register_family
-from .tree_builders import chosen_of_marginals, drawn_of_marginals, plan_levels
-from .tree_drafting import LastFeatureDrafting, warped
+from .tree_drafting import LastFeatureDrafting, MarginalDrafting
 
 logger = logging.get_logger(__name__)
 Paths = Sequence[Sequence[int]]
@@ -235,7 +234,7 @@ class StaticTree:
         return DraftTree(tokens, parents, depths, levels=levels, branching=self._branching)
 
 
-class MedusaDrafting(LastFeatureDrafting):
+class MedusaDrafting(MarginalDrafting, LastFeatureDrafting):
     """All heads read one feature, and a tree is made of what they say; see [`FixedDrafting`]."""
 
     drafter: MedusaDrafter
@@ -244,11 +243,16 @@ class MedusaDrafting(LastFeatureDrafting):
         super().__init__(drafter, target)
         choices = drafter.config.tree_choices
         self._static = None if choices is None else StaticTree(choices, self.device)
+        logits_of = partial(drafter.logits, target_head=target.head)
+        self.head = OtherVocabulary(logits_of, self._num_tokens)
 
     @property
     def kind(self) -> Hashable:
         """See [`FixedDrafting`]."""
         return super().kind, str(self.drafter.config.tree_choices)
+
+    def _outputs(self, levels: int) -> Tensor:
+        return self.drafter(self._feature, levels)
 
     def propose(
         self,
@@ -257,24 +261,15 @@ class MedusaDrafting(LastFeatureDrafting):
         warp: Warp | None = None,
         chance: Uniforms | None = None,
     ) -> DraftTree:
-        """Draft a tree below `root` (batch,): the static one, the most confident, or a drawn one.
-
-        Each node of a level has the same children, and q of a drawn one is its head's softmax.
-        """
-        root, shape = root.to(self.device), self._fitted(shape)
-        static = self._static if warp is None else None
-        if static is not None:
-            shape = shape._replace(depth=min(shape.depth, static.depth))
-        states = self.drafter(self._feature, shape.depth)
-        logits = self.drafter.logits(states, self.target.head).float()
-        logits = fit_vocabulary(logits, self._num_tokens)  # (levels, batch, vocab)
-        if warp is not None:
-            return drawn_of_marginals(root, shape, warped(logits, warp), chance)
-        top_k = shape.top_k if static is None else static.top_k
-        tokens, log_probs = rank(logits, min(top_k, self._num_tokens))
-        if static is not None:
-            return static.build(root, shape, tokens)
-        return chosen_of_marginals(root, shape, tokens, log_probs)
+        """Draft the static tree below `root` (batch,), the most confident, or a drawn one."""
+        shape, static = self._fitted(shape), self._static
+        if warp is not None or static is None:
+            return super().propose(root, shape, warp, chance)
+        shape = shape._replace(depth=min(shape.depth, static.depth))
+        outputs = self._outputs(shape.depth)
+        top_k, log_path = min(static.top_k, self._num_tokens), outputs.new_zeros(outputs.shape[:2])
+        tokens = self.head.children(outputs, log_path, top_k).tokens
+        return static.build(root.to(self.device), shape, tokens)
 
     def _fitted(self, shape: TreeShape) -> TreeShape:
         """A shape no deeper than there are heads."""
@@ -282,7 +277,7 @@ class MedusaDrafting(LastFeatureDrafting):
 
     def fix(self, capacity: int, shape: TreeShape, is_drawn: bool) -> tuple[Level, ...]:
         """See [`FixedDrafting`]: the feature is in one buffer anyway."""
-        return tuple(plan_levels(self._fitted(shape))) if is_drawn else ()
+        return super().fix(capacity, self._fitted(shape), is_drawn)
 
 
 register_family(MedusaDrafter, MedusaDrafting)

@@ -23,7 +23,7 @@ from ..target import Target
 from .configuration import FamilyConfig
 from .layers import Context, ResidualBlock
 from .model import Drafter, register_family
-from .tree_builders import Beam, BeamBuilder, TreeBuilder, plan_levels
+from .tree_builders import Beam, BeamBuilder, TreeBuilder
 from .tree_drafting import Grown, LastFeatureDrafting, TreeDrafting
 
 TREES = ("confident", "beams")
@@ -179,7 +179,7 @@ class RecurrentDrafting(LastFeatureDrafting, TreeDrafting):
     def fix(self, capacity: int, shape: TreeShape, is_drawn: bool) -> tuple[Level, ...]:
         """See [`FixedDrafting`]: the feature is in one buffer anyway."""
         self._is_fixed = True
-        return tuple(plan_levels(shape)) if is_drawn else ()
+        return super().fix(capacity, shape, is_drawn)
 
     def unfix(self, lengths: list[int]) -> None:
         """See [`FixedDrafting`]."""

@@ -256,38 +256,3 @@ class SampledTreeBuilder:
             plan=tuple(self._plan),
             log_confidence=torch.cat(self._log_paths, dim=1),
         )
-
-
-def chosen_of_marginals(
-    root: Tensor, shape: TreeShape, tokens: Tensor, log_probs: Tensor
-) -> DraftTree:
-    """The most confident nodes where all nodes of a level have the same children.
-
-    A node's confidence is the product of those of its tokens; a level more costs no step.
-
-    Args:
-        root: (batch,).
-        tokens, log_probs: (levels, batch, top_k), best first.
-    """
-    builder, width = TreeBuilder(root, shape), 1
-    for level, confidence in zip(tokens, log_probs, strict=True):
-        children = (one[:, None].expand(-1, width, -1) for one in (level, confidence))
-        width = builder.add_level(*children).tokens.shape[1]
-    return builder.build()
-
-
-def drawn_of_marginals(
-    root: Tensor, shape: TreeShape, probs: Tensor, chance: Chance | Uniforms | None = None
-) -> DraftTree:
-    """A drawn tree where q is the same after all nodes of a level.
-
-    Args:
-        root: (batch,).
-        probs: (levels, batch, vocab), as many as the shape has levels.
-        chance: where draws come from.
-    """
-    builder = SampledTreeBuilder(root, chance)
-    for level, own in zip(plan_levels(shape), probs, strict=False):
-        builder.best(level.families)
-        builder.draw(own[:, None].expand(-1, level.families, -1), level.children)
-    return builder.build()

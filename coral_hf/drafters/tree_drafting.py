@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..decoding.chance import Uniforms
-from ..decoding.drafting import DraftTree, TreeShape, Warp
+from ..decoding.drafting import DraftTree, Level, TreeShape, Warp
 from ..decoding.guard import accept_features
 from ..heads.draft_heads import DraftHead
 from ..target import FEATURE, Target, check_target, text_config
@@ -28,16 +29,30 @@ class Grown(NamedTuple):
     seen: Tensor | None = None  # (batch, beam, nodes that were expanded), where nodes attend
 
 
-class TreeDrafting(ABC):
-    """Trees of one call of `generate`; a family says how its steps go and what reads them."""
+class OneCall(ABC):
+    """What the drafting side of a call has in all families; see [`FixedDrafting`]."""
 
+    drafter: PreTrainedModel
     target: Target
     head: DraftHead
 
     @property
-    @abstractmethod
     def device(self) -> torch.device:
         """See [`FixedDrafting`]."""
+        return self.drafter.device
+
+    @property
+    def kind(self) -> Hashable:
+        """See [`FixedDrafting`]."""
+        return weakref.ref(self.drafter), self.drafter.dtype
+
+    def fix(self, capacity: int, shape: TreeShape, is_drawn: bool) -> tuple[Level, ...]:
+        """See [`FixedDrafting`]."""
+        return tuple(plan_levels(shape)) if is_drawn else ()
+
+
+class TreeDrafting(OneCall):
+    """Trees level by level; a family says how its steps go and what reads them."""
 
     @abstractmethod
     def _start(self, root: Tensor) -> Grown:
@@ -100,7 +115,47 @@ def last_kept(states: Tensor, counts: Tensor) -> Tensor:
     return states.gather(1, last.expand(-1, -1, states.shape[2]))
 
 
-class LastFeatureDrafting:
+class MarginalDrafting(OneCall):
+    """Trees where all nodes of a level have the same children; a level more costs no step."""
+
+    @abstractmethod
+    def _outputs(self, levels: int) -> Tensor:
+        """What the head reads of the first levels: (levels, batch, hidden)."""
+
+    def propose(
+        self,
+        root: Tensor,
+        shape: TreeShape,
+        warp: Warp | None = None,
+        chance: Uniforms | None = None,
+    ) -> DraftTree:
+        """Draft the paths of the largest products of marginals, or drawn ones, below `root`.
+
+        Each q is known before a token of the tree is, so drawing from it and testing is exact.
+
+        Args:
+            root: (batch,).
+            shape, warp, chance: see [`FixedDrafting`].
+        """
+        outputs, root = self._outputs(shape.depth), root.to(self.device)
+        log_path = outputs.new_zeros(outputs.shape[:2], dtype=torch.float32)  # (levels, batch)
+        if warp is not None:
+            probs = warped(self.head.logits(outputs, log_path), warp)  # (levels, batch, vocab)
+            drawn = SampledTreeBuilder(root, chance)
+            for level, own in zip(plan_levels(shape), probs, strict=False):
+                drawn.best(level.families)
+                drawn.draw(own[:, None].expand(-1, level.families, -1), level.children)
+            return drawn.build()
+        builder, width = TreeBuilder(root, shape), 1
+        top_k = min(shape.top_k, text_config(self.target.model).vocab_size)
+        children = self.head.children(outputs, log_path, top_k)  # (levels, batch, top_k) each
+        for level in zip(*children, strict=True):
+            tokens, confidence = (one[:, None].expand(-1, width, -1) for one in level)
+            width = builder.add_level(tokens, confidence).tokens.shape[1]
+        return builder.build()
+
+
+class LastFeatureDrafting(OneCall):
     """Keeps the feature before each root, and no cache; a family says how it drafts from it.
 
         tokens          x0   x1   x2   x3        x3 is the root, which the target has not read
@@ -117,16 +172,6 @@ class LastFeatureDrafting:
         check_target(drafter.config, target.model, takes_other_vocabulary=True)
         self.drafter, self.target = drafter, target
         self._num_tokens = text_config(target.model).vocab_size
-
-    @property
-    def device(self) -> torch.device:
-        """See [`FixedDrafting`]."""
-        return self.drafter.device
-
-    @property
-    def kind(self) -> Hashable:
-        """See [`FixedDrafting`]."""
-        return weakref.ref(self.drafter), self.drafter.dtype
 
     def begin(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
         """Take the last feature of prompts, (batch, length, hidden); see [`Drafting`]."""

@@ -25,19 +25,13 @@ from .draft_heads import (
 from .group_logits import has_kernel
 from .quantized import DEVICES, QuantizedRows, quantize
 from .router import Router, Routing, check_order, check_token_ids, order_hash
-from .settings import DRAFT_HEADS, HEAD_FIELDS
+from .settings import DRAFT_HEADS, HEAD_FIELDS, UNTRAINED_HEADS, HeadFields
 
 logger = logging.get_logger(__name__)
 
+OF_ROUTER = ("num_groups", "grouping", "grouping_hash", "max_active_groups", "is_router_trained")
 # fields of a drafter that has no router, and what a fresh one starts from
-NO_ROUTER = {
-    "num_groups": None,
-    "grouping": "contiguous",
-    "grouping_hash": None,
-    "max_active_groups": None,
-    "is_router_trained": False,
-    "draft_head": "full",
-}
+NO_ROUTER = {name: getattr(HeadFields, name) for name in (*OF_ROUTER, "draft_head")}
 TRAIN = "train one with CoralTrainer(..., args=CoralTrainingArguments(stage={!r}))"
 # what a drafter lacks for a draft head, and how it gets it
 REMEDIES = {
@@ -92,81 +86,61 @@ class DraftHeads(nn.Module):
         name = self.config.draft_head if name is None else name
         if name not in DRAFT_HEADS:
             raise ValueError(f"`draft_head` is {name!r}; use one of {DRAFT_HEADS}.")
-        if name == "full":
-            return FullHead(head)
         router = self.router if self.config.is_router_trained else None
-        parts = {"frequency": self.hot_tokens, "low_rank": self.low_rank, "quantized": self}
-        part = parts.get(name, router)
+        parts = {"frequency": self.hot_tokens, "low_rank": self.low_rank}
+        part = self if name in UNTRAINED_HEADS else parts.get(name, router)
+        device, problem = head.weight.device.type, None
         if part is None:
-            raise ValueError(
-                f"`draft_head` is {name!r}, but this drafter has no {REMEDIES[name]}, or use"
-                " draft_head='full'."
+            problem = f"this drafter has no {REMEDIES[name]}, or use draft_head='full'"
+        elif name != "full" and not head.is_readable:
+            problem = (
+                "the target's LM head is quantised, offloaded or adapted, so that no part of it can"
+                " be read alone; use draft_head='full'"
             )
-        if not head.is_readable:
-            raise ValueError(
-                f"`draft_head` is {name!r}, but the target's LM head is quantised, offloaded or"
-                " adapted, so that no part of it can be read alone; use draft_head='full'."
+        elif "quantized" in name and device not in DEVICES:
+            problem = (
+                f"the target's LM head is on {device!r}, and products of eight bits are there for"
+                f" {DEVICES}; use draft_head='full' or 'routed'"
             )
-        if "quantized" in name and (device := head.weight.device.type) not in DEVICES:
-            raise ValueError(
-                f"`draft_head` is {name!r}, but the target's LM head is on {device!r}, and products"
-                f" of eight bits are there for {DEVICES}; use draft_head='full' or 'routed'."
+        if problem is not None:
+            raise ValueError(f"`draft_head` is {name!r}, but {problem}.")
+        return FullHead(head) if name == "full" else self._part(name, head, part)
+
+    def _part(self, name: str, head: LMHead, part: Any) -> DraftHead:
+        """Return the draft head that reads a part of a head (vocab, hidden), or a copy of it."""
+        weight, cached = head.weight, self._cached[name]
+        if name == "quantized":
+            return QuantizedHead(head, cached.get([weight], lambda: quantize(weight)))
+        if name == "low_rank":
+            up = part.up.weight  # (hidden, rank)
+            channels = cached.get([weight, up], lambda: weight.detach() @ up.detach().to(weight))
+            return LowRankHead(head, part, channels)
+        if name == "frequency":
+            tokens = self._cached["hot tokens"].get(
+                [part, weight], lambda: part[part < len(weight)]
             )
-        if part is self:
-            rows = self._cached["quantized"].get([head.weight], lambda: quantize(head.weight))
-            return QuantizedHead(head, rows)
-        if isinstance(part, Router):
-            return self._routed(head, part, is_quantized="quantized" in name)
-        if isinstance(part, LowRank):
-            return self._low_rank(head, part)
-        return self._frequency(head, part)
-
-    def _frequency(self, head: LMHead, hot: Tensor) -> DraftHead:
-        """Return the frequency head of tokens (hot,), of those that the target has.
-
-        Its rows are (hot, hidden).
-        """
-        weight = head.weight
-        if len(weight) < self.config.vocab_size:
-            hot = self._cached["hot tokens"].get([hot, weight], lambda: hot[hot < len(weight)])
-            if not len(hot):
-                return FullHead(head)
-        rows = self._cached["hot rows"].get([weight, hot], lambda: weight.detach()[hot])
-        return FrequencyHead(head, hot, rows)
-
-    def _routed(self, head: LMHead, router: Router, is_quantized: bool) -> DraftHead:
-        """Return the routed head; its own rows are (vocab, hidden) with each group in one piece.
-
-        Where a target has lost rows since, it has rows of zeros, which are never drafted.
-        """
-        weight, vocab_size = head.weight, self.config.vocab_size
-        weights, is_finite = [*router.parameters()], self._cached["finite router"]
+            rows = cached.get([weight, tokens], lambda: weight.detach()[tokens])
+            # a target may have lost all of them
+            return FrequencyHead(head, tokens, rows) if len(tokens) else FullHead(head)
+        weights, is_finite = [*part.parameters()], self._cached["finite router"]
         if not is_finite.get(weights, lambda: all(x.isfinite().all() for x in weights)):
             logger.warning_once(
                 "The router's weights are not finite: the whole LM head is read instead."
             )
             return FullHead(head)
-        order = router.order
-        sources = [weight] if order is None else [weight, order]
-        lost = max(vocab_size - len(weight), 0)
+        order, size = part.order, self.config.vocab_size
+        sources, is_lost = [weight] if order is None else [weight, order], size > len(weight)
 
-        def grouped() -> Tensor:  # (vocab, hidden)
-            padded = F.pad(weight.detach(), (0, 0, 0, lost))
-            return padded[:vocab_size] if order is None else padded[order]
+        def grouped() -> Tensor:  # (vocab, hidden) with each group in one piece
+            rows = F.pad(weight.detach(), (0, 0, 0, max(size - len(weight), 0)))
+            return rows[:size] if order is None else rows[order]
 
-        rows: Tensor | QuantizedRows | None = None
-        if is_quantized:
-            rows = self._cached["quantized groups"].get(sources, lambda: quantize(grouped()))
-        elif lost or (order is not None and not has_kernel(weight)):
-            rows = self._cached["groups"].get(sources, grouped)
-        return RoutedHead(head, router, Routing.from_config(self.config), rows, vocab_size)
-
-    def _low_rank(self, head: LMHead, low_rank: LowRank) -> DraftHead:
-        weight, up = head.weight, low_rank.up.weight  # (vocab, hidden), (hidden, rank)
-        channels = self._cached["channels"].get(
-            [weight, up], lambda: weight.detach() @ up.detach().to(weight.dtype)
-        )  # (vocab, rank)
-        return LowRankHead(head, low_rank, channels)
+        copy: Tensor | QuantizedRows | None = None
+        if name == "routed_quantized":
+            copy = cached.get(sources, lambda: quantize(grouped()))
+        elif is_lost or (order is not None and not has_kernel(weight)):
+            copy = cached.get(sources, grouped)
+        return RoutedHead(head, part, Routing.from_config(self.config), copy, size)
 
     def adopt(self, config: PreTrainedConfig) -> None:
         """Make room for the heads of another drafter, whose tensors are loaded next."""

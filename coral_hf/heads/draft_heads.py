@@ -194,7 +194,7 @@ class RoutedHead(DraftHead):
         weight: (vocab, hidden), the head's rows in the order of the groups, as they are or
             quantized; None reads the head's own, through the order where there is one.
         vocab_size: tokens of the groups; the head's by default. A head that has more rows since
-            reads these alone; of one that has fewer, `weight` has rows for those that are gone.
+            reads these alone; of one that has fewer, `weight` has zeros for those that are gone.
     """
 
     def __init__(
@@ -205,20 +205,22 @@ class RoutedHead(DraftHead):
         weight: Tensor | QuantizedRows | None = None,
         vocab_size: int | None = None,
     ):
-        self.head = head
-        self.router = router
-        self.routing = routing
-        self.num_rows = head.weight.shape[0]
-        vocab_size = vocab_size or self.num_rows
+        self.head, self.router, self.routing = head, router, routing
+        self.num_rows = num_rows = head.weight.shape[0]
+        vocab_size = vocab_size or num_rows
         self.groups = router.groups_of(vocab_size)
         self._own_weight = weight
         self._weight = head.weight[:vocab_size] if weight is None else weight
         self._order = self.groups.order if weight is None else None
-        self._bias = None
-        if head.bias is not None:
-            self._bias = F.pad(head.bias, (0, vocab_size - self.num_rows))  # cuts where negative
-            if weight is not None and self.groups.order is not None:
-                self._bias = self._bias[self.groups.order]
+        self._bias, self._is_gone = head.bias, None
+        if vocab_size > num_rows:  # what the target has lost is never drafted
+            bias = head.weight.new_zeros(num_rows) if self._bias is None else self._bias
+            self._bias = F.pad(bias, (0, vocab_size - num_rows), value=float("-inf"))
+            self._is_gone = self.groups.mass(self._bias.isfinite().float()) == 0  # (groups,)
+        elif self._bias is not None:
+            self._bias = self._bias[:vocab_size]
+        if self._bias is not None and weight is not None and self.groups.order is not None:
+            self._bias = self._bias[self.groups.order]
 
     def by_node(self) -> "RoutedHead":
         """Return the same head for nodes that are each alone in their level, as in a chain."""
@@ -231,55 +233,43 @@ class RoutedHead(DraftHead):
         A child's confidence is the router's mass of all that was read × its probability there; it
         is 0 for what fills up the children where fewer tokens were read.
         """
-        log_mass = self._log_mass(features)
-        active = self._choose(log_mass, log_path)
+        log_mass, active = self._choose(features, log_path)
         logits = self._read(features, active).flatten(2)  # (batch, nodes, slots * size)
         places, log_probs = rank(logits, min(top_k, logits.shape[-1]))
         slots, offsets = places // self.groups.size, places % self.groups.size
-        group = active.expand(-1, features.shape[1], -1).gather(2, slots)
-        tokens = self.groups.tokens(group, offsets)
-        log_confidence = log_probs + self._mass_read(log_mass, active)[..., None]
-        return Children(tokens.clamp(max=self.num_rows - 1), log_confidence)
+        active = active.expand(-1, features.shape[1], -1)  # (batch, nodes, slots)
+        tokens = self._tokens(active.gather(2, slots), offsets)
+        is_unused = active == UNUSED
+        mass = log_mass.gather(2, active.masked_fill(is_unused, 0))
+        mass_read = mass.masked_fill(is_unused, float("-inf")).logsumexp(-1)  # (batch, nodes)
+        return Children(tokens, log_probs + mass_read[..., None])
 
     def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
         """Compute the target's logits in the active groups, (batch, nodes, vocab)."""
-        active = self._choose(self._log_mass(features), log_path)
+        _, active = self._choose(features, log_path)
         read = self._read(features, active)
-        tokens = self._tokens(active).clamp(max=self.num_rows - 1).expand_as(read)
+        offsets = torch.arange(self.groups.size, device=active.device)
+        tokens = self._tokens(active[..., None], offsets).expand_as(read)
         logits = read.new_full((*read.shape[:2], self.num_rows), float("-inf"))
         # a place without a token stands for some other token, whose logit it must not overwrite
         return logits.scatter_reduce_(2, tokens.flatten(2), read.flatten(2), "amax")
 
-    def _log_mass(self, features: Tensor) -> Tensor:
-        """Log-mass of each group, (batch, nodes, groups); none of those without a token left."""
-        log_mass = self.router(features)
-        if self.num_rows >= self.groups.vocab_size:
-            return log_mass
-        groups = torch.arange(log_mass.shape[-1], device=log_mass.device)
-        is_gone = (self._tokens(groups) >= self.num_rows).all(-1)  # (groups,)
-        return log_mass.masked_fill(is_gone, float("-inf")).log_softmax(-1)
+    def _choose(self, features: Tensor, log_path: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log-mass of groups, (batch, nodes, groups), and those that are read.
 
-    def _choose(self, log_mass: Tensor, log_path: Tensor) -> Tensor:
-        """Choose groups (batch, 1 or nodes, slots), see [`Routing`]; empty groups are left out."""
-        return self.routing.choose(log_mass[..., : self.groups.filled], log_path)
+        These are (batch, 1 or nodes, slots), see [`Routing`]; groups without tokens are left out.
+        """
+        log_mass = self.router(features)
+        if self._is_gone is not None:
+            log_mass = log_mass.masked_fill(self._is_gone, float("-inf")).log_softmax(-1)
+        return log_mass, self.routing.choose(log_mass[..., : self.groups.filled], log_path)
+
+    def _tokens(self, group: Tensor, offset: Tensor) -> Tensor:
+        """Return the tokens at offsets in groups, of their common shape; any where none is."""
+        return self.groups.tokens(group, offset).clamp(max=self.num_rows - 1)
 
     def _read(self, features: Tensor, active: Tensor) -> Tensor:
         """Compute logits of the active groups, (batch, nodes, slots, size), -inf at no token."""
-        weight = self._weight
-        features = features.to(self.head.weight.dtype)
-        raw = group_logits(features, weight, active, self.groups.size, self._bias, self._order)
-        if self.num_rows < self.groups.vocab_size:  # the target has lost tokens
-            raw = raw.masked_fill(self._tokens(active) >= self.num_rows, float("-inf"))
+        features, size = features.to(self.head.weight.dtype), self.groups.size
+        raw = group_logits(features, self._weight, active, size, self._bias, self._order)
         return self.head.finish(raw)
-
-    def _tokens(self, active: Tensor) -> Tensor:
-        """List the tokens of groups (batch, nodes, slots): (batch, nodes, slots, size)."""
-        offsets = torch.arange(self.groups.size, device=active.device)
-        return self.groups.tokens(active[..., None], offsets)
-
-    @staticmethod
-    def _mass_read(log_mass: Tensor, active: Tensor) -> Tensor:
-        """Log-mass of all that was read together, (batch, nodes)."""
-        is_unused = active == UNUSED  # (batch, 1 or nodes, slots)
-        groups = active.masked_fill(is_unused, 0).expand(-1, log_mass.shape[1], -1)
-        return log_mass.gather(2, groups).masked_fill(is_unused, float("-inf")).logsumexp(-1)

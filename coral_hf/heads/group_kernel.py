@@ -38,19 +38,11 @@ def fused_group_logits(
             tensors = (features.contiguous(), weight, scales, bias, active.contiguous(), order)
             vocab = len(weight if scales is None else scales)
             sizes = (nodes, hidden, vocab, slots, size, weight.stride(0))
-            _group_logits[grid](
-                *tensors,
-                logits,
-                *sizes,
-                HAS_SCALES=scales is not None,
-                HAS_BIAS=bias is not None,
-                HAS_ORDER=order is not None,
-                NODES=block_nodes,
-                TOKENS=TOKENS,
-                CHANNELS=ROW_BYTES // weight.element_size(),
-                num_stages=NUM_STAGES,
-                enable_fp_fusion=True,  # sums differ in the last bit without; its default changes
-            )
+            given = [part is not None for part in (scales, bias, order)]
+            blocks = (block_nodes, TOKENS, ROW_BYTES // weight.element_size())
+            # sums differ in the last bit without fusion, whose default changes
+            options = {"num_stages": NUM_STAGES, "enable_fp_fusion": True}
+            _group_logits[grid](*tensors, logits, *sizes, *given, *blocks, **options)
     return logits
 
 
@@ -93,16 +85,9 @@ def _group_logits(
     for start in range(0, tl.where(group >= 0, hidden, 0), CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
         is_channel = channel < hidden
-        x = tl.load(
-            feature_start[:, None] + channel,
-            mask=is_node[:, None] & is_channel,
-            other=0.0,
-        )  # (NODES, CHANNELS)
-        w = tl.load(
-            weight_start[None, :] + channel[:, None],
-            mask=is_token & is_channel[:, None],
-            other=0.0,
-        )  # (CHANNELS, TOKENS)
+        has_x, has_w = is_node[:, None] & is_channel, is_token & is_channel[:, None]
+        x = tl.load(feature_start[:, None] + channel, mask=has_x, other=0.0)  # (NODES, CHANNELS)
+        w = tl.load(weight_start + channel[:, None], mask=has_w, other=0.0)  # (CHANNELS, TOKENS)
         total = tl.dot(x, w.to(x.dtype), total, input_precision="ieee")
     if HAS_SCALES:
         total *= tl.load(scales + token, mask=is_token, other=0.0)

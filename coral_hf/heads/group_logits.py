@@ -11,7 +11,6 @@ would do, takes up to six times as long on a CPU.
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,8 +57,10 @@ def group_logits(
     scales = None
     if isinstance(weight, QuantizedRows):
         weight, scales = weight
+    tensors = (features, weight) if bias is None else (features, weight, bias)
     # the operator has no gradient
-    read = plain_group_logits if _needs_gradient(features, weight, bias) else _group_logits
+    is_plain = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    read = plain_group_logits if is_plain else _group_logits
     return read(features, weight, active, size, bias, order, scales).view(batch, nodes, -1, size)
 
 
@@ -99,50 +100,30 @@ def plain_group_logits(
     vocab = len(weight if scales is None else scales)
     shape = (*features.shape[:2], active.shape[-1], size)
     logits = features.new_full(shape, float("-inf"), dtype=torch.float32)
-    if scales is None:
-        read = _exact_reader(features, weight, bias)
-    else:
-        read = _rounded_reader(features, QuantizedRows(weight, scales), bias)
+    if scales is not None and not features.is_cuda:  # no product there takes groups of any size
+        rounded = round_rows(features.flatten(0, 1), weight.dtype)
+        values, sizes = (part.unflatten(0, features.shape[:2]) for part in rounded)
     for group, readers in _readers(active).items():
         start, stop = group * size, min((group + 1) * size, vocab)
         if start >= stop:
             continue
         part = slice(start, stop) if order is None else order[start:stop]
+        own, own_bias = weight[part], None if bias is None else bias[part]
         # numbers where one sequence reads the group, as views cost less than gathered copies
         rows, slots = readers[0] if len(readers) == 1 else map(list, zip(*readers, strict=True))
         # (*readers, nodes, tokens)
-        logits[rows, :, slots, : stop - start] = read(rows, part).float()
-    return logits
-
-
-# rows of the batch, rows of the weight → logits (*readers, nodes, tokens)
-Reader = Callable[[Any, Any], Tensor]
-
-
-def _exact_reader(features: Tensor, weight: Tensor, bias: Tensor | None) -> Reader:
-    """Multiply features (batch, nodes, hidden) with parts of a weight (vocab, hidden)."""
-
-    def read(rows, part):  # (*readers, nodes, tokens)
-        return F.linear(features[rows], weight[part], None if bias is None else bias[part])
-
-    return read
-
-
-def _rounded_reader(features: Tensor, weight: QuantizedRows, bias: Tensor | None) -> Reader:
-    """The same of quantized rows; on a CPU features (batch, nodes, hidden) are rounded too."""
-    rounded = round_rows(features.flatten(0, 1), weight.values.dtype)
-    values, scales = (x.unflatten(0, features.shape[:2]) for x in rounded)
-
-    def read(rows, part):  # (*readers, nodes, tokens)
-        own = QuantizedRows(weight.values[part], weight.scales[part])
-        if features.is_cuda:  # no product there takes groups of any size
-            block = F.linear(features[rows], own.values.to(features.dtype)) * own.scales
+        if scales is None:
+            block = F.linear(features[rows], own, own_bias)
+        elif features.is_cuda:
+            block = F.linear(features[rows], own.to(features.dtype)) * scales[part]
         else:
-            block = multiply(values[rows].flatten(0, -2), scales[rows].flatten(), *own)
-            block = block.unflatten(0, scales[rows].shape)
-        return block if bias is None else block + bias[part]
-
-    return read
+            block = multiply(
+                values[rows].flatten(0, -2), sizes[rows].flatten(), own, scales[part]
+            ).unflatten(0, sizes[rows].shape)
+        if scales is not None and own_bias is not None:
+            block = block + own_bias
+        logits[rows, :, slots, : stop - start] = block.float()
+    return logits
 
 
 def _readers(active: Tensor) -> dict[int, list[tuple[int, int]]]:
@@ -171,8 +152,3 @@ def _kernel() -> Callable[..., Tensor] | None:
     except ImportError:
         return None
     return fused_group_logits
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a gradient flows to any of some tensors, of any shape."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

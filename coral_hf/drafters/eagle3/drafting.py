@@ -24,8 +24,7 @@ from ...heads.settings import UNTRAINED_HEADS
 from ...lm_head import LMHead
 from ...target import Target, text_config
 from ..cached_drafting import FeatureDrafting
-from ..tree_builders import chosen_of_marginals, drawn_of_marginals
-from ..tree_drafting import last_kept, warped
+from ..tree_drafting import MarginalDrafting, last_kept
 from .modeling import Eagle3Drafter, ParallelDrafter
 
 MASKED = -1  # stands for a token that is not known
@@ -83,7 +82,7 @@ class Eagle3Drafting(FeatureDrafting):
         return self.drafter.embed(tokens) if has_own else self.target.embed(tokens)
 
 
-class ParallelDrafting(Eagle3Drafting):
+class ParallelDrafting(MarginalDrafting, Eagle3Drafting):
     """Drafts for one call of `generate` with a [`ParallelDrafter`]; see [`FeatureDrafting`].
 
     `_output` holds all levels of the next tree, as far as they are known: (batch, levels, hidden).
@@ -156,23 +155,5 @@ class ParallelDrafting(Eagle3Drafting):
         tokens = F.pad(tokens, (0, self._ahead), value=MASKED)
         return self._step(tokens, self.read(features), positions, mask)
 
-    def _draw(self, root: Tensor, shape: TreeShape, warp: Warp, chance: Any) -> DraftTree:
-        """A tree of draws without replacement among siblings, which share the q of their level."""
-        outputs = self._outputs(shape.depth)
-        logits = self.head.logits(outputs, _no_path(outputs))  # (levels, batch, vocab)
-        return drawn_of_marginals(root, shape, warped(logits, warp), chance)
-
-    def _choose(self, root: Tensor, shape: TreeShape) -> DraftTree:
-        """The paths of the largest products of marginals below `root` (batch,)."""
-        outputs = self._outputs(shape.depth)
-        children = self.head.children(outputs, _no_path(outputs), shape.top_k)
-        return chosen_of_marginals(root, shape, *children)
-
     def _outputs(self, levels: int) -> Tensor:
-        """What the head reads of the first levels: (levels, batch, hidden)."""
         return self._output[:, :levels].transpose(0, 1)
-
-
-def _no_path(outputs: Tensor) -> Tensor:
-    """The log-confidence of empty paths, to outputs (levels, batch, hidden): (levels, batch)."""
-    return outputs.new_zeros(outputs.shape[:2], dtype=torch.float32)
