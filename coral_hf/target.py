@@ -49,12 +49,6 @@ def read_scales(text: PreTrainedConfig) -> Scales:
     return Scales(float(embedding), float(factor / divisor), softcap)
 
 
-def may_scale(text: PreTrainedConfig) -> bool:
-    """Whether targets with this kind of config can have [`Scales`], whatever its values are."""
-    names = ("embedding_multiplier", "logit_scale", "logits_scaling", "final_logit_softcapping")
-    return any(hasattr(text, name) for name in names)
-
-
 @dataclass(frozen=True)
 class Target:
     """What a drafter reads of its target, for one call."""

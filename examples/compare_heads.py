@@ -55,7 +55,7 @@ MADE_WITH = {
     "frequency": ("num_hot_tokens",),
     "low_rank": ("head_rank",),
 }
-READ_WITH = ("num_active_groups", "routing", "max_active_groups", "active_mass")
+READ_WITH = ("num_active_groups", "routing", "active_mass")
 READ_ALONE = {name: getattr(CoralConfig, name) for name in READ_WITH[1:]}  # unless a trial says
 
 

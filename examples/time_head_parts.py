@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coral_hf.heads.group_logits import plain_group_logits
-from coral_hf.heads.ranking import rank
+from coral_hf.heads.products import plain_group_logits, rank
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GROUPS, ACTIVE = 64, 8

@@ -15,8 +15,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from coral_hf.heads.draft_heads import FullHead, QuantizedHead, RoutedHead
-from coral_hf.heads.group_logits import has_kernel
-from coral_hf.heads.quantized import quantize
+from coral_hf.heads.products import has_kernel, quantize
 from coral_hf.heads.router import Router, Routing
 from coral_hf.lm_head import LMHead
 

@@ -61,7 +61,7 @@ def inputs(
 
 def quantized_inputs(name: str) -> Inputs:
     """A case whose weight is quantized."""
-    from coral_hf.heads.quantized import quantize
+    from coral_hf.heads.products import quantize
 
     case = inputs(name, torch.float32, has_bias=True)
     return case._replace(weight=quantize(case.weight, torch.int8))
@@ -77,7 +77,7 @@ def write_interpreted(path: str) -> None:
     package = ModuleType("coral_hf")
     package.__path__ = [str(Path(__file__).parents[1] / "coral_hf")]
     sys.modules["coral_hf"] = package
-    from coral_hf.heads import group_logits as module
+    from coral_hf.heads import products as module
 
     module.has_kernel = lambda weight: True  # the interpreter works where no CUDA is
     logits = {

@@ -174,9 +174,9 @@ def test_a_value_of_the_wrong_type_raises(name, value):
     [
         ({"draft_head": "half"}, "`draft_head` is 'half'; use one of"),
         ({"draft_head": "routed"}, "`num_groups` is None"),
-        ({"num_groups": 0}, "`num_groups` is 0; use a value from 1 to `vocab_size` = 32000"),
+        ({"num_groups": 0}, "`num_groups` is 0; use 1 to 32000"),
         ({"num_groups": 32001}, "`num_groups` is 32001"),
-        ({"num_groups": 4, "num_active_groups": 5}, "`num_active_groups` is 5; .* = 4"),
+        ({"num_groups": 4, "num_active_groups": 5}, "`num_active_groups` is 5; use 1 to 4"),
         ({"num_groups": 4, "num_active_groups": 0}, "`num_active_groups` is 0"),
     ],
 )

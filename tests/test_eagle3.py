@@ -55,8 +55,8 @@ def test_a_config_takes_the_published_draft_vocabulary_or_all_of_a_small_one():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"draft_vocab_size": VOCAB + 1}, "`draft_vocab_size` is 41; use a value from 1 to"),
-        ({"hidden_size": 24}, "target's embeddings do not fit"),
+        ({"draft_vocab_size": VOCAB + 1}, "`draft_vocab_size` is 41; use 1 to 40"),
+        ({"hidden_size": 24}, "target's embeddings have 32 channels"),
         ({"target_layers": [1, 3]}, "`target_layers` are .1, 3., and the target has 2 layers"),
         ({"target_layers": []}, "use hidden states from 0 to 2, such as .0, 1, 2."),
     ],

@@ -167,7 +167,7 @@ def test_a_router_needs_the_whole_vocabulary_in_its_order(target, tmp_path):
     rows = rows_of([*range(3, 15)])
     for drafter in (part, shuffled):
         drafter.training_record = [{"stage": "drafter"}]
-        with pytest.raises(ValueError, match="a row for each token, in their order; .* of 40 tok"):
+        with pytest.raises(ValueError, match="a row for each token, in order; .* for 40 tok"):
             stages = [
                 CoralTrainingArguments(str(tmp_path / stage), recipe="eagle3", stage=stage)
                 for stage in ("drafter", "router")

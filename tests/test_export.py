@@ -367,7 +367,7 @@ def test_the_tokens_of_a_frequency_head_are_sglangs_map(target, tmp_path):
 @pytest.mark.parametrize(
     ("engine", "tokens", "said"),
     [
-        ("vllm", [1, 2], "`hot_tokens` are read by SGLang only"),
+        ("vllm", [1, 2], "`hot_tokens` are for CORAL drafters in SGLang"),
         ("sglang", [1, 1], r"`hot_tokens` has shape \(2,\) .* names 1 different tokens"),
         (
             "sglang",
@@ -527,7 +527,7 @@ def test_the_command_takes_coral_drafters_alone(tmp_path, model_type):
     result = invoke("export", str(tmp_path), *names)
     assert result.exit_code == 1
     assert f"holds a {model_type} model, not a drafter of this library" in printed(result)
-    assert f"import it first: coral-hf import {tmp_path} --target" in printed(result)
+    assert f"checkpoint first: coral-hf import {tmp_path} --target" in printed(result)
 
 
 def test_a_checkpoint_of_eagle_survives_the_way_in_and_out(target, tmp_path):

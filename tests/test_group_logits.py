@@ -12,8 +12,7 @@ from group_cases import CASES, INTERPRETED, Inputs, inputs, quantized_inputs
 from torch import Tensor
 from torch.nn import functional as F
 
-from coral_hf.heads.group_logits import group_logits, plain_group_logits
-from coral_hf.heads.quantized import round_rows
+from coral_hf.heads.products import group_logits, plain_group_logits, round_rows
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"

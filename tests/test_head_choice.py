@@ -254,7 +254,7 @@ def test_groups_that_do_not_cover_the_vocabulary_are_refused(drafter):
 
 
 def test_more_channels_than_the_head_has_are_refused(target, drafter):
-    with pytest.raises(ValueError, match="`head_rank` is 33; .* `hidden_size` = 32"):
+    with pytest.raises(ValueError, match="`head_rank` is 33; use 1 to 32"):
         drafter.heads.add_low_rank_head(33, head_of(target, drafter))
 
 
@@ -301,7 +301,6 @@ def test_hot_tokens_of_a_checkpoint_are_tokens(target, drafter, tmp_path):
         ({"num_groups": 4, "grouping": "kmeans"}, "come with an order of the vocabulary"),
         ({"num_hot_tokens": 10}, "'num_hot_tokens'. would name a draft head"),
         ({"head_rank": 8, "draft_head": "low_rank"}, "has learned nothing"),
-        ({"num_groups": 4, "max_active_groups": 2}, "which is for routing='union'"),
     ],
 )
 def test_a_fresh_drafter_has_no_head_that_has_learned_nothing(target, fields, message):

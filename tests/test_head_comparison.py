@@ -22,14 +22,13 @@ ROUTED = "routed grouping=contiguous num_groups=8 num_active_groups=2"
 
 
 def test_the_key_of_a_trial_is_how_its_head_is_made_not_how_it_is_read():
-    trial = HeadTrial.parse(f"{ROUTED} routing=union max_active_groups=3 active_mass=0.9")
+    trial = HeadTrial.parse(f"{ROUTED} routing=per_node active_mass=0.9")
     assert trial.head == "routed" and trial.key == "routed-contiguous-8"
     assert trial.fields == {
         "grouping": "contiguous",
         "num_groups": 8,
         "num_active_groups": 2,
-        "routing": "union",
-        "max_active_groups": 3,
+        "routing": "per_node",
         "active_mass": 0.9,
     }
     assert HeadTrial.parse("full").key == "full"

@@ -255,7 +255,7 @@ BAD = {
     "another vocabulary": (
         {"vocab_size": 48},
         lambda _: {},
-        "has no `embed_tokens.weight` that",
+        "has no `embed_tokens.weight` to compare",
     ),
     "another target": (
         {},

@@ -236,8 +236,8 @@ def test_heads_of_another_base_model_or_of_none_are_read_with_a_warning(
     written(tmp_path, medusa_tensors(), config={**PUBLISHED, "base_model_name_or_path": base})
     with caplog.at_level(logging.WARNING):
         import_drafter(target, tmp_path)
-    named = base or "a model that is not named"
-    assert f"were made for {named}, and the target is unnamed" in caplog.text
+    named = base or "an unnamed model"
+    assert f"were made for {named}, not by name for this target" in caplog.text
 
 
 def test_published_heads_are_a_warm_start(target, tmp_path):

@@ -294,7 +294,7 @@ def test_a_tensor_of_another_shape_raises(saved):
     tensors = load_file(folder / "model.safetensors")
     tensors["fc.weight"] = tensors["fc.weight"][:, :-1].contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"mismatched_keys fc.weight \(32, 63\) for \(32, 64\)"):
+    with pytest.raises(ValueError, match="mismatched_keys .*fc.weight.*32, 63.*32, 64"):
         AutoModel.from_pretrained(folder)
 
 

@@ -285,7 +285,7 @@ def test_other_names_of_the_same_are_read(deep, tmp_path, names):
     ("changes", "said"),
     [
         ({"ptd_token_id": None}, "names its mask token as one of pard_token, ptd_token_id, mask"),
-        ({"ptd_token_id": VOCAB}, f"expected a token from 0 to {VOCAB - 1}, and found {VOCAB}"),
+        ({"ptd_token_id": VOCAB}, f"expected a token from 0 to {VOCAB - 1}, found {VOCAB}"),
     ],
 )
 def test_a_checkpoint_without_its_mask_token_is_refused(deep, tmp_path, changes, said):
@@ -300,8 +300,8 @@ def test_a_checkpoint_without_its_mask_token_is_refused(deep, tmp_path, changes,
     ("engine", "overrides", "with_target", "said"),
     [
         ("sglang", {}, True, "sglang drafts no tokens in parallel"),
-        ("vllm", {"mask_token_id": None}, True, "`mask_token_id` is not set; set it"),
-        ("vllm", {}, False, "goes into the target's embeddings, so pass `target`"),
+        ("vllm", {"mask_token_id": None}, True, "`mask_token_id` is None; set it"),
+        ("vllm", {}, False, "goes into the target's, so pass `target`"),
         ("vllm", {"target_layers": [2, 4]}, True, "a shared hidden state of three layers"),
     ],
 )
@@ -314,7 +314,7 @@ def test_what_an_engine_cannot_draft_is_refused(
 
 
 def test_a_mask_token_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="`mask_token_id` is 40; use a token from 0 to 39"):
+    with pytest.raises(ValueError, match="`mask_token_id` is 40; use 0 to 39"):
         ParallelConfig.from_target(LlamaConfig(vocab_size=40), mask_token_id=40)
 
 

@@ -8,7 +8,7 @@ from head_inputs import make_head, make_level, make_router
 from torch import Tensor
 
 from coral_hf.heads.draft_heads import QuantizedHead, RoutedHead
-from coral_hf.heads.quantized import (
+from coral_hf.heads.products import (
     ALIGNMENT,
     QuantizedRows,
     dtype_for,
@@ -82,7 +82,7 @@ def test_the_head_finishes_rounded_logits_as_the_target_does(bias, finish):
         torch.testing.assert_close(logits, raw.logits(level[0]).float(), rtol=0, atol=0.03)
 
 
-@pytest.mark.parametrize("routing", ["shared", "union", "per_node"])
+@pytest.mark.parametrize("routing", ["shared", "per_node"])
 @torch.no_grad()
 def test_groups_of_a_batch_are_read_from_the_copy(routing):
     head, level = make_head(50, bias=True), make_level(batch=2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from coral_hf.heads.ranking import BLOCK, best_places, rank
+from coral_hf.heads.products import BLOCK, best_places, rank
 
 # what is read: few, whole blocks, and blocks of which the last is shorter
 SIZES = [1, 40, 2 * BLOCK, 64 * BLOCK, 64 * BLOCK + 1, 65 * BLOCK - 1]

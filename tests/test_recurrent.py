@@ -162,7 +162,7 @@ def test_a_tree_has_the_most_confident_nodes_or_the_beams_alone(target):
 
 
 def test_a_beam_wider_than_the_vocabulary_is_refused(target):
-    with pytest.raises(ValueError, match="`tree_top_k` is 41, a beam wider than the vocabulary"):
+    with pytest.raises(ValueError, match="`tree_top_k` is 41, and there are 40 tokens; use less"):
         drafted(target, drafter_of(target), prompts(), **PLAIN, tree_top_k=41)
 
 

@@ -92,18 +92,7 @@ def test_by_node_changes_the_routing_and_nothing_else(order_of):
     assert found.tokens.equal(expected.tokens)
 
 
-def test_in_a_union_every_row_sees_all_groups_that_any_wants(order_of):
-    head, router = make_head(50), make_router(7, order_of(50))
-    features, log_path = make_level(nodes=5)
-    wanted = router(features).argmax(-1).unique().tolist()
-    assert 1 < len(wanted) < 5
-    children = routed(head, router, 1, "union").children(features, log_path, 5)
-    best, tokens = confidence_by_hand(head, router, features, wanted).sort(-1, descending=True)
-    assert children.tokens.equal(tokens[..., :5])
-    torch.testing.assert_close(children.log_confidence, best[..., :5].log().float())
-
-
-@pytest.mark.parametrize("routing", ["shared", "union", "per_node"])
+@pytest.mark.parametrize("routing", ["shared", "per_node"])
 @pytest.mark.parametrize("active_mass", [None, 0.3])
 def test_logits_are_the_targets_in_the_active_groups_and_impossible_elsewhere(
     routing, active_mass, order_of
@@ -119,7 +108,7 @@ def test_logits_are_the_targets_in_the_active_groups_and_impossible_elsewhere(
     torch.testing.assert_close(logits[is_read], head.logits(features)[is_read].float())
 
 
-@pytest.mark.parametrize("routing", ["shared", "union", "per_node"])
+@pytest.mark.parametrize("routing", ["shared", "per_node"])
 def test_children_are_tokens_that_were_read_each_once(routing, order_of):
     head, router = make_head(50), make_router(16, order_of(50))
     features, log_path = make_level()

@@ -40,28 +40,11 @@ def test_each_row_reads_its_own_best_groups():
     assert choose("per_node", 2) == [[[0, 1], [2, 1], [3, 2]]]
 
 
-def test_the_union_is_what_any_row_wants_ranked_over_the_paths():
-    assert choose("union", 1) == [[[2, 0, 3]]]
-    # three rows with two wishes name all four groups
-    assert choose("union", 2) == [[[2, 0, 1, 3]]]
-
-
-def test_the_union_stops_at_its_cap():
-    assert choose("union", 1, max_active=2) == [[[2, 0]]]
-    assert choose("union", 2, max_active=3) == [[[2, 0, 1]]]
-
-
-def test_rows_that_agree_leave_slots_of_the_union_unused():
-    mass = MASS[:, :1].expand(-1, 3, -1)
-    assert choose("union", 1, mass=mass) == [[[0, UNUSED, UNUSED]]]
-
-
 def test_as_few_groups_are_read_as_hold_the_mass():
     assert choose("shared", 3, active_mass=0.3) == [[[2, UNUSED, UNUSED]]]
     assert choose("shared", 3, active_mass=0.5) == [[[2, 0, UNUSED]]]
     assert choose("shared", 3, active_mass=0.99) == [[[2, 0, 1]]]  # the cap
     assert choose("per_node", 2, active_mass=0.65) == [[[0, 1], [2, UNUSED], [3, UNUSED]]]
-    assert choose("union", 2, active_mass=0.65) == [[[2, 0, 1, 3]]]
 
 
 def test_a_group_is_always_read():
@@ -76,13 +59,11 @@ def test_the_most_unlikely_path_reads_a_group_as_any_other():
     assert Routing("shared", 1).choose(MASS.log(), path * float("inf")).min() >= 0
 
 
-def test_a_row_alone_in_its_level_reads_what_a_union_may():
-    routing = Routing("union", 3, max_active=2).by_node()
-    assert routing.choose(MASS.log(), PATH.log()).tolist() == [[[0, 1], [2, 1], [3, 2]]]
-    assert Routing("shared", 3, active_mass=0.9).by_node() == Routing("per_node", 3, None, 0.9)
+def test_a_row_alone_in_its_level_reads_its_own_groups():
+    assert Routing("shared", 3, active_mass=0.9).by_node() == Routing("per_node", 3, 0.9)
 
 
-@pytest.mark.parametrize("name", ["shared", "union", "per_node"])
+@pytest.mark.parametrize("name", ["shared", "per_node"])
 def test_sequences_of_a_batch_choose_for_themselves(name):
     mass, path = torch.cat([MASS, MASS.flip(2)]), torch.cat([PATH, PATH])
     together = choose(name, 2, mass=mass, path=path)

@@ -29,7 +29,6 @@ from coral_hf.target import (
     FEATURE,
     Target,
     check_target,
-    may_scale,
     read_features,
     read_scales,
     read_target,
@@ -106,7 +105,6 @@ def test_padding_on_the_right_leaves_the_features_of_a_row_as_they_are(family):
 )
 def test_scales_are_those_of_the_targets_config(config, scales):
     assert read_scales(config) == scales
-    assert may_scale(config) == (not isinstance(config, LlamaConfig))
 
 
 def test_nothing_of_a_target_is_registered_in_the_value_that_names_it():

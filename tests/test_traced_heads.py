@@ -14,15 +14,13 @@ from coral_hf.heads.draft_heads import (
     QuantizedHead,
     RoutedHead,
 )
-from coral_hf.heads.quantized import quantize
-from coral_hf.heads.ranking import BLOCK
+from coral_hf.heads.products import BLOCK, quantize
 from coral_hf.heads.router import Routing
 from coral_hf.lm_head import LMHead
 
 READS = 40 * BLOCK + 3  # enough that blocks are ranked first
 ROUTINGS = {
     "shared": Routing("shared", 2),
-    "union": Routing("union", 2, max_active=5),
     "per_node": Routing("per_node", 2),
     "shared_until_sure": Routing("shared", 3, active_mass=0.5),
 }
@@ -109,7 +107,7 @@ def test_a_head_is_one_graph(name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Inductor itself
-@pytest.mark.parametrize("name", ["full", "routed, union", "quantized", "routed, quantized"])
+@pytest.mark.parametrize("name", ["full", "routed, shared", "quantized", "routed, quantized"])
 @torch.no_grad()
 def test_a_compiled_head_proposes_the_same_tokens(name):
     children, level = make_children(name), make_level(batch=2)

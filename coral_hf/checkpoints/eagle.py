@@ -88,8 +88,8 @@ def eagle_drafter(
     if EMBEDDINGS not in tensors and HEAD not in tensors:
         check_num_tokens(fields["vocab_size"], own["vocab_size"])
         logger.warning(
-            f"The EAGLE checkpoint has no `{EMBEDDINGS}`, so only its sizes say that it belongs to"
-            " this target. With another one few drafted tokens would be accepted."
+            f"The checkpoint has no `{EMBEDDINGS}`, so only its sizes say that it belongs to this"
+            " target. With another one few drafted tokens would be accepted."
         )
     for name, weight in ((EMBEDDINGS, bound.embeddings.weight), (HEAD, bound.head.weight)):
         if name in tensors:
@@ -113,14 +113,11 @@ def check_tensors(
         remedy: how the message ends.
     """
     both = sorted(wanted.keys() & found.keys())
+    sizes = {name: [tuple(one[name].shape) for one in (found, wanted)] for name in both}
     problems = {
         "missing": sorted(wanted.keys() - found.keys()),
         "unknown": sorted(found.keys() - wanted.keys()),
-        "of another shape": [
-            f"{name} {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
-            for name in both
-            if found[name].shape != wanted[name].shape
-        ],
+        "of another shape": [f"{n} {own}, not {to}" for n, (own, to) in sizes.items() if own != to],
         "not finite": [name for name in both if not found[name].isfinite().all()],
     }
     listed = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
@@ -135,8 +132,7 @@ def check_num_tokens(vocab_size: int, own: int) -> None:
     if vocab_size != own:
         raise ValueError(
             f"`vocab_size` of the target is {own}, but the checkpoint was made for one with"
-            f" {vocab_size}, and has no `{EMBEDDINGS}` that would tell whether it is the same with"
-            " other padding or more tokens. Use the checkpoint's own target."
+            f" {vocab_size}, and has no `{EMBEDDINGS}` to compare. Use the checkpoint's own target."
         )
 
 
@@ -176,8 +172,8 @@ def drop_frequencies(tensors: dict[str, Tensor], config: PreTrainedConfig) -> No
         found = tensors.pop(name).float()
         if found.shape != frequencies.shape or not found.allclose(frequencies, rtol=ROUNDING):
             raise ValueError(
-                f"`{name}` of the checkpoint is not what its config's `rope_theta` gives; set"
-                " `rope_theta` in config.json to what the drafter was trained with."
+                f"`{name}` is not what its config's `rope_theta` gives; set that in config.json to"
+                " what the drafter was trained with."
             )
 
 
@@ -203,8 +199,7 @@ def table_scale(target: Target, num_rows: int = 64) -> float:
     if not torch.allclose(seen, scale * rows, rtol=ROUNDING, atol=1e-6):
         raise ValueError(
             f"The target's embedding {type(target.embeddings).__name__} is not a multiple of its"
-            " table, which is all that other engines' drafters read; train a drafter for this"
-            " target with CoralTrainer, and serve it with transformers."
+            " table, which is all that other engines' drafters read; serve it with transformers."
         )
     return 1.0 if abs(scale - 1.0) < 1e-3 else scale
 

@@ -66,19 +66,13 @@ SAMPLE = 4096  # rows of two tables that are compared
 SAME_TABLE = 0.5  # mean cosine of rows from which on one table was trained from the other
 
 
-def names_eagle3(config: dict[str, Any]) -> bool:
-    """Whether a config.json says that it is of an EAGLE-3 drafter, or of P-EAGLE."""
-    return (
-        config.get("speculators_model_type") in ("eagle3", "peagle")
-        or config.get("draft_vocab_size") is not None
-        or "eagle3" in str(config.get("architectures")).lower()
-    )
-
-
-def names_peagle(config: dict[str, Any]) -> bool:
-    """Whether a config.json says that it is of a P-EAGLE drafter."""
-    kinds = config.get("speculators_model_type"), config.get("architectures")
-    return _mask_token(config) is not None or "peagle" in str(kinds).lower()
+def named_kind(config: dict[str, Any]) -> type[Eagle3Drafter] | None:
+    """The family that a config.json says it is of; None for neither EAGLE-3 nor P-EAGLE."""
+    kinds = str([config.get("speculators_model_type"), config.get("architectures")]).lower()
+    is_eagle3 = config.get("draft_vocab_size") is not None or "eagle3" in kinds
+    if "peagle" in kinds or (is_eagle3 and _mask_token(config) is not None):
+        return ParallelDrafter
+    return Eagle3Drafter if is_eagle3 else None
 
 
 def _mask_token(config: dict[str, Any]) -> int | None:
@@ -107,7 +101,7 @@ def read_eagle3_shape(config: dict[str, Any]) -> dict[str, Any]:
         shape |= {name: int(said[name])} if said.get(name) is not None else {}
     is_wider = shape.get("target_hidden_size", shape["hidden_size"]) != shape["hidden_size"]
     shape |= {**switches, "has_embeddings": is_wider}
-    if names_peagle(config):
+    if named_kind(config) is ParallelDrafter:
         shape["mask_token_id"] = _mask_token(config)
     Eagle3Config(**shape)
     return shape
@@ -121,18 +115,16 @@ def fitted_shape(
     Raises:
         ValueError: if the drafter was made for a target of other sizes.
     """
-    text = text_config(target)
-    depth = text.num_hidden_layers
+    vocab_size, depth = text_config(target).vocab_size, text_config(target).num_hidden_layers
     shape = shape | {"target_layers": _target_layers(config, depth), "target_num_layers": depth}
     verifier = (config.get("speculators_config") or {}).get("verifier") or {}
     name = {"target_name_or_path": verifier.get("name_or_path")}
-    own = {"vocab_size": max(text.vocab_size, shape.get("draft_vocab_size", 0))}
+    own = {"vocab_size": max(vocab_size, shape.get("draft_vocab_size", 0))}
     check_target(Eagle3Config(**shape | own | name), target, takes_other_vocabulary=True)
     if depth in shape["target_layers"]:
         raise ValueError(
-            f"The EAGLE-3 checkpoint reads the hidden state {depth}, the output of the target's"
-            " last layer before the final norm; transformers returns it after the norm only. Serve"
-            " the checkpoint with vLLM or SGLang."
+            f"The EAGLE-3 checkpoint reads the hidden state {depth} before the final norm, and"
+            " transformers returns it after that only. Serve it with vLLM or SGLang."
         )
     return shape
 
@@ -154,8 +146,7 @@ def eagle3_drafter(
     shape = fitted_shape(read_eagle3_shape(found.config), found.config, target)
     for name in list(tensors):
         tensors[_our_name(name)] = tensors.pop(name)
-    dense = {name: tensor for name, tensor in tensors.items() if name not in MAPS}
-    check_dense(dense, found.folder)
+    check_dense({name: one for name, one in tensors.items() if name not in MAPS}, found.folder)
     if "lm_head.weight" in tensors:
         shape = {"draft_vocab_size": len(tensors["lm_head.weight"])} | shape
     bound, kind = read_target(target), Eagle3Drafter
@@ -195,9 +186,8 @@ def _split_table(
     table = own.detach() if found is None else found
     if token is None or not 0 <= token < len(table):
         raise ValueError(
-            f"{folder} is a P-EAGLE drafter, whose config.json names its mask token as one of"
-            f" {', '.join(TOKENS)}: expected a token from 0 to {len(table) - 1}, and found {token}."
-            " Add the one that it was trained with."
+            f"{folder} is a P-EAGLE drafter: its config.json names its mask token as one of"
+            f" {', '.join(TOKENS)}; expected a token from 0 to {len(table) - 1}, found {token}."
         )
     tensors[EMBEDDING] = table[token].cpu().reshape(1, 1, -1).clone()
     if HIDDEN in tensors:
@@ -232,8 +222,8 @@ def _settle_embeddings(tensors: dict[str, Tensor], target: Target, shape: dict[s
     pair = (found[: min(rows, SAMPLE)].float(), ours[:SAMPLE].float())
     if F.cosine_similarity(*pair, dim=1).mean() < SAME_TABLE:
         raise ValueError(
-            f"`{EMBEDDINGS}` of the EAGLE-3 checkpoint was made for another target: its rows are"
-            " not this target's, nor trained from them. Use the checkpoint's own target."
+            f"`{EMBEDDINGS}` of the EAGLE-3 checkpoint was made for another target: its rows were"
+            " not trained from this one's. Use the checkpoint's own target."
         )
 
 

@@ -20,7 +20,6 @@ from ..drafters.eagle3 import (
     Eagle3Config,
     Eagle3Drafter,
     ParallelConfig,
-    ParallelDrafter,
     default_layers,
 )
 from ..target import Scales, Target
@@ -54,11 +53,15 @@ def eagle3_content(
     is_fed = engine == "sglang" and scale == 1.0  # the engine feeds it the target's own table
     if EMBEDDINGS not in tensors and target is not None and not is_fed:
         tensors[EMBEDDINGS] = target.embeddings.weight * scale
+    mask, table = tensors.pop(EMBEDDING, None), tensors.get(EMBEDDINGS)
     reasons = _reasons(drafter, engine, vocab_size)
-    if isinstance(drafter, ParallelDrafter):
-        reasons += _join_table(tensors, drafter, engine, vocab_size)
     if config.has_embeddings or scale != 1.0:
-        reasons += _embedding_reasons(tensors.get(EMBEDDINGS), engine, target, config, vocab_size)
+        reasons += _table_reasons(table, engine, target, config, vocab_size)
+    if isinstance(config, ParallelConfig):
+        reasons += _mask_reasons(table, engine, config, vocab_size)
+        if mask is not None and table is not None and not reasons:
+            tensors[EMBEDDINGS] = table.detach().clone()
+            tensors[EMBEDDINGS][config.mask_token_id] = mask.reshape(-1).to(table)
     if config.draft_vocab_size == vocab_size:
         # engines give a whole vocabulary no maps: the rows are in the order of the tokens
         del tensors["d2t"], tensors["t2d"]
@@ -78,37 +81,36 @@ def eagle3_content(
 
 def _reasons(drafter: Eagle3Drafter, engine: str, vocab_size: int) -> list[str]:
     """List why a drafter would predict something else in an engine."""
-    config = drafter.config
+    config, is_sglang = drafter.config, engine == "sglang"
+    layers, depth, family = config.target_layers, config.target_num_layers, config.target_model_type
+    lacks = [name for name in MISSING[engine] if getattr(config, name)]
+    num_layers, is_listed = config.num_hidden_layers, not _is_default(config)
+    is_counted_otherwise = str(family).startswith(COUNTED_OTHERWISE)
+    reasons = {
+        f"{engine}'s EAGLE-3 drafters have no {', '.join(lacks)}": lacks,
+        f"`num_hidden_layers` is {num_layers}, and {engine} runs one": (
+            engine != "vllm" and num_layers > 1
+        ),
+        f"some of its draft tokens are beyond the target's {vocab_size} tokens": bool(
+            (drafter.draft_tokens >= vocab_size).any()
+        ),
+        "`target_num_layers` is not known; set it in the drafter's config": depth is None,
+        f"`target_layers` are {layers}, and engines read each once, lowest first": (
+            layers != sorted(set(layers))
+        ),
+        f"it reads hidden state {depth} after the final norm, engines before it": depth in layers,
+        f"`target_layers` are {layers}, and EAGLE's code reads [2, L // 2, L - 3]": (
+            engine == "eagle" and is_listed
+        ),
+        "it reads the target's embeddings as a hidden state, which SGLang has not": (
+            is_sglang and is_listed and layers[0] == 0
+        ),
+        f"SGLang counts the layers of a {family} target otherwise": (
+            is_sglang and is_listed and is_counted_otherwise
+        ),
+    }
     found = obstacles(config, Scales(), engine, has_fc_bias=False)
-    if names := [name for name in MISSING[engine] if getattr(config, name)]:
-        found.append(f"{engine}'s EAGLE-3 drafters have no {', '.join(names)}")
-    if engine != "vllm" and config.num_hidden_layers > 1:
-        found.append(f"`num_hidden_layers` is {config.num_hidden_layers}, and {engine} runs one")
-    if bool((drafter.draft_tokens >= vocab_size).any()):
-        found.append(f"some of its draft tokens are beyond the target's {vocab_size} tokens")
-    return found + _layer_reasons(config, engine)
-
-
-def _layer_reasons(config: Eagle3Config, engine: str) -> list[str]:
-    """List why an engine would read other hidden states."""
-    layers, depth = list(config.target_layers), config.target_num_layers
-    if depth is None:
-        return ["`target_num_layers` is not known; set it in the drafter's config"]
-    found = []
-    if layers != sorted(set(layers)):
-        found.append(f"`target_layers` are {layers}, and engines read each once, lowest first")
-    if depth in layers:
-        found.append(f"it reads hidden state {depth} after the final norm, engines before it")
-    if _is_default(config):
-        return found
-    if engine == "eagle":
-        found.append(f"`target_layers` are {layers}, and EAGLE's code reads [2, L // 2, L - 3]")
-    if engine == "sglang" and layers[0] == 0:
-        found.append("it reads the target's embeddings as a hidden state, which SGLang has not")
-    family = str(config.target_model_type)
-    if engine == "sglang" and family.startswith(COUNTED_OTHERWISE):
-        found.append(f"SGLang counts the layers of a {family} target otherwise")
-    return found
+    return found + [reason for reason, is_so in reasons.items() if is_so]
 
 
 def _is_default(config: Eagle3Config) -> bool:
@@ -117,7 +119,7 @@ def _is_default(config: Eagle3Config) -> bool:
     return depth >= 7 and list(config.target_layers) == default_layers(depth)
 
 
-def _embedding_reasons(
+def _table_reasons(
     table: Tensor | None, engine: str, target: Target | None, config: Eagle3Config, vocab_size: int
 ) -> list[str]:
     """List why an engine would feed other embeddings than `table`, (vocab, hidden)."""
@@ -125,41 +127,27 @@ def _embedding_reasons(
         return [f"its embeddings have {len(table)} rows for {vocab_size} tokens"]
     if engine != "sglang" or config.target_hidden_size != config.hidden_size:
         return []
-    if target is not None and table is not None and is_plain(target.embeddings.weight):
-        if table.equal(target.embeddings.weight.to(table.device, table.dtype)):
-            return []
-    remedy = " (`target` would tell whether they are the same)" if target is None else ""
-    return [f"SGLang feeds it the target's embeddings, not its own{remedy}"]
+    if target is None:
+        return ["SGLang feeds it the target's embeddings, not its own: `target` tells them apart"]
+    own = target.embeddings.weight
+    if table is not None and is_plain(own) and table.equal(own.to(table.device, table.dtype)):
+        return []
+    return ["SGLang feeds it the target's embeddings, not its own"]
 
 
-def _join_table(
-    tensors: dict[str, Tensor], drafter: ParallelDrafter, engine: str, vocab_size: int
+def _mask_reasons(
+    table: Tensor | None, engine: str, config: ParallelConfig, vocab_size: int
 ) -> list[str]:
-    """Put the mask embedding into the table of an engine, or list why that cannot be.
-
-    `vocab_size`: of the target.
-    """
-    config, table = drafter.config, tensors.get(EMBEDDINGS)
-    token, mask = config.mask_token_id, tensors.pop(EMBEDDING)
+    """List why the mask embedding cannot go into an engine's table, (vocab, hidden)."""
+    token, found = config.mask_token_id, []
     if engine != "vllm":
         return [f"{engine} drafts no tokens in parallel"]
-    found = []
-    if token is None:
-        found.append(
-            "`mask_token_id` is not set; set it in the drafter's config to a token that no"
-            " text has, such as a reserved one"
-        )
-    elif token >= vocab_size:
-        found.append(f"`mask_token_id` is {token}, beyond the target's {vocab_size} tokens")
+    if token is None or token >= vocab_size:
+        found.append(f"`mask_token_id` is {token}; set it to a token below {vocab_size} of no text")
     if table is None:
-        found.append(
-            "its mask embedding goes into the target's embeddings, so pass `target` (--target)"
-        )
+        found.append("its mask embedding goes into the target's, so pass `target` (--target)")
     if len(config.target_layers) != 3 or config.target_hidden_size != config.hidden_size:
         found.append("vLLM takes a shared hidden state of three layers of the drafter's own width")
-    if table is not None and not found:
-        tensors[EMBEDDINGS] = table.detach().clone()
-        tensors[EMBEDDINGS][token] = mask.reshape(-1).to(table)
     return found
 
 

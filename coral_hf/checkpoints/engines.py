@@ -117,9 +117,8 @@ def serving_command(
     draft_vocab, num_heads = (getattr(config, n, None) for n in ("draft_vocab_size", "num_heads"))
     method = "medusa" if num_heads else "eagle" if draft_vocab is None else "eagle3"
     if engine == "redrafter":
-        paths = {"hf_tokenizer": target, "hf_llm": target, "hf_drafter": folder}
-        options = [f"--{name}={path}" for name, path in paths.items()]
-        return shlex.join(["python", "-m", "recurrent_drafting.cmd.generate", *options])
+        paths = [f"--hf_tokenizer={target}", f"--hf_llm={target}", f"--hf_drafter={folder}"]
+        return shlex.join(["python", "-m", "recurrent_drafting.cmd.generate", *paths])
     if engine == "medusa":
         return shlex.join(["python", "-m", "medusa.inference.cli", "--model", folder])
     if engine == "eagle":

@@ -13,18 +13,17 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from ..atomic import new_folder, write_json
-from ..drafters.configuration import FamilyConfig
 from ..drafters.coral import CoralConfig, CoralDrafter
 from ..drafters.eagle3 import Eagle3Drafter
 from ..drafters.medusa import MedusaDrafter
 from ..drafters.model import FAMILIES, Drafter
 from ..drafters.recurrent import RecurrentDrafter
 from ..heads.router import check_token_ids
-from ..target import Scales, Target, check_target, may_scale, read_target, text_config
+from ..target import Scales, Target, check_target, read_target, text_config
 from .eagle import EMBEDDINGS, check_tensors, scale_embeddings, table_scale
 from .eagle3_export import eagle3_content
 from .engines import HOT_TOKENS, Content, engine_config, obstacles, serving_command
@@ -51,8 +50,8 @@ REMEDY = (
     "Merge an adapter first: model.merge_and_unload(); load a quantised drafter in full precision."
 )
 USE_TRANSFORMERS = "Serve it with transformers: target.generate(..., assistant_model=drafter)."
-# families of which transformers scales embeddings inside of the embedding module
-SCALED_TABLES = ("gemma", "vaultgemma", "minicpm3", "biogpt", "xglm")
+# families of targets that never scale embeddings or logits
+UNSCALED = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "gpt_oss")
 
 
 class Exported(NamedTuple):
@@ -101,16 +100,20 @@ def export_drafter(
     check_output(output, overwrite, export_files(engine), read)
     scales, bound = Scales(), None
     if target is None:
-        if not (is_medusa or getattr(config, "has_embeddings", False)):
-            _check_unscaled(config)
+        family = config.target_model_type
+        if not (is_medusa or getattr(config, "has_embeddings", False) or family in UNSCALED):
+            raise ValueError(
+                f"A {family or 'nameless'} target may scale its embeddings or logits, which no"
+                " engine does for its drafter: pass `target` (--target), and the scales go along."
+            )
     else:
         check_target(config, target, takes_other_vocabulary=True)
         bound, config = read_target(target), copy(config)
         config.vocab_size = text_config(target).vocab_size
         if not is_medusa:
             scales = Scales(table_scale(bound), bound.head.scale, bound.head.softcap)
-    if hot_tokens is not None and not isinstance(drafter, CoralDrafter):
-        raise ValueError("`hot_tokens` are for CORAL drafters; others have heads of their own.")
+    if hot_tokens is not None and not (isinstance(drafter, CoralDrafter) and engine == "sglang"):
+        raise ValueError("`hot_tokens` are for CORAL drafters in SGLang; leave them out.")
     if isinstance(drafter, Eagle3Drafter):
         made = eagle3_content(drafter, engine, bound, scales.embedding, config.vocab_size)
     elif isinstance(drafter, MedusaDrafter):
@@ -179,21 +182,8 @@ def check_drafter(source: str | Path) -> None:
     found = read_config(config_folder(source)).get("model_type")
     if found not in FAMILIES:
         raise ValueError(
-            f"{source} holds a {found} model, not a drafter of this library. If it"
-            " is another one's checkpoint, import it first: coral-hf import"
-            f" {source} --target TARGET --output FOLDER. If it is a target, give its drafter."
-        )
-
-
-def _check_unscaled(config: FamilyConfig) -> None:
-    """Raise a ValueError where a target of the family that a config names may have scales."""
-    family = config.target_model_type or ""
-    known = CONFIG_MAPPING[family]() if family in CONFIG_MAPPING else None
-    may_have = known is None or may_scale(known.get_text_config(decoder=True))
-    if may_have or family.startswith(SCALED_TABLES):
-        raise ValueError(
-            f"A {family or 'nameless'} target may scale its embeddings or logits, which no engine"
-            " does for its drafter: pass `target` (--target), and the scales go along."
+            f"{source} holds a {found} model, not a drafter of this library. Import another one's"
+            f" checkpoint first: coral-hf import {source} --target TARGET --output FOLDER."
         )
 
 
@@ -205,8 +195,6 @@ def _hot_tokens(
     `vocab_size`: of the target, which may have lost tokens since the head was made.
     """
     if given is not None:
-        if engine != "sglang":
-            raise ValueError(f"`hot_tokens` are read by SGLang only; leave them out for {engine}.")
         ids = torch.as_tensor(given)  # of shape (read,)
         check_token_ids("hot_tokens", ids, vocab_size)
         return ids.tolist()
@@ -224,8 +212,7 @@ def _to_save(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
         saved[name] = tensor.detach().to("cpu", kept, copy=True).contiguous()
         if not saved[name].isfinite().all():
             raise ValueError(
-                f"`{name}` has numbers that are not finite in {dtype}; export it with dtype"
-                " bfloat16 or float32, or train the drafter again."
+                f"`{name}` has numbers that are not finite in {dtype}; use bfloat16 or float32."
             )
     return saved
 

@@ -58,8 +58,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read the fields of a drafter's config.json as they are written."""
     if not (folder / CONFIG_NAME).is_file():
         raise ValueError(
-            f"{folder} has no {CONFIG_NAME}; start from a folder of a drafter, or of a"
-            " checkpoint with its config. An adapter is merged first: model.merge_and_unload()."
+            f"{folder} has no {CONFIG_NAME}; start from a drafter's folder or a checkpoint with its"
+            " config. An adapter is merged first: model.merge_and_unload()."
         )
     return PreTrainedConfig.get_config_dict(folder)[0]
 

@@ -80,9 +80,7 @@ def _kind_of(config: dict[str, Any]) -> type[Drafter]:
         return RecurrentDrafter
     if other_families.names_medusa(config):
         return MedusaDrafter
-    if eagle3.names_eagle3(config):
-        return ParallelDrafter if eagle3.names_peagle(config) else Eagle3Drafter
-    return CoralDrafter
+    return eagle3.named_kind(config) or CoralDrafter
 
 
 def import_drafter(

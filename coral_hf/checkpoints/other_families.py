@@ -105,9 +105,8 @@ def medusa_drafter(
     check_target(MedusaConfig(**sizes, target_name_or_path=base), target)
     if not copies and (not base or Path(base).name != Path(target.name_or_path).name):
         logger.warning(
-            f"The Medusa heads were made for {base or 'a model that is not named'}, and the target"
-            f" is {target.name_or_path or 'unnamed'}: only its sizes say that they belong to it."
-            " With another one few drafted tokens would be accepted."
+            f"The Medusa heads were made for {base or 'an unnamed model'}, not by name for"
+            f" {target.name_or_path or 'this target'}: only sizes say that they belong to it."
         )
     for copy in copies:
         check_copy(HEAD, copy, read_target(target).head.weight, sizes["vocab_size"])

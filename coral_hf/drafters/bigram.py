@@ -10,7 +10,7 @@ drafter's and cost next to nothing. What it reaches, a learned drafter has to be
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -55,26 +55,15 @@ class BigramDrafter(PreTrainedModel):
     config: BigramConfig
     base_model_prefix = "model"
     successors: Tensor  # (vocab, top_k), distinct in each row
-    log_probs: Tensor  # (vocab, top_k)
+    log_probs: nn.Parameter  # (vocab, top_k)
 
     def __init__(self, config: BigramConfig):
         super().__init__(config)
         shape = config.vocab_size, config.top_k
         self.register_buffer("successors", torch.zeros(shape, dtype=torch.long))
-        self.register_buffer("log_probs", torch.zeros(shape))
+        # a parameter, of which transformers asks for device and dtype
+        self.log_probs = nn.Parameter(torch.zeros(shape), requires_grad=False)
         self.post_init()
-
-    # a table has no parameters, of which transformers asks these two
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the table."""
-        return self.log_probs.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the log-probabilities."""
-        return self.log_probs.dtype
 
     @classmethod
     def from_texts(
@@ -90,15 +79,20 @@ class BigramDrafter(PreTrainedModel):
         frequent = torch.cat(texts).bincount(minlength=vocab_size).topk(top_k).indices
         every = torch.arange(vocab_size, device=frequent.device)[:, None]
         filling = (every * vocab_size + frequent).flatten()  # (vocab * top_k,)
-        weights = torch.cat(
-            [
-                seen.new_ones(len(seen), dtype=torch.float32),
-                filling.new_full((len(filling),), UNSEEN_WEIGHT, dtype=torch.float32),
-            ]
-        )
-        drafter = cls(BigramConfig(vocab_size=vocab_size, top_k=top_k)).eval()
-        pairs = best_pairs(torch.cat([seen, filling]), weights, vocab_size, top_k)
-        drafter.successors, drafter.log_probs = pairs
+        codes, index = torch.cat([seen, filling]).unique(return_inverse=True)
+        ones = torch.ones(len(index), dtype=torch.float32, device=index.device)
+        ones[len(seen) :] = UNSEEN_WEIGHT
+        weights = ones.new_zeros(len(codes)).index_add_(0, index, ones)
+        heaviest = weights.argsort(descending=True, stable=True)
+        order = heaviest[(codes[heaviest] // vocab_size).argsort(stable=True)]  # by first token
+        codes, weights = codes[order], weights[order]
+        first = codes // vocab_size
+        starts = torch.searchsorted(first, every)  # (vocab, 1)
+        best = starts + torch.arange(top_k, device=first.device)  # (vocab, top_k)
+        totals = weights.new_zeros(vocab_size).index_add_(0, first, weights)
+        drafter = cls(BigramConfig(vocab_size=vocab_size, top_k=top_k)).eval().to(first.device)
+        drafter.successors.copy_(codes[best] % vocab_size)
+        drafter.log_probs.copy_((weights[best] / totals[:, None]).log())
         return drafter
 
 
@@ -115,8 +109,7 @@ class BigramDrafting(Drafting):
         if num_tokens != drafter.config.vocab_size:
             logger.warning_once(
                 f"The bigram table has {drafter.config.vocab_size} tokens, the target {num_tokens}:"
-                " the output is still the target's own. If this is not the model whose tokens were"
-                " counted with some added, expect few accepted tokens."
+                " the output is still the target's own; of another model, expect few accepted."
             )
         added = max(num_tokens - drafter.config.vocab_size, 0)
         # a token that was added since has no successor, and one that is gone is none
@@ -137,27 +130,6 @@ class BigramDrafting(Drafting):
                 break
             tokens = beam.tokens
         return builder.build()
-
-
-def best_pairs(
-    codes: Tensor, weights: Tensor, vocab_size: int, top_k: int
-) -> tuple[Tensor, Tensor]:
-    """The heaviest successors of each token and their log-probabilities, (vocab, top_k) each.
-
-    Args:
-        codes: (pairs,), at least `top_k` different ones for each first token.
-        weights: (pairs,), summed over equal codes.
-    """
-    codes, index = codes.unique(return_inverse=True)
-    weights = weights.new_zeros(len(codes)).index_add_(0, index, weights)
-    heaviest = weights.argsort(descending=True, stable=True)
-    order = heaviest[(codes[heaviest] // vocab_size).argsort(stable=True)]  # by first token
-    codes, weights = codes[order], weights[order]
-    first = codes // vocab_size
-    starts = torch.searchsorted(first, torch.arange(vocab_size, device=first.device))
-    best = starts[:, None] + torch.arange(top_k, device=first.device)  # (vocab, top_k)
-    totals = weights.new_zeros(vocab_size).index_add_(0, first, weights)
-    return codes[best] % vocab_size, (weights[best] / totals[:, None]).log()
 
 
 register_family(BigramDrafter, BigramDrafting)

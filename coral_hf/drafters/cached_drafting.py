@@ -136,23 +136,18 @@ class CachedDrafting(TreeDrafting):
         while start < positions.shape[1]:
             stop = start + max(LEAST_PIECE, MASK_SIZE // (self._cache.width + LEAST_PIECE))
             piece = slice(start, min(stop, start + LARGEST_PIECE))
-            self._read_piece(tokens[:, piece].to(device), features[:, piece], positions[:, piece])
+            own, read = positions[:, piece], self.read(features[:, piece].to(device))
+            seen, new, mask = own != HIDDEN, own.shape[1], None
+            # a prompt without padding is plainly causal
+            if self._cache.width or not seen.all() or (self._narrowest or new) < new:
+                causal = torch.ones(new, new, dtype=torch.bool, device=device).tril()
+                itself = torch.eye(new, dtype=torch.bool, device=device)  # padding sees something
+                mask = self._mask(own, causal & seen[:, None] | itself)
+            predicted = self._step(tokens[:, piece].to(device), read, own.clamp(min=0), mask)
+            self._cache.append(own)
+            self._output = predicted[:, -1:].clone()  # a view would keep them all
             start = piece.stop
         self._cache.set_recording(True)
-
-    def _read_piece(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
-        """Read tokens (batch, new) of prompts, each with the feature before it."""
-        seen, new = positions != HIDDEN, positions.shape[1]
-        mask = None  # a prompt without padding is plainly causal
-        if self._cache.width or not seen.all() or (self._narrowest or new) < new:
-            causal = torch.ones(new, new, dtype=torch.bool, device=seen.device).tril()
-            itself = torch.eye(new, dtype=torch.bool, device=seen.device)  # padding sees something
-            mask = self._mask(positions, causal & seen[:, None] | itself)
-        predicted = self._step(
-            tokens, self.read(features.to(self.device)), positions.clamp(min=0), mask
-        )
-        self._cache.append(positions)
-        self._output = predicted[:, -1:].clone()  # a view would keep them all
 
     def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
         """Read tokens (batch, new) and keep the first `counts` of each row; see [`Drafting`]."""
@@ -162,8 +157,7 @@ class CachedDrafting(TreeDrafting):
         positions = self._cache.position_ids(steps[None])  # (batch, new)
         causal = (steps <= steps[:, None]).expand(len(tokens), -1, -1)
         # a lone node attends to all there is
-        is_plain = new == 1 and self._cache.sees_all()
-        mask = None if is_plain else self._mask(positions, causal)
+        mask = None if new == 1 and self._cache.sees_all() else self._mask(positions, causal)
         predicted = self._step(tokens, self.read(features.to(self.device)), positions, mask)
         self._keep(last_kept(predicted, counts), counts)
 
@@ -223,8 +217,8 @@ class CachedDrafting(TreeDrafting):
         depths = seen.new_full((1, 1), depth - 1, dtype=torch.long)
         positions = self._cache.position_ids(depths)  # (batch, 1)
         mask = self._mask(positions.expand(batch, width), seen)
-        features = beam.of_parents(grown.features)
-        return Grown(self._step(beam.tokens, features, positions, mask), seen)
+        states = beam.of_parents(grown.features)
+        return Grown(self._step(beam.tokens, states, positions, mask), seen)
 
 
 class FeatureDrafting(CachedDrafting):
@@ -286,9 +280,7 @@ class FeatureDrafting(CachedDrafting):
     def _begin(self, tokens: Tensor, features: Tensor, positions: Tensor, is_new: bool) -> None:
         self.extend(tokens, features, positions)
 
-    def _step(
-        self, tokens: Tensor, states: Tensor, positions: Tensor, mask: Tensor | None
-    ) -> Tensor:
+    def _step(self, tokens: Tensor, states: Tensor, positions: Tensor, mask: Any) -> Tensor:
         """See [`CachedDrafting`]; `mask` is (batch, new, slots + new), added to scores."""
         context = CacheContext(self._cache, None if mask is None else mask[:, None])
         return self.drafter(self.embed(tokens).to(self.device), states, positions, context)

@@ -110,7 +110,27 @@ class DrafterConfig(HeadFields, FamilyConfig):
 
     @classmethod
     def _own_fields(cls, text: PreTrainedConfig) -> dict[str, Any]:
-        return _layer_sizes(text)
+        """Widths, heads and limits of a target's text config, and its rotary parameters."""
+        heads, hidden = _field(text, "num_attention_heads"), text.hidden_size
+        if heads is None:
+            raise ValueError(
+                f"The target's config, {type(text).__name__}, has no attention heads; a drafter"
+                " with layers needs a target with attention."
+            )
+        epsilon = _field(text, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+        # GPT-2 leaves it unset for four times the width; Gemma 3n lists one for each layer
+        inner = _field(text, "intermediate_size", "n_inner") or 4 * hidden
+        return {
+            "intermediate_size": max(inner) if isinstance(inner, (list, tuple)) else inner,
+            "num_attention_heads": heads,
+            "num_key_value_heads": _field(text, "num_key_value_heads") or heads,
+            "head_dim": _field(text, "head_dim") or hidden // heads,
+            "max_position_embeddings": max_positions(text) or cls.max_position_embeddings,
+            "rms_norm_eps": float(1e-6 if epsilon is None else epsilon),
+            "rope_parameters": _rope(text),
+            # Qwen2 has a bias in q, k and v without a field that says so
+            "attention_bias": bool(_field(text, "attention_bias")) or text.model_type == "qwen2",
+        }
 
 
 def target_fields(target_config: PreTrainedConfig) -> dict[str, Any]:
@@ -142,30 +162,6 @@ def _field(text: PreTrainedConfig, *names: str) -> Any:
         if value is not None:
             return value
     return None
-
-
-def _layer_sizes(text: PreTrainedConfig) -> dict[str, Any]:
-    """Read the widths, heads and limits of a target's text config, and its rotary parameters."""
-    heads, hidden = _field(text, "num_attention_heads"), text.hidden_size
-    if heads is None:
-        raise ValueError(
-            f"The target's config, {type(text).__name__}, has no attention heads; a drafter with"
-            " layers needs a target with attention."
-        )
-    epsilon = _field(text, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
-    # GPT-2 leaves it unset for four times the width; Gemma 3n lists one for each layer
-    inner = _field(text, "intermediate_size", "n_inner") or 4 * hidden
-    return {
-        "intermediate_size": max(inner) if isinstance(inner, (list, tuple)) else inner,
-        "num_attention_heads": heads,
-        "num_key_value_heads": _field(text, "num_key_value_heads") or heads,
-        "head_dim": _field(text, "head_dim") or hidden // heads,
-        "max_position_embeddings": max_positions(text) or DrafterConfig.max_position_embeddings,
-        "rms_norm_eps": float(1e-6 if epsilon is None else epsilon),
-        "rope_parameters": _rope(text),
-        # Qwen2 has a bias in q, k and v without a field that says so
-        "attention_bias": bool(_field(text, "attention_bias")) or text.model_type == "qwen2",
-    }
 
 
 def _rope(text: PreTrainedConfig) -> dict | None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import (
     GenerationConfig,
     PreTrainedConfig,
@@ -41,9 +40,8 @@ from ..target import (
 from .cached_drafting import CachedDrafting, DrafterMemory
 
 UNIVERSAL = (
-    "For a model with another tokenizer call"
-    " `target.generate(..., assistant_model=model, tokenizer=..., assistant_tokenizer=...)`,"
-    " which is transformers' universal assisted decoding."
+    "A model with another tokenizer drafts by transformers' universal assisted decoding:"
+    " `target.generate(..., assistant_model=model, tokenizer=..., assistant_tokenizer=...)`."
 )
 
 
@@ -142,8 +140,7 @@ class LanguageModelDrafting(CachedDrafting):
 
     def _begin(self, tokens: Tensor, features: Tensor, positions: Tensor, is_new: bool) -> None:
         """Read all tokens, (batch, length + 1); of continued ones the first was read before."""
-        own = F.pad(positions, (0, 1))
-        own[:, -1] = positions[:, -1] + 1  # of the root
+        own = torch.cat([positions, positions[:, -1:] + 1], dim=1)  # of the root too
         first = 0 if is_new else 1
         self._read(tokens[:, first:], features, own[:, first:])
 
@@ -152,12 +149,11 @@ class LanguageModelDrafting(CachedDrafting):
 
     def _step(self, tokens: Tensor, states: Tensor, positions: Tensor, mask: Any) -> Tensor:
         """See [`CachedDrafting`]; `states` are not read."""
-        positions = positions.expand_as(tokens)
-        if self._limit is not None:  # tokens beyond it are never emitted
-            positions = positions.clamp(max=self._limit - 1)
         inputs = {CACHE: self._cache, "use_cache": True, "attention_mask": mask}
         if self._takes_positions:
-            inputs["position_ids"] = positions
+            positions, limit = positions.expand_as(tokens), self._limit
+            # tokens beyond the limit are never emitted
+            inputs["position_ids"] = positions if limit is None else positions.clamp(max=limit - 1)
         if torch.compiler.is_compiling():  # a graph has no place for another function
             return self._decoder(input_ids=tokens, **inputs).last_hidden_state
         with sharing_keys():
@@ -175,9 +171,8 @@ def check_vocabulary(
     """
     if config.vocab_size != num_tokens and config.tokenizer_hash is None:
         raise ValueError(
-            f"The small model has {config.vocab_size} tokens and the target {num_tokens}. If their"
-            " tokenizers are the same and the vocabularies are padded otherwise, say so with"
-            f" `{remedy}`. {UNIVERSAL}"
+            f"The small model has {config.vocab_size} tokens and the target {num_tokens}. If they"
+            f" differ by padding and the tokenizers are the same, use `{remedy}`. {UNIVERSAL}"
         )
 
 

@@ -12,6 +12,7 @@ A head is residual blocks, x + SiLU(Wx + b), and an LM head: its own, or the tar
 
 from collections.abc import Hashable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -20,10 +21,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..decoding.chance import Uniforms
 from ..decoding.drafting import PADDING, DraftTree, Level, TreeShape, Warp, host_tensor
 from ..decoding.settings import TREE_DEFAULTS
 from ..heads.draft_heads import OtherVocabulary
+from ..heads.settings import check_sizes
 from ..lm_head import LMHead
 from ..target import Target, read_target
 from .configuration import FamilyConfig
@@ -70,9 +71,7 @@ class MedusaConfig(FamilyConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        for name in ("num_heads", "num_hidden_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; use a value of at least 1.")
+        check_sizes(self, 1, None, "num_heads", "num_hidden_layers")
         if self.tree_choices is not None:
             self.tree_choices = self.check_choices(self.tree_choices)
 
@@ -94,8 +93,7 @@ class MedusaConfig(FamilyConfig):
             if not is_node:
                 raise ValueError(
                     f"`tree_choices` has {path!r}; list each node once, as 1 to {self.num_heads}"
-                    f" ranks below {self.vocab_size} on the path to it, and its parent too, such as"
-                    " [[0], [0, 0], [1]]. None takes the most confident nodes."
+                    f" ranks below {self.vocab_size}, and its parent too: [[0], [0, 0], [1]]."
                 )
         whole = (path[: depth + 1] for path in paths for depth in range(len(path)))
         return [[*path] for path in dict.fromkeys(whole)]
@@ -168,10 +166,8 @@ class MedusaDrafter(Drafter):
                 "The target's LM head is quantised or offloaded: the heads' own begin at random."
             )
         with torch.no_grad():
-            for blocks in drafter.blocks:
-                for block in blocks:
-                    block.linear.weight.zero_()
-                    block.linear.bias.zero_()
+            for parameter in drafter.blocks.parameters():
+                parameter.zero_()
             for own in drafter.lm_heads if head.is_readable else ():
                 own.weight.copy_(head.weight * head.scale)
         return drafter
@@ -255,11 +251,7 @@ class MedusaDrafting(MarginalDrafting, LastFeatureDrafting):
         return self.drafter(self._feature, levels)
 
     def propose(
-        self,
-        root: Tensor,
-        shape: TreeShape,
-        warp: Warp | None = None,
-        chance: Uniforms | None = None,
+        self, root: Tensor, shape: TreeShape, warp: Warp | None = None, chance: Any = None
     ) -> DraftTree:
         """Draft the static tree below `root` (batch,), the most confident, or a drawn one."""
         shape, static = self._fitted(shape), self._static
@@ -267,8 +259,8 @@ class MedusaDrafting(MarginalDrafting, LastFeatureDrafting):
             return super().propose(root, shape, warp, chance)
         shape = shape._replace(depth=min(shape.depth, static.depth))
         outputs = self._outputs(shape.depth)
-        top_k, log_path = min(static.top_k, self._num_tokens), outputs.new_zeros(outputs.shape[:2])
-        tokens = self.head.children(outputs, log_path, top_k).tokens
+        log_path = outputs.new_zeros(outputs.shape[:2])
+        tokens = self.head.children(outputs, log_path, static.top_k).tokens
         return static.build(root.to(self.device), shape, tokens)
 
     def _fitted(self, shape: TreeShape) -> TreeShape:

@@ -31,6 +31,7 @@ from ..lm_head import execution_device
 from .configuration import FamilyConfig
 
 TRAINING_RECORD = "training_record.json"  # beside the weights
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 Made = TypeVar("Made", bound="Drafter")
 
@@ -60,9 +61,7 @@ class Drafter(PreTrainedModel, GenerationMixin):
         # `from_pretrained` replaces it by the checkpoint's own; transformers' defaults for
         # assistants, 20 tokens and a threshold of 0.4, are meant for another method
         self.generation_config = GenerationConfig(
-            bos_token_id=config.bos_token_id,
-            eos_token_id=config.eos_token_id,
-            pad_token_id=config.pad_token_id,
+            **{name: getattr(config, name) for name in SPECIAL_TOKENS},
             num_assistant_tokens=TREE_DEFAULTS["tree_depth"],
             assistant_confidence_threshold=0.0,
             **TREE_DEFAULTS,
@@ -85,15 +84,14 @@ class Drafter(PreTrainedModel, GenerationMixin):
         if heads := sorted(named):
             raise ValueError(
                 f"{heads} would name a draft head that has learned nothing; make the drafter, then"
-                " call add_frequency_head or add_low_rank_head of drafter.heads, or train one with"
-                " CoralTrainer (stage='router' or 'low_rank')."
+                " call drafter.heads.add_frequency_head, or train a head with CoralTrainer."
             )
         accept_target(target)
         accept_features(target)
         config = cls.config_class.from_target(target.config, **overrides)
         device = execution_device(target.get_output_embeddings())
         drafter = cls(config).to(device=device, dtype=target.dtype)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for name in SPECIAL_TOKENS:
             setattr(drafter.generation_config, name, getattr(target.generation_config, name))
         return drafter
 
@@ -120,10 +118,9 @@ class Drafter(PreTrainedModel, GenerationMixin):
             ) from error
         for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if info[kind]:
-                keys = ", ".join(sorted(map(_with_shapes, info[kind])))
+                keys = ", ".join(sorted(map(str, info[kind])))
                 raise ValueError(
-                    f"The checkpoint does not fit its config: {kind} {keys}. Download or save it"
-                    " again."
+                    f"The checkpoint does not fit its config: {kind} {keys}; download it again."
                 )
         drafter.check()
         drafter.training_record = _read_record(pretrained_model_name_or_path, kwargs)
@@ -222,8 +219,3 @@ def _read_record(name: str | Path, options: dict[str, Any]) -> list[dict[str, An
         **{place: options[place] for place in places if options.get(place) is not None},
     )
     return [] if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
-
-
-def _with_shapes(key: str | tuple) -> str:
-    """Name a tensor, and for one of a wrong shape both shapes."""
-    return key if isinstance(key, str) else f"{key[0]} {tuple(key[1])} for {tuple(key[2])}"

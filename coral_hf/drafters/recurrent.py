@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ..decoding.drafting import DraftTree, Level, TreeShape
 from ..heads.draft_heads import OtherVocabulary
+from ..heads.settings import check_sizes
 from ..target import Target
 from .configuration import FamilyConfig
 from .layers import Context, ResidualBlock
@@ -63,9 +64,8 @@ class RecurrentConfig(FamilyConfig):
         super().__post_init__(**kwargs)
         if self.exit_dim is None:
             self.exit_dim = 2 * self.hidden_size
-        for name, least in (("exit_dim", 1), ("num_draft_layers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; use {least} or more.")
+        check_sizes(self, 1, None, "exit_dim")
+        check_sizes(self, 0, None, "num_draft_layers")
 
 
 class RecurrentDrafter(Drafter):
@@ -193,8 +193,7 @@ class RecurrentDrafting(LastFeatureDrafting, TreeDrafting):
         """
         if shape.top_k > self._num_tokens:
             raise ValueError(
-                f"`tree_top_k` is {shape.top_k}, a beam wider than the vocabulary of"
-                f" {self._num_tokens} tokens; use {self._num_tokens} or less."
+                f"`tree_top_k` is {shape.top_k}, and there are {self._num_tokens} tokens; use less."
             )
         return super().propose(root, shape, *args, **kwargs)
 

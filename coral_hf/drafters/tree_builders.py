@@ -51,8 +51,7 @@ class TreeBuilder:
 
     def __init__(self, root: Tensor, shape: TreeShape):
         """Start at the root's token, (batch,)."""
-        self._shape = shape
-        self._root = root
+        self._root, self._shape = root, shape
         self._tokens: list[Tensor] = []  # each (batch, nodes of a level)
         self._log_paths: list[Tensor] = []
         self._parents: list[Tensor] = []  # pool indices, the root is -1
@@ -102,7 +101,11 @@ class TreeBuilder:
         ranked, order = log_paths.sort(dim=1, descending=True, stable=True)
         kept = min(self._shape.nodes - 1, self._num_worthy(ranked))
         chosen = order[:, :kept].sort(dim=1).values  # (batch, kept)
-        parents = self._renumber(torch.cat(self._parents, dim=1).gather(1, chosen), chosen)
+        # pool indices → node ids, the root's -1 becoming 0
+        node_of = chosen.new_zeros(chosen.shape[0], self._size + 1)
+        ids = torch.arange(1, kept + 1, device=chosen.device).expand_as(chosen)
+        node_of.scatter_(1, chosen + 1, ids)
+        parents = node_of.gather(1, torch.cat(self._parents, dim=1).gather(1, chosen) + 1)
         tokens = torch.cat(self._tokens, dim=1).gather(1, chosen)
         depths = _depths(self._tokens, first=1).gather(1, chosen)
         root = torch.zeros_like(self._root)[:, None]
@@ -126,13 +129,6 @@ class TreeBuilder:
         """
         floor = self._shape.node_floor
         return ranked.shape[1] if floor == 0 else int((ranked.exp().mean(0) >= floor).sum())
-
-    def _renumber(self, parents: Tensor, chosen: Tensor) -> Tensor:
-        """Pool indices of parents (batch, kept) → node ids, the root's -1 becoming 0."""
-        node_of = chosen.new_zeros(chosen.shape[0], self._size + 1)
-        ids = torch.arange(1, chosen.shape[1] + 1, device=chosen.device).expand_as(chosen)
-        node_of.scatter_(1, chosen + 1, ids)
-        return node_of.gather(1, parents + 1)
 
 
 class BeamBuilder(TreeBuilder):
@@ -201,22 +197,18 @@ class SampledTreeBuilder:
     def __init__(self, root: Tensor, chance: Chance | Uniforms | None = None):
         """Start at the root's token, (batch,); `chance` is where draws come from."""
         zeros = torch.zeros_like(root)[:, None]
-        self._tokens = [root[:, None]]  # each (batch, nodes of a level)
-        self._parents = [zeros]
-        self._size, self._children = 1, 1
+        # of each level, (batch, nodes of the level); log-probabilities are -inf for padding
+        self._tokens, self._parents, self._log_paths = [root[:, None]], [zeros], [zeros.float()]
         self._plan: list[Level] = []
-        self._chance = chance or Chance()
-        # (batch, nodes of the newest level): log-probability of the path; -inf for padding
-        self._log_path = torch.zeros(len(root), 1, dtype=torch.float32, device=root.device)
         self._expanded: list[tuple[Tensor, Tensor]] = []  # nodes (batch, families), and their q
-        self._log_paths: list[Tensor] = []  # of all levels but the root's
+        self._size, self._chance = 1, chance or Chance()
 
     def best(self, families: int) -> Beam:
         """The most probable nodes of the newest level, which are to get children."""
-        log_path, index = self._log_path.topk(families, dim=1)
-        first = self._size - self._log_path.shape[1]
-        self._beam, self._beam_log_path = first + index, log_path
-        return Beam(self._tokens[-1].gather(1, index), index // self._children, log_path)
+        newest, siblings = self._log_paths[-1], self._plan[-1].children if self._plan else 1
+        log_path, index = newest.topk(families, dim=1)
+        self._beam, self._beam_log_path = self._size - newest.shape[1] + index, log_path
+        return Beam(self._tokens[-1].gather(1, index), index // siblings, log_path)
 
     def draw(self, probs: Tensor, children: int) -> None:
         """Draw children of the nodes that `best` named, without replacement among siblings.
@@ -233,10 +225,8 @@ class SampledTreeBuilder:
         self._expanded.append((self._beam, probs))
         self._tokens.append(tokens.flatten(1))
         self._parents.append(parents.flatten(1))
-        self._log_path = log_path.masked_fill(~is_node, float("-inf")).flatten(1)
-        self._log_paths.append(self._log_path)
-        self._size += self._log_path.shape[1]
-        self._children = children
+        self._log_paths.append(log_path.masked_fill(~is_node, float("-inf")).flatten(1))
+        self._size += self._log_paths[-1].shape[1]
         self._plan.append(Level(probs.shape[1], children))
 
     def build(self) -> DraftTree:
@@ -254,5 +244,5 @@ class SampledTreeBuilder:
             levels=len(self._expanded),
             branching=max(level.children for level in self._plan),
             plan=tuple(self._plan),
-            log_confidence=torch.cat(self._log_paths, dim=1),
+            log_confidence=torch.cat(self._log_paths[1:], dim=1),
         )

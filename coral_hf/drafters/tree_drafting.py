@@ -7,13 +7,12 @@ In: by a family, what the drafter makes of a root and of the best nodes of a lev
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..decoding.chance import Uniforms
 from ..decoding.drafting import DraftTree, Level, TreeShape, Warp
 from ..decoding.guard import accept_features
 from ..heads.draft_heads import DraftHead
@@ -67,19 +66,13 @@ class TreeDrafting(OneCall):
         return TreeBuilder(root, shape)
 
     def propose(
-        self,
-        root: Tensor,
-        shape: TreeShape,
-        warp: Warp | None = None,
-        chance: Uniforms | None = None,
+        self, root: Tensor, shape: TreeShape, warp: Warp | None = None, chance: Any = None
     ) -> DraftTree:
         """Draft EAGLE-2's dynamic tree, or a drawn one, below `root` (batch,)."""
         root = root.to(self.device)
         return self._choose(root, shape) if warp is None else self._draw(root, shape, warp, chance)
 
-    def _draw(
-        self, root: Tensor, shape: TreeShape, warp: Warp, chance: Uniforms | None
-    ) -> DraftTree:
+    def _draw(self, root: Tensor, shape: TreeShape, warp: Warp, chance: Any) -> DraftTree:
         """A tree of draws without replacement among siblings, below `root` (batch,)."""
         builder, grown = SampledTreeBuilder(root, chance), self._start(root)
         for depth, level in enumerate(plan_levels(shape)):
@@ -93,14 +86,14 @@ class TreeDrafting(OneCall):
     def _choose(self, root: Tensor, shape: TreeShape) -> DraftTree:
         """The most confident nodes below `root` (batch,) (Li et al. 2024, sections 4.1 and 4.2)."""
         builder, grown = self._builder(root, shape), self._start(root)
-        top_k = min(shape.top_k, text_config(self.target.model).vocab_size)
         log_path = torch.zeros(len(root), 1, dtype=torch.float32, device=root.device)
-        beam = builder.add_level(*self.head.children(grown.features, log_path, top_k))
+        beam = builder.add_level(*self.head.children(grown.features, log_path, shape.top_k))
         for depth in range(1, shape.depth):
             if not builder.is_worth_more(beam):
                 break
             grown = self._grow(grown, beam, depth)
-            beam = builder.add_level(*self.head.children(grown.features, beam.log_path, top_k))
+            children = self.head.children(grown.features, beam.log_path, shape.top_k)
+            beam = builder.add_level(*children)
         return builder.build()
 
 
@@ -123,11 +116,7 @@ class MarginalDrafting(OneCall):
         """What the head reads of the first levels: (levels, batch, hidden)."""
 
     def propose(
-        self,
-        root: Tensor,
-        shape: TreeShape,
-        warp: Warp | None = None,
-        chance: Uniforms | None = None,
+        self, root: Tensor, shape: TreeShape, warp: Warp | None = None, chance: Any = None
     ) -> DraftTree:
         """Draft the paths of the largest products of marginals, or drawn ones, below `root`.
 
@@ -147,10 +136,9 @@ class MarginalDrafting(OneCall):
                 drawn.draw(own[:, None].expand(-1, level.families, -1), level.children)
             return drawn.build()
         builder, width = TreeBuilder(root, shape), 1
-        top_k = min(shape.top_k, text_config(self.target.model).vocab_size)
-        children = self.head.children(outputs, log_path, top_k)  # (levels, batch, top_k) each
-        for level in zip(*children, strict=True):
-            tokens, confidence = (one[:, None].expand(-1, width, -1) for one in level)
+        children = self.head.children(outputs, log_path, shape.top_k)  # (levels, batch, top_k) each
+        for pair in zip(*children, strict=True):
+            tokens, confidence = (one[:, None].expand(-1, width, -1) for one in pair)
             width = builder.add_level(tokens, confidence).tokens.shape[1]
         return builder.build()
 

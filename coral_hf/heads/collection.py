@@ -22,23 +22,21 @@ from .draft_heads import (
     QuantizedHead,
     RoutedHead,
 )
-from .group_logits import has_kernel
-from .quantized import DEVICES, QuantizedRows, quantize
+from .products import DEVICES, QuantizedRows, has_kernel, quantize
 from .router import Router, Routing, check_order, check_token_ids, order_hash
-from .settings import DRAFT_HEADS, HEAD_FIELDS, UNTRAINED_HEADS, HeadFields
+from .settings import DRAFT_HEADS, HEAD_FIELDS, HeadFields
 
 logger = logging.get_logger(__name__)
 
-OF_ROUTER = ("num_groups", "grouping", "grouping_hash", "max_active_groups", "is_router_trained")
 # fields of a drafter that has no router, and what a fresh one starts from
-NO_ROUTER = {name: getattr(HeadFields, name) for name in (*OF_ROUTER, "draft_head")}
-TRAIN = "train one with CoralTrainer(..., args=CoralTrainingArguments(stage={!r}))"
+OF_ROUTER = ("num_groups", "grouping", "grouping_hash", "is_router_trained", "draft_head")
+NO_ROUTER = {name: getattr(HeadFields, name) for name in OF_ROUTER}
+ROUTER = "trained router; train one with CoralTrainingArguments(stage='router')"
 # what a drafter lacks for a draft head, and how it gets it
 REMEDIES = {
-    "routed": f"trained router; {TRAIN.format('router')}",
-    "routed_quantized": f"trained router; {TRAIN.format('router')}",
+    **dict.fromkeys(("routed", "routed_quantized"), ROUTER),
     "frequency": "frequent tokens; add them with drafter.heads.add_frequency_head(token_ids)",
-    "low_rank": f"such head; {TRAIN.format('low_rank')}",
+    "low_rank": "such head; train one with CoralTrainingArguments(stage='low_rank')",
 }
 
 
@@ -86,25 +84,20 @@ class DraftHeads(nn.Module):
         name = self.config.draft_head if name is None else name
         if name not in DRAFT_HEADS:
             raise ValueError(f"`draft_head` is {name!r}; use one of {DRAFT_HEADS}.")
+        if name == "full":
+            return FullHead(head)
         router = self.router if self.config.is_router_trained else None
-        parts = {"frequency": self.hot_tokens, "low_rank": self.low_rank}
-        part = self if name in UNTRAINED_HEADS else parts.get(name, router)
-        device, problem = head.weight.device.type, None
+        parts = {"frequency": self.hot_tokens, "low_rank": self.low_rank, "quantized": self}
+        part, problem = parts.get(name, router), None
         if part is None:
-            problem = f"this drafter has no {REMEDIES[name]}, or use draft_head='full'"
-        elif name != "full" and not head.is_readable:
-            problem = (
-                "the target's LM head is quantised, offloaded or adapted, so that no part of it can"
-                " be read alone; use draft_head='full'"
-            )
-        elif "quantized" in name and device not in DEVICES:
-            problem = (
-                f"the target's LM head is on {device!r}, and products of eight bits are there for"
-                f" {DEVICES}; use draft_head='full' or 'routed'"
-            )
+            problem = f"this drafter has no {REMEDIES[name]}, or"
+        elif not head.is_readable:
+            problem = "the target's is quantised, offloaded or adapted, and can only be read whole;"
+        elif "quantized" in name and (device := head.weight.device.type) not in DEVICES:
+            problem = f"the target's LM head is on {device!r}, and eight bits need {DEVICES};"
         if problem is not None:
-            raise ValueError(f"`draft_head` is {name!r}, but {problem}.")
-        return FullHead(head) if name == "full" else self._part(name, head, part)
+            raise ValueError(f"`draft_head` is {name!r}, but {problem} use draft_head='full'.")
+        return self._part(name, head, part)
 
     def _part(self, name: str, head: LMHead, part: Any) -> DraftHead:
         """Return the draft head that reads a part of a head (vocab, hidden), or a copy of it."""
@@ -116,17 +109,13 @@ class DraftHeads(nn.Module):
             channels = cached.get([weight, up], lambda: weight.detach() @ up.detach().to(weight))
             return LowRankHead(head, part, channels)
         if name == "frequency":
-            tokens = self._cached["hot tokens"].get(
-                [part, weight], lambda: part[part < len(weight)]
-            )
+            kept = self._cached["kept tokens"]  # a target may have lost some, or all
+            tokens = kept.get([part, weight], lambda: part[part < len(weight)])
             rows = cached.get([weight, tokens], lambda: weight.detach()[tokens])
-            # a target may have lost all of them
             return FrequencyHead(head, tokens, rows) if len(tokens) else FullHead(head)
         weights, is_finite = [*part.parameters()], self._cached["finite router"]
         if not is_finite.get(weights, lambda: all(x.isfinite().all() for x in weights)):
-            logger.warning_once(
-                "The router's weights are not finite: the whole LM head is read instead."
-            )
+            logger.warning_once("The router's weights are not finite: the whole LM head is read.")
             return FullHead(head)
         order, size = part.order, self.config.vocab_size
         sources, is_lost = [weight] if order is None else [weight, order], size > len(weight)
@@ -160,10 +149,9 @@ class DraftHeads(nn.Module):
         check_order(order, self.config.vocab_size)
         if self.config.grouping_hash != order_hash(order):
             raise ValueError(
-                "The checkpoint's router has other groups than those it was trained for: the hash"
-                f" of its order is {order_hash(order)}, `grouping_hash` is"
-                f" {self.config.grouping_hash}. Download or save it again, or train the router"
-                " again (add_router, then stage='router')."
+                f"The router has other groups than it was trained for: their hash is"
+                f" {order_hash(order)}, `grouping_hash` is {self.config.grouping_hash}. Download"
+                " the checkpoint again, or train its router again."
             )
 
     def add_router(
@@ -226,7 +214,7 @@ class DraftHeads(nn.Module):
         """
         if not head.is_readable:
             raise ValueError(
-                "A low-rank head starts from the rows of the target's LM head, which is quantised,"
+                "A low-rank head starts from the rows of the target's, which is quantised,"
                 " offloaded or adapted; load the target with a plain LM head."
             )
         fields = {"head_rank": rank, "draft_head": "low_rank"}

@@ -25,9 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..lm_head import LMHead
-from .group_logits import group_logits
-from .quantized import QuantizedRows, quantized_logits
-from .ranking import rank
+from .products import QuantizedRows, group_logits, quantized_logits, rank
 from .router import UNUSED, Router, Routing
 
 
@@ -49,7 +47,8 @@ class DraftHead(ABC):
             log_path: (batch, nodes), log-confidence of the path from the root to each node.
             top_k: children of each node; there are fewer where fewer tokens were read.
         """
-        return Children(*rank(self.logits(features, log_path), top_k))
+        logits = self.logits(features, log_path)
+        return Children(*rank(logits, min(top_k, logits.shape[-1])))
 
     @abstractmethod
     def logits(self, features: Tensor, log_path: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ and those behind it are empty and never read.
 
 In: features of the nodes of a level, (batch, nodes, hidden). Out: the probability mass of each
 group, and from it the groups that are read. Nodes may want different groups, and at batch 1 a pass
-costs what it reads, so there are three ways to choose (`ROUTINGS`). All have a fixed shape, with
+costs what it reads, so there are two ways to choose (`ROUTINGS`). Both have a fixed shape, with
 `UNUSED` where a slot reads nothing, so nothing waits for the device. From CORAL (LM head router).
 """
 
@@ -113,21 +113,17 @@ class Router(nn.Module):
 class Routing(NamedTuple):
     """How the groups of a level follow from the router's output for its nodes."""
 
-    name: str  # a key of `ROUTINGS`
-    num_active: int  # groups that a sequence ("shared") or a node (else) reads
-    max_active: int | None = None  # the most groups that a sequence reads, for "union"
+    name: str  # one of `ROUTINGS`
+    num_active: int  # groups that a sequence ("shared") or a node ("per_node") reads
     active_mass: float | None = None  # stop once the groups hold this share of the mass
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> "Routing":
         """Read the routing of a drafter that has a router."""
-        assert config.num_active_groups is not None, "the config checks this"
-        return cls(
-            config.routing, config.num_active_groups, config.max_active_groups, config.active_mass
-        )
+        return cls(config.routing, config.num_active_groups, config.active_mass)
 
     def choose(self, log_mass: Tensor, log_path: Tensor) -> Tensor:
-        """Choose the groups that are read.
+        """Choose the groups of the largest mass: each node's own, or Σ over nodes of path × mass.
 
         Args:
             log_mass: (batch, nodes, groups), log-probabilities of the groups that hold tokens.
@@ -136,55 +132,20 @@ class Routing(NamedTuple):
         Returns:
             (batch, 1, slots) where all nodes of a sequence read alike, else (batch, nodes, slots).
         """
-        return ROUTINGS[self.name](self, log_mass, log_path)
+        if self.name == "shared":
+            # up to a factor: the best path counts 1, however unlikely it is
+            least = torch.finfo(log_path.dtype).min
+            share = log_path - log_path.amax(1, keepdim=True).clamp(min=least)
+            mass = (log_mass + share[..., None]).exp().sum(1, keepdim=True)  # (batch, 1, groups)
+        else:
+            mass = log_mass.exp()
+        best, groups = mass.topk(min(self.num_active, mass.shape[-1]))
+        if self.active_mass is None:
+            return groups
+        before = best.cumsum(-1)[..., :-1]  # mass of the groups that come first
+        is_enough = before >= self.active_mass * mass.sum(-1, keepdim=True)
+        return groups.masked_fill(F.pad(is_enough, (1, 0)), UNUSED)  # one group is always read
 
     def by_node(self) -> "Routing":
         """Return the same routing for nodes that are each alone in their level."""
-        most = self.num_active if self.max_active is None else min(self.num_active, self.max_active)
-        return Routing("per_node", most, active_mass=self.active_mass)
-
-
-def shared(routing: Routing, log_mass: Tensor, log_path: Tensor) -> Tensor:
-    """Choose groups (batch, 1, slots) for all nodes, ranked by Σ over nodes of path × mass."""
-    return _largest(_total(log_mass, log_path), routing.num_active, routing.active_mass)
-
-
-def union(routing: Routing, log_mass: Tensor, log_path: Tensor) -> Tensor:
-    """Choose groups (batch, 1, slots) for all nodes: what any node wants, up to `max_active`."""
-    wanted = per_node(routing, log_mass, log_path)  # (batch, nodes, slots)
-    total = _total(log_mass, log_path)
-    # (batch, 1, groups + 1), the last for slots that want nothing
-    is_wanted = F.pad(torch.zeros_like(total, dtype=torch.bool), (0, 1))
-    places = torch.where(wanted == UNUSED, total.shape[-1], wanted).flatten(1)[:, None]
-    is_wanted = is_wanted.scatter(2, places, True)[..., :-1]
-    slots = min(places.shape[-1], total.shape[-1], routing.max_active or total.shape[-1])
-    best, groups = total.masked_fill(~is_wanted, -1.0).topk(slots)
-    return groups.masked_fill(best < 0, UNUSED)
-
-
-def per_node(routing: Routing, log_mass: Tensor, log_path: Tensor) -> Tensor:
-    """Choose the best groups of each node for that node alone, (batch, nodes, slots)."""
-    return _largest(log_mass.exp(), routing.num_active, routing.active_mass)
-
-
-ROUTINGS = {"shared": shared, "union": union, "per_node": per_node}
-
-
-def _total(log_mass: Tensor, log_path: Tensor) -> Tensor:
-    """Sum each group's mass over the nodes of a sequence, up to a factor: (batch, 1, groups)."""
-    # the best path counts 1, however unlikely it is
-    share = log_path - log_path.amax(1, keepdim=True).clamp(min=torch.finfo(log_path.dtype).min)
-    return (log_mass + share[..., None]).exp().sum(1, keepdim=True)
-
-
-def _largest(mass: Tensor, count: int, share: float | None) -> Tensor:
-    """Choose the groups of the largest mass: (*batch, groups) → (*batch, slots).
-
-    With `share`, as few groups as hold that share of the whole mass, and at most `count`.
-    """
-    best, groups = mass.topk(min(count, mass.shape[-1]))
-    if share is None:
-        return groups
-    before = best.cumsum(-1)[..., :-1]  # mass of the groups that come first
-    is_enough = before >= share * mass.sum(-1, keepdim=True)
-    return groups.masked_fill(F.pad(is_enough, (1, 0)), UNUSED)  # one group is always read
+        return self._replace(name="per_node")

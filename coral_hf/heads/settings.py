@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 DRAFT_HEADS = ("full", "quantized", "routed", "routed_quantized", "frequency", "low_rank")
 UNTRAINED_HEADS = ("full", "quantized")  # which every drafter has
 GROUPINGS = ("contiguous", "kmeans", "frequency", "coactivation", "custom")
-ROUTINGS = ("shared", "union", "per_node")
+ROUTINGS = ("shared", "per_node")
 
 # the field that a draft head needs
 HEAD_SIZES = {
@@ -15,14 +15,6 @@ HEAD_SIZES = {
     "routed_quantized": "num_groups",
     "frequency": "num_hot_tokens",
     "low_rank": "head_rank",
-}
-# size → the field that is its largest value
-SIZE_LIMITS = {
-    "num_groups": "vocab_size",
-    "num_hot_tokens": "vocab_size",
-    "head_rank": "hidden_size",
-    "num_active_groups": "num_groups",
-    "max_active_groups": "num_groups",
 }
 
 
@@ -39,9 +31,8 @@ class HeadFields:
         grouping: what the groups were made from; all but `"contiguous"` have an order of the
             vocabulary in the checkpoint.
         grouping_hash: of that order; a router knows its own groups only.
-        routing: whether the rows of a tree level share groups (`"shared"`), all read what any of
-            them wants (`"union"`), or read each its own (`"per_node"`).
-        max_active_groups: groups that `"union"` reads for a text at most; `None` for all wanted.
+        routing: whether the nodes of a tree level share groups (`"shared"`), or read each its own
+            (`"per_node"`).
         active_mass: read only as many groups as hold this share of the router's mass; `None`
             always reads `num_active_groups`.
         is_router_trained: whether the router has been trained; only then is it read.
@@ -55,7 +46,6 @@ class HeadFields:
     grouping: str = "contiguous"
     grouping_hash: str | None = None
     routing: str = "shared"
-    max_active_groups: int | None = None
     active_mass: float | None = None
     is_router_trained: bool = False
     num_hot_tokens: int | None = None
@@ -63,6 +53,15 @@ class HeadFields:
 
 
 HEAD_FIELDS = tuple(field.name for field in fields(HeadFields))
+
+
+def check_sizes(config: PreTrainedConfig, least: int, most: int | None, *names: str) -> None:
+    """Raise a ValueError for a field that is set, and not to a value from `least` to `most`."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not least <= value <= (value if most is None else most):
+            limit = "or more" if most is None else f"to {most}"
+            raise ValueError(f"`{name}` is {value}; use {least} {limit}.")
 
 
 def check_head_fields(config: PreTrainedConfig) -> None:
@@ -74,24 +73,16 @@ def check_head_fields(config: PreTrainedConfig) -> None:
     needed = HEAD_SIZES.get(config.draft_head)
     if needed is not None and getattr(config, needed) is None:
         raise ValueError(f"`draft_head` is {config.draft_head!r}, but `{needed}` is None; set it.")
-    for name, limit in SIZE_LIMITS.items():
-        value, most = getattr(config, name), getattr(config, limit)
-        if value is not None and most is not None and not 1 <= value <= most:
-            raise ValueError(f"`{name}` is {value}; use a value from 1 to `{limit}` = {most}.")
-    if config.active_mass is not None and not 0 < config.active_mass <= 1:
+    check_sizes(config, 1, config.vocab_size, "num_groups", "num_hot_tokens")
+    check_sizes(config, 1, config.hidden_size, "head_rank")
+    check_sizes(config, 1, config.num_groups, "num_active_groups")
+    mass = config.active_mass
+    if mass is not None and not 0 < mass <= 1:
+        raise ValueError(f"`active_mass` is {mass}; use a share above 0, at most 1, or None.")
+    is_ordered = config.grouping != "contiguous"
+    if config.num_groups is not None and is_ordered == (config.grouping_hash is None):
         raise ValueError(
-            f"`active_mass` is {config.active_mass}; use a share above 0, at most 1, or None."
-        )
-    has_router, is_ordered = config.num_groups is not None, config.grouping != "contiguous"
-    if has_router and is_ordered == (config.grouping_hash is None):
-        raise ValueError(
-            f"`grouping` is {config.grouping!r} and `grouping_hash` {config.grouping_hash}: all"
-            " groupings but 'contiguous' come with an order of the vocabulary. Leave both out"
-            " and call drafter.heads.add_router(num_groups, num_active_groups, order), or train"
-            " with CoralTrainingArguments(stage='router', grouping=...)."
-        )
-    if has_router and config.max_active_groups is not None and config.routing != "union":
-        raise ValueError(
-            f"`max_active_groups` is {config.max_active_groups}, which is for routing='union',"
-            f" but `routing` is {config.routing!r}; leave it out."
+            f"`grouping` is {config.grouping!r} and `grouping_hash` {config.grouping_hash}: all but"
+            " 'contiguous' come with an order of the vocabulary. Leave both out, and call"
+            " drafter.heads.add_router(...) or train with `stage` 'router' and a `grouping`."
         )

@@ -4,8 +4,7 @@ import pytest
 import torch
 from test_quantized import dequantized
 
-from coral_hf.heads.group_logits import group_logits
-from coral_hf.heads.quantized import dtype_for, quantize, quantized_logits, round_rows
+from coral_hf.heads.products import dtype_for, group_logits, quantize, quantized_logits, round_rows
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from ...heads.settings import check_sizes
 from ..configuration import DrafterConfig
 
 DRAFT_VOCABULARY = 32000  # tokens, as published
@@ -71,11 +72,7 @@ class Eagle3Config(DrafterConfig):
         self.target_hidden_size = self.target_hidden_size or self.hidden_size
         if self.draft_vocab_size is None:
             self.draft_vocab_size = self.vocab_size
-        if not 1 <= self.draft_vocab_size <= self.vocab_size:
-            raise ValueError(
-                f"`draft_vocab_size` is {self.draft_vocab_size}; use a value from 1 to `vocab_size`"
-                f" = {self.vocab_size}."
-            )
+        check_sizes(self, 1, self.vocab_size, "draft_vocab_size")
         depth, layers = self.target_num_layers, self.target_layers
         if not layers or (depth is not None and not all(0 <= layer <= depth for layer in layers)):
             raise ValueError(
@@ -84,9 +81,8 @@ class Eagle3Config(DrafterConfig):
             )
         if not self.has_embeddings and self.target_hidden_size != self.hidden_size:
             raise ValueError(
-                f"`hidden_size` is {self.hidden_size} and `target_hidden_size`"
-                f" {self.target_hidden_size}: the target's embeddings do not fit a drafter of"
-                " another width; set `has_embeddings`."
+                f"`hidden_size` is {self.hidden_size}, and the target's embeddings have"
+                f" {self.target_hidden_size} channels; set `has_embeddings`."
             )
 
     @classmethod
@@ -140,11 +136,7 @@ class ParallelConfig(Eagle3Config):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
-            raise ValueError(
-                f"`mask_token_id` is {self.mask_token_id}; use a token from 0 to"
-                f" {self.vocab_size - 1} that no text has, or None."
-            )
+        check_sizes(self, 0, self.vocab_size - 1, "mask_token_id")
 
     @classmethod
     def _own_fields(cls, text: PreTrainedConfig) -> dict[str, Any]:

@@ -48,8 +48,8 @@ class OwnHead(DraftHead):
     def children(self, features: Tensor, log_path: Tensor, top_k: int) -> Children:
         """Rank the children of features (batch, nodes, hidden); see [`DraftHead`]."""
         if self._has_lost:
-            return super().children(features, log_path, min(top_k, self._num_tokens))
-        normed, top_k = self._drafter.normed(features), min(top_k, len(self._tokens))
+            return super().children(features, log_path, top_k)
+        normed = self._drafter.normed(features)
         places, log_confidence = self._head.children(normed, log_path, top_k)
         return Children(self._tokens[places], log_confidence)
 

@@ -152,10 +152,9 @@ class Eagle3Drafter(Drafter):
         """
         if len(self.d2t) < self.config.vocab_size or bool(self.d2t.any()):
             raise ValueError(
-                "A router and frequent tokens need an LM head with a row for each token, in their"
-                f" order; this drafter's own has a draft vocabulary of {len(self.d2t)} of"
-                f" {self.config.vocab_size} tokens. Train one with `draft_vocab_size`"
-                f" {self.config.vocab_size} (--draft-vocab-size), or use draft_head='full'."
+                "A router and frequent tokens need an LM head with a row for each token, in order;"
+                f" this one has {len(self.d2t)} rows for {self.config.vocab_size} tokens. Train one"
+                " with `draft_vocab_size` (--draft-vocab-size), or use draft_head='full'."
             )
 
     def fuse(self, features: Tensor) -> Tensor:

@@ -1,0 +1,292 @@
+"""Logits of an LM head in eight bits, or of active groups of its rows, and the best of them.
+
+Eight bits: a private copy of the head's weight (vocab, hidden), with one scale a row; features are
+rounded row by row in the same way. A rounded logit changes what is proposed and never what is
+verified. int8 on CPUs and older GPUs, fp8 on newer ones.
+
+Groups: from features and the groups that each sequence or each node reads to raw logits (batch,
+nodes, slots, size), without reading the rest of the head. A group is `size` consecutive rows of the
+weight, or of `order`, which says where each row is. On CUDA one Triton kernel reads the weight in
+place; the plain form beside it says what the kernel computes and runs everywhere else. Both are one
+operator of a traced graph, whose shape depends on no value. Copying the active rows first, which
+torch's own operators would do, takes up to six times as long on a CPU.
+
+Ranking: no softmax over all logits and no top-k over them is stored. The best tokens lie in the
+`top_k` blocks of the largest maxima, and the rest of the softmax is one sum.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ALIGNMENT = 16  # of both sizes of a weight, for the products on CUDA
+LEAST_FEATURES = 17  # that the product of int8 takes on CUDA
+DEVICES = ("cpu", "cuda")  # which have the products
+BLOCK = 128  # logits whose largest one stands for them
+LOWEST = torch.iinfo(torch.int64).min
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # which it sums in fp32
+
+
+class QuantizedRows(NamedTuple):
+    """Rows in eight bits; rows and channels of zeros fill them up to multiples of `ALIGNMENT`."""
+
+    values: Tensor  # (padded rows, padded hidden), int8 or float8_e4m3fn
+    scales: Tensor  # (rows,), fp32: a row is its values × its scale
+
+
+def dtype_for(device: torch.device) -> torch.dtype:
+    """Return the eight-bit dtype that products on a device are fast in."""
+    is_cuda = device.type == "cuda" and torch.version.cuda is not None
+    has_fp8 = is_cuda and torch.cuda.get_device_capability(device) >= (8, 9)
+    return torch.float8_e4m3fn if has_fp8 else torch.int8
+
+
+@torch.no_grad()
+def quantize(weight: Tensor, dtype: torch.dtype | None = None) -> QuantizedRows:
+    """Round the rows of a weight (rows, hidden) to a dtype, by default that of its device."""
+    dtype = dtype or dtype_for(weight.device)
+    rows, hidden = weight.shape
+    padding = (0, -hidden % ALIGNMENT)
+    parts = [round_rows(F.pad(part, padding), dtype) for part in weight.split(8192)]
+    values, scales = map(torch.cat, zip(*parts, strict=True))
+    return QuantizedRows(_pad(values, (0, 0, 0, -rows % ALIGNMENT)), scales)
+
+
+def round_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Round rows (rows, hidden) symmetrically: values (rows, hidden), scales (rows,) in fp32."""
+    rows = rows.float()
+    largest = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
+    scales = (rows.abs().amax(-1) / largest).clamp(min=torch.finfo(torch.float32).tiny)
+    scaled = rows / scales[:, None]
+    return (scaled if dtype.is_floating_point else scaled.round()).to(dtype), scales
+
+
+def quantized_logits(features: Tensor, rows: QuantizedRows) -> Tensor:
+    """Multiply features (*batch, hidden) with quantized rows: (*batch, rows), in fp32."""
+    values, scales = round_rows(features.flatten(0, -2), rows.values.dtype)
+    logits = multiply(values, scales, *rows)
+    return logits.unflatten(0, features.shape[:-1])
+
+
+def multiply(values: Tensor, scales: Tensor, row_values: Tensor, row_scales: Tensor) -> Tensor:
+    """Multiply rounded features with rounded rows.
+
+    Args:
+        values, scales: of features, (features, hidden) and (features,).
+        row_values, row_scales: of rows, (padded rows, padded hidden) and (rows,).
+
+    Returns:
+        (features, rows), in fp32.
+    """
+    count, hidden = values.shape
+    is_integer = values.dtype == torch.int8
+    least = LEAST_FEATURES if is_integer and values.is_cuda else 0
+    padding = (0, row_values.shape[1] - hidden, 0, max(least - count, 0))
+    if any(padding):
+        values = _pad(values, padding)
+    if is_integer:
+        product = torch._int_mm(values, row_values.T)
+    else:
+        one = torch.ones((), dtype=torch.float32, device=values.device)
+        product = torch._scaled_mm(
+            values, row_values.T, scale_a=one, scale_b=one, out_dtype=torch.float32
+        )
+    return (product[:count, : len(row_scales)] * row_scales).mul_(scales[:, None])
+
+
+def _pad(values: Tensor, padding: tuple[int, ...]) -> Tensor:
+    """Pad eight-bit values (rows, hidden) with zeros, as `F.pad` does those of other dtypes."""
+    return F.pad(values.view(torch.int8), padding).view(values.dtype)
+
+
+def group_logits(
+    features: Tensor,
+    weight: Tensor | QuantizedRows,
+    active: Tensor,
+    size: int,
+    bias: Tensor | None = None,
+    order: Tensor | None = None,
+) -> Tensor:
+    """Compute the logits of the tokens in the active groups: feature · weight row + bias.
+
+    Args:
+        features: (batch, nodes, hidden), in the weight's dtype; any where it is quantized.
+        weight: (vocab, hidden).
+        active: (batch, 1, slots), groups that all nodes of a sequence read, or
+            (batch, nodes, slots), groups that each node reads; int64, negative in unused slots.
+        size: tokens of a group.
+        bias: (vocab,)
+        order: (vocab,), int64: place i of group g is row order[g × size + i] of the weight; without
+            it row g × size + i. Off CUDA, rows that an order scatters are copied to be read.
+
+    Returns:
+        (batch, nodes, slots, size), in fp32; -inf where a slot is unused, and where the last groups
+        hold fewer tokens.
+    """
+    batch, nodes, _ = features.shape
+    if active.shape[:2] not in ((batch, 1), (batch, nodes)):
+        raise ValueError(
+            f"`active` is {tuple(active.shape)}, but the features are of {batch} sequences of"
+            f" {nodes} nodes; use ({batch}, 1, slots) or ({batch}, {nodes}, slots)."
+        )
+    if active.shape[1] != 1:
+        # a node with groups of its own is a sequence of one node
+        features, active = features.flatten(0, 1)[:, None], active.flatten(0, 1)[:, None]
+    scales = None
+    if isinstance(weight, QuantizedRows):
+        weight, scales = weight
+    tensors = (features, weight) if bias is None else (features, weight, bias)
+    # the operator has no gradient
+    is_plain = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    read = plain_group_logits if is_plain else _group_logits
+    return read(features, weight, active, size, bias, order, scales).view(batch, nodes, -1, size)
+
+
+@torch.library.custom_op(
+    "coral_hf::group_logits",
+    mutates_args=(),
+    schema="(Tensor features, Tensor weight, Tensor active, int size, Tensor? bias, Tensor? order,"
+    " Tensor? scales) -> Tensor",
+)
+def _group_logits(features, weight, active, size, bias, order, scales):
+    """See `plain_group_logits`, whose arguments these are: (batch, nodes, slots, size)."""
+    is_fusible = has_kernel(weight if scales is None else features) and weight.stride(-1) == 1
+    kernel = _kernel() if is_fusible else None
+    return (kernel or plain_group_logits)(features, weight, active, size, bias, order, scales)
+
+
+@_group_logits.register_fake
+def _(features, weight, active, size, bias, order, scales):  # (batch, nodes, slots, size), as above
+    shape = (*features.shape[:2], active.shape[-1], size)
+    return features.new_empty(shape, dtype=torch.float32)
+
+
+def plain_group_logits(
+    features: Tensor,
+    weight: Tensor,
+    active: Tensor,
+    size: int,
+    bias: Tensor | None = None,
+    order: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> Tensor:
+    """Compute `group_logits` group by group, for groups (batch, 1, slots) that nodes share.
+
+    Waits for the values of `active`. A group that several sequences read is read once. `weight` is
+    quantized where it has `scales` (vocab,).
+    """
+    vocab = len(weight if scales is None else scales)
+    shape = (*features.shape[:2], active.shape[-1], size)
+    logits = features.new_full(shape, float("-inf"), dtype=torch.float32)
+    if scales is not None and not features.is_cuda:  # no product there takes groups of any size
+        rounded = round_rows(features.flatten(0, 1), weight.dtype)
+        values, sizes = (part.unflatten(0, features.shape[:2]) for part in rounded)
+    for group, readers in _readers(active).items():
+        start, stop = group * size, min((group + 1) * size, vocab)
+        if start >= stop:
+            continue
+        part = slice(start, stop) if order is None else order[start:stop]
+        own, own_bias = weight[part], None if bias is None else bias[part]
+        # numbers where one sequence reads the group, as views cost less than gathered copies
+        rows, slots = readers[0] if len(readers) == 1 else map(list, zip(*readers, strict=True))
+        # (*readers, nodes, tokens)
+        if scales is None:
+            block = F.linear(features[rows], own, own_bias)
+        elif features.is_cuda:
+            block = F.linear(features[rows], own.to(features.dtype)) * scales[part]
+        else:
+            block = multiply(
+                values[rows].flatten(0, -2), sizes[rows].flatten(), own, scales[part]
+            ).unflatten(0, sizes[rows].shape)
+        if scales is not None and own_bias is not None:
+            block = block + own_bias
+        logits[rows, :, slots, : stop - start] = block.float()
+    return logits
+
+
+def _readers(active: Tensor) -> dict[int, list[tuple[int, int]]]:
+    """Map each group of `active` (batch, 1, slots) to the (row of the batch, slot) that read it."""
+    readers = defaultdict(list)
+    for row, slots in enumerate(active[:, 0].tolist()):
+        for slot, group in enumerate(slots):
+            if group >= 0:
+                readers[group].append((row, slot))
+    return readers
+
+
+def has_kernel(weight: Tensor) -> bool:
+    """Whether rows of a frozen weight (vocab, hidden) can be read in place in any order."""
+    return weight.is_cuda and weight.dtype in KERNEL_DTYPES and _kernel() is not None
+
+
+@cache
+def _kernel() -> Callable[..., Tensor] | None:
+    """Import the Triton kernel when it is first needed; None where Triton is not installed.
+
+    It makes (batch, nodes, slots, size) logits, see `group_logits`.
+    """
+    try:
+        from .group_kernel import fused_group_logits
+    except ImportError:
+        return None
+    return fused_group_logits
+
+
+class Ranked(NamedTuple):
+    """The best logits of each row, best first; of equal ones, the lower place first."""
+
+    places: Tensor  # (*batch, top_k)
+    log_probs: Tensor  # (*batch, top_k), of a softmax over all that was read
+
+
+def rank(logits: Tensor, top_k: int) -> Ranked:
+    """Rank logits (*batch, read) in fp32, which are overwritten; `top_k` is at most `read`."""
+    places = best_places(logits, top_k)
+    best = logits.gather(-1, places)
+    highest = best[..., :1]
+    # in place, as temporaries of this size cost page faults; exp2 is much faster than exp on a CPU
+    powers = logits.sub_(highest).mul_(math.log2(math.e)).exp2_()
+    return Ranked(places, best - highest - powers.sum(-1, keepdim=True).log())
+
+
+def best_places(logits: Tensor, top_k: int) -> Tensor:
+    """Find the places of the largest logits, (*batch, read) → (*batch, top_k), as in `Ranked`.
+
+    Blocks are ranked by their maxima as tokens are by their logits, so each of the best tokens is
+    in one of the best `top_k` blocks.
+    """
+    read = logits.shape[-1]
+    even = read // BLOCK * BLOCK
+    if even < 2 * BLOCK * top_k:
+        return _largest(logits, torch.arange(read, device=logits.device), top_k)
+    highest = logits[..., :even].unflatten(-1, (-1, BLOCK)).amax(-1)  # (*batch, blocks)
+    if even < read:
+        highest = torch.cat([highest, logits[..., even:].amax(-1, keepdim=True)], -1)
+    blocks = _largest(highest, torch.arange(highest.shape[-1], device=logits.device), top_k)
+    within = torch.arange(BLOCK, device=logits.device)
+    places = (blocks[..., None] * BLOCK + within).flatten(-2)  # (*batch, top_k * BLOCK)
+    if even == read:
+        return _largest(logits.gather(-1, places), places, top_k)
+    return _largest(logits.gather(-1, places.clamp(max=read - 1)), places, top_k, read)
+
+
+def _largest(values: Tensor, places: Tensor, top_k: int, stop: int | None = None) -> Tensor:
+    """Return the places of the largest values, (*batch, some) → (*batch, top_k).
+
+    Args:
+        values: in fp32.
+        places: of the values, of a shape that broadcasts to theirs.
+        stop: places from here on hold nothing.
+    """
+    bits = values.view(torch.int32).long()
+    bits ^= (bits >> 63) & 0x7FFFFFFF  # now ordered as the numbers are
+    keys = torch.sub(-places, bits, alpha=-(2**32))  # bits · 2³² - place
+    if stop is not None:
+        keys = keys.masked_fill(places >= stop, LOWEST)
+    return -keys.topk(top_k).values & 0xFFFFFFFF
