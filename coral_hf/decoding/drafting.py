@@ -149,7 +149,6 @@ class Drafting(Protocol):
             features: (batch, length, len(layers) · hidden), the target's.
             positions: (batch, length), of the features; negative where the prompt is padded.
         """
-        ...
 
     def propose(self, root: Tensor, shape: TreeShape, warp: Warp | None = None) -> DraftTree:
         """Draft a tree below each row's last committed token, no larger than `shape`.
@@ -160,7 +159,6 @@ class Drafting(Protocol):
             warp: where given, tokens are drawn from the drafter's distribution, which warpers such
                 as the temperature change first; else they are the most probable ones.
         """
-        ...
 
     def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
         """Read the tokens that a round committed, each with the feature before it.
@@ -170,15 +168,12 @@ class Drafting(Protocol):
             features: (batch, new, len(layers) · hidden).
             counts: (batch,), on the CPU, how many are no padding.
         """
-        ...
 
     def select(self, rows: Tensor) -> None:
         """Keep some rows of the batch only; `rows`, of shape (kept,), is on the CPU."""
-        ...
 
     def memory(self) -> object | None:
         """Return what a later call with the same sequences may continue from, if anything."""
-        ...
 
 
 class FixedDrafting(Drafting, Protocol):
@@ -201,11 +196,9 @@ class FixedDrafting(Drafting, Protocol):
         self, root: Tensor, shape: TreeShape, warp: Warp | None = None, chance: Any = None
     ) -> DraftTree:
         """See [`Drafting`]; `root` is (batch,), `chance` an `chance.Uniforms`."""
-        ...
 
     def forget_pass(self) -> None:
         """Forget what a broken-off `propose` or `commit` has left."""
-        ...
 
     def fix(self, capacity: int, shape: TreeShape, is_drawn: bool) -> tuple[Level, ...]:
         """Make room for rows of `capacity` tokens, and trees of `shape`.
@@ -213,11 +206,9 @@ class FixedDrafting(Drafting, Protocol):
         `is_drawn`: whether `propose` will be asked for trees that are drawn; then their plan is
         returned, else ().
         """
-        ...
 
     def unfix(self, lengths: list[int]) -> None:
         """Go back to buffers that grow, with what was read of each row's first tokens."""
-        ...
 
 
 @runtime_checkable
@@ -232,7 +223,6 @@ class PartwiseDrafting(Drafting, Protocol):
             features: (batch, length, len(layers) · hidden), the target's.
             positions: (batch, length), of the features.
         """
-        ...
 
 
 class Family(NamedTuple):

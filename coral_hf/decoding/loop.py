@@ -167,7 +167,8 @@ class DecodingLoop:
         tree = self.draft(rows)
         self.sequences.show(tree)
         draft = self.lap("draft_seconds")
-        output, accepted = self.verify(tree)
+        output = self.target.score(tree)
+        accepted = self.verifier.verify(tree, output)
         decode = self.lap("verify_seconds")
         kept = self.commit(rows, tree, output, accepted)
         decode += self.lap("other_seconds")
@@ -200,11 +201,6 @@ class DecodingLoop:
         room = self.target.room()
         depth = min(shape.depth, room, self.plan.max_length - shortest - 1)
         return shape._replace(depth=max(depth, 0), nodes=min(shape.nodes, room + 1))
-
-    def verify(self, tree: DraftTree) -> tuple[TargetOutput, Accepted]:
-        """One pass of the target over the tree, and what it accepts."""
-        output = self.target.score(tree)
-        return output, self.verifier.verify(tree, output)
 
     def commit(
         self, rows: list[int], tree: DraftTree, output: TargetOutput, accepted: Accepted
