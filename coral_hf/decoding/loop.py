@@ -131,8 +131,8 @@ class DecodingLoop:
         """Decode until every row has ended; `model_kwargs` are what `generate` prepared."""
         self.prefill(model_kwargs)
         self.lap("prefill_seconds")
-        watched = self.sequences, self.collector.config, model_kwargs
-        own_loop = OwnLoop(self.target.model, *watched)
+        config = self.collector.config
+        own_loop = OwnLoop(self.target.model, self.sequences, config, model_kwargs)
         step_seconds = partial(own_loop.step_seconds, self.target.cache)
         self.policy.begin(len(self.sequences.active), step_seconds)
         while self.sequences.active and not self.policy.is_plain:

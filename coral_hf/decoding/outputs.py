@@ -45,10 +45,10 @@ class OutputCollector:
 
     def __init__(self, config: GenerationConfig, batch: int, windows: Sequence[int | None] = ()):
         self.config, self.returns_dict = config, bool(config.return_dict_in_generate)
-        wanted = [name for name in OUTPUTS if self.returns_dict and getattr(config, name)]
-        self.keeps_scores, self.keeps_logits = (name in wanted for name in OUTPUTS[:2])
+        self.wanted = [name for name in OUTPUTS if self.returns_dict and getattr(config, name)]
+        self.keeps_scores, self.keeps_logits = (name in self.wanted for name in OUTPUTS[:2])
         # what the target's passes must give
-        self.extras = tuple(name for name in OUTPUTS[2:] if name in wanted)
+        self.extras = tuple(name for name in OUTPUTS[2:] if name in self.wanted)
         self._windows = [window for window in windows if window != CONVOLUTION]
         # by row, and for each token: (vocab,), or by layer (1, hidden) and (heads, 1, slots)
         self._kept: dict[str, list[list[Any]]] = {

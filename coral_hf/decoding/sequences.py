@@ -72,8 +72,8 @@ class Sequences:
         # whether scores depend on logits alone
         self.is_prefix_free = all(type(one) in watchers.PREFIX_FREE for one in logits_processor)
         # whether nothing asks for one token after another: all of a round can come at once
-        is_bounded = self._end_tokens is not None
-        self.is_free = is_bounded and self.is_prefix_free and not self.is_lockstep
+        is_ordered = self._end_tokens is None or self.is_lockstep
+        self.is_free = self.is_prefix_free and not is_ordered
 
     @property
     def active(self) -> list[int]:
@@ -166,8 +166,7 @@ class Sequences:
             _stream(self.streamer, self.ids[:, -1].cpu(), depth)
         if self._end_tokens is not None:
             for row, token in zip(rows, tokens, strict=True):
-                is_full = self.lengths[row] >= self._limit
-                self._end(row, is_full or token in self._end_tokens)
+                self._end(row, self.lengths[row] >= self._limit or token in self._end_tokens)
             return
         is_done = self.criteria(self.ids, scores()).tolist() if self.is_lockstep else None
         for row in rows:
@@ -211,8 +210,7 @@ class Sequences:
             self._newest[row] = tokens[index][-1]
         if self.streamer is not None:  # of a single row
             for depth, token in enumerate(tokens[0], start=1):
-                own = depth if depth <= drafted else 0
-                _stream(self.streamer, host_tensor([token]), own)
+                _stream(self.streamer, host_tensor([token]), depth if depth <= drafted else 0)
         return tokens
 
     @property

@@ -43,8 +43,7 @@ class Verifier:
     def __init__(self, sequences: Sequences, collector: OutputCollector, rule: str):
         self.sequences, self.collector, self.rule = sequences, collector, rule
         self.chance = Chance()
-        keeps_any = collector.keeps_scores or collector.keeps_logits
-        self.is_stepwise = keeps_any or not sequences.is_free
+        self.is_stepwise = collector.keeps_scores or collector.keeps_logits or not sequences.is_free
 
     def verify(self, tree: DraftTree, output: TargetOutput) -> Accepted:
         """Verify one tree for each row of `Sequences.active`, and append what comes out."""

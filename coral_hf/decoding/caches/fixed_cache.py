@@ -165,8 +165,7 @@ class FixedCache(Cache):
         is_kept = steps < counts[:, None]  # (batch, longest)
         places = {}
         for window, size in self._sizes.items():
-            slots = (self.ends[:, None] + steps) % size
-            places[window] = torch.where(is_kept, slots, size)
+            places[window] = torch.where(is_kept, (self.ends[:, None] + steps) % size, size)
             self._seen[window].scatter_(1, places[window], is_kept)
         for layer in self.layers:
             if layer.is_initialized:  # layers that share another layer's keys stay empty

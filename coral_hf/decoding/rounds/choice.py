@@ -72,15 +72,13 @@ def with_constant_shapes(loop: DecodingLoop, how: FixedPlan, is_prepared: bool) 
 
 def _obstacle(loop: DecodingLoop, is_prepared: bool) -> str | None:
     """Why the rounds of a call cannot have constant shapes; None if they can."""
-    model, collector = loop.target.model, loop.collector
+    model = loop.target.model
     devices = {*getattr(model, "hf_device_map", {"": model.device}).values()}
     devices.add(getattr(loop.drafting, "device", model.device))
     reasons = {
         "the drafter has none of that kind": not hasattr(loop.drafting, "fix"),
         "something needs one token after another": not loop.sequences.is_free,
-        "scores, logits or states of each token are asked for": (
-            collector.extras or collector.keeps_scores or collector.keeps_logits
-        ),
+        "scores, logits or states of each token are asked for": loop.collector.wanted,
         "the target prepares the inputs of each round itself": is_prepared,
         "the target takes no positions": not takes_positions(model),
         "the target's rotary embedding changes with the length": rotary_switches(model),

@@ -223,8 +223,7 @@ class FixedLoop(DecodingLoop):
             self.end_rounds(goes_on=True)
             self.capacity = self._capacity(self.sequences.longest + self.capacity // 2)
             self._begin()
-        size = self.policy.plan(len(self.sequences.active))
-        rung = self.rungs.get(size, self.largest)
+        rung = self.rungs.get(self.policy.plan(len(self.sequences.active)), self.largest)
         rung.uniforms.draw_all()
         if not self.policy.is_plain:
             rung.run("draft")
