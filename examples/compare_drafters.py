@@ -34,8 +34,8 @@ from coral_hf.measure.calls import Bench, Call, sampling_arguments
 from coral_hf.measure.prompts import encode, read_prompts
 from coral_hf.measure.report import describe_environment, tabulate
 from coral_hf.measure.summary import grouped, median_ratio, summarise_tasks
-from coral_hf.training.arguments import parse_arguments, parse_as
-from coral_hf.training.assistant.small_model import small_model
+from coral_hf.training.arguments import parse_arguments
+from coral_hf.training.assistant import small_model
 from coral_hf.training.data import load_conversations, prepare_dataset
 from coral_hf.training.runs.checkpoints import last_checkpoint
 from coral_hf.training.steps import kind_of_recipe
@@ -117,7 +117,7 @@ class Experiment:
         kind = coral_hf.AssistantTrainingArguments if is_small else coral_hf.CoralTrainingArguments
         fields |= {} if is_small else {"recipe": family, "plots": False}
         fields["use_cpu"] = self.target.device.type == "cpu"
-        args = parse_as(kind, folder, [*OPTIONS.split(), *self.typed], **fields)
+        args = parse_arguments(folder, [*OPTIONS.split(), *self.typed], kind, **fields)
         set_seed(args.seed)
         if is_small:
             width = self.target.config.get_text_config().hidden_size

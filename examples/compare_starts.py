@@ -28,8 +28,8 @@ from coral_hf.measure.prompts import Prompt, asked_messages, encode
 from coral_hf.measure.report import tabulate
 from coral_hf.target import read_target
 from coral_hf.training import parse_arguments
-from coral_hf.training.adapters import lora
 from coral_hf.training.data import load_conversations, prepare_dataset, to_messages
+from coral_hf.training.stages import lora
 from coral_hf.training.warm_start import from_layer, warm_start
 
 KEY = ("run", "seed", "share", "start")

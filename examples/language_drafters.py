@@ -57,8 +57,8 @@ from coral_hf.identity import digest
 from coral_hf.measure.calls import decoded_rounds
 from coral_hf.measure.report import hardware_name
 from coral_hf.target import read_target
-from coral_hf.training.arguments import parse_as
-from coral_hf.training.assistant.small_model import small_model
+from coral_hf.training.arguments import parse_arguments
+from coral_hf.training.assistant import small_model
 from coral_hf.training.data import load_conversations
 from coral_hf.training.regeneration import RegenerationSettings
 from coral_hf.training.regeneration.regenerate import regenerate
@@ -201,7 +201,7 @@ class Experiment:
         kind = CoralTrainingArguments if is_coral else AssistantTrainingArguments
         chosen |= {"max_steps": steps, "warmup_steps": min(20, steps)}
         chosen["use_cpu"] = not torch.cuda.is_available()
-        args = parse_as(kind, self.folder / f"{name}-run", OPTIONS.split(), **chosen)
+        args = parse_arguments(self.folder / f"{name}-run", OPTIONS.split(), kind, **chosen)
         given = {"args": args, "target_model": target, "processing_class": tokenizer}
         trainer_kind = CoralTrainer if is_coral else AssistantTrainer
         trainer = trainer_kind(model, train_dataset=rows, **given)

@@ -23,8 +23,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from coral_hf import CoralDrafter
-from coral_hf.training.losses import regression_loss
-from coral_hf.training.losses.csra import csra_loss
+from coral_hf.training.losses import csra_loss, regression_loss
 from coral_hf.training.losses.token_loss import Head, TargetGoal, token_loss
 from coral_hf.training.steps.attention import plain_mixed_attention
 from coral_hf.training.steps.unroll import unroll

@@ -15,7 +15,6 @@ import torch
 from accelerate import DistributedType, PartialState, debug_launcher
 from conftest import VOCAB, invoke, scatter_weights, tiny_target
 from datasets import Dataset
-from loss_inputs import POSITIONS, features
 from torch import distributed
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -30,8 +29,7 @@ from coral_hf import (
     MedusaDrafter,
 )
 from coral_hf.drafters.model import Drafter
-from coral_hf.training.assistant.small_model import small_model
-from coral_hf.training.losses.csra import csra_loss, of_other_devices
+from coral_hf.training.assistant import small_model
 from coral_hf.training.runs.checkpoints import sole_run
 from coral_hf.training.steps.base import add_noise
 
@@ -154,8 +152,6 @@ def of_family(recipe: str, folder: Path, **settings) -> dict:
     return {**results(trainer), "gradients": gradients.found}
 
 
-# positions of each process, which may have nothing to train
-SHARES = [(4, POSITIONS - 4), (POSITIONS, 0)]
 STAGES = ("drafter", "router", "low_rank", "joint")
 
 
@@ -200,18 +196,6 @@ def stops_at_a_broken_row(folder: Path) -> dict:
     return {"error": None}
 
 
-def gathered_losses() -> dict:
-    """CSRA of this process with the negatives of both, and its gradient, by shares of positions."""
-    found = {}
-    for counts in SHARES:
-        own = features()[0].detach().split(counts, dim=1)[PartialState().process_index]
-        own.requires_grad_()
-        loss = csra_loss(own, 0.1, others=of_other_devices(own.flatten(0, 1)))
-        loss.backward()
-        found[counts[0]] = (loss.detach(), own.grad)
-    return found
-
-
 def assistant(folder: Path, **settings) -> dict:
     """The gradients of a small language model, and what an evaluation finds."""
     torch.manual_seed(0)
@@ -242,7 +226,6 @@ def all_at_once(folder: Path, **settings) -> dict:
     found["broken"] = stops_at_a_broken_row(folder)
     torch.manual_seed(0)
     found["noise"] = add_noise(torch.zeros(4, 8), 0.1, PartialState().process_index)
-    found["gathered"] = gathered_losses()
     return found
 
 

@@ -13,7 +13,7 @@ from test_trainer import logged, make_trainer, rows, target  # noqa: F401  fixtu
 from transformers import AutoModel
 
 from coral_hf import CoralDrafter
-from coral_hf.training.adapters import DRAFTER_LAYERS, lora
+from coral_hf.training.stages import DRAFTER_LAYERS, lora
 
 # PEFT asks for a property that newer versions of transformers have renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep:FutureWarning")

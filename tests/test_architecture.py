@@ -33,7 +33,7 @@ ORDER = (
 APART = {("decoding", "drafters"), ("decoding", "training")}
 RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 PURE = ["decoding/drafting.py", "decoding/chance.py", "drafters/tree_builders.py"]
-PURE += [f"training/losses/{name}.py" for name in ("__init__", "token_loss", "csra")]
+PURE += [f"training/losses/{name}.py" for name in ("__init__", "token_loss")]
 PURE += ["training/steps/attention.py"]
 # imported when they are needed: each costs seconds, or is not installed everywhere
 LAZY = {"datasets", "peft", "matplotlib", "sklearn", "vllm", "transformers.trainer"}

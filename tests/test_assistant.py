@@ -25,7 +25,7 @@ from coral_hf import (
 )
 from coral_hf.measure.calls import decoded_rounds
 from coral_hf.target import read_target
-from coral_hf.training.assistant.small_model import small_model
+from coral_hf.training.assistant import small_model
 from coral_hf.training.data import CoralCollator
 
 PROMPT = 4

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coral_hf import Eagle3Drafter
 from coral_hf.atomic import sole_writer
+from coral_hf.measure.settings import ComparisonSettings
 from coral_hf.training import parse_arguments
 from coral_hf.training.comparison import (
     Comparison,
-    ComparisonSettings,
     Result,
     Trial,
     compare,

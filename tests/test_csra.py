@@ -8,7 +8,7 @@ from loss_inputs import HIDDEN, POSITIONS, STEPS, features, randn
 from torch import Tensor
 from torch.nn import functional as F
 
-from coral_hf.training.losses.csra import csra_loss, of_other_devices
+from coral_hf.training.losses import csra_loss
 
 
 def naive_csra(predicted: Tensor, temperature: float) -> float:
@@ -83,19 +83,6 @@ def test_csra_is_small_where_the_steps_agree_and_large_where_they_are_mixed_up()
     assert csra_loss(agreeing, 0.07) < csra_loss(mixed, 0.07)
 
 
-def test_csra_with_others_has_them_as_negatives_only():
-    predicted, _ = features()
-    others = randn(5, HIDDEN, seed=3)
-    unit, foreign = F.normalize(predicted, dim=-1).flatten(0, 1), F.normalize(others, dim=-1)
-    scores = torch.cat([unit @ unit.T, unit @ foreign.T], dim=1) / 0.1
-    itself = torch.eye(*scores.shape, dtype=torch.bool)
-    position = torch.arange(POSITIONS).repeat(STEPS)
-    positive = F.pad(position[:, None] == position, (0, 5)) & ~itself
-    log_probs = scores.masked_fill(itself, float("-inf")).log_softmax(-1)
-    expected = -log_probs[positive].sum() / (STEPS - 1) / STEPS
-    torch.testing.assert_close(csra_loss(predicted, 0.1, others=others, chunk_size=4), expected)
-
-
 def test_csra_with_the_target_has_it_as_one_more_step_that_is_no_anchor():
     predicted, target = features()
     keys = F.normalize(torch.cat([predicted, target[None]]), dim=-1).flatten(0, 1)
@@ -107,7 +94,3 @@ def test_csra_with_the_target_has_it_as_one_more_step_that_is_no_anchor():
     anchors = slice(0, STEPS * POSITIONS)
     expected = -log_probs[anchors][positive[anchors]].sum() / STEPS / STEPS
     torch.testing.assert_close(csra_loss(predicted, 0.1, target=target), expected)
-
-
-def test_one_device_alone_has_no_others():
-    assert of_other_devices(randn(3, HIDDEN)) is None

@@ -11,11 +11,9 @@ from pathlib import Path
 import launched
 import pytest
 import torch
-from loss_inputs import features
 from transformers import AutoModel
 
 import coral_hf
-from coral_hf.training.losses.csra import csra_loss
 
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "examples" / "accelerate"
@@ -129,16 +127,6 @@ def test_each_process_draws_its_own_feature_noise(two):
     first, second = (process["noise"] for process in two)
     assert 0.05 < min(first.abs().max(), second.abs().max()) < 0.1
     assert not (first == second).any()
-
-
-@pytest.mark.parametrize("counts", launched.SHARES)
-def test_gathered_negatives_make_two_devices_one_batch(two, counts):
-    losses, gradients = zip(*(process["gathered"][counts[0]] for process in two), strict=True)
-    predicted, _ = features()
-    whole = csra_loss(predicted, 0.1)
-    whole.backward()
-    torch.testing.assert_close(sum(losses), whole.detach())
-    torch.testing.assert_close(torch.cat(gradients, dim=1), predicted.grad)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from coral_hf.training.data import CoralCollator
 from coral_hf.training.features import CachedFeatures, write_features
 from coral_hf.training.pipeline import train
 from coral_hf.training.steps import step_kind, training_step
-from coral_hf.training.steps.eagle3 import Eagle3Step
+from coral_hf.training.steps.own_head import Eagle3Step
 from coral_hf.training.warm_start import kind_of_source, warm_start
 
 EAGLE3 = step_kind(FAMILIES[1])

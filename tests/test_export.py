@@ -287,7 +287,7 @@ def test_a_target_of_other_sizes_is_refused(target, tmp_path):
 def test_an_adapter_is_merged_first(target, tmp_path):
     from peft import get_peft_model
 
-    from coral_hf.training.adapters import lora
+    from coral_hf.training.stages import lora
 
     drafter = make_drafter(target)
     get_peft_model(drafter, lora(2))

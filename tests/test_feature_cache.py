@@ -24,7 +24,7 @@ from coral_hf.training.features import (
     plan_features,
     write_features,
 )
-from coral_hf.training.features.index import SHARDS
+from coral_hf.training.features.cache import SHARDS
 from coral_hf.training.features.reading import TargetFeatures
 
 
@@ -283,7 +283,7 @@ def test_a_file_is_compared_with_its_checksum_once(target, rows, tmp_path, monke
     index = write_features(target, rows, tmp_path, shard_bytes=2000)
     compared = []
     monkeypatch.setattr(
-        "coral_hf.training.features.index.file_digest",
+        "coral_hf.training.features.cache.file_digest",
         lambda path: compared.append(path.name) or hashes[path.name],
     )
     hashes = {shard.file: shard.sha256 for shard in index.shards}
@@ -366,7 +366,7 @@ def test_rows_are_grouped_by_length_without_opening_a_shard(
     orders = []
     for dataset in (rows, CachedFeatures(tmp_path / "cache")):
         trainer = make_trainer(target, list(rows), tmp_path, train_sampling_strategy=strategy)
-        monkeypatch.setattr(CachedFeatures, "_file", None)  # which opens them
+        monkeypatch.setattr(CachedFeatures, "file", None)  # which opens them
         samplers = trainer._get_train_sampler(dataset), trainer._get_eval_sampler(dataset)
         monkeypatch.undo()
         torch.manual_seed(0)

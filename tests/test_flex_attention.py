@@ -7,10 +7,9 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
 from coral_hf import CoralConfig, CoralDrafter
-from coral_hf.training.steps import flex as module
+from coral_hf.training.steps import unroll as module
 from coral_hf.training.steps.attention import merged_attention, plain_mixed_attention
-from coral_hf.training.steps.flex import BLOCK, FlexAttention, block_mask, fits_flex
-from coral_hf.training.steps.unroll import unroll
+from coral_hf.training.steps.unroll import BLOCK, RowAttention, block_mask, fits_flex, unroll
 
 # lengths of the documents of each row
 PACKED = [[5, 1, 9], [2, 13]]
@@ -102,11 +101,12 @@ def test_diagonals_merge_with_what_is_far_in_value_and_gradient(steps, documents
 @pytest.mark.parametrize("documents", [PACKED, WHOLE], ids=["packed", "whole"])
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_flex_attention_is_the_plain_one_of_each_document(
-    steps, documents, heads, kv_heads, eager_flex
+    steps, documents, heads, kv_heads, eager_flex, monkeypatch
 ):
+    monkeypatch.setattr(module, "fits_flex", lambda query: True)
     positions = positions_of(documents)
     inputs = make_inputs(steps, heads, kv_heads)
-    found = value_and_gradients(FlexAttention(positions), *inputs)
+    found = value_and_gradients(RowAttention(positions).attend, *inputs)
     expected = value_and_gradients(lambda *given: document_by_document(positions, *given), *inputs)
     for ours, plain in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, plain)
@@ -181,13 +181,15 @@ def test_one_graph_serves_all_lags(monkeypatch):
         graphs.append(graph)
         return graph
 
+    monkeypatch.setattr(module, "fits_flex", lambda query: True)
     monkeypatch.setattr(module, "_kernel", lambda: compiled)
     compiled = torch.compile(flex.flex_attention, backend=backend)
-    attention = FlexAttention(positions_of(PACKED))
+    positions = positions_of(PACKED)
+    attention = RowAttention(positions)
     for steps in (0, 1, 3):
         inputs = make_inputs(steps)
-        expected = document_by_document(attention.positions, *inputs)
+        expected = document_by_document(positions, *inputs)
         # the context of a step is no part of a compiled drafter, and compiles its attention alone
-        found = torch.compiler.disable(attention)(*inputs)
+        found = torch.compiler.disable(attention.attend)(*inputs)
         torch.testing.assert_close(found, expected)
     assert len(graphs) == 1

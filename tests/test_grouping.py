@@ -10,7 +10,7 @@ from coral_hf.heads.router import Groups, check_order
 from coral_hf.target import Target, read_target
 from coral_hf.training.features import CachedFeatures, write_features
 from coral_hf.training.grouping import group_order, most_frequent_first, token_counts
-from coral_hf.training.grouping.clusters import (
+from coral_hf.training.grouping.order import (
     balanced_groups,
     coactivation_groups,
     gain,

@@ -5,8 +5,7 @@ from loss_inputs import HIDDEN, POSITIONS, STEPS, chunked_token_loss, features, 
 from torch import Tensor
 
 from coral_hf.heads.router import Groups
-from coral_hf.training.losses import regression_loss, router_loss
-from coral_hf.training.losses.csra import csra_loss
+from coral_hf.training.losses import csra_loss, regression_loss, router_loss
 
 
 def test_regression_is_smooth_l1_averaged_over_channels_and_summed_over_positions():

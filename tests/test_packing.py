@@ -12,7 +12,7 @@ from coral_hf import CoralDrafter
 from coral_hf.training.data import CoralCollator, pack_dataset
 from coral_hf.training.data.documents import best_fit, parts_of
 from coral_hf.training.evaluation.acceptance import first_document
-from coral_hf.training.features.reading import TargetFeatures, reads_packed_rows
+from coral_hf.training.features.reading import TargetFeatures, reads_parts
 from coral_hf.training.steps.unroll import unroll
 
 
@@ -74,7 +74,7 @@ def test_a_stream_is_packed_too():
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral_window", "qwen3_moe"])
 def test_targets_of_transformers_keep_packed_documents_apart(family):
-    assert reads_packed_rows(tiny_target(family, torch.float32), torch.device("cpu"))
+    assert reads_parts(tiny_target(family, torch.float32), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("family", ["bloom", "falcon_alibi", "gpt_neo", "lfm2", "recurrent_gemma"])

@@ -21,7 +21,7 @@ from coral_hf import (
 from coral_hf.training.data import CoralCollator, pack_dataset, share_prompts
 from coral_hf.training.data.documents import REPEATED, has_branches, parts_of
 from coral_hf.training.features import CachedFeatures, write_features
-from coral_hf.training.features.reading import TargetFeatures, reads_branches
+from coral_hf.training.features.reading import TargetFeatures, reads_parts
 from coral_hf.training.steps.unroll import unroll
 
 ROOM = 96
@@ -143,7 +143,9 @@ def test_features_of_a_shared_prompt_are_those_of_each_row(family, shared):
     is_other = family in OTHERS
     target = make_target(OTHERS[family], torch.float32) if is_other else tiny_target(family)
     target = target.float()
-    assert reads_branches(target, torch.device("cpu")) != is_other  # else document by document
+    assert (
+        reads_parts(target, torch.device("cpu"), is_branch=True) != is_other
+    )  # else document by document
     alone, joined = read(target, make_rows()), read(target, shared)
     assert len(alone) == len(joined) == 5
     for one, other in zip(alone, joined, strict=True):

@@ -26,7 +26,7 @@ from coral_hf.measure.terminal import (
     unlogged,
 )
 from coral_hf.training.evaluation import EvaluationTable
-from coral_hf.training.evaluation.table import evaluation_table
+from coral_hf.training.evaluation.curves import evaluation_table
 
 TEXT = "a yb é\n\té🙂 ok, b.\n"  # characters of several tokens, a tab, symbols that wait
 

@@ -16,7 +16,7 @@ from transformers.utils.logging import warning_once
 import coral_hf
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
 from coral_hf.target import read_target
-from coral_hf.training.losses.csra import csra_loss
+from coral_hf.training.losses import csra_loss
 from coral_hf.training.steps import Trained, register_step, training_step
 from coral_hf.training.steps.base import add_noise
 from coral_hf.training.steps.coral import CoralStep
@@ -395,7 +395,8 @@ def test_a_share_of_single_steps_is_for_a_drafters_stages(target, tmp_path):
 
 
 def test_csra_of_later_steps_does_not_train_the_first(target, rows, tmp_path):
-    trained = Trained(torch.randn(3, 5, 32, requires_grad=True), torch.randn(5, 32), [5])
+    predicted = torch.randn(3, 5, 32, requires_grad=True)
+    trained = Trained(predicted, torch.randn(5, 32), [5], torch.arange(5))
     weights = {"regression_weight": 0.0, "classification_weight": 0.0, "top_k_weight": 1e-9}
     trainer = make_trainer(target, rows, tmp_path, csra_gradient="later_steps", **weights)
     loss = trainer.step.losses(trainer.drafter, trained).terms["csra"]
@@ -404,7 +405,7 @@ def test_csra_of_later_steps_does_not_train_the_first(target, rows, tmp_path):
 
 
 def test_csra_can_pull_predictions_to_the_targets_features(target, rows, tmp_path):
-    trained = Trained(torch.randn(3, 5, 32), torch.randn(5, 32), [5])
+    trained = Trained(torch.randn(3, 5, 32), torch.randn(5, 32), [5], torch.arange(5))
     trainer = make_trainer(target, rows, tmp_path, csra_positives="steps_and_target")
     expected = csra_loss(trained.predicted, 0.07, target=trained.target)
     losses = trainer.step.losses(trainer.drafter, trained)

@@ -12,11 +12,11 @@ from test_examples import folder  # noqa: F401  a saved target and its conversat
 from test_trainer import logged, make_trainer
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from coral_hf.training.adapters import lora
 from coral_hf.training.features import INDEX, CachedFeatures, write_features
 from coral_hf.training.pipeline import train
 from coral_hf.training.planning import PlanSettings
 from coral_hf.training.planning.plan import plan
+from coral_hf.training.stages import lora
 from coral_hf.training.steps import step_kind
 from coral_hf.training.warm_start import kind_of_source, warm_start
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from coral_hf import CoralDrafter
 from coral_hf.identity import tokenizer_hash
-from coral_hf.training.adapters import lora
 from coral_hf.training.layer_start import from_layer, in_feature_units
+from coral_hf.training.stages import lora
 from coral_hf.training.warm_start import from_drafter, warm_start
 
 HIDDEN = 32

@@ -121,7 +121,7 @@ def features(own: FeaturesOptions) -> None:
     from ..training.data import prepare_dataset
     from ..training.data.dataset import warn_of_other_ends
     from ..training.features import CachedFeatures, delete_features, plan_features, write_features
-    from ..training.train_dataset import joined_rows
+    from ..training.inputs import joined_rows
 
     output, shard_bytes = own.output, own.shard_megabytes * 10**6
     if own.delete:

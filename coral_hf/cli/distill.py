@@ -32,7 +32,7 @@ class DistillOptions(TargetOptions, TrainingDataOptions):
         """Return the model to train, in fp32, and its tokenizer; a fresh one has the target's."""
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-        from ..training.assistant.small_model import small_model
+        from ..training.assistant import small_model
 
         if self.start is None:
             config = AutoConfig.from_pretrained(self.target)
@@ -50,13 +50,13 @@ def distill(own: DistillOptions, training_options: list[str]) -> None:
     """
     from transformers import set_seed
 
-    from ..training import AssistantTrainer, AssistantTrainingArguments
-    from ..training.arguments import parse_as
+    from ..training import AssistantTrainer, AssistantTrainingArguments, parse_arguments
     from ..training.pipeline import save
     from ..training.runs.checkpoints import last_checkpoint, sole_run
 
     folder = own.output / "run"
-    args = parse_as(AssistantTrainingArguments, folder, training_options, loss=own.loss)
+    kind = AssistantTrainingArguments
+    args = parse_arguments(folder, training_options, kind, loss=own.loss)
     rows, eval_rows = own.conversations(), own.eval_rows(args.eval_strategy)
     target, tokenizer = None, own.load_tokenizer()
     if own.loss != "ce" or eval_rows is not None:

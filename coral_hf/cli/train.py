@@ -143,7 +143,7 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
 
     def first_drafter(self, target, tokenizer, args):
         """Return the drafter that training starts from, in fp32, with its adapter if it has one."""
-        from ..training.adapters import lora, with_adapter
+        from ..training.stages import lora, with_adapter
         from ..training.steps import kind_of_recipe
         from ..training.warm_start import start_from
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .arguments import AssistantTrainingArguments, CoralTrainingArguments, parse_arguments
-    from .assistant.trainer import AssistantTrainer
+    from .assistant import AssistantTrainer
     from .trainer import CoralTrainer
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
     "CoralTrainingArguments",
     "parse_arguments",
 ]
-_TRAINERS = {"AssistantTrainer": "assistant.trainer", "CoralTrainer": "trainer"}
+_TRAINERS = {"AssistantTrainer": "assistant", "CoralTrainer": "trainer"}
 
 
 def __getattr__(name: str):

@@ -7,14 +7,12 @@ that are not set come from a recipe, the values of a published method.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..heads.settings import GROUPINGS
-
-Kind = TypeVar("Kind", bound="RowArguments")
 
 
 class Recipe(NamedTuple):
@@ -52,7 +50,7 @@ CHOICES = {
     "grouping": (None, *GROUPINGS[:-1]),
     "recipe": tuple(RECIPES),
     "goal": (None, "distribution", "tokens"),
-    "csra_negatives": ("sequence", "batch", "gathered"),
+    "csra_negatives": ("sequence", "batch"),
     "csra_positives": ("steps", "steps_and_target"),
     "csra_gradient": ("all_steps", "later_steps"),
     "loss": ("ce", "kl", "tvd", "tvd++"),
@@ -110,9 +108,7 @@ class RowArguments(TrainingArguments):
 class AssistantTrainingArguments(RowArguments):
     """[`~transformers.TrainingArguments`] of a small language model that shall draft."""
 
-    loss: str = _setting(
-        "kl", "'ce' on tokens, or 'kl', 'tvd', 'tvd++' on the target's probabilities."
-    )
+    loss: str = _setting("kl", "'ce' on tokens, or 'kl', 'tvd', 'tvd++' on probabilities.")
 
     @property
     def method(self) -> dict[str, Any]:
@@ -134,38 +130,27 @@ class CoralTrainingArguments(RowArguments):
     """
 
     stage: str = _setting(
-        "drafter",
-        "'drafter' trains the drafter; 'router' or 'low_rank' that head, the rest frozen; 'joint'"
-        " the drafter and its router.",
+        "drafter", "'drafter'; 'router' or 'low_rank', that head alone; 'joint', the first two."
     )
     recipe: str = _setting(
         "coral",
-        "'eagle', 'hass' or 'coral', of CORAL drafters, 'eagle3' of EAGLE-3's, 'medusa' of"
-        " Medusa heads, 'parallel' of P-EAGLE's, 'recurrent' of Recurrent Drafters: values of"
-        " unset steps, weights.",
+        "The method whose steps and weights count where none are set: 'eagle', 'hass', 'coral' of"
+        " CORAL drafters, 'eagle3', 'medusa', 'parallel', 'recurrent' of those families.",
     )
-    num_steps: int | None = _setting(
-        None, "Steps of the unroll (N of CORAL and HASS); Medusa heads."
-    )
+    num_steps: int | None = _setting(None, "Steps of the unroll (N); Medusa heads.")
     regression_weight: float | None = _setting(None, "Weight of the smooth L1 loss on features.")
     classification_weight: float | None = _setting(None, "Weight of the cross-entropy on tokens.")
     top_k_weight: float | None = _setting(None, "The same for the target's top k tokens (HASS).")
     top_k: int = _setting(10, "Tokens of the top-k loss at each position.")
     csra_weight: float | None = _setting(None, "Weight of cross-step representation alignment.")
     step_decay: float | None = _setting(None, "Weight of a step's losses over the step before it.")
-    single_step_share: float | None = _setting(
-        None, "Share of a drafter's run, from its start, that trains the first step alone."
-    )
+    single_step_share: float | None = _setting(None, "Share of a run that trains step 1 alone.")
     goal: str | None = _setting(
-        None,
-        "What the cross-entropy compares with: the target's 'distribution', the default, or the"
-        " text's own 'tokens' (drafters with an LM head of their own).",
+        None, "The target's 'distribution', or the text's 'tokens' (drafters with an own LM head)."
     )
     csra_temperature: float = _setting(0.07, "Temperature of CSRA.")
     csra_negatives: str = _setting(
-        "sequence",
-        "Negatives of CSRA: features of the same 'sequence', of the device's 'batch', at a cost"
-        " that grows with the square of its tokens, or 'gathered' from all devices.",
+        "sequence", "Negatives of CSRA: of the same 'sequence', or of the device's whole 'batch'."
     )
     csra_positives: str = _setting(
         "steps", "Positives of CSRA: the other 'steps', or 'steps_and_target', its feature too."
@@ -173,28 +158,19 @@ class CoralTrainingArguments(RowArguments):
     csra_gradient: str = _setting(
         "all_steps", "'all_steps' learn from CSRA, or the 'later_steps' but not the first."
     )
-    keep_ratio: float = _setting(
-        0.8, "Positions that a depth keeps of the depth before (COD of P-EAGLE; 1 keeps all)."
-    )
+    keep_ratio: float = _setting(0.8, "Positions that a depth keeps of the one before (P-EAGLE).")
     feature_noise: float = _setting(0.0, "Largest uniform noise on input features (EAGLE: 0.1).")
-    num_groups: int | None = _setting(
-        None, "Groups of a new router: 64 by default, fewer for a small vocabulary."
-    )
-    num_active_groups: int | None = _setting(
-        None, "Groups that the routed head reads at a time: an eighth of them by default."
-    )
+    num_groups: int | None = _setting(None, "Groups of a new router: 64 or fewer by default.")
+    num_active_groups: int | None = _setting(None, "Of them, read at a time: an eighth by default.")
     grouping: str | None = _setting(
         None,
         "Tokens of a group of a new router: 'contiguous' ids, similar rows of the LM head"
-        " ('kmeans', the default), of like 'frequency', or with the same contexts"
-        " ('coactivation').",
+        " ('kmeans', the default), of like 'frequency', or of the same contexts ('coactivation').",
     )
     router_weight: float = _setting(0.1, "Weight of the router's loss in the joint stage.")
     head_rank: int | None = _setting(None, "Channels of a new low-rank head: 64 by default.")
     packing: bool = _setting(False, "Pack several documents into each row of `max_length`.")
-    share_prompts: bool = _setting(
-        True, "Put answers of a conversation, if each is a row, in one row that shares prompts."
-    )
+    share_prompts: bool = _setting(True, "Rows of a conversation share a row with their prompt.")
     eval_prompts: int = _setting(32, "Held-out prompts that an evaluation decodes, or 0.")
     eval_max_new_tokens: int = _setting(64, "Tokens of each of these answers at most.")
     eval_prompt_length: int = _setting(16, "Tokens of a plain text that are its prompt.")
@@ -226,10 +202,9 @@ class CoralTrainingArguments(RowArguments):
 
     def _check_losses(self) -> None:
         recipe = self.resolved
-        if recipe.num_steps == 1 and recipe.csra_weight:
-            raise ValueError(
-                f"`csra_weight` is {recipe.csra_weight}, but `num_steps` 1: use more, or no CSRA."
-            )
+        weight = recipe.csra_weight
+        if recipe.num_steps == 1 and weight:
+            raise ValueError(f"`csra_weight` is {weight}, but `num_steps` 1: use more, or no CSRA.")
         if not (recipe.regression_weight or recipe.classification_weight or recipe.top_k_weight):
             raise ValueError(
                 "`regression_weight`, `classification_weight` and `top_k_weight` are all 0, so the"
@@ -253,16 +228,12 @@ class CoralTrainingArguments(RowArguments):
 
 
 def parse_arguments(
-    output_dir: str | Path, options: Sequence[str], **fields: Any
-) -> CoralTrainingArguments:
+    output_dir: str | Path,
+    options: Sequence[str],
+    kind: type[RowArguments] = CoralTrainingArguments,
+    **fields: Any,
+) -> Any:
     """Parse options of the command line, such as `--num_steps 3`; `fields` replace them."""
-    return parse_as(CoralTrainingArguments, output_dir, options, **fields)
-
-
-def parse_as(
-    kind: type[Kind], output_dir: str | Path, options: Sequence[str], **fields: Any
-) -> Kind:
-    """Parse options of the command line as arguments of a kind; see [`parse_arguments`]."""
     # the usage that argparse writes would list two hundred options
     usage = f"[options of {kind.__name__}]"
     parser = HfArgumentParser(kind, prog="coral-hf", usage=usage)

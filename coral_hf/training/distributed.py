@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .data.encoding import IGNORED
-from .steps import TrainingStep
 
 
 def shards_weights(trainer: Trainer) -> bool:
@@ -23,15 +22,6 @@ def shards_weights(trainer: Trainer) -> bool:
     return trainer.is_fsdp_enabled or (
         trainer.is_deepspeed_enabled and is_deepspeed_zero3_enabled()
     )
-
-
-def check_sharding(step: TrainingStep) -> None:
-    """Raise a ValueError for a family whose drafters cannot be sharded."""
-    if not step.can_shard:
-        raise ValueError(
-            f"FSDP and ZeRO-3 cannot hold parts of a {step.drafter.__name__}; train it with plain"
-            " data parallelism (DDP, ZeRO-1 or ZeRO-2)."
-        )
 
 
 def sharded_copy(drafter: PreTrainedModel) -> PreTrainedModel:
@@ -91,24 +81,18 @@ def place_target(target: PreTrainedModel, trainer: Trainer) -> None:
             " `fsdp_cpu_ram_efficient_loading: false` for accelerate."
         )
     if trainer.is_fsdp_enabled and trainer.accelerator.is_fsdp2:
-        _shard_layers(target, trainer.args.device)
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(trainer.args.device.type, (torch.distributed.get_world_size(),))
+        # that transformers would not split over devices; of a target that an earlier stage has
+        # sharded none are left, since that renames their class
+        kinds = set(target._no_split_modules or ())
+        for layer in [module for module in target.modules() if type(module).__name__ in kinds]:
+            # each layer is a root of FSDP, which by default stays gathered after a forward pass
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     if target.device != trainer.args.device:  # some quantised targets cannot be moved at all
         target.to(trainer.args.device)
-
-
-def _shard_layers(target: PreTrainedModel, device: torch.device) -> None:
-    """Shard the blocks, with weights of any shape, that transformers would not split over devices.
-
-    A target that an earlier stage has sharded has none left: sharding renames their class.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    kinds = set(target._no_split_modules or ())
-    for layer in [module for module in target.modules() if type(module).__name__ in kinds]:
-        # each layer is a root of FSDP, which by default stays gathered after a forward pass
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
 
 def mean_loss(trainer: Trainer, total: Tensor, labels: Tensor, num_items: Tensor | int | None):

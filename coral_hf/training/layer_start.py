@@ -61,6 +61,7 @@ LAYOUTS = (
 COPIES = ("embed_tokens.weight", "shared_head.head.weight")  # of the target's own
 
 
+@torch.no_grad()
 def from_layer(
     target: PreTrainedModel, fc: tuple[float, float] | None = (0.0, 1.0)
 ) -> CoralDrafter:
@@ -77,8 +78,10 @@ def from_layer(
     wanted = {**drafter.layers[0].state_dict(), INPUT_NORM: final_gain}
     check_tensors(tensors, wanted, f"The target's last layer ({type(theirs).__name__})")
     input_gain = tensors.pop(INPUT_NORM)
-    tensors = in_feature_units(tensors, input_gain, final_gain, _stream_size(target))
-    drafter.layers[0].load_state_dict(tensors)
+    # the root mean square of the last layer's input, the median over random tokens
+    output = decoder(_random_tokens(target), output_hidden_states=True, use_cache=False)
+    size = float(_sizes(output.hidden_states[-2].float()).median())
+    drafter.layers[0].load_state_dict(in_feature_units(tensors, input_gain, final_gain, size))
     if fc is not None:
         unit = torch.eye(drafter.config.hidden_size, device=drafter.fc.weight.device)
         drafter.fc.load_state_dict({"weight": torch.cat([factor * unit for factor in fc], dim=1)})
@@ -108,7 +111,9 @@ def from_mtp(target: PreTrainedModel) -> CoralDrafter:
     halves = found.pop(f"{layout.projection}.weight").chunk(2, dim=1)  # (hidden, hidden) each
     first, second = reversed(halves) if layout.is_feature_first else halves
     reads = first * embedding_gain, second * feature_gain
-    inputs = _embeddings_and_features(target)
+    ids = _random_tokens(target)
+    features = read_features(target, ids, torch.ones_like(ids))[:, :-1].float()
+    inputs = read_target(target).embed(ids[:, 1:]).float(), features  # (1, tokens, hidden) each
     parts = [one / _sizes(one) @ weight.T for one, weight in zip(inputs, reads, strict=True)]
     size = float(_sizes(parts[0] + parts[1]).median())
     columns = [w / float(_sizes(one).median()) for w, one in zip(reads, inputs, strict=True)]
@@ -138,14 +143,6 @@ def _read_mtp(target: PreTrainedModel) -> tuple[MTPLayout, dict[str, Tensor]]:
         f" expected tensors in safetensors that begin with one of {', '.join(beginnings)}. Start"
         " from 'layer', from another drafter, or from random weights."
     )
-
-
-def _embeddings_and_features(target: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """What a drafter reads of random tokens, in fp32: (1, tokens, hidden) each."""
-    ids = _random_tokens(target)
-    features = read_features(target, ids, torch.ones_like(ids))
-    embeddings = read_target(target).embed(ids[:, 1:])
-    return embeddings.float(), features[:, :-1].float()
 
 
 def _sizes(states: Tensor) -> Tensor:
@@ -185,14 +182,6 @@ def in_feature_units(
     for name in ("q_proj", "k_proj", "v_proj"):
         factors[f"self_attn.{name}.weight"] = (input_gain * inverse)[None]
     return {name: tensor * factors.get(name, 1.0) for name, tensor in tensors.items()}
-
-
-@torch.no_grad()
-def _stream_size(target: PreTrainedModel) -> float:
-    """Measure the root mean square of the last layer's input, the median over random tokens."""
-    ids = _random_tokens(target)
-    output = decoder_of(target)(ids, output_hidden_states=True, use_cache=False)
-    return float(_sizes(output.hidden_states[-2].float()).median())
 
 
 def _check_layers(target: PreTrainedModel, config: CoralConfig) -> None:

@@ -10,12 +10,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProgressCallback,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, set_seed
 from transformers.utils import logging
 
 from ..drafters.model import Drafter
@@ -80,20 +75,14 @@ def train(
     drafter.eval()
     if any(args.stage in HEAD_OF for args in stages) and PartialState().num_processes == 1:
         rows = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
-        _choose_head(drafter, trainer, rows)
+        rows = next(iter(rows.values())) if isinstance(rows, dict) else rows  # several by name
+        sizes = PROMPTS, NEW_TOKENS, trainer.args.eval_prompt_length
+        try:
+            choose_head(drafter, target, held_out_prompts(rows, trainer.target, *sizes))
+        except (ValueError, RuntimeError) as error:  # no prompt leaves room, a full device, …
+            # what was trained is saved whatever happens here
+            logger.warning(f"Draft heads are not compared: {error}")
     return drafter
-
-
-def _choose_head(drafter: Drafter, trainer: CoralTrainer, rows) -> None:
-    """Let a drafter read its fastest head on prompts of rows, or keep the one that was trained."""
-    if isinstance(rows, dict):  # several by name
-        rows = next(iter(rows.values()))
-    sizes = PROMPTS, NEW_TOKENS, trainer.args.eval_prompt_length
-    try:
-        choose_head(drafter, trainer.target.model, held_out_prompts(rows, trainer.target, *sizes))
-    except (ValueError, RuntimeError) as error:  # no prompt leaves room, a full device, …
-        # what was trained is saved whatever happens here
-        logger.warning(f"Draft heads are not compared: {error}")
 
 
 def save(drafter: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

@@ -1,17 +1,21 @@
-"""Training stages: what each trains, and the draft head that a drafter gets for it.
+"""Training stages: what each trains, and the draft head or the adapter that a drafter gets for it.
 
-stage        trains                         with the rest
-drafter      the drafter                    -
-router       its router                     frozen
-low_rank     its low-rank head              frozen
-joint        the drafter and its router     -
+stage        trains                                  with the rest
+drafter      the drafter, or an adapter of it        -, frozen
+router       its router                              frozen
+low_rank     its low-rank head                       frozen
+joint        the drafter and its router              -
+
+An adapter is PEFT's, usually LoRA (Hu et al. 2021), around the drafter.
 """
 
+import copy
 from typing import Any
 
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..drafters.coral import CoralDrafter
 from ..drafters.eagle3 import Eagle3Drafter
@@ -20,6 +24,7 @@ from ..target import Target, text_config
 from .arguments import MOST_GROUPS, CoralTrainingArguments
 from .grouping import group_order
 
+logger = logging.get_logger(__name__)
 # the draft head that a stage trains; none of `drafter`
 HEAD_OF = {"router": "router", "low_rank": "low_rank", "joint": "router"}
 # the settings of a new head; the first is None in the config of a drafter without one
@@ -122,3 +127,79 @@ def freeze_others(model: nn.Module, stage: str) -> None:
             parameter.requires_grad_(name.split(".")[1] == HEAD_OF.get(stage))
         else:
             parameter.requires_grad_(stage in ("drafter", "joint"))
+
+
+# all linear layers but those of draft heads, which have their own stages; a pattern of whole
+# names, since the plain name "fc" would also match `router.fc`
+DRAFTER_LAYERS = r"fc|layers\.\d+\..+_proj|(blocks\..+|lm_head\.\d+)\.linear|rnn_[uw]|input_proj"
+
+
+def lora(rank: int, alpha: int | None = None, targets: list[str] | None = None) -> LoraConfig:
+    """Make the config of a LoRA; `alpha` is twice the rank by default, `targets` all but heads."""
+    alpha = 2 * rank if alpha is None else alpha
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets or DRAFTER_LAYERS)
+
+
+def with_adapter(
+    model: Drafter | PeftModel, stage: str, peft_config: PeftConfig | None
+) -> Drafter | PeftModel:
+    """Return the model to train: the drafter itself, or a `PeftModel` that trains its adapter.
+
+    Raises:
+        ValueError: for an adapter that cannot be trained, with what to do instead.
+    """
+    if peft_config is None and not is_adapted(model):
+        return model
+    _check_adapter(model, stage, peft_config)
+    if peft_config is not None:
+        config = copy.deepcopy(peft_config)  # PEFT writes into it
+        if config.target_modules is None and getattr(config, "target_parameters", None) is None:
+            config.target_modules = DRAFTER_LAYERS
+        if not model.name_or_path:
+            logger.warning(
+                "The drafter was not loaded from a folder, so that a saved adapter cannot name it;"
+                " save the drafter too, or trainer.model.merge_and_unload()."
+            )
+        model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if ".router." in name or ".low_rank." in name:  # this stage does not run them
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "The adapter trains nothing of the drafter: load one with"
+            " PeftModel.from_pretrained(..., is_trainable=True); `target_modules` of a new one must"
+            " name layers of the drafter, such as fc and q_proj."
+        )
+    return model
+
+
+def is_adapted(model: Drafter | PeftModel) -> bool:
+    """Whether a drafter has an adapter, around it or loaded into it by transformers."""
+    return isinstance(model, PeftModel) or model._hf_peft_config_loaded
+
+
+def _check_adapter(model: Drafter | PeftModel, stage: str, peft_config: PeftConfig | None) -> None:
+    """Raise a ValueError for an adapter that cannot be trained, with what to do instead."""
+    if stage != "drafter":
+        raise ValueError(
+            f"`stage` is {stage!r}, which takes no adapter; merge it first: drafter ="
+            " trainer.model.merge_and_unload()."
+        )
+    if peft_config is not None and is_adapted(model):
+        raise ValueError(
+            "`peft_config` was passed for a drafter that has an adapter already; pass one of them,"
+            " or merge the first: model.merge_and_unload()."
+        )
+    if peft_config is None and not isinstance(model, PeftModel):
+        raise ValueError(
+            "The drafter was loaded from the folder of an adapter, which transformers cannot merge"
+            " or train beside frozen weights. Load it with PeftModel.from_pretrained("
+            "AutoModel.from_pretrained(drafter), adapter, is_trainable=True)."
+        )
+    config = peft_config or model.active_peft_config
+    if config.is_prompt_learning or config.task_type is not None:
+        raise ValueError(
+            f"The adapter is a {type(config).__name__} whose `task_type` is {config.task_type!r},"
+            " with which PEFT calls a model with tokens, but a drafter reads features. Use an"
+            " adapter of its layers, such as LoraConfig, and leave `task_type` out."
+        )

@@ -21,28 +21,18 @@ from ..drafters.model import Drafter
 from ..identity import record_tokenizer
 from ..measure.chat import keep_chat_options
 from ..target import check_target, read_target
-from .adapters import with_adapter
 from .arguments import CoralTrainingArguments
 from .data import CoralCollator
 from .data.dataset import warn_of_other_ends
 from .data.encoding import IGNORED
-from .distributed import (
-    GiveBack,
-    check_sharding,
-    mean_loss,
-    place_target,
-    sharded_copy,
-    shards_weights,
-)
+from .distributed import GiveBack, mean_loss, place_target, sharded_copy, shards_weights
 from .evaluation import Evaluation, PlotCallback
+from .inputs import check_given, lengths_only, prepare_rows, tokenizer_of
 from .losses.liger_loss import check_liger
-from .refusals import check_given, tokenizer_of
+from .runs.callbacks import DrafterPushes, FiniteGuard, PushCallback
 from .runs.checkpoints import AtomicCheckpoints
-from .runs.monitoring import FiniteGuard
-from .runs.publishing import DrafterPushes, PushCallback
-from .stages import TRAINED
+from .stages import TRAINED, with_adapter
 from .steps import training_step
-from .train_dataset import lengths_only, prepare_rows
 
 
 class CoralTrainer(AtomicCheckpoints, DrafterPushes):
@@ -82,7 +72,8 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         peft_config: PeftConfig | None = None,
         **kwargs,
     ):
-        check_given(model, target_model, args, kwargs)
+        models = {"model": model, "target_model": target_model}
+        check_given(models, args, CoralTrainingArguments, kwargs)
         processing_class = tokenizer_of(processing_class)
         accept_target(target_model)
         accept_features(target_model)
@@ -112,14 +103,13 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         if args.plots:
             self.add_callback(PlotCallback(self.callback_handler))
         if shards_weights(self):
-            check_sharding(self.step)
+            if not self.step.can_shard:
+                raise ValueError(
+                    f"FSDP and ZeRO-3 cannot hold parts of a {self.step.drafter.__name__}; train it"
+                    " with plain data parallelism (DDP, ZeRO-1 or ZeRO-2)."
+                )
             self.model = self.model_wrapped = sharded_copy(model)
             self.add_callback(GiveBack(model))
-
-    @property
-    def drafter(self) -> Drafter:
-        """The drafter that is trained, without wrappers."""
-        return self.accelerator.unwrap_model(self.model)
 
     @property
     def training_record(self) -> list[dict[str, Any]]:

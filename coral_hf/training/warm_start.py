@@ -18,8 +18,8 @@ from ..drafters.coral import CoralDrafter
 from ..drafters.model import Drafter
 from ..identity import tokenizer_hash
 from ..target import text_config
-from .adapters import is_adapted
 from .layer_start import from_layer, from_mtp
+from .stages import is_adapted
 from .steps import TrainingStep, step_kind, step_kinds
 
 logger = logging.get_logger(__name__)
@@ -136,37 +136,27 @@ def from_drafter(
             f"`hidden_size` of the target is {text.hidden_size}, but the drafter to start from is"
             f" one of a target with {width}; use warm_start(target, 'layer')."
         )
-    shape = {name: getattr(config, name) for name in OWN_SHAPE if hasattr(config, name)}
-    # what stands for tokens, such as a router's groups, is of its tokenizer
-    is_same_size = config.vocab_size == text.vocab_size
+    is_coral = isinstance(other, CoralDrafter)
+    # what stands for tokens, such as a router's groups, is of its tokenizer; heads of a CORAL
+    # drafter alone stand for them, so that they are kept only if both tokenizers are known
     hashes = {config.tokenizer_hash, tokenizer and tokenizer_hash(tokenizer)}
-    if not isinstance(other, CoralDrafter):
-        is_same = is_same_size and len(hashes - {None}) < 2
-        return _with_own_head(target, other, shape, is_same)
-    drafter = CoralDrafter.from_target(target, **shape).float()
-    if is_same_size and len(hashes) == 1 and tokenizer is not None:
-        drafter.heads.adopt(config)
-    kept = drafter.state_dict().keys()
-    drafter.load_state_dict({k: v for k, v in other.state_dict().items() if k in kept})
-    return drafter
-
-
-def _with_own_head(target: PreTrainedModel, other: Drafter, shape: dict, is_same: bool) -> Drafter:
-    """`from_drafter` of one with LM heads of its own; `is_same`: no token is known to be another's.
-
-    Where tokens are others, heads begin anew, and so does the draft vocabulary of EAGLE-3.
-    """
-    config, lost = other.config, {"target_num_layers"}
-    if not is_same:
-        lost |= {"draft_vocab_size", "has_embeddings", "mask_token_id"}
-    depth = getattr(config, "target_num_layers", None)
-    if depth not in (None, text_config(target).num_hidden_layers):
-        lost |= {"target_layers"}
-    shape |= {n: getattr(config, n) for n in config.own_names() if n not in lost}
-    state = other.state_dict()
-    tensors = {k: v for k, v in state.items() if is_same or not OF_TOKENS.fullmatch(k)}
+    is_same = config.vocab_size == text.vocab_size and len(hashes - {None}) < 2
+    keeps_heads = is_same and not (is_coral and None in hashes)
+    shape = {name: getattr(config, name) for name in OWN_SHAPE if hasattr(config, name)}
+    if not is_coral:
+        # where tokens are others, heads begin anew, and so does the draft vocabulary of EAGLE-3
+        lost = set() if is_same else {"draft_vocab_size", "has_embeddings", "mask_token_id"}
+        if getattr(config, "target_num_layers", None) not in (None, text.num_hidden_layers):
+            lost |= {"target_layers"}
+        lost |= {"target_num_layers"}
+        shape |= {n: getattr(config, n) for n in config.own_names() if n not in lost}
     drafter = type(other).from_target(target, **shape).float()
-    if is_same and hasattr(drafter, "heads"):
+    if keeps_heads and hasattr(drafter, "heads"):
         drafter.heads.adopt(config)
-    drafter.load_state_dict(tensors, strict=is_same)
+    state, kept = other.state_dict(), drafter.state_dict().keys()
+    is_whole = is_coral or is_same  # all tensors of the drafter have a source
+    tensors = {k: v for k, v in state.items() if is_whole or not OF_TOKENS.fullmatch(k)}
+    if is_coral:  # heads may be left out
+        tensors = {name: tensors[name] for name in tensors.keys() & kept}
+    drafter.load_state_dict(tensors, strict=is_whole)
     return drafter

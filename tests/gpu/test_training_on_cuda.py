@@ -8,7 +8,7 @@ from test_liger_loss import CASES, needs_liger
 
 from coral_hf.training.losses.liger_loss import LigerChunkLoss
 from coral_hf.training.losses.token_loss import TokenWeights
-from coral_hf.training.steps.flex import FlexAttention, fits_flex
+from coral_hf.training.steps.unroll import RowAttention, fits_flex
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,7 +25,7 @@ def test_the_kernel_gives_the_value_and_gradient_of_a_plain_mask(steps, head_dim
     pairs = [tuple(torch.randn(2, 2, 2, 400, head_dim, device="cuda")) for _ in range(1 + steps)]
     positions = positions_of(documents).cuda()
     assert fits_flex(query)
-    found = value_and_gradients(FlexAttention(positions), query, pairs[0], pairs[1:])
+    found = value_and_gradients(RowAttention(positions).attend, query, pairs[0], pairs[1:])
     exact = [tuple(x.double() for x in pair) for pair in pairs]
     expected = value_and_gradients(
         lambda *given: document_by_document(positions, *given), query.double(), exact[0], exact[1:]

@@ -37,7 +37,6 @@ from .. import CoralTrainer, CoralTrainingArguments, parse_arguments
 from ..data import prepare_dataset
 from ..runs.run_record import rows_identity
 from ..steps import TrainingStep, kind_of_recipe
-from ..steps.coral import CoralStep
 
 logger = logging.getLogger(__name__)
 DRAFTER = "drafter."
@@ -53,7 +52,7 @@ class Trial(NamedTuple):
     name: str  # as it was typed
     options: list[str]  # of training, as on a command line
     drafter_fields: dict[str, Any]
-    kind: type[TrainingStep] = CoralStep
+    kind: type[TrainingStep]
 
     def fresh(self, target: PreTrainedModel, args: CoralTrainingArguments) -> Drafter:
         """Make the drafter that is trained."""
@@ -76,7 +75,7 @@ class Trial(NamedTuple):
         own = [word.removeprefix(DRAFTER) for word in words if word.startswith(DRAFTER)]
         options = [f"--{word}" for word in words if not word.startswith(DRAFTER)]
         recipes = [word.removeprefix("recipe=") for word in words if word.startswith("recipe=")]
-        kind = kind_of_recipe(recipes[-1]) if recipes else CoralStep
+        kind = kind_of_recipe(["coral", *recipes][-1])
         fields = config_fields(own, kind.drafter.config_class)
         return cls(" ".join([first, *rest]), options, fields, kind)
 
@@ -226,7 +225,17 @@ class Comparison:
         drafter = drafter.to(self.target.dtype).eval()
         drafter.generation_config.update(**self.settings.drafting())
         logged = {name: value for entry in state.log_history for name, value in entry.items()}
-        rounds = {str(t): self._measure(drafter, t) for t in self.settings.temperatures}
+        target, acceptance, counts = read_target(self.target), {}, {}
+        for temperature in self.settings.temperatures:
+            sizes = self.settings.max_new_tokens, temperature, self.settings.batch_size
+            rounds = {  # of all prompts; neighbours of similar length need little padding
+                task: decoded_rounds(drafter, target, sorted(ids, key=len), *sizes)
+                for task, ids in self._ids.items()
+            }
+            acceptance[str(temperature)] = {task: mean(one) for task, one in rounds.items()}
+            counts[str(temperature)] = {
+                task: [len(self._ids[task]), sum(one)] for task, one in rounds.items()
+            }
         result = Result(
             trial=trial.name,
             seed=seed,
@@ -234,24 +243,9 @@ class Comparison:
             num_tokens=int(state.num_input_tokens_seen),
             seconds=logged["train_runtime"],
             losses={k: v for k, v in logged.items() if k.endswith("_loss") or "agreement" in k},
-            acceptance={
-                t: {task: mean(one) for task, one in tasks.items()} for t, tasks in rounds.items()
-            },
-            counts={
-                t: {task: [len(self._ids[task]), sum(one)] for task, one in tasks.items()}
-                for t, tasks in rounds.items()
-            },
+            acceptance=acceptance,
+            counts=counts,
         )
         self._lines.append([asdict(result)])
         logger.info(f"{trial.name}, seed {seed}, {steps} steps: τ {result.cells['mean']:.3f}")
         return result
-
-    def _measure(self, drafter: Drafter, temperature: float) -> dict[str, list[int]]:
-        """Answer the prompts, and return the tokens of each round by task."""
-        target = read_target(self.target)
-        sizes = self.settings.max_new_tokens, temperature, self.settings.batch_size
-        return {
-            # neighbours of similar length need little padding
-            task: decoded_rounds(drafter, target, sorted(prompts, key=len), *sizes)
-            for task, prompts in self._ids.items()
-        }

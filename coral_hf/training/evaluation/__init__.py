@@ -4,5 +4,4 @@ decoded rounds, or chain decoding replayed over a text â†’ acceptance metrics â†
 """
 
 from .acceptance import Evaluation
-from .curves import PlotCallback
-from .table import EvaluationTable
+from .curves import EvaluationTable, PlotCallback

@@ -2,7 +2,9 @@
 
 In: held-out rows, and what the unroll predicts for them. Out: metrics by name, defined in
 `docs/use/evaluation.md`. Decoded: the target answers prompts with the drafter, by the tree decoding
-of `generate`. Simulated: chain decoding replayed over the rows' own text, see `replay.py`.
+of `generate`. Simulated: chain decoding replayed over the rows' own text, see `replay.py`. Of a
+router also the recall of its active groups, by depth: each position reads the groups that it wants
+itself, so this is the router alone, without what a tree's rows share.
 """
 
 from collections.abc import Iterable
@@ -13,19 +15,24 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import IterableDataset
 
 from ...decoding.settings import TREE_DEFAULTS
 from ...drafters.model import Drafter
+from ...heads.router import Routing
+from ...lm_head import LMHead
 from ...measure.calls import decoded_rounds
 from ...measure.prompts import room_for_prompt
 from ...target import Target
 from ..arguments import CoralTrainingArguments
 from ..data.encoding import IGNORED
-from ..steps import TrainingStep, Unrolled
+from ..steps import Trained, TrainingStep, Unrolled
 from .replay import replayed_rounds
-from .routing import NAMES as ROUTING
-from .routing import routing_metrics, routing_sums
+
+CHUNK = 128  # positions whose logits are held at a time
+TOP = 10  # of the drafter's own choices
+ROUTING = ("router_top_1_recall", f"router_top_{TOP}_recall", "router_mass")
 
 
 class Evaluation:
@@ -41,8 +48,7 @@ class Evaluation:
     def __init__(
         self, step: TrainingStep, drafter: Drafter, target: Target, args: CoralTrainingArguments
     ):
-        self._step: Any = step
-        self._drafter, self._target, self._args = drafter, target, args
+        self._step, self._drafter, self._target, self._args = step, drafter, target, args
         self._choose = partial(step.choices, drafter)
         self._has_router = "router" in step.stages and drafter.config.is_router_trained
         self.depth = tree_depth(drafter)  # steps of the unroll that are counted
@@ -170,3 +176,59 @@ def acceptance_by_depth(counts: Tensor) -> dict[str, float]:
         for depth in range(1, len(reached))
         if reached[depth - 1]
     }
+
+
+@torch.no_grad()
+def routing_sums(step: TrainingStep, drafter: Any, trained: Trained) -> Tensor:
+    """Sum over positions what the active groups hold, by step: (steps, names + 1), on the CPU.
+
+    The last column counts the positions.
+
+    Args:
+        step: of the trainer.
+        drafter: with a router.
+        trained: predictions (steps, positions, hidden) and features (positions, hidden).
+    """
+    sums = torch.zeros(len(trained.predicted), len(ROUTING) + 1, dtype=torch.float64)
+    parts = zip(trained.predicted.split(CHUNK, dim=1), trained.target.split(CHUNK), strict=True)
+    for guessed, true in parts:
+        probs = step.target.head.logits(true).float().softmax(-1)  # (positions, vocab)
+        read = [step.read_head(drafter, one.to(drafter.dtype)) for one in guessed]
+        sums += torch.stack([_held(drafter, *one, probs) for one in read]).cpu()
+    return sums
+
+
+def routing_metrics(sums: Tensor) -> dict[str, float]:
+    """Compute shares by name and depth of `routing_sums`, (steps, names + 1)."""
+    shares = (sums[:, :-1] / sums[:, -1:].clamp(min=1)).tolist()
+    return {
+        f"{name}_depth_{depth}": share
+        for depth, step in enumerate(shares, start=1)
+        for name, share in zip(ROUTING, step, strict=True)
+    }
+
+
+def _held(drafter: Any, features: Tensor, head: LMHead, probs: Tensor) -> Tensor:
+    """Sum over positions what the active groups of one step hold: (names + 1,).
+
+    Args:
+        features: (positions, hidden), what the router reads.
+        head: that the drafter reads.
+        probs: (positions, vocab), the target's.
+    """
+    assert drafter.heads.router is not None, "only counted for drafters with a router"
+    groups = drafter.heads.router.groups_of(drafter.config.vocab_size)
+    log_mass = drafter.heads.router(features)[None, :, : groups.filled]
+    routing = Routing.from_config(drafter.config).by_node()
+    chosen = routing.choose(log_mass, log_mass.new_zeros(log_mass.shape[:2]))[0]
+    # (positions, groups + 1), the last for slots that read nothing: UNUSED is -1
+    is_active = probs.new_zeros(len(probs), groups.num_groups + 1)
+    is_active.scatter_(1, chosen % is_active.shape[1], 1.0)
+    is_read = is_active[:, groups.group_of().to(probs.device)]
+    # (positions, vocab) of the target, which may have other tokens by now
+    is_read = F.pad(is_read, (0, probs.shape[-1] - groups.vocab_size))
+    own = head.logits(features).topk(min(TOP, probs.shape[-1])).indices
+    first = is_read.gather(1, probs.argmax(-1, keepdim=True))
+    best = is_read.gather(1, own).mean(1)
+    held = [part.double().sum() for part in (first, best, is_read * probs)]
+    return torch.stack([*held, held[0].new_tensor(len(probs))])

@@ -4,6 +4,5 @@
 trainer.
 """
 
-from .dataset import CachedFeatures
-from .index import INDEX, delete_features
+from .cache import INDEX, CachedFeatures, delete_features
 from .writer import plan_features, write_features

@@ -33,7 +33,7 @@ class TargetFeatures:
 
     def __init__(self, target: PreTrainedModel, layers: Layers = (FEATURE,)):
         self.target, self.layers = target, layers
-        self._reads: dict[bool, bool] = {}  # by whether there are branches; found out once
+        self._reads: dict[bool, bool] = {}  # `reads_parts` by whether there are branches
 
     def read(self, batch: dict[str, Tensor]) -> Tensor:
         """Return a batch's own features if it carries any, else the target's.
@@ -50,17 +50,13 @@ class TargetFeatures:
         ids, positions = batch["input_ids"], batch.get("position_ids")
         if positions is None:
             return read_features(self.target, ids, batch["attention_mask"], layers=self.layers)
-        if self._keeps_apart(positions):
-            return read_documents(self.target, ids, positions, self.layers)
-        return self._read_by_document(ids, positions)
-
-    def _keeps_apart(self, positions: Tensor) -> bool:
-        """Whether the target keeps the documents of such rows, (batch, length), apart."""
         kind = has_branches(positions)
         if kind not in self._reads:
-            found_by = reads_branches if kind else reads_packed_rows
-            self._reads[kind] = found_by(self.target, positions.device)
-        return self._reads[kind]
+            self._reads[kind] = reads_parts(self.target, positions.device, kind)
+        if not self._reads[kind]:
+            return self._read_by_document(ids, positions)
+        masks = _branch_masks(self.target, positions) if kind else None
+        return read_features(self.target, ids, masks, positions, self.layers)
 
     def _read_by_document(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Read packed rows with a target that would look across their documents.
@@ -84,23 +80,6 @@ class TargetFeatures:
         return features[is_own].view(*ids.shape, -1)
 
 
-def read_documents(
-    model: PreTrainedModel, ids: Tensor, positions: Tensor, layers: Layers = (FEATURE,)
-) -> Tensor:
-    """Compute the features of rows of documents in one pass.
-
-    Args:
-        ids: (batch, length).
-        positions: (batch, length), see [`coral_hf.training.data.documents`].
-        layers: of the target's `hidden_states`.
-
-    Returns:
-        (batch, length, layers · hidden).
-    """
-    masks = _branch_masks(model, positions) if has_branches(positions) else None
-    return read_features(model, ids, masks, positions, layers)
-
-
 def _branch_masks(model: PreTrainedModel, positions: Tensor) -> Tensor | dict[str, Tensor]:
     """Make the additive mask of rows with branches, by layer type where layers differ.
 
@@ -110,11 +89,8 @@ def _branch_masks(model: PreTrainedModel, positions: Tensor) -> Tensor | dict[st
     Returns:
         (batch, 1, length, length) each.
     """
-    windows, places, masks = (
-        sliding_windows(model),
-        Places.of(positions),
-        dict[int | None, Tensor](),
-    )
+    windows, places = sliding_windows(model), Places.of(positions)
+    masks = dict[int | None, Tensor]()
     for window in {*windows}:
         hidden = ~places.mask(window)[:, None]
         zeros = torch.zeros_like(hidden, dtype=model.dtype)
@@ -125,39 +101,31 @@ def _branch_masks(model: PreTrainedModel, positions: Tensor) -> Tensor | dict[st
     return {kind: masks[window] for kind, window in kinds}
 
 
-def reads_packed_rows(model: PreTrainedModel, device: torch.device) -> bool:
-    """Whether a target keeps the documents of a packed row apart, found by trying.
+def reads_parts(model: PreTrainedModel, device: torch.device, is_branch: bool = False) -> bool:
+    """Whether a target reads each part of a row, document or branch, as a row, found by trying.
 
-    Most models of transformers do; some take no positions, others attend across documents. Chunks
-    of attention begin at multiples of their size in a row, wherever a document begins.
+    Most models of transformers keep documents apart; some take no positions, others attend across
+    documents. Chunks of attention begin at multiples of their size in a row, wherever a document
+    begins. Branches need a mask of their own, which flash attention, convolutions and recurrent
+    layers do not take.
     """
-    return _reads_second_part(model, device, shared=0)
-
-
-def reads_branches(model: PreTrainedModel, device: torch.device) -> bool:
-    """Whether a target reads a branch of a document as the document, found by trying.
-
-    Not those whose kernels or layers take no mask: flash attention, convolutions, recurrent ones.
-    """
-    is_plain = {*sliding_windows(model)}.isdisjoint((0, CONVOLUTION))
-    implementation = text_config(model)._attn_implementation
-    return is_plain and implementation in ("eager", "sdpa") and _reads_second_part(model, device, 4)
-
-
-def _reads_second_part(model: PreTrainedModel, device: torch.device, shared: int) -> bool:
-    """Whether a target reads the second part of a row as a document, with so many shared tokens."""
-    has_chunks = "chunked_attention" in (getattr(text_config(model), "layer_types", None) or ())
+    text = text_config(model)
+    has_chunks = "chunked_attention" in (getattr(text, "layer_types", None) or ())
     if has_chunks or not takes_positions(decoder_of(model)):
         return False
-    lengths = (5, 8)
+    takes_mask = text._attn_implementation in ("eager", "sdpa")
+    if is_branch and not (takes_mask and {*sliding_windows(model)}.isdisjoint((0, CONVOLUTION))):
+        return False
+    lengths, shared = (5, 8), 4 if is_branch else 0  # tokens of the first part that both have
     # (2, length): some kinds of attention tell documents apart in a single row only
-    ids = torch.arange(2 * sum(lengths), device=device).view(2, -1) % text_config(model).vocab_size
+    ids = torch.arange(2 * sum(lengths), device=device).view(2, -1) % text.vocab_size
     mask = torch.ones_like(ids)
     first, second = (torch.arange(length, device=device) for length in lengths)
     positions = torch.cat([first, second + shared]).expand_as(ids)
     document = torch.cat([ids[:, :shared], ids[:, lengths[0] :]], 1)
     alone = read_features(model, document, mask[:, : document.shape[1]])[:, shared:]
-    packed = read_documents(model, ids, positions)[:, lengths[0] :]
+    masks = _branch_masks(model, positions) if is_branch else None
+    packed = read_features(model, ids, masks, positions)[:, lengths[0] :]
     as_one = read_features(model, ids, mask)[:, lengths[0] :]
     # a difference far below what attending to the first document makes is rounding
     return bool((packed - alone).abs().mean() < 0.1 * (as_one - alone).abs().mean())

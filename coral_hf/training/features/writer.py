@@ -20,7 +20,7 @@ from ...atomic import JsonLines, free_bytes, keep_settings, new_file, shown_byte
 from ...identity import TOKEN_COLUMNS, file_digest, identify, rows_digest
 from ...target import FEATURE
 from ..data import CoralCollator
-from .index import INDEX, SHARDS, FeatureIndex, Shard, decode, encode, token_bytes
+from .cache import INDEX, SHARDS, FeatureIndex, Shard, decode, encode, token_bytes
 from .reading import TargetFeatures
 
 SHARD_BYTES = 1_000_000_000

@@ -9,4 +9,5 @@ All but the first are an order of the vocabulary, of which groups are equal slic
 few groups hold the likely next tokens at any position.
 """
 
-from .order import group_order, label_counts, most_frequent_first, token_counts
+from .order import group_order
+from .positions import label_counts, most_frequent_first, token_counts

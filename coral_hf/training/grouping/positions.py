@@ -1,7 +1,8 @@
-"""The target's features and most probable tokens at the positions that a drafter is trained on.
+"""The target's features and most probable tokens at trained positions, and counts of tokens.
 
 In: a target, training rows or a feature cache. Out: its features there, or its most probable tokens
-and the expected count of every token. The work is bounded by a number of positions.
+and the expected count of every token, in work that is bounded by a number of positions; how often
+each token is trained.
 
     position   0    1    2    3    4
     token      x0   x1   x2   x3   x4
@@ -13,20 +14,28 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow.compute as arrow
 import torch
+from datasets import Dataset, IterableDataset
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ...lm_head import execution_device
 from ...target import Target, text_config
 from ..data import CoralCollator
 from ..data.encoding import IGNORED
+from ..features import CachedFeatures
 from ..features.reading import TargetFeatures
 
 # in what these leave out, a real target's tokens are too improbable to be drafted
 TOP_K = 64
 # rows of target logits held at a time
 CHUNK_SIZE = 128
+# on a target of 32k tokens 10k positions made groups as good as 100k did
+MAX_TOKENS = 50_000
+NO_TOKEN = "`rows` have no trained token; check the chat template and the data."
 
 
 class TargetTopK(NamedTuple):
@@ -71,7 +80,7 @@ def read_top_k(
                 progress.update(len(chunk))
         progress.total = progress.n
     if not read:
-        raise ValueError("`rows` have no trained token; check the chat template and the data.")
+        raise ValueError(NO_TOKEN)
     return TargetTopK(tokens[:read], probs[:read], counts)
 
 
@@ -110,3 +119,79 @@ def trained_features(
             features = reader.read(batch)[:, :-1]  # (batch, length - 1, hidden)
             yield features[trained.to(features.device)][:left].to(device)
             left -= int(trained.sum())
+
+
+def token_counts(
+    target: Target,
+    rows: Any,
+    max_tokens: int = MAX_TOKENS,
+    num_tokens: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Sum the target's probabilities, (positions, vocab), over trained positions.
+
+    A position counts for all likely tokens, not for the one in the row, so fewer positions suffice,
+    tokens that are in no row are ranked too, and the rows need not be written by the target.
+
+    Args:
+        target: the target.
+        rows: as the trainer has them: token ids and labels, or `CachedFeatures`.
+        max_tokens: trained positions that are read at most.
+        num_tokens: of the tokenizer; ids from there on, which pad the vocabulary, count nothing.
+        seed: of the order in which rows are read.
+
+    Returns:
+        (vocab,), fp64, on the CPU.
+
+    Raises:
+        ValueError: if there are no rows, or if none of their tokens is trained.
+    """
+    counts = read_top_k(target, rows, max_tokens, seed, top_k=1, num_tokens=num_tokens).counts
+    return F.pad(counts, (0, text_config(target.model).vocab_size - len(counts)))
+
+
+def label_counts(rows: Any, vocab_size: int) -> Tensor:
+    """Count the trained tokens of rows, of shape (vocab,), on the CPU.
+
+    Args:
+        rows: as the trainer has them: token ids and labels, or `CachedFeatures`.
+
+    Raises:
+        ValueError: for a stream, and if none of their tokens is trained.
+    """
+    if isinstance(rows, IterableDataset):
+        raise ValueError(
+            "A draft vocabulary is counted from the training rows before training, but"
+            " `train_dataset` is a stream. Set the tokens of the drafter first, such as those of a"
+            " part of the stream: drafter.set_draft_vocabulary(tokens)."
+        )
+    if isinstance(rows, CachedFeatures):
+        files = (rows.file(number) for number in range(len(rows.index.shards)))
+        parts = (file.get_tensor("labels").numpy() for file in files)
+    elif isinstance(rows, Dataset):
+        batches = rows.with_format("arrow").select_columns("labels").iter(batch_size=1000)
+        parts = (np.asarray(arrow.list_flatten(batch["labels"])) for batch in batches)
+    else:
+        parts = (np.asarray(row["labels"]) for row in rows)
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for labels in parts:  # (tokens,)
+        counts += np.bincount(labels[labels != IGNORED], minlength=vocab_size)
+    if not counts.any():
+        raise ValueError(NO_TOKEN)
+    return torch.from_numpy(counts)
+
+
+def most_frequent_first(counts: Tensor) -> Tensor:
+    """Sort the tokens by their counts; equal counts keep the order of the ids.
+
+    The first of them make a frequency head, slices of them a grouping.
+
+    Args:
+        counts: of shape (vocab,), of `token_counts` or `label_counts`.
+
+    Returns:
+        (vocab,), token ids.
+    """
+    if not torch.isfinite(counts).all():
+        raise ValueError("`counts` are not finite; expected those that `token_counts` returns.")
+    return counts.argsort(descending=True, stable=True)

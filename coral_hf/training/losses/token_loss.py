@@ -55,7 +55,7 @@ def token_loss(
     predicted: Tensor,
     goal_of: Callable[[slice], Goal],
     head: Head,
-    chunk_loss: "ChunkLoss | None" = None,
+    chunk_loss: "TorchChunkLoss | None" = None,
     step_weights: Tensor | None = None,
     kept: Tensor | None = None,
     chunk_size: int = CHUNK,
@@ -94,6 +94,7 @@ class _ChunkedLoss(torch.autograd.Function):
         classification, top_k = sums = [wide(predicted.new_zeros(steps)) for _ in range(2)]
         agreed = torch.zeros(steps, positions, dtype=torch.bool, device=predicted.device)
         scale = torch.ones_like(top_k) if step_weights is None else step_weights
+        all_kept = torch.ones_like(agreed) if kept is None else kept
 
         def differentiate(part: Tensor, own: Goal, where: Any, weight: Tensor):
             """Losses and agreement of some rows, and gradients; their logits are dropped."""
@@ -114,10 +115,7 @@ class _ChunkedLoss(torch.autograd.Function):
             goal = goal_of(rows)
             for piece in pieces:
                 part = predicted[piece, rows].detach().requires_grad_()
-                is_kept = (
-                    torch.ones_like(agreed[piece, rows]) if kept is None else kept[piece, rows]
-                )
-                own, where = goal, ...
+                is_kept, own, where = all_kept[piece, rows], goal, ...
                 if kept is not None and not head.is_by_step:  # of the others there are no logits
                     where = is_kept.nonzero(as_tuple=True)
                     own = Goal(goal.probs[where[-1]], goal.first[where[-1]])
@@ -133,9 +131,8 @@ class _ChunkedLoss(torch.autograd.Function):
                     place += one
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(classification, top_k, agreed)
-        losses = (
-            chunk_loss.weights.classification * classification + chunk_loss.weights.top_k * top_k
-        )
+        shares = chunk_loss.weights
+        losses = shares.classification * classification + shares.top_k * top_k
         return (losses * scale).sum(), classification, top_k, agreed
 
     @staticmethod
@@ -209,7 +206,10 @@ class TorchChunkLoss:
         self._top: Any = ()  # its most probable tokens, (rows, k): the steps of a chunk share it
 
     def __call__(self, logits: Tensor, goal: Goal) -> Chunk:
-        """Compute the losses of logits (*batch, rows, vocab), and in the buffer their gradient."""
+        """Compute the losses of logits (*batch, rows, vocab), and in the buffer their gradient.
+
+        `logits` may be overwritten; `weights` say how much each loss counts in the gradient.
+        """
         shape, weights = logits.shape, self.weights
         self._buffer, logits = _refill(self._buffer, logits.flatten(0, -2))
         logits, probs = logits.view(shape), goal.probs.to(logits.dtype)
@@ -233,11 +233,6 @@ class TorchChunkLoss:
         slope.scatter_add_(-1, top_tokens, -weights.top_k * top_probs)
         losses = (is_trained * log_total)[..., 0] - own
         return Chunk(losses, top_k, first[..., 0] == goal.first, slope)
-
-
-# logits (*batch, rows, vocab), which it may overwrite, and the goal (rows, vocab) → the losses, as
-# its `weights` say
-ChunkLoss = TorchChunkLoss
 
 
 def _refill(buffer: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,9 +25,15 @@ from transformers.utils import logging
 
 from ...drafters.configuration import FamilyConfig
 from ...target import read_features, read_target, text_config
-from ..adapters import lora, with_adapter
 from ..arguments import CoralTrainingArguments
-from ..stages import HEAD_OF, default_groups, default_rank, freeze_others
+from ..stages import (
+    HEAD_OF,
+    default_groups,
+    default_rank,
+    freeze_others,
+    lora,
+    with_adapter,
+)
 from ..steps import Trained, Unrolled, step_kind, training_step
 
 logger = logging.get_logger(__name__)

@@ -22,9 +22,9 @@ from ...drafters.configuration import FamilyConfig
 from ..arguments import CoralTrainingArguments
 from ..data import load_conversations
 from ..features import INDEX, CachedFeatures, plan_features
-from ..features.index import FORMAT_BYTES
+from ..features.cache import FORMAT_BYTES
+from ..inputs import trained_rows
 from ..steps import kind_of_recipe, step_kind
-from ..train_dataset import trained_rows
 from . import PlanSettings
 from .memory import RunShape, StepMemory, step_memory
 from .report import Plan, StagePlan

@@ -21,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from ...atomic import sole_writer, write_json
-from .monitoring import RunMeter, check_weights
+from .callbacks import RunMeter, check_weights
 from .run_record import RUN, check_resume, check_vacant, run_settings, run_summary
 
 # uploads to the Hub leave out what begins with an underscore
@@ -31,7 +31,7 @@ INCOMPLETE = "_incomplete"
 class AtomicCheckpoints(Trainer):
     """A `Trainer` that alone writes to its folder and never shows a half-written checkpoint.
 
-    A subclass has the `target`, or None, the `drafter` and the `training_record` of the run.
+    A subclass has the `target`, or None, and the `training_record` of the run.
     """
 
     def __init__(self, *args, **kwargs):
@@ -41,6 +41,11 @@ class AtomicCheckpoints(Trainer):
         self._is_staging = False
         self.meter = RunMeter()
         self.add_callback(self.meter)
+
+    @property
+    def drafter(self) -> Any:
+        """The model that is trained, without wrappers."""
+        return self.accelerator.unwrap_model(self.model)
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         """See [`~transformers.Trainer.train`].

@@ -18,7 +18,6 @@ from transformers.utils import logging
 
 from ...identity import identify, rows_digest
 from ...measure.report import hardware_name
-from ...target import Target
 from ..arguments import Recipe
 from ..features import CachedFeatures
 
@@ -54,7 +53,11 @@ def _read_run(checkpoint: Path) -> dict[str, Any] | None:
 
 def run_settings(trainer: Trainer) -> dict[str, Any]:
     """Return what decides the outcome of a run, by name, as plain values; all processes call it."""
-    args = trainer.args
+    args, target = trainer.args, None
+    if trainer.target is not None:
+        found = identify(trainer.target.model)
+        packed = "" if found.quantization is None else f", quantised by {found.quantization}"
+        target = f"in {found.dtype}{packed}, SHA-256 {found.digest[:SHOWN_DIGITS]}"
     values, by_steps = args.to_dict(), args.max_steps > 0
     settings = {
         # older versions of transformers lack some of them
@@ -63,20 +66,11 @@ def run_settings(trainer: Trainer) -> dict[str, Any]:
         "num_train_epochs": None if by_steps else args.num_train_epochs,
         "processes": args.world_size,
         "rows": rows_identity(trainer.train_dataset),
-        "target": target_identity(trainer.target),
+        "target": target,
     }
     if values.get("stage") in ("router", "joint"):
         settings |= {name: getattr(trainer.drafter.config, name) for name in GROUPS}
     return json.loads(json.dumps(settings, default=str))
-
-
-def target_identity(target: Target | None) -> str | None:
-    """Describe the weights of a target; None where a run has none."""
-    if target is None:
-        return None
-    found = identify(target.model)
-    packed = "" if found.quantization is None else f", quantised by {found.quantization}"
-    return f"in {found.dtype}{packed}, SHA-256 {found.digest[:SHOWN_DIGITS]}"
 
 
 def rows_identity(rows: Any) -> str:

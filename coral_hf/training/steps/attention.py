@@ -35,13 +35,16 @@ def mixed_attention(query: Tensor, target: KeysValues, own: list[KeysValues]) ->
         own: the same of each later step, the newest last.
 
     Returns:
-        (batch, heads, length, head_dim).
+        (batch, heads, length, head_dim); on a CPU by torch's fused kernel.
     """
     if not own:
         return F.scaled_dot_product_attention(query, *target, is_causal=True, enable_gqa=True)
-    if query.device.type == "cpu" and query.shape[2] > len(own):
-        return _merged(query, target, own)
-    return plain_mixed_attention(query, target, own)
+    if query.device.type != "cpu" or query.shape[2] <= len(own):
+        return plain_mixed_attention(query, target, own)
+    group = query.shape[1] // target[0].shape[1]
+    far = [part.repeat_interleave(group, dim=1) for part in target]
+    scores, near_values = _diagonals(query, own, torch.arange(query.shape[2])[None])
+    return _MergedAttention.apply(query, *far, scores, *near_values)
 
 
 def plain_mixed_attention(query: Tensor, target: KeysValues, own: list[KeysValues]) -> Tensor:
@@ -111,14 +114,6 @@ def _diagonals(
     scores = torch.stack([(scaled * keys).sum(-1) for keys in near_keys], dim=-1)
     hidden = positions[:, None, :, None] < lags  # (batch or 1, 1, length, steps)
     return scores.masked_fill(hidden, float("-inf")), [*near_values]
-
-
-def _merged(query: Tensor, target: KeysValues, own: list[KeysValues]) -> Tensor:
-    """`mixed_attention`, shapes too, of one document with torch's fused kernel for CPUs."""
-    group = query.shape[1] // target[0].shape[1]
-    far = [part.repeat_interleave(group, dim=1) for part in target]
-    scores, near_values = _diagonals(query, own, torch.arange(query.shape[2])[None])
-    return _MergedAttention.apply(query, *far, scores, *near_values)
 
 
 class _MergedAttention(torch.autograd.Function):

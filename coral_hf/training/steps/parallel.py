@@ -31,9 +31,9 @@ from ..data.documents import Places
 from ..data.encoding import IGNORED
 from ..losses.token_loss import TokenLoss
 from . import Trained, register_step
-from .base import Predicted, drawn_generator
-from .eagle3 import Eagle3Step
+from .base import Batch, Pair, Predicted, drawn_generator, positions_of
 from .objectives import by_step
+from .own_head import Eagle3Step
 
 PRECISION = 10**6  # of a share, so that a part is the same wherever it is computed
 
@@ -43,9 +43,8 @@ class Chains(NamedTuple):
 
     anchors: Tensor  # (batch, places), indices of positions, those of depth 0 first
     depths: Tensor  # of shape (places,)
-    kept: (
-        Tensor  # (steps, batch, positions), by the position that a depth stands at: what is trained
-    )
+    # (steps, batch, positions), by the position that a depth stands at: what is trained
+    kept: Tensor
 
     def mask(self, positions: Tensor) -> Tensor:
         """Which place attends to which: (batch, places, places).
@@ -122,9 +121,8 @@ class MaskedContext:
         """Attend within the mask: (batch, heads, places, head_dim)."""
         # autocast may have left rotated ones in fp32, beside values in half precision
         query, key = query.to(value.dtype), key.to(value.dtype)
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=self._mask, enable_gqa=True
-        )
+        mask = self._mask
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
 
 class ParallelStep(Eagle3Step):
@@ -140,34 +138,28 @@ class ParallelStep(Eagle3Step):
         if args.resolved.num_steps < 2:
             raise ValueError(f"`num_steps` is {args.resolved.num_steps}; use 2 or more.")
 
-    def predict(
-        self,
-        model: nn.Module,
-        inputs: tuple[Tensor, Tensor],
-        positions: Tensor | None,
-        labels: Tensor,
-        num_steps: int,
-    ) -> Predicted:
-        """Predict all depths of all chains in one pass; see [`UnrolledStep`]."""
+    def predict(self, model: nn.Module, inputs: Pair, batch: Batch, num_steps: int) -> Predicted:
+        """Predict all depths of all chains in one pass; see [`TrainingStep`]."""
         embeddings, states = inputs
-        batch, length, _ = states.shape
+        rows, length, _ = states.shape
         ratio = self.args.keep_ratio if model.training else 1.0
         chance = None if ratio == 1 else drawn_generator(states.device, self.args.process_index)
-        chains = draw_chains(labels, num_steps, ratio, chance)
+        chains = draw_chains(batch["labels"], num_steps, ratio, chance)
+        positions = positions_of(batch)
         if positions is None:
             positions = torch.arange(length, device=states.device)[None]
-        positions = positions.expand(batch, -1)
+        positions = positions.expand(rows, -1)
         drafter = extract_model_from_parallel(model)
         masks = chains.anchors.shape[1] - length
-        shared = drafter.fuse(drafter.mask_hidden).expand(batch, masks, -1)
-        masked = drafter.mask_embedding.expand(batch, masks, -1)
+        shared = drafter.fuse(drafter.mask_hidden).expand(rows, masks, -1)
+        masked = drafter.mask_embedding.expand(rows, masks, -1)
         predicted = model(
             torch.cat([embeddings.to(masked.dtype), masked], dim=1),
             torch.cat([states, shared], dim=1),
             positions.gather(1, chains.anchors) + chains.depths,
             MaskedContext(chains.mask(positions)),
         )
-        return Predicted(chains.by_position(predicted), chains.kept)
+        return chains.by_position(predicted), chains.kept
 
     def notes(self, trained: Trained, found: TokenLoss) -> dict[str, Tensor]:
         """What is logged: averages over what each depth was trained on."""

@@ -16,15 +16,20 @@ inputs are detached unless a family lets gradients through; the graph of all ste
                                         q²_3     its own input at t
 """
 
-from functools import cached_property
+import importlib.util
+from collections.abc import Callable
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import flex_attention as flex
+from torch.nn.functional import pad
 
-from ..data.documents import REPEATED, Part, has_branches, parts_of
-from .attention import KeysValues, mixed_attention
-from .flex import FlexAttention, fits_flex
+from ..data.documents import REPEATED, Part, Places, has_branches, parts_of
+from .attention import KeysValues, merged_attention, mixed_attention
 
+BLOCK = 128  # queries, and keys, that flex attention sees or skips together
+LEAST_HEAD_DIM = 16  # of its kernel
 # keys and values of every step so far, by layer and step
 Seen = dict[tuple[int, int], KeysValues]
 
@@ -35,7 +40,7 @@ class UnrollContext:
     Not a dataclass: FSDP copies those that it passes on, and `seen` has to stay shared.
     """
 
-    def __init__(self, step: int, seen: Seen, rows: "Rows"):
+    def __init__(self, step: int, seen: Seen, rows: "RowAttention"):
         """`step` counts from 0; `seen` and `rows` are shared by the steps of an unroll."""
         self.step, self.seen, self.rows = step, seen, rows
 
@@ -49,54 +54,63 @@ class UnrollContext:
         self.seen.setdefault((layer_idx, self.step), (key, value))
         before = [self.seen[layer_idx, step] for step in range(self.step)]
         target, *own = [*before, (key, value)]
-        if fits_flex(query):
-            return self.rows.flex(query, target, own)
-        if self.rows.parts is None:
-            return mixed_attention(query, target, own)
-        return _by_document(self.rows.parts, query, target, own)
+        return self.rows.attend(query, target, own)
 
 
-class Rows:
-    """The documents of a batch.
+class RowAttention:
+    """`mixed_attention` within each document of the rows of a batch: no document sees another.
 
     Args:
         positions: (batch or 1, length), which begin at 0 with each document.
         is_packed: whether there are several documents in a row.
     """
 
-    def __init__(self, positions: Tensor, is_packed: bool):
+    def __init__(self, positions: Tensor, is_packed: bool = True):
         self._positions, self._is_packed = positions, is_packed
-        self.flex = FlexAttention(positions)
+        self._masks: dict[int, flex.BlockMask] = {}  # of flex attention, by lag, for all layers
 
     @cached_property
-    def parts(self) -> list[list[Part]] | None:
-        """The parts of each row, which the host reads; None: one document in each."""
-        return parts_of(self._positions) if self._is_packed else None
+    def _parts(self) -> list[list[Part]]:
+        return parts_of(self._positions)  # the host reads them
 
+    def attend(self, query: Tensor, target: KeysValues, own: list[KeysValues]) -> Tensor:
+        """Compute the attention of each position of the rows.
 
-def _by_document(
-    parts: list[list[Part]], query: Tensor, target: KeysValues, own: list[KeysValues]
-) -> Tensor:
-    """Compute attention within each document of packed rows: no document sees another.
+        Args:
+            query: (batch, heads, length, head_dim).
+            target, own: keys and values, (batch, kv_heads, length, head_dim) each.
 
-    Args:
-        query: (batch, heads, length, head_dim).
-        target, own: keys and values, (batch, kv_heads, length, head_dim) each.
+        Returns:
+            (batch, heads, length, head_dim).
+        """
+        if fits_flex(query):
+            return merged_attention(query, target, own, self._positions, self._far)
+        if not self._is_packed:
+            return mixed_attention(query, target, own)
+        tensors = [query, *target, *(one for pair in own for one in pair)]
+        rows = []
+        for row, parts in enumerate(self._parts):
+            attended = []
+            for part in parts:
+                query, keys, values, *rest = (part.of(one[row : row + 1], dim=2) for one in tensors)
+                pairs = list(zip(rest[::2], rest[1::2], strict=True))
+                whole = mixed_attention(query, (keys, values), pairs)
+                attended.append(whole[:, :, part.shared :])
+            rows.append(torch.cat(attended, dim=2))
+        return torch.cat(rows)
 
-    Returns:
-        (batch, heads, length, head_dim).
-    """
-    tensors = [query, *target, *(one for pair in own for one in pair)]
-    rows = []
-    for row, found in enumerate(parts):
-        attended = []
-        for part in found:
-            query, keys, values, *rest = (part.of(one[row : row + 1], dim=2) for one in tensors)
-            pairs = list(zip(rest[::2], rest[1::2], strict=True))
-            whole = mixed_attention(query, (keys, values), pairs)
-            attended.append(whole[:, :, part.shared :])
-        rows.append(torch.cat(attended, dim=2))
-    return torch.cat(rows)
+    def _far(self, query: Tensor, target: KeysValues, lag: int) -> tuple[Tensor, Tensor]:
+        """See `FarAttention`; (batch, heads, length, head_dim) and (batch, heads, length).
+
+        By torch's flex attention no mask over all keys is made: blocks of keys that no query of a
+        block may see are skipped, and the mask of the others is computed in the kernel.
+        """
+        if lag not in self._masks:
+            self._masks[lag] = block_mask(self._positions, lag)
+        request = flex.AuxRequest(lse=True)
+        mask = self._masks[lag]
+        far, aux = _kernel()(query, *target, block_mask=mask, enable_gqa=True, return_aux=request)
+        return far, aux.lse
 
 
 def unroll(
@@ -133,7 +147,7 @@ def unroll(
         )
     if position_ids is None:
         position_ids = torch.arange(features.shape[1], device=features.device)[None]
-    rows, begins = Rows(position_ids, is_packed), (position_ids == 0)[..., None]
+    rows, begins = RowAttention(position_ids, is_packed), (position_ids == 0)[..., None]
     seen: Seen = {}
     inputs, predicted = features, []
     for step in range(num_steps):
@@ -144,3 +158,58 @@ def unroll(
         shifted = last.roll(1, dims=1)
         inputs = torch.where(begins, features.to(shifted.dtype), shifted)
     return torch.stack(predicted)
+
+
+def fits_flex(query: Tensor) -> bool:
+    """Whether queries (batch, heads, length, head_dim) go through the kernel, which is Triton's."""
+    is_there = hasattr(flex, "AuxRequest") and importlib.util.find_spec("triton") is not None
+    return is_there and query.is_cuda and query.shape[-1] >= LEAST_HEAD_DIM
+
+
+@cache
+def _kernel() -> Callable:
+    return torch.compile(flex.flex_attention)
+
+
+def block_mask(positions: Tensor, lag: int) -> flex.BlockMask:
+    """Let each position t see those up to t - lag of its document; positions (batch or 1, length).
+
+    Documents of a row follow each other, so blocks are compared by their first and last ones. Of a
+    document with branches, those of the other branches are read in vain.
+    """
+    length = positions.shape[1]
+    # (batch or 1, whole blocks), what fills the last block is a document of its own
+    places = Places.of(pad(positions, (0, -length % BLOCK)))
+    shift = torch.tensor(lag, device=positions.device)  # a tensor: one graph for all lags
+
+    def is_seen(row, head, query, key):  # () each
+        return places.sees(row % positions.shape[0], query, key, shift)
+
+    (first, last), (part, end_part) = (
+        (where[:, ::BLOCK], where[:, BLOCK - 1 :: BLOCK]) for where in (places.trunk, places.start)
+    )  # (batch or 1, blocks)
+    start = torch.arange(first.shape[1], device=positions.device) * BLOCK
+    end = (start + BLOCK).clamp(max=length) - 1
+    # (batch or 1, blocks of queries, blocks of keys)
+    is_one = (part == end_part)[:, :, None] & (part == end_part)[:, None]
+    is_whole = is_one & (part[:, :, None] == part[:, None]) & (end <= start[:, None] - lag)
+    is_shared = (last[:, None] >= first[:, :, None]) & (first[:, None] <= last[:, :, None])
+    is_needed = is_shared & (start <= end[:, None] - lag)
+    return flex.BlockMask.from_kv_blocks(
+        *_listed(is_needed & ~is_whole),
+        *_listed(is_whole),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=is_seen,
+        seq_lengths=(length, length),
+    )
+
+
+def _listed(is_read: Tensor) -> tuple[Tensor, Tensor]:
+    """List the blocks of keys of each block of queries, (batch or 1, blocks, blocks).
+
+    Returns:
+        Their number (batch or 1, 1, blocks), and their indices first, (batch or 1, 1, blocks,
+        blocks).
+    """
+    indices = is_read.int().argsort(dim=-1, descending=True, stable=True)
+    return is_read.sum(-1).int()[:, None], indices.int()[:, None].contiguous()

@@ -1,7 +1,8 @@
 """`AssistantTrainer`: a `Trainer` whose model is a small language model that drafts for a target.
 
-In: a small model, its target, texts or answers of the target. Out: an ordinary checkpoint, which
-transformers takes as `assistant_model` and `coral_hf.LanguageModelDrafter` for trees.
+In: a small model, perhaps a fresh one, its target, texts or answers of the target. Out: an ordinary
+checkpoint, which transformers takes as `assistant_model` and `coral_hf.LanguageModelDrafter` for
+trees.
 
     position          0     1     2     3
     token             x0    x1    x2    x3
@@ -16,17 +17,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from ...decoding.guard import accept_features
-from ...drafters.language_model import (
-    UNIVERSAL,
-    LanguageModelConfig,
-    check_vocabulary,
-    config_of,
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
-from ...identity import check_tokenizer
-from ...target import (
+
+from ..decoding.guard import accept_features
+from ..drafters.language_model import UNIVERSAL, check_vocabulary, config_of
+from ..identity import check_tokenizer
+from ..target import (
     FEATURE,
     Target,
     max_positions,
@@ -34,18 +36,20 @@ from ...target import (
     read_target,
     text_config,
 )
-from ..arguments import AssistantTrainingArguments
-from ..data import CoralCollator
-from ..data.dataset import check_rows
-from ..data.encoding import IGNORED
-from ..distributed import mean_loss, place_target, shards_weights
-from ..evaluation.acceptance import acceptance_length, count_rounds, tree_depth
-from ..evaluation.replay import rounds_of
-from ..losses.divergence import Divergence, divergence
-from ..refusals import UNREAD, check_settings, described, tokenizer_of
-from ..runs.checkpoints import AtomicCheckpoints
-from ..runs.monitoring import FiniteGuard
-from ..train_dataset import token_rows
+from .arguments import AssistantTrainingArguments
+from .data import CoralCollator
+from .data.dataset import check_rows
+from .data.encoding import IGNORED
+from .distributed import mean_loss, place_target, shards_weights
+from .evaluation.acceptance import acceptance_length, count_rounds, tree_depth
+from .evaluation.replay import rounds_of
+from .inputs import check_given, is_joined, token_rows, tokenizer_of
+from .losses.divergence import Divergence, divergence
+from .runs.callbacks import FiniteGuard
+from .runs.checkpoints import AtomicCheckpoints
+
+WIDEST = 1024  # with four layers the model of Direct Alignment (Goel et al. 2024)
+HEAD_DIM = 64  # of a fresh model
 
 
 class AssistantTrainer(AtomicCheckpoints):
@@ -86,11 +90,21 @@ class AssistantTrainer(AtomicCheckpoints):
         assistant_tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs,
     ):
-        check_given(model, args, target_model, kwargs)
-        tokenizer = tokenizer_of(processing_class)
-        known = config_of(model, assistant_tokenizer)
-        if tokenizer is not None:
-            check_same_tokens(tokenizer, known)
+        models = {"model": model} | ({} if target_model is None else {"target_model": target_model})
+        is_plain = getattr(args, "loss", None) == "ce"  # the loss of any `Trainer`
+        read = "neftune_noise_alpha", *(("label_smoothing_factor",) if is_plain else ())
+        check_given(models, args, AssistantTrainingArguments, kwargs, read)
+        if target_model is None and not is_plain:
+            raise ValueError(f"`loss` is {args.loss!r}, for a target; pass `target_model`.")
+        tokenizer, known = tokenizer_of(processing_class), config_of(model, assistant_tokenizer)
+        try:
+            if tokenizer is not None:
+                check_tokenizer(tokenizer, known)
+        except ValueError:
+            raise ValueError(
+                f"The small model {known._name_or_path} has another tokenizer than the target, so"
+                f" the tokens of one say nothing of those of the other. {UNIVERSAL}"
+            ) from None
         self.target: Target | None = None
         self.training_record: list[dict[str, Any]] = []
         if target_model is not None:
@@ -117,11 +131,6 @@ class AssistantTrainer(AtomicCheckpoints):
         # of the evaluation that is running: the overlap and number of positions, tokens of rounds
         self._counts, self._rounds = torch.zeros(2, dtype=torch.float64), list[int]()
 
-    @property
-    def drafter(self) -> PreTrainedModel:
-        """The small model, without wrappers."""
-        return self.accelerator.unwrap_model(self.model)
-
     def _rows(self, dataset: Any) -> Any:
         """Return rows of token ids and labels, as both models can read them."""
         if dataset is None or isinstance(dataset, dict):
@@ -131,7 +140,7 @@ class AssistantTrainer(AtomicCheckpoints):
         shortest = min(texts, key=lambda text: max_positions(text) or math.inf)
         rows = token_rows(dataset, self.processing_class, self.args, shortest)
         check_rows(rows, min(text.vocab_size for text in texts))
-        if "position_ids" in (getattr(rows, "column_names", None) or ()):
+        if is_joined(rows):
             raise ValueError(
                 "The rows are packed (`position_ids`), and a language model would read the"
                 " documents of a row as one; pass the rows as they were before `pack_dataset`."
@@ -217,30 +226,30 @@ class AssistantTrainer(AtomicCheckpoints):
         return output
 
 
-def check_same_tokens(tokenizer: PreTrainedTokenizerBase, known: LanguageModelConfig) -> None:
-    """Raise a ValueError if the small model has another tokenizer than its target."""
-    try:
-        check_tokenizer(tokenizer, known)
-    except ValueError:
-        raise ValueError(
-            f"The small model {known._name_or_path} has another tokenizer than the target, so the"
-            f" tokens of one say nothing of those of the other. {UNIVERSAL}"
-        ) from None
+def small_model(
+    target: PreTrainedConfig, num_layers: int = 4, hidden_size: int | None = None
+) -> LlamaForCausalLM:
+    """Make a fresh Llama with the tokens of a target, in fp32; its embedding is its LM head.
 
-
-def check_given(model: Any, args: Any, target_model: Any, others: dict[str, Any]) -> None:
-    """Raise a ValueError for models, settings or arguments that mean nothing here.
-
-    `others`: further arguments of `Trainer`, by name.
+    Args:
+        target: the target's config.
+        num_layers: more of them agree more often and draft more slowly.
+        hidden_size: half of the target's by default, at most 1024.
     """
-    for name, one in {"model": model, "target_model": target_model}.items():
-        if not isinstance(one, PreTrainedModel) and (name, one) != ("target_model", None):
-            raise ValueError(f"`{name}` is {described(one)}; load it with `AutoModelForCausalLM`.")
-    read = "label_smoothing_factor", "neftune_noise_alpha"  # by `Trainer`, with its own loss
-    unread = {name: none for name, none in UNREAD.items() if name not in read}
-    check_settings(args, others, AssistantTrainingArguments, unread)
-    if args.loss == "ce":
-        return
-    check_settings(args, {}, type(args), {read[0]: UNREAD[read[0]]})
-    if target_model is None:
-        raise ValueError(f"`loss` is {args.loss!r}, for a target; pass `target_model`.")
+    text = target.get_text_config(decoder=True)
+    width = min(WIDEST, text.hidden_size // 2) if hidden_size is None else hidden_size
+    most = max(1, width // HEAD_DIM)
+    positions = max_positions(text)
+    config = LlamaConfig(
+        vocab_size=text.vocab_size,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=num_layers,
+        num_attention_heads=next(count for count in range(most, 0, -1) if width % count == 0),
+        tie_word_embeddings=True,
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
+        pad_token_id=text.pad_token_id,
+        **({} if positions is None else {"max_position_embeddings": positions}),
+    )
+    return LlamaForCausalLM(config).float()
