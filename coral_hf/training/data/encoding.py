@@ -177,6 +177,8 @@ class Chat(RenderedChat):
     """A conversation that is tokenized; see [`RenderedChat`]."""
 
     def __init__(self, row: Row, tokenizer: Tokenizer):
+        if not tokenizer.is_fast:
+            raise ValueError("Conversations need a fast tokenizer; load one, or give `text` rows.")
         super().__init__(row, tokenizer)
         self.tokenizer = tokenizer
         self.has_blocks = bool(GENERATION_BLOCK.search(self.template))

@@ -79,12 +79,15 @@ def step_memory(run: RunShape, batch: Mapping[str, Tensor]) -> StepMemory:
             length, layers · hidden), of which only the shapes are read.
     """
     trained = _trained_positions(batch)
-    with FakeTensorMode():
+    with torch.device("meta"):
+        model = _make_model(run)  # PEFT moves no adapter that is there
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
         config = plain_config(run.target)
         target = AutoModelForCausalLM.from_config(config, dtype=run.dtype).eval()
         target.requires_grad_(False)
         shapes = {name: torch.empty(part.shape, dtype=part.dtype) for name, part in batch.items()}
-        found = _Simulation(run, target, _make_model(run)).step(shapes, trained)
+        found = _Simulation(run, target, model).step(shapes, trained)
     weights, unpacked = target_size(target, run.target, run.bits)
     return found._replace(target=weights, activations=found.activations + unpacked)
 

@@ -76,7 +76,7 @@ def plan(
     found = [_plan_stage(one, rows, lengths, tokenizer) for one in shapes]
     largest = max(range(len(found)), key=lambda index: found[index].memory.total)
     formats = () if isinstance(rows, CachedFeatures) else FORMAT_BYTES
-    features, token_seconds = settings.features if formats else "cached", None
+    features, token_seconds = settings.features if formats else "cached", 0.0
     is_small = Path(target).is_dir() and found[0].memory.target <= SMALL
     if is_small if settings.measure is None else settings.measure:
         model = AutoModelForCausalLM.from_pretrained(target, dtype=shape.dtype)
@@ -100,7 +100,7 @@ def plan(
         output=output,
         free=free_bytes(output),
         existing=sum(_written_bytes(Path(args.output_dir)) for args in stages),
-        cache_seconds=None if token_seconds is None else token_seconds * lengths.sum(),
+        cache_seconds=token_seconds * lengths.sum(),
     )
 
 

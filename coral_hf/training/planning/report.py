@@ -25,7 +25,7 @@ class StagePlan(NamedTuple):
     memory: StepMemory
     checkpoint: int  # bytes of a checkpoint
     num_checkpoints: int  # that lie on the disk together
-    seconds: float | None = None  # of an optimizer step, where it was timed
+    seconds: float = 0.0  # of an optimizer step, where it was timed
 
     @property
     def disk(self) -> int:
@@ -50,7 +50,7 @@ class Plan:
     output: Path
     free: int  # bytes, where the output goes
     existing: int = 0  # bytes that an interrupted run has written there
-    cache_seconds: float | None = None  # of writing the features, where it was timed
+    cache_seconds: float = 0.0  # of writing the features, where it was timed
 
     @property
     def largest(self) -> StagePlan:
@@ -71,10 +71,10 @@ class Plan:
     @property
     def hours(self) -> float | None:
         """Hours of all stages, and of writing features; None where nothing was timed."""
-        if any(stage.seconds is None for stage in self.stages):
+        if not all(stage.seconds for stage in self.stages):
             return None
-        steps = sum((stage.seconds or 0) * stage.num_steps for stage in self.stages)
-        return (steps + (self.cache_seconds or 0)) / 3600
+        steps = sum(stage.seconds * stage.num_steps for stage in self.stages)
+        return (steps + self.cache_seconds) / 3600
 
     @property
     def fits(self) -> bool:
@@ -89,11 +89,10 @@ class Plan:
     def check_disk(self) -> None:
         """Raise a ValueError if the disk cannot hold what the run writes, with what to do."""
         if not self.fits_disk:
+            needed, free = shown_bytes(self.disk - self.existing), shown_bytes(self.free)
             raise ValueError(
-                f"The run needs {shown_bytes(self.disk - self.existing)} of disk, but only"
-                f" {shown_bytes(self.free)} are free at {self.output}; keep fewer checkpoints"
-                " (--save_total_limit 1), compute features while training or as int8, or choose"
-                " another --output."
+                f"The run needs {needed} of disk, but only {free} are free at {self.output}; keep"
+                " fewer checkpoints (--save_total_limit 1), or compute features while training."
             )
 
     def __str__(self) -> str:
@@ -128,5 +127,5 @@ class Plan:
         if self.hours is None:
             yield f"Steps: {steps}; no step was timed (--measure)"
         else:
-            timed = ", ".join(f"{stage.seconds or 0:.3g} s" for stage in self.stages)
+            timed = ", ".join(f"{stage.seconds:.3g} s" for stage in self.stages)
             yield f"Hours: {self.hours:.3g} on this machine; steps: {steps}, each {timed}"
