@@ -22,7 +22,7 @@ from coral_hf.cli.parser import parse
 from coral_hf.measure.benchmark import COLUMNS, LEGEND
 from coral_hf.measure.calls import Bench, Call, sampling_arguments
 from coral_hf.measure.prompts import Prompt, encode, left_padded, room_for_prompt
-from coral_hf.measure.report import Report, describe_environment, speed_figure, tabulate
+from coral_hf.measure.report import Report, bar_figure, describe_environment, tabulate
 from coral_hf.measure.settings import DraftingSettings, option
 from coral_hf.measure.summary import summarise
 from coral_hf.target import text_config
@@ -96,8 +96,8 @@ def run_sweep(
             calls += bench.compare(batch, item, task=task)
         logger.info("%s: %d x %d tokens", task, *padded[0]["input_ids"].shape)
     sizes = summarise(calls, "task")
-    labels = {"xlabel": "size", "ylabel": "tokens/s of all rows"}
-    figure = partial(speed_figure, sizes, "task", "tokens_per_second", **labels)
+    label = "tokens/s of all rows"
+    figure = partial(bar_figure, sizes, "task", "tokens_per_second", ylabel=label)
     table = tabulate("Results", SIZES, sizes, LEGEND + BREAK_EVEN)
     environment = describe_environment(target, drafter)
     return Report(settings, environment, calls, {"rows": sizes}, [table], {"speed": figure})

@@ -72,7 +72,7 @@ def report(target, tokenizer) -> Report:
         Prompt("chat", "long", text="w1 " * 60),
     ]
     settings = BenchmarkSettings(
-        methods=["plain", "coral", "bigram", "prompt_lookup", "assisted"],
+        methods=["plain", "coral", "prompt_lookup", "assisted"],
         max_new_tokens=12,
         repeats=2,
         max_turns=2,
@@ -81,9 +81,8 @@ def report(target, tokenizer) -> Report:
         tree_nodes=6,
     )
     drafter = coral_hf.CoralDrafter.from_target(target)
-    bigram = BigramDrafter.from_texts([torch.arange(VOCAB)], VOCAB, top_k=3)
     padded = pad_target(target, 4)
-    return run_benchmark(padded, drafter, tokenizer, prompts, settings, target, bigram)
+    return run_benchmark(padded, drafter, tokenizer, prompts, settings, target)
 
 
 def literal_call(item: int, method: str, seconds: float, lengths: list[int], **other) -> Call:
@@ -221,10 +220,9 @@ def test_a_drafter_that_agrees_with_the_target_has_a_high_tau(target, tokenizer)
     ids = torch.tensor([[5]])
     tokens = target.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)[0]
     drafter = BigramDrafter.from_texts([tokens], VOCAB, top_k=8)
-    settings = BenchmarkSettings(methods=["plain", "bigram"], max_new_tokens=16, tree_depth=3)
-    report = run_benchmark(
-        target, None, tokenizer, [Prompt("text", "0", text="w5")], settings, bigram=drafter
-    )
+    settings = BenchmarkSettings(max_new_tokens=16, tree_depth=3)
+    prompts = [Prompt("text", "0", text="w5")]
+    report = run_benchmark(target, drafter, tokenizer, prompts, settings)
     assert report.numbers["rows"][-1].tau_per_token > 2
     assert report.numbers["acceptance"][0].share > 0.5
 
@@ -241,7 +239,7 @@ def test_sampled_tokens_are_not_compared(target, tokenizer):
 
 def test_json_holds_every_call_and_the_numbers_that_are_computed_from_them(report):
     found = json.loads(report.to_json())
-    assert len(found["calls"]) == len(report.calls) == 3 * 5 * 2
+    assert len(found["calls"]) == len(report.calls) == 3 * 4 * 2
     assert found["calls"][0]["num_tokens"] == 12 and "tokens" not in found["calls"][0]
     assert [(row["task"], row["method"]) for row in found["rows"]] == [
         (row.task, row.method) for row in report.numbers["rows"]

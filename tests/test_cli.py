@@ -63,12 +63,12 @@ def test_benchmark_writes_its_report(drafter, folder):  # noqa: F811
         "benchmark",
         *names,
         *("--prompts", folder / "talk.jsonl", "--limit", 2, "--max-new-tokens", 6),
-        *("--output", folder / "report", "--pad-layers", 3, "--method", "plain"),
-        *("--method", "coral", "--method", "bigram", "--bigram-dataset", folder / "talk.jsonl"),
+        *("--output", folder / "report", "--pad-layers", 3),
+        *("--method", "plain", "--method", "coral", "--method", "prompt_lookup"),
     )
     assert result.exit_code == 0, result.output
     report = json.loads((folder / "report" / "report.json").read_text())
-    assert report["settings"]["methods"] == ["plain", "coral", "bigram"]
+    assert report["settings"]["methods"] == ["plain", "coral", "prompt_lookup"]
     assert (folder / "report" / "acceptance.png").stat().st_size > 0
 
 

@@ -340,7 +340,8 @@ def test_a_quantised_target_reads_the_features_of_its_unquantised_self(target, r
 def test_sizes_of_zero_are_refused(tmp_path, option):
     command = ["features", "--target", "x", "--dataset", "y", "--output", str(tmp_path / "z")]
     result = invoke(*command, option, "0")
-    assert result.exit_code == 2 and f"argument {option}: 0 is too small" in printed(result)
+    name = option.strip("-").replace("-", "_")
+    assert result.exit_code == 1 and f"`{name}` is 0; use 1 or more" in printed(result)
 
 
 def test_a_batch_size_of_zero_is_refused_in_python_too(target, rows, tmp_path):

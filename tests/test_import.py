@@ -617,7 +617,3 @@ def test_the_command_reads_the_config_and_its_options_before_the_target(tmp_path
     assert "of another kind, DFlash; import one of EAGLE-1" in printed(invoke(*arguments))
     refused = invoke(*arguments, "--dtype", "int8")
     assert refused.exit_code == 2 and "invalid choice: 'int8'" in printed(refused)
-    arguments[1] = "org/not-cached"
-    offline = ["--cache-dir", str(tmp_path / "cache"), "--local-files-only", "--revision", "main"]
-    refused = invoke(*arguments, *offline)
-    assert refused.exit_code == 1 and "Cannot find an appropriate cached snap" in printed(refused)

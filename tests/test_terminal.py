@@ -201,7 +201,7 @@ def test_the_benchmark_says_what_was_read_before_anything_is_loaded(folder, tmp_
     assert f"2 prompts from {path}, one a line." in caplog.text
     assert "Only 2 prompts: figures are a first look; give 10 or more." in caplog.text
     refused = printed(invoke("benchmark", *names, "--limit", 0))
-    assert "argument --limit: 0 is too small; use 1 or more" in refused
+    assert "`limit` is 0; use 1 or more" in refused
 
 
 def test_an_answer_is_not_cut_by_what_is_logged_meanwhile(caplog):

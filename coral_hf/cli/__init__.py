@@ -11,20 +11,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .data import data, features
-from .distill import distill
-from .measure import (
-    autotune,
-    benchmark,
-    compare,
-    generate,
-    playground,
-    verify,
-)
+from .data import data, features, regenerate
+from .measure import autotune, benchmark, compare, demo, generate, playground, verify
 from .parser import Command, parse
 from .publish import export, import_, publish
 from .reproduce import reproduce
-from .train import demo, plan, regenerate, train
+from .train import distill, plan, train
 
 GROUPS: dict[str, list[Command]] = {
     "try": [demo],

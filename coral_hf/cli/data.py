@@ -1,4 +1,4 @@
-"""Commands that show, check and store what a drafter is trained on."""
+"""Commands that show, check, store and make what a drafter is trained on."""
 
 import json
 import os
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..measure.settings import option
-from .options import ChatOptions, DatasetOptions, TargetOptions
+from ..training.regeneration import RegenerationSettings
+from .options import ChatOptions, DatasetOptions, TargetOptions, load_drafter
 
 ROWS_OF_A_PROCESS = 2000  # fewer are read sooner by one
 
@@ -148,3 +149,33 @@ def features(own: FeaturesOptions) -> None:
         sizes = own.batch_size, shard_bytes
         index = write_features(target, rows, output, own.format, *sizes, layers)
         print(f"The features are in {output}. Storing them lost {index.lost:.2%} (RMS).")
+
+
+@dataclass(kw_only=True)
+class RegenerateOptions(TargetOptions, DatasetOptions):
+    """What is answered, and where the answers go."""
+
+    output: Path = option("JSONL file of the answers.")
+    limit: int | None = option("Only the first rows.", None, least=1)
+    drafter: str | None = option("A drafter of the target, to be faster.", None)
+    endpoint: str | None = option(
+        "URL of a server that holds the target, with OpenAI's API.", None, excludes="drafter dtype"
+    )
+    endpoint_model: str | None = option("The target's name there.", None, needs="endpoint")
+
+
+def regenerate(own: RegenerateOptions, settings: RegenerationSettings) -> None:
+    """Let the target answer a dataset's prompts itself; an interrupted run resumes."""
+    from ..training.regeneration.endpoint import Endpoint
+    from ..training.regeneration.regenerate import regenerate as answer
+
+    rows, drafter = own.conversations(own.limit), None
+    if own.endpoint:
+        target = Endpoint(own.endpoint, own.target, own.endpoint_model)
+        tokenizer = own.load_tokenizer()
+    else:
+        target, tokenizer = own.load_target()
+        drafter = load_drafter(own.drafter, target) if own.drafter else None
+    done = answer(target, tokenizer, rows, own.output, settings, drafter)
+    print(f"{done.num_rows} rows are in {own.output}; {done.num_unfinished} answers were cut off,")
+    print(f"{done.num_left_out} rows have no answer and are left out.")

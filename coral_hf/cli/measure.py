@@ -1,4 +1,4 @@
-"""Commands that generate with a drafter, and measure drafters."""
+"""Commands that show what drafting does, generate with a drafter, and measure drafters."""
 
 import socket
 import sys
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from .. import measure
 from ..demo import DemoSettings
@@ -19,6 +18,18 @@ from .options import (
     TargetOptions,
     load_drafter,
 )
+
+
+def demo(settings: DemoSettings) -> None:
+    """Train a drafter on a small target, load it back, and measure it. Needs no network."""
+    from datasets import disable_progress_bars
+    from transformers.utils import logging
+
+    from ..demo.run import run_demo
+
+    disable_progress_bars()  # a stage has one bar
+    logging.disable_progress_bar()
+    run_demo(settings)
 
 
 @dataclass(kw_only=True)
@@ -72,11 +83,9 @@ class PlaygroundOptions(TargetOptions):
             )
         if not self.target:
             demo = DemoSettings()
-            self.target, own = str(demo.output / "target"), str(demo.output / "drafter")
-            self.drafter, self.pad_layers = (
-                self.drafter or [own],
-                self.pad_layers or demo.pad_layers,
-            )
+            self.target = str(demo.output / "target")
+            self.drafter = self.drafter or [str(demo.output / "drafter")]
+            self.pad_layers = self.pad_layers or demo.pad_layers
             if not Path(self.target).is_dir():
                 raise ValueError(
                     f"`{demo.output}` holds no models yet: run `coral-hf demo` here first, or give"
@@ -84,14 +93,10 @@ class PlaygroundOptions(TargetOptions):
                 )
         if self.port is not None:
             try:
-                with socket.socket() as probe:
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    probe.bind(("127.0.0.1", self.port))
+                socket.create_server(("127.0.0.1", self.port)).close()
             except (OSError, OverflowError) as error:
-                raise ValueError(
-                    f"Port {self.port} cannot be used ({error}); give another with --port, or leave"
-                    " it out."
-                ) from error
+                remedy = "give another with --port, or leave it out"
+                raise ValueError(f"Port {self.port} cannot be used ({error}); {remedy}.") from error
 
 
 def playground(own: PlaygroundOptions) -> None:
@@ -113,27 +118,19 @@ def playground(own: PlaygroundOptions) -> None:
 
 @dataclass(kw_only=True)
 class BenchmarkOptions(MeasuredOptions):
-    """What is measured, and the other methods' models."""
+    """What is measured, and another method's model."""
 
     drafter: str = option("The drafter; an untrained one by default.", "")
     assistant: str | None = option("A small model for the method 'assisted'.", None)
-    bigram_dataset: str | None = option("Text that the method 'bigram' counts.", None)
-    bigram_hold_out: int = option("Last rows not counted.", 0, least=0, needs="bigram_dataset")
 
 
 def benchmark(own: BenchmarkOptions, settings: measure.BenchmarkSettings) -> None:
     """Measure a drafter against plain generation, methods interleaved."""
-    from ..drafters.bigram import BigramDrafter
-
     target, drafter, tokenizer, prompts = own.load()
-    others: dict[str, Any] = {}
+    assistant = None
     if own.assistant is not None:
-        others["assistant"], _ = TargetOptions(target=own.assistant, dtype=own.dtype).load_target()
-    if own.bigram_dataset is not None:
-        data = DatasetOptions(dataset=[own.bigram_dataset], hold_out=own.bigram_hold_out)
-        texts = [row["input_ids"] for row in data.prepared(tokenizer)]  # (length,) each
-        others["bigram"] = BigramDrafter.from_texts(texts, drafter.config.vocab_size)
-    own.show(measure.run_benchmark(target, drafter, tokenizer, prompts, settings, **others))
+        assistant, _ = TargetOptions(target=own.assistant, dtype=own.dtype).load_target()
+    own.show(measure.run_benchmark(target, drafter, tokenizer, prompts, settings, assistant))
 
 
 @dataclass(kw_only=True)

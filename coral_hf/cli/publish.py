@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ..measure.settings import option
 from .options import DTYPES, DatasetOptions, TargetOptions
@@ -41,8 +41,6 @@ class ImportOptions(TargetOptions):
     source: str = option("Folder or Hub id of such a checkpoint.", positional=True)
     output: Path = option("Folder of the drafter.")
     revision: str | None = option("Revision of the checkpoint's Hub id.", None)
-    cache_dir: Path | None = option("Where a Hub id is downloaded to; its cache by default.", None)
-    local_files_only: bool = option("Read a Hub id from the cache alone.", False)
     overwrite: bool = option(OVERWRITE, False)
 
 
@@ -59,11 +57,10 @@ def import_(own: ImportOptions) -> None:
 
     place = (own.output, own.overwrite, DRAFTER_FILES, (own.source, own.target))
     check_output(*place)
-    download: Any = {"revision": own.revision, "cache_dir": own.cache_dir}
-    download["local_files_only"] = own.local_files_only
-    read_shape(config_folder(own.source, **download))  # before the target, which takes longer
+    # before the target, which takes longer
+    read_shape(config_folder(own.source, revision=own.revision))
     target, tokenizer = own.load_target()
-    drafter = import_drafter(target, own.source, tokenizer=tokenizer, **download)
+    drafter = import_drafter(target, own.source, tokenizer=tokenizer, revision=own.revision)
     check_output(*place)  # again: the loading takes minutes
     with new_folder(own.output, last="config.json") as folder:
         drafter.save_pretrained(folder)

@@ -1,31 +1,18 @@
-"""Commands that train a drafter, and make and store what it is trained on."""
+"""Commands that plan a training run, train a drafter, and train a small model to draft."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..demo import DemoSettings
 from ..measure.settings import option
 from ..training.planning import PlanSettings
-from ..training.regeneration import RegenerationSettings
-from .options import DatasetOptions, TargetOptions, TrainingDataOptions, load_drafter
+from .options import TargetOptions, TrainingDataOptions
 
 STAGES = Literal["drafter", "joint", "router", "low_rank"]
+LOSSES = Literal["ce", "kl", "tvd", "tvd++"]  # of a small language model
 DEFAULT_STAGES: tuple[STAGES, ...] = ("drafter", "router")  # of a family that has them
 ROUTER_EPOCHS = 0.2
 LEAST_VOCAB = 8192  # tokens, of which reading all takes longer than a router does
-
-
-def demo(settings: DemoSettings) -> None:
-    """Train a drafter on a small target, load it back, and measure it. Needs no network."""
-    from datasets import disable_progress_bars
-    from transformers.utils import logging
-
-    from ..demo.run import run_demo
-
-    disable_progress_bars()  # a stage has one bar
-    logging.disable_progress_bar()
-    run_demo(settings)
 
 
 @dataclass(kw_only=True)
@@ -33,20 +20,12 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
     """What is trained, from where, and in which stages."""
 
     output: Path = option("Folder of the finished drafter.")
-    layers: int | None = option(
-        "Layers of a fresh drafter; default: its family's.", None, least=1, excludes="start"
-    )
+    layers: int | None = option("Layers of a fresh drafter.", None, least=1, excludes="start")
     draft_vocab_size: int | None = option(
-        "Tokens that a fresh EAGLE-3 or parallel drafter can propose.",
-        None,
-        least=1,
-        excludes="start",
+        "Tokens of a fresh EAGLE-3 or parallel drafter.", None, least=1, excludes="start"
     )
     start: str | None = option(
-        "A drafter to start from, whatever target it was made for; or 'layer' or 'mtp', a layer of"
-        " this target.",
-        None,
-        flag="from",
+        "A drafter of any target to start from; or 'layer' or 'mtp' of this one.", None, flag="from"
     )
     lora_r: int | None = option("Train a LoRA of this rank instead.", None, needs="start")
     lora_alpha: int | None = option("Its alpha; twice its rank by default.", None, needs="lora_r")
@@ -54,22 +33,29 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
     stage: list[STAGES] = option("One after the other; default: drafter, and its router.", [])
     fresh_head: bool = option("Replace the drafter's own heads.", False, needs="start")
     router_epochs: float | None = option(
-        "Epochs of the router's stage; 0 trains no router. Default: 0.2, and 0 for a vocabulary of"
-        f" fewer than {LEAST_VOCAB} tokens, and for a drafter with an LM head of its own.",
+        "Epochs of the router's stage, or 0. Default: 0.2, and 0 for a vocabulary of fewer than"
+        f" {LEAST_VOCAB} tokens and for a drafter with an LM head of its own.",
         None,
     )
     resume: bool = option("Continue from the last checkpoint.", False)
+    kind: Any = None  # the training step of the drafter's family, once `arguments` has chosen it
 
     def arguments(self, typed: list[str]) -> list:
         """Return the arguments of each stage: the options of transformers that were typed."""
         from ..training import parse_arguments
+        from ..training.steps import kind_of_recipe
+        from ..training.warm_start import kind_of_source
 
-        kind, found, own = self._kind(typed), [], dict[str, str]()
+        if source := self._source:
+            self.kind = kind_of_source(source)
+        else:
+            self.kind = kind_of_recipe(parse_arguments(self.output, typed).recipe)
+        found, own = [], dict[str, Any]()
         if not any(word.split("=")[0] == "--recipe" for word in typed):
-            own["recipe"] = kind.recipes[0]
-        self.stage = self.stage or self._default_stages(kind)
+            own["recipe"] = self.kind.recipes[0]
+        self.stage = self.stage or self._default_stages()
         for name in self.stage:
-            fields: dict[str, Any] = {**own}
+            fields = {**own}
             if name == "router" and len(self.stage) > 1:
                 epochs = ROUTER_EPOCHS if self.router_epochs is None else self.router_epochs
                 if epochs == 0:
@@ -80,34 +66,36 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
             found.append(parse_arguments(folder, typed, stage=name, **fields))
         return found
 
-    def _default_stages(self, kind) -> list[STAGES]:
+    @property
+    def _source(self) -> str | None:
+        """The drafter that training starts from; None where it starts from the target's layers."""
+        from ..training.warm_start import OF_TARGET
+
+        return None if self.start in OF_TARGET else self.start
+
+    @property
+    def _has_draft_vocabulary(self) -> bool:
+        """Whether drafters of the family choose the tokens that they can propose."""
+        return "draft_vocab_size" in self.kind.drafter.config_class.own_names()
+
+    def _default_stages(self) -> list[STAGES]:
         """Return the stages of a family, without a router that costs more than it saves."""
         from transformers import AutoConfig
 
-        stages = [name for name in DEFAULT_STAGES if name in kind.stages]
+        stages = [name for name in DEFAULT_STAGES if name in self.kind.stages]
         if self.router_epochs is None and "router" in stages:
             config = AutoConfig.from_pretrained(self.target).get_text_config()
-            if config.vocab_size < LEAST_VOCAB or has_draft_vocabulary(kind):
+            if config.vocab_size < LEAST_VOCAB or self._has_draft_vocabulary:
                 stages.remove("router")
         return stages
 
-    def _kind(self, typed: list[str]):
-        """Return the training step of the drafter's family: its own, or the one of a recipe."""
-        from ..training import parse_arguments
-        from ..training.steps import kind_of_recipe
-        from ..training.warm_start import OF_TARGET, kind_of_source
-
-        if self.start and self.start not in OF_TARGET:
-            return kind_of_source(self.start)
-        return kind_of_recipe(parse_arguments(self.output, typed).recipe)
-
-    def _fields(self, kind, args) -> dict[str, Any]:
+    def _fields(self, args) -> dict[str, Any]:
         """Return what the config of a fresh drafter is given."""
-        fields = dict(kind.fresh_fields(args))
+        fields = dict(self.kind.fresh_fields(args))
         if self.layers is not None:
             fields["num_hidden_layers"] = self.layers
         if self.draft_vocab_size is not None:
-            if not has_draft_vocabulary(kind):
+            if not self._has_draft_vocabulary:
                 raise ValueError("--draft-vocab-size goes with --recipe eagle3 or parallel.")
             fields["draft_vocab_size"] = self.draft_vocab_size
         return fields
@@ -117,15 +105,13 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
         from transformers import AutoConfig
 
         from ..training.planning.plan import plan as make_plan
-        from ..training.steps import kind_of_recipe
-        from ..training.warm_start import OF_TARGET, own_config
+        from ..training.warm_start import own_config
 
-        tokenizer, target = self.load_tokenizer(), AutoConfig.from_pretrained(self.target)
-        kind = kind_of_recipe(stages[0].recipe)
-        drafter = kind.drafter.config_class.from_target(target, **self._fields(kind, stages[0]))
-        if self.start and self.start not in OF_TARGET:
-            drafter = own_config(self.start) or drafter
-        settings = replace(settings, lora_rank=self.lora_r)
+        target = AutoConfig.from_pretrained(self.target)
+        drafter = self.kind.drafter.config_class.from_target(target, **self._fields(stages[0]))
+        if source := self._source:
+            drafter = own_config(source) or drafter
+        settings, tokenizer = replace(settings, lora_rank=self.lora_r), self.load_tokenizer()
         return make_plan(self.target, rows, stages, settings, tokenizer, self.dtype, drafter)
 
     def show_plan(self, stages: list, rows) -> None:
@@ -144,12 +130,10 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
     def first_drafter(self, target, tokenizer, args):
         """Return the drafter that training starts from, in fp32, with its adapter if it has one."""
         from ..training.stages import lora, with_adapter
-        from ..training.steps import kind_of_recipe
         from ..training.warm_start import start_from
 
         if self.start is None:
-            kind = kind_of_recipe(args.recipe)
-            return kind.drafter.from_target(target, **self._fields(kind, args)).float()
+            return self.kind.drafter.from_target(target, **self._fields(args)).float()
         drafter = start_from(target, self.start, tokenizer)
         if self.fresh_head and {"router", "joint"} & set(self.stage):
             drafter.heads.remove_router()
@@ -157,11 +141,6 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
             drafter.heads.remove_low_rank_head()
         adapter = self.lora_r and lora(self.lora_r, self.lora_alpha, self.lora_target or None)
         return with_adapter(drafter, "drafter", adapter)
-
-
-def has_draft_vocabulary(kind) -> bool:
-    """Whether drafters of a kind of training step choose the tokens that they can propose."""
-    return "draft_vocab_size" in kind.drafter.config_class.own_names()
 
 
 @dataclass(kw_only=True)
@@ -219,30 +198,59 @@ def train(own: TrainOptions, training_options: list[str]) -> None:
 
 
 @dataclass(kw_only=True)
-class RegenerateOptions(TargetOptions, DatasetOptions):
-    """What is answered, and where the answers go."""
+class DistillOptions(TargetOptions, TrainingDataOptions):
+    """What is trained, on what, and with which loss."""
 
-    output: Path = option("JSONL file of the answers.")
-    limit: int | None = option("Only the first rows.", None, least=1)
-    drafter: str | None = option("A drafter of the target, to be faster.", None)
-    endpoint: str | None = option(
-        "URL of a server that holds the target, with OpenAI's API.", None, excludes="drafter dtype"
+    output: Path = option("Folder of the finished model.")
+    loss: LOSSES = option("On the tokens (ce), or on the target's probabilities.", "kl")
+    start: str | None = option(
+        "A small model with the target's tokenizer, to start from.", None, flag="from"
     )
-    endpoint_model: str | None = option("The target's name there.", None, needs="endpoint")
+    layers: int = option("Layers of a fresh one.", 4, least=1, excludes="start")
+    hidden_size: int | None = option(
+        "Its width; by default half of the target's, to 1024.", None, least=2, excludes="start"
+    )
+    resume: bool = option("Continue from the last checkpoint.", False)
+
+    def load_assistant(self) -> tuple:
+        """Return the model to train, in fp32, and its tokenizer; a fresh one has the target's."""
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        from ..training.assistant import small_model
+
+        if self.start is None:
+            config = AutoConfig.from_pretrained(self.target)
+            return small_model(config, self.layers, self.hidden_size), None
+        model = AutoModelForCausalLM.from_pretrained(self.start, dtype="float32")
+        return model, AutoTokenizer.from_pretrained(self.start)
 
 
-def regenerate(own: RegenerateOptions, settings: RegenerationSettings) -> None:
-    """Let the target answer a dataset's prompts itself; an interrupted run resumes."""
-    from ..training.regeneration.endpoint import Endpoint
-    from ..training.regeneration.regenerate import regenerate as answer
+def distill(own: DistillOptions, training_options: list[str]) -> None:
+    """Train a small language model that drafts for a target: pretrain it, then fine-tune it.
 
-    rows, drafter = own.conversations(own.limit), None
-    if own.endpoint:
-        target = Endpoint(own.endpoint, own.target, own.endpoint_model)
-        tokenizer = own.load_tokenizer()
-    else:
-        target, tokenizer = own.load_target()
-        drafter = load_drafter(own.drafter, target) if own.drafter else None
-    done = answer(target, tokenizer, rows, own.output, settings, drafter)
-    print(f"{done.num_rows} rows are in {own.output}; {done.num_unfinished} answers were cut off,")
-    print(f"{done.num_left_out} rows have no answer and are left out.")
+    Every other option is one of AssistantTrainingArguments, as in any Trainer script:
+    --learning-rate 3e-4 --max-steps 10000. Pretrain with --loss ce on text, then fine-tune with
+    --loss kl, tvd or tvd++ on answers of the target, which coral-hf regenerate writes.
+    """
+    from transformers import set_seed
+
+    from ..training import AssistantTrainer, AssistantTrainingArguments, parse_arguments
+    from ..training.pipeline import save
+    from ..training.runs.checkpoints import last_checkpoint, sole_run
+
+    folder = own.output / "run"
+    kind = AssistantTrainingArguments
+    args = parse_arguments(folder, training_options, kind, loss=own.loss)
+    rows, eval_rows = own.conversations(), own.eval_rows(args.eval_strategy)
+    target, tokenizer = None, own.load_tokenizer()
+    if own.loss != "ce" or eval_rows is not None:
+        # each process of a run has a GPU of its own, to which its trainer moves the target
+        target, tokenizer = own.load_target(device="cpu")
+    with sole_run(own.output, args.process_index == 0):
+        set_seed(args.seed)  # before weights are drawn
+        model, known = own.load_assistant()
+        data = {"train_dataset": rows, "eval_dataset": eval_rows}
+        trainer = AssistantTrainer(model, args, target, tokenizer, known, **data)
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder, own.resume))
+        save(trainer.drafter, tokenizer, own.output)
+        print(f"The model is in {own.output}.")

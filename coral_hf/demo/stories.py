@@ -5,6 +5,8 @@ them. A story is opened, somebody wants or finds something, it goes wrong, a fri
 lost, how, and who helped comes again later, so a model has to read back what was told.
 """
 
+from functools import cache
+from pathlib import Path
 from random import Random
 
 from datasets import Dataset
@@ -15,124 +17,37 @@ from . import DemoSettings
 
 PARTS = 2  # of the held-out prompts: what is measured, and what the head is chosen by
 
-NAMES = {
-    **dict.fromkeys(
-        "Ada Bella Clara Dora Ella Frida Greta Hanna Ida Kira Lena Mina".split(), "she"
-    ),
-    **dict.fromkeys("Anton Bruno Carlo Emil Felix Hugo Jakob Leo Max Nils Oskar Tim".split(), "he"),
-}
-FORMS = {"she": ("She", "her"), "he": ("He", "his")}
-ANIMALS = "mouse fox rabbit hedgehog squirrel badger kitten bear otter beaver duck frog".split()
-TRAITS = "brave shy curious cheerful clever sleepy hungry gentle".split()
-HOMES = (
-    "in a hollow oak at the edge of the forest",
-    "in a small house by the river",
-    "under the roots of an old apple tree",
-    "behind the mill, where the tall grass grows",
-    "in a warm den on the side of a green hill",
-    "by the pond with the white water lilies",
-)
-FOODS = "red berries,sweet apples,honey cake,warm bread,ripe plums,hazelnuts".split(",")
-THINGS = (
-    "a shiny silver key",
-    "a little golden bell",
-    "a round blue stone",
-    "a red balloon",
-    "a tiny wooden boat",
-    "a green glass bottle",
-    "a soft woollen hat",
-    "a paper kite",
-)
-OPENINGS = (
-    "Once upon a time, a {trait} little {animal} named {name} lived {home}.",
-    "There was once a {trait} {animal} called {name}, who lived {home}.",
-    "{name} was a {trait} little {animal}. {She} lived {home}.",
-    "Long ago, {home}, there lived a {trait} {animal}. {Her} name was {name}.",
-)
-HABITS = (
-    "Every morning {she} went out to look for {food}.",
-    "{She} loved {food} more than anything else in the world.",
-    "What {she} liked best was to sit in the sun and eat {food}.",
-    "On Sundays {she} always had {food} for breakfast.",
-)
-FINDS = (
-    "One sunny day {name} found {thing} in the grass.",
-    "One windy morning {she} saw {thing} lying beside the path.",
-    "After the rain, {name} dug up {thing} in the garden.",
-    "One evening there was {thing} in front of {her} door.",
-)
-JOYS = (
-    '"What a treasure!" {she} said, and danced around it three times.',
-    "It was the most beautiful thing that {she} had ever seen.",
-    '"I will keep it for ever," {she} thought, and ran home with it.',
-    "{She} laughed out loud and showed it to the moon.",
-)
-# how it is lost, and how it comes back
-LOSSES = (
-    (
-        "But a gust of wind took it and blew it into the river.",
-        "jumped into the cold water and swam until the river gave it back",
-    ),
-    (
-        "But a big black crow swooped down and carried it to its nest.",
-        "climbed the tall tree, branch by branch, and asked the crow to give it back",
-    ),
-    (
-        "But it slipped from {her} paws and rolled into a deep dark hole.",
-        "dug and dug with both paws, until there it lay",
-    ),
-    (
-        "But on the way home {she} lost it somewhere in the snow.",
-        "followed the tracks in the snow, all the way back, and found it under a bush",
-    ),
-)
-TEARS = (
-    "{name} sat down on a stone and cried.",
-    "{name} did not know what to do, and a big tear ran down {her} nose.",
-    '"Oh no!" cried {name}. "Now it is gone!"',
-)
-MEETINGS = (
-    "Then {friend} the {other} came along.",
-    "Just then {friend} the {other} looked out from behind a tree.",
-    "{friend} the {other} heard it and came running.",
-)
-TALKS = (
-    '"Why are you so sad?" asked {friend}. "I have lost {thing}," said {name}.',
-    '"What has happened?" asked {friend}, and {name} told the whole story.',
-    '"Do not cry," said {friend}. "We will find {thing} together."',
-)
-RESCUES = ("So {friend} {rescue}.", "And {friend} {rescue}, while {name} watched.")
-THANKS = (
-    '"Thank you!" said {name}, and gave {friend} half of {her} {food}.',
-    "{name} was so happy that {she} shared all {her} {food} with {friend}.",
-    "Then the two friends sat down and ate {food} until the stars came out.",
-)
-ENDS = (
-    "From that day on, {name} and {friend} were best friends.",
-    "And {name} never forgot what a good friend {friend} was.",
-    "That night {name} dreamed of {thing}.",
-    "And if you listen in the evening, you can still hear {name} and {friend} laughing.",
-)
+# of a story, one after the other; behind three of them a paragraph ends
+COURSE = "opening habit find joy loss tears meeting talk rescue thanks end".split()
+ENDS = (1, 3, 7)
+
+
+@cache
+def phrases() -> dict[str, list[str]]:
+    """Read what stories are put together from, by its kind."""
+    text = Path(__file__).with_name("phrases.txt").read_text(encoding="utf-8")
+    blocks = [block.splitlines() for block in text.split("\n\n")]
+    return {kind.rstrip(":"): lines for kind, *lines in blocks}
 
 
 def tell(chance: Random) -> str:
     """Tell a story."""
-    name, friend = chance.sample([*NAMES], 2)
-    animal, other = chance.sample(ANIMALS, 2)
-    she = NAMES[name]
-    capital, her = FORMS[she]
-    loss, rescue = chance.choice(LOSSES)
+    of = phrases()
+    name, friend = chance.sample(of["girl"] + of["boy"], 2)
+    animal, other = chance.sample(of["animal"], 2)
+    she, her = ("she", "her") if name in of["girl"] else ("he", "his")
+    # how the thing is lost, and how it comes back
+    loss, rescue = chance.choice(of["loss"]).split(" | ")
     facts = {
         **{"name": name, "friend": friend, "animal": animal, "other": other, "rescue": rescue},
-        **{"she": she, "She": capital, "her": her, "Her": her.capitalize()},
-        **{"trait": chance.choice(TRAITS), "home": chance.choice(HOMES)},
-        **{"food": chance.choice(FOODS), "thing": chance.choice(THINGS)},
+        **{"she": she, "She": she.capitalize(), "her": her, "Her": her.capitalize()},
+        **{kind: chance.choice(of[kind]) for kind in ("trait", "home", "food", "thing")},
     }
-    parts = OPENINGS, HABITS, FINDS, JOYS, (loss,), TEARS, MEETINGS, TALKS, RESCUES, THANKS, ENDS
-    told = [chance.choice(part).format_map(facts) for part in parts]
-    for number in (2, 4, 8):  # paragraphs
-        told[number] = "\n" + told[number]
-    return " ".join(told).replace(" \n", "\n")
+    told = ""
+    for number, part in enumerate(COURSE):
+        told += chance.choice([loss] if part == "loss" else of[part]).format_map(facts)
+        told += "\n" if number in ENDS else " "
+    return told.rstrip()
 
 
 def opening(story: str) -> str:

@@ -175,15 +175,24 @@ def autotune(
     end = time.perf_counter() + max_seconds
     some = [ids[0] for ids in encoded[:PROMPTS]]  # (length,) each
     heads = choose_head(drafter, target, some, max_seconds / 4)
-    ids = cycle(encoded)
-    compare(drafter, target, next(ids), tree, WARMUP_TOKENS)
+    batches = cycle(left_padded(ids, 0) for ids in encoded)
+
+    def measured(tree: Tree, num_tokens: int = NEW_TOKENS) -> Trial:
+        common = sampling_arguments(0.0, num_tokens) | {"assistant_model": drafter}
+        plain, drafted = {"speculation": "never"}, {"speculation": "always", **tree}
+        bench = Bench(target, {"plain": common | plain, "tree": common | drafted})
+        alone, call = bench.compare(next(batches))  # our loop counts both
+        if not call.num_rounds:
+            raise ValueError("One of `prompts` is answered with a single token; leave it out.")
+        return Trial(tree, stage_seconds(alone) / alone.num_rounds, call)
+
+    measured(tree, WARMUP_TOKENS)
     trials: list[Trial] = []
     for candidate in search(tree, trials):
-        trials.append(compare(drafter, target, next(ids), candidate))
+        trials.append(measured(candidate))
         if time.perf_counter() > end:
             break
-    best = ranking(trials)[0]
-    costs = fit_costs(trials)
+    best, costs = ranking(trials)[0], fit_costs(trials)
     for name, value in {**best, "draft_costs": costs}.items():
         setattr(own, name, value)
     return Tuning(heads, best, costs, speedup(best, trials))
@@ -224,23 +233,6 @@ def ranking(trials: Sequence[Trial]) -> list[Tree]:
 def speedup(tree: Tree, trials: Sequence[Trial]) -> float:
     """Return the median speed-up of a tree over its trials."""
     return median(trial.speedup for trial in trials if trial.tree == tree)
-
-
-def compare(
-    drafter: PreTrainedModel,
-    target: PreTrainedModel,
-    ids: Tensor,
-    tree: Tree,
-    num_tokens: int = NEW_TOKENS,
-) -> Trial:
-    """Measure a tree beside plain decoding of a prompt (1, length); our loop counts both."""
-    common = sampling_arguments(0.0, num_tokens) | {"assistant_model": drafter}
-    plain, drafted = {"speculation": "never"}, {"speculation": "always", **tree}
-    bench = Bench(target, {"plain": common | plain, "tree": common | drafted})
-    alone, call = bench.compare(left_padded(ids, 0))  # the first item in the methods' order
-    if not call.num_rounds:
-        raise ValueError("One of `prompts` is answered with a single token; leave it out.")
-    return Trial(tree, stage_seconds(alone) / alone.num_rounds, call)
 
 
 def fit_costs(trials: Sequence[Trial]) -> dict[str, float]:

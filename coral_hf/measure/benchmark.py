@@ -1,8 +1,8 @@
 """Benchmark of drafters: every method on every prompt in turn, compared with the target alone.
 
-In: a target, drafters, prompts, settings. Out: a Report. "plain" is the target alone, "coral" our
-drafter, "bigram" a table in its place; "prompt_lookup" and "assisted" are transformers' own, the
-latter with a small model of the target's vocabulary.
+In: a target, a drafter, prompts, settings. Out: a Report. "plain" is the target alone, "coral" our
+drafter; "prompt_lookup" and "assisted" are transformers' own, the latter with a small model of the
+target's vocabulary.
 """
 
 import logging
@@ -19,14 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..decoding import warm_up
 from .calls import Arguments, Bench, Call, sampling_arguments
 from .prompts import Prompt, encode, fitting, left_padded, room_for_prompt
-from .report import Report, acceptance_figure, describe_environment, speed_figure, tabulate
+from .report import Report, bar_figure, describe_environment, tabulate
 from .settings import BenchmarkSettings
 from .summary import accepted_depths, summarise_tasks
 
 logger = logging.getLogger(__name__)
 
-# options of CORAL's family: a bigram table has neither heads nor a cache
-OWN = ("draft_head", "draft_window")
 COLUMNS = {
     "method": "{0.method}",
     "items": "{0.num_items}",
@@ -96,7 +94,6 @@ def run_benchmark(
     prompts: Sequence[Prompt],
     settings: BenchmarkSettings | None = None,
     assistant: PreTrainedModel | None = None,
-    bigram: PreTrainedModel | None = None,
 ) -> Report:
     """Measure a drafter, and the other methods that the settings name, against plain `generate`.
 
@@ -107,18 +104,15 @@ def run_benchmark(
         prompts: from `read_prompts`; those too long for the target's context are only listed.
         settings: the defaults where None.
         assistant: a small model with the target's vocabulary, for "assisted".
-        bigram: a BigramDrafter of text that is not measured on, for "bigram".
 
     Raises:
         ValueError: for a method without its drafter, and if no prompt fits the target's context.
     """
     settings = settings or BenchmarkSettings()
     drafting = {"speculation": settings.speculation, **settings.drafting()}
-    headless = {name: value for name, value in drafting.items() if name not in OWN}
     own: dict[str, Arguments] = {
         "plain": {},
         "coral": {"assistant_model": drafter, **drafting},
-        "bigram": {"assistant_model": bigram, **headless},
         "prompt_lookup": {"prompt_lookup_num_tokens": settings.prompt_lookup_tokens},
         "assisted": {"assistant_model": assistant},
     }
@@ -126,7 +120,7 @@ def run_benchmark(
     methods: dict[str, Arguments] = {}
     for name in settings.methods:
         if None in own[name].values():
-            argument = {"coral": "drafter", "assisted": "assistant"}.get(name, name)
+            argument = "drafter" if name == "coral" else "assistant"
             raise ValueError(f"`methods` has {name!r}, but `{argument}` is None; pass a model.")
         methods[name] = common | own[name]
     bench = Bench(target, methods, settings.repeats, settings.warmup, settings.seed)
@@ -166,8 +160,8 @@ def benchmark_report(
     ]
     numbers = {"rows": rows, "acceptance": depths, "mismatches": mismatches, "skipped": skipped}
     figures: dict[str, Callable] = {
-        "acceptance": partial(acceptance_figure, depths),
-        "speedup": partial(speed_figure, rows, "task", "speedup", ylabel="speed-up, median"),
+        "acceptance": partial(bar_figure, depths, "depth", "share", ylabel="rounds that accept"),
+        "speedup": partial(bar_figure, rows, "task", "speedup", ylabel="speed-up, median"),
     }
     shown = [table for table in tables if table.rows]
     return Report(settings, environment, calls, numbers, shown, figures)

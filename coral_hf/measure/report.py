@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import version
-from itertools import cycle
 from pathlib import Path
 from string import Formatter
 from types import SimpleNamespace
@@ -28,7 +27,6 @@ from ..atomic import write_text
 from ..identity import weights_digest
 from .calls import Call
 from .padding import num_padded_layers
-from .summary import AcceptedDepth, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,8 +34,6 @@ if TYPE_CHECKING:
 
 # of the Okabe-Ito palette, distinguishable for colour-blind readers and in grey
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
-PLAIN = COLOURS[-1]
-BAR_ROOM = 0.8  # of the distance between two groups of bars
 
 
 class Table(NamedTuple):
@@ -229,28 +225,16 @@ def save_figure(figure: "Figure", path: str | Path) -> Path:
     return path
 
 
-def bar_figure(heights: DataFrame, **labels: Any) -> "Figure":
-    """Draw bars side by side, in each group one of each series.
-
-    Args:
-        heights: (groups, series).
-        labels: `xlabel`, `ylabel`.
-    """
+def bar_figure(rows: Sequence[Any], group: str, height: str, **labels: str) -> "Figure":
+    """Draw a number of each method by group; `group` and `height` are fields of the rows."""
+    lines = DataFrame(rows, columns=["method", group, height])
+    heights = lines.pivot_table(height, group, "method", sort=False)  # (groups, methods)
     figure, (axes,) = new_figure(width=max(5.0, 1.2 * len(heights)))
-    own = cycle(COLOURS[:-1])
-    colours = [PLAIN if name == "plain" else next(own) for name in heights]
     if not heights.empty:
-        heights.plot.bar(ax=axes, width=BAR_ROOM, color=colours, rot=0)
-    axes.grid(axis="y", linewidth=0.5, alpha=0.5)  # which pandas turns off
-    axes.set(**labels)
+        heights.plot.bar(ax=axes, width=0.8, color=[*COLOURS], rot=0)
+    axes.set(xlabel=group, **labels)
     add_legend(axes)
     return figure
-
-
-def bars_of(rows: Sequence[Any], group: str, height: str) -> DataFrame:
-    """Arrange the bars of each method, (groups, methods); the names are fields of the rows."""
-    lines = DataFrame(rows, columns=["method", group, height])
-    return lines.pivot_table(height, group, "method", sort=False)
 
 
 def line_figure(lines: Sequence[Line], **labels: str) -> "Figure":
@@ -268,29 +252,3 @@ def draw_lines(axes: "Axes", lines: Iterable[Line]) -> None:
         colour = colour or COLOURS[index % len(COLOURS)]
         axes.plot(x, y, style, color=colour, markersize=4, linewidth=1.2, label=label)
     add_legend(axes)
-
-
-def acceptance_figure(depths: Sequence[AcceptedDepth]) -> "Figure":
-    """Draw the share of rounds that accept a node at a depth; as dots, of those that reach it."""
-    figure = bar_figure(bars_of(depths, "depth", "share"), xlabel="depth in the tree")
-    (axes,) = figure.axes
-    axes.set(ylabel="rounds that accept a node", ylim=(0, 1.05))
-    axes.yaxis.set_major_formatter("{x:.0%}")
-    dots = bars_of(depths, "depth", "share_given_parent")
-    for bars, (method, heights) in zip(axes.containers, dots.items(), strict=True):
-        x, colour = [bar.get_center()[0] for bar in bars], bars[0].get_facecolor()
-        label = f"{method}, of those whose parent was accepted"
-        axes.plot(x, heights, "o", color=colour, mec="black", label=label)
-    add_legend(axes)
-    return figure
-
-
-def speed_figure(rows: Sequence[Row], group: str, height: str, **labels: Any) -> "Figure":
-    """Draw the speed of each method by group, with its median speed-up over plain `generate`."""
-    figure = bar_figure(bars_of(rows, group, height), **labels)
-    axes: Any = figure.axes[0]
-    speedups = bars_of(rows, group, "speedup").items()
-    for bars, (method, values) in zip(axes.containers, speedups, strict=True):
-        if method != "plain":
-            axes.bar_label(bars, [f"{value:.2f}x" for value in values], fontsize=8)
-    return figure

@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-Method = Literal["plain", "coral", "bigram", "prompt_lookup", "assisted"]
+Method = Literal["plain", "coral", "prompt_lookup", "assisted"]
 METHODS = get_args(Method)
 Head = Literal["full", "quantized", "routed", "routed_quantized", "frequency", "low_rank"]
 Rule = Literal["token", "traversal", "block"]
