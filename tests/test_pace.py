@@ -172,7 +172,7 @@ def test_plain_passes_of_our_loop_count_as_what_a_step_of_plain_generate_costs()
     assert costs.plain(2) == pytest.approx(0.04)
     assert measured(None, 99.0, 0.01) == pytest.approx(0.08)  # what our loop has told, as it is
     assert measured("unmeasurable", None, 0.01) == pytest.approx(0.08)
-    assert door.choose_policy(model, None, "adaptive", None, True)._model.is_clock is False
+    assert door.choose_policy(None, None, "adaptive", Costs(), None)._model.is_clock is False
 
 
 def test_a_call_without_adaptive_drafting_has_no_further_pass():

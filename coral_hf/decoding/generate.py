@@ -224,16 +224,17 @@ class BoundDrafter:
         collector = OutputCollector(config, len(input_ids), windows)
         make = partial(make_runner, read_target(model), need, takes_tree, drafting.layers)
         runner = make(cache, collector.extras, keep_cache)
-        costs, kind = getattr(own, "draft_costs", None), None
+        costs, kind = Costs(**(getattr(own, "draft_costs", None) or {})), None
         if not keeps_rows:  # else somebody outside would see the passes that are measured
             kind = input_ids.shape[1].bit_length(), *(type(one) for one in logits_processor)
-        policy = choose_policy(model, shape, speculation, costs, config.do_sample, kind)
+        # drawn text follows from its seed, and so never from a clock
+        timed, fixed_costs = (None, costs) if config.do_sample else (model, None)
+        policy = choose_policy(timed, shape, speculation, costs, kind)
         plan = Plan(rule, longest, keep_cache, config.prefill_chunk_size)
         loop = DecodingLoop(drafting, runner, sequences, collector, policy, plan)
-        # drawn text follows from its seed, and so never from a clock
-        given_costs = Costs(**(costs or {})) if config.do_sample else None
-        rest = given_costs, bool((defaults | settings)["capture"]), self.num_compiled
-        how = FixedPlan(shape, speculation == "adaptive", config, lambda: (start(), make()), *rest)
+        is_captured = bool((defaults | settings)["capture"])
+        rest = lambda: (start(), make()), fixed_costs, is_captured, self.num_compiled
+        how = FixedPlan(shape, speculation == "adaptive", *rest)
         loop = with_constant_shapes(loop, how, need > Preparation.DIRECT or not takes_tree)
         del drafting  # the loop gives it up where it does not pay
         loop.run(model_kwargs)

@@ -196,24 +196,17 @@ def choose_speculation(speculation: str | None) -> str:
 
 
 def choose_policy(
-    model: PreTrainedModel,
-    shape: TreeShape,
-    speculation: str,
-    stored: dict[str, float] | None,
-    do_sample: bool,
-    kind: Hashable = None,
+    model: PreTrainedModel | None, shape: TreeShape, speculation: str, costs: Costs, kind: Hashable
 ) -> DraftPolicy:
     """The policy of a call.
 
     Args:
-        model: the target.
+        model: the target; None: decide by `costs` alone, so that a seed gives the same text again.
         shape: the largest tree.
         speculation: `"adaptive"` or `"always"`.
-        stored: the `Costs` that `autotune` has found, by name.
-        do_sample: decide by stored costs alone, so that a seed gives the same text again.
+        costs: those that `autotune` has found, or the ones to begin with.
         kind: of call, see [`CostModel`].
     """
     if speculation == "always":
         return DraftPolicy(shape)
-    costs = Costs(**(stored or {}))
-    return AdaptiveDraft(shape, CostModel(costs, None if do_sample else model, kind))
+    return AdaptiveDraft(shape, CostModel(costs, model, kind))

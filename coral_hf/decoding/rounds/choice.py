@@ -13,7 +13,7 @@ from ...target import CONVOLUTION, all_modules, sliding_windows, takes_positions
 from ..loop import DecodingLoop
 from ..preparation.needs import rotary_switches
 from ..target_runner import TargetRunner
-from .loop import FixedLoop, FixedPlan
+from .loop import FixedLoop, FixedPlan, compile_config_of
 
 logger = logging.get_logger(__name__)
 
@@ -55,11 +55,12 @@ def with_constant_shapes(loop: DecodingLoop, how: FixedPlan, is_prepared: bool) 
     Raises:
         ValueError: if it cannot, and is there to compile and no more.
     """
-    is_static = how.config.cache_implementation == "static"
-    if not (is_static or how.is_captured or how.compile_config is not None):
+    config = loop.collector.config
+    is_static = config.cache_implementation == "static" or compile_config_of(config) is not None
+    if not (is_static or how.is_captured):
         return loop
     if how.is_captured:
-        how = how._replace(is_captured=_can_capture(loop.target.model, how.config))
+        how = how._replace(is_captured=_can_capture(loop.target.model, config))
     obstacle = _obstacle(loop, is_prepared)
     if obstacle is None:
         sides: tuple[Any, TargetRunner] = loop.drafting, loop.target

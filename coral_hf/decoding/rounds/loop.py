@@ -35,22 +35,21 @@ def capacity_for(length: int) -> int:
     return smaller if length <= smaller and capacity > FINE else capacity
 
 
+def compile_config_of(config: GenerationConfig) -> CompileConfig | None:
+    """How the steps of a call are compiled, if they are."""
+    return None if config.disable_compile else config.compile_config
+
+
 class FixedPlan(NamedTuple):
     """How a call runs its rounds."""
 
     shape: TreeShape  # of the largest tree
     is_adaptive: bool  # whether trees are smaller, or given up, where that pays
-    config: GenerationConfig  # of the call
     # makes the two sides of the call anew, as they are before its first pass
     fresh: Callable[[], tuple[Any, TargetRunner]]
     costs: Costs | None = None  # what rounds cost; None: measured once in a process
     is_captured: bool = False  # whether steps are captured in CUDA graphs
     num_compiled: int | None = None  # sizes of tree to compile and no more; None: decode
-
-    @property
-    def compile_config(self) -> CompileConfig | None:
-        """How steps are compiled, if they are."""
-        return None if self.config.disable_compile else self.config.compile_config
 
 
 class HostCopy:
@@ -84,7 +83,8 @@ class FixedLoop(DecodingLoop):
 
     def __post_init__(self):
         super().__post_init__()
-        self.stats.way = "static" if self.fixed.compile_config is None else "compiled"
+        self.compile_config = compile_config_of(self.collector.config)
+        self.stats.way = "static" if self.compile_config is None else "compiled"
         if self.fixed.is_captured:
             self.stats.way = "captured"
         self.shapes = [self.fixed.shape]  # the largest first
@@ -99,7 +99,7 @@ class FixedLoop(DecodingLoop):
         prompt, compiled = self.sequences.prompt_length, self.fixed.num_compiled
         longest = self.plan.max_length
         self.capacity = self._capacity(longest if compiled else min(longest, prompt + FAR))
-        if self.fixed.compile_config is not None:
+        if self.compile_config is not None:
             if compiled is None:
                 self.capacity = self._ready_capacity()
             self.warm_up(self.shapes[: 1 if compiled is None else compiled])
@@ -160,7 +160,7 @@ class FixedLoop(DecodingLoop):
         run_dry(first, "draft", "verify", *(["token"] if self.fixed.is_adaptive else []))
         if self.fixed.is_adaptive and self.fixed.costs is None:
             measure_costs(first)
-        if self.fixed.compile_config is None:
+        if self.compile_config is None:
             return rounds
         for smaller in rounds[1:num_compiled]:
             run_dry(smaller, "draft", "verify")
@@ -174,7 +174,7 @@ class FixedLoop(DecodingLoop):
         )
         sizes = len(self.sequences.lengths), self.capacity, shape, self.fixed.shape, self.plan.rule
         kind = *sizes, processors, self.drafting.kind, self.sequences.ids.device
-        how = self.fixed.compile_config, self.fixed.is_captured
+        how = self.compile_config, self.fixed.is_captured
         return steps_of(self.target.model, kind, *how)
 
     def _capacity(self, length: int) -> int:
