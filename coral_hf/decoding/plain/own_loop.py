@@ -37,10 +37,15 @@ TRIED = 4  # passes of a trial; the first one's seconds, in which the loop is se
 
 
 class Passes(StoppingCriteriaList):
-    """Stopping criteria that note each pass of the target."""
+    """Stopping criteria that note each pass of the target.
 
-    def __init__(self, criteria: StoppingCriteriaList):
+    Args:
+        most: passes after which they end the loop, whatever they say.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList, most: int | None = None):
         super().__init__(criteria)
+        self.most = most
         self.start = time.perf_counter()
         self.times: list[float] = []  # when the tokens of each pass had come
         self._done: list[Tensor] = []  # (batch,) each, whether a row has ended
@@ -52,7 +57,7 @@ class Passes(StoppingCriteriaList):
             bool(done.all())  # waits for the device, as `generate` does next
         self.times.append(time.perf_counter())
         self._done.append(done)
-        return done
+        return done if self.most is None else torch.full_like(done, len(self.times) == self.most)
 
     @property
     def counts(self) -> list[int]:
@@ -128,7 +133,7 @@ class OwnLoop:
             return None
         ids, config, kwargs = self._resumed(cache)
         config.return_dict_in_generate = False
-        passes = _Trial(StoppingCriteriaList(sequences.criteria))
+        passes = Passes(sequences.criteria, TRIED)
         for layer in layers:  # they append as transformers' own, and keep what leaves a window
             layer.is_plain, layer._buffers = True, []
         try:
@@ -238,12 +243,3 @@ class WholeBatch(StoppingCriteria, BaseStreamer):
         whole = tokens.new_full((batch, *tokens.shape[1:]), pad)
         whole[self._rows] = tokens
         return whole
-
-
-class _Trial(Passes):
-    """Criteria that are asked, and end the loop after `TRIED` passes whatever they say."""
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs) -> Tensor:
-        """See [`Passes`]."""
-        done = super().__call__(input_ids, scores, **kwargs)
-        return torch.full_like(done, len(self.times) == TRIED)
