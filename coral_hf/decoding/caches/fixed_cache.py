@@ -119,11 +119,12 @@ class FixedCache(Cache):
     lengths: tuple[int, ...] = ()  # no count is known on the host
 
     def __init__(self, source: RaggedCache, capacity: int, room: int, kept: int | None = None):
-        self.capacity, self.room, self.kept = capacity, room, room if kept is None else kept
+        self.capacity, kept = capacity, room if kept is None else kept
         self._first = source.positions, source.ends, source.next_positions  # where it began
         self.ends, self.next_positions = source.ends.clone(), source.next_positions.clone()
         windows = [layer.window for layer in source.layers]
-        self._sizes = {window: self._size(window) for window in windows}
+        # of committed slots; a row may be cut by the tokens of a commit when it ends
+        self._sizes = {one: min(capacity, (one or capacity) + kept) for one in windows}
         layers = [FixedLayer(window, self._sizes[window], room) for window in windows]
         super().__init__(layers=layers)
         is_seen = source.positions != HIDDEN  # (batch, width)
@@ -139,10 +140,6 @@ class FixedCache(Cache):
                 is_plain = layer.size == capacity
                 layer.take(source.layers[index], None if is_plain else self._tokens(layer.window))
                 source.layers[index].reset()
-
-    def _size(self, window: int | None) -> int:
-        """Committed slots of a layer; a row may be cut by the tokens of a commit when it ends."""
-        return self.capacity if window is None else min(self.capacity, window + self.kept)
 
     def _tokens(self, window: int | None) -> Tensor:
         """Which token of its row each slot holds: (batch, size), negative where none does."""
