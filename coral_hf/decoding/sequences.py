@@ -109,12 +109,13 @@ class Sequences:
             every = logits.new_zeros(len(self.lengths), logits.shape[1])
             every[rows] = logits
             return self.processors(self.ids.clone(), every)[rows]
-        lengths = [self.lengths[row] for row in rows]
+        lengths, scores = [self.lengths[row] for row in rows], {}
         for length in set(lengths):  # rows of one length are a batch
             found = [index for index, own in enumerate(lengths) if own == length]
             own = [rows[index] for index in found]
-            logits[found] = self._process(own, self._buffer[own, :length], logits[found])
-        return logits
+            processed_rows = self._process(own, self._buffer[own, :length], logits[found])
+            scores.update(zip(found, processed_rows, strict=True))
+        return torch.stack([scores[index] for index in range(len(rows))])
 
     def warp(self, logits: Tensor) -> Tensor:
         """A drafter's logits (rows, vocab) after the processors that look at nothing else."""
