@@ -109,7 +109,8 @@ class Sequences:
             every = logits.new_zeros(len(self.lengths), logits.shape[1])
             every[rows] = logits
             return self.processors(self.ids.clone(), every)[rows]
-        lengths, scores = [self.lengths[row] for row in rows], {}
+        lengths = [self.lengths[row] for row in rows]
+        scores: dict[int, Tensor] = {}
         for length in set(lengths):  # rows of one length are a batch
             found = [index for index, own in enumerate(lengths) if own == length]
             own = [rows[index] for index in found]
@@ -119,9 +120,8 @@ class Sequences:
 
     def warp(self, logits: Tensor) -> Tensor:
         """A drafter's logits (rows, vocab) after the processors that look at nothing else."""
-        return processed(
-            [one for one in self.processors if type(one) in watchers.PREFIX_FREE], logits
-        )
+        warpers = [one for one in self.processors if type(one) in watchers.PREFIX_FREE]
+        return processed(warpers, logits)
 
     def scores_after(
         self, row: int, tokens: list[int], parents: list[int], logits: Tensor
