@@ -1,6 +1,7 @@
 """A text goes on from the cache that a call returned: only what is new is read."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import DynamicCache
 
 from coral_hf import CoralDrafter
 from coral_hf.decoding.caches.continuation import CACHE
+from coral_hf.drafters.cached_drafting import CachedDrafting
 
 TREE = {"tree_depth": 3, "tree_top_k": 3, "tree_nodes": 8}
 SETTINGS = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": None}
@@ -192,9 +194,13 @@ def test_memory_fits_only_where_the_text_continues(target, drafter):
     first = reply(target, words(7, 0), assistant_model=drafter, **TREE)
     memory = first[CACHE].drafter_memory
     end = first.sequences.shape[1] - 1
-    assert memory.fits(drafter, torch.tensor([end]), [None])
-    assert not memory.fits(drafter, torch.tensor([end + 1]), [None])
-    assert not memory.fits(CoralDrafter.from_target(target), torch.tensor([end]), [None])
+
+    def continues(own, start):
+        reader = SimpleNamespace(drafter=own, _windows=[None])
+        return CachedDrafting._continues(reader, memory, torch.tensor([start]))
+
+    assert continues(drafter, end) and not continues(drafter, end + 1)
+    assert not continues(CoralDrafter.from_target(target), end)
 
 
 @pytest.mark.parametrize("chunk", [2, 3, 100])

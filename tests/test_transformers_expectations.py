@@ -487,7 +487,8 @@ def test_a_returned_cache_can_be_saved_and_loaded(target, drafter, rows):
 def test_the_copy_of_a_cache_keeps_what_the_drafter_has_read(target, drafter):
     _, out = with_and_without(target, drafter, PROMPTS[:1], return_dict_in_generate=True)
     memory = copy.deepcopy(out[CACHE]).drafter_memory
-    assert memory.fits(drafter, torch.tensor([out.sequences.shape[1] - 1]), [None])
+    assert memory.drafter() is drafter
+    assert memory.cache.next_positions.tolist() == [out.sequences.shape[1] - 1]
     assert memory.cache is not out[CACHE].drafter_memory.cache
 
 
