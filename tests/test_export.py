@@ -341,7 +341,7 @@ def test_a_router_stays_behind_and_a_note_says_so(routed, tmp_path, engine):
     assert done.notes[0].startswith(
         f"Left behind, since {engine} has no place for them: heads.router."
     )
-    assert done.notes[0].endswith("reads the target's whole LM head.")
+    assert done.notes[0].endswith("reads the whole LM head.")
 
 
 def test_hot_tokens_are_written_as_sglang_reads_them(routed, tmp_path):

@@ -77,7 +77,7 @@ def test_a_router_stays_behind_and_a_note_says_so(target, tmp_path):
     assert written(tmp_path / "out")[1].keys() & {*drafter.heads.state_dict()} == set()
     assert done.notes == [
         "Left behind, since vllm has no place for them: heads.router.fc.weight,"
-        " heads.router.groups.weight. Its drafter reads its own whole LM head."
+        " heads.router.groups.weight. It reads the whole LM head."
     ]
 
 

@@ -78,12 +78,6 @@ def test_a_gradient_flows_to_what_the_groups_read():
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_active_groups_of_another_shape_are_refused():
-    case = inputs("per_node", torch.float32)
-    with pytest.raises(ValueError, match=r"`active` is \(2, 2, 2\).*2 sequences of 3 nodes"):
-        group_logits(*case._replace(active=case.active[:, :2]))
-
-
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory) -> dict[tuple[str, torch.dtype, bool], Tensor]:
     """What the kernel computes of every case under Triton's interpreter, from another process."""

@@ -161,9 +161,11 @@ def test_a_tree_has_the_most_confident_nodes_or_the_beams_alone(target):
         drafted(target, drafter, given, **PLAIN, draft_tree="wide")
 
 
-def test_a_beam_wider_than_the_vocabulary_is_refused(target):
-    with pytest.raises(ValueError, match="`tree_top_k` is 41, and there are 40 tokens; use less"):
-        drafted(target, drafter_of(target), prompts(), **PLAIN, tree_top_k=41)
+@pytest.mark.parametrize("kind", ["confident", "beams"])
+def test_a_beam_is_no_wider_than_the_vocabulary(target, kind):
+    plain = target.generate(**prompts(), **PLAIN)
+    given = {"tree_top_k": 41, "draft_tree": kind}
+    assert drafted(target, drafter_of(target), prompts(), **PLAIN, **given).sequences.equal(plain)
 
 
 @pytest.mark.parametrize(

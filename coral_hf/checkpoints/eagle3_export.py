@@ -16,12 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..drafters.eagle3 import (
-    Eagle3Config,
-    Eagle3Drafter,
-    ParallelConfig,
-    default_layers,
-)
+from ..drafters.eagle3 import Eagle3Config, Eagle3Drafter, ParallelConfig, default_layers
 from ..target import Scales, Target
 from .eagle import EMBEDDINGS, is_plain
 from .eagle3 import EMBEDDING, LAYERS, SWITCHES, TOKEN

@@ -49,12 +49,11 @@ def engine_config(
     Args:
         has_fc_bias: whether `fc` has a bias that is not 0.
     """
-    assert config.rope_parameters, "the config fills them in"
     fields = {name: getattr(config, name) for name in SIZES}
     fields |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     fields |= {"tie_word_embeddings": False, "attention_bias": False}
     # in the forms of transformers 5 and 4; engines read either, EAGLE's code the second
-    rope, scaling = config.rope_parameters, None
+    rope, scaling = config.rope_parameters or {}, None
     if rope["rope_type"] != "default":
         scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     if engine == "eagle":
@@ -81,8 +80,7 @@ def engine_config(
 
 def obstacles(config: DrafterConfig, scales: Scales, engine: str, has_fc_bias: bool) -> list[str]:
     """List why a drafter would predict something else in an engine."""
-    assert config.rope_parameters, "the config fills them in"
-    is_eagle, rope = engine == "eagle", config.rope_parameters
+    is_eagle, rope = engine == "eagle", config.rope_parameters or {}
     kinds, kind = ROTARY[:3] if is_eagle else ROTARY, rope["rope_type"]
     is_rotated = kind in kinds and rope.get("partial_rotary_factor", 1.0) == 1.0
     is_other_base = kind != "default" and rope["rope_theta"] != EAGLE_BASE

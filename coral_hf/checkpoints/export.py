@@ -226,12 +226,8 @@ def _notes(
     if hot_tokens is not None:
         left = left - {"heads.hot_tokens"}  # they are in a file of their own
     if left:
-        owner = "the target's" if isinstance(drafter, CoralDrafter) else "its own"
-        instead = f"{owner} whole LM head" if hot_tokens is None else HOT_TOKENS
-        notes.append(
-            f"Left behind, since {engine} has no place for them: {', '.join(sorted(left))}. Its"
-            f" drafter reads {instead}."
-        )
+        lost, read = ", ".join(sorted(left)), HOT_TOKENS if hot_tokens else "the whole LM head"
+        notes.append(f"Left behind, since {engine} has no place for them: {lost}. It reads {read}.")
     if scale != 1.0:
         place = {CoralDrafter: "fc.weight", RecurrentDrafter: "rnn_w.weight"}.get(
             type(drafter), EMBEDDINGS

@@ -6,7 +6,6 @@ of its tensors; or an error that names the file.
 
 import json
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,11 +182,7 @@ def check_output(
     if any(path and Path(path).is_dir() and folder.samefile(path) for path in sources):
         raise ValueError(f"`output` {folder} is the folder of what is read; give another one.")
     found = sorted(folder.iterdir())
-    foreign = [
-        path
-        for path in found
-        if not path.is_file() or not any(fnmatchcase(path.name, file) for file in files)
-    ]
+    foreign = [path for path in found if not path.is_file() or not any(map(path.match, files))]
     if found and (not overwrite or foreign or not (folder / CONFIG_NAME).is_file()):
         names = ", ".join(path.name for path in (foreign or found)[:5])
         remedy = "another folder" if overwrite else "a new folder, or `overwrite`"

@@ -71,7 +71,7 @@ class CachedDrafting(TreeDrafting):
         drafter: PreTrainedModel,
         target: Target,
         windows: Windows,
-        memory: DrafterMemory | None = None,
+        memory: DrafterMemory | None,
     ):
         self.drafter, self.target = drafter, target
         self._dtype, self._memory, self._windows = drafter.dtype, memory, windows

@@ -13,12 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import GenerationConfig
 
 from ..decoding.caches.continuation import CACHE
 from ..decoding.caches.shared_keys import sharing_keys

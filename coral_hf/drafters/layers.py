@@ -69,7 +69,6 @@ class Attention(nn.Module):
     def __init__(self, config: PreTrainedConfig, layer_idx: int, width: int):
         super().__init__()
         self.layer_idx = layer_idx
-        assert config.head_dim and config.num_key_value_heads, "the config fills these in"
         self.head_dim = config.head_dim
         # q: (batch, length, heads * head_dim); k, v: (batch, length, kv_heads * head_dim)
         inner = config.num_attention_heads * config.head_dim

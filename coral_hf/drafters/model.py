@@ -11,15 +11,9 @@ from typing import Any, ClassVar, TypeVar
 
 from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    GenerationMixin,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from ..atomic import write_json

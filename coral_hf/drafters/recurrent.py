@@ -17,7 +17,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..decoding.drafting import DraftTree, Level, TreeShape
+from ..decoding.drafting import Level, TreeShape
 from ..heads.draft_heads import OtherVocabulary
 from ..heads.settings import check_sizes
 from ..target import Target
@@ -158,11 +158,7 @@ class RecurrentDrafting(LastFeatureDrafting, TreeDrafting):
     _is_fixed = False
 
     def __init__(
-        self,
-        drafter: RecurrentDrafter,
-        target: Target,
-        memory: None = None,
-        draft_tree: str | None = None,
+        self, drafter: RecurrentDrafter, target: Target, memory=None, draft_tree: str | None = None
     ):
         super().__init__(drafter, target)
         own = getattr(drafter.generation_config, "draft_tree", None)
@@ -184,18 +180,6 @@ class RecurrentDrafting(LastFeatureDrafting, TreeDrafting):
     def unfix(self, lengths: list[int]) -> None:
         """See [`FixedDrafting`]."""
         self._is_fixed = False
-
-    def propose(self, root: Tensor, shape: TreeShape, *args, **kwargs) -> DraftTree:
-        """Draft below `root` (batch,); see [`TreeDrafting`].
-
-        Raises:
-            ValueError: for more beams than there are tokens.
-        """
-        if shape.top_k > self._num_tokens:
-            raise ValueError(
-                f"`tree_top_k` is {shape.top_k}, and there are {self._num_tokens} tokens; use less."
-            )
-        return super().propose(root, shape, *args, **kwargs)
 
     def _builder(self, root: Tensor, shape: TreeShape) -> TreeBuilder:
         if self.draft_tree == "beams":

@@ -130,11 +130,6 @@ def group_logits(
         hold fewer tokens.
     """
     batch, nodes, _ = features.shape
-    if active.shape[:2] not in ((batch, 1), (batch, nodes)):
-        raise ValueError(
-            f"`active` is {tuple(active.shape)}, but the features are of {batch} sequences of"
-            f" {nodes} nodes; use ({batch}, 1, slots) or ({batch}, {nodes}, slots)."
-        )
     if active.shape[1] != 1:
         # a node with groups of its own is a sequence of one node
         features, active = features.flatten(0, 1)[:, None], active.flatten(0, 1)[:, None]

@@ -11,14 +11,12 @@ token of each row; their keys are dropped. A path's confidence is the product of
 marginals. Each q is known before a token of the tree is, so drawing from it and testing is exact.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ...decoding.caches.ragged_cache import RaggedCache
-from ...decoding.drafting import DraftTree, Level, TreeShape, Warp
+from ...decoding.drafting import Level, TreeShape
 from ...heads.draft_heads import Children, DraftHead, fit_vocabulary, spread
 from ...heads.settings import UNTRAINED_HEADS
 from ...lm_head import LMHead
@@ -97,14 +95,6 @@ class ParallelDrafting(MarginalDrafting, Eagle3Drafting):
         is_masked = (tokens == MASKED).to(self.device)[..., None]
         return torch.where(is_masked, self.drafter.mask_embedding, known)
 
-    def propose(
-        self, root: Tensor, shape: TreeShape, warp: Warp | None = None, chance: Any = None
-    ) -> DraftTree:
-        """Draft a tree over the marginals of the positions behind `root` (batch,)."""
-        if isinstance(self._cache, RaggedCache):  # rounds of constant shapes reach far enough
-            self._reach(shape.depth)
-        return super().propose(root, shape, warp, chance)
-
     def fix(self, capacity: int, shape: TreeShape, is_drawn: bool) -> tuple[Level, ...]:
         """See [`FixedDrafting`]."""
         self._reach(shape.depth)
@@ -156,4 +146,6 @@ class ParallelDrafting(MarginalDrafting, Eagle3Drafting):
         return self._step(tokens, self.read(features), positions, mask)
 
     def _outputs(self, levels: int) -> Tensor:
+        if isinstance(self._cache, RaggedCache):  # rounds of constant shapes reach far enough
+            self._reach(levels)
         return self._output[:, :levels].transpose(0, 1)
