@@ -244,9 +244,7 @@ class BoundDrafter:
 
     def _start(self, model: PreTrainedModel) -> Callable[..., Drafting]:
         """What makes the drafter's side of a call."""
-        options = {
-            name: self.settings[name] for name in self.family.options if name in self.settings
-        }
+        options = {one: self.settings[one] for one in self.family.options if one in self.settings}
         return partial(self.family.start, self.drafter, read_target(model), **options)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils import ModelOutput
 
 from ..target import CONVOLUTION
 
@@ -64,9 +64,7 @@ class OutputCollector:
         if self.keeps_scores:
             self._kept["scores"][row].append(processed)
 
-    def add_all(
-        self, rows: list[int], counts: list[int], output: GenerateDecoderOnlyOutput
-    ) -> None:
+    def add_all(self, rows: list[int], counts: list[int], output: ModelOutput) -> None:
         """Keep what transformers' own loop has of the next tokens of some rows, `counts` of them.
 
         Its tuples have one entry a token, or one by layer, over (rows, ...).

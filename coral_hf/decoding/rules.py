@@ -91,9 +91,7 @@ def follow(tree: DraftTree, leads_on: Tensor) -> tuple[Tensor, Tensor]:
     return path.masked_fill(~is_node, 0), is_node.sum(1)
 
 
-def verify_token(
-    tree: DraftTree, target_probs: Callable[[Tensor], Tensor], chance: Draws
-) -> Verdict:
+def verify_token(tree: DraftTree, target_probs: Callable[..., Tensor], chance: Draws) -> Verdict:
     """Walk down from the root, token by token, in all rows at once.
 
     Args:
@@ -246,11 +244,11 @@ def chances_of(tree: DraftTree, probs: Tensor) -> Chances:
         for child in range(nodes.shape[1]):
             token = tokens[..., child : child + 1]
             is_node = parents[..., child] != PADDING
-            entered, rejected = _try(mine, p, q, token)
+            entered, left_reach, left_p = _try(mine, p, q, token)
             for part in (reach, accept):
                 part[:, nodes[:, child]] = entered
-            mine = torch.where(is_node, rejected[0], mine)
-            p = torch.where(is_node[..., None], rejected[1], p)
+            mine = torch.where(is_node, left_reach, mine)
+            p = torch.where(is_node[..., None], left_p, p)
             if tree.draws != "independent":
                 q = torch.where(is_node[..., None], _normed(q, token, torch.zeros_like(q)), q)
         accept.scatter_(1, parent, mine)
@@ -258,10 +256,8 @@ def chances_of(tree: DraftTree, probs: Tensor) -> Chances:
     return Chances(accept, left)
 
 
-def _try(
-    reach: Tensor, p: Tensor, q: Tensor, token: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """What a child is reached with, and what of its parent is left when it was rejected.
+def _try(reach: Tensor, p: Tensor, q: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a child is reached with, and what of its parent is left when it was rejected: reach, p.
 
     Args:
         reach: (batch, families), of the parents.
@@ -279,7 +275,7 @@ def _try(
     left = torch.where(beside > 0, mass / beside.clamp(min=tiny), reach)
     p = torch.where(mass[..., None] > 0, rest / mass.clamp(min=tiny)[..., None], p)
     is_open = reach > 0  # else nothing below can be accepted any more
-    return entered, (torch.where(is_open, left, reach), p)
+    return entered, torch.where(is_open, left, reach), p
 
 
 def _normed(probs: Tensor, token: Tensor, otherwise: Tensor) -> Tensor:

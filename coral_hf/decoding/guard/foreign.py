@@ -103,10 +103,8 @@ def has_foreign_attention(model: PreTrainedModel) -> bool:
 def foreign_modules(model: PreTrainedModel) -> list[type | Callable]:
     """The classes of modules of a target, and functions that replace a forward, of others."""
     parts = ((type(one), one.__dict__.get("forward")) for one in all_modules(model))
-    found = dict.fromkeys(part for both in parts for part in both)
-    return [
-        one for one in found if one not in (None, type(model)) and root_of(one) not in LIBRARIES
-    ]
+    found = dict.fromkeys(part for both in parts for part in both if part is not None)
+    return [one for one in found if one is not type(model) and root_of(one) not in LIBRARIES]
 
 
 def foreign_hooks(model: PreTrainedModel) -> list[Callable]:

@@ -81,9 +81,7 @@ def _try_call(model: PreTrainedModel, lengths: tuple[int, ...], new: int, takes_
     call = {"attention_mask": seen.long(), "generation_config": settings}
     plain = model.generate(ids, **call)
 
-    def read_again(
-        model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
-    ):
+    def reread(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         need = choose_preparation(model, kwargs, len(input_ids), longest + new)
         assert need < Preparation.CHECKED or not takes_tree, "each round is compared with steps"
         runner = make_runner(read_target(model), need, takes_tree, (FEATURE,))
@@ -100,7 +98,7 @@ def _try_call(model: PreTrainedModel, lengths: tuple[int, ...], new: int, takes_
             runner.commit([len(path)] * len(input_ids), nodes)
         return torch.stack(found)
 
-    found = model.generate(ids, **call, custom_generate=read_again)
+    found = model.generate(ids, **call, custom_generate=reread)
     expected = torch.stack(plain.logits)
     off = (found.to(expected) - expected).abs().amax(-1) / expected.std(dim=-1)  # (tokens, batch)
     off = off[off > ROUNDING.get(model.dtype, LOOSE)]
@@ -108,19 +106,17 @@ def _try_call(model: PreTrainedModel, lengths: tuple[int, ...], new: int, takes_
         raise AssertionError(f"logits are off by {float(off.max()):.1g} standard deviations")
 
 
-def _tree_of(
-    text: Tensor, depth: int, vocab: int, number: int | None
-) -> tuple[DraftTree, list[int]]:
+def _tree_of(text: Tensor, depth: int, vocab: int, turn: int | None) -> tuple[DraftTree, list[int]]:
     """The tree of a root and the next tokens of a text (batch, some), and its true nodes.
 
-    `number`: None; of a chain one that says how many of its last tokens are wrong.
+    `turn`: None; of a chain a number that says how many of its last tokens are wrong.
     """
-    if number is None:
+    if turn is None:
         nodes = sum(level <= depth for level in DEPTHS)
         parents, depths, path = PARENTS[:nodes], DEPTHS[:nodes], TRUE_NODES[: depth + 1]
     else:
         depths = tuple(range(depth + 1))
-        parents, path = (0, *depths[:-1]), depths[: depth + 1 - number % (depth + 1)]
+        parents, path = (0, *depths[:-1]), depths[: depth + 1 - turn % (depth + 1)]
     known = text[:, list(depths)]
     is_true = [node in path for node in range(len(depths))]
     tokens = torch.where(host_tensor(is_true).bool().to(text.device), known, (known + 1) % vocab)
