@@ -24,7 +24,7 @@ from coral_hf.training.data import load_conversations, prepare_dataset
 from coral_hf.training.grouping import group_order
 from coral_hf.training.grouping.positions import trained_features
 
-GROUPINGS = ("contiguous", "frequency", "kmeans", "coactivation")
+GROUPINGS = ("contiguous", "frequency", "kmeans")
 LENGTH = 512  # tokens of a row at most
 TOP = 10  # most probable tokens of a position
 

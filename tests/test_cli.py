@@ -119,7 +119,7 @@ def test_a_training_option_with_a_wrong_value_is_named_in_two_lines(folder):  # 
 
 
 def test_an_option_has_one_spelling_and_that_of_transformers_is_read_too():
-    words = ["--output", "out", "--hold-out", "3", "--max_length", "7", "--delete"]
+    words = ["--output", "out", "--hold-out", "3", "--max_length", "7", "--check"]
     for spelled in (words, [word.replace("max_l", "max-l") for word in words]):
         own = parse("features", COMMANDS["features"], spelled)["own"]
         assert (own.max_length, own.hold_out, own.output) == (7, 3, Path("out"))

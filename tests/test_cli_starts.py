@@ -198,7 +198,7 @@ def test_a_seed_gives_the_same_bytes(folder, tmp_path):
 @pytest.mark.slow
 def test_a_seed_gives_the_same_bytes_in_another_process(folder, tmp_path):
     runs = {
-        "fresh": ["--seed", "7", "--router-epochs", "1", "--grouping", "coactivation"],
+        "fresh": ["--seed", "7", "--router-epochs", "1", "--grouping", "frequency"],
         "warm": ["--seed", "7", "--from", "layer", "--stage", "drafter"],
         "lora": ["--seed", "7", "--from", "{folder}/fresh", "--lora-r", "2"],
         "other": ["--seed", "8", "--router-epochs", "0"],

@@ -131,7 +131,7 @@ def test_a_comparison_resumes_with_the_trials_that_are_missing(folder):  # noqa:
     assert torch.tensor(json.loads(lines[0])["acceptance"]["0.0"]["talk"]) >= 1
 
 
-def test_several_numbers_of_steps_give_a_scaling_plot(folder):  # noqa: F811
+def test_several_numbers_of_steps_are_compared(folder):  # noqa: F811
     names = [
         *("--target", folder / "target", "--dataset", folder / "talk.jsonl"),
         *("--prompts", folder / "talk.jsonl", "--limit", 1, "--output", folder / "scaled"),
@@ -140,7 +140,6 @@ def test_several_numbers_of_steps_give_a_scaling_plot(folder):  # noqa: F811
     ]
     found = invoke("compare", *names)
     assert found.exit_code == 0, found.output
-    assert (folder / "scaled" / "scaling.png").stat().st_size > 0
     lines = [json.loads(x) for x in (folder / "scaled" / "results.jsonl").read_text().splitlines()]
     assert [line["steps"] for line in lines] == [1, 1, 2, 2]
     assert lines[0]["losses"] != lines[1]["losses"]

@@ -206,9 +206,9 @@ def test_the_mass_of_the_best_groups_is_tabled_by_grouping(folder, tmp_path, mon
     names += ["--prompts", tmp_path / "prompts.txt", "--groups", "8:2", "--groups", "8:8"]
     run(monkeypatch, "group_mass.py", *names, "--positions", 40)
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    names = ["contiguous", "frequency", "kmeans", "coactivation"]
+    names = ["contiguous", "frequency", "kmeans"]
     assert [line[1] for line in lines] == names * 2
-    masses = [[float(cell.split(",")[0]) for cell in line[2:4]] for line in (lines[0], lines[4])]
+    masses = [[float(cell.split(",")[0]) for cell in line[2:4]] for line in (lines[0], lines[3])]
     assert all(0.25 <= part <= 1 for part in masses[0])
     assert masses[1] == [1.0, 1.0]  # all groups hold everything
 

@@ -20,7 +20,6 @@ from coral_hf.training.data import CoralCollator, pack_dataset
 from coral_hf.training.features import (
     INDEX,
     CachedFeatures,
-    delete_features,
     plan_features,
     write_features,
 )
@@ -198,7 +197,7 @@ def test_a_full_disk_keeps_the_shards_that_are_whole(target, rows, tmp_path, mon
         many = Dataset.from_list(list(rows) * 10)
         with pytest.raises(ValueError, match="The features need .* more, but only .* are free"):
             write_features(target, many, cache, shard_bytes=9000)
-        delete_features(cache)
+        shutil.rmtree(cache)
         # what fits by the plan, but not with what somebody else writes meanwhile
         (folder / "other").write_bytes(b"0" * 40_000)
         few = Dataset.from_list(list(rows))
@@ -228,15 +227,13 @@ def test_a_disk_full_from_the_start_leaves_no_index(target, rows, tmp_path, monk
         assert len(CachedFeatures(folder / "cache")) == len(rows)
 
 
-def test_an_index_that_cannot_be_read_is_named_and_deleted(target, rows, tmp_path):
+def test_an_index_that_cannot_be_read_is_named(target, rows, tmp_path):
     write_features(target, rows, tmp_path / "cache")
     fields = json.loads((tmp_path / "cache" / INDEX).read_text())
     for text in ('{"target": ', json.dumps({**fields, "other": 1})):
         (tmp_path / "cache" / INDEX).write_text(text)
         with pytest.raises(ValueError, match=f"{INDEX} cannot be read .*delete"):
             CachedFeatures(tmp_path / "cache")
-    delete_features(tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()
 
 
 def test_a_folder_with_other_content_is_refused(target, rows, tmp_path):
@@ -263,7 +260,9 @@ def test_a_changed_byte_is_found(target, rows, tmp_path):
     flip(file, -1)
     cached = CachedFeatures(tmp_path)
     assert len(cached[0]["input_ids"]) == 5  # a file is compared with its first row
-    with pytest.raises(ValueError, match=f"{shard.file} does not have the checksum.*--delete"):
+    with pytest.raises(
+        ValueError, match=f"{shard.file} does not have the checksum.*delete the folder"
+    ):
         cached[len(index.shards[0].lengths)]
     with pytest.raises(ValueError, match="does not have the checksum"):
         CachedFeatures(tmp_path, checksums=True)
@@ -350,15 +349,6 @@ def test_a_batch_size_of_zero_is_refused_in_python_too(target, rows, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_deleting_a_cache_leaves_other_files(target, rows, tmp_path):
-    write_features(target, rows, tmp_path / "cache", shard_bytes=2000)
-    (tmp_path / "cache" / "notes.txt").touch()
-    assert delete_features(tmp_path / "cache") > 0
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["notes.txt"]
-    with pytest.raises(ValueError, match="is no feature cache"):
-        delete_features(tmp_path / "cache")
-
-
 @pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
 def test_rows_are_grouped_by_length_without_opening_a_shard(
     target, rows, tmp_path, monkeypatch, strategy
@@ -408,14 +398,6 @@ def test_another_size_of_shards_cannot_be_resumed(target, rows, tmp_path):
     write_features(target, rows, tmp_path, shard_bytes=2000)
     with pytest.raises(ValueError, match="written with shard_bytes = 2000, now it is 3000"):
         write_features(target, rows, tmp_path, shard_bytes=3000)
-
-
-def test_deleting_removes_partial_files_of_a_killed_run(target, rows, tmp_path):
-    write_features(target, rows, tmp_path / "cache")
-    (tmp_path / "cache" / ".partial-1a2b3c4d-features-00007.safetensors").touch()
-    delete_features(tmp_path / "cache")
-    assert not list(tmp_path.iterdir())
-    write_features(target, rows, tmp_path / "cache")
 
 
 def test_a_second_writer_is_refused(target, rows, tmp_path):

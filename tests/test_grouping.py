@@ -10,16 +10,9 @@ from coral_hf.heads.router import Groups, check_order
 from coral_hf.target import Target, read_target
 from coral_hf.training.features import CachedFeatures, write_features
 from coral_hf.training.grouping import group_order, most_frequent_first, token_counts
-from coral_hf.training.grouping.order import (
-    balanced_groups,
-    coactivation_groups,
-    gain,
-    kmeans_groups,
-    read_groups,
-)
-from coral_hf.training.grouping.positions import TargetTopK, read_top_k
+from coral_hf.training.grouping.order import balanced_groups, kmeans_groups
 
-MADE = ("kmeans", "frequency", "coactivation")
+MADE = ("kmeans", "frequency")
 
 
 def as_target(model) -> Target:
@@ -84,13 +77,12 @@ def test_padding_of_the_vocabulary_comes_last(target, rows, grouping):
     check_order(order, VOCAB)
 
 
-@pytest.mark.parametrize("grouping", ["frequency", "coactivation"])
-def test_a_grouping_that_counts_needs_rows(target, rows, grouping):
+def test_a_grouping_that_counts_needs_rows(target, rows):
     with pytest.raises(ValueError, match="needs training rows"):
-        group_order(grouping, target, None, 4)
+        group_order("frequency", target, None, 4)
     untrained = rows.map(lambda row: {"labels": [-100] * len(row["input_ids"])})
     with pytest.raises(ValueError, match="no trained token"):
-        group_order(grouping, target, untrained, 4)
+        group_order("frequency", target, untrained, 4)
 
 
 @pytest.mark.parametrize(
@@ -107,8 +99,7 @@ def test_invalid_arguments_are_refused(target, fields, message):
         group_order(**given)
 
 
-@pytest.mark.parametrize("grouping", ["kmeans", "coactivation"])
-def test_groups_by_similarity_need_a_readable_head(rows, grouping):
+def test_groups_by_similarity_need_a_readable_head(rows):
     pytest.importorskip("torchao")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -118,7 +109,7 @@ def test_groups_by_similarity_need_a_readable_head(rows, grouping):
     with pytest.raises(
         ValueError, match="quantised, offloaded or adapted. Use grouping='frequency'"
     ):
-        group_order(grouping, quantised, rows, 4)
+        group_order("kmeans", quantised, rows, 4)
     check_order(group_order("frequency", quantised, rows, 4), VOCAB)
 
 
@@ -163,38 +154,6 @@ def test_kmeans_puts_equal_rows_together():
         assert len(set(groups[kinds == kind].tolist())) == 1
 
 
-# ---- coactivation
-
-# two positions compete for tokens 0 and 3, two for 1 and 4; 2 and 5 are nowhere likely
-TOP = TargetTopK(
-    tokens=torch.tensor([[0, 3], [3, 0], [1, 4], [4, 1]]),
-    probs=torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.9, 0.1]]),
-    counts=torch.tensor([1.5, 0.3, 0.0, 0.5, 1.7, 0.0]).double(),
-)
-SIZES = torch.tensor([3, 3])
-
-
-def test_coactivation_groups_tokens_that_compete():
-    rows = torch.zeros(6, 4)
-    groups = coactivation_groups(TOP, rows, torch.tensor([0, 0, 0, 1, 1, 1]), SIZES)
-    assert groups[0] == groups[3] != groups[1] == groups[4]
-
-
-def test_tokens_that_are_likely_nowhere_stay_with_similar_ones():
-    rows = torch.zeros(6, 4)
-    rows[[2, 1, 4], 0] = 1.0
-    rows[[5, 0, 3], 0] = -1.0
-    groups = coactivation_groups(TOP, rows, torch.tensor([0, 0, 0, 1, 1, 1]), SIZES)
-    assert groups[2] == groups[1] == groups[4] != groups[5]
-
-
-def test_the_gain_of_a_token_is_its_mass_where_a_group_is_read():
-    assert read_groups(TOP, torch.tensor([0, 0, 0, 1, 1, 1]), 2).tolist() == [[0], [0], [1], [1]]
-    found = gain(TOP, torch.tensor([[0], [1], [0], [0]]), torch.Size([6, 2])) * len(TOP.probs) / 6
-    expected = torch.tensor([[0.9, 0.6], [0.3, 0], [0, 0], [0.1, 0.4], [1.7, 0], [0, 0]])
-    torch.testing.assert_close(found, expected)
-
-
 # ---- counts
 
 
@@ -228,9 +187,8 @@ def test_padding_of_the_vocabulary_is_never_counted(target, rows):
 @pytest.mark.parametrize("max_tokens", [1, 10, 1000])
 def test_no_more_positions_are_read_than_were_asked_for(target, rows, max_tokens):
     trained = sum(len(row["input_ids"]) - 3 for row in rows)
-    top = read_top_k(target, rows, max_tokens, top_k=5)
-    assert top.tokens.shape == top.probs.shape == (min(max_tokens, trained), 5)
-    torch.testing.assert_close(float(top.counts.sum()), float(len(top.tokens)))
+    counts = token_counts(target, rows, max_tokens)
+    torch.testing.assert_close(float(counts.sum()), float(min(max_tokens, trained)))
 
 
 def test_a_stream_has_the_counts_of_its_rows(target, rows):

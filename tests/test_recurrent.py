@@ -24,7 +24,7 @@ from coral_hf.decoding.drafting import PADDING, TreeShape
 from coral_hf.drafters.recurrent import RecurrentDrafting
 from coral_hf.hub import CardFacts, make_card
 from coral_hf.target import read_features, read_target
-from coral_hf.training.evaluation.replay import replayed_rounds
+from coral_hf.training.evaluation.acceptance import replayed_rounds
 from coral_hf.training.steps import training_step
 
 FORMS = [{}, {"rnn": False}, {"exit_dim": 24, "num_draft_layers": 0}]

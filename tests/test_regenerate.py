@@ -474,8 +474,6 @@ def test_the_commands_write_the_same_bytes_twice(target, tmp_path):
     for options, found in (
         (plan, "2 rows"),
         (["--check"], "is whole: 2 rows"),
-        (["--delete"], "GB"),
     ):
         result = invoke("features", *options, "--output", cache)
         assert result.exit_code == 0 and found in result.output, result.output
-    assert not cache.exists()

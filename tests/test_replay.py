@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
 from coral_hf.target import read_features, read_target
-from coral_hf.training.evaluation.replay import (
+from coral_hf.training.evaluation.acceptance import (
     accepted_chains,
     agreement,
     replayed_rounds,

@@ -7,9 +7,8 @@ import torch
 from test_trainer import logged, make_trainer, rows, target  # noqa: F401  fixtures too
 from transformers import AutoModel
 
-from coral_hf.target import read_features, read_target
+from coral_hf.target import read_target
 from coral_hf.training.stages import default_groups
-from coral_hf.training.steps.unroll import unroll
 
 GROUPS = {"num_groups": 6, "num_active_groups": 2}
 
@@ -166,77 +165,6 @@ def test_a_router_resumes_only_with_the_same_groups(target, rows, trained, tmp_p
     other.model.heads.router.requires_grad_(True)
     with pytest.raises(ValueError, match="`grouping_hash` was"):
         other.train(resume_from_checkpoint=True)
-
-
-# ---- metrics of a router
-
-
-@torch.no_grad()
-def held_by_hand(target, drafter, row, depth):
-    """Recall of the target's choice and of the drafter's ten, and mass, of one row at one depth."""
-    ids = torch.tensor([row["input_ids"]])
-    features = read_features(target, ids, torch.ones_like(ids))
-    bound = read_target(target)
-    predicted = unroll(drafter, bound.embed(ids[:, 1:]), features[:, :-1], depth)[-1]
-    groups = drafter.heads.router.groups_of(drafter.config.vocab_size)
-    group_of, found = groups.group_of(), []
-    for position in range(predicted.shape[1] - 1):
-        if row["labels"][position + 2] == -100:
-            continue
-        own = predicted[0, position]
-        active = set(drafter.heads.router(own).topk(2).indices.tolist())
-        probs = bound.head.logits(features[0, position + 1]).softmax(-1)
-        best = bound.head.logits(own).topk(10).indices
-        found.append(
-            [
-                float(int(group_of[probs.argmax()]) in active),
-                sum(int(group_of[token]) in active for token in best) / 10,
-                sum(float(probs[group_of == group].sum()) for group in active),
-            ]
-        )
-    return found
-
-
-@pytest.mark.parametrize("grouping", ["contiguous", "custom"])
-def test_an_evaluation_measures_what_the_active_groups_hold(
-    target,
-    rows,
-    drafter,
-    tmp_path,
-    grouping,
-):
-    order = torch.randperm(40) if grouping == "custom" else None
-    drafter.heads.add_router(6, 2, order)
-    held_out = rows[16:]
-    trainer = make_trainer(
-        target, rows[:16], tmp_path, drafter, stage="router", max_steps=20, eval_prompts=0
-    )
-    trainer.train()
-    metrics = trainer.evaluate(type(trainer.train_dataset).from_list(held_out))
-    for depth in (1, 3):
-        found = [value for row in held_out for value in held_by_hand(target, drafter, row, depth)]
-        expected = torch.tensor(found).mean(0).tolist()
-        for name, value in zip(
-            ("router_top_1_recall", "router_top_10_recall", "router_mass"), expected, strict=True
-        ):
-            assert metrics[f"eval_{name}_depth_{depth}"] == pytest.approx(value, abs=1e-5)
-
-
-def test_a_drafter_without_a_router_has_no_router_metrics(target, rows, drafter, tmp_path):
-    trainer = make_trainer(target, rows, tmp_path, drafter, eval_prompts=0)
-    metrics = trainer.evaluate(trainer.train_dataset)
-    assert not any("router" in name for name in metrics)
-
-
-def test_reading_all_groups_holds_everything(target, rows, drafter, tmp_path):
-    settings = {"num_groups": 6, "num_active_groups": 6}
-    trainer = make_trainer(
-        target, rows, tmp_path, drafter, stage="router", max_steps=1, eval_prompts=0, **settings
-    )
-    trainer.train()
-    metrics = trainer.evaluate(trainer.train_dataset)
-    shares = [value for name, value in metrics.items() if "router" in name]
-    assert shares and all(share == pytest.approx(1, abs=1e-5) for share in shares)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Plots of a training run, from its log and in TensorBoard."""
+"""Plots of a training run, from its log, and its scalars in TensorBoard."""
 
 from pathlib import Path
 
@@ -129,7 +129,7 @@ def test_curves_are_ordered_by_step_of_the_unroll():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of tensorboard itself
-def test_tensorboard_gets_every_scalar_and_the_figures(target, tmp_path, monkeypatch):
+def test_tensorboard_gets_every_scalar(target, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -143,7 +143,6 @@ def test_tensorboard_gets_every_scalar_and_the_figures(target, tmp_path, monkeyp
             written = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
             assert written in scalars
     assert {"train/feature_similarity_2", "eval/chat_acceptance_depth_1"} <= scalars
-    assert set(events.Tags()["images"]) == NAMES
     found = [event.value for event in events.Scalars("eval/code_acceptance_length")]
     assert found == pytest.approx(
         curve(trainer.state.log_history, "eval_code_acceptance_length")[1]

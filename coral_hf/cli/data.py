@@ -81,7 +81,7 @@ class FeaturesOptions(TargetOptions, DatasetOptions):
     """Which features are stored, and how."""
 
     output: Path = option("Folder of the features.")
-    # not read by --check and --delete
+    # not read by --check
     target: str = option("The target: a folder or a Hub id.", "")
     dataset: list[str] = option("Conversations: a file, a folder or a Hub id.", [])
     max_length: int = option("Tokens after which a row is cut.", 2048, least=1)
@@ -96,7 +96,6 @@ class FeaturesOptions(TargetOptions, DatasetOptions):
     shard_megabytes: int = option("Size of a file, about.", 1000, least=1)
     plan: bool = option("Print time and space that it takes, and stop.", False)
     check: bool = option("Compare files and checksums, and stop.", False)
-    delete: bool = option("Delete the features, and stop.", False)
 
     def layers(self, target) -> tuple[int, ...]:
         """Return the layers that are stored, of a target with this config."""
@@ -121,13 +120,10 @@ def features(own: FeaturesOptions) -> None:
 
     from ..training.data import prepare_dataset
     from ..training.data.dataset import warn_of_other_ends
-    from ..training.features import CachedFeatures, delete_features, plan_features, write_features
+    from ..training.features import CachedFeatures, plan_features, write_features
     from ..training.inputs import joined_rows
 
     output, shard_bytes = own.output, own.shard_megabytes * 10**6
-    if own.delete:
-        print(f"Deleted {delete_features(output) / 1e9:.3g} GB in {output}.")
-        return
     if own.check:
         index = CachedFeatures(output, checksums=True).index
         print(f"{output} is whole: {index.num_rows} rows of {index.target}.")

@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 
 DRAFT_HEADS = ("full", "quantized", "routed", "routed_quantized", "frequency", "low_rank")
 UNTRAINED_HEADS = ("full", "quantized")  # which every drafter has
-GROUPINGS = ("contiguous", "kmeans", "frequency", "coactivation", "custom")
+GROUPINGS = ("contiguous", "kmeans", "frequency", "custom")
 ROUTINGS = ("shared", "per_node")
 
 # the field that a draft head needs

@@ -163,9 +163,7 @@ class CoralTrainingArguments(RowArguments):
     num_groups: int | None = _setting(None, "Groups of a new router: 64 or fewer by default.")
     num_active_groups: int | None = _setting(None, "Of them, read at a time: an eighth by default.")
     grouping: str | None = _setting(
-        None,
-        "Tokens of a group of a new router: 'contiguous' ids, similar rows of the LM head"
-        " ('kmeans', the default), of like 'frequency', or of the same contexts ('coactivation').",
+        None, "Groups of a new router: 'contiguous', of like 'frequency', or by default 'kmeans'."
     )
     router_weight: float = _setting(0.1, "Weight of the router's loss in the joint stage.")
     head_rank: int | None = _setting(None, "Channels of a new low-rank head: 64 by default.")

@@ -41,8 +41,7 @@ from .data import CoralCollator
 from .data.dataset import check_rows
 from .data.encoding import IGNORED
 from .distributed import mean_loss, place_target, shards_weights
-from .evaluation.acceptance import acceptance_length, count_rounds, tree_depth
-from .evaluation.replay import rounds_of
+from .evaluation.acceptance import acceptance_length, count_rounds, rounds_of, tree_depth
 from .inputs import check_given, is_joined, token_rows, tokenizer_of
 from .losses.divergence import Divergence, divergence
 from .runs.callbacks import FiniteGuard

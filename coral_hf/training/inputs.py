@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 from ..target import max_positions, text_config
-from .arguments import CoralTrainingArguments, RowArguments
+from .arguments import RowArguments
 from .data import pack_dataset, share_prompts
 from .data.dataset import check_rows, prepare_dataset
 from .features import CachedFeatures
@@ -121,8 +121,7 @@ def prepare_rows(dataset: Any, trainer: Trainer, is_trained: bool = False) -> An
         dataset.select(trainer.step.layers(trainer.drafter.config))
         dataset.check_target(target)
         return dataset
-    read = trained_rows if is_trained else token_rows
-    return read(dataset, trainer.processing_class, args, text_config(target))
+    return token_rows(dataset, trainer.processing_class, args, text_config(target), is_trained)
 
 
 def token_rows(
@@ -130,10 +129,13 @@ def token_rows(
     tokenizer: PreTrainedTokenizerBase | None,
     args: RowArguments,
     text: PreTrainedConfig,
+    may_join: bool = False,
 ) -> Any:
     """Return rows of token ids and labels, of conversations or of rows of token ids.
 
-    `text`: the config of the part of the target that decodes text.
+    Args:
+        text: the config of the part of the target that decodes text.
+        may_join: whether rows share prompts and are packed, as `args` say.
     """
     vocab_size, max_length = text.vocab_size, args.max_length
     if isinstance(dataset, str | Path):
@@ -155,25 +157,16 @@ def token_rows(
         longest = min(max_length, max_positions(text) or max_length)
         sizes = {"vocab_size": vocab_size, "ignore_columns": args.ignore_columns or ()}
         dataset = prepare_dataset(dataset, tokenizer, longest, **sizes)
-    return dataset
+    if not may_join or is_joined(dataset):
+        return dataset
+    # rows of token ids may be padded
+    share = args.share_prompts and tokenizer is not None
+    return joined_rows(dataset, max_length, share, args.packing)
 
 
 def is_joined(rows: Any) -> bool:
     """Whether rows were packed, or joined by their prompts, before."""
     return "position_ids" in (getattr(rows, "column_names", None) or ())
-
-
-def trained_rows(
-    dataset: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    args: CoralTrainingArguments,
-    text: PreTrainedConfig,
-) -> Any:
-    """Return rows as [`token_rows`] does, joined as `args` say."""
-    rows = token_rows(dataset, tokenizer, args, text)
-    # rows of token ids may be padded
-    share = args.share_prompts and tokenizer is not None
-    return rows if is_joined(rows) else joined_rows(rows, args.max_length, share, args.packing)
 
 
 def joined_rows(dataset: Any, max_length: int, share: bool, packing: bool) -> Any:

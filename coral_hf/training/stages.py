@@ -14,15 +14,14 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..drafters.coral import CoralDrafter
 from ..drafters.eagle3 import Eagle3Drafter
 from ..drafters.model import Drafter
-from ..target import Target, text_config
+from ..target import text_config
 from .arguments import MOST_GROUPS, CoralTrainingArguments
-from .grouping import group_order
 
 logger = logging.get_logger(__name__)
 # the draft head that a stage trains; none of `drafter`
@@ -58,35 +57,6 @@ def follow_vocabulary(
     is_lost = heads.hot_tokens is not None and int(heads.hot_tokens.max()) >= size
     if heads.router is None and not is_lost:
         config.vocab_size = size
-
-
-def add_heads(
-    drafter: CoralDrafter | Eagle3Drafter,
-    args: CoralTrainingArguments,
-    target: Target,
-    rows,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> None:
-    """Add the draft head that a stage trains; an existing one is trained further.
-
-    Args:
-        rows: the training rows, from which groupings are counted.
-        tokenizer: the target's; ids beyond its tokens pad the vocabulary.
-    """
-    check_head_settings(drafter, args)
-    head = HEAD_OF.get(args.stage)
-    if head == "router" and drafter.heads.router is None:
-        vocab_size = drafter.config.vocab_size
-        number, grouping = args.num_groups or default_groups(vocab_size), args.grouping or "kmeans"
-        num_tokens = None if tokenizer is None else min(len(tokenizer), vocab_size)
-        order = group_order(grouping, target, rows, number, args.seed, num_tokens)
-        if order is not None:  # a target may have tokens that the drafter's own LM head has not
-            order = order[order < vocab_size]
-        active = args.num_active_groups or max(number // 8, 1)
-        drafter.heads.add_router(number, active, order, grouping)
-    if head == "low_rank" and drafter.heads.low_rank is None:
-        rank = args.head_rank or default_rank(drafter.config.hidden_size)
-        drafter.heads.add_low_rank_head(rank, target.head)
 
 
 def default_groups(vocab_size: int) -> int:

@@ -101,7 +101,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         self.add_callback(self._guard)
         self.add_callback(PushCallback(self))
         if args.plots:
-            self.add_callback(PlotCallback(self.callback_handler))
+            self.add_callback(PlotCallback)
         if shards_weights(self):
             if not self.step.can_shard:
                 raise ValueError(

@@ -1,7 +1,6 @@
 """Trials compared: training runs with different settings, in tables of mean and spread.
 
-In: a `Comparison`, `Trial`s. Out: Markdown and `table.md`, a plot of what longer training gains in
-`scaling.png`, or successive halving over many trials.
+In: a `Comparison`, `Trial`s, or many for successive halving. Out: Markdown, and `table.md`.
 """
 
 from collections.abc import Sequence
@@ -11,24 +10,19 @@ from pandas import DataFrame, Series
 from scipy.stats import t as student
 
 from ...atomic import write_text
-from ...measure.report import COLOURS, Line, Table, line_figure, save_figure
+from ...measure.report import Table
 from .trials import Comparison, Result, Trial
 
 
 def compare(
     comparison: Comparison, trials: Sequence[Trial], steps: Sequence[int], seeds: int
 ) -> str:
-    """Train each trial for each number of steps and each seed; return the tables.
-
-    They are written to `table.md`, and for several numbers of steps a plot to `scaling.png`.
-    """
+    """Train each trial for each number of steps and each seed; return and write the tables."""
     with comparison.held(trials, steps):
         results = [
             [comparison.result(trial, seed, number) for seed in range(seeds) for trial in trials]
             for number in steps
         ]
-        if len(steps) > 1:
-            plot_scaling([one for part in results for one in part], comparison.settings.output)
         return _write_tables(comparison, results)
 
 
@@ -121,15 +115,3 @@ def _difference(gaps: Series | None) -> str:
     low, high = gaps.mean() - half, gaps.mean() + half
     verdict = ", no measurable difference" if low <= 0 <= high else ""
     return f"{gaps.mean():+.3f} ({low:+.3f} to {high:+.3f}){verdict}"
-
-
-def plot_scaling(results: Sequence[Result], folder: Path) -> None:
-    """Draw the mean τ over the tokens that were read: a line for each trial, a dot for each run."""
-    lines: list[Line] = []
-    for index, (trial, own) in enumerate(_table_of_runs(results).groupby("trial", sort=False)):
-        means = own.groupby("steps")[["num_tokens", "mean"]].mean()
-        colour = COLOURS[index % len(COLOURS)]
-        lines.append(Line("", own["num_tokens"], own["mean"], ".", colour))
-        lines.append(Line(trial, means["num_tokens"], means["mean"], "-", colour))
-    labels = {"xlabel": "tokens read in training", "ylabel": "τ, tokens per target pass"}
-    save_figure(line_figure(lines, xscale="log", **labels), folder / "scaling.png")

@@ -2,14 +2,25 @@
 
 In: held-out rows, and what the unroll predicts for them. Out: metrics by name, defined in
 `docs/use/evaluation.md`. Decoded: the target answers prompts with the drafter, by the tree decoding
-of `generate`. Simulated: chain decoding replayed over the rows' own text, see `replay.py`. Of a
-router also the recall of its active groups, by depth: each position reads the groups that it wants
-itself, so this is the router alone, without what a tree's rows share.
+of `generate`. Simulated: greedy chain decoding replayed over the rows' own text, from one unroll:
+step d of it stands where a chain of depth d stands, so that a chain that starts with the root x3 is
+the diagonal marked *.
+
+    token                 x0    x1    x2    x3    x4    x5    x6    x7
+    label                 -     -     -     x3    x4    x5    x6    x7        trained: 3 … 7
+    position t            0     1     2     3     4     5
+    a step there predicts x2    x3    x4    x5    x6    x7                    by reading x1 … x6
+    step 1                            *                                       x4 after root x3
+    step 2                                  *                                 x5 after x4, f̂¹_3
+    step 3                                        *                           x6 after x5, f̂²_4
+
+On the target's own greedy text these are the rounds of real chain decoding, one by one. On any
+other text a round continues along the text where the target itself would have gone another way.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 
 import torch
@@ -20,19 +31,16 @@ from torch.utils.data import IterableDataset
 
 from ...decoding.settings import TREE_DEFAULTS
 from ...drafters.model import Drafter
-from ...heads.router import Routing
-from ...lm_head import LMHead
 from ...measure.calls import decoded_rounds
 from ...measure.prompts import room_for_prompt
 from ...target import Target
 from ..arguments import CoralTrainingArguments
 from ..data.encoding import IGNORED
-from ..steps import Trained, TrainingStep, Unrolled
-from .replay import replayed_rounds
+from ..steps import TrainingStep, Unrolled
 
-CHUNK = 128  # positions whose logits are held at a time
-TOP = 10  # of the drafter's own choices
-ROUTING = ("router_top_1_recall", f"router_top_{TOP}_recall", "router_mass")
+CHUNK = 256  # rows of logits held at a time
+# a token for each row, (rows, hidden) → (rows,), and the step that predicted it
+Choose = Callable[..., Tensor]
 
 
 class Evaluation:
@@ -48,19 +56,14 @@ class Evaluation:
     def __init__(
         self, step: TrainingStep, drafter: Drafter, target: Target, args: CoralTrainingArguments
     ):
-        self._step, self._drafter, self._target, self._args = step, drafter, target, args
+        self._drafter, self._target, self._args = drafter, target, args
         self._choose = partial(step.choices, drafter)
-        self._has_router = "router" in step.stages and drafter.config.is_router_trained
         self.depth = tree_depth(drafter)  # steps of the unroll that are counted
         self._replayed: list[int] = []  # tokens of each round
-        self._held = torch.zeros(self.depth, len(ROUTING) + 1, dtype=torch.float64)
 
     def add(self, unrolled: Unrolled) -> None:
-        """Count a batch: replay chain decoding, and compare the router's groups."""
-        unrolled = unrolled.first(self.depth)
-        self._replayed += replayed_rounds(self._choose, self._target, unrolled)
-        if self._has_router:
-            self._held += routing_sums(self._step, self._drafter, unrolled.trained())
+        """Replay chain decoding of a batch."""
+        self._replayed += replayed_rounds(self._choose, self._target, unrolled.first(self.depth))
 
     def metrics(self, dataset: Iterable, accelerator: Accelerator) -> dict[str, float]:
         """Compute the metrics, the same in every process; each decodes its share of the prompts.
@@ -75,8 +78,6 @@ class Evaluation:
 
         replayed = summed(count_rounds(self._replayed, self.depth))
         found = {"simulated_acceptance_length": acceptance_length(replayed)}
-        if self._has_router:
-            found |= routing_metrics(summed(self._held))
         if self._args.eval_prompts:
             counts = summed(self._decode(dataset, accelerator))
             found["acceptance_length"] = acceptance_length(counts)
@@ -178,57 +179,83 @@ def acceptance_by_depth(counts: Tensor) -> dict[str, float]:
     }
 
 
+def replayed_rounds(choose: Choose, target: Target, unrolled: Unrolled) -> list[int]:
+    """Count the tokens that each round of greedy chain decoding would emit, row after row.
+
+    Args:
+        choose: the drafter's first choices.
+        target: of the drafter.
+        unrolled: of as many steps as a chain has levels.
+    """
+    found = unrolled.trained()
+    return rounds_of(agreement(choose, target, found.predicted, found.target), unrolled.labels)
+
+
+def rounds_of(agreed: Tensor, labels: Tensor) -> list[int]:
+    """Count the tokens that each round of a greedy chain would emit, row after row.
+
+    Args:
+        agreed: (steps, positions), at trained positions: the first choices of step and target are
+            the same.
+        labels: (batch, length).
+    """
+    is_trained = labels != IGNORED
+    is_trained[:, :2] = False
+    spread = agreed.new_zeros(len(agreed), *is_trained[:, 2:].shape)  # t predicts token t + 2
+    spread[:, is_trained[:, 2:]] = agreed
+    rows = zip(accepted_chains(spread).tolist(), is_trained.tolist(), strict=True)
+    return [tokens for accepted, row in rows for tokens in walk(accepted, row)]
+
+
 @torch.no_grad()
-def routing_sums(step: TrainingStep, drafter: Any, trained: Trained) -> Tensor:
-    """Sum over positions what the active groups hold, by step: (steps, names + 1), on the CPU.
-
-    The last column counts the positions.
+def agreement(choose: Choose, target: Target, predicted: Tensor, features: Tensor) -> Tensor:
+    """Mark where the drafter's first choice is the target's: (steps, positions).
 
     Args:
-        step: of the trainer.
-        drafter: with a router.
-        trained: predictions (steps, positions, hidden) and features (positions, hidden).
+        choose, target: see `replayed_rounds`.
+        predicted: (steps, positions, hidden).
+        features: (positions, hidden), what was to be predicted.
     """
-    sums = torch.zeros(len(trained.predicted), len(ROUTING) + 1, dtype=torch.float64)
-    parts = zip(trained.predicted.split(CHUNK, dim=1), trained.target.split(CHUNK), strict=True)
-    for guessed, true in parts:
-        probs = step.target.head.logits(true).float().softmax(-1)  # (positions, vocab)
-        read = [step.read_head(drafter, one.to(drafter.dtype)) for one in guessed]
-        sums += torch.stack([_held(drafter, *one, probs) for one in read]).cpu()
-    return sums
+    agreed = []
+    for guessed, true in zip(predicted.split(CHUNK, dim=1), features.split(CHUNK), strict=True):
+        best = target.head.logits(true).argmax(-1)  # (rows,)
+        chosen = [choose(one, step=step) for step, one in enumerate(guessed)]
+        agreed.append(torch.stack([one == best for one in chosen]))
+    return torch.cat(agreed, dim=1)
 
 
-def routing_metrics(sums: Tensor) -> dict[str, float]:
-    """Compute shares by name and depth of `routing_sums`, (steps, names + 1)."""
-    shares = (sums[:, :-1] / sums[:, -1:].clamp(min=1)).tolist()
-    return {
-        f"{name}_depth_{depth}": share
-        for depth, step in enumerate(shares, start=1)
-        for name, share in zip(ROUTING, step, strict=True)
-    }
-
-
-def _held(drafter: Any, features: Tensor, head: LMHead, probs: Tensor) -> Tensor:
-    """Sum over positions what the active groups of one step hold: (names + 1,).
+def accepted_chains(agreed: Tensor) -> Tensor:
+    """Count the accepted guesses of each chain, by the position of its first one.
 
     Args:
-        features: (positions, hidden), what the router reads.
-        head: that the drafter reads.
-        probs: (positions, vocab), the target's.
+        agreed: (steps, batch, positions).
+
+    Returns:
+        (batch, positions): at t the leading agreements of step 1 at t, step 2 at t + 1, …
     """
-    assert drafter.heads.router is not None, "only counted for drafters with a router"
-    groups = drafter.heads.router.groups_of(drafter.config.vocab_size)
-    log_mass = drafter.heads.router(features)[None, :, : groups.filled]
-    routing = Routing.from_config(drafter.config).by_node()
-    chosen = routing.choose(log_mass, log_mass.new_zeros(log_mass.shape[:2]))[0]
-    # (positions, groups + 1), the last for slots that read nothing: UNUSED is -1
-    is_active = probs.new_zeros(len(probs), groups.num_groups + 1)
-    is_active.scatter_(1, chosen % is_active.shape[1], 1.0)
-    is_read = is_active[:, groups.group_of().to(probs.device)]
-    # (positions, vocab) of the target, which may have other tokens by now
-    is_read = F.pad(is_read, (0, probs.shape[-1] - groups.vocab_size))
-    own = head.logits(features).topk(min(TOP, probs.shape[-1])).indices
-    first = is_read.gather(1, probs.argmax(-1, keepdim=True))
-    best = is_read.gather(1, own).mean(1)
-    held = [part.double().sum() for part in (first, best, is_read * probs)]
-    return torch.stack([*held, held[0].new_tensor(len(probs))])
+    # step d moves left by d - 1, so that a chain is a column; what moves in is beyond the text
+    columns = [F.pad(one[:, step:], (0, step)) for step, one in enumerate(agreed)]
+    return torch.stack(columns).long().cumprod(0).sum(0)
+
+
+def walk(accepted: list[int], trained: list[bool]) -> Iterator[int]:
+    """Count the tokens of each round of a row, from root to root through each trained stretch.
+
+    The first token of a stretch is that of the prompt's pass; the last round ends with the stretch.
+
+        token       x3    x4    x5    x6    x7        a stretch, 3 … 7
+        round 1     root  ✓     +                     accepted[2] = 1: emits x4 and one more, x5
+        round 2                 root  ✓     ✓         accepted[4] = 3: emits what is left, x6 x7
+
+    Args:
+        accepted: by position t of a chain's first guess, which is of token t + 2.
+        trained: by token.
+    """
+    root = 0
+    while root < len(trained) - 1:
+        if not (trained[root] and trained[root + 1]):
+            root += 1
+            continue
+        emitted = list(takewhile(bool, trained[root + 1 : root + 2 + accepted[root - 1]]))
+        yield len(emitted)
+        root += len(emitted)

@@ -1,8 +1,8 @@
 """Plots of a training run, and a table for each of its evaluations.
 
 In: the entries that a `Trainer` logs (`state.log_history`), or a saved `trainer_state.json`. Out:
-PNG files, and figures in TensorBoard: losses and similarity by step of the unroll, acceptance; on
-the terminal a line for each depth, acceptance beside the losses.
+PNG files: losses and similarity by step of the unroll, acceptance; on the terminal a line for each
+depth, acceptance beside the losses.
 """
 
 import logging
@@ -15,11 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 
 from ...measure.report import COLOURS, Line, draw_lines, line_figure, new_figure, save_figure
-from .acceptance import ROUTING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,14 +38,7 @@ LOSSES = ("regression", "classification", "router")
 
 
 class PlotCallback(TrainerCallback):
-    """Plots a run into its `output_dir` at each evaluation and at its end.
-
-    Args:
-        handler: of the trainer; a TensorBoard callback in it gets the figures of evaluations.
-    """
-
-    def __init__(self, handler):
-        self._handler = handler
+    """Plots a run into its `output_dir` at each evaluation and at its end."""
 
     def on_evaluate(self, args, state, control, **kwargs):
         """See [`~transformers.TrainerCallback.on_evaluate`]."""
@@ -59,10 +50,6 @@ class PlotCallback(TrainerCallback):
                 save_figure(figure, path)
             except OSError as error:  # a training run is worth more than its plot
                 logger.warning("The plot %s could not be written (%s).", path, error)
-            for callback in self._handler.callbacks:
-                # its writer is closed when training has ended
-                if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                    callback.tb_writer.add_figure(name, figure, state.global_step)
 
     on_train_end = on_evaluate
 
@@ -180,11 +167,8 @@ def evaluation_table(log: Entries) -> Table:
     for name, (means, _) in LENGTHS.items():
         if (length := found.get(f"{prefix}_{name}")) is not None:
             parts.append(f"τ {length:.2f} ({means})")
-    shares = {"accepted, where reached": "acceptance"}
-    shares |= {name.replace("_", " "): name for name in ROUTING}
-    columns = {
-        title: _by_depth([found], f"{prefix}_{name}_depth", ".1%") for title, name in shares.items()
-    }
+    shares = _by_depth([found], f"{prefix}_acceptance_depth", ".1%")
+    columns = {"accepted, where reached": shares}
     columns |= {f"{name} loss": _by_depth(log, f"{name}_loss", ".4g") for name in LOSSES}
     columns = {title: column for title, column in columns.items() if column}
     table = Table("depth", *columns, title="; ".join(parts), title_justify="left")

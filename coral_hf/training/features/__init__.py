@@ -4,5 +4,5 @@
 trainer.
 """
 
-from .cache import INDEX, CachedFeatures, delete_features
+from .cache import INDEX, CachedFeatures
 from .writer import plan_features, write_features

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from ...atomic import PARTIAL, WRITER, JsonLines
+from ...atomic import JsonLines
 from ...identity import TOKEN_COLUMNS, file_digest, identify
 from ..data import CoralCollator
 from .reading import TargetFeatures
@@ -101,7 +101,8 @@ class FeatureIndex:
         Raises:
             ValueError: if it has none, or one that cannot be read.
         """
-        _check_is_cache(folder)
+        if not (folder / INDEX).is_file():
+            raise ValueError(f"{folder} holds no {INDEX}, so it is no feature cache.")
         try:
             shards = [Shard(**shard) for shard in JsonLines(folder / SHARDS).read()]
             fields = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -251,36 +252,9 @@ def decode(features: Tensor, scales: Tensor | None = None) -> Tensor:
     return (features.unflatten(-1, (scales.shape[-1], -1)) * scales[..., None]).flatten(-2)
 
 
-def delete_features(folder: str | Path) -> int:
-    """Delete a feature cache, whole or interrupted, and nothing else that lies in its folder.
-
-    Returns:
-        The bytes that are free now.
-
-    Raises:
-        ValueError: if the folder holds no feature cache.
-    """
-    folder = Path(folder)
-    _check_is_cache(folder)
-    # the index last, so that an interrupted deletion can be run again
-    kinds = ("features-*.safetensors", f"{PARTIAL}*-features*", f"{WRITER}.*", SHARDS, INDEX)
-    files = [path for kind in kinds for path in folder.glob(kind)]
-    size = sum(path.stat().st_size for path in files)
-    for path in files:
-        path.unlink()
-    if not any(folder.iterdir()):
-        folder.rmdir()
-    return size
-
-
-def _check_is_cache(folder: Path) -> None:
-    if not (folder / INDEX).is_file():
-        raise ValueError(f"{folder} holds no {INDEX}, so it is no feature cache.")
-
-
 def _damaged(path: Path, what: str) -> ValueError:
     """Make the error for a file of a cache that is not as it was written."""
     return ValueError(
-        f"{path} {what}; delete the cache with `coral-hf features --delete` and write it again"
-        " (`--check` reads every file)."
+        f"{path} {what}; delete the folder and write the features again (`coral-hf features"
+        " --check` reads every file)."
     )

@@ -1,19 +1,10 @@
 """Groups of tokens for a router, as an order of the vocabulary whose equal slices they are.
 
 In: a target and its training rows. Out: (vocab,) token ids, those that pad the vocabulary last.
-Groups are balanced k-means of the LM head's rows, perhaps refined by coactivation, or of like
-frequency. Rows keep their norms, which tell common tokens from rare ones: a router needs them as
-much as directions. Coactivation maximises
-
-    mean over positions of  Σ p(v), v in the best few groups of the position
-    + SIMILARITY × mean over tokens of  (|row|² - |row - centroid of its group|²) / mean |row|²
-
-The first term is the target's mass that a perfect router would read. The second, balanced k-means,
-places the tokens that no position has, and steadies those that few have.
+Groups are of like frequency, or balanced k-means of the LM head's rows. Rows keep their norms,
+which tell common tokens from rare ones: a router needs them as much as directions.
 """
 
-import math
-from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
@@ -25,16 +16,12 @@ from torch import Tensor
 from ...heads.router import Groups
 from ...heads.settings import GROUPINGS
 from ...target import Target, text_config
-from .positions import MAX_TOKENS, TargetTopK, most_frequent_first, read_top_k, token_counts
+from .positions import MAX_TOKENS, most_frequent_first, token_counts
 
 MAX_TURNS = 10
 SETTLED = 0.002  # the share of tokens that may still move
 BATCH_SIZE = 4096
 NUM_PASSES = 2
-# the share of the groups that a position is taken to read
-READ_SHARE = 1 / 16
-# with less of it groups fit the training rows better, and rows of other kinds worse
-SIMILARITY = 2.0
 
 
 def group_order(
@@ -52,10 +39,10 @@ def group_order(
     the first one's.
 
     Args:
-        grouping: "contiguous", "kmeans", "frequency" or "coactivation".
+        grouping: "contiguous", "kmeans" or "frequency".
         target: the target.
         rows: the training rows, as the trainer has them: token ids and labels, or `CachedFeatures`.
-            Only the last two groupings read them.
+            Only the last grouping reads them.
         num_groups: of the router.
         seed: of the order in which rows are read and of k-means.
         num_tokens: of the tokenizer; ids from there on, which pad the vocabulary, come last.
@@ -84,11 +71,7 @@ def group_order(
         order = most_frequent_first(counts[:num_tokens])
     elif target.head.is_readable:
         vectors = target.head.weight[:num_tokens].detach().float().cpu()  # (tokens, hidden)
-        groups = kmeans_groups(vectors, sizes, seed)
-        if grouping == "coactivation":
-            top = read_top_k(target, rows, max_tokens, seed, num_tokens=num_tokens)
-            groups = coactivation_groups(top, vectors, groups, sizes)
-        order = groups.argsort(stable=True)
+        order = kmeans_groups(vectors, sizes, seed).argsort(stable=True)
     else:
         raise ValueError(
             f"The rows of the target's LM head ({type(target.head.module).__name__}) cannot be"
@@ -118,40 +101,13 @@ def kmeans_groups(vectors: Tensor, sizes: Tensor, seed: int = 0) -> Tensor:
     ).fit(vectors.numpy())
     centroids = torch.from_numpy(clustering.cluster_centers_)  # (groups, hidden)
     groups = balanced_groups(similarity(vectors, centroids), sizes)
-    return _settle(groups, sizes, lambda groups: _alike(vectors, groups, sizes))
-
-
-def _settle(groups: Tensor, sizes: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
-    """Score and assign tokens in turns, until few of them move.
-
-    Args:
-        groups: (tokens,), to start from.
-        sizes: (groups,), tokens of each group.
-        score: groups (tokens,) → scores (tokens, groups).
-
-    Returns:
-        (tokens,), int64.
-    """
     for _ in range(MAX_TURNS):
-        before, groups = groups, balanced_groups(score(groups), sizes, groups)
+        sums = torch.zeros_like(centroids).index_add_(0, groups, vectors)
+        before, scores = groups, similarity(vectors, sums / sizes[:, None])
+        groups = balanced_groups(scores, sizes, before)
         if (groups != before).float().mean() <= SETTLED:
             break
     return groups
-
-
-def _alike(vectors: Tensor, groups: Tensor, sizes: Tensor) -> Tensor:
-    """Score vectors by their similarity to the centroid of each group.
-
-    Args:
-        vectors: (tokens, hidden).
-        groups: (tokens,), none of them empty.
-        sizes: (groups,), tokens of each group.
-
-    Returns:
-        (tokens, groups).
-    """
-    sums = vectors.new_zeros(len(sizes), vectors.shape[-1]).index_add_(0, groups, vectors)
-    return similarity(vectors, sums / sizes[:, None])
 
 
 def similarity(vectors: Tensor, centroids: Tensor) -> Tensor:
@@ -212,62 +168,3 @@ def _exchange(columns: Tensor, members: list[Tensor], a: int, b: int) -> None:
     here, there = here[sorted_here.indices], there[sorted_there.indices]
     members[a] = torch.cat([there[:count], here[count:]])
     members[b] = torch.cat([here[:count], there[count:]])
-
-
-def coactivation_groups(top: TargetTopK, vectors: Tensor, groups: Tensor, sizes: Tensor) -> Tensor:
-    """Improve groups in turns: which groups each position reads, then where each token is best.
-
-    Args:
-        top: the target's most probable tokens.
-        vectors: (tokens, hidden), rows of the LM head in fp32.
-        groups: (tokens,), to start from.
-        sizes: (groups,), tokens of each group.
-
-    Returns:
-        (tokens,), int64.
-    """
-    vectors = vectors - vectors.mean(0)
-    weight = SIMILARITY / max(float(vectors.square().sum(-1).mean()), 1e-12)
-
-    def score(groups: Tensor) -> Tensor:  # (tokens,) → (tokens, groups)
-        alike = _alike(vectors, groups, sizes)
-        return gain(top, read_groups(top, groups, len(sizes)), alike.shape) + weight * alike
-
-    return _settle(groups, sizes, score)
-
-
-def read_groups(top: TargetTopK, groups: Tensor, num_groups: int) -> Tensor:
-    """Find the groups with most of each position's mass.
-
-    Args:
-        top: the target's most probable tokens.
-        groups: (tokens,).
-        num_groups: of which a share is read.
-
-    Returns:
-        (positions, groups that are read).
-    """
-    mass = top.probs.new_zeros(len(top.probs), num_groups)
-    mass.scatter_add_(1, groups[top.tokens], top.probs)
-    return mass.topk(math.ceil(num_groups * READ_SHARE), dim=-1).indices
-
-
-def gain(top: TargetTopK, read: Tensor, shape: torch.Size) -> Tensor:
-    """Sum the mass of each token over the positions that read each group.
-
-    It is a share of all positions, times tokens: its mean over tokens is the mean over positions.
-
-    Args:
-        top: the target's most probable tokens.
-        read: (positions, groups that are read).
-        shape: tokens and groups.
-
-    Returns:
-        (tokens, groups).
-    """
-    num_tokens, num_groups = shape
-    found = torch.zeros(num_tokens * num_groups, dtype=torch.float64)
-    for slot in read.T:
-        cells = top.tokens * num_groups + slot[:, None]  # (positions, top_k)
-        found += torch.bincount(cells.flatten(), top.probs.flatten().double(), len(found))
-    return (found * (num_tokens / len(read))).float().view(shape)

@@ -1,8 +1,7 @@
-"""The target's features and most probable tokens at trained positions, and counts of tokens.
+"""The target's features at trained positions, and counts of tokens.
 
-In: a target, training rows or a feature cache. Out: its features there, or its most probable tokens
-and the expected count of every token, in work that is bounded by a number of positions; how often
-each token is trained.
+In: a target, training rows or a feature cache. Out: its features there, or the expected count of
+every token, in work that is bounded by a number of positions; how often each token is trained.
 
     position   0    1    2    3    4
     token      x0   x1   x2   x3   x4
@@ -12,14 +11,13 @@ each token is trained.
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as arrow
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ...lm_head import execution_device
@@ -29,59 +27,11 @@ from ..data.encoding import IGNORED
 from ..features import CachedFeatures
 from ..features.reading import TargetFeatures
 
-# in what these leave out, a real target's tokens are too improbable to be drafted
-TOP_K = 64
 # rows of target logits held at a time
 CHUNK_SIZE = 128
 # on a target of 32k tokens 10k positions made groups as good as 100k did
 MAX_TOKENS = 50_000
 NO_TOKEN = "`rows` have no trained token; check the chat template and the data."
-
-
-class TargetTopK(NamedTuple):
-    """A target's most probable tokens at some positions, on the CPU."""
-
-    tokens: Tensor  # (positions, top_k), int64, the most probable first
-    probs: Tensor  # (positions, top_k), fp32
-    counts: Tensor  # (num_tokens,), fp64, probabilities of all tokens summed over positions
-
-
-@torch.no_grad()
-def read_top_k(
-    target: Target,
-    rows: Any,
-    max_tokens: int,
-    seed: int = 0,
-    top_k: int = TOP_K,
-    num_tokens: int | None = None,
-) -> TargetTopK:
-    """Read a target's most probable tokens at up to `max_tokens` trained positions of its rows.
-
-    Ids from `num_tokens` on, which pad the vocabulary, are left out.
-
-    Raises:
-        ValueError: if there are no rows, or if none of their tokens is trained.
-    """
-    num_tokens = num_tokens or text_config(target.model).vocab_size
-    counts = torch.zeros(num_tokens, dtype=torch.float64)
-    # allocated once: small tensors kept between large ones that come and go fragment the heap
-    shape = (max_tokens, min(top_k, num_tokens))
-    tokens, probs, read = torch.empty(shape, dtype=torch.int64), torch.empty(shape), 0
-    with tqdm(total=max_tokens, unit="token", desc="Reading the target") as progress:
-        for features in trained_features(target, rows, max_tokens, seed):
-            for chunk in features.split(CHUNK_SIZE):
-                all_probs = target.head.logits(chunk).float().softmax(-1)  # (chunk, vocab)
-                all_probs = all_probs[:, :num_tokens]
-                best = all_probs.topk(shape[1], dim=-1)
-                own = slice(read, read + len(chunk))
-                tokens[own], probs[own] = best.indices, best.values
-                counts += all_probs.sum(0).cpu()
-                read += len(chunk)
-                progress.update(len(chunk))
-        progress.total = progress.n
-    if not read:
-        raise ValueError(NO_TOKEN)
-    return TargetTopK(tokens[:read], probs[:read], counts)
 
 
 def trained_features(
@@ -121,6 +71,7 @@ def trained_features(
             left -= int(trained.sum())
 
 
+@torch.no_grad()
 def token_counts(
     target: Target,
     rows: Any,
@@ -146,8 +97,19 @@ def token_counts(
     Raises:
         ValueError: if there are no rows, or if none of their tokens is trained.
     """
-    counts = read_top_k(target, rows, max_tokens, seed, top_k=1, num_tokens=num_tokens).counts
-    return F.pad(counts, (0, text_config(target.model).vocab_size - len(counts)))
+    vocab_size = text_config(target.model).vocab_size
+    counts = torch.zeros(vocab_size, dtype=torch.float64)
+    own = slice(num_tokens or vocab_size)
+    with tqdm(total=max_tokens, unit="token", desc="Reading the target") as progress:
+        for features in trained_features(target, rows, max_tokens, seed):
+            for chunk in features.split(CHUNK_SIZE):
+                probs = target.head.logits(chunk).float().softmax(-1)  # (chunk, vocab)
+                counts[own] += probs[:, own].sum(0).cpu()
+                progress.update(len(chunk))
+        progress.total = progress.n
+    if not counts.any():
+        raise ValueError(NO_TOKEN)
+    return counts
 
 
 def label_counts(rows: Any, vocab_size: int) -> Tensor:

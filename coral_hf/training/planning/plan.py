@@ -23,7 +23,7 @@ from ..arguments import CoralTrainingArguments
 from ..data import load_conversations
 from ..features import INDEX, CachedFeatures, plan_features
 from ..features.cache import FORMAT_BYTES
-from ..inputs import trained_rows
+from ..inputs import token_rows
 from ..steps import kind_of_recipe, step_kind
 from . import PlanSettings
 from .memory import RunShape, StepMemory, step_memory
@@ -134,7 +134,7 @@ def _read_rows(dataset: Any, tokenizer: Any, args: CoralTrainingArguments, text:
         raise ValueError(f"`dataset` is a stream; plan with a part of it, {remedy}.")
     if isinstance(dataset, CachedFeatures):
         return dataset
-    return trained_rows(dataset, tokenizer, args, text).with_format(None)
+    return token_rows(dataset, tokenizer, args, text, may_join=True).with_format(None)
 
 
 def _plan_stage(shape: RunShape, rows: Any, lengths: np.ndarray, tokenizer: Tokenizer) -> StagePlan:

@@ -19,6 +19,7 @@ from ...lm_head import LMHead
 from ...target import FEATURE, Target
 from ..arguments import CoralTrainingArguments
 from ..features.reading import TargetFeatures
+from ..grouping import group_order
 from ..losses import router_loss
 from ..losses.liger_loss import LigerChunkLoss
 from ..losses.token_loss import (
@@ -30,7 +31,15 @@ from ..losses.token_loss import (
     TorchChunkLoss,
     token_loss,
 )
-from ..stages import add_heads, follow_vocabulary, freeze_others, is_adapted
+from ..stages import (
+    HEAD_OF,
+    check_head_settings,
+    default_groups,
+    default_rank,
+    follow_vocabulary,
+    freeze_others,
+    is_adapted,
+)
 from .objectives import Losses, Trained, Unrolled, alignment, by_step, step_similarity
 from .unroll import unroll
 
@@ -106,8 +115,25 @@ class TrainingStep:
         follow_vocabulary(drafter, self.target.model, self.args.stage)
 
     def complete(self, drafter: Any, rows: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Make what a drafter without an adapter lacks for its stage; see `prepare`."""
-        add_heads(drafter, self.args, self.target, rows, tokenizer)
+        """Make what a drafter without an adapter lacks for its stage; see `prepare`.
+
+        Here it is the draft head that the stage trains, where there is none to be trained further.
+        Groupings are counted from the rows; ids beyond the tokenizer's tokens pad the vocabulary.
+        """
+        args, config = self.args, drafter.config
+        check_head_settings(drafter, args)
+        head, size = HEAD_OF.get(args.stage), config.vocab_size
+        if head == "router" and drafter.heads.router is None:
+            number, grouping = args.num_groups or default_groups(size), args.grouping or "kmeans"
+            num_tokens = None if tokenizer is None else min(len(tokenizer), size)
+            order = group_order(grouping, self.target, rows, number, args.seed, num_tokens)
+            if order is not None:  # a target may have tokens that the drafter's own head has not
+                order = order[order < size]
+            active = args.num_active_groups or max(number // 8, 1)
+            drafter.heads.add_router(number, active, order, grouping)
+        if head == "low_rank" and drafter.heads.low_rank is None:
+            rank = args.head_rank or default_rank(config.hidden_size)
+            drafter.heads.add_low_rank_head(rank, self.target.head)
 
     def unroll(self, model: nn.Module, batch: Batch, num_steps: int) -> Unrolled:
         """Predict what follows each pair of (next token, feature), `num_steps` times.
