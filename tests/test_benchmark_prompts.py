@@ -112,7 +112,7 @@ def test_a_text_without_documents_is_a_prompt_a_line(tmp_path, caplog):
         path.write_text(between.join(lines), encoding="utf-8-sig")  # as some editors do
         prompts = read_prompts(path)
         assert [prompt.messages[0]["content"] for prompt in prompts] == lines
-    assert caplog.messages == [f"40 prompts from {path}, one a line."] * 2
+    assert caplog.messages == [f"40 of 40 prompts from {path}, one a line."] * 2
 
 
 def test_what_is_left_out_of_a_file_is_said(tmp_path, caplog):

@@ -225,7 +225,7 @@ def test_the_command_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("coral_hf.cli.measure.find_spec", lambda name: None)
     result = invoke("playground")
-    assert result.exit_code == 1 and "this package as coral_hf[playground]" in printed(result)
+    assert result.exit_code == 1 and "or coral_hf[playground]" in printed(result)
     monkeypatch.setattr("coral_hf.cli.measure.find_spec", lambda name: True)
     result = invoke("playground")
     assert result.exit_code == 1 and "run `coral-hf demo` here first" in printed(result)

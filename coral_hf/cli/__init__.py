@@ -43,9 +43,7 @@ def main(words: Sequence[str] | None = None) -> None:
         epilog=overview(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--traceback", action="store_true", help="show where in the code an error was raised"
-    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     typed = parser.parse_args(words)

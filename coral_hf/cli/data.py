@@ -24,9 +24,7 @@ class DataOptions(ChatOptions, DatasetOptions):
     target: str = option("The target or its tokenizer alone: a folder or a Hub id.")
     row: int = option("The first row shown, from 0; -1 is the last.", 0)
     limit: int = option("Rows shown.", 1, least=1)
-    max_length: int | None = option(
-        "Cut rows as training would; 2048 is checked by default.", None, least=1
-    )
+    max_length: int | None = option("Cut rows here; `check` does at 2048.", None, least=1)
     num_proc: int | None = option("Processes that check; by default one a core.", None, least=1)
     json: bool = option("Print JSON: a line a training row, or the whole check.", False)
 
@@ -88,9 +86,7 @@ class FeaturesOptions(TargetOptions, DatasetOptions):
     packing: bool = option("Put several conversations in each row.", False)
     share_prompts: bool = option("Put answers with the same prompt in one row.", True)
     recipe: str = option("'eagle3' and 'parallel' read inner layers too.", "coral")
-    start: str | None = option(
-        "The drafter from which training will start.", None, flag="from", excludes="recipe"
-    )
+    start: str | None = option("A drafter to be trained.", None, flag="from", excludes="recipe")
     format: Literal["bfloat16", "int8"] = option("'int8' takes half the space.", "bfloat16")
     batch_size: int = option("Rows that are read at once.", 8, least=1)
     shard_megabytes: int = option("Size of a file, about.", 1000, least=1)
@@ -154,9 +150,7 @@ class RegenerateOptions(TargetOptions, DatasetOptions):
     output: Path = option("JSONL file of the answers.")
     limit: int | None = option("Only the first rows.", None, least=1)
     drafter: str | None = option("A drafter of the target, to be faster.", None)
-    endpoint: str | None = option(
-        "URL of a server that holds the target, with OpenAI's API.", None, excludes="drafter dtype"
-    )
+    endpoint: str | None = option("URL with OpenAI's API.", None, excludes="drafter dtype")
     endpoint_model: str | None = option("The target's name there.", None, needs="endpoint")
 
 

@@ -77,10 +77,7 @@ class PlaygroundOptions(TargetOptions):
     def fill(self) -> None:
         """Choose the demo's models where none are named, and check what loading would hide."""
         if find_spec("gradio") is None:
-            raise ValueError(
-                "The page is made with Gradio, which is not installed: pip install gradio, or this"
-                " package as coral_hf[playground]."
-            )
+            raise ValueError("Gradio is not here: pip install gradio, or coral_hf[playground].")
         if not self.target:
             demo = DemoSettings()
             self.target = str(demo.output / "target")
@@ -93,7 +90,9 @@ class PlaygroundOptions(TargetOptions):
                 )
         if self.port is not None:
             try:
-                socket.create_server(("127.0.0.1", self.port)).close()
+                with socket.socket() as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(("127.0.0.1", self.port))
             except (OSError, OverflowError) as error:
                 remedy = "give another with --port, or leave it out"
                 raise ValueError(f"Port {self.port} cannot be used ({error}); {remedy}.") from error

@@ -23,9 +23,7 @@ class ChatOptions:
 
     target: str = option("The target: a folder or a Hub id.")
     chat_template: str | None = option("Another chat template: a file, or its text.", None)
-    chat_template_kwargs: str | None = option(
-        """Its options: '{"enable_thinking": false}'.""", None
-    )
+    chat_template_kwargs: str | None = option("Its options, as a JSON object.", None)
 
     def load_tokenizer(self):
         """Return the target's tokenizer, with the chat template and the options that were given."""
@@ -139,9 +137,7 @@ class TrainingDataOptions(DatasetOptions):
 class PromptOptions:
     """Files of prompts."""
 
-    prompts: list[Path] = option(
-        "MT-bench, HumanEval, GSM8K, Spec-Bench, messages, or text: a prompt a line."
-    )
+    prompts: list[Path] = option("MT-bench, HumanEval, GSM8K, Spec-Bench, messages, or text.")
     limit: int | None = option("Prompts of each file at most.", None, least=1)
     last: int | None = option("Only the last rows of each file.", None, least=1)
     user_turn: int = option("Which user turn of a dialogue is answered; -1 is the last.", -1)

@@ -47,13 +47,7 @@ class ImportOptions(TargetOptions):
 def import_(own: ImportOptions) -> None:
     """Turn a checkpoint of EAGLE-1, 2, 3, HASS, Medusa or a Recurrent Drafter into a drafter."""
     from ..atomic import new_folder
-    from ..checkpoints import (
-        DRAFTER_FILES,
-        check_output,
-        config_folder,
-        import_drafter,
-        read_shape,
-    )
+    from ..checkpoints import DRAFTER_FILES, check_output, config_folder, import_drafter, read_shape
 
     place = (own.output, own.overwrite, DRAFTER_FILES, (own.source, own.target))
     check_output(*place)
@@ -73,9 +67,7 @@ class ExportOptions(DatasetOptions):
     """The drafter, and how it is written."""
 
     drafter: str = option("The drafter: a folder or a Hub id.", positional=True)
-    to: Literal["vllm", "sglang", "eagle", "medusa", "redrafter"] = option(
-        "The program that reads it."
-    )
+    to: Literal["vllm", "sglang", "eagle", "medusa", "redrafter"] = option("What reads it.")
     output: Path = option("A new or an empty folder.")
     target: str | None = option("The target, whose embeddings are then copied or compared.", None)
     dtype: DTYPES = option("Precision that is written; the drafter's own by default.", "auto")
@@ -97,8 +89,7 @@ def export(own: ExportOptions) -> None:
     sources = (own.drafter, own.target)
     check_output(own.output, own.overwrite, export_files(own.to), sources)
     check_drafter(own.drafter)
-    target, hot_tokens = None, None
-    drafter = AutoModel.from_pretrained(own.drafter, dtype="auto")
+    drafter, target, hot_tokens = AutoModel.from_pretrained(own.drafter, dtype="auto"), None, None
     if own.target is not None:
         target, tokenizer = TargetOptions(target=own.target).load_target()
         drafter = drafter.to(target.device)

@@ -33,9 +33,7 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
     stage: list[STAGES] = option("One after the other; default: drafter, and its router.", [])
     fresh_head: bool = option("Replace the drafter's own heads.", False, needs="start")
     router_epochs: float | None = option(
-        "Epochs of the router's stage, or 0. Default: 0.2, and 0 for a vocabulary of fewer than"
-        f" {LEAST_VOCAB} tokens and for a drafter with an LM head of its own.",
-        None,
+        f"Of the router. Default: 0.2; 0 below {LEAST_VOCAB} tokens or with an own LM head.", None
     )
     resume: bool = option("Continue from the last checkpoint.", False)
     kind: Any = None  # the training step of the drafter's family, once `arguments` has chosen it
@@ -203,13 +201,9 @@ class DistillOptions(TargetOptions, TrainingDataOptions):
 
     output: Path = option("Folder of the finished model.")
     loss: LOSSES = option("On the tokens (ce), or on the target's probabilities.", "kl")
-    start: str | None = option(
-        "A small model with the target's tokenizer, to start from.", None, flag="from"
-    )
+    start: str | None = option("A small model to start from.", None, flag="from")
     layers: int = option("Layers of a fresh one.", 4, least=1, excludes="start")
-    hidden_size: int | None = option(
-        "Its width; by default half of the target's, to 1024.", None, least=2, excludes="start"
-    )
+    hidden_size: int | None = option("Its width; default: half.", None, least=2, excludes="start")
     resume: bool = option("Continue from the last checkpoint.", False)
 
     def load_assistant(self) -> tuple:

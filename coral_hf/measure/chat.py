@@ -64,15 +64,10 @@ def read_template(template: str | Path) -> str:
 def read_options(options: Mapping[str, Any] | str) -> dict[str, Any]:
     """Return options of a template, from JSON if they are text."""
     try:
-        found = json.loads(options) if isinstance(options, str) else options
-    except json.JSONDecodeError:
-        found = None
-    if not isinstance(found, Mapping):
-        raise ValueError(
-            f"`chat_template_kwargs` is {options!r}; give an object, such as"
-            ' {"enable_thinking": false}.'
-        )
-    return dict(found)
+        return {**(json.loads(options) if isinstance(options, str) else options)}
+    except (ValueError, TypeError) as error:
+        example = '{"enable_thinking": false}'
+        raise ValueError(f"`{OPTIONS}` is {options!r}; give an object: {example}.") from error
 
 
 def chat_options(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -89,13 +84,10 @@ def keep_chat_options(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConf
 
 def restore_chat_options(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
     """Render chats as those that a drafter was trained on, but for options that are set already."""
-    kept = {name: getattr(config, name, None) for name in ("chat_template", OPTIONS)}
-    has_template, has_options = GIVEN in tokenizer.init_kwargs, OPTIONS in tokenizer.init_kwargs
-    set_chat_options(
-        tokenizer,
-        None if has_template else kept["chat_template"],
-        None if has_options else kept[OPTIONS],
-    )
+    given = tokenizer.init_kwargs
+    template = None if GIVEN in given else getattr(config, "chat_template", None)
+    options = None if OPTIONS in given else getattr(config, OPTIONS, None)
+    set_chat_options(tokenizer, template, options)
 
 
 def render(

@@ -25,7 +25,6 @@ from .chat import render
 logger = logging.getLogger(__name__)
 
 Message = dict[str, str]
-Row = dict[str, Any]
 
 # Spec-Bench counts MT-bench's eight categories, the rows of two turns, as one of its six tasks
 SPEC_BENCH_TASKS = ("translation", "summarization", "qa", "math_reasoning", "rag")
@@ -86,21 +85,18 @@ def read_prompts(
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error}.") from error
     if not prompts:
-        raise ValueError(
-            f"`path` is {path}, which holds no prompt{left_out}; give a file with one or more."
-        )
+        raise ValueError(f"`path` is {path}, which holds no prompt{left_out}; give another.")
     first = 0 if last is None else max(len(prompts) - last, 0)
     chosen = prompts[first:][:limit]
     said = {one.id: one.text or str(one.messages[-1]["content"]) for one in chosen}
     if empty := [name for name, text in said.items() if not text.strip()]:
         raise ValueError(f"Prompts {', '.join(empty)} of {path} are empty; fill or remove them.")
-    part = f"{len(chosen)} of {len(prompts)}" if len(chosen) < len(prompts) else f"{len(prompts)}"
-    noun = "prompt" if len(prompts) == 1 else "prompts"
-    logger.info("%s %s from %s, %s%s.", part, noun, path, form, left_out)
+    counts = len(chosen), len(prompts)
+    logger.info("%d of %d prompts from %s, %s%s.", *counts, path, form, left_out)
     return chosen
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the JSON objects of a `.jsonl` or `.jsonl.gz` file, one a line.
 
     Raises:
@@ -121,12 +117,14 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def prompt_from_row(row: Row, index: int, path: Path, user_turn: int = -1) -> Prompt:
+def prompt_from_row(row: dict[str, Any], index: int, path: Path, user_turn: int = -1) -> Prompt:
     """Make a prompt of a row, whose format follows from the field that holds the question."""
     if "turns" in row:
         first, *later = row["turns"]
+        task = "mt_bench" if len(later) == 1 else file_task(path)
+        task = row["category"] if row.get("category") in SPEC_BENCH_TASKS else task
         id_ = str(row.get("question_id", index))
-        return Prompt(question_task(row, path), id_, (user_message(first),), turns=tuple(later))
+        return Prompt(task, id_, (user_message(first),), turns=tuple(later))
     if "messages" in row:
         asked = tuple(asked_messages(row["messages"], user_turn))
         return Prompt(file_task(path), str(row.get("id", index)), asked)
@@ -134,17 +132,8 @@ def prompt_from_row(row: Row, index: int, path: Path, user_turn: int = -1) -> Pr
         return Prompt("humaneval", row["task_id"], (user_message(row["prompt"]),))
     if "question" in row:
         return Prompt("gsm8k", str(index), (user_message(row["question"]),))
-    raise ValueError(
-        f"row {index} of {path.name} has the fields {sorted(row)}; expected `turns`, `messages`, "
-        "`task_id` with `prompt`, or `question`."
-    )
-
-
-def question_task(row: Row, path: Path) -> str:
-    """Return Spec-Bench's task of a row with `turns`; the file's name for other benchmarks."""
-    if row.get("category") in SPEC_BENCH_TASKS:
-        return row["category"]
-    return "mt_bench" if len(row["turns"]) == 2 else file_task(path)
+    known = "`turns`, `messages`, `task_id` with `prompt`, or `question`"
+    raise ValueError(f"row {index} of {path.name} has the fields {sorted(row)}; expected {known}.")
 
 
 def file_task(path: Path) -> str:
@@ -247,9 +236,7 @@ def encode_said(
 
 
 def left_padded(
-    prompts: Sequence[Sequence[int] | Tensor],
-    pad_token: int,
-    device: torch.device | None = None,
+    prompts: Sequence[Sequence[int] | Tensor], pad_token: int, device: torch.device | None = None
 ) -> dict[str, Tensor]:
     """Make `input_ids` and `attention_mask`, (batch, longest), of prompts, each (length,)."""
     rows = [torch.as_tensor(prompt) for prompt in prompts]

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import re
-import resource
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -77,8 +76,7 @@ def describe_environment(
     drafter: PreTrainedModel | None = None,
     assistant: PreTrainedModel | None = None,
 ) -> SimpleNamespace:
-    """Describe the machine, the libraries and the models, after all calls for the memory peak."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Describe the machine, the libraries and the models."""
     libraries = {name: version(name) for name in ("coral_hf", "transformers", "torch")}
     return SimpleNamespace(
         hardware=hardware_name(target.device),
@@ -94,8 +92,6 @@ def describe_environment(
         num_drafter_parameters=drafter and drafter.num_parameters(),
         drafter_digest=drafter and weights_digest(drafter),
         assistant=assistant and model_name(assistant),
-        # of main memory, all models and methods together
-        process_peak_mebibytes=peak // (2**20 if sys.platform == "darwin" else 2**10),
         command=command_line(),
     )
 

@@ -88,9 +88,7 @@ class BenchmarkSettings(DraftingSettings):
     warmup: int = option("Untimed calls of each method before them.", 1, least=0)
     seed: int = option("Seed of sampling; repeat r draws with seed + r.", 0)
     max_turns: int = option("User turns; each follows the target's own answer.", 1, least=1)
-    speculation: Literal["always", "adaptive"] = option(
-        "'always' drafts in every round, 'adaptive' where it pays.", "always"
-    )
+    speculation: Literal["always", "adaptive"] = option("Draft always, or where it pays.", "always")
     prompt_lookup_tokens: int = option("Longest draft of 'prompt_lookup'.", 10, least=1)
 
     def __post_init__(self) -> None:
