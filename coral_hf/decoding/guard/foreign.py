@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch.nn.modules import module as torch_module
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from ...target import all_modules, text_config
-from ..preparation.needs import PREPARE, UPDATE
+from ...target import all_modules
 from .entries import TABLES, Finding, Findings, finding
 from .trial import Verdict, small_copy, try_target
 
@@ -65,31 +63,6 @@ def foreign_findings(model: PreTrainedModel, rows: int = 0) -> Findings:
     if rows and (hooks := foreign_hooks(model)):
         lengths = tuple(11 - row % 8 for row in range(rows))
         yield _tried(model, "hooks", _name(hooks[0]), tuple(hooks), [(3,) * rows, lengths])
-
-
-def state_of(model: PreTrainedModel) -> tuple | None:
-    """What a target is now, as far as a judgement looks at it: a key by which a change is noticed.
-
-    Two walks over its modules take a fraction of what judging takes.
-
-    Returns:
-        None where others have put forward hooks or methods of their own on it, or where its weights
-            are of another kind than torch's: these may change without a trace.
-    """
-    modules, own = list(all_modules(model)), vars(model)
-    weights = {type(weight) for one in modules for weight in one._parameters.values()}
-    replaced = [vars(one)["forward"] for one in modules if "forward" in vars(one)]
-    is_foreign = any(root_of(one) not in LIBRARIES for one in (*forward_hooks(model), *replaced))
-    if is_foreign or PREPARE in own or UPDATE in own or weights - {torch.nn.Parameter, type(None)}:
-        return None
-    configs = {id(config): config for config in (model.config, text_config(model))}
-    attention = ALL_ATTENTION_FUNCTIONS.get(model.config._attn_implementation)
-    return tuple(map(type, modules)), tuple(map(_fields, configs.values())), attention
-
-
-def _fields(config: PreTrainedConfig) -> str:
-    """What a config says, without configs in it; as text, since a value may change in its place."""
-    return repr({n: v for n, v in vars(config).items() if not isinstance(v, PreTrainedConfig)})
 
 
 def has_foreign_attention(model: PreTrainedModel) -> bool:

@@ -6,7 +6,6 @@ is refused.
 
 from collections.abc import Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule
@@ -24,14 +23,11 @@ from ...target import (
 )
 from ..preparation.needs import preparation_findings, rotary_types
 from .entries import REFUSED, TABLES, Findings, Judgement, finding, judge
-from .foreign import foreign_findings, foreign_hooks, has_foreign_attention, state_of
+from .foreign import foreign_findings, foreign_hooks, has_foreign_attention
 
 logger = logging.get_logger(__name__)
 
 LINEAR = "LinearAttentionLayer"
-
-# of each target, the state that was judged last
-_judged: WeakKeyDictionary[PreTrainedModel, tuple[tuple | None, Judgement]] = WeakKeyDictionary()
 
 
 def judge_target(model: PreTrainedModel, rows: int = 0) -> Judgement:
@@ -41,19 +37,8 @@ def judge_target(model: PreTrainedModel, rows: int = 0) -> Judgement:
         model: any model of transformers, or one in a `PeftModel`.
         rows: of the call that is to be drafted for, if any; what hangs on a target may count them.
     """
-    adapters = judge(_adapters(model))
+    found = judge(_adapters(model))
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    state = state_of(model)
-    known = _judged.get(model)
-    if state is None or known is None or known[0] != state:
-        known = state, _judge_itself(model, rows)
-        if state is not None:
-            _judged[model] = known
-    return adapters & known[1]
-
-
-def _judge_itself(model: PreTrainedModel, rows: int) -> Judgement:
-    found = Judgement()
     for findings in (_structure(model), _layers(model)):
         found &= judge(findings)
         if found.way == REFUSED:  # the rest may not be there to look at
