@@ -43,6 +43,7 @@ def test_numbers_are_those_of_the_rows_that_training_reads(num_proc):
     assert why.startswith("`messages` has no turns") and found["unread_rows"][why] == 3
     first = {one["reason"].split(",")[0]: one["row"] for one in reversed(found["strangest"])}
     assert first["most tokens"] == 1 and first["shortest answer"] == 4
+    assert {type(one["row"]) for one in found["strangest"]} == {int}
     assert json.loads(json.dumps(found))["lengths"]["longest"] == 64
     assert "not read   1 rows" in str(found)
 

@@ -30,6 +30,7 @@ SMALL = {  # sizes that a test can run; no machine of the tests has a GPU in bf1
     "200": "1",
 }
 ALSO = {
+    "generate": ["--max-new-tokens", "8"],
     "plan": ["--use_cpu", "True"],
     "train": ["--use_cpu", "True"],
     "verify": ["--samples", "100", "--max-new-tokens", "8"],

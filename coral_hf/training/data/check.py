@@ -132,8 +132,8 @@ def _strangest(parts: DataFrame) -> list[dict[str, Any]]:
     for name, is_most, reason in STRANGE:
         known = parts.dropna(subset=name)  # what was not measured of a row is null
         first = known.nlargest(NUM_STRANGE, name) if is_most else known.nsmallest(NUM_STRANGE, name)
-        columns = {"row": [*first.row], "reason": reason, "value": [*first[name]]}
-        ranked.append(DataFrame(columns))
+        first = first.reset_index(drop=True)
+        ranked.append(DataFrame({"row": first.row, "reason": reason, "value": first[name]}))
     in_turn = concat(ranked).sort_index(kind="stable").drop_duplicates("row")
     return in_turn.head(NUM_STRANGE).to_dict("records")
 
