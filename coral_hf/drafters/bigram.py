@@ -10,7 +10,7 @@ drafter's and cost next to nothing. What it reaches, a learned drafter has to be
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -55,15 +55,26 @@ class BigramDrafter(PreTrainedModel):
     config: BigramConfig
     base_model_prefix = "model"
     successors: Tensor  # (vocab, top_k), distinct in each row
-    log_probs: nn.Parameter  # (vocab, top_k)
+    log_probs: Tensor  # (vocab, top_k)
 
     def __init__(self, config: BigramConfig):
         super().__init__(config)
         shape = config.vocab_size, config.top_k
         self.register_buffer("successors", torch.zeros(shape, dtype=torch.long))
-        # a parameter, of which transformers asks for device and dtype
-        self.log_probs = nn.Parameter(torch.zeros(shape), requires_grad=False)
+        self.register_buffer("log_probs", torch.zeros(shape))
         self.post_init()
+
+    # a table has no parameters, of which transformers asks these two
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the table."""
+        return self.log_probs.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the log-probabilities."""
+        return self.log_probs.dtype
 
     @classmethod
     def from_texts(
