@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from coral_hf.heads.router import Router
+from coral_hf.heads.router import Groups, Router
 from coral_hf.lm_head import LMHead
 
 NODES, HIDDEN = 3, 16
@@ -32,3 +32,11 @@ def make_level(batch: int = 1, nodes: int = NODES) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(batch, nodes, HIDDEN, generator=generator, dtype=torch.float64)
     return features, -torch.rand(batch, nodes, generator=generator)
+
+
+def group_of(groups: Groups) -> Tensor:
+    """The group of each token id, of shape (vocab,)."""
+    places = torch.arange(groups.vocab_size)
+    found = torch.empty_like(places)
+    found[places if groups.order is None else groups.order] = places // groups.size
+    return found

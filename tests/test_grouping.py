@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import VOCAB, tiny_target
 from datasets import Dataset
-from head_inputs import SPLITS
+from head_inputs import SPLITS, group_of
 
 from coral_hf.heads.router import Groups, check_order
 from coral_hf.target import Target, read_target
@@ -119,7 +119,7 @@ def test_groups_by_similarity_need_a_readable_head(rows):
 @pytest.mark.parametrize(("num_tokens", "num_groups"), SPLITS)
 def test_balanced_groups_have_the_sizes_that_were_asked_for(num_tokens, num_groups):
     groups = Groups(num_tokens, num_groups)
-    sizes = torch.bincount(groups.group_of(), minlength=groups.filled)
+    sizes = torch.bincount(group_of(groups), minlength=groups.filled)
     scores = torch.randn(num_tokens, groups.filled, generator=torch.Generator().manual_seed(0))
     found = balanced_groups(scores, sizes)
     assert torch.bincount(found, minlength=groups.filled).tolist() == sizes.tolist()

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from head_inputs import HIDDEN, SPLITS, make_head, make_level, make_order, make_router
+from head_inputs import (
+    HIDDEN,
+    SPLITS,
+    group_of,
+    make_head,
+    make_level,
+    make_order,
+    make_router,
+)
 from torch import Tensor
 
 from coral_hf.heads.draft_heads import FullHead, RoutedHead
@@ -18,7 +26,7 @@ def routed(head: LMHead, router: Router, num_active: int, name="shared", **limit
 def confidence_by_hand(head: LMHead, router: Router, features: Tensor, groups: list[int]) -> Tensor:
     """Mass of `groups` × probability among their tokens; 0 for all other tokens."""
     logits, mass = head.logits(features), router(features).exp()
-    is_read = torch.isin(router.groups_of(logits.shape[-1]).group_of(), torch.tensor(groups))
+    is_read = torch.isin(group_of(router.groups_of(logits.shape[-1])), torch.tensor(groups))
     confidence = torch.zeros_like(logits)
     total = mass[..., groups].sum(-1, keepdim=True)
     confidence[..., is_read] = total * logits[..., is_read].softmax(-1)
@@ -102,8 +110,8 @@ def test_logits_are_the_targets_in_the_active_groups_and_impossible_elsewhere(
     draft_head = routed(head, router, 2, routing, active_mass=active_mass)
     logits = draft_head.logits(features, log_path)
     active = draft_head.routing.choose(router(features), log_path).expand(-1, 3, -1)
-    group_of = router.groups_of(50).group_of()
-    is_read = (active[..., None] == group_of).any(2)  # (batch, nodes, vocab)
+    groups = group_of(router.groups_of(50))
+    is_read = (active[..., None] == groups).any(2)  # (batch, nodes, vocab)
     assert logits.isfinite().equal(is_read)
     torch.testing.assert_close(logits[is_read], head.logits(features)[is_read].float())
 

@@ -49,14 +49,6 @@ class Groups(NamedTuple):
         padded = F.pad(probs, (0, self.size * self.num_groups - probs.shape[-1]))
         return padded.unflatten(-1, (self.num_groups, self.size)).sum(-1)
 
-    def group_of(self) -> Tensor:
-        """Return the group of each token id, of shape (vocab,)."""
-        if self.order is None:
-            return torch.arange(self.vocab_size, device="cpu") // self.size
-        places = torch.empty_like(self.order)
-        places[self.order] = torch.arange(self.vocab_size, device=self.order.device)
-        return places // self.size
-
     def tokens(self, group: Tensor, offset: Tensor) -> Tensor:
         """Return the tokens at offsets in groups, of their common shape; any where none is."""
         places = (group * self.size + offset).clamp(0, self.vocab_size - 1)
