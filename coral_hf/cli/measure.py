@@ -1,6 +1,5 @@
 """Commands that show what drafting does, generate with a drafter, and measure drafters."""
 
-import socket
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -67,40 +66,28 @@ def generate(own: GenerateOptions) -> None:
 
 @dataclass(kw_only=True)
 class PlaygroundOptions(TargetOptions):
-    """The models of the page, and where it is served."""
+    """The models of the page."""
 
     target: str = option("The target; the demo's by default.", "", needs="drafter")
     drafter: list[str] = option("One that the page offers; the demo's by default.", [])
     pad_layers: int | None = option("Show a target padded to so many layers.", None)
-    port: int | None = option("Its port; by default the first free one from 7860 on.", None)
-
-    def fill(self) -> None:
-        """Choose the demo's models where none are named, and check what loading would hide."""
-        if find_spec("gradio") is None:
-            raise ValueError("Gradio is not here: pip install gradio, or coral_hf[playground].")
-        if not self.target:
-            demo = DemoSettings()
-            self.target = str(demo.output / "target")
-            self.drafter = self.drafter or [str(demo.output / "drafter")]
-            self.pad_layers = self.pad_layers or demo.pad_layers
-            if not Path(self.target).is_dir():
-                raise ValueError(
-                    f"`{demo.output}` holds no models yet: run `coral-hf demo` here first, or give"
-                    " --target and --drafter."
-                )
-        if self.port is not None:
-            try:
-                with socket.socket() as probe:
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    probe.bind(("127.0.0.1", self.port))
-            except (OSError, OverflowError) as error:
-                remedy = "give another with --port, or leave it out"
-                raise ValueError(f"Port {self.port} cannot be used ({error}); {remedy}.") from error
 
 
 def playground(own: PlaygroundOptions) -> None:
-    """Serve a page on which a prompt is answered without and with a drafter, side by side."""
-    own.fill()
+    """Serve a page on which a prompt is answered without and with a drafter, side by side.
+
+    Its port is the first free one from 7860 on, or the one that GRADIO_SERVER_PORT says.
+    """
+    if find_spec("gradio") is None:
+        raise ValueError("Gradio is not here: pip install gradio, or coral_hf[playground].")
+    if not own.target:
+        demo = DemoSettings()
+        if not demo.output.is_dir():
+            remedy = "run `coral-hf demo` here first, or give --target and --drafter"
+            raise ValueError(f"There is no folder `{demo.output}`: {remedy}.")
+        own.target = str(demo.output / "target")
+        own.drafter = own.drafter or [str(demo.output / "drafter")]
+        own.pad_layers = own.pad_layers or demo.pad_layers
     from ..measure.padding import num_padded_layers
     from ..playground.models import Models
     from ..playground.page import serve
@@ -112,7 +99,7 @@ def playground(own: PlaygroundOptions) -> None:
     if own.pad_layers:
         num_padded = num_padded_layers(target)
         layers += f", {num_padded} of them padding that costs time and changes nothing"
-    serve(models, f"`{own.target}`, {layers}; {target.dtype}, on `{target.device}`.", own.port)
+    serve(models, f"`{own.target}`, {layers}; {target.dtype}, on `{target.device}`.")
 
 
 @dataclass(kw_only=True)

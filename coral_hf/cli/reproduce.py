@@ -152,27 +152,22 @@ def table(output: Path, read: dict[str, Any]) -> str:
     from ..measure.report import Table, dashed
     from ..measure.summary import OVERALL
 
-    recipe, lines, notes = values(read), list[list[str]](), dict[str, str]()
-    place = ""
+    recipe, lines, notes, place = values(read), list[list[str]](), dict[str, str](), ""
     for temperature, method in product(recipe["temperatures"], recipe["methods"]):
-        pairs = list[tuple[float, float]]()
-        line = [f"{temperature:g}", method]
+        pairs: list[Any] = []
         for name in recipe["benchmarks"]:
             file = cell(output, method, name, temperature)
-            if not file.is_file():
-                line += NOT_RUN
-                continue
-            report = json.loads(file.read_text(encoding="utf-8"))
-            rows = (row for row in report["rows"] if row["task"] == OVERALL)
-            row = next(row for row in rows if row["method"] == "coral")
-            pairs.append((row["speedup"], row["tau_per_token"]))
-            line += dashed("{:.2f}x|{:.2f}", *pairs[-1]).split("|")
-            notes[name] = f"{name}: {row['num_items']} answers, {row['num_tokens']} tokens"
-            place = f"; on {report['environment']['hardware']}, {recipe['dtype']}.\n"
-        is_whole = len(pairs) == len(recipe["benchmarks"])
-        means = [fmean(one) for one in zip(*pairs, strict=True)]
-        line += [f"{means[0]:.2f}x", f"{means[1]:.2f}"] if is_whole else NOT_RUN
-        lines.append(line)
+            text = file.read_text(encoding="utf-8") if file.is_file() else '{"rows": []}'
+            report = json.loads(text)
+            overall = (row for row in report["rows"] if row["task"] == OVERALL)
+            row = next((row for row in overall if row["method"] == "coral"), None)
+            pairs.append(row and (row["speedup"], row["tau_per_token"]))
+            if row:
+                notes[name] = f"{name}: {row['num_items']} answers, {row['num_tokens']} tokens"
+                place = f"; on {report['environment']['hardware']}, {recipe['dtype']}.\n"
+        pairs.append([fmean(one) for one in zip(*pairs, strict=True)] if all(pairs) else None)
+        cells = [dashed("{:.2f}x|{:.2f}", *one).split("|") if one else NOT_RUN for one in pairs]
+        lines.append([f"{temperature:g}", method, *sum(cells, [])])
     header = ["T", "method", *sum(([name, "τ"] for name in (*recipe["benchmarks"], "mean")), [])]
     title = f"{recipe['title']}, {recipe['target']}"
     shown = Table(title, header, lines, "; ".join(notes.values()) + place)

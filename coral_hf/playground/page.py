@@ -152,20 +152,20 @@ def alert(error: object) -> str:
     return f'<p role="alert">{drawing.escape(str(error))}</p>' if str(error) else ""
 
 
-def launch(models: Models, title: str, port: int | None = None) -> gr.Blocks:
-    """Begin to serve the page, on this machine or where GRADIO_SERVER_NAME says."""
+def launch(models: Models, title: str) -> gr.Blocks:
+    """Begin to serve the page, on this machine or as GRADIO_SERVER_NAME and _PORT say."""
     blocks = Page(models, title).blocks
     style = Path(__file__).with_name("style.css")
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     theme = gr.themes.Default(**fonts).set(**READABLE, **dict.fromkeys(BUTTON, "*primary_700"))
     quiet: dict[str, Any] = {"quiet": True, "prevent_thread_lock": True, "share": False}
     quiet |= {"ssr_mode": False, "run_history": False, "mcp_server": False, "pwa": False}
-    blocks.launch(server_port=port, css_paths=style, theme=theme, footer_links=[], **quiet)
+    blocks.launch(css_paths=style, theme=theme, footer_links=[], **quiet)
     return blocks
 
 
-def serve(models: Models, title: str, port: int | None = None) -> None:
+def serve(models: Models, title: str) -> None:
     """Serve the page until it is interrupted."""
-    blocks = launch(models, title, port)
+    blocks = launch(models, title)
     print(f"The playground is at {blocks.local_url} (Ctrl+C ends it).", flush=True)
     blocks.block_thread()
