@@ -52,10 +52,8 @@ class Sequences:
         self.is_ended = [False] * batch  # rows that have come to their end
         self._newest = [0] * batch  # the last token of each row, on the host
         self._buffer = input_ids.clone()
-        self.pad_token = pad_token
-        self.processors = logits_processor
-        self.streamer = streamer
-        self.criteria = stopping_criteria
+        self.pad_token, self.streamer = pad_token, streamer
+        self.processors, self.criteria = logits_processor, stopping_criteria
         self._end_tokens = _end_tokens(stopping_criteria)
         self._limit = stopping_criteria.max_length or sys.maxsize  # tokens of a row
         sees_batch = any(type(one) not in watchers.ROW_WISE_CRITERIA for one in stopping_criteria)
@@ -189,26 +187,21 @@ class Sequences:
         """
         ends, rows = self._end_tokens or (), self.active
         drafted = len(tokens[0]) - 1  # the last token is the target's own
-        for index, row in enumerate(rows):
+        starts = [self.lengths[row] for row in rows]
+        for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
             stops = [place for place, token in enumerate(tokens[index]) if token in ends]
             count = stops[0] + 1 if stops else len(tokens[index])
-            tokens[index] = tokens[index][: min(count, self._limit - self.lengths[row])]
-            is_full = self.lengths[row] + len(tokens[index]) >= self._limit
-            self.is_stopped[row] = is_full or bool(stops)
-        new = max(map(len, tokens))
-        self._reserve(self.longest + new)
+            own = tokens[index] = tokens[index][: min(count, self._limit - start)]
+            self.lengths[row], self._newest[row] = start + len(own), own[-1]
+            self.is_stopped[row] = self.lengths[row] >= self._limit or bool(stops)
+        new, device = max(map(len, tokens)), self._buffer.device
+        self._reserve(max(starts) + new)
         padded = [row + [self.pad_token] * (new - len(row)) for row in tokens]
-        starts = host_tensor([self.lengths[row] for row in rows])
-        places = starts[:, None] + torch.arange(new, device="cpu")
+        places = host_tensor(starts)[:, None] + torch.arange(new, device="cpu")
+        where = host_tensor(rows)[:, None], places
         # without waiting for what the device has still to do
-        where = tuple(
-            part.to(self._buffer.device, non_blocking=True)
-            for part in (host_tensor(rows)[:, None], places)
-        )
-        self._buffer[where] = host_tensor(padded).to(self._buffer, non_blocking=True)
-        for index, row in enumerate(rows):
-            self.lengths[row] += len(tokens[index])
-            self._newest[row] = tokens[index][-1]
+        values = host_tensor(padded).to(self._buffer, non_blocking=True)
+        self._buffer[tuple(one.to(device, non_blocking=True) for one in where)] = values
         if self.streamer is not None:  # of a single row
             for depth, token in enumerate(tokens[0], start=1):
                 _stream(self.streamer, host_tensor([token]), depth if depth <= drafted else 0)
