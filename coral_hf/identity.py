@@ -114,10 +114,9 @@ def check_tokenizer(tokenizer: Tokenizer, config: PreTrainedConfig) -> None:
     """
     expected, size = (getattr(config, f"tokenizer_{name}", None) for name in ("hash", "size"))
     if expected is not None and expected != tokenizer_hash(tokenizer, size):
-        raise ValueError(
-            "The tokenizer maps tokens to other ids than the one that the drafter was trained with"
-            f" ({config.target_name_or_path or 'unnamed target'}). Pass the target's own tokenizer."
-        )
+        whose = f"the drafter's ({config.target_name_or_path or 'unnamed target'})"
+        what = f"The tokenizer that was passed maps tokens to other ids than {whose}"
+        raise ValueError(f"{what}. Pass the target's own tokenizer.")
 
 
 def record_tokenizer(tokenizer: Tokenizer, config: PreTrainedConfig) -> None:

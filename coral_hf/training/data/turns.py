@@ -137,11 +137,9 @@ class RenderedChat:
             if not written.startswith(opened[0].strip()):
                 return prompt, *with_thought(opened[0], opened[1], thought, written)
         if opened or thought or has_calls:
-            raise ValueError(
-                f"The chat template does not render turn {position}, with its calls or its thought,"
-                " after the prompt of it; write a thought into `content`, with the target's marks,"
-                " or let the target answer itself (`coral-hf regenerate`)."
-            )
+            what = f"turn {position}, with its calls or its thought, after the prompt of it"
+            remedy = "write a thought into `content`, or let the target answer itself"
+            raise ValueError(f"The chat template does not render {what}; {remedy}.")
         return prompt, "", text_of(turn) + self._ending(position, is_cut)
 
     def _ending(self, position: int, is_cut: bool) -> str:

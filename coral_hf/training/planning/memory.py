@@ -181,10 +181,8 @@ class _Simulation:
             ids, mask = batch["input_ids"], batch["attention_mask"]
             read_features(self._target, ids, mask, layers=self._layers)
         except Exception as error:  # whatever that code raises
-            logger.warning(
-                "The activations of the target's own pass are not counted, since its code reads"
-                f" data ({type(error).__name__})."
-            )
+            why = f"since its code reads data ({type(error).__name__})"
+            logger.warning(f"The activations of the target's own pass are not counted, {why}.")
             return False
         finally:
             torchs.disabled = was_off

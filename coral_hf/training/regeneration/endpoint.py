@@ -54,10 +54,8 @@ class Endpoint:
         if found is None:
             # a password is for nobody to see
             shown = "holds more than an address" if {*"@?"} & {*self.url} else f"is {self.url!r}"
-            raise ValueError(
-                f"`endpoint` {shown}; use one such as http://localhost:8000/v1, and put a key of"
-                f" the server into {KEY}."
-            )
+            remedy = f"use one such as http://localhost:8000/v1, and put a key into {KEY}"
+            raise ValueError(f"`endpoint` {shown}; {remedy}.")
         object.__setattr__(self, "url", f"{found[1]}{found[2].rstrip('/') or '/v1'}")
 
 

@@ -113,10 +113,8 @@ def regenerate(
         complete = [row["is_complete"] for row in answers.read()]
         reasons = [row["reason"] for row in left_out.read()]
     if reasons:
-        logger.warning(
-            f"{len(reasons)} rows have no answer and are left out, such as for {reasons[0]};"
-            f" {left_out.path} names them."
-        )
+        what = f"{len(reasons)} rows have no answer and are left out, such as for {reasons[0]}"
+        logger.warning(f"{what}; {left_out.path} names them.")
     return Regenerated(len(complete), complete.count(False), len(reasons))
 
 

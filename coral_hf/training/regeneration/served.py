@@ -161,10 +161,9 @@ class ServedTarget:
                     what = f"The server at {url} returns no token ids, of which a row is made"
                     raise ValueError(f"{what}; use vLLM from 0.10.2 on, or one alike.")
             except Failure as failure:
-                raise ConnectionError(
-                    f"{url} does not answer as a server with OpenAI's API does: {failure}. Start"
-                    f" one, such as with `vllm serve {target}`, or correct `endpoint`."
-                ) from failure
+                what = f"{url} does not answer as a server with OpenAI's API does: {failure}"
+                remedy = f"Start one, such as with `vllm serve {target}`, or correct `endpoint`."
+                raise ConnectionError(f"{what}. {remedy}") from failure
             try:
                 read = continuation(await server.once("completions", self._body(PROBE, 1)))
             except (Failure, ValueError):  # not every server of tokens reads text
