@@ -281,9 +281,13 @@ class DecodingLoop:
         tree = root_only(self.sequences.last(rows))
         output, where = self.target.score(tree), [rows.index(row) for row in behind]
         tokens: list[list[int]] = [[] for _ in rows]
-        with self.sequences.only(behind):
-            alone = root_only(tree.tokens[where, 0])
-            found = self.verifier.verify(alone, output._replace(logits=output.logits[where]))
+        alone = root_only(tree.tokens[where, 0])
+        waiting = [row for row in rows if row not in behind]
+        for row in waiting:
+            self.sequences.is_stopped[row] = True
+        found = self.verifier.verify(alone, output._replace(logits=output.logits[where]))
+        for row in waiting:
+            self.sequences.is_stopped[row] = False
         for row, new in zip(where, found.tokens, strict=True):
             tokens[row] = new
         self.commit(rows, tree, output, Accepted(torch.zeros_like(tree.parents), tokens))

@@ -9,10 +9,9 @@ row at a time. Where it may look at the whole batch, they grow in lockstep, as i
 Where something outside counts rows, none leaves the batch before all have ended.
 """
 
-import contextlib
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -213,16 +212,6 @@ class Sequences:
         active = self.active
         longest = max(self.lengths[row] for row in active)
         return [row for row in active if self.lengths[row] < longest]
-
-    @contextlib.contextmanager
-    def only(self, rows: list[int]) -> Iterator[None]:
-        """Leave out of `active` all other rows, for a while."""
-        waiting = [row for row in self.active if row not in rows]
-        for row in waiting:
-            self.is_stopped[row] = True
-        yield
-        for row in waiting:
-            self.is_stopped[row] = False
 
     def take(self, rows: list[int], ids: Tensor) -> None:
         """Take the rest of some rows from a loop that has decoded them: (rows, all tokens)."""
