@@ -16,7 +16,6 @@ from coral_hf.training.data import (
     prepare_dataset,
     with_weight,
 )
-from coral_hf.training.data.check import repetition
 from coral_hf.training.data.show import kinds_of
 
 QUESTION = {"role": "user", "content": "hi"}
@@ -63,11 +62,6 @@ def test_the_behaviour_of_the_template_is_counted():
     assert counts["a training row an answer, as turns are rendered otherwise later"] == 2
     plain = check_dataset(dataset, tiny_tokenizer(PLAIN_TEMPLATE), 64)["behaviour"]
     assert plain == {"one rendering holds every prompt and answer": 2}
-
-
-def test_repetition_is_what_its_name_says():
-    assert repetition("short") is None
-    assert repetition("na " * 500) > 20 > repetition("".join(map(chr, range(33, 300))))
 
 
 @pytest.mark.parametrize(

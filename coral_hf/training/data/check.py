@@ -4,7 +4,6 @@ In: rows of any layout, the target's tokenizer. Out: a `DataCheck`, as text or J
 in batches, by several processes; a few numbers of each are kept.
 """
 
-import zlib
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -18,24 +17,18 @@ from .dataset import map_rows
 from .encoding import IGNORED, encode
 from .messages import Row, layout_of
 
-TEXT, INTEGER, FLOAT = (datasets.Value(kind) for kind in ("string", "int64", "float64"))
 # of a training row; `num_turns` and `num_assistant` stand in the first of those of a row
-MEASURES = {
-    **dict.fromkeys(("row", "num_tokens", "num_trained", "num_cut", "num_turns"), INTEGER),
-    **dict.fromkeys(("num_assistant", "shortest_answer"), INTEGER),
-    **dict.fromkeys(("trained_share", "repetition"), FLOAT),
-    **dict.fromkeys(("layout", "behaviour", "problem"), TEXT),
-}
+NUMBERS = ("row", "num_tokens", "num_trained", "num_cut", "shortest_answer", "num_turns")
+MEASURES = dict.fromkeys((*NUMBERS, "num_assistant"), datasets.Value("int64"))
+MEASURES |= dict.fromkeys(("layout", "behaviour", "problem"), datasets.Value("string"))
 # what makes a row strange: a measure, whether the most of it does, and its name
 STRANGE = [
     ("num_tokens", True, "most tokens"),
     ("shortest_answer", False, "shortest answer, in tokens"),
     ("trained_share", False, "least of it is trained, as a share"),
-    ("repetition", True, "most repetition: zlib makes it shorter by the factor"),
 ]
 NUM_STRANGE = 10
 QUANTILES = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1.0}
-LEAST_TEXT = 200  # characters of a text whose repetition counts
 TEMPLATE = """\
 rows       {num_rows:,} ({layouts}) → {num_training_rows:,} training rows
 turns      {num_turns:,}, {num_assistant_turns:,} of them the assistant's
@@ -100,6 +93,7 @@ def check_dataset(
     measure = partial(_measure, **given)
     parts = map_rows(dataset, measure, MEASURES, "Reading", num_proc).to_pandas()
     read = parts[parts.problem == ""]
+    read = read.assign(trained_share=read.num_trained / read.num_tokens.clip(lower=1))
     kept = read[read.num_trained > 0]
     lengths = kept.num_tokens.quantile([*QUANTILES.values()]).tolist() if len(kept) else []
     # numbers of turns and sizes are not another reason
@@ -157,25 +151,13 @@ def _measure(
                 "num_trained": sum(answers),
                 "num_cut": len(one["input_ids"]) - len(labels),
                 "shortest_answer": min(answers, default=None),
-                "trained_share": sum(answers) / max(len(labels), 1),
                 "problem": "",
             }
         )
-    text = "\n".join(str(turn.get("content") or "") for turn in turns)
-    text = text if turns else tokenizer.decode(encoded.rows[0]["input_ids"])
     found[0] |= {
         "layout": layout_of(row),
         "behaviour": "\n".join(encoded.behaviour),
         "num_turns": len(turns),
         "num_assistant": sum(turn["role"] == "assistant" for turn in turns),
-        "repetition": repetition(text),
     }
     return found
-
-
-def repetition(text: str) -> float | None:
-    """Return by which factor zlib makes a text shorter; None of a short one."""
-    if len(text) < LEAST_TEXT:
-        return None
-    data = text.encode("utf-8", "replace")
-    return len(data) / len(zlib.compress(data, 1))
