@@ -183,11 +183,11 @@ def test_generate_refuses_a_drafter_with_virtual_tokens(target, saved):
         ),
         (
             LoraConfig(task_type="CAUSAL_LM"),
-            "LoraConfig whose .*leave `task_type` out",
+            "LoraConfig whose .*Use a LoraConfig without `task_type`",
         ),
         (
             PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
-            "PromptTuningConfig whose .*Use an adapter of its layers",
+            "PromptTuningConfig whose .*Use a LoraConfig",
         ),
     ],
 )

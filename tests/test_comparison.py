@@ -57,7 +57,7 @@ def test_a_trial_has_the_drafter_that_its_recipe_is_for():
 
 @pytest.mark.parametrize("text", ["", "coral csra_weight", "coral =3"])
 def test_invalid_trials_are_refused(text):
-    with pytest.raises(ValueError, match="write a recipe and settings"):
+    with pytest.raises(ValueError, match="A trial is .*; write it as"):
         Trial.parse(text)
 
 
@@ -192,8 +192,8 @@ def test_results_of_another_target_at_the_same_path_are_not_mixed(folder, names,
         (["--trial", "coral drafter.num_hidden_layers=1.5"], "'num_hidden_layers=1.5' does"),
         (["--trial", "coral csra_wait=1"], "csra_wait"),
         (["--max_length", "-100"], "`max_length` is -100; use 3 or more"),
-        (["--steps", 0], "--steps"),
-        (["--max-new-tokens", 1], "--max-new-tokens"),
+        (["--steps", 0], "`steps` is [1, 0]; use 1 or more"),
+        (["--max-new-tokens", 1], "`max_new_tokens` is 1; use 2 or more"),
     ],
 )
 def test_settings_that_cannot_be_trained_are_refused_before_a_folder_is_made(

@@ -24,7 +24,7 @@ def compare(own, target, kind, **options):
     def same(rows):
         return rows
 
-    return divergence(own, target, same, same, kind, **options)
+    return divergence(own, target, (same, same), kind, **options)
 
 
 def drawn(positions=7, tokens=5, seed=0):
@@ -161,6 +161,6 @@ def test_logits_of_all_positions_never_exist_at_once(kind):
 
     with Largest() as largest:
         states.requires_grad_()
-        divergence(states, features, logits_of, logits_of, kind, chunk).loss.backward()
+        divergence(states, features, (logits_of, logits_of), kind, chunk).loss.backward()
     assert head.grad.abs().max() > 0 and states.grad.abs().max() > 0
     assert largest.size == chunk * vocab

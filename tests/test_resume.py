@@ -171,7 +171,7 @@ def begun(tmp_path_factory):
 def test_a_new_run_is_refused_among_the_checkpoints_of_an_earlier_one(begun, tmp_path):
     shutil.copytree(begun, tmp_path / "run")
     trainer = launched.make_trainer(tmp_path / "run", max_steps=4, **EACH_STEP)
-    said = "holds checkpoint-2 of an earlier run.* or delete its checkpoints"
+    said = "holds checkpoint-2 of an earlier run.* or delete them"
     with pytest.raises(ValueError, match=said):
         trainer.train()
     for name in ("checkpoint-1", "checkpoint-2"):

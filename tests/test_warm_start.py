@@ -169,7 +169,7 @@ def test_a_drafter_with_an_adapter_is_merged_first(target, tmp_path):
     get_peft_model(drafter, lora(2)).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match="has no config.json.* An adapter is merged first"):
         warm_start(target, tmp_path / "adapter")
-    with pytest.raises(ValueError, match="has an adapter; merge it first"):
+    with pytest.raises(ValueError, match="has an adapter; merge it by"):
         warm_start(target, CoralDrafter.from_pretrained(tmp_path / "adapter"))
 
 

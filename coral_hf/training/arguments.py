@@ -129,9 +129,7 @@ class CoralTrainingArguments(RowArguments):
         ValueError: for settings that contradict each other, such as CSRA with a single step.
     """
 
-    stage: str = _setting(
-        "drafter", "'drafter'; 'router' or 'low_rank', that head alone; 'joint', the first two."
-    )
+    stage: str = _setting("drafter", "'drafter'; its 'router' or 'low_rank' head alone; 'joint'.")
     recipe: str = _setting(
         "coral",
         "The method whose steps and weights count where none are set: 'eagle', 'hass', 'coral' of"
@@ -177,11 +175,9 @@ class CoralTrainingArguments(RowArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        most = self.num_groups or MOST_GROUPS
-        if (self.num_active_groups or 0) > most:
-            raise ValueError(
-                f"`num_active_groups` is {self.num_active_groups}; use 1 to `num_groups` = {most}."
-            )
+        active, most = self.num_active_groups or 0, self.num_groups or MOST_GROUPS
+        if active > most:
+            raise ValueError(f"`num_active_groups` is {active}; use 1 to `num_groups` = {most}.")
         if self.stage in ("drafter", "joint"):
             self._check_losses()
 

@@ -17,25 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..decoding.guard import accept_features
 from ..drafters.language_model import UNIVERSAL, check_vocabulary, config_of
 from ..identity import check_tokenizer
-from ..target import (
-    FEATURE,
-    Target,
-    max_positions,
-    read_features,
-    read_target,
-    text_config,
-)
+from ..target import FEATURE, Target, max_positions, read_features, read_target, text_config
 from .arguments import AssistantTrainingArguments
 from .data import CoralCollator
 from .data.dataset import check_rows
@@ -86,7 +74,7 @@ class AssistantTrainer(AtomicCheckpoints):
         args: AssistantTrainingArguments,
         target_model: PreTrainedModel | None = None,
         processing_class=None,
-        assistant_tokenizer: PreTrainedTokenizerBase | None = None,
+        assistant_tokenizer: Tokenizer | None = None,
         **kwargs,
     ):
         models = {"model": model} | ({} if target_model is None else {"target_model": target_model})
@@ -167,7 +155,7 @@ class AssistantTrainer(AtomicCheckpoints):
                 return head.logits(rows)
 
         heads = logits_of, self.target.head.logits
-        found = divergence(states, features.to(states.device), *heads, loss)
+        found = divergence(states, features.to(states.device), heads, loss)
         if model.training:
             self.meter.add({"expected_acceptance": found.overlap}, len(features))
             self._guard.watch(inputs, features, {loss: found.loss})
@@ -227,7 +215,7 @@ class AssistantTrainer(AtomicCheckpoints):
 
 def small_model(
     target: PreTrainedConfig, num_layers: int = 4, hidden_size: int | None = None
-) -> LlamaForCausalLM:
+) -> PreTrainedModel:
     """Make a fresh Llama with the tokens of a target, in fp32; its embedding is its LM head.
 
     Args:

@@ -19,9 +19,8 @@ from .data.encoding import IGNORED
 
 def shards_weights(trainer: Trainer) -> bool:
     """Whether each process of the run holds only a part of the drafter's weights (FSDP, ZeRO-3)."""
-    return trainer.is_fsdp_enabled or (
-        trainer.is_deepspeed_enabled and is_deepspeed_zero3_enabled()
-    )
+    is_zero3 = trainer.is_deepspeed_enabled and is_deepspeed_zero3_enabled()
+    return trainer.is_fsdp_enabled or is_zero3
 
 
 def sharded_copy(drafter: PreTrainedModel) -> PreTrainedModel:
@@ -70,8 +69,7 @@ def place_target(target: PreTrainedModel, trainer: Trainer) -> None:
     if any(hasattr(weight, "ds_id") for weight in target.parameters()):
         raise ValueError(
             "The target was loaded after `TrainingArguments` of a ZeRO-3 run were made, so that"
-            " each process holds a part of its weights; load the target first. It stays whole in"
-            " every process; to shard it, use FSDP2."
+            " each process holds a part of it; load it first, or shard it by FSDP2."
         )
     if getattr(target, "hf_device_map", None) is not None:
         return  # accelerate's hooks, or a quantiser, have placed it; offloaded weights are meta

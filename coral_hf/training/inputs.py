@@ -5,13 +5,14 @@ a feature cache. Out: the tokenizer, rows that the collator takes, or a ValueErr
 pass.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin, Trainer
+from transformers import PreTrainedConfig, ProcessorMixin, Trainer
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..target import max_positions, text_config
 from .arguments import RowArguments
@@ -36,11 +37,7 @@ UNCALLED = {
 
 
 def check_given(
-    models: Mapping[str, Any],
-    args: Any,
-    kind: type[RowArguments],
-    others: Mapping[str, Any],
-    read: Collection[str] = (),
+    models: dict[str, Any], args: Any, kind: type[Any], others: dict[str, Any], read: tuple = ()
 ) -> None:
     """Raise a ValueError for models, settings or arguments that mean nothing to a trainer.
 
@@ -69,12 +66,10 @@ def check_given(
         name = "fp16" if args.fp16 else "fp16_full_eval"
         raise ValueError(f"`{name}` is True, but training runs on a CPU; use bf16, or neither.")
     if isinstance(rows := others.get("train_dataset"), Mapping):
-        raise ValueError(
-            f"`train_dataset` is {_described(rows)} of the parts {[*rows]}; pass one of them."
-        )
+        raise ValueError(f"`train_dataset` is {_described(rows)} of {[*rows]}; pass one of them.")
 
 
-def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase | None:
+def tokenizer_of(processing_class: Any) -> Tokenizer | None:
     """Return the tokenizer that was passed, also inside of a processor; None where there is none.
 
     Raises:
@@ -83,7 +78,7 @@ def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase | None:
     given = processing_class
     if isinstance(given, ProcessorMixin):
         given = getattr(given, "tokenizer", None)
-    if processing_class is None or isinstance(given, PreTrainedTokenizerBase):
+    if processing_class is None or isinstance(given, Tokenizer):
         return given
     raise ValueError(
         f"`processing_class` is {_described(processing_class)}; pass the target's tokenizer, loaded"
@@ -126,7 +121,7 @@ def prepare_rows(dataset: Any, trainer: Trainer, is_trained: bool = False) -> An
 
 def token_rows(
     dataset: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Tokenizer | None,
     args: RowArguments,
     text: PreTrainedConfig,
     may_join: bool = False,
@@ -138,11 +133,9 @@ def token_rows(
         may_join: whether rows share prompts and are packed, as `args` say.
     """
     vocab_size, max_length = text.vocab_size, args.max_length
-    if isinstance(dataset, str | Path):
-        raise ValueError(
-            f"`dataset` is {_described(str(dataset))}; read it with"
-            " `coral_hf.training.data.load_conversations`."
-        )
+    is_path = isinstance(dataset, str | Path)
+    if is_path or tokenizer is not None and not hasattr(dataset, "map"):
+        raise ValueError(f"`dataset` is {_described(dataset)}; give a `datasets.Dataset`.")
     if tokenizer is None:
         check_rows(dataset, vocab_size)
         # rows of token ids are not cut; a stream is not read
@@ -150,8 +143,6 @@ def token_rows(
             batches = dataset.with_format(None).select_columns("input_ids").iter(batch_size=1000)
             lengths = (len(ids) for batch in batches for ids in batch["input_ids"])
             _check_lengths(lengths, max_length, "`dataset`")
-    elif not hasattr(dataset, "map"):
-        raise ValueError(f"`dataset` is {_described(dataset)}; give a `datasets.Dataset`.")
     elif not is_joined(dataset):
         # what is cut is counted in a warning
         longest = min(max_length, max_positions(text) or max_length)

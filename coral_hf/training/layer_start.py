@@ -62,9 +62,7 @@ COPIES = ("embed_tokens.weight", "shared_head.head.weight")  # of the target's o
 
 
 @torch.no_grad()
-def from_layer(
-    target: PreTrainedModel, fc: tuple[float, float] | None = (0.0, 1.0)
-) -> CoralDrafter:
+def from_layer(target: PreTrainedModel, fc: tuple[float, float] | None = (0, 1)) -> CoralDrafter:
     """Make a drafter with the weights of the target's last layer, in the units of features.
 
     Args:
@@ -140,8 +138,7 @@ def _read_mtp(target: PreTrainedModel) -> tuple[MTPLayout, dict[str, Tensor]]:
             return layout, {n: tensor for n, tensor in own.items() if n not in COPIES}
     raise ValueError(
         f"The target's checkpoint ({name or 'it was loaded from none'}) ships no MTP layer:"
-        f" expected tensors in safetensors that begin with one of {', '.join(beginnings)}. Start"
-        " from 'layer', from another drafter, or from random weights."
+        f" expected tensors in safetensors that begin with one of {', '.join(beginnings)}."
     )
 
 

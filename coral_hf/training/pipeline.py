@@ -10,7 +10,8 @@ from pathlib import Path
 
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, set_seed
+from transformers import PreTrainedModel, ProgressCallback, set_seed
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
 from ..drafters.model import Drafter
@@ -30,7 +31,7 @@ logger = logging.get_logger(__name__)
 
 def train(
     target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     dataset,
     stages: list[CoralTrainingArguments],
     drafter: Drafter | PeftModel | None = None,
@@ -85,7 +86,7 @@ def train(
     return drafter
 
 
-def save(drafter: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+def save(drafter: PreTrainedModel, tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write drafter, router, tokenizer and settings into one folder, ready for the Hub.
 
     An existing drafter is replaced once all of the new one is on the disk.

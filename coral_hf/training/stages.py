@@ -10,37 +10,34 @@ An adapter is PEFT's, usually LoRA (Hu et al. 2021), around the drafter.
 """
 
 import copy
-from typing import Any
+from typing import Any, TypeAlias
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from ..drafters.coral import CoralDrafter
 from ..drafters.eagle3 import Eagle3Drafter
 from ..drafters.model import Drafter
 from ..target import text_config
 from .arguments import MOST_GROUPS, CoralTrainingArguments
 
-logger = logging.get_logger(__name__)
+Trainable: TypeAlias = Drafter | PeftModel
 # the draft head that a stage trains; none of `drafter`
 HEAD_OF = {"router": "router", "low_rank": "low_rank", "joint": "router"}
 # the settings of a new head; the first is None in the config of a drafter without one
-HEAD_SETTINGS = {
-    "router": ("num_groups", "num_active_groups", "grouping"),
-    "low_rank": ("head_rank",),
-}
+ROUTER_SETTINGS = ("num_groups", "num_active_groups", "grouping")
+HEAD_SETTINGS = {"router": ROUTER_SETTINGS, "low_rank": ("head_rank",)}
 # fields of the config of a drafter whose head a stage trains, so that it is read from now on
 TRAINED: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("router", "joint"), {"is_router_trained": True, "draft_head": "routed"}),
     "low_rank": {"draft_head": "low_rank"},
 }
+# all linear layers but those of draft heads, which have their own stages; a pattern of whole
+# names, since the plain name "fc" would also match `router.fc`
+DRAFTER_LAYERS = r"fc|layers\.\d+\..+_proj|(blocks\..+|lm_head\.\d+)\.linear|rnn_[uw]|input_proj"
 
 
-def follow_vocabulary(
-    drafter: CoralDrafter | PeftModel, target: PreTrainedModel, stage: str
-) -> None:
+def follow_vocabulary(drafter: Any, target: PreTrainedModel, stage: str) -> None:
     """Give a drafter the size of its target's vocabulary, which may have gained or lost tokens.
 
     One with a router, or with frequent tokens that are lost, keeps those of the vocabulary before.
@@ -51,8 +48,7 @@ def follow_vocabulary(
     if heads.router is not None and HEAD_OF.get(stage) == "router":
         raise ValueError(
             f"`vocab_size` of the target is {size}, but the drafter's router has groups of"
-            f" {config.vocab_size} tokens. Call drafter.heads.remove_router() (on the command"
-            " line --fresh-head) to train a new one."
+            f" {config.vocab_size} tokens. Train a new one: heads.remove_router() or --fresh-head."
         )
     is_lost = heads.hot_tokens is not None and int(heads.hot_tokens.max()) >= size
     if heads.router is None and not is_lost:
@@ -69,7 +65,7 @@ def default_rank(hidden_size: int) -> int:
     return min(64, hidden_size)
 
 
-def check_head_settings(drafter: Drafter | PeftModel, args: CoralTrainingArguments) -> None:
+def check_head_settings(drafter: Trainable, args: CoralTrainingArguments) -> None:
     """Raise a ValueError for a head that the drafter cannot have, and for a setting of a new one
     that differs from the head to be trained.
     """
@@ -83,8 +79,7 @@ def check_head_settings(drafter: Drafter | PeftModel, args: CoralTrainingArgumen
         if given not in (None, own):
             raise ValueError(
                 f"`{name}` is {given!r}, but the drafter has a head with {own!r}, which this stage"
-                " trains further. Leave it out, or first call drafter.heads.remove_router() or"
-                " remove_low_rank_head() (on the command line --fresh-head)."
+                " trains further. Leave it out, or remove the head first (--fresh-head)."
             )
 
 
@@ -99,20 +94,13 @@ def freeze_others(model: nn.Module, stage: str) -> None:
             parameter.requires_grad_(stage in ("drafter", "joint"))
 
 
-# all linear layers but those of draft heads, which have their own stages; a pattern of whole
-# names, since the plain name "fc" would also match `router.fc`
-DRAFTER_LAYERS = r"fc|layers\.\d+\..+_proj|(blocks\..+|lm_head\.\d+)\.linear|rnn_[uw]|input_proj"
-
-
 def lora(rank: int, alpha: int | None = None, targets: list[str] | None = None) -> LoraConfig:
     """Make the config of a LoRA; `alpha` is twice the rank by default, `targets` all but heads."""
     alpha = 2 * rank if alpha is None else alpha
     return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets or DRAFTER_LAYERS)
 
 
-def with_adapter(
-    model: Drafter | PeftModel, stage: str, peft_config: PeftConfig | None
-) -> Drafter | PeftModel:
+def with_adapter(model: Trainable, stage: str, peft_config: PeftConfig | None) -> Trainable:
     """Return the model to train: the drafter itself, or a `PeftModel` that trains its adapter.
 
     Raises:
@@ -125,30 +113,24 @@ def with_adapter(
         config = copy.deepcopy(peft_config)  # PEFT writes into it
         if config.target_modules is None and getattr(config, "target_parameters", None) is None:
             config.target_modules = DRAFTER_LAYERS
-        if not model.name_or_path:
-            logger.warning(
-                "The drafter was not loaded from a folder, so that a saved adapter cannot name it;"
-                " save the drafter too, or trainer.model.merge_and_unload()."
-            )
         model = get_peft_model(model, config)
     for name, parameter in model.named_parameters():
         if ".router." in name or ".low_rank." in name:  # this stage does not run them
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
-            "The adapter trains nothing of the drafter: load one with"
-            " PeftModel.from_pretrained(..., is_trainable=True); `target_modules` of a new one must"
-            " name layers of the drafter, such as fc and q_proj."
+            "The adapter trains nothing of the drafter: load one with `is_trainable=True`, or make"
+            " one whose `target_modules` are layers of the drafter, such as fc and q_proj."
         )
     return model
 
 
-def is_adapted(model: Drafter | PeftModel) -> bool:
+def is_adapted(model: Trainable) -> bool:
     """Whether a drafter has an adapter, around it or loaded into it by transformers."""
     return isinstance(model, PeftModel) or model._hf_peft_config_loaded
 
 
-def _check_adapter(model: Drafter | PeftModel, stage: str, peft_config: PeftConfig | None) -> None:
+def _check_adapter(model: Trainable, stage: str, peft_config: PeftConfig | None) -> None:
     """Raise a ValueError for an adapter that cannot be trained, with what to do instead."""
     if stage != "drafter":
         raise ValueError(
@@ -170,6 +152,5 @@ def _check_adapter(model: Drafter | PeftModel, stage: str, peft_config: PeftConf
     if config.is_prompt_learning or config.task_type is not None:
         raise ValueError(
             f"The adapter is a {type(config).__name__} whose `task_type` is {config.task_type!r},"
-            " with which PEFT calls a model with tokens, but a drafter reads features. Use an"
-            " adapter of its layers, such as LoraConfig, and leave `task_type` out."
+            " by which PEFT calls a model with tokens. Use a LoraConfig without `task_type`."
         )

@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
 from ..checkpoints import config_folder, import_drafter, read_config, read_shape
@@ -42,9 +43,7 @@ OF_TOKENS = re.compile(r"d2t|t2d|lm_heads?\.(\d+\.)?weight|embed_tokens\.weight"
 
 
 def warm_start(
-    target: PreTrainedModel,
-    source: str | Path | Drafter,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    target: PreTrainedModel, source: str | Path | Drafter, tokenizer: Tokenizer | None = None
 ) -> Drafter:
     """Make a drafter for `target` that starts from `source`, in fp32 on the target's device.
 
@@ -69,7 +68,7 @@ def warm_start(
     return import_drafter(target, source, dtype=torch.float32, tokenizer=tokenizer).train()
 
 
-def start_from(target: PreTrainedModel, source: str, tokenizer: PreTrainedTokenizerBase) -> Drafter:
+def start_from(target: PreTrainedModel, source: str, tokenizer: Tokenizer) -> Drafter:
     """Make the drafter of a source one of `target`, to be trained: whole if it fits, else anew.
 
     One fits a target of its own sizes, family and tokenizer, such as a fine-tune: heads, tree and
@@ -88,7 +87,7 @@ def start_from(target: PreTrainedModel, source: str, tokenizer: PreTrainedTokeni
     return drafter.to(target.device)
 
 
-def _fits(drafter: Drafter, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+def _fits(drafter: Drafter, target: PreTrainedModel, tokenizer: Tokenizer) -> bool:
     """Whether a drafter may go on, whole, as one of `target`."""
     config, text = drafter.config, text_config(target)
     known = config.tokenizer_hash
@@ -122,13 +121,11 @@ def kind_of_source(source: str | Path) -> type[TrainingStep]:
 
 
 def from_drafter(
-    target: PreTrainedModel, other: Drafter, tokenizer: PreTrainedTokenizerBase | None = None
+    target: PreTrainedModel, other: Drafter, tokenizer: Tokenizer | None = None
 ) -> Drafter:
     """Make a drafter with the weights of another target's drafter; see [`warm_start`]."""
     if is_adapted(other):
-        raise ValueError(
-            "The drafter to start from has an adapter; merge it first: model.merge_and_unload()."
-        )
+        raise ValueError("The drafter to start from has an adapter; merge it by merge_and_unload.")
     config, text = other.config, text_config(target)
     width = getattr(config, "target_hidden_size", config.hidden_size)
     if width != text.hidden_size:

@@ -14,9 +14,7 @@ from ...measure.report import Table
 from .trials import Comparison, Result, Trial
 
 
-def compare(
-    comparison: Comparison, trials: Sequence[Trial], steps: Sequence[int], seeds: int
-) -> str:
+def compare(comparison: Comparison, trials: list[Trial], steps: list[int], seeds: int) -> str:
     """Train each trial for each number of steps and each seed; return and write the tables."""
     with comparison.held(trials, steps):
         results = [
@@ -26,15 +24,13 @@ def compare(
         return _write_tables(comparison, results)
 
 
-def search(comparison: Comparison, trials: Sequence[Trial], steps: int, keep: int) -> str:
+def search(comparison: Comparison, trials: list[Trial], steps: int, keep: int) -> str:
     """Search by successive halving with one seed; return and write the table of each rung."""
     with comparison.held(trials, [steps]):
         return _write_tables(comparison, halve(comparison, trials, steps, keep))
 
 
-def halve(
-    comparison: Comparison, trials: Sequence[Trial], steps: int, keep: int
-) -> list[list[Result]]:
+def halve(runs: Comparison, trials: list[Trial], steps: int, keep: int) -> list[list[Result]]:
     """Train all trials for `steps`, the better half for twice as long, and so on.
 
     Successive halving (Jamieson and Talwalkar 2016). Every rung trains from scratch: a learning
@@ -48,7 +44,7 @@ def halve(
     """
     rungs, left = [], list(trials)
     while True:
-        results = [(comparison.result(trial, 0, steps), trial) for trial in left]
+        results = [(runs.result(trial, 0, steps), trial) for trial in left]
         results.sort(key=lambda pair: -pair[0].cells["mean"])
         rungs.append([result for result, _ in results])
         if len(left) <= max(keep, 1):
@@ -71,7 +67,9 @@ def comparison_table(results: Sequence[Result]) -> str:
     the mean τ to the first trial, paired by seed, with its 95 % interval by Student's t; where that
     holds 0, there is no measurable difference.
     """
-    runs = _table_of_runs(results)
+    # a line for each run: trial, seed, steps, num_tokens, τ by task and temperature, mean
+    runs = DataFrame([vars(result) | result.cells for result in results])
+    runs = runs.drop(columns=["seconds", "losses", "acceptance", "counts"])
     by_seed = runs.pivot_table("mean", index="seed", columns="trial")
     gaps = by_seed.sub(by_seed.pop(runs.trial[0]), axis=0)
     columns = runs.columns[4:]
@@ -95,12 +93,6 @@ def _legend(results: Sequence[Result]) -> str:
         tokens = " to ".join(map(str, sorted({min(found)[1], max(found)[1]})))
         parts.append(f"{name}: {found[0][0]} prompts, {tokens} tokens")
     return f"Behind the τ of each run: {'; '.join(parts)}.\n" if parts else ""
-
-
-def _table_of_runs(results: Sequence[Result]) -> DataFrame:
-    """Make a line for each run: trial, seed, steps, num_tokens, τ by task and temperature, mean."""
-    runs = DataFrame([vars(result) | result.cells for result in results])
-    return runs.drop(columns=["seconds", "losses", "acceptance", "counts"])
 
 
 def _spread(values: Series) -> str:

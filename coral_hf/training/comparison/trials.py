@@ -15,13 +15,8 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerState,
-    set_seed,
-)
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ...atomic import JsonLines, keep_settings, sole_writer
 from ...drafters.configuration import FamilyConfig
@@ -69,9 +64,7 @@ class Trial(NamedTuple):
         first, *rest = text.removeprefix("recipe=").split() or [""]
         words = [first if "=" in first else f"recipe={first}", *rest]
         if not all(re.fullmatch("[^=]+=.+", word) for word in words):
-            raise ValueError(
-                f"A trial is {text!r}; write a recipe and settings: 'coral csra_weight=0.5'."
-            )
+            raise ValueError(f"A trial is {text!r}; write it as 'coral csra_weight=0.5'.")
         own = [word.removeprefix(DRAFTER) for word in words if word.startswith(DRAFTER)]
         options = [f"--{word}" for word in words if not word.startswith(DRAFTER)]
         recipes = [word.removeprefix("recipe=") for word in words if word.startswith("recipe=")]
@@ -96,9 +89,7 @@ def config_fields(words: Iterable[str], kind: type[FamilyConfig] = CoralConfig) 
     for word in words:
         name, _, value = word.partition("=")
         if name not in known:
-            raise ValueError(
-                f"`{name}` is no field of {kind.__name__}; use one of {', '.join(known)}."
-            )
+            raise ValueError(f"`{name}` is no field of {kind.__name__}: {', '.join(known)}.")
         fields[name] = value
         with suppress(json.JSONDecodeError):
             fields[name] = json.loads(value)
@@ -145,7 +136,7 @@ class Comparison:
     """
 
     target: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     dataset: Any  # in any form that `prepare_dataset` takes, or rows of a feature cache
     prompts: Sequence[Prompt]
     settings: ComparisonSettings
@@ -234,7 +225,7 @@ class Comparison:
             }
             acceptance[str(temperature)] = {task: mean(one) for task, one in rounds.items()}
             counts[str(temperature)] = {
-                task: [len(self._ids[task]), sum(one)] for task, one in rounds.items()
+                task: [len(ids), sum(rounds[task])] for task, ids in self._ids.items()
             }
         result = Result(
             trial=trial.name,

@@ -179,8 +179,7 @@ class CachedFeatures(Dataset):
         if not {*layers} <= {*self.index.layers}:
             raise ValueError(
                 f"The features in {self.folder} are those of layers {[*self.index.layers]}, but the"
-                f" drafter is trained on layers {[*layers]} of its target; write a cache for it:"
-                " `coral-hf features` with --recipe, or with --drafter."
+                f" drafter is trained on layers {[*layers]}; write others (--recipe or --from)."
             )
         self._layers = layers
 

@@ -59,8 +59,7 @@ class FeaturePlan:
         if needed > free:
             raise ValueError(
                 f"The features need {shown_bytes(needed)} more, but only {shown_bytes(free)} are"
-                f" free at {self.folder}; free some, use format='int8' or fewer rows, or train"
-                " without a cache, which computes them in each step."
+                f" free at {self.folder}; use format='int8' or fewer rows, or no cache."
             )
 
 
@@ -146,15 +145,13 @@ def write_features(
         return FeatureIndex.read(folder)
 
 
-def _write_shard(
-    reader: TargetFeatures, rows: Any, path: Path, format: str, batch_size: int
-) -> Shard:
-    """Compute and store the features of some rows, (tokens, layers · hidden)."""
+def _write_shard(reader: TargetFeatures, rows: Any, path: Path, format: str, size: int) -> Shard:
+    """Compute and store the features of some rows, (tokens, layers · hidden), `size` at once."""
     collate, device = CoralCollator(), reader.target.device
     parts: list[dict[str, Tensor]] = []
     squares = lost = 0.0
-    for start in range(0, len(rows), batch_size):
-        batch = [rows[row] for row in range(start, min(start + batch_size, len(rows)))]
+    for start in range(0, len(rows), size):
+        batch = [rows[row] for row in range(start, min(start + size, len(rows)))]
         inputs = {name: part.to(device) for name, part in collate(batch).items()}
         for row, padded in zip(batch, reader.read(inputs).cpu(), strict=True):
             features = padded[: len(row["input_ids"])]  # (length, layers · hidden)
@@ -165,6 +162,6 @@ def _write_shard(
             parts.append({**tokens, **stored})
     with new_file(path) as partial:
         save_file({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, partial)
-        size, sha256 = partial.stat().st_size, file_digest(partial)
+        num_bytes, sha256 = partial.stat().st_size, file_digest(partial)
     lengths = [len(part["input_ids"]) for part in parts]
-    return Shard(path.name, lengths, size, sha256, squares, lost)
+    return Shard(path.name, lengths, num_bytes, sha256, squares, lost)

@@ -75,8 +75,7 @@ def group_order(
     else:
         raise ValueError(
             f"The rows of the target's LM head ({type(target.head.module).__name__}) cannot be"
-            " read: it is quantised, offloaded or adapted. Use grouping='frequency' or"
-            " 'contiguous', or load the target with an LM head in floating point."
+            " read: it is quantised, offloaded or adapted. Use grouping='frequency'."
         )
     order = torch.cat([order, torch.arange(num_tokens, vocab_size)])
     # the first process's: devices differ in the last bit

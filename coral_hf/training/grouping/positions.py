@@ -123,9 +123,8 @@ def label_counts(rows: Any, vocab_size: int) -> Tensor:
     """
     if isinstance(rows, IterableDataset):
         raise ValueError(
-            "A draft vocabulary is counted from the training rows before training, but"
-            " `train_dataset` is a stream. Set the tokens of the drafter first, such as those of a"
-            " part of the stream: drafter.set_draft_vocabulary(tokens)."
+            "A draft vocabulary is counted from the training rows, but `train_dataset` is a stream;"
+            " count a part of it first: drafter.set_draft_vocabulary(tokens)."
         )
     if isinstance(rows, CachedFeatures):
         files = (rows.file(number) for number in range(len(rows.index.shards)))

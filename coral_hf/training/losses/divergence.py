@@ -8,16 +8,16 @@ it has. A token that only one of them has, such as a row of padding, has no prob
 other, so none of its mass is ever accepted.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .token_loss import wide
+from .token_loss import LogitsOf, wide
 
 CHUNK = 128  # positions whose logits are held at a time
+Heads = tuple[LogitsOf, LogitsOf]  # the small model's and the target's
 TINY = 1e-6  # a deviation of rewards below it is that of two equal distributions
 
 
@@ -30,12 +30,7 @@ class Divergence(NamedTuple):
 
 
 def divergence(
-    states: Tensor,
-    features: Tensor,
-    logits_of: Callable[[Tensor], Tensor],
-    target_logits_of: Callable[[Tensor], Tensor],
-    kind: str,
-    chunk_size: int = CHUNK,
+    states: Tensor, features: Tensor, heads: Heads, kind: str, chunk_size: int = CHUNK
 ) -> Divergence:
     """Compare a small model with its target (Direct Alignment, Goel et al. 2024).
 
@@ -52,15 +47,13 @@ def divergence(
     Args:
         states: (positions, width), the small model's.
         features: (positions, hidden), the target's.
-        logits_of, target_logits_of: the LM heads: (rows, width) → (rows, tokens).
+        heads: the LM heads of both: (rows, width) → (rows, tokens).
         kind: "kl", "tvd" or "tvd++".
         chunk_size: positions whose logits are held at a time.
     """
     options = {"use_reentrant": False, "preserve_rng_state": False}
     pairs = zip(states.split(chunk_size), features.split(chunk_size), strict=True)
-    chunks = [
-        checkpoint(_chunk, *pair, logits_of, target_logits_of, kind, **options) for pair in pairs
-    ]
+    chunks = [checkpoint(_chunk, *pair, heads, kind, **options) for pair in pairs]
     losses, overlaps, rewards, agreed = zip(*chunks, strict=True)
     loss = torch.stack(losses).sum()
     if kind == "tvd++":
@@ -69,21 +62,15 @@ def divergence(
     return Divergence(loss, torch.stack(overlaps).sum(), torch.cat(agreed))
 
 
-def _chunk(
-    states: Tensor,
-    features: Tensor,
-    logits_of: Callable[[Tensor], Tensor],
-    target_logits_of: Callable[[Tensor], Tensor],
-    kind: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _chunk(states: Tensor, features: Tensor, heads: Heads, kind: str) -> tuple[Tensor, ...]:
     """Loss, overlap and reward of a chunk, () each, and agreement (rows,); see `divergence`.
 
     states: (rows, width); features: (rows, hidden).
     """
-    own = wide(logits_of(states))  # (rows, tokens of the small model)
+    own = wide(heads[0](states))  # (rows, tokens of the small model)
     with torch.no_grad():
         # as q is computed: equal logits have equal probabilities, to the last bit
-        probs = wide(target_logits_of(features)).log_softmax(-1).exp()  # (rows, its tokens)
+        probs = wide(heads[1](features)).log_softmax(-1).exp()  # (rows, its tokens)
     common = min(own.shape[-1], probs.shape[-1])
     log_q, p = own.log_softmax(-1)[:, :common], probs[:, :common]
     q = log_q.exp()

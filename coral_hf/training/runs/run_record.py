@@ -95,8 +95,7 @@ def check_vacant(folder: Path) -> None:
     if found:
         raise ValueError(
             f"`output_dir` {folder} holds {Path(found[-1]).name} of an earlier run. Resume that run"
-            " (resume_from_checkpoint=True, on the command line --resume), use another folder, or"
-            " delete its checkpoints."
+            " (resume_from_checkpoint=True; --resume), use another folder, or delete them."
         )
 
 
@@ -108,9 +107,7 @@ def check_resume(checkpoint: Path, settings: dict, folder: Path) -> dict[str, An
     """
     run = _read_run(checkpoint)
     if run is None:
-        logger.warning(
-            f"{checkpoint} does not name the settings of its run; make sure that they are the same."
-        )
+        logger.warning(f"{checkpoint} does not name the settings of its run; none is compared.")
         return None
     for path in map(Path, sort_checkpoints(str(folder))):
         other = _read_run(path)
@@ -135,8 +132,7 @@ def check_resume(checkpoint: Path, settings: dict, folder: Path) -> dict[str, An
     if changed:
         raise ValueError(
             f"The run of {checkpoint} began otherwise: {'; '.join(changed.values())}. Resume it"
-            " with the former values, or begin a run in another folder with the model of this"
-            " checkpoint (on the command line --from)."
+            " with the former values, or begin another run with this model (--from)."
         )
     return run
 

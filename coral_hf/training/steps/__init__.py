@@ -5,8 +5,7 @@ In: a drafter's config. Out: the step that the trainer runs. A new family is add
 """
 
 import importlib
-
-from transformers import PreTrainedConfig
+from typing import Any
 
 from ...target import Target
 from ..arguments import RECIPES, CoralTrainingArguments
@@ -57,10 +56,8 @@ def kind_of_recipe(recipe: str) -> type[TrainingStep]:
     raise ValueError(f"`recipe` is {recipe!r}; use one of {(*RECIPES,)}.")
 
 
-def training_step(
-    config: PreTrainedConfig, target: Target, args: CoralTrainingArguments
-) -> TrainingStep:
-    """Make the step of a family of drafters.
+def training_step(config: Any, target: Target, args: CoralTrainingArguments) -> TrainingStep:
+    """Make the step of the family that a drafter's config is of.
 
     Raises:
         ValueError: if none is registered for it, and for a recipe, a stage or a goal that are of

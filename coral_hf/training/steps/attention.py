@@ -66,19 +66,19 @@ def merged_attention(
     target: KeysValues,
     own: list[KeysValues],
     positions: Tensor,
-    far_attention: FarAttention,
+    far_of: FarAttention,
 ) -> Tensor:
     """`mixed_attention` without a mask over all keys: attention far back, merged with diagonals.
 
     Args:
         query, target, own: as there.
         positions: (batch or 1, length), which begin at 0 with each document of a packed row.
-        far_attention: to the target's positions of the same document.
+        far_of: attention to the target's positions of the same document.
 
     Returns:
         (batch, heads, length, head_dim).
     """
-    far, normaliser = far_attention(query, target, len(own))
+    far, normaliser = far_of(query, target, len(own))
     if not own:
         return far
     scores, near_values = _diagonals(query, own, positions)
@@ -130,9 +130,8 @@ class _MergedAttention(torch.autograd.Function):
         shift, length = len(near_values), query.shape[2]
         # rows t ≥ shift against keys up to t - shift is a causal square: no mask
         square = (query[:, :, shift:], keys[:, :, : length - shift], values[:, :, : length - shift])
-        far, normaliser = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *square, 0.0, True
-        )
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        far, normaliser = kernel(*square, 0.0, True)
         total = torch.logsumexp(scores.to(normaliser.dtype), -1)  # (batch, heads, length)
         total[:, :, shift:] = torch.logaddexp(total[:, :, shift:], normaliser)
         weights = (scores.to(total.dtype) - total[..., None]).exp_().to(query.dtype)

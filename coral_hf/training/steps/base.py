@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ...drafters.model import Drafter
 from ...heads.draft_heads import RoutedHead
@@ -97,7 +97,7 @@ class TrainingStep:
         """Fields of a fresh drafter's config that follow from the settings of its run."""
         return {}
 
-    def prepare(self, drafter: Any, rows: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def prepare(self, drafter: Any, rows: Any, tokenizer: Tokenizer | None) -> None:
         """Get a drafter ready for its stage: make what it lacks, freeze what is not trained.
 
         Args:
@@ -114,7 +114,7 @@ class TrainingStep:
         """Follow the target's vocabulary, or raise a ValueError; `drafter` as in `prepare`."""
         follow_vocabulary(drafter, self.target.model, self.args.stage)
 
-    def complete(self, drafter: Any, rows: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def complete(self, drafter: Any, rows: Any, tokenizer: Tokenizer | None) -> None:
         """Make what a drafter without an adapter lacks for its stage; see `prepare`.
 
         Here it is the draft head that the stage trains, where there is none to be trained further.

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ...drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from ...drafters.medusa import MedusaConfig, MedusaDrafter
@@ -85,7 +85,7 @@ class Eagle3Step(OwnHeadStep):
         """The fused ones, and the feature."""
         return (*config.target_layers, FEATURE)
 
-    def complete(self, drafter: Any, rows: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def complete(self, drafter: Any, rows: Any, tokenizer: Tokenizer | None) -> None:
         """Count the draft vocabulary of a fresh drafter, and add the head of the stage.
 
         That of a fresh one is still the target's first tokens.
@@ -164,7 +164,7 @@ class MedusaStep(OwnHeadStep):
         """A head for each step."""
         return {"num_heads": args.resolved.num_steps}
 
-    def prepare(self, drafter: Any, rows: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def prepare(self, drafter: Any, rows: Any, tokenizer: Tokenizer | None) -> None:
         """Freeze the heads beyond `num_steps` too; see [`TrainingStep`]."""
         super().prepare(drafter, rows, tokenizer)
         if not is_adapted(drafter):
@@ -177,8 +177,7 @@ class MedusaStep(OwnHeadStep):
         if config.has_lm_heads and config.vocab_size != size:
             raise ValueError(
                 f"`vocab_size` of the target is {size}, but the drafter's heads have"
-                f" {config.vocab_size} tokens; start new ones from its blocks: warm_start(target,"
-                " drafter)."
+                f" {config.vocab_size} tokens; start new ones by warm_start(target, drafter)."
             )
         config.vocab_size = size
 

@@ -81,12 +81,10 @@ def draw_chains(
         keep_ratio: r, the share of a depth's chains that the next depth keeps.
         chance: where the draws come from; not read where all are kept.
     """
-    is_trained = labels != IGNORED
-    length = labels.shape[1] - 1
+    length, is_trained = labels.shape[1] - 1, labels != IGNORED
+    ahead = F.pad(is_trained[:, 2:], (0, num_steps))
     # a chain ends before the first token that is not trained: (steps, batch, length)
-    reach = [
-        F.pad(is_trained[:, 2 + depth :], (0, 1 + depth))[:, :length] for depth in range(num_steps)
-    ]
+    reach = [ahead[:, depth : depth + length] for depth in range(num_steps)]
     is_there = torch.stack(reach).long().cumprod(0).bool()
     order = torch.zeros(is_trained.shape[0], length, device=labels.device)
     if keep_ratio < 1:
