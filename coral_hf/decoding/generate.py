@@ -11,7 +11,6 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -222,7 +221,7 @@ class BoundDrafter:
         room = longest - input_ids.shape[1], shape.nodes
         cache = continued_cache(input_ids, model_kwargs, windows, room)
         collector = OutputCollector(config, len(input_ids), windows)
-        make = partial(make_runner, read_target(model), need, takes_tree, drafting.layers)
+        make = functools.partial(make_runner, read_target(model), need, takes_tree, drafting.layers)
         runner = make(cache, collector.extras, keep_cache)
         costs, kind = Costs(**(getattr(own, "draft_costs", None) or {})), None
         if not keeps_rows:  # else somebody outside would see the passes that are measured
@@ -245,7 +244,7 @@ class BoundDrafter:
     def _start(self, model: PreTrainedModel) -> Callable[..., Drafting]:
         """What makes the drafter's side of a call."""
         options = {one: self.settings[one] for one in self.family.options if one in self.settings}
-        return partial(self.family.start, self.drafter, read_target(model), **options)
+        return functools.partial(self.family.start, self.drafter, read_target(model), **options)
 
 
 def decoder(

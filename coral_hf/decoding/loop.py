@@ -5,7 +5,6 @@ In: prompts, and all that `generate` has prepared. Out: the target's own tokens,
 
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain, repeat
 from typing import Literal, NamedTuple
 
@@ -133,8 +132,8 @@ class DecodingLoop:
         self.lap("prefill_seconds")
         config = self.collector.config
         own_loop = OwnLoop(self.target.model, self.sequences, config, model_kwargs)
-        step_seconds = partial(own_loop.step_seconds, self.target.cache)
-        self.policy.begin(len(self.sequences.active), step_seconds)
+        rows, cache = len(self.sequences.active), self.target.cache
+        self.policy.begin(rows, lambda: own_loop.step_seconds(cache))
         while self.sequences.active and not self.policy.is_plain:
             self.round()
         if self.sequences.active:

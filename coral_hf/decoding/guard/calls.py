@@ -4,7 +4,6 @@ In: a target, and everything that `generate` has prepared. Out: a `Judgement` by
 """
 
 from inspect import signature
-from itertools import chain
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -113,7 +112,7 @@ def _settings(model: PreTrainedModel, config: GenerationConfig) -> Findings:
 def _keywords(call: Call) -> Findings:
     """Keywords that have gone nowhere."""
     takers = call.model.prepare_inputs_for_generation, call.model.forward
-    taken = chain(*(signature(taker).parameters for taker in takers))
+    taken = {name for taker in takers for name in signature(taker).parameters}
     known = {*KEYWORDS, *FIELDS, *vars(call.config), *call.model_kwargs, *taken}
     for name in call.keywords:
         if name not in known:
