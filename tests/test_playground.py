@@ -23,8 +23,7 @@ from coral_hf.decoding import DraftStreamer
 from coral_hf.measure.calls import sampling_arguments
 from coral_hf.measure.prompts import Prompt, encode, left_padded, user_message
 from coral_hf.playground import drawing
-from coral_hf.playground.models import Models
-from coral_hf.playground.race import Race, Round, Side, Turns
+from coral_hf.playground.race import Models, Race, Round, Side, Turns
 
 # Gradio reads an option of pandas that goes away
 pytestmark = pytest.mark.filterwarnings("ignore:.future.no_silent_downcasting")
@@ -41,12 +40,12 @@ def models(tmp_path_factory):
     save_target_and_talk(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / "target")
     target = tiny_target("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
-    kinds = {
-        "itself": lambda: LanguageModelDrafter(target),
-        "untrained": lambda: CoralDrafter.from_target(target).eval(),
-        "a stranger": lambda: CoralDrafter.from_target(tiny_target("llama", hidden_size=16)),
+    drafters = {
+        "itself": LanguageModelDrafter(target),
+        "untrained": CoralDrafter.from_target(target).eval(),
+        "a stranger": CoralDrafter.from_target(tiny_target("llama", hidden_size=16)),
     }
-    return Models(target, tokenizer, [*kinds], lambda name: kinds[name]())
+    return Models(target, tokenizer, drafters)
 
 
 def finished(race: Race) -> Race:
@@ -107,7 +106,7 @@ def test_a_streamer_sees_the_tree_of_which_the_next_tokens_come(models, rounds):
         def end(self):
             self.told.append("end")
 
-    drafting = {"assistant_model": models.drafter("itself"), "tree_depth": 2, "pad_token_id": 0}
+    drafting = {"assistant_model": models.drafters["itself"], "tree_depth": 2, "pad_token_id": 0}
     if rounds == "static":
         drafting["cache_implementation"] = "static"
     sampled = sampling_arguments(1.0, 9) | {"verification": "traversal"}
@@ -183,7 +182,7 @@ def test_sampled_answers_follow_the_seed(models):
 def test_a_target_without_chat_template_continues_the_text(models):
     plain = AutoTokenizer.from_pretrained(models.tokenizer.name_or_path)
     plain.chat_template = None
-    without = Models(models.target, plain, ["itself"], models.load)
+    without = Models(models.target, plain, models.drafters)
     race = finished(without.race("Hello", LENGTH, GREEDY, "itself", {}))
     ids = plain("Hello", return_tensors="pt")  # (1, length)
     arguments = sampling_arguments(0.0, LENGTH) | {"pad_token_id": 0}
@@ -394,7 +393,7 @@ def test_the_page_of_a_target_without_chat_template_says_so(chromium, models):
 
     plain = AutoTokenizer.from_pretrained(models.tokenizer.name_or_path)
     plain.chat_template = None
-    blocks = launch(Models(models.target, plain, ["itself"], models.load), "No template.")
+    blocks = launch(Models(models.target, plain, models.drafters), "No template.")
     with visiting(chromium, blocks.local_url) as (page, _):
         assert page.get_by_text("it continues the text as it stands").is_visible()
         ask(page, "Hello")

@@ -42,36 +42,25 @@ def data(own: DataOptions) -> None:
     `show` prints tokens in colour or, through a pipe, with marks. `check` prints numbers, how the
     chat template behaves, and the ten strangest rows; it exits with 1 if a row cannot be read.
     """
-    (show_rows if own.action == "show" else check)(own, own.rows())
+    from ..training.data import check_dataset, describe, show
 
-
-def show_rows(own: DataOptions, rows: Any) -> None:
-    """Print some rows, token by token."""
-    from ..training.data import describe, show
-
+    rows = own.rows()
     chosen = range(len(rows))[own.row :][: own.limit]
-    if not chosen:
+    if own.action == "show" and not chosen:
         raise ValueError(f"--row is {own.row}, but the dataset has {len(rows)} rows, from 0.")
-    tokenizer = own.load_tokenizer()
-    numbered = ((index, rows[index]) for index in chosen)
-    if not own.json:
+    numbered, tokenizer = ((index, rows[index]) for index in chosen), own.load_tokenizer()
+    if own.action == "check":
+        most = min(os.cpu_count() or 1, len(rows) // ROWS_OF_A_PROCESS)
+        num_proc = own.num_proc or (most if most > 1 else None)
+        found = check_dataset(rows, tokenizer, own.max_length or 2048, num_proc, own.vocab_size())
+        print(json.dumps(found, ensure_ascii=False) if own.json else found)
+        if found["unread"]:
+            sys.exit(1)
+    elif own.json:
+        for one in describe(numbered, tokenizer, own.max_length):
+            print(json.dumps(one, ensure_ascii=False))
+    else:
         show(numbered, tokenizer, own.max_length)
-        return
-    for one in describe(numbered, tokenizer, own.max_length):
-        print(json.dumps(one, ensure_ascii=False))
-
-
-def check(own: DataOptions, rows: Any) -> None:
-    """Print the numbers of a dataset."""
-    from ..training.data import check_dataset
-
-    most = min(os.cpu_count() or 1, len(rows) // ROWS_OF_A_PROCESS)
-    num_proc = own.num_proc or (most if most > 1 else None)
-    sizes = (own.max_length or 2048, num_proc, own.vocab_size())
-    found = check_dataset(rows, own.load_tokenizer(), *sizes)
-    print(json.dumps(found, ensure_ascii=False) if own.json else found)
-    if found["unread"]:
-        sys.exit(1)
 
 
 @dataclass(kw_only=True)

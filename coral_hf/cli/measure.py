@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -89,12 +88,12 @@ def playground(own: PlaygroundOptions) -> None:
         own.drafter = own.drafter or [str(demo.output / "drafter")]
         own.pad_layers = own.pad_layers or demo.pad_layers
     from ..measure.padding import num_padded_layers
-    from ..playground.models import Models
     from ..playground.page import serve
+    from ..playground.race import Models
 
     target, tokenizer = own.load_target()
     target = measure.pad_target(target, own.pad_layers) if own.pad_layers else target
-    models = Models(target, tokenizer, own.drafter, partial(load_drafter, target=target))
+    models = Models(target, tokenizer, {name: load_drafter(name, target) for name in own.drafter})
     layers = f"{target.config.get_text_config().num_hidden_layers} layers"
     if own.pad_layers:
         num_padded = num_padded_layers(target)

@@ -6,15 +6,14 @@ off, and fonts are the reader's own.
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 from ..measure.prompts import room_for_prompt
 from ..measure.settings import Rule
 from . import drawing
-from .models import Models
-from .race import Race
+from .race import Models, Race
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
 import gradio as gr  # noqa: E402
@@ -32,7 +31,7 @@ class Page:
     """The elements of the page, and what they do."""
 
     def __init__(self, models: Models, title: str) -> None:
-        self.models, self.first = models, models.names[0]
+        self.models = models
         with gr.Blocks(title="coral_hf playground", analytics_enabled=False) as self.blocks:
             gr.Markdown(f"# Playground\n{title}")
             self._question()
@@ -62,7 +61,7 @@ class Page:
         triggers = [self.run.click, self.prompt.submit]
         gr.on(triggers, self.answer, asked, shown, concurrency_limit=None, **PRIVATE)
         self.stop.click(lambda race: race and race.stop(), self.race, **PRIVATE)
-        self.drafter.change(self.choose, self.drafter, [self.drafting[0], self.alert], **PRIVATE)
+        self.drafter.change(self.choose, self.drafter, self.drafting[0], **PRIVATE)
         place = [self.race, self.round]
         self.round.change(self.drawn, place, self.tree, **PRIVATE)
         back.click(lambda race, number: at(race, number - 1), place, self.round, **PRIVATE)
@@ -88,9 +87,10 @@ class Page:
                 gr.Number(0, precision=0, minimum=0, label="Top-k", info="0: all tokens."),
                 gr.Number(0, precision=0, minimum=0, maximum=2**32, label="Seed"),
             ]
+        names = [*self.models.drafters]
         with gr.Accordion("Drafting", open=False), gr.Row():
-            self.drafter = gr.Radio([*self.models.names], value=self.first, label="Drafter")
-            heads = [OWN, *self.models.heads(self.first)]
+            self.drafter = gr.Radio(names, value=names[0], label="Drafter")
+            heads = [OWN, *self.models.heads(names[0])]
             self.drafting = [gr.Radio(heads, value=OWN, label="Draft head")]
             shared = {"precision": 0, "minimum": 0, "info": f"0: {OWN}."}
             for label in ("Depth of the tree", "Children of a node", "Nodes of the tree"):
@@ -110,7 +110,7 @@ class Page:
         settings = dict(zip(names, values, strict=True))
         try:
             race = self.models.race(prompt, length, sampling, name, settings)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             yield {self.alert: alert(error)}
             return
         try:
@@ -133,12 +133,9 @@ class Page:
         """The tree of a round."""
         return drawing.tree(race.drafted.rounds if race else [], number, self.models.tokenizer)
 
-    def choose(self, name: str) -> Sequence[Any]:
+    def choose(self, name: str) -> gr.Radio:
         """Offer the draft heads of another drafter."""
-        try:
-            return gr.Radio([OWN, *self.models.heads(name)], value=OWN), ""
-        except (ValueError, OSError) as error:
-            return gr.Radio([OWN], value=OWN), alert(error)
+        return gr.Radio([OWN, *self.models.heads(name)], value=OWN)
 
 
 def at(race: Race | None, number: int) -> gr.Slider:

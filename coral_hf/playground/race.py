@@ -1,8 +1,8 @@
 """A race: one prompt, answered by the target alone and with a drafter, at the same time.
 
-In: two calls of `generate` that want a streamer, each in a thread of its own. Out: for each what it
-has written so far, its tokens, its rounds, and its seconds as if it had had the machine for itself:
-they use it in turn, and pass it on between tokens.
+In: a target and its drafters, a prompt and what was chosen for it. Out: two calls of `generate`;
+for each what it has written so far, its tokens, its rounds, and its seconds as if it had had
+the machine for itself: each has a thread, and they use it in turn, passed on between tokens.
 
     call 1    ████      ████      ██             seconds 10
     call 2        ██████    ████████  ██████     seconds 20: the other has ended
@@ -14,13 +14,20 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Condition, Thread
+from typing import get_args
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..decoding import DraftTree
+from ..measure.autotune import heads_of
+from ..measure.calls import sampling_arguments
+from ..measure.chat import restore_chat_options
+from ..measure.prompts import encode_said, left_padded
+from ..measure.settings import DraftingSettings, Head
 from ..measure.terminal import ColouredStreamer
 
 logger = logging.getLogger(__name__)
@@ -213,3 +220,50 @@ class Race:
     def stop(self) -> None:
         """End both after their next token."""
         self.plain.is_stopped = self.drafted.is_stopped = True
+
+
+@dataclass
+class Models:
+    """A target, and drafters by name; chats are rendered as for the first of them."""
+
+    target: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    drafters: dict[str, PreTrainedModel]
+    turns: Turns = field(default_factory=Turns)
+
+    def __post_init__(self) -> None:
+        restore_chat_options(self.tokenizer, next(iter(self.drafters.values())).config)
+
+    def heads(self, name: str) -> list[str]:
+        """List the draft heads of a drafter, those in eight bits too."""
+        known = {"quantized", *heads_of(self.drafters[name], self.target)}
+        return [one for one in get_args(Head) if "full" in known and one.split("_q")[0] in known]
+
+    def race(
+        self, prompt: str, max_new_tokens: int, sampling: dict, name: str, settings: dict
+    ) -> Race:
+        """Begin to answer a prompt.
+
+        Args:
+            sampling: `temperature`, `top_p`, `top_k` and `seed`.
+            name: of the drafter.
+            settings: of drafting, None where they are the drafter's own.
+
+        Raises:
+            ValueError: for a prompt that is empty or beyond the context, and settings out of range.
+        """
+        drafter, temperature = self.drafters[name], sampling["temperature"]
+        if not temperature:
+            settings = settings | {"verification": None}  # a greedy call has one rule
+        drafting = DraftingSettings(**settings).drafting()
+        with self.turns.enter():
+            ids = encode_said(prompt, self.tokenizer, self.target, max_new_tokens)  # (1, length)
+        pad = getattr(drafter.config, "pad_token_id", None) or 0
+        arguments = sampling_arguments(temperature, max_new_tokens) | {"pad_token_id": pad}
+        if temperature:
+            arguments |= {"top_p": sampling["top_p"], "top_k": sampling["top_k"]}
+        batch = left_padded([ids[0]], pad, self.target.device)
+        plain = partial(self.target.generate, **batch, **arguments)
+        own = {"assistant_model": drafter, "speculation": "always", "tokenizer": self.tokenizer}
+        calls = [plain, partial(plain, **own, **drafting)]
+        return Race(self.turns, self.tokenizer, calls, sampling["seed"], not temperature)
