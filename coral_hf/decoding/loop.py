@@ -26,10 +26,7 @@ from .verifier import Accepted, Verifier
 
 @dataclass
 class DecodingStats:
-    """Counts and seconds of one call.
-
-    The pass over the prompt and the token it gives belong to no round.
-    """
+    """Counts and seconds of a call; the prompt's pass and the token it gives are in no round."""
 
     # tokens that each round emitted, row after row in a batch
     round_lengths: list[int] = field(default_factory=list)
@@ -75,13 +72,9 @@ class DecodingStats:
 
 @dataclass
 class CoralGenerateOutput(GenerateDecoderOnlyOutput):
-    """transformers' output of `generate`, and what the drafter did.
+    """transformers' output of `generate`, and what the drafter did."""
 
-    Args:
-        stats: rounds, accepted tokens and times of the call.
-    """
-
-    stats: DecodingStats | None = None
+    stats: DecodingStats | None = None  # rounds, accepted tokens and times of the call
 
 
 def decode_plainly(own_loop: OwnLoop) -> Tensor | CoralGenerateOutput:
