@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 from ..atomic import write_text
 from ..identity import weights_digest
 from ..measure.benchmark import num_same, run_benchmark
-from ..measure.padding import pad_target
+from ..measure.padding import pad_target, shown_depth
 from ..measure.prompts import Prompt, encode
 from ..measure.report import Report, dashed
 from ..measure.settings import TREE, BenchmarkSettings
@@ -123,7 +123,5 @@ def headline(report: Report) -> str:
     )
     same, total = sum(map(num_same, plain, coral)), sum(map(len, plain))
     speed = f"{row.speedup:.1f}x faster" if row.speedup > 1.05 else f"{row.speedup:.2f}x the speed"
-    layers = f"{environment.num_target_layers} layers"
-    if padded := environment.num_padded_layers:
-        layers += f", {padded} of them padding that costs time and changes nothing"
+    layers = shown_depth(environment.num_target_layers, environment.num_padded_layers)
     return f"{speed}, the same {same} of {total} tokens ({layers})"

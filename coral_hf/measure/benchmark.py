@@ -53,6 +53,7 @@ MISMATCHES = {
     "first difference at": "{0.position}",
     "top-2 logit gap there": "{0.top2_gap:.3g}",
 }
+LOOKUP_TOKENS = 10  # of the longest draft
 TINY = torch.finfo(torch.float64).tiny
 TIE = 1e-6  # gap of the two best logits in float64, below which they are in no order
 ROUNDINGS = 64  # of another dtype, within which two logits count as equal
@@ -113,7 +114,7 @@ def run_benchmark(
     own: dict[str, Arguments] = {
         "plain": {},
         "coral": {"assistant_model": drafter, **drafting},
-        "prompt_lookup": {"prompt_lookup_num_tokens": settings.prompt_lookup_tokens},
+        "prompt_lookup": {"prompt_lookup_num_tokens": LOOKUP_TOKENS},
         "assisted": {"assistant_model": assistant},
     }
     common = sampling_arguments(settings.temperature, settings.max_new_tokens)

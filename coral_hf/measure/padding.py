@@ -48,6 +48,12 @@ def num_padded_layers(target: PreTrainedModel) -> int:
     return len(list(silent))
 
 
+def shown_depth(num_layers: int, num_padded: int) -> str:
+    """Say how many layers a target has, and how many of them are padding."""
+    padding = f", {num_padded} of them padding that costs time and changes nothing"
+    return f"{num_layers} layers{padding if num_padded else ''}"
+
+
 def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
     """Return the layers of the decoder, (batch, length, hidden) in and out; none if elsewhere."""
     layers = dict(decoder_of(target).named_children()).get("layers")

@@ -86,8 +86,7 @@ def read_prompts(
         raise ValueError(f"{path} is no text in UTF-8: {error}.") from error
     if not prompts:
         raise ValueError(f"`path` is {path}, which holds no prompt{left_out}; give another.")
-    first = 0 if last is None else max(len(prompts) - last, 0)
-    chosen = prompts[first:][:limit]
+    chosen = prompts[-(last or len(prompts)) :][:limit]
     said = {one.id: one.text or str(one.messages[-1]["content"]) for one in chosen}
     if empty := [name for name, text in said.items() if not text.strip()]:
         raise ValueError(f"Prompts {', '.join(empty)} of {path} are empty; fill or remove them.")

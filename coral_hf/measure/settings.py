@@ -89,7 +89,6 @@ class BenchmarkSettings(DraftingSettings):
     seed: int = option("Seed of sampling; repeat r draws with seed + r.", 0)
     max_turns: int = option("User turns; each follows the target's own answer.", 1, least=1)
     speculation: Literal["always", "adaptive"] = option("Draft always, or where it pays.", "always")
-    prompt_lookup_tokens: int = option("Longest draft of 'prompt_lookup'.", 10, least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -93,6 +93,7 @@ def summarise_method(own: Sequence[Call], plain: Sequence[Call]) -> Row:
     seconds = sum(call.round_seconds for call in own if "prefill" in call.stage_seconds)
     rounds = sum(call.num_rounds for call in own)
     equal = [call.num_equal_rows for call in own if call.num_equal_rows is not None]
+    peaks = [call.peak_bytes / 2**20 for call in own if call.peak_bytes is not None]
     return Row(
         task=own[0].task,
         batch_size=own[0].num_rows,
@@ -107,7 +108,7 @@ def summarise_method(own: Sequence[Call], plain: Sequence[Call]) -> Row:
         decoding_speedup=median_ratio(plain, own, "decoding_seconds_per_token"),
         speedup_per_tau=speedup / tau if speedup and tau else None,
         stage_milliseconds=stage_milliseconds(own),
-        peak_mebibytes=peak_mebibytes(own),
+        peak_mebibytes=max(peaks, default=None),
         exact_match=sum(equal) / sum(call.num_rows for call in own) if equal else None,
     )
 
@@ -146,12 +147,6 @@ def stage_milliseconds(calls: Sequence[Call]) -> dict[str, float]:
     num_rounds = sum(call.num_rounds for call in calls)
     counts = {stage: len(calls) if stage == "prefill" else num_rounds for stage in sums.index}
     return {stage: 1000 * sums[stage] / count for stage, count in counts.items() if count}
-
-
-def peak_mebibytes(calls: Iterable[Call]) -> float | None:
-    """Return the highest peak of GPU memory."""
-    peaks = [call.peak_bytes / 2**20 for call in calls if call.peak_bytes is not None]
-    return max(peaks, default=None)
 
 
 def accepted_depths(calls: Sequence[Call]) -> list[AcceptedDepth]:
