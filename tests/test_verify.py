@@ -9,7 +9,7 @@ from test_examples import folder  # noqa: F401  a saved target and its conversat
 
 import coral_hf
 from coral_hf import CoralDrafter
-from coral_hf.decoding import verifier
+from coral_hf.decoding import rules
 from coral_hf.decoding.chance import Chance
 from coral_hf.decoding.rules import Verdict
 from coral_hf.measure import Prompt, VerifySettings
@@ -67,7 +67,7 @@ def keeps_first_children(tree, logits):
 
 
 def test_a_greedy_rule_that_keeps_what_was_drafted_is_found(check, monkeypatch):
-    monkeypatch.setattr(verifier, "verify_greedy", keeps_first_children)
+    monkeypatch.setattr(rules, "verify_greedy", keeps_first_children)
     found = check(sampled_prompts=0)
     assert not found.is_lossless and found.checks[0].is_passed is False
     assert "NOT LOSSLESS, failed: greedy, float64" in found.to_markdown()
@@ -105,7 +105,7 @@ def test_without_float64_the_working_dtype_decides(check, monkeypatch):
     found = check(target, sampled_prompts=0)
     assert found.checks[0].found == "not possible: the target's weights are quantised"
     assert found.checks[1].what == "greedy, float32" and found.checks[1].is_passed
-    monkeypatch.setattr(verifier, "verify_greedy", keeps_first_children)
+    monkeypatch.setattr(rules, "verify_greedy", keeps_first_children)
     assert not check(target, sampled_prompts=0).is_lossless
 
 
@@ -173,6 +173,6 @@ def test_the_command_prints_a_verdict_and_exits_with_1_if_it_is_bad(
     result = invoke("verify", *words)
     assert result.exit_code == 0, result.output
     assert "Lossless: all checks" in result.output
-    monkeypatch.setattr(verifier, "verify_greedy", keeps_first_children)
+    monkeypatch.setattr(rules, "verify_greedy", keeps_first_children)
     result = invoke("verify", *words)
     assert result.exit_code == 1 and "NOT LOSSLESS" in result.output

@@ -83,6 +83,8 @@ def export(own: ExportOptions) -> None:
 
     from ..checkpoints import check_drafter, check_output, export_drafter, export_files
     from ..measure.chat import restore_chat_options
+    from ..target import read_target
+    from ..training.grouping import most_frequent_first, token_counts
 
     if own.num_hot_tokens is not None and own.to != "sglang":
         raise ValueError("--num-hot-tokens goes with --to sglang.")
@@ -95,20 +97,12 @@ def export(own: ExportOptions) -> None:
         drafter = drafter.to(target.device)
         if own.num_hot_tokens is not None:
             restore_chat_options(tokenizer, drafter.config)
-            rows = own.prepared(tokenizer, own.limit)
-            hot_tokens = _hot_tokens(own.num_hot_tokens, rows, drafter, target)
+            # those that the target says most after rows of the dataset, its end tokens first
+            counts = token_counts(read_target(target), own.prepared(tokenizer, own.limit))
+            if (ends := drafter.config.eos_token_id) is not None:
+                counts[ends] = counts.max() + 1
+            hot_tokens = most_frequent_first(counts)[: own.num_hot_tokens]
     dtype = None if own.dtype == "auto" else own.dtype
     done = export_drafter(drafter, own.to, own.output, target, dtype, hot_tokens, own.overwrite)
     print(*done.notes, f"The drafter is in {done.folder}. Serve it with", sep="\n")
     print(f"  {done.command}")
-
-
-def _hot_tokens(size: int, rows, drafter, target):
-    """Return the tokens that a target says most after rows of a dataset, its end tokens first."""
-    from ..target import read_target
-    from ..training.grouping import most_frequent_first, token_counts
-
-    counts = token_counts(read_target(target), rows)
-    if (ends := drafter.config.eos_token_id) is not None:
-        counts[ends] = counts.max() + 1
-    return most_frequent_first(counts)[:size]

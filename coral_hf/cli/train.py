@@ -19,7 +19,7 @@ LEAST_VOCAB = 8192  # tokens, of which reading all takes longer than a router do
 class TrainOptions(TargetOptions, TrainingDataOptions):
     """What is trained, from where, and in which stages."""
 
-    output: Path = option("Folder of the finished drafter.")
+    output: Path = option("Folder of the finished drafter.", Path("coral-drafter"))
     layers: int | None = option("Layers of a fresh drafter.", None, least=1, excludes="start")
     draft_vocab_size: int | None = option(
         "Tokens of a fresh EAGLE-3 or parallel drafter.", None, least=1, excludes="start"
@@ -141,14 +141,7 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
         return with_adapter(drafter, "drafter", adapter)
 
 
-@dataclass(kw_only=True)
-class PlanOptions(TrainOptions):
-    """The run that is planned: the options of `coral-hf train`."""
-
-    output: Path = option("Folder of the finished drafter.", Path("coral-drafter"))
-
-
-def plan(own: PlanOptions, settings: PlanSettings, training_options: list[str]) -> None:
+def plan(own: TrainOptions, settings: PlanSettings, training_options: list[str]) -> None:
     """Plan a training run: its memory, disk and hours, and what makes it fit.
 
     Takes the options of `coral-hf train`, and loads no weights unless it times a few steps.
@@ -206,18 +199,6 @@ class DistillOptions(TargetOptions, TrainingDataOptions):
     hidden_size: int | None = option("Its width; default: half.", None, least=2, excludes="start")
     resume: bool = option("Continue from the last checkpoint.", False)
 
-    def load_assistant(self) -> tuple:
-        """Return the model to train, in fp32, and its tokenizer; a fresh one has the target's."""
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-        from ..training.assistant import small_model
-
-        if self.start is None:
-            config = AutoConfig.from_pretrained(self.target)
-            return small_model(config, self.layers, self.hidden_size), None
-        model = AutoModelForCausalLM.from_pretrained(self.start, dtype="float32")
-        return model, AutoTokenizer.from_pretrained(self.start)
-
 
 def distill(own: DistillOptions, training_options: list[str]) -> None:
     """Train a small language model that drafts for a target: pretrain it, then fine-tune it.
@@ -226,9 +207,10 @@ def distill(own: DistillOptions, training_options: list[str]) -> None:
     --learning-rate 3e-4 --max-steps 10000. Pretrain with --loss ce on text, then fine-tune with
     --loss kl, tvd or tvd++ on answers of the target, which coral-hf regenerate writes.
     """
-    from transformers import set_seed
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
     from ..training import AssistantTrainer, AssistantTrainingArguments, parse_arguments
+    from ..training.assistant import small_model
     from ..training.pipeline import save
     from ..training.runs.checkpoints import last_checkpoint, sole_run
 
@@ -242,7 +224,12 @@ def distill(own: DistillOptions, training_options: list[str]) -> None:
         target, tokenizer = own.load_target(device="cpu")
     with sole_run(own.output, args.process_index == 0):
         set_seed(args.seed)  # before weights are drawn
-        model, known = own.load_assistant()
+        if own.start is None:
+            config, known = AutoConfig.from_pretrained(own.target), None
+            model = small_model(config, own.layers, own.hidden_size)
+        else:
+            known = AutoTokenizer.from_pretrained(own.start)
+            model = AutoModelForCausalLM.from_pretrained(own.start, dtype="float32")
         data = {"train_dataset": rows, "eval_dataset": eval_rows}
         trainer = AssistantTrainer(model, args, target, tokenizer, known, **data)
         trainer.train(resume_from_checkpoint=last_checkpoint(folder, own.resume))
