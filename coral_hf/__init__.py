@@ -65,13 +65,10 @@ _MODULES = {
     "hub": ["publish"],
     "measure.autotune": ["autotune"],
     "measure.lossless": ["verify"],
-    "training": [
-        "AssistantTrainer",
-        "AssistantTrainingArguments",
-        "CoralTrainer",
-        "CoralTrainingArguments",
-    ],
+    "training.arguments": ["AssistantTrainingArguments", "CoralTrainingArguments"],
+    "training.assistant": ["AssistantTrainer"],
     "training.planning.plan": ["plan"],
+    "training.trainer": ["CoralTrainer"],
 }
 __all__ = sorted(sum(_MODULES.values(), []))
 

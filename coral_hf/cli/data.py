@@ -5,7 +5,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ..measure.settings import option
 from ..training.regeneration import RegenerationSettings
@@ -28,13 +28,6 @@ class DataOptions(ChatOptions, DatasetOptions):
     num_proc: int | None = option("Processes that check; by default one a core.", None, least=1)
     json: bool = option("Print JSON: a line a training row, or the whole check.", False)
 
-    def rows(self) -> Any:
-        """Return the rows of all datasets."""
-        self.dataset = [*self.files, *self.dataset]
-        if not self.dataset:
-            raise ValueError(f"Name what to read: coral-hf data {self.action} FILE --target T.")
-        return self.conversations()
-
 
 def data(own: DataOptions) -> None:
     """Show what is read and trained of rows, or count what training would read of a dataset.
@@ -44,7 +37,10 @@ def data(own: DataOptions) -> None:
     """
     from ..training.data import check_dataset, describe, show
 
-    rows = own.rows()
+    own.dataset = [*own.files, *own.dataset]
+    if not own.dataset:
+        raise ValueError(f"Name what to read: coral-hf data {own.action} FILE --target T.")
+    rows = own.conversations()
     chosen = range(len(rows))[own.row :][: own.limit]
     if own.action == "show" and not chosen:
         raise ValueError(f"--row is {own.row}, but the dataset has {len(rows)} rows, from 0.")

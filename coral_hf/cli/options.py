@@ -107,13 +107,6 @@ class DatasetOptions:
             raise ValueError(f"--ignore-column {' '.join(unknown)}: no dataset has such a column.")
         return join_datasets(parts, self.dataset)
 
-    def prepared(self, tokenizer, limit: int | None = None):
-        """Return the training rows of the first conversations of each dataset."""
-        from ..training.data import prepare_dataset
-
-        rows = prepare_dataset(self.conversations(limit), tokenizer, max_length=2048)
-        return rows.with_format("torch")
-
 
 @dataclass(kw_only=True)
 class TrainingDataOptions(DatasetOptions):

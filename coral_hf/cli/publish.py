@@ -84,6 +84,7 @@ def export(own: ExportOptions) -> None:
     from ..checkpoints import check_drafter, check_output, export_drafter, export_files
     from ..measure.chat import restore_chat_options
     from ..target import read_target
+    from ..training.data import prepare_dataset
     from ..training.grouping import most_frequent_first, token_counts
 
     if own.num_hot_tokens is not None and own.to != "sglang":
@@ -98,7 +99,8 @@ def export(own: ExportOptions) -> None:
         if own.num_hot_tokens is not None:
             restore_chat_options(tokenizer, drafter.config)
             # those that the target says most after rows of the dataset, its end tokens first
-            counts = token_counts(read_target(target), own.prepared(tokenizer, own.limit))
+            rows = prepare_dataset(own.conversations(own.limit), tokenizer, max_length=2048)
+            counts = token_counts(read_target(target), rows.with_format("torch"))
             if (ends := drafter.config.eos_token_id) is not None:
                 counts[ends] = counts.max() + 1
             hot_tokens = most_frequent_first(counts)[: own.num_hot_tokens]
