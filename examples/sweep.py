@@ -24,7 +24,7 @@ from coral_hf.measure.calls import Bench, Call, sampling_arguments
 from coral_hf.measure.prompts import Prompt, encode, left_padded, room_for_prompt
 from coral_hf.measure.report import Report, bar_figure, describe_environment, tabulate
 from coral_hf.measure.settings import DraftingSettings, option
-from coral_hf.measure.summary import summarise
+from coral_hf.measure.summary import Row, summarise
 from coral_hf.target import text_config
 
 logger = logging.getLogger(__name__)
@@ -33,13 +33,22 @@ CONTEXT = "context"
 SIZES = {
     "size": "{0.task}",
     **COLUMNS,
-    "rounds/s": "{0.rounds_per_second:.2f}",
     "break-even": "{0.break_even:.2f}",
 }
 BREAK_EVEN = """\
 Break-even: what a round costs in plain tokens, the tau from which on drafting pays. No stop ends an
 answer after a context, whose prompt is joined from many.
 """
+
+
+class Size(Row):
+    """The numbers of one method at one size."""
+
+    @property
+    def break_even(self) -> float | None:
+        """What a round costs in plain tokens."""
+        tau, speedup = self.tau_per_token, self.decoding_speedup
+        return tau / speedup if tau and speedup else None
 
 
 @dataclass(kw_only=True)
@@ -95,7 +104,7 @@ def run_sweep(
         for item, batch in enumerate(padded):
             calls += bench.compare(batch, item, task=task)
         logger.info("%s: %d x %d tokens", task, *padded[0]["input_ids"].shape)
-    sizes = summarise(calls, "task")
+    sizes = [Size(**vars(row)) for row in summarise(calls, "task")]
     label = "tokens/s of all rows"
     figure = partial(bar_figure, sizes, "task", "tokens_per_second", ylabel=label)
     table = tabulate("Results", SIZES, sizes, LEGEND + BREAK_EVEN)

@@ -34,7 +34,6 @@ class Row:
     num_tokens: int  # of one call on each item
     tau_per_token: float | None  # tokens of all rounds / rounds
     tau_per_item: float | None  # mean of that ratio over calls
-    rounds_per_second: float | None  # passes of the target, without the prefill
     tokens_per_second: float  # all tokens / all seconds, prefill included
     speedup: float | None  # median over items of plain's seconds per token / the method's
     decoding_speedup: float | None  # the same without the prefill and its tokens
@@ -42,12 +41,6 @@ class Row:
     stage_milliseconds: dict[str, float]  # "prefill" a call; "draft", "verify", "other" a round
     peak_mebibytes: float | None  # of GPU memory
     exact_match: float | None  # share of the answers whose tokens are all plain's
-
-    @property
-    def break_even(self) -> float | None:
-        """What a round costs in plain tokens."""
-        tau, speedup = self.tau_per_token, self.decoding_speedup
-        return tau / speedup if tau and speedup else None
 
     @property
     def round_stages(self) -> str | None:
@@ -90,8 +83,6 @@ def summarise_method(own: Sequence[Call], plain: Sequence[Call]) -> Row:
     """Summarise the calls of one method in a group, beside those of plain `generate`."""
     tau = tau_per_token(own)
     speedup = median_ratio(plain, own, "seconds_per_token")
-    seconds = sum(call.round_seconds for call in own if "prefill" in call.stage_seconds)
-    rounds = sum(call.num_rounds for call in own)
     equal = [call.num_equal_rows for call in own if call.num_equal_rows is not None]
     peaks = [call.peak_bytes / 2**20 for call in own if call.peak_bytes is not None]
     return Row(
@@ -102,7 +93,6 @@ def summarise_method(own: Sequence[Call], plain: Sequence[Call]) -> Row:
         num_tokens=sum(call.num_tokens for call in own if call.repeat == 0),
         tau_per_token=tau,
         tau_per_item=tau_per_item(own),
-        rounds_per_second=rounds / seconds if rounds and seconds else None,
         tokens_per_second=sum(call.num_tokens for call in own) / sum(c.seconds for c in own),
         speedup=speedup,
         decoding_speedup=median_ratio(plain, own, "decoding_seconds_per_token"),
