@@ -105,7 +105,7 @@ def trained(target, rows, prompts, args, start: str, seed: int) -> dict[str, Any
     set_seed(seed)
     args.seed = seed
     drafter = drafter_from(start, target).to(args.device)
-    before, _ = acceptance_length(target, drafter, prompts)
+    before = None if start == "random" else acceptance_length(target, drafter, prompts)[0]
     rank = int(start.split(":")[0].removeprefix("lora")) if start.startswith("lora") else None
     given = {"args": args, "target_model": target, "train_dataset": rows}
     trainer = CoralTrainer(drafter, peft_config=None if rank is None else lora(rank), **given)
