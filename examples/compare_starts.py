@@ -94,18 +94,26 @@ def main(options: argparse.Namespace, typed: list[str]) -> None:
     for key in keys:
         if key not in known:
             some = tokens.select(range(max(1, round(key[2] * len(tokens)))))
-            found = trained(target, some, prompts, args, key[3], seed=key[1])
+            same = [
+                row["tau_before"]
+                for of, row in known.items()
+                if of[:2] + of[3:] == key[:2] + key[3:]
+            ]
+            found = trained(target, some, prompts, args, key[3], key[1], *same[:1])
             known[key] = dict(zip(KEY, key, strict=True)) | found
             table.append([known[key]])
     print(tabulate("", COLUMNS, [known[key] for key in keys]).to_markdown())
 
 
-def trained(target, rows, prompts, args, start: str, seed: int) -> dict[str, Any]:
-    """Train a start on rows, and return what is known of it."""
+def trained(
+    target, rows, prompts, args, start: str, seed: int, before: float | None = None
+) -> dict[str, Any]:
+    """Train a start on rows, and return what is known of it; `before` is its τ, if it is known."""
     set_seed(seed)
     args.seed = seed
     drafter = drafter_from(start, target).to(args.device)
-    before = None if start == "random" else acceptance_length(target, drafter, prompts)[0]
+    if before is None and start != "random":
+        before, _ = acceptance_length(target, drafter, prompts)
     rank = int(start.split(":")[0].removeprefix("lora")) if start.startswith("lora") else None
     given = {"args": args, "target_model": target, "train_dataset": rows}
     trainer = CoralTrainer(drafter, peft_config=None if rank is None else lora(rank), **given)
