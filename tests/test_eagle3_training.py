@@ -237,7 +237,7 @@ def test_a_stream_cannot_be_counted(tmp_path):
     rows = rows_of([20, 20, 7, 30, 9])
     stream = IterableDataset.from_generator(lambda: iter(rows))
     drafter = Eagle3Drafter.from_target(target, draft_vocab_size=3)
-    with pytest.raises(ValueError, match="counted from the training rows .* is a stream"):
+    with pytest.raises(ValueError, match="counted from the training rows, but .* is a stream"):
         trainer_of(EAGLE3, target, stream, tmp_path, drafter=drafter)
     drafter.set_draft_vocabulary(torch.tensor([7, 9, 30]))
     trainer_of(EAGLE3, target, stream, tmp_path, drafter=drafter, max_steps=1).train()

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 128  # positions whose logits are held at a time
-FEW = 8  # of them, whose logits are multiplied at a time
+CHUNK = 256  # positions whose logits are held at a time
+FEW = 8  # of them, whose losses a CPU computes at a time
 # (*batch, hidden) → (*batch, vocab)
 LogitsOf = Callable[[Tensor], Tensor]
 
@@ -33,7 +33,7 @@ class TokenLoss(NamedTuple):
     loss: Tensor  # (), weighted, summed over steps and positions
     classification: Tensor  # (steps,), -Σ_v p(v) log q(v), summed over positions
     top_k: Tensor  # (steps,), the same over the top k of the goal, summed over positions
-    agreed: Tensor  # (steps, positions), bool: the drafter's first choice is the goal's
+    agreed: Tensor  # (steps, positions), bool: nothing is likelier than the goal's first choice
 
 
 class Goal(NamedTuple):
@@ -197,42 +197,58 @@ class Chunk(NamedTuple):
 
 
 class TorchChunkLoss:
-    """The losses of a chunk in torch's own operations; all share a buffer, as in `TargetGoal`."""
+    """The losses of a chunk in torch's own operations.
+
+    A CPU computes them a few rows at a time, which stay in its cache; a GPU all at once.
+    """
 
     def __init__(self, weights: TokenWeights = CLASSIFICATION):
         self.weights = weights
-        self._buffer: Tensor | None = None  # (rows, vocab)
+        self._buffer: Tensor | None = None  # of some rows; a new one would cost page faults
         self._goal: Goal | None = None
         self._top: Any = ()  # its most probable tokens, (rows, k): the steps of a chunk share it
 
     def __call__(self, logits: Tensor, goal: Goal) -> Chunk:
-        """Compute the losses of logits (*batch, rows, vocab), and in the buffer their gradient.
+        """Compute the losses of logits (*batch, rows, vocab), which the gradient overwrites.
 
-        `logits` may be overwritten; `weights` say how much each loss counts in the gradient.
+        `weights` say how much each loss counts in it.
         """
-        shape, weights = logits.shape, self.weights
-        self._buffer, logits = _refill(self._buffer, logits.flatten(0, -2))
-        logits, probs = logits.view(shape), goal.probs.to(logits.dtype)
-        k = min(weights.k, shape[-1]) if weights.top_k else 0
+        k = min(self.weights.k, logits.shape[-1]) if self.weights.top_k else 0
         if goal is not self._goal:
-            self._goal, self._top = goal, probs.topk(k, dim=-1)
-        top_probs, top_tokens = (one.expand(*shape[:-1], k) for one in self._top)
-        highest, first = logits.max(-1, keepdim=True)
-        logits -= highest
-        # of all rows at once, the products would be a large temporary
-        pairs = zip(logits.split(FEW, dim=-2), probs.split(FEW), strict=True)
+            self._goal, self._top = goal, goal.probs.topk(k, dim=-1)
+        size = FEW if logits.device.type == "cpu" else logits.shape[-2]
+        parts = zip(
+            logits.split(size, dim=-2), *(of.split(size) for of in (*goal, *self._top)), strict=True
+        )
         with torch.autocast(logits.device.type, enabled=False):  # it would sum in half precision
-            own = torch.cat([torch.linalg.vecdot(*pair) for pair in pairs], dim=-1)
+            found = [self._differentiate(*part) for part in parts]
+        losses, top_k, agreed = (torch.cat(one, dim=-1) for one in zip(*found, strict=True))
+        return Chunk(losses, top_k, agreed, logits)
+
+    def _differentiate(
+        self, raw: Tensor, probs: Tensor, first: Tensor, top_probs: Tensor, top_tokens: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Write the gradient into some rows, and return what [`Chunk`] has beside it."""
+        weights = self.weights
+        self._buffer, logits = _refill(self._buffer, raw.flatten(0, -2))
+        logits = logits.view(raw.shape)
+        highest = logits.amax(-1, keepdim=True)
+        chosen = first.clamp(min=0).expand(raw.shape[:-1])[..., None]
+        agreed = (logits.gather(-1, chosen) == highest)[..., 0] & (first >= 0)
+        logits -= highest
+        probs = probs.to(logits.dtype)
+        own = torch.linalg.vecdot(logits, probs.expand_as(logits))
+        top_tokens = top_tokens.expand(*raw.shape[:-1], -1)
+        top_probs = top_probs.to(logits.dtype).expand_as(top_tokens)
         top_logits = logits.gather(-1, top_tokens)  # (*batch, rows, k)
         total = logits.exp_().sum(-1, keepdim=True)
-        log_total, is_trained = total.log(), (goal.first >= 0)[:, None]
+        log_total, is_trained = total.log(), (first >= 0)[:, None]
         top_k = (top_probs * (log_total - top_logits)).sum(-1)
         mass = weights.classification * is_trained + weights.top_k * top_probs.sum(-1, keepdim=True)
         # mass · softmax(z) - w_cls p - w_topk p over the top k
         slope = logits.mul_(mass / total).sub_(probs, alpha=weights.classification)
-        slope.scatter_add_(-1, top_tokens, -weights.top_k * top_probs)
-        losses = (is_trained * log_total)[..., 0] - own
-        return Chunk(losses, top_k, first[..., 0] == goal.first, slope)
+        raw.copy_(slope.scatter_add_(-1, top_tokens, -weights.top_k * top_probs))
+        return (is_trained * log_total)[..., 0] - own, top_k, agreed
 
 
 def _refill(buffer: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor]:
