@@ -42,6 +42,6 @@ class DemoSettings:
     pad_layers: int = 32
     tree: tuple[int, int, int] = (5, 4, 16)
     shallow_tree: tuple[int, int, int] = (2, 2, 4)
-    num_prompts: int = 3
+    num_prompts: int = 2
     max_new_tokens: int = 160
     seed: int = 0
