@@ -115,7 +115,7 @@ class Experiment:
         is_small = family == "language_model"
         trainer_kind = coral_hf.AssistantTrainer if is_small else coral_hf.CoralTrainer
         kind = coral_hf.AssistantTrainingArguments if is_small else coral_hf.CoralTrainingArguments
-        fields |= {} if is_small else {"recipe": family, "plots": False}
+        fields |= {} if is_small else {"recipe": family}
         fields["use_cpu"] = self.target.device.type == "cpu"
         args = parse_arguments(folder, [*OPTIONS.split(), *self.typed], kind, **fields)
         set_seed(args.seed)

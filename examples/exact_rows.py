@@ -142,7 +142,6 @@ def train(target, tokenizer, rows, folder: Path, seed: int, **settings: Any) -> 
         classification_weight=1.0,
         packing=True,
         max_length=MAX_LENGTH,
-        plots=False,
         seed=seed,
         **COMMON,
     )

@@ -242,7 +242,7 @@ class Experiment:
             drafter = CoralDrafter.from_target(self.target).float()
             drafter.generation_config.update(**TREE)
             rows = self.answers(LANGUAGES)
-            own = {"classification_weight": 1.0, "plots": False}
+            own = {"classification_weight": 1.0}
             self._train(drafter, run, self.target, self.tokenizer, rows, folder, **own)
 
         return kept(self.folder / run[0], make)

@@ -66,7 +66,6 @@ def measure(options: argparse.Namespace, case: list[str], only: list[str]) -> di
             packing=options.packing,
             bf16=options.bf16,
             save_strategy="epoch",
-            plots=False,
             use_cpu=True,
             report_to="none",
             disable_tqdm=True,

@@ -38,7 +38,6 @@ def main(folder: Path) -> None:
         eval_strategy="steps",
         eval_steps=10,
         save_strategy="no",
-        plots=False,
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,

@@ -40,7 +40,6 @@ SETTINGS = {
     "logging_steps": 1,
     "save_strategy": "no",
     "report_to": "none",
-    "plots": False,
     "use_cpu": True,
     "disable_tqdm": True,
     "dataloader_pin_memory": False,
@@ -199,9 +198,7 @@ def stops_at_a_broken_row(folder: Path) -> dict:
 def assistant(folder: Path, **settings) -> dict:
     """The gradients of a small language model, and what an evaluation finds."""
     torch.manual_seed(0)
-    args = {
-        name: value for name, value in SETTINGS.items() if name not in ("plots", "csra_negatives")
-    }
+    args = {name: value for name, value in SETTINGS.items() if name != "csra_negatives"}
     args = AssistantTrainingArguments(
         output_dir=str(folder), loss="tvd", per_device_eval_batch_size=4, **{**args, **settings}
     )

@@ -16,7 +16,6 @@ from coral_hf.cli.parser import parse
 
 ROOT = Path(__file__).parents[1]
 TINY_TRAINING = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--use_cpu", "True"]
-TINY_TRAINING += ["--plots", "False"]
 
 
 @pytest.fixture(scope="module")

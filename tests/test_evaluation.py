@@ -63,7 +63,6 @@ def make_trainer(target, rows, folder, drafter=None, eval_dataset=None, **settin
         "save_strategy": "no",
         "eval_prompts": 4,
         "eval_max_new_tokens": 12,
-        "plots": False,
         "report_to": "none",
         "use_cpu": True,
         "disable_tqdm": True,
@@ -122,7 +121,6 @@ def test_conversations_given_to_evaluate_are_prepared_like_eval_dataset(tmp_path
             output_dir=str(tmp_path),
             eval_prompts=2,
             eval_max_new_tokens=12,
-            plots=False,
             report_to="none",
             use_cpu=True,
         ),
@@ -227,7 +225,6 @@ def test_the_example_of_the_documentation_selects_the_best_checkpoint(
     example = re.search(r"```python\n(from .*?)```", page, re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)  # where the example's folder goes
     small = {"eval_prompts": 2, "eval_max_new_tokens": 8, "use_cpu": True, "report_to": "none"}
-    small["plots"] = False
     names = {
         "CoralTrainer": CoralTrainer,
         "CoralTrainingArguments": partial(CoralTrainingArguments, **small),
@@ -423,3 +420,26 @@ def test_two_processes_report_what_one_does(tmp_path):
     assert first == second
     assert first == pytest.approx(alone)
     assert alone["eval_acceptance_length"] > 1.2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of tensorboard itself
+def test_tensorboard_gets_every_scalar(target, rows, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    settings = {"eval_strategy": "steps", "eval_steps": 3, "report_to": "tensorboard"}
+    parts = {"chat": rows, "code": rows}
+    trainer = make_trainer(target, rows, tmp_path, eval_dataset=parts, **settings)
+    trainer.train()
+    events = EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    for entry in trainer.state.log_history:
+        for name in set(entry) - {"step"}:
+            written = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
+            assert written in scalars
+    assert {"train/feature_similarity_2", "eval/chat_acceptance_depth_1"} <= scalars
+    found = [event.value for event in events.Scalars("eval/code_acceptance_length")]
+    assert found == pytest.approx(logged(trainer, "eval_code_acceptance_length"))

@@ -100,7 +100,7 @@ def test_a_failing_comparison_loses_no_drafter(target, tmp_path, monkeypatch, ca
     text = {"input_ids": [*range(2, 22)], "attention_mask": [1] * 20, "labels": [*range(2, 22)]}
     rows = Dataset.from_list([text] * 4)
     own = {"output_dir": str(tmp_path), "max_steps": 1, "report_to": "none", "use_cpu": True}
-    args = CoralTrainingArguments(**own, stage="router", plots=False, save_strategy="no")
+    args = CoralTrainingArguments(**own, stage="router", save_strategy="no")
     drafter = train(target, None, rows, [args], CoralDrafter.from_target(target))
     assert drafter.config.is_router_trained and drafter.config.draft_head == "routed"
     assert "no memory is left" in caplog.text

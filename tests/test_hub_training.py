@@ -25,7 +25,7 @@ rows = load_dataset("json", data_files=f"{folder}/talk.jsonl", split="train")
 rows.info.download_checksums = {"hf://datasets/org/talk@abc/talk.jsonl": {"num_bytes": 1}}
 args = CoralTrainingArguments(
     output_dir=output, hub_model_id=repo, push_to_hub=True, use_cpu=True, report_to="none",
-    plots=False, per_device_train_batch_size=2, dataloader_pin_memory=False,
+    per_device_train_batch_size=2, dataloader_pin_memory=False,
     **{"max_steps": 2, "save_steps": 1, **settings},
 )
 if adapts:
@@ -179,7 +179,7 @@ run(name, words)
 """
     go = ["train", "--target", "org/target", "--dataset", folder / "talk.jsonl"]
     go += ["--output", tmp_path, "--router-epochs", 1, "--max_steps", 2, "--use_cpu", True]
-    go += ["--push_to_hub", True, "--plots", False]
+    go += ["--push_to_hub", True]
     with pytest.raises(RuntimeError, match="--push-to-hub needs --hub-model-id"):
         client.run(command, arguments=go)
     client.run(command, arguments=[*go, "--hub_model_id", "org/command2"])

@@ -265,7 +265,7 @@ def test_the_card_says_which_heads_there_are(target):
 
 def test_the_command_makes_a_head_for_each_step(folder, tmp_path):  # noqa: F811
     names = ["--target", folder / "target", "--dataset", folder / "talk.jsonl"]
-    quick = ["--max-steps", 1, "--num-steps", 2, "--use-cpu", "True", "--plots", "False"]
+    quick = ["--max-steps", 1, "--num-steps", 2, "--use-cpu", "True"]
     made = invoke("train", *names, *quick, "--recipe", "medusa", "--output", tmp_path / "made")
     assert made.exit_code == 0, made.output
     drafter = AutoModel.from_pretrained(tmp_path / "made")

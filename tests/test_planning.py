@@ -43,7 +43,7 @@ def rows(*lengths: int) -> Dataset:
 
 def arguments(path, **given) -> CoralTrainingArguments:
     defaults = {"per_device_train_batch_size": 4, "save_strategy": "no", "num_train_epochs": 1}
-    quiet = {"report_to": "none", "disable_tqdm": True, "plots": False, "use_cpu": True}
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
     return CoralTrainingArguments(str(path / "run"), **{**defaults, **quiet, **given})
 
 

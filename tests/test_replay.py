@@ -52,7 +52,6 @@ def drafter(target, texts, tmp_path_factory):
         use_cpu=True,
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        plots=False,
     )
     drafter = CoralDrafter.from_target(target)
     CoralTrainer(

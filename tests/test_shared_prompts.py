@@ -252,7 +252,7 @@ def test_the_trainer_joins_the_answers_of_a_conversation(tmp_path):
     rows = Dataset.from_list([chat("what"), chat("who")])
     target = tiny_target("llama", torch.float32, vocab_size=len(tokenizer))
     common = {"max_length": 512, "eval_prompts": 1, "eval_max_new_tokens": 4, "report_to": "none"}
-    common |= {"use_cpu": True, "plots": False, "max_steps": 1, "disable_tqdm": True}
+    common |= {"use_cpu": True, "max_steps": 1, "disable_tqdm": True}
     lengths = {}
     for share in (True, False):
         args = CoralTrainingArguments(str(tmp_path / str(share)), share_prompts=share, **common)

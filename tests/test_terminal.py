@@ -1,4 +1,4 @@
-"""What a terminal shows: coloured tokens, a line behind the answer, a table an evaluation."""
+"""What a terminal shows: coloured tokens, a line behind the answer."""
 
 import io
 import logging
@@ -10,9 +10,7 @@ from conftest import invoke, printed, tiny_target
 from rich.console import Console
 from test_data import tiny_tokenizer
 from test_examples import folder  # noqa: F401  a saved target and its conversations
-from test_training_plots import run
-from tqdm.auto import tqdm
-from transformers import PrinterCallback, TextStreamer
+from transformers import TextStreamer
 
 from coral_hf import CoralDrafter
 from coral_hf.decoding import DecodingStats, DraftStreamer
@@ -25,8 +23,6 @@ from coral_hf.measure.terminal import (
     print_coloured,
     unlogged,
 )
-from coral_hf.training.evaluation import EvaluationTable
-from coral_hf.training.evaluation.curves import evaluation_table
 
 TEXT = "a yb é\n\té🙂 ok, b.\n"  # characters of several tokens, a tab, symbols that wait
 
@@ -171,25 +167,6 @@ def test_a_finished_call_has_the_colours_that_it_is_streamed_in(tokenizer):
     assert text.plain == tokenizer.decode(ids)
     assert [str(span.style) for span in text.spans if str(span.style)]
     assert not any(str(span.style) for span in coloured_text(tokenizer, ids).spans)
-
-
-def test_an_evaluation_is_one_table_of_acceptance_beside_the_losses(tmp_path, capsys):
-    trainer = run(tiny_target("llama", torch.float32), tmp_path, max_steps=3, plots=False)
-    log = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
-    console = Console(file=io.StringIO(), width=160)
-    console.print(evaluation_table(log))
-    text = console.file.getvalue()
-    assert "eval_code, step 3; loss" in text and "(decoded)" in text and "(simulated" in text
-    assert "accepted, where reached" in text and "regression loss" in text
-    capsys.readouterr()
-    trainer.remove_callback(PrinterCallback)
-    table = EvaluationTable()
-    trainer.add_callback(table)
-    table.training_bar = tqdm(total=1, file=io.StringIO())
-    trainer.evaluate()
-    shown = capsys.readouterr().out
-    assert shown.count("eval_chat, step 3; loss") == shown.count("eval_code, step 3; loss") == 1
-    assert "'eval_chat_loss'" not in shown
 
 
 def test_the_benchmark_says_what_was_read_before_anything_is_loaded(folder, tmp_path, caplog):  # noqa: F811

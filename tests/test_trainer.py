@@ -52,7 +52,6 @@ def make_trainer(target, rows, folder, drafter=None, peft_config=None, **setting
         "learning_rate": 1e-2,
         "logging_steps": 1,
         "save_strategy": "no",
-        "plots": False,
         "report_to": "none",
         "use_cpu": True,
         "disable_tqdm": True,

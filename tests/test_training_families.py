@@ -195,7 +195,7 @@ def test_the_command_trains_resumes_and_trains_further(family, folder, tmp_path)
     names = ["--target", folder / "target", "--dataset", folder / "talk.jsonl"]
     quick = ["--max-steps", 2, "--num-steps", 2, "--use-cpu", "True"]
     quick += ["--stage", "drafter"] if "router" in family.stages else []  # else its only one
-    quick += ["--save-strategy", "steps", "--save-steps", 1, "--plots", "False"]
+    quick += ["--save-strategy", "steps", "--save-steps", 1]
     run = partial(invoke, "train", *names, *quick)
     made = run("--output", tmp_path / "made", "--recipe", family.recipes[0])
     assert made.exit_code == 0, made.output

@@ -78,7 +78,6 @@ class Pair:
             use_cpu=True,
             disable_tqdm=True,
             dataloader_pin_memory=False,
-            plots=False,
             **settings,
         )
         CoralTrainer(self.drafter, self.target, args=args, train_dataset=self.rows).train()

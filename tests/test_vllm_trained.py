@@ -71,7 +71,7 @@ def trained(tmp_path_factory) -> Trained:
     target = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(source)
     common = {"per_device_train_batch_size": 4, "learning_rate": 2e-3, "use_cpu": True}
-    common |= {"max_length": 256, "report_to": "none", "plots": False, "save_strategy": "no"}
+    common |= {"max_length": 256, "report_to": "none", "save_strategy": "no"}
     common |= {"dataloader_pin_memory": False, "disable_tqdm": True}
     steps = {"drafter": 100, "router": 40}
     args = [

@@ -171,7 +171,6 @@ class CoralTrainingArguments(RowArguments):
     eval_max_new_tokens: int = _setting(64, "Tokens of each of these answers at most.")
     eval_prompt_length: int = _setting(16, "Tokens of a plain text that are its prompt.")
     eval_temperature: float = _setting(0.0, "Temperature of these answers; 0 is greedy.")
-    plots: bool = _setting(True, "Plot what was logged into `output_dir`, as PNG files.")
 
     def __post_init__(self):
         super().__post_init__()

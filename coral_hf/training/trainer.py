@@ -26,7 +26,7 @@ from .data import CoralCollator
 from .data.dataset import warn_of_other_ends
 from .data.encoding import IGNORED
 from .distributed import GiveBack, mean_loss, place_target, sharded_copy, shards_weights
-from .evaluation import Evaluation, PlotCallback
+from .evaluation import Evaluation
 from .inputs import check_given, lengths_only, prepare_rows, tokenizer_of
 from .losses.liger_loss import check_liger
 from .runs.callbacks import DrafterPushes, FiniteGuard, PushCallback
@@ -100,8 +100,6 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         self._guard = FiniteGuard(self.accelerator)
         self.add_callback(self._guard)
         self.add_callback(PushCallback(self))
-        if args.plots:
-            self.add_callback(PlotCallback)
         if shards_weights(self):
             if not self.step.can_shard:
                 raise ValueError(

@@ -86,7 +86,6 @@ def trainer_of(target, tmp_path):
             "max_steps": 1,
             "save_strategy": "no",
             "report_to": "none",
-            "plots": False,
             "use_cpu": True,
             "disable_tqdm": True,
             "dataloader_pin_memory": False,

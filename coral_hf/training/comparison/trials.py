@@ -176,7 +176,7 @@ class Comparison:
         **fields: Any,
     ) -> TrainerState:
         """Train a drafter or its head, and write nothing; the options are added to all trials'."""
-        fields |= {"save_strategy": "no", "disable_tqdm": True, "plots": False}
+        fields |= {"save_strategy": "no", "disable_tqdm": True}
         fields["include_num_input_tokens_seen"] = "non_padding"
         with tempfile.TemporaryDirectory() as folder:
             args = parse_arguments(folder, [*self.settings.options, *options], **fields)

@@ -1,7 +1,6 @@
-"""Evaluation during training: acceptance length, decoded and simulated, and plots of a run.
+"""Evaluation during training: acceptance length, decoded and simulated.
 
-decoded rounds, or chain decoding replayed over a text → acceptance metrics → curves.
+decoded rounds, or chain decoding replayed over a text → acceptance metrics.
 """
 
 from .acceptance import Evaluation
-from .curves import EvaluationTable, PlotCallback

@@ -141,7 +141,7 @@ def timed_run(
             for alone, weight in ((0.0, 1 - share), (1.0, share)):
                 if weight:
                     own: dict[str, Any] = {"output_dir": str(Path(folder, args.stage))}
-                    own |= {"max_steps": most, "plots": False, "single_step_share": alone}
+                    own |= {"max_steps": most, "single_step_share": alone}
                     timer, short = StepTimer(), replace(args, **own, **UNKEPT)
                     given = {"train_dataset": part, "callbacks": [timer]}
                     CoralTrainer(drafter, target, short, tokenizer, **given).train()
