@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 FULL = "full"  # the head that the others are compared with
-# training stages of heads
-STAGES = {"routed": "router", "routed_quantized": "router", "low_rank": "low_rank"}
 
 # the fields of `CoralConfig` that a head is made with, and those that a routed one is read with
 MADE_WITH = {
@@ -53,7 +51,6 @@ MADE_WITH = {
     "routed": ("grouping", "num_groups"),
     "routed_quantized": ("grouping", "num_groups"),
     "frequency": ("num_hot_tokens",),
-    "low_rank": ("head_rank",),
 }
 READ_WITH = ("num_active_groups", "routing", "active_mass")
 READ_ALONE = {name: getattr(CoralConfig, name) for name in READ_WITH[1:]}  # unless a trial says
@@ -161,11 +158,10 @@ class HeadComparison(Comparison):
         """Copy the drafter and give it a trial's head, trained or counted."""
         drafter = copy.deepcopy(self.drafter).float()
         drafter.heads.remove_router()
-        drafter.heads.remove_low_rank_head()
-        if trial.head in STAGES:
+        if trial.head.startswith("routed"):
             names = trial.fields.keys() & {*MADE_WITH[trial.head], "num_active_groups"}
             settings = {name: trial.fields[name] for name in names}
-            self.train(drafter, stage=STAGES[trial.head], **settings)
+            self.train(drafter, stage="router", **settings)
         elif trial.head == "frequency":
             drafter.heads.configure(**trial.fields)  # raises beyond the vocabulary
             tokens = most_frequent_first(token_counts(read_target(self.target), self.dataset))
@@ -254,14 +250,12 @@ def tau_share(rows: Rows, name: str, task: str) -> float | None:
 def read_share(config: dict[str, Any], size: int) -> float:
     """Divide the bytes that one drafted level of one sequence reads by those of the full head.
 
-    What a head adds counts too: the router's weights, the low-rank head's `down`, and of a
-    quantized head, beside one byte instead of `size` for a number, the scale of each row.
+    What a head adds counts too: the router's weights, and of a quantized head, beside one byte
+    instead of `size` for a number, the scale of each row.
     """
     vocab, hidden = config["vocab_size"], config["hidden_size"]
     if config["draft_head"] == "frequency":
         return config["num_hot_tokens"] / vocab
-    if config["draft_head"] == "low_rank":
-        return config["head_rank"] * (vocab + hidden) / (vocab * hidden)
     is_quantized = config["draft_head"].endswith("quantized")
     row = (1 + 4 / hidden) / size if is_quantized else 1.0  # of a row of the head's own
     if config["draft_head"].startswith("routed"):

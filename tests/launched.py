@@ -151,7 +151,7 @@ def of_family(recipe: str, folder: Path, **settings) -> dict:
     return {**results(trainer), "gradients": gradients.found}
 
 
-STAGES = ("drafter", "router", "low_rank", "joint")
+STAGES = ("drafter", "router", "joint")
 
 
 def all_stages(folder: Path, **settings) -> dict:
@@ -159,10 +159,8 @@ def all_stages(folder: Path, **settings) -> dict:
     found: dict = {}
     drafter = make_drafter()
     for stage in STAGES:
-        heads = {"head_rank": 4} if stage == "low_rank" else {"num_groups": 4}
-        trainer = make_trainer(
-            folder / stage, drafter=drafter, stage=stage, **{**heads, **settings}
-        )
+        own = {"num_groups": 4, **settings}
+        trainer = make_trainer(folder / stage, drafter=drafter, stage=stage, **own)
         gradients = Gradients()
         trainer.add_callback(gradients)
         trainer.train()

@@ -122,14 +122,12 @@ def test_a_head_stage_trains_the_head_of_a_trained_drafter(folder, tmp_path):
     first = train(folder, tmp_path / "first")  # of so small a vocabulary no router is trained
     assert not (tmp_path / "first" / "router").exists()
     assert first.exit_code == 0, first.output
-    for stage in ("router", "low_rank"):
-        own = ["--from", tmp_path / "first", "--stage", stage, "--head_rank", 4]
-        result = train(folder, tmp_path / stage, *own)
-        assert result.exit_code == 0, result.output
-        assert [path.name for path in (tmp_path / stage).iterdir() if path.is_dir()] == [stage]
+    own, folder_of = ["--from", tmp_path / "first", "--stage", "router"], tmp_path / "router"
+    result = train(folder, folder_of, *own)
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in folder_of.iterdir() if path.is_dir()] == ["router"]
     target = AutoModelForCausalLM.from_pretrained(folder / "target")
-    for stage, head in (("router", "routed"), ("low_rank", "low_rank")):
-        assert heads_of(AutoModel.from_pretrained(tmp_path / stage), target) == ["full", head]
+    assert heads_of(AutoModel.from_pretrained(folder_of), target) == ["full", "routed"]
 
 
 def test_fresh_head_replaces_the_drafters_own_head(folder, tmp_path):
@@ -203,7 +201,7 @@ def test_a_seed_gives_the_same_bytes_in_another_process(folder, tmp_path):
         "lora": ["--seed", "7", "--from", "{folder}/fresh", "--lora-r", "2"],
         "other": ["--seed", "8", "--router-epochs", "0"],
     }
-    runs["warm"] += ["--stage", "low_rank"]
+    runs["warm"] += ["--stage", "router"]
     runs = {name: [*TINY_TRAINING, *options] for name, options in runs.items()}
     processes = {}
     for name in ("once", "twice"):

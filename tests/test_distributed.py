@@ -104,7 +104,7 @@ def test_two_processes_end_with_the_weights_of_one(one, two, how, stage):
 @pytest.mark.parametrize("how", ["plain", "accumulated"])
 @pytest.mark.parametrize("stage", launched.STAGES)
 def test_logged_losses_are_averages_over_all_processes(one, two, how, stage):
-    name = {"router": "router_loss", "low_rank": "low_rank_agreement_1"}.get(stage, "agreement_1")
+    name = "router_loss" if stage == "router" else "agreement_1"
     for expected, *found in zip(
         one[stage]["logs"][:3], *(process[how][stage]["logs"] for process in two), strict=False
     ):

@@ -27,7 +27,6 @@ from coral_hf.decoding.caches.ragged_cache import RaggedCache
 from coral_hf.decoding.rounds import loop as loop_module
 from coral_hf.decoding.rounds.loop import capacity_for
 from coral_hf.heads.settings import DRAFT_HEADS
-from coral_hf.target import read_target
 
 
 @pytest.fixture
@@ -346,7 +345,6 @@ def test_every_draft_head_is_read_in_rounds_of_constant_shapes(head, way, rounds
     drafter.heads.add_router(4, 2)
     drafter.config.is_router_trained = True
     drafter.heads.add_frequency_head(torch.arange(2, VOCAB))
-    drafter.heads.add_low_rank_head(6, read_target(target).head)
     scatter_weights(drafter.heads, seed=2)
     drafter = drafter.double()
     target = target.double()

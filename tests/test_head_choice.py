@@ -14,7 +14,6 @@ from coral_hf import CoralDrafter
 from coral_hf.heads.draft_heads import (
     FrequencyHead,
     FullHead,
-    LowRankHead,
     QuantizedHead,
     RoutedHead,
 )
@@ -29,7 +28,6 @@ KINDS = {
     "routed": RoutedHead,
     "routed_quantized": RoutedHead,
     "frequency": FrequencyHead,
-    "low_rank": LowRankHead,
 }
 
 
@@ -52,7 +50,6 @@ def with_all_heads(target, drafter, order=ORDER):
     drafter.heads.add_router(6, 2, order)
     drafter.config.is_router_trained = True
     drafter.heads.add_frequency_head(HOT)
-    drafter.heads.add_low_rank_head(8, head_of(target, drafter))
     return drafter
 
 
@@ -74,7 +71,7 @@ def test_heads_travel_with_the_drafter(target, drafter, tmp_path):
     with_all_heads(target, drafter).save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)
     head = head_of(target, drafter)
-    assert loaded.config.draft_head == "low_rank" and loaded.config.grouping == "custom"
+    assert loaded.config.draft_head == "frequency" and loaded.config.grouping == "custom"
     for name in KINDS:
         ours, theirs = (one.heads.bind(head, name) for one in (drafter, loaded))
         assert ours.logits(*level(drafter)).equal(theirs.logits(*level(drafter)))
@@ -86,10 +83,10 @@ def test_order_and_tokens_stay_whole_numbers_in_any_dtype(target, drafter, tmp_p
     with_all_heads(target, drafter).save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.heads.router.order.equal(ORDER) and loaded.heads.hot_tokens.equal(HOT)
-    assert loaded.heads.low_rank.up.weight.dtype == torch.bfloat16
+    assert loaded.heads.router.fc.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", ["routed", "routed_quantized", "frequency", "low_rank"])
+@pytest.mark.parametrize("name", ["routed", "routed_quantized", "frequency"])
 def test_a_head_that_is_not_there_says_how_to_get_it(target, drafter, name):
     with pytest.raises(ValueError, match=f"`draft_head` is '{name}', but this drafter .*full'"):
         drafter.heads.bind(head_of(target, drafter), name)
@@ -129,9 +126,6 @@ def test_a_head_that_an_adapter_adds_to_can_only_be_read_whole(drafter):
     assert type(drafter.heads.bind(head, "full")) is FullHead
     with pytest.raises(ValueError, match="quantised, offloaded or adapted"):
         drafter.heads.bind(head, "routed")
-    with pytest.raises(ValueError, match="plain LM head"):
-        drafter.heads.add_low_rank_head(4, head)
-    assert drafter.config.head_rank == 8
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "full"])
@@ -253,11 +247,6 @@ def test_groups_that_do_not_cover_the_vocabulary_are_refused(drafter):
     assert drafter.heads.router is None
 
 
-def test_more_channels_than_the_head_has_are_refused(target, drafter):
-    with pytest.raises(ValueError, match="`head_rank` is 33; use 1 to 32"):
-        drafter.heads.add_low_rank_head(33, head_of(target, drafter))
-
-
 def test_a_router_trained_for_other_groups_is_not_loaded(target, drafter, tmp_path):
     with_all_heads(target, drafter).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -300,7 +289,7 @@ def test_hot_tokens_of_a_checkpoint_are_tokens(target, drafter, tmp_path):
     [
         ({"num_groups": 4, "grouping": "kmeans"}, "come with an order of the vocabulary"),
         ({"num_hot_tokens": 10}, "'num_hot_tokens'. would name a draft head"),
-        ({"head_rank": 8, "draft_head": "low_rank"}, "has learned nothing"),
+        ({"num_groups": 4, "draft_head": "routed"}, "has learned nothing"),
     ],
 )
 def test_a_fresh_drafter_has_no_head_that_has_learned_nothing(target, fields, message):

@@ -41,8 +41,8 @@ def test_the_key_of_a_trial_is_how_its_head_is_made_not_how_it_is_read():
         ("hot num_hot_tokens=4", "A trial is 'hot .*write a head"),
         ("routed grouping=kmeans", "write a head with .*'grouping', 'num_groups'"),
         ("routed grouping=kmeans num_groups=8 rank=3", "`rank` is no field of CoralConfig"),
-        ("full head_rank=3", "A trial is 'full head_rank=3'; write a head"),
-        ("low_rank head_rank", "'head_rank' does not fit CoralConfig"),
+        ("full num_groups=3", "A trial is 'full num_groups=3'; write a head"),
+        ("frequency num_hot_tokens", "'num_hot_tokens' does not fit CoralConfig"),
         ("frequency num_hot_tokens=many", "'num_hot_tokens=many' does not fit"),
     ],
 )
@@ -63,8 +63,6 @@ def test_invalid_trials_are_refused(text, message):
         # one byte of four, and a scale of four bytes for 20 channels
         ({"draft_head": "quantized"}, 0.3),
         ({"draft_head": "routed_quantized", "num_groups": 8, "num_active_groups": 2}, 0.103),
-        # 5 of 20 channels of each row, and `down`
-        ({"draft_head": "low_rank", "head_rank": 5}, 0.255),
     ],
 )
 def test_the_share_read_includes_the_weights_that_a_head_adds(fields, share):
@@ -82,7 +80,6 @@ def test_heads_are_made_once_and_measured(folder, monkeypatch):  # noqa: F811
         f"{ROUTED} routing=per_node",
         "routed grouping=contiguous num_groups=4 num_active_groups=1",
         "frequency num_hot_tokens=20",
-        "low_rank head_rank=4",
         "quantized",
         ROUTED.replace("routed", "routed_quantized"),
     ]
@@ -99,16 +96,16 @@ def test_heads_are_made_once_and_measured(folder, monkeypatch):  # noqa: F811
     made = {path.name for path in (out / "heads").iterdir()}
     assert made == {
         *("full", "routed-contiguous-8", "routed-contiguous-4"),
-        *("frequency-20", "low_rank-4", "quantized"),
+        *("frequency-20", "quantized"),
     }
     report = json.loads((out / "report.json").read_text())
     assert [*report["trials"]] == ["full", *trials]
     calls = {(call["method"], call["temperature"]): call for call in report["calls"]}
     assert {*calls} == {(name, t) for name in ("plain", "full", *trials) for t in (0.0, 1.0)}
     greedy = [call for call in report["calls"] if call["temperature"] == 0.0]
-    assert len(greedy) == 18 and all(call["num_equal_rows"] == 1 for call in greedy)
+    assert len(greedy) == 16 and all(call["num_equal_rows"] == 1 for call in greedy)
     table = (out / "report.md").read_text()
-    assert "| low_rank head_rank=4 |" in table and "## T = 1" in table
+    assert "| frequency num_hot_tokens=20 |" in table and "## T = 1" in table
     assert (out / "sweep-contiguous-shared-0.png").stat().st_size > 1000
     before = {path: path.stat().st_mtime_ns for path in (out / "heads").rglob("*.safetensors")}
     run(monkeypatch, SCRIPT, *names)

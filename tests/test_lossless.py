@@ -30,7 +30,6 @@ from coral_hf.decoding import rules
 from coral_hf.decoding.drafting import TreeShape
 from coral_hf.decoding.rules import Step, token_step
 from coral_hf.drafters.tree_builders import SampledTreeBuilder
-from coral_hf.target import read_target
 
 TREE = {"tree_depth": 4, "tree_top_k": 6, "tree_nodes": 24}
 SEEDS = (11, 22, 33)
@@ -158,7 +157,6 @@ def with_heads(target, drafter, **config):
     torch.manual_seed(0)
     drafter.heads.add_router(3, 1, torch.tensor([2, 0, 3, 1]))  # groups of 2, 2 and no tokens
     drafter.heads.add_frequency_head(torch.tensor([3, 1]))
-    drafter.heads.add_low_rank_head(2, read_target(target).head)
     for name, value in {"is_router_trained": True, "active_mass": None, **config}.items():
         setattr(drafter.config, name, value)
     return drafter
@@ -170,7 +168,6 @@ HEADS = {
     "shared until sure": {"draft_head": "routed", "num_active_groups": 2, "active_mass": 0.6},
     "per_node": {"draft_head": "routed", "routing": "per_node"},
     "frequency": {"draft_head": "frequency"},
-    "low_rank": {"draft_head": "low_rank"},
     "quantized": {"draft_head": "quantized"},
     "routed_quantized": {"draft_head": "routed_quantized"},
 }

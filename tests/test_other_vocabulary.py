@@ -38,9 +38,6 @@ HEADS = {
     "frequency": lambda drafter, target, size: drafter.heads.add_frequency_head(
         torch.arange(size).flip(0)[: size // 2]
     ),
-    "low_rank": lambda drafter, target, size: drafter.heads.add_low_rank_head(
-        8, read_target(target).head
-    ),
     "routed": lambda drafter, target, size: routed(drafter, None),
     "quantized": lambda drafter, target, size: drafter.heads.configure(draft_head="quantized"),
     "routed by an order": lambda drafter, target, size: routed(drafter, torch.arange(size).flip(0)),

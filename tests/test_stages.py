@@ -7,7 +7,6 @@ import torch
 from test_trainer import logged, make_trainer, rows, target  # noqa: F401  fixtures too
 from transformers import AutoModel
 
-from coral_hf.target import read_target
 from coral_hf.training.stages import default_groups
 
 GROUPS = {"num_groups": 6, "num_active_groups": 2}
@@ -30,21 +29,6 @@ def copy_of(drafter):
 @pytest.fixture
 def drafter(trained):
     return copy_of(trained)
-
-
-def test_the_low_rank_stage_trains_that_head_alone(target, rows, drafter, tmp_path):
-    before = {name: tensor.clone() for name, tensor in drafter.state_dict().items()}
-    trainer = make_trainer(
-        target, rows, tmp_path, drafter, stage="low_rank", head_rank=8, max_steps=40
-    )
-    started = drafter.heads.low_rank.up.weight.clone()
-    trainer.train()
-    losses = logged(trainer, "low_rank_loss")
-    assert sum(losses[-6:]) < sum(losses[:6])
-    assert not drafter.heads.low_rank.up.weight.equal(started)
-    for name, tensor in before.items():
-        assert drafter.state_dict()[name].equal(tensor), name
-    assert drafter.config.draft_head == "low_rank" and drafter.config.head_rank == 8
 
 
 def test_the_joint_stage_trains_drafter_and_router(target, rows, tmp_path):
@@ -72,20 +56,10 @@ def test_the_joint_loss_is_the_drafters_and_the_routers(target, rows, tmp_path):
     assert joint["loss"] == pytest.approx(alone["loss"] + 0.5 * joint["router_loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("stage", "head"), [("router", "heads.router."), ("low_rank", "heads.low_rank.")]
-)
-def test_a_stage_of_a_head_leaves_the_rest_frozen(
-    target,
-    rows,
-    drafter,
-    tmp_path,
-    stage,
-    head,
-):
-    make_trainer(target, rows, tmp_path, drafter, stage=stage, head_rank=8, **GROUPS)
+def test_the_routers_stage_leaves_the_rest_frozen(target, rows, drafter, tmp_path):
+    make_trainer(target, rows, tmp_path, drafter, stage="router", **GROUPS)
     for name, parameter in drafter.named_parameters():
-        assert parameter.requires_grad == name.startswith(head), name
+        assert parameter.requires_grad == name.startswith("heads.router."), name
 
 
 def test_further_training_of_a_drafter_keeps_its_heads(
@@ -95,12 +69,9 @@ def test_further_training_of_a_drafter_keeps_its_heads(
     tmp_path,
 ):
     drafter.heads.add_router(6, 2)
-    drafter.heads.add_low_rank_head(8, read_target(target).head)
     make_trainer(target, rows, tmp_path, drafter, stage="drafter")
     for name, parameter in drafter.named_parameters():
-        assert parameter.requires_grad != name.startswith(("heads.router.", "heads.low_rank.")), (
-            name
-        )
+        assert parameter.requires_grad != name.startswith("heads.router."), name
 
 
 def test_settings_of_a_new_head_are_refused_where_the_drafter_has_one(
@@ -108,22 +79,12 @@ def test_settings_of_a_new_head_are_refused_where_the_drafter_has_one(
 ):
     drafter.heads.add_router(5, 1)
     for setting in ({"num_groups": 6}, {"grouping": "kmeans"}, {"num_active_groups": 2}):
-        with pytest.raises(ValueError, match=f"`{[*setting][0]}` is .* drafter has a head with"):
+        with pytest.raises(ValueError, match=f"`{[*setting][0]}` is .* drafter has a router with"):
             make_trainer(target, rows, tmp_path, drafter, stage="router", **setting)
     make_trainer(target, rows, tmp_path, drafter, stage="router")
     own = {"num_groups": 5, "num_active_groups": 1, "grouping": "contiguous"}
     make_trainer(target, rows, tmp_path, drafter, stage="joint", **own)
     assert drafter.config.num_groups == 5
-
-
-def test_an_existing_low_rank_head_is_trained_further_with_its_rank(
-    target, rows, drafter, tmp_path
-):
-    drafter.heads.add_low_rank_head(8, read_target(target).head)
-    make_trainer(target, rows, tmp_path, drafter, stage="low_rank")
-    assert drafter.config.head_rank == 8
-    with pytest.raises(ValueError, match="`head_rank` is 4, but the drafter has a head with 8"):
-        make_trainer(target, rows, tmp_path, drafter, stage="low_rank", head_rank=4)
 
 
 def test_a_seed_determines_a_new_router(target, rows, trained, tmp_path):

@@ -9,8 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from coral_hf.heads.draft_heads import (
     FrequencyHead,
     FullHead,
-    LowRank,
-    LowRankHead,
     QuantizedHead,
     RoutedHead,
 )
@@ -48,12 +46,6 @@ class Recorded(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def make_low_rank_head(head: LMHead) -> LowRankHead:
-    low_rank = LowRank(HIDDEN, 4).double()
-    low_rank.start_from(head.weight.detach())
-    return LowRankHead(head, low_rank, head.weight.detach() @ low_rank.up.weight.detach())
-
-
 def make_routed(head: LMHead, routing: Routing, has_order: bool) -> RoutedHead:
     order = make_order(READS) if has_order else None
     weight = head.weight[order] if has_order else None
@@ -67,7 +59,6 @@ HEADS = {
         head, make_router(64), ROUTINGS["shared"], quantize(head.weight)
     ),
     "frequency": lambda head: FrequencyHead(head, make_order(READS), head.weight.detach()),
-    "low_rank": make_low_rank_head,
     **{
         f"routed, {name}": lambda head, routing=routing: make_routed(head, routing, False)
         for name, routing in ROUTINGS.items()

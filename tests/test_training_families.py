@@ -145,8 +145,9 @@ def test_a_recipe_and_a_stage_of_another_family_are_refused(target, texts, tmp_p
     coral, eagle3 = map(step_kind, FAMILIES[:2])
     with pytest.raises(ValueError, match="`recipe` is 'eagle3', but `model` is a CoralDrafter; u"):
         trainer_of(coral, target, texts, tmp_path, recipe="eagle3")
-    with pytest.raises(ValueError, match="`stage` is 'low_rank', but `model` is a Eagle3Drafter"):
-        trainer_of(eagle3, target, texts, tmp_path, stage="low_rank")
+    medusa = step_kind("coral_medusa")
+    with pytest.raises(ValueError, match="`stage` is 'router', but `model` is a MedusaDrafter"):
+        trainer_of(medusa, target, texts, tmp_path, stage="router")
 
 
 def test_the_pipeline_makes_the_drafter_that_the_recipe_is_for(family, target, texts, tmp_path):

@@ -16,7 +16,6 @@ from vllm_environment import ROOT, environment, run, run_jobs, vllm_python
 
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
 from coral_hf.checkpoints import export_drafter
-from coral_hf.target import read_target
 
 pytestmark = pytest.mark.slow
 
@@ -89,8 +88,6 @@ class Pair:
         self.drafter.heads.add_router(4, 1, order)
         self.train(stage="router", max_steps=60)
         self.drafter.heads.add_frequency_head(torch.arange(0, VOCAB, 2))
-        head = read_target(self.target).head
-        self.drafter.heads.add_low_rank_head(16, head)
 
     def save(self, head: str) -> str:
         """The folder of the drafter as one that reads a draft head of this name."""
@@ -148,7 +145,7 @@ def served(python, tmp_path_factory) -> dict[str, tuple[dict, tuple]]:
     exported = export_drafter(llama.drafter, "vllm", folder / "exported")
     jobs = {"alone": llama.job(None), "exported": llama.job(str(exported.folder))}
     ours = {"alone": llama.chains("full"), "exported": llama.chains("full")}
-    for head in ("full", "routed", "frequency", "low_rank"):
+    for head in ("full", "routed", "frequency"):
         jobs[head], ours[head] = llama.job(llama.save(head)), llama.chains(head)
     broken = without_tensor(str(folder / "llama" / "routed"), "heads.router.fc.weight")
     jobs["broken"], ours["broken"] = llama.job(broken), ours["full"]
@@ -163,7 +160,7 @@ def served(python, tmp_path_factory) -> dict[str, tuple[dict, tuple]]:
     return {name: (found, ours[name]) for name, found in zip(jobs, results, strict=True)}
 
 
-HEADS = ["exported", "full", "routed", "frequency", "low_rank"]
+HEADS = ["exported", "full", "routed", "frequency"]
 TARGETS = ["qwen2", "granite", "gemma2"]
 
 

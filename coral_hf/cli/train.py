@@ -8,7 +8,7 @@ from ..measure.settings import option
 from ..training.planning import PlanSettings
 from .options import TargetOptions, TrainingDataOptions
 
-STAGES = Literal["drafter", "joint", "router", "low_rank"]
+STAGES = Literal["drafter", "joint", "router"]
 LOSSES = Literal["ce", "kl", "tvd", "tvd++"]  # of a small language model
 DEFAULT_STAGES: tuple[STAGES, ...] = ("drafter", "router")  # of a family that has them
 ROUTER_EPOCHS = 0.2
@@ -135,8 +135,6 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
         drafter = start_from(target, self.start, tokenizer)
         if self.fresh_head and {"router", "joint"} & set(self.stage):
             drafter.heads.remove_router()
-        if self.fresh_head and "low_rank" in self.stage:
-            drafter.heads.remove_low_rank_head()
         adapter = self.lora_r and lora(self.lora_r, self.lora_alpha, self.lora_target or None)
         return with_adapter(drafter, "drafter", adapter)
 
@@ -165,8 +163,8 @@ def train(own: TrainOptions, training_options: list[str]) -> None:
 
     stages = own.arguments(training_options)
     args = stages[0]
-    if own.start is None and args.stage in ("router", "low_rank"):
-        raise ValueError(f"--stage {args.stage} goes with --from.")
+    if own.start is None and args.stage == "router":
+        raise ValueError("--stage router goes with --from.")
     if args.push_to_hub and args.hub_model_id is None:
         raise ValueError("--push-to-hub needs --hub-model-id organisation/name.")
     rows = own.rows()

@@ -67,7 +67,7 @@ class CoralDrafter(Drafter):
     config: CoralConfig
     title, paper = "CORAL", "[CORAL (ACL 2025)](https://arxiv.org/abs/2502.16880)"
     # modules that are called on their own need FSDP hooks of their own
-    _no_split_modules = ["DecoderLayer", "Router", "LowRank"]
+    _no_split_modules = ["DecoderLayer", "Router"]
 
     def __init__(self, config: CoralConfig):
         super().__init__(config)

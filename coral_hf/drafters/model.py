@@ -72,7 +72,7 @@ class Drafter(PreTrainedModel, GenerationMixin):
             ValueError: for a target that cannot take a drafter; for a draft head that has to be
                 counted or trained first.
         """
-        named = {"draft_head", "num_hot_tokens", "head_rank"} & overrides.keys()
+        named = {"draft_head", "num_hot_tokens"} & overrides.keys()
         if overrides.get("draft_head") in UNTRAINED_HEADS:
             named.remove("draft_head")
         if heads := sorted(named):

@@ -17,8 +17,6 @@ from .draft_heads import (
     DraftHead,
     FrequencyHead,
     FullHead,
-    LowRank,
-    LowRankHead,
     QuantizedHead,
     RoutedHead,
 )
@@ -36,7 +34,6 @@ ROUTER = "trained router; train one with CoralTrainingArguments(stage='router')"
 REMEDIES = {
     **dict.fromkeys(("routed", "routed_quantized"), ROUTER),
     "frequency": "frequent tokens; add them with drafter.heads.add_frequency_head(token_ids)",
-    "low_rank": "such head; train one with CoralTrainingArguments(stage='low_rank')",
 }
 
 
@@ -50,7 +47,6 @@ class DraftHeads(nn.Module):
 
     router: Router | None
     hot_tokens: Tensor | None  # of shape (num_hot_tokens,), the most frequent first
-    low_rank: LowRank | None
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
@@ -64,14 +60,12 @@ class DraftHeads(nn.Module):
 
         Hot tokens have shape (num_hot_tokens,), an order (vocab,).
         """
-        self.router = self.low_rank = None
+        self.router = None
         if config.num_groups is not None:
             order = None if config.grouping == "contiguous" else torch.arange(config.vocab_size)
             self.router = Router(config.hidden_size, config.num_groups, order)
         hot = None if config.num_hot_tokens is None else torch.arange(config.num_hot_tokens)
         self.register_buffer("hot_tokens", hot)
-        if config.head_rank is not None:
-            self.low_rank = LowRank(config.hidden_size, config.head_rank)
         # by what it is, such as a copy of the target's head (vocab, hidden) in another order
         self._cached: dict[str, Cached] = defaultdict(Cached)
 
@@ -87,7 +81,7 @@ class DraftHeads(nn.Module):
         if name == "full":
             return FullHead(head)
         router = self.router if self.config.is_router_trained else None
-        parts = {"frequency": self.hot_tokens, "low_rank": self.low_rank, "quantized": self}
+        parts = {"frequency": self.hot_tokens, "quantized": self}
         part, problem = parts.get(name, router), None
         if part is None:
             problem = f"this drafter has no {REMEDIES[name]}, or"
@@ -104,10 +98,6 @@ class DraftHeads(nn.Module):
         weight, cached = head.weight, self._cached[name]
         if name == "quantized":
             return QuantizedHead(head, cached.get([weight], lambda: quantize(weight)))
-        if name == "low_rank":
-            up = part.up.weight  # (hidden, rank)
-            channels = cached.get([weight, up], lambda: weight.detach() @ up.detach().to(weight))
-            return LowRankHead(head, part, channels)
         if name == "frequency":
             kept = self._cached["kept tokens"]  # a target may have lost some, or all
             tokens = kept.get([part, weight], lambda: part[part < len(weight)])
@@ -189,11 +179,6 @@ class DraftHeads(nn.Module):
         self.configure(**NO_ROUTER)
         self.router = None
 
-    def remove_low_rank_head(self) -> None:
-        """Remove the low-rank head, so that a training stage can add a fresh one."""
-        self.configure(head_rank=None, draft_head="full")
-        self.low_rank = None
-
     def add_frequency_head(self, tokens: Tensor) -> None:
         """Let the drafter read the LM head's rows of these tokens alone.
 
@@ -206,30 +191,8 @@ class DraftHeads(nn.Module):
         self.configure(num_hot_tokens=len(tokens), draft_head="frequency")
         self.hot_tokens = tokens.to(device=self._placement.device, dtype=torch.long).clone()
 
-    def add_low_rank_head(self, rank: int, head: LMHead) -> None:
-        """Let the drafter read `rank` channels of a head (vocab, hidden), at first the largest.
-
-        Raises:
-            ValueError: if the head's rows cannot be read, or have fewer channels.
-        """
-        if not head.is_readable:
-            raise ValueError(
-                "A low-rank head starts from the rows of the target's, which is quantised,"
-                " offloaded or adapted; load the target with a plain LM head."
-            )
-        fields = {"head_rank": rank, "draft_head": "low_rank"}
-        self._check_fields(fields)
-        low_rank = LowRank(self.config.hidden_size, rank)
-        low_rank.start_from(head.weight.detach())  # takes long: only now the config changes
-        self.low_rank = low_rank.to(self._placement)
-        self.configure(**fields)
-
     def configure(self, **fields) -> None:
         """Set fields of the config after checking that they fit together."""
-        self._check_fields(fields)
+        type(self.config).from_dict({**self.config.to_dict(), **fields})  # a ValueError if not
         for name, value in fields.items():
             setattr(self.config, name, value)
-
-    def _check_fields(self, fields: dict[str, Any]) -> None:
-        """Make a config with other fields, which raises a ValueError if they do not fit."""
-        type(self.config).from_dict({**self.config.to_dict(), **fields})

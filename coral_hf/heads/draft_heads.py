@@ -1,11 +1,11 @@
-"""Draft heads: full, quantized, frequency, low rank and routed, and what every draft head offers.
+"""Draft heads: full, quantized, frequency and routed, and what every draft head offers.
 
 In: features predicted by the drafter, (batch, nodes, hidden), and the target's LM head. Out:
 `Children`, the best next tokens of each node and how confident the drafter is of them, or logits to
 draw from. Which head is read changes what is proposed, never what is verified.
 
-Frequency: FR-Spec (Zhao et al. 2025), VocabTrim. Low rank: SlimSpec. Routed, from CORAL (LM head
-router), reads the groups of the LM head in which the router expects the next tokens:
+Frequency: FR-Spec (Zhao et al. 2025), VocabTrim. Routed, from CORAL (LM head router), reads the
+groups of the LM head in which the router expects the next tokens:
 
     features ── router ── mass of each group ── routing ── active groups
         └─────────── logits of these groups alone ◀───────────┘
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..lm_head import LMHead
@@ -147,43 +147,6 @@ def spread(read: Tensor, tokens: Tensor, vocab_size: int) -> Tensor:
     """Logits (*batch, read) of tokens (read,) as of all, (*batch, vocab), -inf for others."""
     logits = read.new_full((*read.shape[:-1], vocab_size), float("-inf"))
     return logits.index_copy(-1, tokens, read)
-
-
-class LowRank(nn.Module):
-    """Projects features to a few channels and back: up(down(h)), (*batch, hidden) both."""
-
-    def __init__(self, hidden_size: int, rank: int):
-        super().__init__()
-        self.down = nn.Linear(hidden_size, rank, bias=False)  # (rank, hidden)
-        self.up = nn.Linear(rank, hidden_size, bias=False)  # (hidden, rank)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(*batch, hidden) → (*batch, hidden)"""
-        return self.up(self.down(features))
-
-    @torch.no_grad()
-    def start_from(self, head_weight: Tensor) -> None:
-        """Set the channels to the first singular directions of a head (vocab, hidden)."""
-        gram = sum(rows.float().T @ rows.float() for rows in head_weight.split(8192))
-        directions = torch.linalg.eigh(gram).eigenvectors[:, -self.down.out_features :]
-        self.up.weight.copy_(directions)
-        self.down.weight.copy_(directions.T)
-
-
-class LowRankHead(FullHead):
-    """Reads a few channels of all tokens: (W up)(down h), with W up computed once.
-
-    Args:
-        weight: (vocab, rank), the head's weight times `up`.
-    """
-
-    def __init__(self, head: LMHead, low_rank: LowRank, weight: Tensor):
-        super().__init__(head)
-        self.low_rank, self.weight = low_rank, weight
-
-    def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
-        """Compute approximate logits, (batch, nodes, vocab); see [`DraftHead`]."""
-        return self.head.logits_from(self.low_rank.down(features), self.weight).float()
 
 
 class RoutedHead(DraftHead):

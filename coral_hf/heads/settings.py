@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 from transformers import PreTrainedConfig
 
-DRAFT_HEADS = ("full", "quantized", "routed", "routed_quantized", "frequency", "low_rank")
+DRAFT_HEADS = ("full", "quantized", "routed", "routed_quantized", "frequency")
 UNTRAINED_HEADS = ("full", "quantized")  # which every drafter has
 GROUPINGS = ("contiguous", "kmeans", "frequency", "custom")
 ROUTINGS = ("shared", "per_node")
@@ -14,7 +14,6 @@ HEAD_SIZES = {
     "routed": "num_groups",
     "routed_quantized": "num_groups",
     "frequency": "num_hot_tokens",
-    "low_rank": "head_rank",
 }
 
 
@@ -25,7 +24,7 @@ class HeadFields:
     Args:
         draft_head: `"full"` reads the whole LM head, `"quantized"` a copy of it in eight bits,
             `"routed"` the groups that the router picks, `"routed_quantized"` these in eight bits,
-            `"frequency"` the most frequent tokens, `"low_rank"` a few channels of all tokens.
+            `"frequency"` the most frequent tokens.
         num_groups: groups of the router, `None` for a drafter without one.
         num_active_groups: groups that a routed head reads at a time.
         grouping: what the groups were made from; all but `"contiguous"` have an order of the
@@ -37,7 +36,6 @@ class HeadFields:
             always reads `num_active_groups`.
         is_router_trained: whether the router has been trained; only then is it read.
         num_hot_tokens: tokens of the frequency head, `None` for a drafter without one.
-        head_rank: channels of the low-rank head, `None` for a drafter without one.
     """
 
     draft_head: str = "full"
@@ -49,7 +47,6 @@ class HeadFields:
     active_mass: float | None = None
     is_router_trained: bool = False
     num_hot_tokens: int | None = None
-    head_rank: int | None = None
 
 
 HEAD_FIELDS = tuple(field.name for field in fields(HeadFields))
@@ -74,7 +71,6 @@ def check_head_fields(config: PreTrainedConfig) -> None:
     if needed is not None and getattr(config, needed) is None:
         raise ValueError(f"`draft_head` is {config.draft_head!r}, but `{needed}` is None; set it.")
     check_sizes(config, 1, config.vocab_size, "num_groups", "num_hot_tokens")
-    check_sizes(config, 1, config.hidden_size, "head_rank")
     check_sizes(config, 1, config.num_groups, "num_active_groups")
     mass = config.active_mass
     if mass is not None and not 0 < mass <= 1:

@@ -58,7 +58,6 @@ def heads_of(drafter: PreTrainedModel, target: PreTrainedModel) -> list[str]:
         "full": True,
         "routed": heads.router is not None and drafter.config.is_router_trained,
         "frequency": heads.hot_tokens is not None,
-        "low_rank": heads.low_rank is not None,
     }
     return [name for name, is_there in parts.items() if is_there]
 

@@ -46,7 +46,7 @@ RECIPES = {
     "recurrent": Recipe(num_steps=5, regression_weight=0.0, classification_weight=1.0),
 }
 CHOICES = {
-    "stage": ("drafter", "router", "low_rank", "joint"),
+    "stage": ("drafter", "router", "joint"),
     "grouping": (None, *GROUPINGS[:-1]),
     "recipe": tuple(RECIPES),
     "goal": (None, "distribution", "tokens"),
@@ -60,7 +60,7 @@ LEAST = {
     **dict.fromkeys(Recipe._fields, 0),
     **dict.fromkeys(("router_weight", "feature_noise", "eval_prompts", "eval_temperature"), 0),
     **dict.fromkeys(("num_steps", "top_k", "eval_prompt_length"), 1),
-    **dict.fromkeys(("num_groups", "num_active_groups", "head_rank"), 1),
+    **dict.fromkeys(("num_groups", "num_active_groups"), 1),
     **dict.fromkeys(("csra_temperature", "keep_ratio"), 1e-3),
     # nothing predicts the first two tokens of a row
     "max_length": 3,
@@ -129,7 +129,7 @@ class CoralTrainingArguments(RowArguments):
         ValueError: for settings that contradict each other, such as CSRA with a single step.
     """
 
-    stage: str = _setting("drafter", "'drafter'; its 'router' or 'low_rank' head alone; 'joint'.")
+    stage: str = _setting("drafter", "'drafter'; its 'router' alone; both: 'joint'.")
     recipe: str = _setting(
         "coral",
         "The method whose steps and weights count where none are set: 'eagle', 'hass', 'coral' of"
@@ -164,7 +164,6 @@ class CoralTrainingArguments(RowArguments):
         None, "Groups of a new router: 'contiguous', of like 'frequency', or by default 'kmeans'."
     )
     router_weight: float = _setting(0.1, "Weight of the router's loss in the joint stage.")
-    head_rank: int | None = _setting(None, "Channels of a new low-rank head: 64 by default.")
     packing: bool = _setting(False, "Pack several documents into each row of `max_length`.")
     share_prompts: bool = _setting(True, "Rows of a conversation share a row with their prompt.")
     eval_prompts: int = _setting(32, "Held-out prompts that an evaluation decodes, or 0.")

@@ -21,7 +21,7 @@ from .arguments import CoralTrainingArguments
 from .evaluation.acceptance import held_out_prompts
 from .runs.checkpoints import INCOMPLETE, flush, last_checkpoint, write_error
 from .runs.run_record import check_vacant
-from .stages import HEAD_OF, check_head_settings
+from .stages import ROUTER_STAGES, check_head_settings
 from .steps import kind_of_recipe
 from .trainer import CoralTrainer
 
@@ -71,7 +71,7 @@ def train(
             trainer.save_model()
             drafter = trainer.drafter.merge_and_unload()
     drafter.eval()
-    if any(args.stage in HEAD_OF for args in stages) and PartialState().num_processes == 1:
+    if any(args.stage in ROUTER_STAGES for args in stages) and PartialState().num_processes == 1:
         rows = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
         rows = next(iter(rows.values())) if isinstance(rows, dict) else rows  # several by name
         sizes = PROMPTS, NEW_TOKENS, trainer.args.eval_prompt_length

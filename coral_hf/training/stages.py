@@ -1,9 +1,8 @@
-"""Training stages: what each trains, and the draft head or the adapter that a drafter gets for it.
+"""Training stages: what each trains, and the router or the adapter that a drafter gets for it.
 
 stage        trains                                  with the rest
 drafter      the drafter, or an adapter of it        -, frozen
 router       its router                              frozen
-low_rank     its low-rank head                       frozen
 joint        the drafter and its router              -
 
 An adapter is PEFT's, usually LoRA (Hu et al. 2021), around the drafter.
@@ -22,16 +21,8 @@ from ..target import text_config
 from .arguments import MOST_GROUPS, CoralTrainingArguments
 
 Trainable: TypeAlias = Drafter | PeftModel
-# the draft head that a stage trains; none of `drafter`
-HEAD_OF = {"router": "router", "low_rank": "low_rank", "joint": "router"}
-# the settings of a new head; the first is None in the config of a drafter without one
-ROUTER_SETTINGS = ("num_groups", "num_active_groups", "grouping")
-HEAD_SETTINGS = {"router": ROUTER_SETTINGS, "low_rank": ("head_rank",)}
-# fields of the config of a drafter whose head a stage trains, so that it is read from now on
-TRAINED: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("router", "joint"), {"is_router_trained": True, "draft_head": "routed"}),
-    "low_rank": {"draft_head": "low_rank"},
-}
+ROUTER_STAGES = ("router", "joint")  # which train a router
+ROUTER_SETTINGS = ("num_groups", "num_active_groups", "grouping")  # of a new one
 # all linear layers but those of draft heads, which have their own stages; a pattern of whole
 # names, since the plain name "fc" would also match `router.fc`
 DRAFTER_LAYERS = r"fc|layers\.\d+\..+_proj|(blocks\..+|lm_head\.\d+)\.linear|rnn_[uw]|input_proj"
@@ -45,7 +36,7 @@ def follow_vocabulary(drafter: Any, target: PreTrainedModel, stage: str) -> None
     size, heads, config = text_config(target).vocab_size, drafter.heads, drafter.config
     if size == config.vocab_size:
         return
-    if heads.router is not None and HEAD_OF.get(stage) == "router":
+    if heads.router is not None and stage in ROUTER_STAGES:
         raise ValueError(
             f"`vocab_size` of the target is {size}, but the drafter's router has groups of"
             f" {config.vocab_size} tokens. Train a new one: heads.remove_router() or --fresh-head."
@@ -60,26 +51,20 @@ def default_groups(vocab_size: int) -> int:
     return max(min(MOST_GROUPS, vocab_size // 64), min(8, vocab_size))
 
 
-def default_rank(hidden_size: int) -> int:
-    """Return the number of channels of a new low-rank head: 64, or fewer of a small target."""
-    return min(64, hidden_size)
-
-
 def check_head_settings(drafter: Trainable, args: CoralTrainingArguments) -> None:
-    """Raise a ValueError for a head that the drafter cannot have, and for a setting of a new one
-    that differs from the head to be trained.
+    """Raise a ValueError for a router that the drafter cannot have, and for a setting of a new one
+    that differs from the one to be trained.
     """
-    names = HEAD_SETTINGS.get(HEAD_OF.get(args.stage, ""), ())
-    if names and isinstance(drafter, Eagle3Drafter):
-        drafter.check_whole()
-    if not names or getattr(drafter.config, names[0]) is None:
+    if args.stage not in ROUTER_STAGES:
         return
-    for name in names:
+    if isinstance(drafter, Eagle3Drafter):
+        drafter.check_whole()
+    for name in ROUTER_SETTINGS if drafter.config.num_groups is not None else ():
         own, given = getattr(drafter.config, name), getattr(args, name)
         if given not in (None, own):
             raise ValueError(
-                f"`{name}` is {given!r}, but the drafter has a head with {own!r}, which this stage"
-                " trains further. Leave it out, or remove the head first (--fresh-head)."
+                f"`{name}` is {given!r}, but the drafter has a router with {own!r}, which this"
+                " stage trains further. Leave it out, or remove it first (--fresh-head)."
             )
 
 
@@ -89,7 +74,7 @@ def freeze_others(model: nn.Module, stage: str) -> None:
         if name.startswith("embed_tokens."):
             parameter.requires_grad_(False)
         elif name.startswith("heads."):
-            parameter.requires_grad_(name.split(".")[1] == HEAD_OF.get(stage))
+            parameter.requires_grad_(stage in ROUTER_STAGES)
         else:
             parameter.requires_grad_(stage in ("drafter", "joint"))
 
@@ -115,7 +100,7 @@ def with_adapter(model: Trainable, stage: str, peft_config: PeftConfig | None) -
             config.target_modules = DRAFTER_LAYERS
         model = get_peft_model(model, config)
     for name, parameter in model.named_parameters():
-        if ".router." in name or ".low_rank." in name:  # this stage does not run them
+        if ".router." in name:  # this stage does not run them
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(

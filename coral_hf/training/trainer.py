@@ -31,7 +31,7 @@ from .inputs import check_given, lengths_only, prepare_rows, tokenizer_of
 from .losses.liger_loss import check_liger
 from .runs.callbacks import DrafterPushes, FiniteGuard, PushCallback
 from .runs.checkpoints import AtomicCheckpoints
-from .stages import TRAINED, with_adapter
+from .stages import ROUTER_STAGES, with_adapter
 from .steps import training_step
 
 
@@ -42,7 +42,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         model: the drafter, or one in a `PeftModel`, of which the adapter is trained.
         target_model: the target, frozen; its features are computed during training.
         args: [`CoralTrainingArguments`]; `stage="router"` trains the router of a trained drafter,
-            `stage="low_rank"` its low-rank head, `stage="joint"` drafter and router at once.
+            `stage="joint"` drafter and router at once.
         train_dataset, eval_dataset: conversations in any form that `prepare_dataset` takes, or
             rows of token ids.
         processing_class: the target's tokenizer, or a processor with it.
@@ -119,7 +119,8 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
 
         Evaluations and checkpoints during training need it; if the stage fails, it is undone.
         """
-        config, fields = self.drafter.config, TRAINED.get(self.args.stage, {})
+        config, has_router = self.drafter.config, self.args.stage in ROUTER_STAGES
+        fields = {"is_router_trained": True, "draft_head": "routed"} if has_router else {}
         before = {name: getattr(config, name) for name in fields}
         config.update(fields)
         try:

@@ -26,14 +26,7 @@ from transformers.utils import logging
 from ...drafters.configuration import FamilyConfig
 from ...target import read_features, read_target, text_config
 from ..arguments import CoralTrainingArguments
-from ..stages import (
-    HEAD_OF,
-    default_groups,
-    default_rank,
-    freeze_others,
-    lora,
-    with_adapter,
-)
+from ..stages import ROUTER_STAGES, default_groups, freeze_others, lora, with_adapter
 from ..steps import Trained, Unrolled, step_kind, training_step
 
 logger = logging.get_logger(__name__)
@@ -94,11 +87,9 @@ def step_memory(run: RunShape, batch: Mapping[str, Tensor]) -> StepMemory:
 
 def _make_model(run: RunShape) -> nn.Module:
     """Make the drafter in fp32, with the head or the adapter that the stage trains."""
-    config, head = copy.deepcopy(run.drafter), HEAD_OF.get(run.args.stage)
-    if head == "router" and config.num_groups is None:
+    config = copy.deepcopy(run.drafter)
+    if run.args.stage in ROUTER_STAGES and config.num_groups is None:
         config.num_groups = run.args.num_groups or default_groups(config.vocab_size)
-    if head == "low_rank" and config.head_rank is None:
-        config.head_rank = run.args.head_rank or default_rank(config.hidden_size)
     drafter = step_kind(config.model_type).drafter(config)
     if run.lora_rank and run.args.stage == "drafter":
         return with_adapter(drafter, "drafter", lora(run.lora_rank))

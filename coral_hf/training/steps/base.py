@@ -32,10 +32,9 @@ from ..losses.token_loss import (
     token_loss,
 )
 from ..stages import (
-    HEAD_OF,
+    ROUTER_STAGES,
     check_head_settings,
     default_groups,
-    default_rank,
     follow_vocabulary,
     freeze_others,
     is_adapted,
@@ -122,8 +121,8 @@ class TrainingStep:
         """
         args, config = self.args, drafter.config
         check_head_settings(drafter, args)
-        head, size = HEAD_OF.get(args.stage), config.vocab_size
-        if head == "router" and drafter.heads.router is None:
+        size = config.vocab_size
+        if args.stage in ROUTER_STAGES and drafter.heads.router is None:
             number, grouping = args.num_groups or default_groups(size), args.grouping or "kmeans"
             num_tokens = None if tokenizer is None else min(len(tokenizer), size)
             order = group_order(grouping, self.target, rows, number, args.seed, num_tokens)
@@ -131,9 +130,6 @@ class TrainingStep:
                 order = order[order < size]
             active = args.num_active_groups or max(number // 8, 1)
             drafter.heads.add_router(number, active, order, grouping)
-        if head == "low_rank" and drafter.heads.low_rank is None:
-            rank = args.head_rank or default_rank(config.hidden_size)
-            drafter.heads.add_low_rank_head(rank, self.target.head)
 
     def unroll(self, model: nn.Module, batch: Batch, num_steps: int) -> Unrolled:
         """Predict what follows each pair of (next token, feature), `num_steps` times.
@@ -174,7 +170,7 @@ class TrainingStep:
         stage, losses = self.args.stage, Losses({}, {})
         if stage in ("drafter", "joint"):
             losses += self.drafter_losses(drafter, trained) + alignment(trained, self.args)
-        if stage in ("router", "joint"):
+        if stage in ROUTER_STAGES:
             losses += self.router_losses(drafter, trained)
         return losses
 
