@@ -72,10 +72,7 @@ def parallel(target):
 
 
 def recurrent(target):
-    """With the published trees of beams; its others grow as every family's do."""
-    drafter = RecurrentDrafter.from_target(target)
-    drafter.generation_config.draft_tree = "beams"
-    return drafter
+    return RecurrentDrafter.from_target(target)
 
 
 def language_model(target):
@@ -88,13 +85,12 @@ def medusa(target):
     return MedusaDrafter.from_target(target, num_heads=4)
 
 
-def medusa_static(target):
-    """Heads that share the target's LM head, and a tree whose nodes are fixed ranks."""
-    choices = [[0], [0, 0], [1], [0, 1], [0, 0, 0], [2], [1, 0], [0, 0, 1], [0, 0, 0, 0]]
-    return MedusaDrafter.from_target(target, num_heads=4, has_lm_heads=False, tree_choices=choices)
+def medusa_shared(target):
+    """Heads that share the target's LM head."""
+    return MedusaDrafter.from_target(target, num_heads=4, has_lm_heads=False)
 
 
-STATIC, ROUTED = "medusa, static", "eagle3, routed"
+SHARED, ROUTED = "medusa, shared", "eagle3, routed"
 FAMILIES = {
     "coral": coral,
     "bigram": bigram,
@@ -105,26 +101,21 @@ FAMILIES = {
     "recurrent": recurrent,
     "language_model": language_model,
     "medusa": medusa,
-    STATIC: medusa_static,
+    SHARED: medusa_shared,
 }
 # a bigram tree follows from its root: there is nothing to compile, and it has no other rounds
 FIXED = [family for family in FAMILIES if family != "bigram"]
 # each round reads one feature anew; two of their rules are slow tests, others draw by the same
-FORGETTING = ["medusa", STATIC, "recurrent"]
+FORGETTING = ["medusa", SHARED, "recurrent"]
 # they have a cache of their own, which a later call continues
 REMEMBERING = [family for family in FIXED if family not in FORGETTING]
 # they are saved as drafters
 SAVED = [family for family in FIXED if family != "language_model"]
-# a bigram tree and a static one take nodes by rank alone, and draw none
-DRAWING = [family for family in FIXED if family != STATIC]
 
 
 def each(families, *quick):
-    """Families as parameters: those of which others ask nearly the same are slow, but for `quick`.
-
-    How static trees of ranks differ is in test_medusa.py too.
-    """
-    slow = {STATIC, ROUTED} - {*quick}
+    """Families as parameters, slow where others ask nearly the same, but for `quick`."""
+    slow = {SHARED, ROUTED} - {*quick}
     return [pytest.param(one, marks=pytest.mark.slow) if one in slow else one for one in families]
 
 
@@ -241,7 +232,7 @@ QUICK = {"coral": RULES, **dict.fromkeys(FORGETTING, ("chosen", "drawn"))}
         )
         for one in FAMILIES
         for rule in RULES
-        if rule == "chosen" or one in DRAWING
+        if rule == "chosen" or one in FIXED
     ],
 )
 @torch.no_grad()

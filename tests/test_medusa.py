@@ -1,15 +1,14 @@
-"""Medusa heads: which token each drafts, dynamic and static trees, training, and files."""
+"""Medusa heads: which token each drafts, trees, training, and files."""
 
 import pytest
 import torch
 from conftest import VOCAB, invoke, scatter_weights, tiny_target
 from datasets import Dataset
-from enumerated import TINY, chances_of_all_texts, own_chances
 from test_examples import folder  # noqa: F401  a saved target and its conversations
 from test_families import drafted, prompts
 from test_training_families import trainer_of
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModel, LlamaConfig
 
 from coral_hf import MedusaConfig, MedusaDrafter
 from coral_hf.decoding.drafting import TreeShape
@@ -20,8 +19,6 @@ from coral_hf.training.steps import step_kind
 from coral_hf.training.warm_start import warm_start
 
 MEDUSA = step_kind("coral_medusa")
-# in the order of their importance, as published trees are
-CHOICES = [[0], [0, 0], [1], [0, 1], [2], [0, 0, 0], [1, 0], [0, 0, 1], [1, 0, 2]]
 GREEDY = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 0}
 
 
@@ -97,75 +94,8 @@ def paths_of(tree, row) -> list[tuple[int, ...]]:
     return [*paths.values()][1:]
 
 
-@pytest.mark.parametrize(
-    ("shape", "kept"),
-    [
-        (TreeShape(3, 3, 10), CHOICES),
-        (TreeShape(6, 10, 60), CHOICES),
-        (TreeShape(3, 3, 5), CHOICES[:4]),
-        (TreeShape(2, 3, 10), [path for path in CHOICES if len(path) < 3]),
-        (TreeShape(3, 2, 10), [path for path in CHOICES if 2 not in path]),
-    ],
-)
-@torch.no_grad()
-def test_a_static_tree_has_the_ranks_that_were_chosen_as_far_as_a_shape_has_room(
-    target, ids, shape, kept
-):
-    drafter = made(target, tree_choices=CHOICES)
-    drafting, feature = begun(target, drafter, ids)
-    tree = drafting.propose(ids[:, -1], shape)
-    best = drafter.logits(drafter(feature), drafting.target.head).topk(3).indices
-    for row in range(2):
-        wanted = [tuple(best[d, row, rank].item() for d, rank in enumerate(p)) for p in kept]
-        assert paths_of(tree, row) == wanted
-    real = tree.parents >= 0
-    assert tree.depths[real].max() == max(map(len, kept))
-
-
-def test_a_static_tree_sets_the_size_of_trees_and_is_saved(target, tmp_path):
-    drafter = made(target)
-    assert drafter.generation_config.tree_depth == 3  # a level for each head
-    drafter.use_tree(CHOICES)
-    drafter.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
-    own = loaded.generation_config
-    assert (own.tree_depth, own.tree_top_k, own.tree_nodes) == (3, 3, 10)
-    plain = target.generate(**prompts(), **GREEDY)
-    settings = {"return_dict_in_generate": True, "speculation": "always"}
-    for one in (drafter, loaded):
-        ours = target.generate(**prompts(), assistant_model=one, **GREEDY, **settings)
-        assert ours.sequences.equal(plain)
-        assert ours.stats.num_nodes <= 10 * ours.stats.num_rounds  # not 60
-    dynamic = drafted(target, drafter, prompts(), **GREEDY)
-    drafter.use_tree(None)
-    assert drafter.config.tree_choices is None
-    assert drafted(target, drafter, prompts(), **GREEDY).sequences.equal(dynamic.sequences)
-
-
-@pytest.mark.parametrize(
-    ("choices", "said"),
-    [
-        ([], r"has \(\); list each node once, as 1 to 3 ranks below 40"),
-        ([[0], []], r"has \(\)"),
-        ([[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]], r"has \(0, 0, 0, 0\)"),
-        ([[0], [0]], r"has \(0,\)"),
-        ([[0], [1, 0]], r"has \(1, 0\); .* and its parent too"),
-        ([[0], [-1]], r"has \(-1,\)"),
-        ([[40]], r"has \(40,\)"),
-        ([[0], [0.5]], r"has \(0.5,\)"),
-        ([0, 1], r"has 0; list each node once"),
-    ],
-)
-def test_what_is_no_tree_of_the_heads_is_refused(target, choices, said):
-    with pytest.raises(ValueError, match=said):
-        MedusaConfig.from_target(target.config, num_heads=3, tree_choices=choices)
-    with pytest.raises(ValueError, match=said):
-        made(target).use_tree(choices)
-
-
-def test_children_may_be_listed_before_their_parents():
-    config = MedusaConfig(tree_choices=[[1, 0], [1], [0]])
-    assert config.tree_choices == [[1], [1, 0], [0]]
+def test_a_tree_has_a_level_for_each_head(target):
+    assert made(target).generation_config.tree_depth == 3
 
 
 def test_a_config_takes_nothing_of_layers_that_it_has_not():
@@ -271,11 +201,3 @@ def test_the_command_makes_a_head_for_each_step(folder, tmp_path):  # noqa: F811
     drafter = AutoModel.from_pretrained(tmp_path / "made")
     assert type(drafter) is MedusaDrafter and drafter.config.num_heads == 2
     assert drafter.generation_config.tree_depth == 2
-
-
-@torch.no_grad()
-def test_texts_are_exactly_as_likely_as_the_targets_own_with_a_static_tree():
-    target = tiny_target("llama", **TINY)
-    drafter = made(target, tree_choices=[[0], [0, 0], [1], [0, 1], [2], [1, 1]])
-    found = chances_of_all_texts(target, drafter, TreeShape(2, 3, 7))
-    torch.testing.assert_close(found, own_chances(target), rtol=0, atol=1e-9)

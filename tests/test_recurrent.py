@@ -64,19 +64,19 @@ def log_probs(tensors, feature, state):
 
 
 def searched(tensors, table, feature, root, shape):
-    """Beam search over lists: the beams of the last level, best first, with their confidence."""
-    beams = [([], 0.0, read(tensors, torch.zeros_like(feature), table[root]))]
+    """The best of what a beam search over lists has seen, as tokens from the root on."""
+    beams, seen = [([], 0.0, read(tensors, torch.zeros_like(feature), table[root]))], []
     for _ in range(shape.depth):
         grown = []
         for tokens, confidence, state in beams:
-            found = log_probs(tensors, feature, state)
-            grown += [
-                ([*tokens, token], confidence + found[token].item(), state)
-                for token in range(len(found))
-            ]
+            best = log_probs(tensors, feature, state).topk(shape.top_k)
+            children = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            grown += [([*tokens, token], confidence + own, state) for token, own in children]
+        seen += grown
         best = sorted(grown, key=lambda beam: -beam[1])[: shape.top_k]
         beams = [(t, c, read(tensors, state, table[t[-1]])) for t, c, state in best]
-    return [(tokens, confidence) for tokens, confidence, _ in beams]
+    best = sorted(seen, key=lambda beam: -beam[1])[: shape.nodes - 1]
+    return {tuple(tokens) for tokens, *_ in best}
 
 
 def paths_of(tree, row):
@@ -95,26 +95,22 @@ def begun(target, drafter):
     """A drafting side that has read prompts, their last features, and roots."""
     ids = torch.randint(3, VOCAB, (2, 7), generator=torch.Generator().manual_seed(5))
     features = read_features(target, ids[:, :-1], torch.ones_like(ids[:, :-1]))
-    drafting = RecurrentDrafting(drafter, read_target(target), draft_tree="beams")
+    drafting = RecurrentDrafting(drafter, read_target(target))
     drafting.begin(ids, features, torch.arange(6).expand(2, -1))
     return drafting, features[:, -1], ids[:, -1]
 
 
 @pytest.mark.parametrize("fields", FORMS, ids=str)
 @torch.no_grad()
-def test_the_tree_is_the_beams_of_a_plain_search_merged(target, fields):
+def test_the_tree_is_the_best_that_a_plain_beam_search_has_seen(target, fields):
     drafter = drafter_of(target, **fields)
     drafting, features, roots = begun(target, drafter)
     table, tensors = target.model.embed_tokens.weight, drafter.state_dict()
-    shape, sizes = TreeShape(depth=4, top_k=6, nodes=25), []
+    shape = TreeShape(depth=4, top_k=6, nodes=25)
     tree = drafting.propose(roots, shape)
     for row, (feature, root) in enumerate(zip(features, roots.tolist(), strict=True)):
-        beams = searched(tensors, table, feature, root, shape)
-        begins = {tuple(tokens[:end]) for tokens, _ in beams for end in range(1, 5)}
-        sizes.append(len(begins))
         found = paths_of(tree, row)
-        assert len(found) == len({*found}) and {*found} == begins
-    assert min(sizes) < 24  # some begin alike
+        assert len(found) == 24 and {*found} == searched(tensors, table, feature, root, shape)
     assert tree.draws == "chosen" and tree.levels == 4
 
 
@@ -130,42 +126,10 @@ def test_a_tree_of_fewer_nodes_has_the_most_confident_ones(target):
         assert all(path[:-1] in ((), *kept) for path in kept)
 
 
-@torch.no_grad()
-def test_constant_shapes_have_the_same_nodes_and_padding(target):
-    drafting, _, roots = begun(target, drafter_of(target))
-    shape = TreeShape(4, 6, 25)
-    trimmed = drafting.propose(roots, shape)
-    drafting.fix(64, shape, is_drawn=False)
-    constant = drafting.propose(roots, shape)
-    assert trimmed.tokens.shape[1] < constant.tokens.shape[1] == 25
-    for row in range(2):
-        assert paths_of(trimmed, row) == paths_of(constant, row)
-
-
-def test_a_tree_has_the_most_confident_nodes_or_the_beams_alone(target):
-    drafter, given = drafter_of(target), prompts()
-    plain, rounds = target.generate(**given, **PLAIN), []
-    for kind in ("beams", "confident"):
-        ours = drafted(target, drafter, given, **PLAIN, draft_tree=kind, tree_nodes=13)
-        assert ours.sequences.equal(plain)
-        rounds.append(ours.stats.num_nodes)
-    assert rounds[0] < rounds[1]  # beams share nodes
-    for kind, expected in (
-        ("beams", rounds[0]),
-        (None, rounds[1]),
-    ):  # the drafter's own, the default
-        drafter.generation_config.draft_tree = kind
-        found = drafted(target, drafter, given, **PLAIN, tree_nodes=13)
-        assert found.stats.num_nodes == expected
-    with pytest.raises(ValueError, match="`draft_tree` is 'wide'; use one of"):
-        drafted(target, drafter, given, **PLAIN, draft_tree="wide")
-
-
-@pytest.mark.parametrize("kind", ["confident", "beams"])
-def test_a_beam_is_no_wider_than_the_vocabulary(target, kind):
+def test_a_beam_is_no_wider_than_the_vocabulary(target):
     plain = target.generate(**prompts(), **PLAIN)
-    given = {"tree_top_k": 41, "draft_tree": kind}
-    assert drafted(target, drafter_of(target), prompts(), **PLAIN, **given).sequences.equal(plain)
+    ours = drafted(target, drafter_of(target), prompts(), **PLAIN, tree_top_k=41)
+    assert ours.sequences.equal(plain)
 
 
 @pytest.mark.parametrize(

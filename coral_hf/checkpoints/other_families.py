@@ -141,9 +141,6 @@ def medusa_content(
             reasons.append("the target's LM head has a bias, which vLLM's heads drop")
         else:
             tensors[f"0.{depth}.weight"] = target.head.weight
-    notes = []
-    if config.tree_choices is not None:
-        notes.append("Its static tree stays behind: vLLM drafts chains, Medusa's code has its own.")
     fields = {
         "model_type": "medusa",
         "architectures": ["MedusaModel"],
@@ -155,7 +152,7 @@ def medusa_content(
         "medusa_fc_bias": True,
         "original_lm_head": not has_own,
     }
-    return Content(fields, tensors, reasons, notes)
+    return Content(fields, tensors, reasons)
 
 
 def read_recurrent_shape(config: dict[str, Any]) -> dict[str, Any]:

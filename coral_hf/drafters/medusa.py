@@ -10,19 +10,16 @@
 A head is residual blocks, x + SiLU(Wx + b), and an LM head: its own, or the target's.
 """
 
-from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..decoding.drafting import PADDING, DraftTree, Level, TreeShape, Warp, host_tensor
-from ..decoding.settings import TREE_DEFAULTS
+from ..decoding.drafting import DraftTree, Level, TreeShape, Warp
 from ..heads.draft_heads import OtherVocabulary
 from ..heads.settings import check_sizes
 from ..lm_head import LMHead
@@ -33,7 +30,6 @@ from .model import Drafter, register_family
 from .tree_drafting import LastFeatureDrafting, MarginalDrafting
 
 logger = logging.get_logger(__name__)
-Paths = Sequence[Sequence[int]]
 
 
 @strict
@@ -48,9 +44,6 @@ class MedusaConfig(FamilyConfig):
         num_hidden_layers: residual blocks of each head.
         has_lm_heads: whether each head has an LM head of its own, as published first; else all read
             the target's, as in the last version of Medusa's code.
-        tree_choices: the nodes of a static tree, each as the ranks of the tokens on its path, the
-            most important ones first: `[[0], [0, 0], [1]]` are a head's best token, the next head's
-            best one below it, and the first head's second best. None: the most confident nodes.
 
     Example:
 
@@ -67,36 +60,10 @@ class MedusaConfig(FamilyConfig):
     num_heads: int = 5
     num_hidden_layers: int = 1
     has_lm_heads: bool = True
-    tree_choices: list | tuple | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         check_sizes(self, 1, None, "num_heads", "num_hidden_layers")
-        if self.tree_choices is not None:
-            self.tree_choices = self.check_choices(self.tree_choices)
-
-    def check_choices(self, choices: Paths) -> list[list[int]]:
-        """Put the nodes of a static tree in an order in which parents come before children.
-
-        Raises:
-            ValueError: for what is no tree of the heads and the vocabulary, naming a node.
-        """
-        paths = [tuple(path) if isinstance(path, list | tuple) else path for path in choices]
-        for path in paths or [()]:
-            is_node = (
-                isinstance(path, tuple)
-                and 1 <= len(path) <= self.num_heads
-                and all(type(rank) is int and 0 <= rank < self.vocab_size for rank in path)
-                and paths.count(path) == 1
-                and (len(path) == 1 or path[:-1] in paths)
-            )
-            if not is_node:
-                raise ValueError(
-                    f"`tree_choices` has {path!r}; list each node once, as 1 to {self.num_heads}"
-                    f" ranks below {self.vocab_size}, and its parent too: [[0], [0, 0], [1]]."
-                )
-        whole = (path[: depth + 1] for path in paths for depth in range(len(path)))
-        return [[*path] for path in dict.fromkeys(whole)]
 
 
 class MedusaDrafter(Drafter):
@@ -127,29 +94,9 @@ class MedusaDrafter(Drafter):
         self.post_init()
 
     def post_init(self) -> None:
-        """See [`~transformers.PreTrainedModel`]; settings of trees are set."""
+        """See [`Drafter.post_init`]: a tree has a level for each head, which costs no more."""
         super().post_init()
-        self.use_tree(self.config.tree_choices)
-
-    def use_tree(self, choices: Paths | None) -> None:
-        """Draft a static tree, or for None the most confident nodes.
-
-        The settings of trees become as large as the static tree; without one, a tree has a level
-        for each head, which costs nothing more than the first.
-
-        Args:
-            choices: see [`MedusaConfig`].
-
-        Raises:
-            ValueError: for what is no tree, or deeper than the heads.
-        """
-        paths = None if choices is None else self.config.check_choices(choices)
-        size = TREE_DEFAULTS | {"tree_depth": self.config.num_heads}
-        if paths is not None:
-            size = {"tree_depth": max(map(len, paths)), "tree_nodes": len(paths) + 1}
-            size["tree_top_k"] = 1 + max(map(max, paths))
-        self.config.tree_choices = paths
-        self.generation_config.update(**size)
+        self.generation_config.tree_depth = self.config.num_heads
 
     @classmethod
     def from_target(cls, target: PreTrainedModel, **overrides) -> "MedusaDrafter":
@@ -196,40 +143,6 @@ class MedusaDrafter(Drafter):
         return torch.stack([head(own) for head, own in pairs])
 
 
-class StaticTree:
-    """A tree whose nodes are ranks of tokens, the same in each round.
-
-    `tokens` of a node: its rank among those of its level.
-    """
-
-    def __init__(self, paths: Paths, device: torch.device):
-        place = {tuple(path): index for index, path in enumerate(paths, 1)}
-        self.depth = max(map(len, paths))
-        self.top_k = 1 + max(map(max, paths))
-        self._branching = max(sum(path[:-1] == one for path in place) for one in [(), *place])
-        columns = [(len(p), p[-1], place.get(p[:-1], 0), max(p)) for p in place]
-        # (nodes - 1,) each, the root left out
-        columns = host_tensor(columns).to(device).unbind(1)
-        self._depths, self._ranks, self._parents, self._highest = columns
-
-    def build(self, root: Tensor, shape: TreeShape, tokens: Tensor) -> DraftTree:
-        """Fill the nodes that a shape has room for; others are padding.
-
-        Args:
-            root: (batch,).
-            tokens: (levels, batch, top_k), best first.
-        """
-        kept, levels = slice(shape.nodes - 1), len(tokens)
-        depths, ranks = self._depths[kept], self._ranks[kept]
-        places = (depths - 1).clamp(max=levels - 1) * tokens.shape[2] + ranks
-        chosen = tokens.transpose(0, 1).flatten(1)[:, places]  # (batch, nodes - 1)
-        is_node = (depths <= shape.depth) & (self._highest[kept] < shape.top_k)
-        parents = self._parents[kept].masked_fill(~is_node, PADDING)
-        parents, depths = (F.pad(one, (1, 0)).expand(len(root), -1) for one in (parents, depths))
-        tokens = torch.cat([root[:, None], chosen], dim=1)
-        return DraftTree(tokens, parents, depths, levels=levels, branching=self._branching)
-
-
 class MedusaDrafting(MarginalDrafting, LastFeatureDrafting):
     """All heads read one feature, and a tree is made of what they say; see [`FixedDrafting`]."""
 
@@ -237,15 +150,8 @@ class MedusaDrafting(MarginalDrafting, LastFeatureDrafting):
 
     def __init__(self, drafter: MedusaDrafter, target: Target, memory: None = None):
         super().__init__(drafter, target)
-        choices = drafter.config.tree_choices
-        self._static = None if choices is None else StaticTree(choices, self.device)
         logits_of = partial(drafter.logits, target_head=target.head)
         self.head = OtherVocabulary(logits_of, self._num_tokens)
-
-    @property
-    def kind(self) -> Hashable:
-        """See [`FixedDrafting`]."""
-        return super().kind, str(self.drafter.config.tree_choices)
 
     def _outputs(self, levels: int) -> Tensor:
         return self.drafter(self._feature, levels)
@@ -253,15 +159,8 @@ class MedusaDrafting(MarginalDrafting, LastFeatureDrafting):
     def propose(
         self, root: Tensor, shape: TreeShape, warp: Warp | None = None, chance: Any = None
     ) -> DraftTree:
-        """Draft the static tree below `root` (batch,), the most confident, or a drawn one."""
-        shape, static = self._fitted(shape), self._static
-        if warp is not None or static is None:
-            return super().propose(root, shape, warp, chance)
-        shape = shape._replace(depth=min(shape.depth, static.depth))
-        outputs = self._outputs(shape.depth)
-        log_path = outputs.new_zeros(outputs.shape[:2])
-        tokens = self.head.children(outputs, log_path, static.top_k).tokens
-        return static.build(root.to(self.device), shape, tokens)
+        """See [`MarginalDrafting`]; `root` is (batch,)."""
+        return super().propose(root, self._fitted(shape), warp, chance)
 
     def _fitted(self, shape: TreeShape) -> TreeShape:
         """A shape no deeper than there are heads."""

@@ -10,24 +10,19 @@
 A state of a step is [feature; state] side by side: the feature is carried along as it is.
 """
 
-from collections.abc import Hashable
-
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..decoding.drafting import Level, TreeShape
 from ..heads.draft_heads import OtherVocabulary
 from ..heads.settings import check_sizes
 from ..target import Target
 from .configuration import FamilyConfig
 from .layers import Context, ResidualBlock
 from .model import Drafter, register_family
-from .tree_builders import Beam, BeamBuilder, TreeBuilder
+from .tree_builders import Beam
 from .tree_drafting import Grown, LastFeatureDrafting, TreeDrafting
-
-TREES = ("confident", "beams")
 
 
 @strict
@@ -140,51 +135,13 @@ class RecurrentDrafter(Drafter):
 
 
 class RecurrentDrafting(LastFeatureDrafting, TreeDrafting):
-    """Drafts beams or trees below one feature, for one call of `generate`.
-
-    Args:
-        drafter, target: of the call.
-        memory: none is kept.
-        draft_tree: which nodes of a beam search a chosen tree has: the most `"confident"` children
-            of all beams (EAGLE-2), or the `"beams"` alone, merged by what they begin with, as
-            published; `draft_tree` of the drafter's `generation_config` by default, else the first.
-
-    Raises:
-        ValueError: for another target, or another `draft_tree`.
-    """
+    """Drafts trees below one feature, for one call of `generate`; see [`LastFeatureDrafting`]."""
 
     drafter: RecurrentDrafter
-    options = ("draft_tree",)
-    _is_fixed = False
 
-    def __init__(
-        self, drafter: RecurrentDrafter, target: Target, memory=None, draft_tree: str | None = None
-    ):
+    def __init__(self, drafter: RecurrentDrafter, target: Target, memory: None = None):
         super().__init__(drafter, target)
-        own = getattr(drafter.generation_config, "draft_tree", None)
-        self.draft_tree = draft_tree or own or TREES[0]
-        if self.draft_tree not in TREES:
-            raise ValueError(f"`draft_tree` is {self.draft_tree!r}; use one of {TREES}.")
         self.head = OtherVocabulary(drafter.draft_logits, self._num_tokens)
-
-    @property
-    def kind(self) -> Hashable:
-        """See [`FixedDrafting`]."""
-        return super().kind, self.draft_tree
-
-    def fix(self, capacity: int, shape: TreeShape, is_drawn: bool) -> tuple[Level, ...]:
-        """See [`FixedDrafting`]: the feature is in one buffer anyway."""
-        self._is_fixed = True
-        return super().fix(capacity, shape, is_drawn)
-
-    def unfix(self, lengths: list[int]) -> None:
-        """See [`FixedDrafting`]."""
-        self._is_fixed = False
-
-    def _builder(self, root: Tensor, shape: TreeShape) -> TreeBuilder:
-        if self.draft_tree == "beams":
-            return BeamBuilder(root, shape, self._is_fixed)
-        return super()._builder(root, shape)
 
     def _start(self, root: Tensor) -> Grown:
         feature = self._feature[:, None]

@@ -6,10 +6,6 @@ In: for each level, children of the nodes that were expanded, or the distributio
 `TreeBuilder` (EAGLE-2, Li et al. 2024, sections 4.1 and 4.2): the most confident nodes of a level
 are expanded, the most confident nodes of all are verified.
 
-`BeamBuilder` (Recurrent Drafter, Cheng et al. 2024): beam search. A beam is a node of the newest
-level and the path to it, so beams that begin alike share nodes as they grow, and are never compared
-token by token. A node through which none of the last beams goes is dropped.
-
 `SampledTreeBuilder`: what a node gets is decided before it is drawn: the shape of a level by
 `plan_levels` from the numbers of `TreeShape`, the nodes to expand from the tokens above them. So
 each family of siblings is a draw without replacement from its own q, which verification takes for
@@ -24,7 +20,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..decoding.chance import Chance, Uniforms
 from ..decoding.drafting import PADDING, DraftTree, Level, TreeShape
@@ -71,20 +66,12 @@ class TreeBuilder:
         parents = self._beam_nodes.repeat_interleave(top_k, dim=1)
         best, index = log_paths.topk(min(self._shape.top_k, log_paths.shape[1]), dim=1)
         beam = Beam(tokens.gather(1, index), index // top_k, best)
-        self._beam_nodes, self._beam_log_path = self._keep(tokens, parents, log_paths, index), best
-        return beam
-
-    def _keep(self, tokens: Tensor, parents: Tensor, log_paths: Tensor, index: Tensor) -> Tensor:
-        """Add a level to the pool, (batch, nodes of the level) each.
-
-        `index`: (batch, beam), of the beam in the level; returned as pool indices.
-        """
-        first = self._size
+        self._beam_nodes, self._beam_log_path = self._size + index, best
         self._tokens.append(tokens)
         self._parents.append(parents)
         self._log_paths.append(log_paths)
         self._size += tokens.shape[1]
-        return first + index
+        return beam
 
     def is_worth_more(self, beam: Beam) -> bool:
         """Whether to draft the level below a beam, on average over the batch.
@@ -129,46 +116,6 @@ class TreeBuilder:
         """
         floor = self._shape.node_floor
         return ranked.shape[1] if floor == 0 else int((ranked.exp().mean(0) >= floor).sum())
-
-
-class BeamBuilder(TreeBuilder):
-    """Collects the beams of a search, and merges them by what they begin with.
-
-    Args:
-        root, shape: see [`TreeBuilder`]; `top_k` beams of `depth` tokens.
-        is_constant: whether the tree is as wide as its beams can make it, however much they share;
-            else as wide as the widest row.
-    """
-
-    def __init__(self, root: Tensor, shape: TreeShape, is_constant: bool):
-        super().__init__(root, shape)
-        self._is_constant = is_constant
-
-    def _keep(self, tokens: Tensor, parents: Tensor, log_paths: Tensor, index: Tensor) -> Tensor:
-        """Add the beam alone, (batch, beam); see [`TreeBuilder`]."""
-        tokens, parents, log_paths = (one.gather(1, index) for one in (tokens, parents, log_paths))
-        every = torch.arange(index.shape[1], device=index.device).expand_as(index)
-        return super()._keep(tokens, parents, log_paths, every)
-
-    def build(self) -> DraftTree:
-        """The root and what the last beams begin with; where that is too much, the best of it."""
-        log_paths, stop = torch.cat(self._log_paths, dim=1), self._size + 1
-        is_last = self._log_paths[-1] > float("-inf")
-        # (batch, pool + 1), the root first: whether one of the last beams goes through a node
-        passed = F.pad(is_last.long(), (stop - is_last.shape[1], 0))
-        for parents in reversed(self._parents):
-            first = stop - parents.shape[1]
-            passed.scatter_reduce_(1, parents + 1, passed[:, first:stop].clone(), "amax")
-            stop = first
-        self._log_paths = [log_paths.masked_fill(passed[:, 1:] == 0, float("-inf"))]
-        return super().build()
-
-    def _num_worthy(self, ranked: Tensor) -> int:
-        """See [`TreeBuilder`]; `ranked` is (batch, pool), -inf where no beam goes through."""
-        worthy = super()._num_worthy(ranked)
-        if self._is_constant:
-            return worthy
-        return min(worthy, int((ranked > float("-inf")).sum(1).max()))
 
 
 def _depths(levels: list[Tensor], first: int = 0) -> Tensor:

@@ -61,10 +61,6 @@ class TreeDrafting(OneCall):
     def _grow(self, grown: Grown, beam: Beam, depth: int) -> Grown:
         """One drafter step over a beam of nodes at `depth`; `grown` is of their parents."""
 
-    def _builder(self, root: Tensor, shape: TreeShape) -> TreeBuilder:
-        """What keeps the nodes below `root` (batch,) that are chosen."""
-        return TreeBuilder(root, shape)
-
     def propose(
         self, root: Tensor, shape: TreeShape, warp: Warp | None = None, chance: Any = None
     ) -> DraftTree:
@@ -85,7 +81,7 @@ class TreeDrafting(OneCall):
 
     def _choose(self, root: Tensor, shape: TreeShape) -> DraftTree:
         """The most confident nodes below `root` (batch,) (Li et al. 2024, sections 4.1 and 4.2)."""
-        builder, grown = self._builder(root, shape), self._start(root)
+        builder, grown = TreeBuilder(root, shape), self._start(root)
         log_path = torch.zeros(len(root), 1, dtype=torch.float32, device=root.device)
         beam = builder.add_level(*self.head.children(grown.features, log_path, shape.top_k))
         for depth in range(1, shape.depth):
