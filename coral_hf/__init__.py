@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from .decoding import register_input as register_input
     from .decoding import uninstall as uninstall
     from .decoding import warm_up as warm_up
-    from .drafters.bigram import BigramConfig as BigramConfig
-    from .drafters.bigram import BigramDrafter as BigramDrafter
     from .drafters.coral import CoralConfig as CoralConfig
     from .drafters.coral import CoralDrafter as CoralDrafter
     from .drafters.eagle3 import Eagle3Config as Eagle3Config
@@ -56,7 +54,6 @@ _MODULES = {
         "uninstall",
         "warm_up",
     ],
-    "drafters.bigram": ["BigramConfig", "BigramDrafter"],
     "drafters.coral": ["CoralConfig", "CoralDrafter"],
     "drafters.eagle3": ["Eagle3Config", "Eagle3Drafter", "ParallelConfig", "ParallelDrafter"],
     "drafters.language_model": ["LanguageModelDrafter"],
@@ -86,7 +83,7 @@ def register() -> None:
     from .decoding import install
 
     # they register themselves
-    from .drafters import bigram, coral, eagle3, language_model, medusa, recurrent  # noqa: F401
+    from .drafters import coral, eagle3, language_model, medusa, recurrent  # noqa: F401
     from .drafters.model import Drafter
 
     install()

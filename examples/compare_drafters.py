@@ -24,6 +24,7 @@ from unittest.mock import patch
 
 import torch
 import transformers
+from bigram import BigramDrafter
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import coral_hf
@@ -156,7 +157,7 @@ class Experiment:
             if family == "bigram":
                 texts = [torch.tensor(ids) for ids in self.rows["input_ids"]]
                 size = self.target.config.get_text_config().vocab_size
-                model, entry = coral_hf.BigramDrafter.from_texts(texts, size), {}
+                model, entry = BigramDrafter.from_texts(texts, size), {}
             else:
                 run = place.with_name(f"{family}-run")
                 steps = self.num_steps(family)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from bigram import BigramDrafter, BigramDrafting
 from conftest import tiny_target
 from rich.console import Console
 from rich.markdown import Markdown
@@ -14,7 +15,6 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedTok
 
 import coral_hf
 from coral_hf.decoding import TreeShape
-from coral_hf.drafters.bigram import BigramDrafter, BigramDrafting
 from coral_hf.measure import (
     BenchmarkSettings,
     Call,

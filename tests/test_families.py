@@ -4,12 +4,12 @@ import logging
 
 import pytest
 import torch
+from bigram import BigramDrafter
 from conftest import scatter_weights, tiny_target
 from enumerated import TINY, chances_of_all_texts, own_chances, p_value, sample_texts
 from transformers import AutoModelForCausalLM, CompileConfig
 
 from coral_hf import (
-    BigramDrafter,
     CoralDrafter,
     Eagle3Drafter,
     LanguageModelDrafter,

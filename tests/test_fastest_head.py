@@ -4,10 +4,11 @@ import time
 
 import pytest
 import torch
+from bigram import BigramDrafter
 from conftest import tiny_target
 from datasets import Dataset
 
-from coral_hf import BigramDrafter, CoralDrafter, CoralTrainingArguments, Eagle3Drafter
+from coral_hf import CoralDrafter, CoralTrainingArguments, Eagle3Drafter
 from coral_hf.heads import draft_heads
 from coral_hf.hub.card import CardFacts, make_card
 from coral_hf.measure.autotune import choose_head, heads_of

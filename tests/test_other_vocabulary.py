@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from bigram import BigramDrafter
 from conftest import VOCAB, scatter_weights, tiny_target
 from enumerated import p_value
 from test_target import make_tokenizer
 
 from coral_hf import CoralConfig, CoralDrafter
-from coral_hf.drafters.bigram import BigramDrafter
 from coral_hf.identity import check_tokenizer, record_tokenizer, tokenizer_hash
 from coral_hf.target import read_target
 

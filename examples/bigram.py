@@ -1,5 +1,7 @@
 """Bigram drafter: a table of successors, counted on text, that needs no training.
 
+A family of drafters of its own, which importing this file registers.
+
 In: token ids of some text. Out: a BigramDrafter, whose trees have the shape of the learned
 drafter's and cost next to nothing. What it reaches, a learned drafter has to beat.
 
@@ -12,13 +14,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..decoding.drafting import Drafting, DraftTree, TreeShape, Warp
-from ..target import Target, text_config
-from .model import register_family
-from .tree_builders import TreeBuilder
+import coral_hf
+from coral_hf.decoding.drafting import Drafting, DraftTree, TreeShape, Warp
+from coral_hf.drafters import TreeBuilder
+from coral_hf.target import Target, text_config
 
 # a token that was never seen before another one counts as this part of an occurrence
 UNSEEN_WEIGHT = 1e-3
@@ -143,4 +145,6 @@ class BigramDrafting(Drafting):
         return builder.build()
 
 
-register_family(BigramDrafter, BigramDrafting)
+AutoConfig.register(BigramConfig.model_type, BigramConfig, exist_ok=True)
+AutoModel.register(BigramConfig, BigramDrafter, exist_ok=True)
+coral_hf.register_drafting(BigramConfig.model_type, BigramDrafting)
