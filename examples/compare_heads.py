@@ -49,7 +49,6 @@ MADE_WITH = {
     FULL: (),
     "quantized": (),
     "routed": ("grouping", "num_groups"),
-    "routed_quantized": ("grouping", "num_groups"),
     "frequency": ("num_hot_tokens",),
 }
 READ_WITH = ("num_active_groups", "routing", "active_mass")
@@ -158,7 +157,7 @@ class HeadComparison(Comparison):
         """Copy the drafter and give it a trial's head, trained or counted."""
         drafter = copy.deepcopy(self.drafter).float()
         drafter.heads.remove_router()
-        if trial.head.startswith("routed"):
+        if trial.head == "routed":
             names = trial.fields.keys() & {*MADE_WITH[trial.head], "num_active_groups"}
             settings = {name: trial.fields[name] for name in names}
             self.train(drafter, stage="router", **settings)
@@ -256,12 +255,11 @@ def read_share(config: dict[str, Any], size: int) -> float:
     vocab, hidden = config["vocab_size"], config["hidden_size"]
     if config["draft_head"] == "frequency":
         return config["num_hot_tokens"] / vocab
-    is_quantized = config["draft_head"].endswith("quantized")
-    row = (1 + 4 / hidden) / size if is_quantized else 1.0  # of a row of the head's own
-    if config["draft_head"].startswith("routed"):
+    if config["draft_head"] == "routed":
         groups = Groups(vocab, config["num_groups"])
         read = min(config["num_active_groups"] * groups.size, vocab)
-        return (read * row + hidden + groups.num_groups) / vocab
+        return (read + hidden + groups.num_groups) / vocab
+    row = (1 + 4 / hidden) / size if config["draft_head"] == "quantized" else 1.0
     return row * (config.get("draft_vocab_size") or vocab) / vocab
 
 

@@ -23,16 +23,15 @@ SHAPES = ("Llama-3-8B:128256:4096", "Qwen2.5-7B:152064:3584", "Gemma-2-2B:256000
 
 
 def heads_of(head: LMHead, options: argparse.Namespace) -> dict:
-    """Return heads of the same weight by name, exact and quantized, with the MiB that they read."""
+    """Return heads of the same weight by name, with the MiB that they read."""
     vocab, hidden = head.weight.shape
     row = hidden * head.weight.element_size() / 2**20
     heads = {"all: full head": (FullHead(head), vocab * row)}
-    with_scale = (hidden + 4) / 2**20  # of a row in eight bits
-    heads["all, quantized"] = QuantizedHead(head, quantize(head.weight)), vocab * with_scale
+    rounded = QuantizedHead(head, quantize(head.weight))
+    heads["all, quantized"] = rounded, vocab * (hidden + 4) / 2**20  # a row has a scale
     order = torch.randperm(vocab, device=options.device) if options.random_groups else None
     # as a drafter does: without a kernel, the weight is copied once in the order of the groups
     weight = None if order is None or has_kernel(head.weight) else head.weight[order]
-    rounded = quantize(head.weight if order is None else head.weight[order])
     for groups in options.groups or [16, 32]:
         router = Router(hidden, groups).to(options.device, head.weight.dtype)
         router.order = order
@@ -40,8 +39,6 @@ def heads_of(head: LMHead, options: argparse.Namespace) -> dict:
             routed = RoutedHead(head, router, Routing("shared", active), weight)
             read, own = min(active * routed.groups.size, vocab), (hidden + groups) * row
             heads[f"{active} of {groups}"] = routed, read * row + own  # the router's own too
-            routed = RoutedHead(head, router, Routing("shared", active), rounded)
-            heads[f"{active} of {groups}, quantized"] = routed, read * with_scale + own
     return heads
 
 

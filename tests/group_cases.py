@@ -18,7 +18,7 @@ class Inputs(NamedTuple):
     """The arguments of `group_logits`."""
 
     features: Tensor  # (batch, nodes, hidden)
-    weight: Tensor | tuple[Tensor, Tensor]  # (vocab, hidden), or its `QuantizedRows`
+    weight: Tensor  # (vocab, hidden)
     active: Tensor  # (batch, 1, slots) or (batch, nodes, slots)
     size: int
     bias: Tensor | None
@@ -59,19 +59,8 @@ def inputs(
     )
 
 
-def quantized_inputs(name: str) -> Inputs:
-    """A case whose weight is quantized."""
-    from coral_hf.heads.products import quantize
-
-    case = inputs(name, torch.float32, has_bias=True)
-    return case._replace(weight=quantize(case.weight, torch.int8))
-
-
 def write_interpreted(path: str) -> None:
-    """Save the kernel's logits, by case, dtype and whether there are bias and order.
-
-    Those of a quantized weight by case alone.
-    """
+    """Save the kernel's logits, by case, dtype and whether there are bias and order."""
     os.environ["TRITON_INTERPRET"] = "1"
     # the modules of the package without its `__init__`, which imports transformers
     package = ModuleType("coral_hf")
@@ -86,7 +75,6 @@ def write_interpreted(path: str) -> None:
         for dtype in INTERPRETED
         for has_both in (False, True)
     }
-    logits |= {name: module.group_logits(*quantized_inputs(name)) for name in CASES}
     torch.save(logits, path)
 
 

@@ -1,7 +1,6 @@
 """Which draft heads a drafter has, which it reads, and how they travel with it."""
 
 import json
-import logging
 
 import pytest
 import torch
@@ -26,7 +25,6 @@ KINDS = {
     "full": FullHead,
     "quantized": QuantizedHead,
     "routed": RoutedHead,
-    "routed_quantized": RoutedHead,
     "frequency": FrequencyHead,
 }
 
@@ -86,7 +84,7 @@ def test_order_and_tokens_stay_whole_numbers_in_any_dtype(target, drafter, tmp_p
     assert loaded.heads.router.fc.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", ["routed", "routed_quantized", "frequency"])
+@pytest.mark.parametrize("name", ["routed", "frequency"])
 def test_a_head_that_is_not_there_says_how_to_get_it(target, drafter, name):
     with pytest.raises(ValueError, match=f"`draft_head` is '{name}', but this drafter .*full'"):
         drafter.heads.bind(head_of(target, drafter), name)
@@ -159,7 +157,7 @@ def test_what_was_copied_follows_a_head_that_has_changed(drafter):
     target = tiny_target("llama", torch.float32)
     with_all_heads(target, drafter)
     head = head_of(target, drafter)
-    for name in ("routed", "quantized", "routed_quantized", "frequency"):
+    for name in ("routed", "quantized", "frequency"):
         before = drafter.heads.bind(head, name).logits(*level(drafter))
         with torch.no_grad():
             head.weight.mul_(2)
@@ -181,31 +179,6 @@ def test_groups_of_neighbours_copy_nothing(target, drafter):
     assert weight.data_ptr() == head.weight.data_ptr()
 
 
-def test_a_broken_router_leaves_the_whole_head_and_says_so(target, drafter, caplog):
-    with_all_heads(target, drafter)
-    head = head_of(target, drafter)
-    assert type(drafter.heads.bind(head, "routed")) is RoutedHead
-    with torch.no_grad():
-        drafter.heads.router.groups.weight[0, 0] = float("nan")
-    with caplog.at_level(logging.WARNING):
-        assert type(drafter.heads.bind(head, "routed")) is FullHead
-    assert "router's weights are not finite: the whole LM head is read" in caplog.text
-
-
-@pytest.mark.parametrize("order", [None, ORDER])
-def test_a_quantized_router_reads_the_groups_of_the_exact_one_with_rounded_logits(
-    target, drafter, order
-):
-    with_all_heads(target, drafter, order)
-    head = head_of(target, drafter)
-    logits = {name: drafter.heads.bind(head, name).logits(*level(drafter)) for name in KINDS}
-    is_read = logits["routed"].isfinite()
-    assert logits["routed_quantized"].isfinite().equal(is_read) and not is_read.all()
-    rounded = logits["quantized"][is_read]
-    torch.testing.assert_close(logits["routed_quantized"][is_read], rounded)
-    assert not rounded.equal(logits["full"][is_read])
-
-
 def test_a_quantized_copy_is_made_once_and_not_saved(target, drafter, tmp_path):
     drafter.heads.configure(draft_head="quantized")
     head = head_of(target, drafter)
@@ -224,12 +197,11 @@ def test_a_fresh_drafter_may_read_the_quantized_head(target):
 # ---- bad input
 
 
-@pytest.mark.parametrize("name", ["quantized", "routed_quantized"])
-def test_a_device_without_products_of_eight_bits_is_refused(target, drafter, name, monkeypatch):
+def test_a_device_without_products_of_eight_bits_is_refused(target, drafter, monkeypatch):
     monkeypatch.setattr("coral_hf.heads.collection.DEVICES", ("cuda",))
     with_all_heads(target, drafter)
-    with pytest.raises(ValueError, match=f"'{name}', but the target's LM head is on 'cpu'"):
-        drafter.heads.bind(head_of(target, drafter), name)
+    with pytest.raises(ValueError, match="'quantized', but the target's LM head is on 'cpu'"):
+        drafter.heads.bind(head_of(target, drafter), "quantized")
 
 
 @pytest.mark.parametrize(

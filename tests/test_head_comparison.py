@@ -62,7 +62,6 @@ def test_invalid_trials_are_refused(text, message):
         ({"draft_head": "routed", "num_groups": 8, "num_active_groups": 2}, 0.278),
         # one byte of four, and a scale of four bytes for 20 channels
         ({"draft_head": "quantized"}, 0.3),
-        ({"draft_head": "routed_quantized", "num_groups": 8, "num_active_groups": 2}, 0.103),
     ],
 )
 def test_the_share_read_includes_the_weights_that_a_head_adds(fields, share):
@@ -81,7 +80,6 @@ def test_heads_are_made_once_and_measured(folder, monkeypatch):  # noqa: F811
         "routed grouping=contiguous num_groups=4 num_active_groups=1",
         "frequency num_hot_tokens=20",
         "quantized",
-        ROUTED.replace("routed", "routed_quantized"),
     ]
     out = folder / "heads"
     names = [
@@ -103,7 +101,7 @@ def test_heads_are_made_once_and_measured(folder, monkeypatch):  # noqa: F811
     calls = {(call["method"], call["temperature"]): call for call in report["calls"]}
     assert {*calls} == {(name, t) for name in ("plain", "full", *trials) for t in (0.0, 1.0)}
     greedy = [call for call in report["calls"] if call["temperature"] == 0.0]
-    assert len(greedy) == 16 and all(call["num_equal_rows"] == 1 for call in greedy)
+    assert len(greedy) == 14 and all(call["num_equal_rows"] == 1 for call in greedy)
     table = (out / "report.md").read_text()
     assert "| frequency num_hot_tokens=20 |" in table and "## T = 1" in table
     assert (out / "sweep-contiguous-shared-0.png").stat().st_size > 1000

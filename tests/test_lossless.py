@@ -169,7 +169,6 @@ HEADS = {
     "per_node": {"draft_head": "routed", "routing": "per_node"},
     "frequency": {"draft_head": "frequency"},
     "quantized": {"draft_head": "quantized"},
-    "routed_quantized": {"draft_head": "routed_quantized"},
 }
 
 

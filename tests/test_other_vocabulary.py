@@ -27,11 +27,6 @@ def routed(drafter, order):
     drafter.heads.configure(is_router_trained=True, draft_head="routed")
 
 
-def routed_quantized(drafter, order):
-    routed(drafter, order)
-    drafter.heads.configure(draft_head="routed_quantized")
-
-
 # the heads of a drafter for a vocabulary of a size, and what reads them
 HEADS = {
     "full": lambda drafter, target, size: None,
@@ -41,7 +36,6 @@ HEADS = {
     "routed": lambda drafter, target, size: routed(drafter, None),
     "quantized": lambda drafter, target, size: drafter.heads.configure(draft_head="quantized"),
     "routed by an order": lambda drafter, target, size: routed(drafter, torch.arange(size).flip(0)),
-    "routed quantized": lambda drafter, target, size: routed_quantized(drafter, None),
 }
 
 

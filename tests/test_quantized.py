@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from head_inputs import make_head, make_level, make_router
+from head_inputs import make_head, make_level
 from torch import Tensor
 
-from coral_hf.heads.draft_heads import QuantizedHead, RoutedHead
+from coral_hf.heads.draft_heads import QuantizedHead
 from coral_hf.heads.products import (
     ALIGNMENT,
     QuantizedRows,
@@ -16,7 +16,6 @@ from coral_hf.heads.products import (
     quantized_logits,
     round_rows,
 )
-from coral_hf.heads.router import Routing
 
 DTYPES = [torch.int8, torch.float8_e4m3fn]  # a CPU multiplies both
 # rows, channels: whole blocks, and sizes that have to be filled up
@@ -80,19 +79,6 @@ def test_the_head_finishes_rounded_logits_as_the_target_does(bias, finish):
         raw = head._replace(scale=1.0, softcap=None)
         logits = QuantizedHead(raw, quantize(head.weight)).logits(*level)
         torch.testing.assert_close(logits, raw.logits(level[0]).float(), rtol=0, atol=0.03)
-
-
-@pytest.mark.parametrize("routing", ["shared", "per_node"])
-@torch.no_grad()
-def test_groups_of_a_batch_are_read_from_the_copy(routing):
-    head, level = make_head(50, bias=True), make_level(batch=2)
-    rows = quantize(head.weight)
-    whole = QuantizedHead(head, rows).logits(*level)
-    routed = RoutedHead(head, make_router(7), Routing(routing, 2), rows)
-    logits = routed.logits(*level)
-    is_read = logits.isfinite()
-    assert not is_read.all() and is_read.any(-1).all()
-    torch.testing.assert_close(logits[is_read], whole[is_read])
 
 
 def test_a_device_has_its_dtype(monkeypatch):

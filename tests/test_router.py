@@ -59,10 +59,6 @@ def test_the_most_unlikely_path_reads_a_group_as_any_other():
     assert Routing("shared", 1).choose(MASS.log(), path * float("inf")).min() >= 0
 
 
-def test_a_row_alone_in_its_level_reads_its_own_groups():
-    assert Routing("shared", 3, active_mass=0.9).by_node() == Routing("per_node", 3, 0.9)
-
-
 @pytest.mark.parametrize("name", ["shared", "per_node"])
 def test_sequences_of_a_batch_choose_for_themselves(name):
     mass, path = torch.cat([MASS, MASS.flip(2)]), torch.cat([PATH, PATH])

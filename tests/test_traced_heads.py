@@ -55,9 +55,6 @@ def make_routed(head: LMHead, routing: Routing, has_order: bool) -> RoutedHead:
 HEADS = {
     "full": FullHead,
     "quantized": lambda head: QuantizedHead(head, quantize(head.weight)),
-    "routed, quantized": lambda head: RoutedHead(
-        head, make_router(64), ROUTINGS["shared"], quantize(head.weight)
-    ),
     "frequency": lambda head: FrequencyHead(head, make_order(READS), head.weight.detach()),
     **{
         f"routed, {name}": lambda head, routing=routing: make_routed(head, routing, False)
@@ -98,7 +95,7 @@ def test_a_head_is_one_graph(name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Inductor itself
-@pytest.mark.parametrize("name", ["full", "routed, shared", "quantized", "routed, quantized"])
+@pytest.mark.parametrize("name", ["full", "routed, shared", "quantized"])
 @torch.no_grad()
 def test_a_compiled_head_proposes_the_same_tokens(name):
     children, level = make_children(name), make_level(batch=2)

@@ -152,7 +152,7 @@ def medusa_content(
         "medusa_fc_bias": True,
         "original_lm_head": not has_own,
     }
-    return Content(fields, tensors, reasons)
+    return Content(fields, tensors, reasons, [])
 
 
 def read_recurrent_shape(config: dict[str, Any]) -> dict[str, Any]:

@@ -8,31 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedConfig
-from transformers.utils import logging
 
 from ..lm_head import Cached, LMHead
-from .draft_heads import (
-    DraftHead,
-    FrequencyHead,
-    FullHead,
-    QuantizedHead,
-    RoutedHead,
-)
-from .products import DEVICES, QuantizedRows, has_kernel, quantize
+from .draft_heads import DraftHead, FrequencyHead, FullHead, QuantizedHead, RoutedHead
+from .products import DEVICES, has_kernel, quantize
 from .router import Router, Routing, check_order, check_token_ids, order_hash
 from .settings import DRAFT_HEADS, HEAD_FIELDS, HeadFields
-
-logger = logging.get_logger(__name__)
 
 # fields of a drafter that has no router, and what a fresh one starts from
 OF_ROUTER = ("num_groups", "grouping", "grouping_hash", "is_router_trained", "draft_head")
 NO_ROUTER = {name: getattr(HeadFields, name) for name in OF_ROUTER}
-ROUTER = "trained router; train one with CoralTrainingArguments(stage='router')"
 # what a drafter lacks for a draft head, and how it gets it
 REMEDIES = {
-    **dict.fromkeys(("routed", "routed_quantized"), ROUTER),
+    "routed": "trained router; train one with CoralTrainingArguments(stage='router')",
     "frequency": "frequent tokens; add them with drafter.heads.add_frequency_head(token_ids)",
 }
 
@@ -80,45 +69,27 @@ class DraftHeads(nn.Module):
             raise ValueError(f"`draft_head` is {name!r}; use one of {DRAFT_HEADS}.")
         if name == "full":
             return FullHead(head)
-        router = self.router if self.config.is_router_trained else None
-        parts = {"frequency": self.hot_tokens, "quantized": self}
-        part, problem = parts.get(name, router), None
+        router, problem = self.router if self.config.is_router_trained else None, None
+        part: Any = {"routed": router, "frequency": self.hot_tokens}.get(name, self)
         if part is None:
             problem = f"this drafter has no {REMEDIES[name]}, or"
         elif not head.is_readable:
             problem = "the target's is quantised, offloaded or adapted, and can only be read whole;"
-        elif "quantized" in name and (device := head.weight.device.type) not in DEVICES:
+        elif name == "quantized" and (device := head.weight.device.type) not in DEVICES:
             problem = f"the target's LM head is on {device!r}, and eight bits need {DEVICES};"
         if problem is not None:
             raise ValueError(f"`draft_head` is {name!r}, but {problem} use draft_head='full'.")
-        return self._part(name, head, part)
-
-    def _part(self, name: str, head: LMHead, part: Any) -> DraftHead:
-        """Return the draft head that reads a part of a head (vocab, hidden), or a copy of it."""
-        weight, cached = head.weight, self._cached[name]
+        weight, cached, size = head.weight, self._cached[name], self.config.vocab_size
         if name == "quantized":
             return QuantizedHead(head, cached.get([weight], lambda: quantize(weight)))
-        if name == "frequency":
-            kept = self._cached["kept tokens"]  # a target may have lost some, or all
-            tokens = kept.get([part, weight], lambda: part[part < len(weight)])
-            rows = cached.get([weight, tokens], lambda: weight.detach()[tokens])
-            return FrequencyHead(head, tokens, rows) if len(tokens) else FullHead(head)
-        weights, is_finite = [*part.parameters()], self._cached["finite router"]
-        if not is_finite.get(weights, lambda: all(x.isfinite().all() for x in weights)):
-            logger.warning_once("The router's weights are not finite: the whole LM head is read.")
+        if size > len(weight):  # the target has lost tokens, which the part may name
             return FullHead(head)
-        order, size = part.order, self.config.vocab_size
-        sources, is_lost = [weight] if order is None else [weight, order], size > len(weight)
-
-        def grouped() -> Tensor:  # (vocab, hidden) with each group in one piece
-            rows = F.pad(weight.detach(), (0, 0, 0, max(size - len(weight), 0)))
-            return rows[:size] if order is None else rows[order]
-
-        copy: Tensor | QuantizedRows | None = None
-        if name == "routed_quantized":
-            copy = cached.get(sources, lambda: quantize(grouped()))
-        elif is_lost or (order is not None and not has_kernel(weight)):
-            copy = cached.get(sources, grouped)
+        if name == "frequency":
+            rows = cached.get([weight, part], lambda: weight.detach()[part])
+            return FrequencyHead(head, part, rows)
+        order, copy = part.order, None
+        if order is not None and not has_kernel(weight):
+            copy = cached.get([weight, order], lambda: weight.detach()[order])
         return RoutedHead(head, part, Routing.from_config(self.config), copy, size)
 
     def adopt(self, config: PreTrainedConfig) -> None:

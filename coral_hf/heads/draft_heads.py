@@ -18,6 +18,7 @@ which of the tokens that were read is better: their logits do.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -153,10 +154,9 @@ class RoutedHead(DraftHead):
     """Reads the active groups of the LM head.
 
     Args:
-        weight: (vocab, hidden), the head's rows in the order of the groups, as they are or
-            quantized; None reads the head's own, through the order where there is one.
-        vocab_size: tokens of the groups; the head's by default. A head that has more rows since
-            reads these alone; of one that has fewer, `weight` has zeros for those that are gone.
+        weight: (vocab, hidden), the head's rows in the order of the groups; None reads the head's
+            own, through the order where there is one.
+        vocab_size: tokens of the groups; the head's by default. A head may have more rows since.
     """
 
     def __init__(
@@ -164,30 +164,22 @@ class RoutedHead(DraftHead):
         head: LMHead,
         router: Router,
         routing: Routing,
-        weight: Tensor | QuantizedRows | None = None,
+        weight: Tensor | None = None,
         vocab_size: int | None = None,
     ):
         self.head, self.router, self.routing = head, router, routing
-        self.num_rows = num_rows = head.weight.shape[0]
-        vocab_size = vocab_size or num_rows
-        self.groups = router.groups_of(vocab_size)
-        self._own_weight = weight
-        self._weight = head.weight[:vocab_size] if weight is None else weight
-        self._order = self.groups.order if weight is None else None
-        self._bias, self._is_gone = head.bias, None
-        if vocab_size > num_rows:  # what the target has lost is never drafted
-            bias = head.weight.new_zeros(num_rows) if self._bias is None else self._bias
-            self._bias = F.pad(bias, (0, vocab_size - num_rows), value=float("-inf"))
-            self._is_gone = self.groups.mass(self._bias.isfinite().float()) == 0  # (groups,)
-        elif self._bias is not None:
-            self._bias = self._bias[:vocab_size]
-        if self._bias is not None and weight is not None and self.groups.order is not None:
-            self._bias = self._bias[self.groups.order]
+        size = vocab_size or len(head.weight)
+        self.groups = router.groups_of(size)
+        self._weight = head.weight[:size] if weight is None else weight
+        self._bias, self._order = None if head.bias is None else head.bias[:size], router.order
+        if weight is not None and router.order is not None:  # what is read lies in that order
+            self._bias, self._order = None if self._bias is None else self._bias[router.order], None
 
     def by_node(self) -> "RoutedHead":
         """Return the same head for nodes that are each alone in their level, as in a chain."""
-        routing, size = self.routing.by_node(), self.groups.vocab_size
-        return RoutedHead(self.head, self.router, routing, self._own_weight, size)
+        own = copy(self)
+        own.routing = self.routing._replace(name="per_node")
+        return own
 
     def children(self, features: Tensor, log_path: Tensor, top_k: int) -> Children:
         """Rank the children of features (batch, nodes, hidden); see [`DraftHead`].
@@ -200,7 +192,7 @@ class RoutedHead(DraftHead):
         places, log_probs = rank(logits, min(top_k, logits.shape[-1]))
         slots, offsets = places // self.groups.size, places % self.groups.size
         active = active.expand(-1, features.shape[1], -1)  # (batch, nodes, slots)
-        tokens = self._tokens(active.gather(2, slots), offsets)
+        tokens = self.groups.tokens(active.gather(2, slots), offsets)
         is_unused = active == UNUSED
         mass = log_mass.gather(2, active.masked_fill(is_unused, 0))
         mass_read = mass.masked_fill(is_unused, float("-inf")).logsumexp(-1)  # (batch, nodes)
@@ -211,8 +203,8 @@ class RoutedHead(DraftHead):
         _, active = self._choose(features, log_path)
         read = self._read(features, active)
         offsets = torch.arange(self.groups.size, device=active.device)
-        tokens = self._tokens(active[..., None], offsets).expand_as(read)
-        logits = read.new_full((*read.shape[:2], self.num_rows), float("-inf"))
+        tokens = self.groups.tokens(active[..., None], offsets).expand_as(read)
+        logits = read.new_full((*read.shape[:2], len(self.head.weight)), float("-inf"))
         # a place without a token stands for some other token, whose logit it must not overwrite
         return logits.scatter_reduce_(2, tokens.flatten(2), read.flatten(2), "amax")
 
@@ -222,13 +214,7 @@ class RoutedHead(DraftHead):
         These are (batch, 1 or nodes, slots), see [`Routing`]; groups without tokens are left out.
         """
         log_mass = self.router(features)
-        if self._is_gone is not None:
-            log_mass = log_mass.masked_fill(self._is_gone, float("-inf")).log_softmax(-1)
         return log_mass, self.routing.choose(log_mass[..., : self.groups.filled], log_path)
-
-    def _tokens(self, group: Tensor, offset: Tensor) -> Tensor:
-        """Return the tokens at offsets in groups, of their common shape; any where none is."""
-        return self.groups.tokens(group, offset).clamp(max=self.num_rows - 1)
 
     def _read(self, features: Tensor, active: Tensor) -> Tensor:
         """Compute logits of the active groups, (batch, nodes, slots, size), -inf at no token."""

@@ -24,7 +24,6 @@ def fused_group_logits(
     size: int,
     bias: Tensor | None = None,
     order: Tensor | None = None,
-    scales: Tensor | None = None,
 ) -> Tensor:
     """Compute the logits (batch, nodes, slots, size) of `plain_group_logits` in one launch."""
     batch, nodes, hidden = features.shape
@@ -35,10 +34,9 @@ def fused_group_logits(
     if logits.numel():
         # Triton launches on the current GPU, which need not be the tensors'
         with torch.cuda.device_of(logits):
-            tensors = (features.contiguous(), weight, scales, bias, active.contiguous(), order)
-            vocab = len(weight if scales is None else scales)
-            sizes = (nodes, hidden, vocab, slots, size, weight.stride(0))
-            given = [part is not None for part in (scales, bias, order)]
+            tensors = (features.contiguous(), weight, bias, active.contiguous(), order)
+            sizes = (nodes, hidden, len(weight), slots, size, weight.stride(0))
+            given = [part is not None for part in (bias, order)]
             blocks = (block_nodes, TOKENS, ROW_BYTES // weight.element_size())
             # sums differ in the last bit without fusion, whose default changes
             options = {"num_stages": NUM_STAGES, "enable_fp_fusion": True}
@@ -50,7 +48,6 @@ def fused_group_logits(
 def _group_logits(
     features,  # (batch, nodes, hidden)
     weight,  # (vocab, hidden), rows `weight_stride` apart
-    scales,  # (vocab,), of a quantized weight
     bias,  # (vocab,)
     active,  # (batch, slots), int64
     order,  # (vocab,), int64
@@ -61,7 +58,6 @@ def _group_logits(
     slots,
     size,
     weight_stride,
-    HAS_SCALES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     NODES: tl.constexpr,
@@ -88,9 +84,7 @@ def _group_logits(
         has_x, has_w = is_node[:, None] & is_channel, is_token & is_channel[:, None]
         x = tl.load(feature_start[:, None] + channel, mask=has_x, other=0.0)  # (NODES, CHANNELS)
         w = tl.load(weight_start + channel[:, None], mask=has_w, other=0.0)  # (CHANNELS, TOKENS)
-        total = tl.dot(x, w.to(x.dtype), total, input_precision="ieee")
-    if HAS_SCALES:
-        total *= tl.load(scales + token, mask=is_token, other=0.0)
+        total = tl.dot(x, w, total, input_precision="ieee")
     if HAS_BIAS:
         total += tl.load(bias + token, mask=is_token, other=0.0).to(tl.float32)
 

@@ -17,8 +17,7 @@ Ranking: no softmax over all logits and no top-k over them is stored. The best t
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
-from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -29,7 +28,6 @@ ALIGNMENT = 16  # of both sizes of a weight, for the products on CUDA
 LEAST_FEATURES = 17  # that the product of int8 takes on CUDA
 DEVICES = ("cpu", "cuda")  # which have the products
 BLOCK = 128  # logits whose largest one stands for them
-LOWEST = torch.iinfo(torch.int64).min
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # which it sums in fp32
 
 
@@ -68,36 +66,21 @@ def round_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def quantized_logits(features: Tensor, rows: QuantizedRows) -> Tensor:
-    """Multiply features (*batch, hidden) with quantized rows: (*batch, rows), in fp32."""
+    """Multiply features (*batch, hidden), rounded too, with rows: (*batch, rows), in fp32."""
     values, scales = round_rows(features.flatten(0, -2), rows.values.dtype)
-    logits = multiply(values, scales, *rows)
-    return logits.unflatten(0, features.shape[:-1])
-
-
-def multiply(values: Tensor, scales: Tensor, row_values: Tensor, row_scales: Tensor) -> Tensor:
-    """Multiply rounded features with rounded rows.
-
-    Args:
-        values, scales: of features, (features, hidden) and (features,).
-        row_values, row_scales: of rows, (padded rows, padded hidden) and (rows,).
-
-    Returns:
-        (features, rows), in fp32.
-    """
     count, hidden = values.shape
     is_integer = values.dtype == torch.int8
     least = LEAST_FEATURES if is_integer and values.is_cuda else 0
-    padding = (0, row_values.shape[1] - hidden, 0, max(least - count, 0))
-    if any(padding):
-        values = _pad(values, padding)
+    values = _pad(values, (0, rows.values.shape[1] - hidden, 0, max(least - count, 0)))
     if is_integer:
-        product = torch._int_mm(values, row_values.T)
+        product = torch._int_mm(values, rows.values.T)
     else:
         one = torch.ones((), dtype=torch.float32, device=values.device)
         product = torch._scaled_mm(
-            values, row_values.T, scale_a=one, scale_b=one, out_dtype=torch.float32
+            values, rows.values.T, scale_a=one, scale_b=one, out_dtype=torch.float32
         )
-    return (product[:count, : len(row_scales)] * row_scales).mul_(scales[:, None])
+    logits = (product[:count, : len(rows.scales)] * rows.scales).mul_(scales[:, None])
+    return logits.unflatten(0, features.shape[:-1])
 
 
 def _pad(values: Tensor, padding: tuple[int, ...]) -> Tensor:
@@ -107,7 +90,7 @@ def _pad(values: Tensor, padding: tuple[int, ...]) -> Tensor:
 
 def group_logits(
     features: Tensor,
-    weight: Tensor | QuantizedRows,
+    weight: Tensor,
     active: Tensor,
     size: int,
     bias: Tensor | None = None,
@@ -115,8 +98,10 @@ def group_logits(
 ) -> Tensor:
     """Compute the logits of the tokens in the active groups: feature · weight row + bias.
 
+    It has no gradient.
+
     Args:
-        features: (batch, nodes, hidden), in the weight's dtype; any where it is quantized.
+        features: (batch, nodes, hidden), in the weight's dtype.
         weight: (vocab, hidden).
         active: (batch, 1, slots), groups that all nodes of a sequence read, or
             (batch, nodes, slots), groups that each node reads; int64, negative in unused slots.
@@ -133,31 +118,27 @@ def group_logits(
     if active.shape[1] != 1:
         # a node with groups of its own is a sequence of one node
         features, active = features.flatten(0, 1)[:, None], active.flatten(0, 1)[:, None]
-    scales = None
-    if isinstance(weight, QuantizedRows):
-        weight, scales = weight
-    tensors = (features, weight) if bias is None else (features, weight, bias)
-    # the operator has no gradient
-    is_plain = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    read = plain_group_logits if is_plain else _group_logits
-    return read(features, weight, active, size, bias, order, scales).view(batch, nodes, -1, size)
+    logits = _group_logits(features, weight, active, size, bias, order)
+    return logits.view(batch, nodes, -1, size)
 
 
 @torch.library.custom_op(
     "coral_hf::group_logits",
     mutates_args=(),
-    schema="(Tensor features, Tensor weight, Tensor active, int size, Tensor? bias, Tensor? order,"
-    " Tensor? scales) -> Tensor",
+    schema="(Tensor features, Tensor weight, Tensor active, int size, Tensor? bias, Tensor? order)"
+    " -> Tensor",
 )
-def _group_logits(features, weight, active, size, bias, order, scales):
+def _group_logits(features, weight, active, size, bias, order):
     """See `plain_group_logits`, whose arguments these are: (batch, nodes, slots, size)."""
-    is_fusible = has_kernel(weight if scales is None else features) and weight.stride(-1) == 1
-    kernel = _kernel() if is_fusible else None
-    return (kernel or plain_group_logits)(features, weight, active, size, bias, order, scales)
+    if not has_kernel(weight) or weight.stride(-1) != 1:
+        return plain_group_logits(features, weight, active, size, bias, order)
+    from .group_kernel import fused_group_logits
+
+    return fused_group_logits(features, weight, active, size, bias, order)
 
 
 @_group_logits.register_fake
-def _(features, weight, active, size, bias, order, scales):  # (batch, nodes, slots, size), as above
+def _(features, weight, active, size, bias, order):  # (batch, nodes, slots, size), as above
     shape = (*features.shape[:2], active.shape[-1], size)
     return features.new_empty(shape, dtype=torch.float32)
 
@@ -169,68 +150,33 @@ def plain_group_logits(
     size: int,
     bias: Tensor | None = None,
     order: Tensor | None = None,
-    scales: Tensor | None = None,
 ) -> Tensor:
     """Compute `group_logits` group by group, for groups (batch, 1, slots) that nodes share.
 
-    Waits for the values of `active`. A group that several sequences read is read once. `weight` is
-    quantized where it has `scales` (vocab,).
+    Waits for the values of `active`. A group that several sequences read is read once.
     """
-    vocab = len(weight if scales is None else scales)
     shape = (*features.shape[:2], active.shape[-1], size)
     logits = features.new_full(shape, float("-inf"), dtype=torch.float32)
-    if scales is not None and not features.is_cuda:  # no product there takes groups of any size
-        rounded = round_rows(features.flatten(0, 1), weight.dtype)
-        values, sizes = (part.unflatten(0, features.shape[:2]) for part in rounded)
-    for group, readers in _readers(active).items():
-        start, stop = group * size, min((group + 1) * size, vocab)
-        if start >= stop:
+    readers = defaultdict(list)  # of each group, the (row of the batch, slot) that read it
+    for row, groups in enumerate(active[:, 0].tolist()):
+        for slot, group in enumerate(groups):
+            readers[group].append((row, slot))
+    for group, places in readers.items():
+        start, stop = group * size, min((group + 1) * size, len(weight))
+        if group < 0 or start >= stop:
             continue
         part = slice(start, stop) if order is None else order[start:stop]
-        own, own_bias = weight[part], None if bias is None else bias[part]
         # numbers where one sequence reads the group, as views cost less than gathered copies
-        rows, slots = readers[0] if len(readers) == 1 else map(list, zip(*readers, strict=True))
+        rows, slots = places[0] if len(places) == 1 else map(list, zip(*places, strict=True))
         # (*readers, nodes, tokens)
-        if scales is None:
-            block = F.linear(features[rows], own, own_bias)
-        elif features.is_cuda:
-            block = F.linear(features[rows], own.to(features.dtype)) * scales[part]
-        else:
-            block = multiply(
-                values[rows].flatten(0, -2), sizes[rows].flatten(), own, scales[part]
-            ).unflatten(0, sizes[rows].shape)
-        if scales is not None and own_bias is not None:
-            block = block + own_bias
+        block = F.linear(features[rows], weight[part], None if bias is None else bias[part])
         logits[rows, :, slots, : stop - start] = block.float()
     return logits
 
 
-def _readers(active: Tensor) -> dict[int, list[tuple[int, int]]]:
-    """Map each group of `active` (batch, 1, slots) to the (row of the batch, slot) that read it."""
-    readers = defaultdict(list)
-    for row, slots in enumerate(active[:, 0].tolist()):
-        for slot, group in enumerate(slots):
-            if group >= 0:
-                readers[group].append((row, slot))
-    return readers
-
-
 def has_kernel(weight: Tensor) -> bool:
     """Whether rows of a frozen weight (vocab, hidden) can be read in place in any order."""
-    return weight.is_cuda and weight.dtype in KERNEL_DTYPES and _kernel() is not None
-
-
-@cache
-def _kernel() -> Callable[..., Tensor] | None:
-    """Import the Triton kernel when it is first needed; None where Triton is not installed.
-
-    It makes (batch, nodes, slots, size) logits, see `group_logits`.
-    """
-    try:
-        from .group_kernel import fused_group_logits
-    except ImportError:
-        return None
-    return fused_group_logits
+    return weight.is_cuda and weight.dtype in KERNEL_DTYPES and find_spec("triton") is not None
 
 
 class Ranked(NamedTuple):
@@ -257,31 +203,23 @@ def best_places(logits: Tensor, top_k: int) -> Tensor:
     in one of the best `top_k` blocks.
     """
     read = logits.shape[-1]
-    even = read // BLOCK * BLOCK
-    if even < 2 * BLOCK * top_k:
+    if read < 2 * BLOCK * top_k:
         return _largest(logits, torch.arange(read, device=logits.device), top_k)
-    highest = logits[..., :even].unflatten(-1, (-1, BLOCK)).amax(-1)  # (*batch, blocks)
-    if even < read:
-        highest = torch.cat([highest, logits[..., even:].amax(-1, keepdim=True)], -1)
+    if missing := -read % BLOCK:
+        logits = F.pad(logits, (0, missing), value=float("-inf"))
+    highest = logits.unflatten(-1, (-1, BLOCK)).amax(-1)  # (*batch, blocks)
     blocks = _largest(highest, torch.arange(highest.shape[-1], device=logits.device), top_k)
     within = torch.arange(BLOCK, device=logits.device)
     places = (blocks[..., None] * BLOCK + within).flatten(-2)  # (*batch, top_k * BLOCK)
-    if even == read:
-        return _largest(logits.gather(-1, places), places, top_k)
-    return _largest(logits.gather(-1, places.clamp(max=read - 1)), places, top_k, read)
+    return _largest(logits.gather(-1, places), places, top_k)
 
 
-def _largest(values: Tensor, places: Tensor, top_k: int, stop: int | None = None) -> Tensor:
+def _largest(values: Tensor, places: Tensor, top_k: int) -> Tensor:
     """Return the places of the largest values, (*batch, some) → (*batch, top_k).
 
-    Args:
-        values: in fp32.
-        places: of the values, of a shape that broadcasts to theirs.
-        stop: places from here on hold nothing.
+    `values` are in fp32; `places` broadcast to them.
     """
     bits = values.view(torch.int32).long()
     bits ^= (bits >> 63) & 0x7FFFFFFF  # now ordered as the numbers are
     keys = torch.sub(-places, bits, alpha=-(2**32))  # bits · 2³² - place
-    if stop is not None:
-        keys = keys.masked_fill(places >= stop, LOWEST)
     return -keys.topk(top_k).values & 0xFFFFFFFF

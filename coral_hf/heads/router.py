@@ -137,7 +137,3 @@ class Routing(NamedTuple):
         before = best.cumsum(-1)[..., :-1]  # mass of the groups that come first
         is_enough = before >= self.active_mass * mass.sum(-1, keepdim=True)
         return groups.masked_fill(F.pad(is_enough, (1, 0)), UNUSED)  # one group is always read
-
-    def by_node(self) -> "Routing":
-        """Return the same routing for nodes that are each alone in their level."""
-        return self._replace(name="per_node")

@@ -4,17 +4,12 @@ from dataclasses import dataclass, fields
 
 from transformers import PreTrainedConfig
 
-DRAFT_HEADS = ("full", "quantized", "routed", "routed_quantized", "frequency")
+DRAFT_HEADS = ("full", "quantized", "routed", "frequency")
 UNTRAINED_HEADS = ("full", "quantized")  # which every drafter has
 GROUPINGS = ("contiguous", "kmeans", "frequency", "custom")
 ROUTINGS = ("shared", "per_node")
 
-# the field that a draft head needs
-HEAD_SIZES = {
-    "routed": "num_groups",
-    "routed_quantized": "num_groups",
-    "frequency": "num_hot_tokens",
-}
+HEAD_SIZES = {"routed": "num_groups", "frequency": "num_hot_tokens"}  # what a draft head needs
 
 
 @dataclass
@@ -23,8 +18,7 @@ class HeadFields:
 
     Args:
         draft_head: `"full"` reads the whole LM head, `"quantized"` a copy of it in eight bits,
-            `"routed"` the groups that the router picks, `"routed_quantized"` these in eight bits,
-            `"frequency"` the most frequent tokens.
+            `"routed"` the groups that the router picks, `"frequency"` the most frequent tokens.
         num_groups: groups of the router, `None` for a drafter without one.
         num_active_groups: groups that a routed head reads at a time.
         grouping: what the groups were made from; all but `"contiguous"` have an order of the

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 Method = Literal["plain", "coral", "prompt_lookup", "assisted"]
 METHODS = get_args(Method)
-Head = Literal["full", "quantized", "routed", "routed_quantized", "frequency"]
+Head = Literal["full", "quantized", "routed", "frequency"]
 Rule = Literal["token", "traversal", "block"]
 SAMPLING_ALONE = ("verification", "drawn_tree")
 TREE = ("tree_depth", "tree_top_k", "tree_nodes")
