@@ -8,12 +8,12 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import lru_cache
 from hashlib import sha256
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils import align_module_device
@@ -30,7 +30,6 @@ TOKEN_COLUMNS = ("input_ids", "labels", "position_ids")  # of a dataset, what is
 BLOCK = 4096  # bytes of a weight that are summed to one number
 CHUNK = 1 << 24  # bytes of a file that are read at a time
 SAMPLES = 1024  # numbers of a weight that are read one by one: a sum would miss that two swap
-_HASHES: WeakKeyDictionary[Tokenizer, dict[int, str]] = WeakKeyDictionary()
 
 
 def digest(value: Any) -> str:
@@ -99,12 +98,12 @@ def tokenizer_hash(tokenizer: Tokenizer, num_tokens: int | None = None) -> str:
     return sha256(json.dumps(tokens, ensure_ascii=False).encode()).hexdigest()
 
 
+_hash_of_size = lru_cache(maxsize=8)(tokenizer_hash)
+
+
 def short_hash(tokenizer: Tokenizer) -> str:
     """Return the first digits of `tokenizer_hash`, computed once for each size of a tokenizer."""
-    known, size = _HASHES.setdefault(tokenizer, {}), len(tokenizer)
-    if size not in known:
-        known[size] = tokenizer_hash(tokenizer)[:16]
-    return known[size]
+    return _hash_of_size(tokenizer, len(tokenizer))[:16]
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: PreTrainedConfig) -> None:

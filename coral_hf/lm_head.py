@@ -10,7 +10,6 @@ from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Value = TypeVar("Value")
@@ -55,20 +54,6 @@ class LMHead(NamedTuple):
     def logits(self, features: Tensor) -> Tensor:
         """Compute the target's logits, (*batch, vocab), of features (*batch, hidden)."""
         return self.finish(self.module(self.cast(features)))
-
-    def logits_from(self, features: Tensor, weight: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """Compute logits with a weight that stands in for the head's own.
-
-        Args:
-            features: (*batch, width), as wide as the weight.
-            weight: (rows, width).
-            tokens: the token id of each row, of shape (rows,); all tokens by default.
-
-        Returns:
-            (*batch, rows)
-        """
-        bias = self.bias if self.bias is None or tokens is None else self.bias[tokens]
-        return self.finish(F.linear(features.to(weight.dtype), weight, bias))
 
     def cast(self, features: Tensor) -> Tensor:
         """Cast features (*batch, hidden) to the weight's dtype; a quantised head takes any."""

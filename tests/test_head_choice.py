@@ -260,7 +260,7 @@ def test_hot_tokens_of_a_checkpoint_are_tokens(target, drafter, tmp_path):
     ("fields", "message"),
     [
         ({"num_groups": 4, "grouping": "kmeans"}, "come with an order of the vocabulary"),
-        ({"num_hot_tokens": 10}, "'num_hot_tokens'. would name a draft head"),
+        ({"num_hot_tokens": 10}, "names a head that has learned nothing"),
         ({"num_groups": 4, "draft_head": "routed"}, "has learned nothing"),
     ],
 )

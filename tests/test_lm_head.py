@@ -21,15 +21,6 @@ def test_logits_are_scaled_before_they_are_capped():
     torch.testing.assert_close(head.logits(features), 2.0 * torch.tanh(3.0 * raw / 2.0))
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_logits_from_some_rows_are_a_part_of_all_logits(bias):
-    head = make_head(10, bias, scale=3.0, softcap=2.0)
-    features, _ = make_level()
-    tokens = torch.tensor([7, 3, 4])
-    some = head.logits_from(features, head.weight[tokens], tokens)
-    torch.testing.assert_close(some, head.logits(features)[..., tokens])
-
-
 def test_a_logit_of_minus_infinity_stays_impossible_through_scale_and_cap():
     head = make_head(10, scale=3.0, softcap=2.0)
     logits = torch.tensor([1.0, float("-inf")])
@@ -40,7 +31,6 @@ def test_features_are_cast_to_the_heads_dtype():
     head = LMHead(nn.Linear(HIDDEN, 10, bias=False).bfloat16())
     features, _ = make_level()
     assert head.logits(features).dtype == torch.bfloat16
-    assert head.logits_from(features, head.weight).dtype == torch.bfloat16
 
 
 # ---- tensors cached from a head

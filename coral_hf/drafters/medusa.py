@@ -11,7 +11,6 @@ A head is residual blocks, x + SiLU(Wx + b), and an LM head: its own, or the tar
 """
 
 from functools import partial
-from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..decoding.drafting import DraftTree, Level, TreeShape, Warp
+from ..decoding.drafting import Level, TreeShape
 from ..heads.draft_heads import OtherVocabulary
 from ..heads.settings import check_sizes
 from ..lm_head import LMHead
@@ -87,7 +86,7 @@ class MedusaDrafter(Drafter):
         super().__init__(config)
         width, heads, depth = config.hidden_size, config.num_heads, config.num_hidden_layers
         self.blocks = nn.ModuleList(
-            nn.ModuleList(ResidualBlock(width) for _ in range(depth)) for _ in range(heads)
+            nn.Sequential(*(ResidualBlock(width) for _ in range(depth))) for _ in range(heads)
         )
         own = range(heads if config.has_lm_heads else 0)
         self.lm_heads = nn.ModuleList(nn.Linear(width, config.vocab_size, bias=False) for _ in own)
@@ -124,13 +123,8 @@ class MedusaDrafter(Drafter):
 
         `num_heads`: so many of the first ones; all by default.
         """
-        features, states = features.to(self.dtype), []
-        for _, blocks in zip(range(num_heads or len(self.blocks)), self.blocks, strict=False):
-            hidden = features
-            for block in blocks:
-                hidden = block(hidden)
-            states.append(hidden)
-        return torch.stack(states)
+        features = features.to(self.dtype)
+        return torch.stack([blocks(features) for blocks in [*self.blocks][:num_heads]])
 
     def logits(self, states: Tensor, target_head: LMHead) -> Tensor:
         """Logits of each head, (heads, *batch, hidden) → (heads, *batch, vocab).
@@ -156,19 +150,10 @@ class MedusaDrafting(MarginalDrafting, LastFeatureDrafting):
     def _outputs(self, levels: int) -> Tensor:
         return self.drafter(self._feature, levels)
 
-    def propose(
-        self, root: Tensor, shape: TreeShape, warp: Warp | None = None, chance: Any = None
-    ) -> DraftTree:
-        """See [`MarginalDrafting`]; `root` is (batch,)."""
-        return super().propose(root, self._fitted(shape), warp, chance)
-
-    def _fitted(self, shape: TreeShape) -> TreeShape:
-        """A shape no deeper than there are heads."""
-        return shape._replace(depth=min(shape.depth, self.drafter.config.num_heads))
-
     def fix(self, capacity: int, shape: TreeShape, is_drawn: bool) -> tuple[Level, ...]:
-        """See [`FixedDrafting`]: the feature is in one buffer anyway."""
-        return super().fix(capacity, self._fitted(shape), is_drawn)
+        """See [`FixedDrafting`]; a tree is no deeper than there are heads."""
+        depth = min(shape.depth, self.drafter.config.num_heads)
+        return super().fix(capacity, shape._replace(depth=depth), is_drawn)
 
 
 register_family(MedusaDrafter, MedusaDrafting)

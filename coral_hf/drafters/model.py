@@ -72,13 +72,11 @@ class Drafter(PreTrainedModel, GenerationMixin):
             ValueError: for a target that cannot take a drafter; for a draft head that has to be
                 counted or trained first.
         """
-        named = {"draft_head", "num_hot_tokens"} & overrides.keys()
-        if overrides.get("draft_head") in UNTRAINED_HEADS:
-            named.remove("draft_head")
-        if heads := sorted(named):
+        head = overrides.get("draft_head", "full")
+        if head not in UNTRAINED_HEADS or "num_hot_tokens" in overrides:
             raise ValueError(
-                f"{heads} would name a draft head that has learned nothing; make the drafter, then"
-                " call drafter.heads.add_frequency_head, or train a head with CoralTrainer."
+                f"`draft_head` {head!r} or `num_hot_tokens` names a head that has learned nothing;"
+                " make the drafter, then call drafter.heads.add_frequency_head or train a router."
             )
         accept_target(target)
         accept_features(target)
@@ -187,7 +185,7 @@ class Drafter(PreTrainedModel, GenerationMixin):
 FAMILIES: dict[str, type[Drafter]] = {}
 
 
-def register_family(model: type[PreTrainedModel], drafting: Callable[..., Drafting]) -> None:
+def register_family(model: type[Drafter], drafting: Callable[..., Drafting]) -> None:
     """Let transformers load a family's drafters, and `generate` take them.
 
     `drafting.options` are keywords of `generate`; see [`register_drafting`].
@@ -198,8 +196,7 @@ def register_family(model: type[PreTrainedModel], drafting: Callable[..., Drafti
     for auto in (AutoModel, AutoModelForCausalLM):
         auto.register(config, model, exist_ok=True)
     register_drafting(config.model_type, drafting, getattr(drafting, "options", ()))
-    if issubclass(model, Drafter):
-        FAMILIES[config.model_type] = model
+    FAMILIES[config.model_type] = model
 
 
 def _read_record(name: str | Path, options: dict[str, Any]) -> list[dict[str, Any]]:

@@ -109,7 +109,7 @@ class MarginalDrafting(OneCall):
 
     @abstractmethod
     def _outputs(self, levels: int) -> Tensor:
-        """What the head reads of the first levels: (levels, batch, hidden)."""
+        """What the head reads of the first levels, as far as there are: (levels, batch, hidden)."""
 
     def propose(
         self, root: Tensor, shape: TreeShape, warp: Warp | None = None, chance: Any = None
@@ -123,6 +123,7 @@ class MarginalDrafting(OneCall):
             shape, warp, chance: see [`FixedDrafting`].
         """
         outputs, root = self._outputs(shape.depth), root.to(self.device)
+        shape = shape._replace(depth=len(outputs))
         log_path = outputs.new_zeros(outputs.shape[:2], dtype=torch.float32)  # (levels, batch)
         if warp is not None:
             probs = warped(self.head.logits(outputs, log_path), warp)  # (levels, batch, vocab)

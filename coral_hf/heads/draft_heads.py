@@ -141,7 +141,9 @@ class FrequencyHead(DraftHead):
 
     def _read(self, features: Tensor) -> Tensor:
         """(batch, nodes, hidden) → (batch, nodes, read)"""
-        return self.head.logits_from(features, self.weight, self.tokens).float()
+        bias = None if self.head.bias is None else self.head.bias[self.tokens]
+        raw = F.linear(features.to(self.weight.dtype), self.weight, bias)
+        return self.head.finish(raw).float()
 
 
 def spread(read: Tensor, tokens: Tensor, vocab_size: int) -> Tensor:
