@@ -96,7 +96,7 @@ def test_a_round_stays_on_its_device(family, head, sampling, monkeypatch):
 
     def kept(self):
         begin(self)
-        found.append(self.largest)
+        found.append(self.rounds)
 
     monkeypatch.setattr(loop_module.FixedLoop, "begin_rounds", kept)
     settings = {**PLAIN, **STATIC, **sampling, "draft_head": head, "speculation": "always"}

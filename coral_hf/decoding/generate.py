@@ -167,7 +167,7 @@ def _generate_with_drafter(plain: Callable, call: dict[str, Any]):
     streamer = call.get("streamer") or (bound and bound.streamer)
     loop = decoder(drafter, streamer=streamer, tokenizer=call.get("tokenizer"), **own)
     keywords = tuple(name for name in call if call[name] is not None)
-    loop = replace(loop, keywords=keywords, num_compiled=bound and bound.num_compiled)
+    loop = replace(loop, keywords=keywords, only_compiles=bool(bound and bound.only_compiles))
     call["stopping_criteria"] = with_stop_strings(call, model.generation_config)
     return plain(model, **{**call, "custom_generate": loop})
 
@@ -181,7 +181,7 @@ class BoundDrafter:
     settings: Settings  # by keyword, the options of the drafter's family included
     streamer: BaseStreamer | None
     keywords: tuple[str, ...] = ()  # of `generate`, that the caller has set
-    num_compiled: int | None = None  # sizes of tree to compile and no more; None: decode
+    only_compiles: bool = False  # whether nothing is decoded
 
     def __call__(
         self,
@@ -232,7 +232,7 @@ class BoundDrafter:
         plan = Plan(rule, longest, keep_cache, config.prefill_chunk_size)
         loop = DecodingLoop(drafting, runner, sequences, collector, policy, plan)
         is_captured = bool((defaults | settings)["capture"])
-        rest = lambda: (start(), make()), fixed_costs, is_captured, self.num_compiled
+        rest = lambda: (start(), make()), fixed_costs, is_captured, self.only_compiles
         how = FixedPlan(shape, speculation == "adaptive", *rest)
         loop = with_constant_shapes(loop, how, need > Preparation.DIRECT or not takes_tree)
         del drafting  # the loop gives it up where it does not pay

@@ -65,7 +65,7 @@ def with_constant_shapes(loop: DecodingLoop, how: FixedPlan, is_prepared: bool) 
     if obstacle is None:
         sides: tuple[Any, TargetRunner] = loop.drafting, loop.target
         return FixedLoop(*sides, loop.sequences, loop.collector, loop.policy, loop.plan, fixed=how)
-    if how.num_compiled is not None:
+    if how.only_compiles:
         raise ValueError(f"There is nothing to compile: {obstacle}.")
     logger.info(f"The rounds of this call have varying shapes: {obstacle}.")
     return loop

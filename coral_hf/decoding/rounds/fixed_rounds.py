@@ -11,7 +11,6 @@ or captured once. All that a round leaves to the next stays in the same buffers.
 """
 
 from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ from transformers import LogitsProcessor
 from ...target import text_config
 from ..caches.fixed_cache import FixedCache
 from ..chance import Uniforms
-from ..drafting import PADDING, DraftTree, FixedDrafting, Level, TreeShape, root_only
+from ..drafting import PADDING, DraftTree, FixedDrafting, TreeShape, root_only
 from ..rules import Verdict
 from ..settings import Rule
 from ..target_runner import TargetRunner
@@ -39,7 +38,7 @@ class FixedRounds:
         drafting: which has read the prompts.
         target: which has read them too.
         root: (batch,), the newest token of each row.
-        shape: of every tree; where rounds may be `smaller` too, of the largest.
+        shape: of every tree.
         rule: by which trees are drafted and verified.
         processors: whose scores follow from logits alone.
         capacity: tokens that a row may have.
@@ -53,7 +52,7 @@ class FixedRounds:
     rule: Rule
     processors: Sequence[LogitsProcessor]
     capacity: int
-    steps: Any = None
+    steps: Any
 
     def __post_init__(self):
         batch, device = len(self.root), self.root.device
@@ -64,24 +63,8 @@ class FixedRounds:
         self.target.cache = FixedCache(self.target.cache, *sizes)
         self.root = self.root.clone()
         self.is_active = torch.ones(batch, dtype=torch.bool, device=device)
-        self._plant(nodes, plan)
-        levels, branching = self.tree.levels, self.tree.branching
-        counts = {"greedy": 0, "token": (levels + 1) * (branching * bool(plan) + 1)}
-        count = counts.get(self.rule.name, nodes + 1)
-        self.uniforms = Uniforms(batch, count, drawn, device)
-
-    def smaller(self, shape: TreeShape) -> "FixedRounds":
-        """Rounds over the same rows and buffers, with smaller trees of chosen tokens."""
-        rounds = copy(self)
-        rounds.shape = shape
-        rounds._plant(shape.nodes, ())
-        return rounds
-
-    def _plant(self, nodes: int, plan: tuple[Level, ...]) -> None:
-        """Make the buffers of a tree, whose levels are drawn as planned, or chosen."""
         # steps of which this call has checked that their graph is still right; see `Compiled`
         self.checked: dict[str, Callable] = {}
-        batch, device = len(self.root), self.root.device
         tokens, parents, depths = (
             torch.full((batch, nodes), fill, dtype=torch.long, device=device)
             for fill in (0, PADDING, 0)
@@ -95,6 +78,9 @@ class FixedRounds:
         draws: Any = "without_replacement" if plan else "chosen"
         parts = tokens, parents, depths, draft_probs
         self.tree = DraftTree(*parts, draws, levels, branching, plan)
+        counts = {"greedy": 0, "token": (levels + 1) * (branching * bool(plan) + 1)}
+        count = counts.get(self.rule.name, nodes + 1)
+        self.uniforms = Uniforms(batch, count, drawn, device)
 
     def run(self, name: str) -> Tensor | None:
         """Run a step of a round, `draft`, `verify` or `token`: None, or (batch, new + 1)."""

@@ -14,7 +14,8 @@ from transformers import CompileConfig, GenerationConfig
 
 from ..drafting import FixedDrafting, TreeShape, host_tensor, root_only
 from ..loop import DecodingLoop
-from ..plain.draft_policy import Costs, DraftPolicy, RoundSample, RungDraft, ladder
+from ..plain.costs import CostModel, Costs, RoundSample
+from ..plain.draft_policy import AdaptiveDraft, DraftPolicy
 from ..target_runner import TargetRunner
 from .fixed_rounds import FixedRounds
 from .steps import Steps, measure_costs, run_dry, steps_of
@@ -43,13 +44,13 @@ def compile_config_of(config: GenerationConfig) -> CompileConfig | None:
 class FixedPlan(NamedTuple):
     """How a call runs its rounds."""
 
-    shape: TreeShape  # of the largest tree
-    is_adaptive: bool  # whether trees are smaller, or given up, where that pays
+    shape: TreeShape  # of every tree
+    is_adaptive: bool  # whether drafting is given up where it does not pay
     # makes the two sides of the call anew, as they are before its first pass
     fresh: Callable[[], tuple[Any, TargetRunner]]
     costs: Costs | None = None  # what rounds cost; None: measured once in a process
     is_captured: bool = False  # whether steps are captured in CUDA graphs
-    num_compiled: int | None = None  # sizes of tree to compile and no more; None: decode
+    only_compiles: bool = False  # whether nothing is decoded
 
 
 class HostCopy:
@@ -87,23 +88,20 @@ class FixedLoop(DecodingLoop):
         self.stats.way = "static" if self.compile_config is None else "compiled"
         if self.fixed.is_captured:
             self.stats.way = "captured"
-        self.shapes = [self.fixed.shape]  # the largest first
-        if self.fixed.is_adaptive and not self.plan.rule.is_drawn and not self.fixed.is_captured:
-            self.shapes = ladder(self.fixed.shape)
         # a device that works by itself drafts while the host reads; a draft keeps nothing
         self.drafts_ahead = self.sequences.ids.is_cuda
-        self.ahead: FixedRounds | None = None  # whose next tree is being drafted
+        self.is_ahead = False  # whether the next tree is being drafted
 
     def run(self, model_kwargs: dict) -> None:
         """Decode until every row has ended; `model_kwargs` are what `generate` prepared."""
-        prompt, compiled = self.sequences.prompt_length, self.fixed.num_compiled
+        prompt, only_compiles = self.sequences.prompt_length, self.fixed.only_compiles
         longest = self.plan.max_length
-        self.capacity = self._capacity(longest if compiled else min(longest, prompt + FAR))
+        self.capacity = self._capacity(longest if only_compiles else min(longest, prompt + FAR))
         if self.compile_config is not None:
-            if compiled is None:
+            if not only_compiles:
                 self.capacity = self._ready_capacity()
-            self.warm_up(self.shapes[: 1 if compiled is None else compiled])
-        if compiled is not None:
+            self.warm_up()
+        if only_compiles:
             return
         self.lap_start = time.perf_counter()
         self.prefill(model_kwargs)
@@ -115,18 +113,17 @@ class FixedLoop(DecodingLoop):
             self.end_rounds()
         self.sequences.end()
 
-    def warm_up(self, shapes: list[TreeShape]) -> None:
+    def warm_up(self) -> None:
         """Compile what this call runs, on prompts of two tokens, before its first token."""
-        first = self._steps(self.fixed.shape)
-        is_ready = all(self._steps(shape).is_ready("draft", "verify") for shape in shapes)
-        if is_ready and (not self.fixed.is_adaptive or first.costs or self.fixed.costs):
+        steps, how = self._steps(), self.fixed
+        if steps.is_ready and (not how.is_adaptive or steps.costs or how.costs):
             return
         drafting, target = self.fixed.fresh()
         prompts = self.sequences.ids[:, :1].expand(-1, 2)
         output = target.prefill(prompts, {"attention_mask": torch.ones_like(prompts)})
         tokens = torch.cat([prompts, prompts[:, :1]], dim=1)
         drafting.begin(tokens, output.features, target.cache.positions)
-        self._rungs(drafting, target, len(shapes))
+        self._rounds(drafting, target)
         self.lap("warm_up_seconds")
 
     def begin_rounds(self) -> None:
@@ -134,45 +131,32 @@ class FixedLoop(DecodingLoop):
         self._begin()
         self.policy = DraftPolicy(self.fixed.shape)
         if self.fixed.is_adaptive:
-            costs = self.fixed.costs or measure_costs(self.largest)
-            self.policy = RungDraft([shape for shape in self.shapes if shape in self.rungs], costs)
+            costs = self.fixed.costs or measure_costs(self.rounds)
+            self.policy = AdaptiveDraft(self.fixed.shape, CostModel(costs))
 
     def _begin(self) -> None:
-        """Make rounds of all sizes, in the buffers of this call."""
-        self.largest, *smaller = self._rungs(self.drafting, self.target)
-        self.rungs = {one.shape: one for one in (self.largest, *smaller)}
+        """Make rounds, in the buffers of this call."""
+        self.rounds = self._rounds(self.drafting, self.target)
         self.num_stopped = 0
         self._note_ends()
 
-    def _rungs(
-        self, drafting: FixedDrafting, target: TargetRunner, num_compiled: int = 1
-    ) -> list[FixedRounds]:
-        """Rounds of all sizes, over the same buffers; of compiled ones those that are compiled.
-
-        Each step of the largest has run once, and was measured where somebody asks.
-        """
+    def _rounds(self, drafting: FixedDrafting, target: TargetRunner) -> FixedRounds:
+        """Rounds of which each step has run once, and was measured where somebody asks."""
         root = self.sequences.last(list(range(len(self.sequences.lengths))))
         how = self.fixed.shape, self.plan.rule, tuple(self.sequences.processors)
-        first = FixedRounds(drafting, target, root, *how, self.capacity)
-        rounds = [first, *(first.smaller(shape) for shape in self.shapes[1:])]
-        for one in rounds:
-            one.steps = self._steps(one.shape)
-        run_dry(first, "draft", "verify", *(["token"] if self.fixed.is_adaptive else []))
+        rounds = FixedRounds(drafting, target, root, *how, self.capacity, self._steps())
+        run_dry(rounds, "draft", "verify", *(["token"] if self.fixed.is_adaptive else []))
         if self.fixed.is_adaptive and self.fixed.costs is None:
-            measure_costs(first)
-        if self.compile_config is None:
-            return rounds
-        for smaller in rounds[1:num_compiled]:
-            run_dry(smaller, "draft", "verify")
-        return [one for one in rounds if one.steps.is_ready("draft", "verify")]
+            measure_costs(rounds)
+        return rounds
 
-    def _steps(self, shape: TreeShape) -> Steps:
-        """The steps of rounds with trees of a shape, which all calls of a kind share."""
+    def _steps(self) -> Steps:
+        """The steps of rounds, which all calls of a kind share."""
         processors = tuple(
             (type(one), tuple((name, repr(value)) for name, value in vars(one).items()))
             for one in self.sequences.processors
         )
-        sizes = len(self.sequences.lengths), self.capacity, shape, self.fixed.shape, self.plan.rule
+        sizes = len(self.sequences.lengths), self.capacity, self.fixed.shape, self.plan.rule
         kind = *sizes, processors, self.drafting.kind, self.sequences.ids.device
         how = self.compile_config, self.fixed.is_captured
         return steps_of(self.target.model, kind, *how)
@@ -185,7 +169,7 @@ class FixedLoop(DecodingLoop):
         """The next capacity that is compiled, or the one at hand where none is near."""
         least = self.capacity
         while self.capacity <= SPARE * least:
-            if self._steps(self.fixed.shape).is_ready("draft", "verify"):
+            if self._steps().is_ready:
                 return self.capacity
             self.capacity = capacity_for(self.capacity + 1)
         return least
@@ -197,16 +181,18 @@ class FixedLoop(DecodingLoop):
     def round(self) -> None:
         """Draft and verify, and read what came out; by then the next draft may be under way."""
         rows, self.lap_start = self.sequences.active, time.perf_counter()
-        rung, self.ahead = self.ahead or self._draft(), None
+        if not self.is_ahead:
+            self._draft()
+        self.is_ahead = False
         if is_plain := self.policy.is_plain:
             self.stats.is_stepped_back, self.keep_memory = True, False
-            rung = self.largest
-        tree = root_only(rung.root) if is_plain else rung.tree
+        tree = root_only(self.rounds.root) if is_plain else self.rounds.tree
         self.sequences.show(tree)
         self.lap("draft_seconds")
-        copy = HostCopy(rung.run("token" if is_plain else "verify"))
+        copy = HostCopy(self.rounds.run("token" if is_plain else "verify"))
         if self.drafts_ahead and not self._is_full(rounds=2):
-            self.ahead = self._draft()
+            self._draft()
+            self.is_ahead = True
         found = self._tokens(copy.read())
         self.lap("verify_seconds")
         counts = [len(new) for new in self.sequences.emit([found[row] for row in rows])]
@@ -217,17 +203,15 @@ class FixedLoop(DecodingLoop):
             self.policy.note(RoundSample(len(rows), *size, tokens))
         self.lap("other_seconds")
 
-    def _draft(self) -> FixedRounds:
-        """Begin a round, with a tree where drafting pays: of the size that pays most."""
+    def _draft(self) -> None:
+        """Begin a round, with a tree where drafting pays."""
         if self._is_full():  # go on in buffers of the next capacity
             self.end_rounds(goes_on=True)
             self.capacity = self._capacity(self.sequences.longest + self.capacity // 2)
             self._begin()
-        rung = self.rungs.get(self.policy.plan(len(self.sequences.active)), self.largest)
-        rung.uniforms.draw_all()
+        self.rounds.uniforms.draw_all()
         if not self.policy.is_plain:
-            rung.run("draft")
-        return rung
+            self.rounds.run("draft")
 
     def _is_full(self, rounds: int = 1) -> bool:
         """Whether some row may not have room for so many rounds more."""
@@ -250,7 +234,7 @@ class FixedLoop(DecodingLoop):
         if sum(is_stopped) > self.num_stopped:
             self.num_stopped = sum(is_stopped)
             is_active = host_tensor([not one for one in is_stopped])
-            self.largest.is_active.copy_(is_active, non_blocking=True)
+            self.rounds.is_active.copy_(is_active, non_blocking=True)
 
     def end_rounds(self, goes_on: bool = False) -> None:
         """Go back to buffers that grow, for whoever continues the sequences."""

@@ -62,9 +62,10 @@ class Steps:
                 rounds.checked[name] = unguarded
             return found
 
-    def is_ready(self, *names: str) -> bool:
-        """Whether some steps have run, so that nothing of them is left to compile."""
-        return self.done >= {*names}
+    @property
+    def is_ready(self) -> bool:
+        """Whether draft and verification have run, so that nothing of them is left to compile."""
+        return self.done >= {"draft", "verify"}
 
     def give_up(self, name: str, rounds: FixedRounds, error: Exception) -> None:
         """Run a step as it is from now on, and say so once."""

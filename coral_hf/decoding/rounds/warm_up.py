@@ -7,7 +7,6 @@ import torch
 from transformers import CompileConfig, PreTrainedModel
 
 from ..generate import decoder
-from ..plain.draft_policy import NUM_RUNGS
 
 
 @torch.no_grad()
@@ -17,7 +16,6 @@ def warm_up(
     batch_size: int = 1,
     max_length: int = 1024,
     compile_config: CompileConfig | None = None,
-    num_sizes: int = 1,
     **settings,
 ) -> float:
     """Compile what calls of `generate` need that pass the same `compile_config` and settings.
@@ -30,9 +28,6 @@ def warm_up(
             1024, 1536, 2048, 3072, … tokens, tree included. Shorter calls, down to a fourth of it,
             run in what is compiled; others compile for themselves.
         compile_config: transformers' own defaults by default.
-        num_sizes: of trees, at most 3: the one that the settings ask for, and smaller ones, each a
-            level less deep and of half the nodes. Adaptive drafting chooses among those that are
-            compiled; each takes two graphs.
         settings: of the calls, such as `tree_nodes`, `do_sample` and `temperature`.
 
     Returns:
@@ -50,10 +45,8 @@ def warm_up(
     """
     if settings.get("speculation") == "never":
         raise ValueError("`speculation` is 'never', so that there are no rounds; leave it out.")
-    if not 1 <= num_sizes <= NUM_RUNGS:
-        raise ValueError(f"`num_sizes` is {num_sizes}; use 1 to {NUM_RUNGS}.")
     start = time.perf_counter()
-    loop = replace(decoder(drafter), num_compiled=num_sizes)
+    loop = replace(decoder(drafter), only_compiles=True)
     ids = torch.zeros(batch_size, 1, dtype=torch.long, device=target.device)
     lengths = {"max_length": max_length, "compile_config": compile_config or CompileConfig()}
     mask = torch.ones_like(ids)
