@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from conftest import VOCAB, as_drafter, scatter_weights, tiny_target
+from conftest import VOCAB, as_drafter, noted_passes, scatter_weights, tiny_target
 from test_generate import TheTargetItself
 
 from coral_hf import CoralDrafter
@@ -256,3 +256,11 @@ def test_a_seed_gives_the_same_sample_whatever_the_clock_says(target, drafter, m
             texts.append(generate(target, drafter, do_sample=True, speculation="adaptive"))
     assert torch.equal(texts[0].sequences, texts[1].sequences)
     assert texts[0].stats.num_nodes == texts[1].stats.num_nodes
+
+
+def test_a_call_without_adaptive_drafting_has_no_further_pass():
+    target, passes = tiny_target("llama"), []
+    drafter = CoralDrafter.from_target(target).eval()
+    with noted_passes(target, lambda *_: passes.append(1)):
+        output = generate(target, drafter, speculation="always", pad_token_id=0)
+    assert len(passes) == output.stats.num_rounds + 1

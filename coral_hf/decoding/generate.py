@@ -223,12 +223,10 @@ class BoundDrafter:
         collector = OutputCollector(config, len(input_ids), windows)
         make = functools.partial(make_runner, read_target(model), need, takes_tree, drafting.layers)
         runner = make(cache, collector.extras, keep_cache)
-        costs, kind = Costs(**(getattr(own, "draft_costs", None) or {})), None
-        if not keeps_rows:  # else somebody outside would see the passes that are measured
-            kind = input_ids.shape[1].bit_length(), *(type(one) for one in logits_processor)
+        costs = Costs(**(getattr(own, "draft_costs", None) or {}))
         # drawn text follows from its seed, and so never from a clock
         timed, fixed_costs = (None, costs) if config.do_sample else (model, None)
-        policy = choose_policy(timed, shape, speculation, costs, kind)
+        policy = choose_policy(timed, shape, speculation, costs)
         plan = Plan(rule, longest, keep_cache, config.prefill_chunk_size)
         loop = DecodingLoop(drafting, runner, sequences, collector, policy, plan)
         is_captured = bool((defaults | settings)["capture"])

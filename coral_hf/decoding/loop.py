@@ -125,8 +125,6 @@ class DecodingLoop:
         self.lap("prefill_seconds")
         config = self.collector.config
         own_loop = OwnLoop(self.target.model, self.sequences, config, model_kwargs)
-        rows, cache = len(self.sequences.active), self.target.cache
-        self.policy.begin(rows, lambda: own_loop.step_seconds(cache))
         while self.sequences.active and not self.policy.is_plain:
             self.round()
         if self.sequences.active:

@@ -1,15 +1,12 @@
 """What rounds cost, in steps of plain `generate`: assumed, stored, or measured.
 
 In: `RoundSample`s. Out: `Costs`. A clock measures passes of our own loop over one token a row, now
-and then. What a step of plain `generate` is of such a pass is measured once for a kind of call, at
-its beginning, by transformers' own loop:
-
-    plain = newest passes of our loop · (a step of plain `generate` / a pass of our loop beside it)
+and then, which stand for steps of plain `generate`.
 """
 
 import statistics
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -20,8 +17,6 @@ PROBES = 3  # the newest plain passes, whose median counts
 FADING = 0.9  # what a round counts for, once there is a newer one
 TRUST = 100.0  # of the assumed cost of a node: as much as two rounds 14 nodes apart
 SPIKE = 4.0  # a round counts as at most so many times what was expected
-
-StepSeconds = Callable[[], float | None]  # measures a step of transformers' own loop
 
 
 class Costs(NamedTuple):
@@ -82,8 +77,6 @@ class Timings:
     rest: DecayedLine  # nodes beside the root → passes of all but the levels
     level: float  # passes
     plain: deque[float] = field(default_factory=lambda: deque(maxlen=PROBES))  # seconds
-    # by kind of call: a step of plain `generate`, in passes of our loop over one token a row
-    steps: dict[Hashable, float] = field(default_factory=dict)
 
 
 class CostModel:
@@ -92,16 +85,13 @@ class CostModel:
     Args:
         before: costs that are assumed until rounds were measured.
         model: the target; None: no clock changes costs, so that decisions follow from tokens alone.
-        kind: of call, of which a step of plain `generate` is a fixed part of a pass of our loop; no
-            step can be measured in calls of the kind None.
     """
 
     # by rows, device and dtype
     _remembered: "WeakKeyDictionary[PreTrainedModel, dict[Hashable, Timings]]" = WeakKeyDictionary()
 
-    def __init__(self, before: Costs, model: PreTrainedModel | None = None, kind: Hashable = None):
-        self._costs, self._kind, self.is_clock = before, kind, model is not None
-        self._step: float | None = None  # seconds, until our own passes were measured beside it
+    def __init__(self, before: Costs, model: PreTrainedModel | None = None):
+        self._costs, self.is_clock = before, model is not None
         if model is not None:
             self._timings = self._remembered.setdefault(model, {})
             self._place = model.device, model.dtype
@@ -110,28 +100,13 @@ class CostModel:
         new = Timings(DecayedLine(self._costs.node), self._costs.level)
         return self._timings.setdefault((rows, *self._place), new)
 
-    def begin(self, rows: int, step_seconds: StepSeconds) -> None:
-        """Take the beginning of a call into account, whose rows are equally long.
-
-        Passes of our loop are then measured too, to compare the two.
-        """
-        if self.is_clock and self._kind is not None and self._kind not in self._of(rows).steps:
-            self._step = step_seconds()
-            if self._step is not None:
-                self.forget_plain(rows)
-
     def lacks_plain(self, rows: int) -> bool:
         """Whether plain passes are to be measured before any round can be judged."""
         return self.is_clock and len(self._of(rows).plain) < PROBES
 
     def plain(self, rows: int) -> float:
         """The cost of a plain pass: seconds, or 1 without a clock."""
-        if not self.is_clock:
-            return 1.0
-        own, steps = statistics.median(self._of(rows).plain), self._of(rows).steps
-        if self._step is not None:
-            steps[self._kind], self._step = self._step / own, None
-        return own * steps.get(self._kind, 1.0)
+        return statistics.median(self._of(rows).plain) if self.is_clock else 1.0
 
     def costs(self, rows: int) -> Costs:
         """What a tree would cost now."""

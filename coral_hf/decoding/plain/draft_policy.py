@@ -18,13 +18,11 @@ a clock measures plain passes again before that, since a machine that slowed dow
 Rounds of constant shapes have trees of one size, and are given up in the same way.
 """
 
-from collections.abc import Hashable
-
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..drafting import TreeShape
-from .costs import FADING, CostModel, Costs, RoundSample, StepSeconds
+from .costs import FADING, CostModel, Costs, RoundSample
 
 logger = logging.get_logger(__name__)
 SPECULATION = ("adaptive", "always", "never")
@@ -41,9 +39,6 @@ class DraftPolicy:
         """`shape`: the largest tree, which is drafted in every round."""
         self._shape = shape
         self.is_plain = False  # whether the drafter is done with this call
-
-    def begin(self, rows: int, step_seconds: StepSeconds) -> None:
-        """Take the beginning of a call into account; see [`CostModel`]."""
 
     def plan(self, rows: int) -> TreeShape:
         """The largest tree of the next round; of depth 0 for a plain round."""
@@ -64,10 +59,6 @@ class AdaptiveDraft(DraftPolicy):
         self._tokens = 1.0  # of a row in a recent round
         self._rounds, self._next_check = 0, FIRST_CHECK
         self._doubted: float | None = None  # a plain pass as it was known when doubts came
-
-    def begin(self, rows: int, step_seconds: StepSeconds) -> None:
-        """See [`DraftPolicy`]."""
-        self._model.begin(rows, step_seconds)
 
     def plan(self, rows: int) -> TreeShape:
         """See [`DraftPolicy`]."""
@@ -125,7 +116,7 @@ def choose_speculation(speculation: str | None) -> str:
 
 
 def choose_policy(
-    model: PreTrainedModel | None, shape: TreeShape, speculation: str, costs: Costs, kind: Hashable
+    model: PreTrainedModel | None, shape: TreeShape, speculation: str, costs: Costs
 ) -> DraftPolicy:
     """The policy of a call.
 
@@ -134,8 +125,7 @@ def choose_policy(
         shape: the largest tree.
         speculation: `"adaptive"` or `"always"`.
         costs: those that `autotune` has found, or the ones to begin with.
-        kind: of call, see [`CostModel`].
     """
     if speculation == "always":
         return DraftPolicy(shape)
-    return AdaptiveDraft(shape, CostModel(costs, model, kind))
+    return AdaptiveDraft(shape, CostModel(costs, model))

@@ -2,15 +2,12 @@
 
 In: what `generate` has prepared, or where our loop stands when drafting does not pay. Out: the
 output of plain `generate`, and its `Passes`. So what is not drafted costs what plain `generate`
-costs, whatever watches the tokens. What a step of it costs now is tried beforehand, in a few steps
-of which nothing is kept: they leave tokens, cache, watchers and chance as they were.
+costs, whatever watches the tokens.
 """
 
-import statistics
 import time
 from copy import copy
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,25 +24,16 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..caches.continuation import CACHE, whole_length
-from ..caches.layers import RaggedLayer
 from ..caches.ragged_cache import RaggedCache
 from ..outputs import OUTPUTS
 from ..sequences import Sequences
-from ..watchers import ROW_WISE_CRITERIA, STATELESS
-
-TRIED = 4  # passes of a trial; the first one's seconds, in which the loop is set up, do not count
 
 
 class Passes(StoppingCriteriaList):
-    """Stopping criteria that note each pass of the target.
+    """Stopping criteria that note each pass of the target."""
 
-    Args:
-        most: passes after which they end the loop, whatever they say.
-    """
-
-    def __init__(self, criteria: StoppingCriteriaList, most: int | None = None):
+    def __init__(self, criteria: StoppingCriteriaList):
         super().__init__(criteria)
-        self.most = most
         self.start = time.perf_counter()
         self.times: list[float] = []  # when the tokens of each pass had come
         self._done: list[Tensor] = []  # (batch,) each, whether a row has ended
@@ -57,7 +45,7 @@ class Passes(StoppingCriteriaList):
             bool(done.all())  # waits for the device, as `generate` does next
         self.times.append(time.perf_counter())
         self._done.append(done)
-        return done if self.most is None else torch.full_like(done, len(self.times) == self.most)
+        return done
 
     @property
     def counts(self) -> list[int]:
@@ -113,36 +101,6 @@ class OwnLoop:
         output = self.model._sample(*watched, streamer=around.streamer, **kwargs)
         output.sequences = output.sequences[:, ahead:]
         return output, passes
-
-    def step_seconds(self, cache: RaggedCache) -> float | None:
-        """Measure a step, for greedy calls, behind what a `cache` holds.
-
-        Returns:
-            seconds; None where a trial would leave traces, or cannot run.
-        """
-        sequences = self.sequences
-        layers = [layer for layer in cache.layers if type(layer) is RaggedLayer]
-        is_traced = (
-            any(type(one) not in STATELESS for one in sequences.processors)
-            or any(type(one) not in ROW_WISE_CRITERIA for one in sequences.criteria)
-            or len(sequences.active) < len(sequences.lengths)
-            or len(layers) < len(cache.layers)
-            or not all(layer.is_initialized for layer in layers)
-        )
-        if is_traced or (sequences.criteria.max_length or 0) - sequences.longest < TRIED:
-            return None
-        ids, config, kwargs = self._resumed(cache)
-        config.return_dict_in_generate = False
-        passes = Passes(sequences.criteria, TRIED)
-        for layer in layers:  # they append as transformers' own, and keep what leaves a window
-            layer.is_plain, layer._buffers = True, []
-        try:
-            self.model._sample(ids, sequences.processors, passes, config, **kwargs)
-        finally:
-            for layer in layers:
-                layer.is_plain = False
-                layer.cut(cache.width)
-        return statistics.median(after - before for before, after in pairwise(passes.times))
 
     def _resumed(self, cache: RaggedCache) -> tuple[Tensor, GenerationConfig, dict[str, Any]]:
         """What the loop needs to go on with the active rows; see `decode_rest`.
