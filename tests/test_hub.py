@@ -81,14 +81,11 @@ def snippet_of(card: str) -> str:
 
 
 def test_a_pushed_drafter_is_loaded_by_its_id_and_its_card_is_filled_in(hub, client, stranger):
-    client.run(
-        MAKE + "drafter.push_to_hub('org/pushed', tokenizer=AutoTokenizer.from_pretrained("
-        "'org/target'))"
-    )
+    client.run(MAKE + "drafter.push_to_hub('org/pushed')")
     files = hub.files("org/pushed")
     expected = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
     assert hub.asked("POST .*/commit/") == 1
-    assert expected | {"tokenizer.json", "tokenizer_config.json"} <= set(files)
+    assert expected <= set(files)
     card = card_of(hub, "org/pushed")
     assert metadata_of(card) == {
         "base_model": "org/target",

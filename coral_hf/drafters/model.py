@@ -6,12 +6,10 @@ A family's model is one step and its heads; what it has learned from lies in `tr
 import json
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, TypeVar
 
-from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.utils import cached_file
@@ -137,36 +135,8 @@ class Drafter(PreTrainedModel, GenerationMixin):
     def enable_input_require_grads(self) -> None:
         """Does nothing: features need no gradient of their own for activation checkpointing."""
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        tags: str | list[str] | None = None,
-        max_shard_size: int | str = "50GB",
-        **kwargs,
-    ) -> CommitInfo:
-        """Upload the drafter and its model card; the card says what is known of it.
-
-        Args:
-            repo_id: `"organisation/name"`, made if it does not exist.
-            tokenizer: the target's, uploaded too.
-            tags, max_shard_size, kwargs: those of [`~transformers.PreTrainedModel.push_to_hub`].
-
-        Raises:
-            ValueError: if another model is at `repo_id`, or a public repository and `private` is
-                asked for; if `tokenizer` is not the one that the drafter was trained with.
-        """
-        hub, own = type(self).publisher(), [tags] if isinstance(tags, str) else tags or []
-        facts = hub.CardFacts(repo_id, tags=[*(self.model_tags or []), *own])
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, max_shard_size=max_shard_size)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-            return hub.push(self, folder, repo_id, facts, **kwargs)
-
     def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):
-        # `save_pretrained(push_to_hub=True)` calls it when all files are saved
+        # `push_to_hub` calls it when all files are saved
         return type(self).publisher().push(self, working_dir, repo_id, **kwargs)
 
     @classmethod
