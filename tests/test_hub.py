@@ -343,5 +343,3 @@ def test_a_card_written_by_hand_on_the_hub_is_kept(hub, client, drafter):
     assert card_of(hub, "org/edited") == by_hand
     client.run(MAKE + "drafter.push_to_hub('org/edited')")
     assert card_of(hub, "org/edited") == by_hand
-    with pytest.raises(RuntimeError, match="organisation/name"):
-        publish(client, drafter, "no-owner")

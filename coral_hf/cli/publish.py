@@ -30,7 +30,8 @@ def publish(own: PublishOptions) -> None:
     from .. import hub
 
     facts = hub.CardFacts(own.repo, own.base_model, own.license, own.language, own.dataset)
-    done = hub.publish(own.folder, own.repo, own.report, facts, own.private or None, own.revision)
+    private, revision = own.private or None, own.revision
+    done = hub.publish(own.folder, own.repo, own.report, facts, private, revision=revision)
     print(f"Published: {done.commit_url}")
 
 

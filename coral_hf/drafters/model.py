@@ -49,15 +49,9 @@ class Drafter(PreTrainedModel, GenerationMixin):
     def post_init(self) -> None:
         """See [`~transformers.PreTrainedModel`]; settings of trees are set."""
         super().post_init()
-        config = self.config
-        # `from_pretrained` replaces it by the checkpoint's own; transformers' defaults for
-        # assistants, 20 tokens and a threshold of 0.4, are meant for another method
-        self.generation_config = GenerationConfig(
-            **{name: getattr(config, name) for name in SPECIAL_TOKENS},
-            num_assistant_tokens=TREE_DEFAULTS["tree_depth"],
-            assistant_confidence_threshold=0.0,
-            **TREE_DEFAULTS,
-        )
+        # `from_pretrained` replaces it by the checkpoint's own
+        tokens = {name: getattr(self.config, name) for name in SPECIAL_TOKENS}
+        self.generation_config = GenerationConfig(**tokens, **TREE_DEFAULTS)
 
     @classmethod
     def from_target(cls: type[Made], target: PreTrainedModel, **overrides) -> Made:
@@ -137,7 +131,7 @@ class Drafter(PreTrainedModel, GenerationMixin):
 
     def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):
         # `push_to_hub` calls it when all files are saved
-        return type(self).publisher().push(self, working_dir, repo_id, **kwargs)
+        return type(self).publisher().publish(working_dir, repo_id, drafter=self, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

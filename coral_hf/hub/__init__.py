@@ -25,8 +25,8 @@ def publish(
     reports: Sequence[str | Path] = (),
     facts: CardFacts | None = None,
     private: bool | None = None,
-    revision: str | None = None,
-    token: str | None = None,
+    drafter: Drafter | None = None,
+    **commit: Any,
 ) -> CommitInfo:
     """Write the card of a drafter into its folder and upload both.
 
@@ -34,39 +34,22 @@ def publish(
 
     Args:
         folder: what `coral-hf train` or `save_pretrained` wrote.
-        repo_id: `"organisation/name"`, made if it does not exist.
+        repo_id: `"organisation/name"`, made if it does not exist; without the first, yours.
         reports: report.json files of `coral-hf benchmark`, shown in the card and uploaded.
         facts: what the card says beside what the drafter knows; its `base_model` becomes the
             drafter's target.
         private: of a new repository.
-        revision: a branch, made if it does not exist; `main` by default.
-        token: as in `HfApi`, by default that of `hf auth login` or HF_TOKEN.
+        drafter: the one in the folder, where it was just saved there; else it is read and checked.
+        commit: `revision`, a branch that is made if it does not exist, `main` by default; `token`,
+            as in `HfApi`, by default that of `hf auth login` or HF_TOKEN; and what
+            `HfApi.create_commit` takes.
 
     Raises:
         ValueError: if the folder holds no whole drafter, a report is of another one, or something
             else is at `repo_id`.
         HfHubHTTPError: if the Hub refuses.
     """
-    if "/" not in repo_id:
-        raise ValueError(f"`repo_id` is {repo_id!r}; give it as organisation/name.")
-    commit = {"revision": revision, "token": token}
-    return push(read_drafter(folder), folder, repo_id, facts, reports, private, **commit)
-
-
-def push(
-    drafter: Drafter,
-    folder: str | Path,
-    repo_id: str,
-    facts: CardFacts | None = None,
-    reports: Sequence[str | Path] = (),
-    private: bool | None = None,
-    **commit: Any,
-) -> CommitInfo:
-    """Upload the folder that a drafter was saved into, with its card: `drafter.push_to_hub`.
-
-    Args:
-        commit: `revision`, `token`, and what `HfApi.create_commit` takes; others: see [`publish`].
-    """
+    drafter = drafter or read_drafter(folder)
     folder, api = Path(folder), HfApi(token=commit.pop("token", None))
     if "/" not in repo_id:  # the Hub adds its owner
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
