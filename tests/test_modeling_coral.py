@@ -294,7 +294,7 @@ def test_a_tensor_of_another_shape_raises(saved):
     tensors = load_file(folder / "model.safetensors")
     tensors["fc.weight"] = tensors["fc.weight"][:, :-1].contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="mismatched_keys .*fc.weight.*32, 63.*32, 64"):
+    with pytest.raises(ValueError, match="mismatched_keys.*fc.weight.*32, 63.*32, 64"):
         AutoModel.from_pretrained(folder)
 
 
@@ -323,7 +323,7 @@ def test_a_checkpoint_with_an_unknown_tensor_is_refused(saved):
     _, folder = saved
     tensors = load_file(folder / "model.safetensors") | {"lm_head.weight": torch.zeros(3)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="not fit its config: unexpected_keys lm_head.weight"):
+    with pytest.raises(ValueError, match="not fit its config: .*unexpected_keys.*lm_head.weight"):
         AutoModel.from_pretrained(folder)
 
 

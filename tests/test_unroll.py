@@ -14,7 +14,7 @@ from coral_hf import CoralConfig, CoralDrafter
 from coral_hf.decoding.caches.ragged_cache import RaggedCache
 from coral_hf.decoding.drafting import TreeShape
 from coral_hf.drafters.coral import CoralDrafting
-from coral_hf.drafters.layers import CacheContext, CausalContext
+from coral_hf.drafters.layers import CacheContext
 from coral_hf.target import read_features, read_target
 from coral_hf.training.steps.attention import mixed_attention, plain_mixed_attention
 from coral_hf.training.steps.unroll import unroll
@@ -66,7 +66,7 @@ def test_without_steps_of_its_own_mixed_attention_is_causal():
     query, keys, values = (
         randn(BATCH, heads, LENGTH, 4, seed=heads + index) for index, heads in enumerate((4, 2, 2))
     )
-    causal = CausalContext().attend(0, query, keys, values)
+    causal = CacheContext().attend(0, query, keys, values)
     torch.testing.assert_close(mixed_attention(query, (keys, values), []), causal)
 
 

@@ -21,7 +21,7 @@ from ..heads.draft_heads import DraftHead
 from ..target import FEATURE
 from .cached_drafting import FeatureDrafting
 from .configuration import DrafterConfig
-from .layers import CausalContext, Context, DecoderLayer
+from .layers import CacheContext, Context, DecoderLayer
 from .model import Drafter, register_family
 
 
@@ -110,7 +110,7 @@ class CoralDrafter(Drafter):
         hidden = self.fc(torch.cat([inputs_embeds.to(dtype), features.to(dtype)], dim=-1))
         cos, sin = (part[:, None] for part in self.rotary_emb(hidden, position_ids))
         for layer in self.layers:
-            hidden = layer(hidden, cos=cos, sin=sin, context=context or CausalContext())
+            hidden = layer(hidden, cos=cos, sin=sin, context=context or CacheContext())
         return hidden
 
 

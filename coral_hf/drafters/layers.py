@@ -33,30 +33,24 @@ class Context(Protocol):
         """
 
 
-class CausalContext:
-    """No context: each position attends to itself and the positions before it."""
-
-    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend causally, (batch, heads, length, head_dim); see [`Context`]."""
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-
-
 class CacheContext:
-    """A drafter's own cache as the context of a step.
+    """A drafter's own cache as the context of a step; None: only the step itself.
 
     `mask`: (batch, 1, length, slots + length), added to scores; None: plainly causal.
     """
 
-    def __init__(self, cache: RaggedCache | FixedCache, mask: Tensor | None = None):
+    def __init__(self, cache: RaggedCache | FixedCache | None = None, mask: Tensor | None = None):
         self.cache, self.mask = cache, mask
 
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Append to the cache and attend to it: (batch, heads, length, head_dim)."""
-        keys, values = self.cache.update(key, value, layer_idx)
+        if self.cache is not None:
+            key, value = self.cache.update(key, value, layer_idx)
         if self.mask is not None:
-            return attend(query, keys, values, self.mask.to(query.dtype))
+            return attend(query, key, value, self.mask.to(query.dtype))
+        is_causal = query.shape[2] > 1
         return F.scaled_dot_product_attention(
-            query, keys, values, is_causal=query.shape[2] > 1, enable_gqa=True
+            query, key, value, is_causal=is_causal, enable_gqa=True
         )
 
 

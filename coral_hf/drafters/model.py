@@ -100,12 +100,9 @@ class Drafter(PreTrainedModel, GenerationMixin):
                 f"The weights of {pretrained_model_name_or_path} cannot be read ({error}). Download"
                 " or save them again."
             ) from error
-        for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-            if info[kind]:
-                keys = ", ".join(sorted(map(str, info[kind])))
-                raise ValueError(
-                    f"The checkpoint does not fit its config: {kind} {keys}; download it again."
-                )
+        kinds = ("missing_keys", "mismatched_keys", "unexpected_keys")
+        if wrong := {kind: sorted(info[kind]) for kind in kinds if info[kind]}:
+            raise ValueError(f"The checkpoint does not fit its config: {wrong}; download it again.")
         drafter.check()
         drafter.training_record = _read_record(pretrained_model_name_or_path, kwargs)
         return (drafter, info) if output_loading_info else drafter

@@ -86,7 +86,9 @@ class TreeBuilder:
         log_paths = torch.cat(self._log_paths, dim=1)  # (batch, pool)
         # stable: of equal nodes the earlier, so a parent is kept before its child
         ranked, order = log_paths.sort(dim=1, descending=True, stable=True)
-        kept = min(self._shape.nodes - 1, self._num_worthy(ranked))
+        kept, floor = min(self._shape.nodes - 1, ranked.shape[1]), self._shape.node_floor
+        if floor > 0:  # the target's pass is as wide as its widest row: equal ranks count together
+            kept = min(kept, int((ranked.exp().mean(0) >= floor).sum()))
         chosen = order[:, :kept].sort(dim=1).values  # (batch, kept)
         # pool indices → node ids, the root's -1 becoming 0
         node_of = chosen.new_zeros(chosen.shape[0], self._size + 1)
@@ -107,15 +109,6 @@ class TreeBuilder:
             branching=self._shape.top_k,
             log_confidence=log_confidence,
         )
-
-    def _num_worthy(self, ranked: Tensor) -> int:
-        """How many of a row's best nodes are worth a row of the target's pass.
-
-        `ranked`: (batch, pool), log-confidence, best first. The pass is as wide as its widest row,
-        so nodes of equal rank count together.
-        """
-        floor = self._shape.node_floor
-        return ranked.shape[1] if floor == 0 else int((ranked.exp().mean(0) >= floor).sum())
 
 
 def _depths(levels: list[Tensor], first: int = 0) -> Tensor:

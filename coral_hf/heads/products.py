@@ -1,8 +1,8 @@
 """Logits of an LM head in eight bits, or of active groups of its rows, and the best of them.
 
-Eight bits: a private copy of the head's weight (vocab, hidden), with one scale a row; features are
-rounded row by row in the same way. A rounded logit changes what is proposed and never what is
-verified. int8 on CPUs and older GPUs, fp8 on newer ones.
+Eight bits: a private copy of the head's weight (vocab, hidden) in int8, with one scale a row;
+features are rounded row by row in the same way. A rounded logit changes what is proposed and never
+what is verified.
 
 Groups: from features and the groups that each sequence or each node reads to raw logits (batch,
 nodes, slots, size), without reading the rest of the head. A group is `size` consecutive rows of the
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ALIGNMENT = 16  # of both sizes of a weight, for the products on CUDA
-LEAST_FEATURES = 17  # that the product of int8 takes on CUDA
+LEAST_FEATURES = 17  # that the product takes on CUDA
 DEVICES = ("cpu", "cuda")  # which have the products
 BLOCK = 128  # logits whose largest one stands for them
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # which it sums in fp32
@@ -34,58 +34,35 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # which it sums 
 class QuantizedRows(NamedTuple):
     """Rows in eight bits; rows and channels of zeros fill them up to multiples of `ALIGNMENT`."""
 
-    values: Tensor  # (padded rows, padded hidden), int8 or float8_e4m3fn
+    values: Tensor  # (padded rows, padded hidden), int8
     scales: Tensor  # (rows,), fp32: a row is its values × its scale
 
 
-def dtype_for(device: torch.device) -> torch.dtype:
-    """Return the eight-bit dtype that products on a device are fast in."""
-    is_cuda = device.type == "cuda" and torch.version.cuda is not None
-    has_fp8 = is_cuda and torch.cuda.get_device_capability(device) >= (8, 9)
-    return torch.float8_e4m3fn if has_fp8 else torch.int8
-
-
 @torch.no_grad()
-def quantize(weight: Tensor, dtype: torch.dtype | None = None) -> QuantizedRows:
-    """Round the rows of a weight (rows, hidden) to a dtype, by default that of its device."""
-    dtype = dtype or dtype_for(weight.device)
+def quantize(weight: Tensor) -> QuantizedRows:
+    """Round the rows of a weight (rows, hidden)."""
     rows, hidden = weight.shape
     padding = (0, -hidden % ALIGNMENT)
-    parts = [round_rows(F.pad(part, padding), dtype) for part in weight.split(8192)]
+    parts = [round_rows(F.pad(part, padding)) for part in weight.split(8192)]
     values, scales = map(torch.cat, zip(*parts, strict=True))
-    return QuantizedRows(_pad(values, (0, 0, 0, -rows % ALIGNMENT)), scales)
+    return QuantizedRows(F.pad(values, (0, 0, 0, -rows % ALIGNMENT)), scales)
 
 
-def round_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Round rows (rows, hidden) symmetrically: values (rows, hidden), scales (rows,) in fp32."""
+def round_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Round rows (rows, hidden) symmetrically: int8 (rows, hidden), scales (rows,) in fp32."""
     rows = rows.float()
-    largest = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
-    scales = (rows.abs().amax(-1) / largest).clamp(min=torch.finfo(torch.float32).tiny)
-    scaled = rows / scales[:, None]
-    return (scaled if dtype.is_floating_point else scaled.round()).to(dtype), scales
+    scales = (rows.abs().amax(-1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return (rows / scales[:, None]).round().to(torch.int8), scales
 
 
 def quantized_logits(features: Tensor, rows: QuantizedRows) -> Tensor:
     """Multiply features (*batch, hidden), rounded too, with rows: (*batch, rows), in fp32."""
-    values, scales = round_rows(features.flatten(0, -2), rows.values.dtype)
+    values, scales = round_rows(features.flatten(0, -2))
     count, hidden = values.shape
-    is_integer = values.dtype == torch.int8
-    least = LEAST_FEATURES if is_integer and values.is_cuda else 0
-    values = _pad(values, (0, rows.values.shape[1] - hidden, 0, max(least - count, 0)))
-    if is_integer:
-        product = torch._int_mm(values, rows.values.T)
-    else:
-        one = torch.ones((), dtype=torch.float32, device=values.device)
-        product = torch._scaled_mm(
-            values, rows.values.T, scale_a=one, scale_b=one, out_dtype=torch.float32
-        )
-    logits = (product[:count, : len(rows.scales)] * rows.scales).mul_(scales[:, None])
-    return logits.unflatten(0, features.shape[:-1])
-
-
-def _pad(values: Tensor, padding: tuple[int, ...]) -> Tensor:
-    """Pad eight-bit values (rows, hidden) with zeros, as `F.pad` does those of other dtypes."""
-    return F.pad(values.view(torch.int8), padding).view(values.dtype)
+    missing = max(LEAST_FEATURES - count, 0) if values.is_cuda else 0
+    values = F.pad(values, (0, rows.values.shape[1] - hidden, 0, missing))
+    product = torch._int_mm(values, rows.values.T)[:count, : len(rows.scales)]
+    return (product * rows.scales).mul_(scales[:, None]).unflatten(0, features.shape[:-1])
 
 
 def group_logits(

@@ -56,21 +56,33 @@ def make_card(
         earlier: metadata of an earlier card, kept where nothing else is known.
     """
     config, own, stages = drafter.config, drafter.generation_config, drafter.training_record
-    family = FAMILIES[config.model_type]
-    recorded = [name for stage in stages for name in stage.get("datasets", [])]
-    facts = facts._replace(
-        base_model=facts.base_model or hub_id(config.target_name_or_path),
-        datasets=[*recorded, *facts.datasets],
-        tags=[family.title.lower().replace(" ", "-"), *TAGS, *facts.tags],
-    )
-    data, chats = _metadata(facts, earlier or {}), facts.has_chat_template
+    family, earlier = FAMILIES[config.model_type], earlier or {}
+    bases, chats = earlier.get("base_model"), facts.has_chat_template
+    known = bases[0] if isinstance(bases, list) else bases
+    target = facts.base_model or hub_id(config.target_name_or_path) or known
+    datasets = [name for stage in stages for name in stage.get("datasets", [])]
+    datasets += [*facts.datasets, *earlier.get("datasets", [])]
+    tags = [family.title.lower().replace(" ", "-"), *TAGS, *facts.tags, *earlier.get("tags", [])]
+    metadata = {
+        "base_model": target,
+        # weights that work beside an unchanged base model; without a relation the Hub lists a
+        # drafter as a finetuned target
+        "base_model_relation": "adapter" if target else None,
+        "datasets": [*dict.fromkeys(datasets)] or None,
+        "language": facts.language or earlier.get("language"),
+        "library_name": "coral_hf",
+        "license": facts.license or earlier.get("license"),
+        "pipeline_tag": "text-generation",
+        "tags": [*dict.fromkeys(tags)],
+        "model-index": None,  # results of other weights
+    }
     if chats is None:
         chats = bool(stages) and stages[-1].get("has_chat_template", False)
     card = ModelCard.from_template(
-        data,
+        ModelCardData(**{**earlier, **metadata}),
         template_path=str(TEMPLATE),
         repo_id=facts.repo_id,
-        target=data.base_model,
+        target=target,
         target_folder=Path(config.target_name_or_path or "").name,
         config=config,
         paper=family.paper,
@@ -88,26 +100,6 @@ def make_card(
 def _number(text: str) -> str:
     """Hash a text, to tell whether it was edited; line ends do not count."""
     return sha256("\n".join(text.split()).encode()).hexdigest()[:16]
-
-
-def _metadata(facts: CardFacts, earlier: Mapping[str, Any]) -> ModelCardData:
-    """Make a card's metadata; those of an earlier card are kept where nothing else is known."""
-    bases = earlier.get("base_model")
-    target = facts.base_model or (bases[0] if isinstance(bases, list) else bases)
-    known = {
-        "base_model": target,
-        # weights that work beside an unchanged base model; without a relation the Hub lists a
-        # drafter as a finetuned target
-        "base_model_relation": "adapter" if target else None,
-        "datasets": [*dict.fromkeys([*facts.datasets, *earlier.get("datasets", [])])] or None,
-        "language": facts.language or earlier.get("language"),
-        "library_name": "coral_hf",
-        "license": facts.license or earlier.get("license"),
-        "pipeline_tag": "text-generation",
-        "tags": [*dict.fromkeys([*facts.tags, *earlier.get("tags", [])])],
-        "model-index": None,  # results of other weights
-    }
-    return ModelCardData(**{**earlier, **known})
 
 
 def is_by_hand(text: str) -> bool:

@@ -30,7 +30,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 from ...heads.collection import DraftHeads
 from ...heads.router import check_token_ids
 from ...target import read_target
-from ..layers import Attention, CausalContext, Context, DecoderLayer
+from ..layers import Attention, CacheContext, Context, DecoderLayer
 from ..model import Drafter
 from .configuration import Eagle3Config, ParallelConfig
 
@@ -201,7 +201,7 @@ class Eagle3Drafter(Drafter):
         """
         if position_ids is None:
             position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        context, dtype = context or CausalContext(), self.fc.weight.dtype
+        context, dtype = context or CacheContext(), self.fc.weight.dtype
         hidden, inputs_embeds = hidden.to(dtype), inputs_embeds.to(dtype)
         cos, sin = (part[:, None] for part in self.rotary_emb(hidden, position_ids))
         first, *others = self.layers
