@@ -87,16 +87,15 @@ def playground(own: PlaygroundOptions) -> None:
         own.target = str(demo.output / "target")
         own.drafter = own.drafter or [str(demo.output / "drafter")]
         own.pad_layers = own.pad_layers or demo.pad_layers
-    from ..measure.padding import num_padded_layers, shown_depth
     from ..playground.page import serve
     from ..playground.race import Models
 
     target, tokenizer = own.load_target()
     target = measure.pad_target(target, own.pad_layers) if own.pad_layers else target
     models = Models(target, tokenizer, {name: load_drafter(name, target) for name in own.drafter})
-    num_layers = target.config.get_text_config().num_hidden_layers
-    layers = shown_depth(num_layers, num_padded_layers(target) if own.pad_layers else 0)
-    serve(models, f"`{own.target}`, {layers}; {target.dtype}, on `{target.device}`.")
+    layers = target.config.get_text_config().num_hidden_layers
+    padded = ", with padding" if own.pad_layers else ""
+    serve(models, f"`{own.target}`, {layers} layers{padded}; {target.dtype}, `{target.device}`.")
 
 
 @dataclass(kw_only=True)

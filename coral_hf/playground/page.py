@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..measure.prompts import room_for_prompt
-from ..measure.settings import Rule
+from ..measure.settings import Head, Rule
 from . import drawing
 from .race import Models, Race
 
@@ -43,29 +43,19 @@ class Page:
                 with gr.Column(min_width=300):
                     self.drafted = gr.HTML(drawing.pane(DRAFTED))
             gr.HTML(drawing.legend())
-            with gr.Row():
-                with gr.Column(min_width=300, scale=1):
-                    self.bars = gr.HTML(drawing.bars([]))
-                with gr.Column(min_width=300, scale=3):
-                    self.round = gr.Slider(1, 2, 1, step=1, label="Round")
-                    with gr.Row():
-                        back, on = gr.Button("Round before"), gr.Button("Next round")
-                    self.tree = gr.HTML(self.drawn(None, 1))
-            self._listen(back, on)
+            self.round = gr.Slider(1, 2, 1, step=1, label="Round")
+            self.tree = gr.HTML(self.drawn(None, 1))
+            self._listen()
 
-    def _listen(self, back: gr.Button, on: gr.Button) -> None:
+    def _listen(self) -> None:
         """Say what happens when something is pressed or chosen."""
         asked = [self.prompt, *self.sampling, self.drafter, *self.drafting]
         shown = [self.race, self.alert, self.result, self.plain, self.drafted]
-        shown += [self.bars, self.round, self.tree]
+        shown += [self.round, self.tree]
         triggers = [self.run.click, self.prompt.submit]
         gr.on(triggers, self.answer, asked, shown, concurrency_limit=None, **PRIVATE)
         self.stop.click(lambda race: race and race.stop(), self.race, **PRIVATE)
-        self.drafter.change(self.choose, self.drafter, self.drafting[0], **PRIVATE)
-        place = [self.race, self.round]
-        self.round.change(self.drawn, place, self.tree, **PRIVATE)
-        back.click(lambda race, number: at(race, number - 1), place, self.round, **PRIVATE)
-        on.click(lambda race, number: at(race, number + 1), place, self.round, **PRIVATE)
+        self.round.change(self.drawn, [self.race, self.round], self.tree, **PRIVATE)
 
     def _question(self) -> None:
         """The prompt, how tokens are chosen, and how they are drafted."""
@@ -90,8 +80,7 @@ class Page:
         names = [*self.models.drafters]
         with gr.Accordion("Drafting", open=False), gr.Row():
             self.drafter = gr.Radio(names, value=names[0], label="Drafter")
-            heads = [OWN, *self.models.heads(names[0])]
-            self.drafting = [gr.Radio(heads, value=OWN, label="Draft head")]
+            self.drafting = [gr.Radio([OWN, *get_args(Head)], value=OWN, label="Draft head")]
             shared = {"precision": 0, "minimum": 0, "info": f"0: {OWN}."}
             for label in ("Depth of the tree", "Children of a node", "Nodes of the tree"):
                 self.drafting.append(gr.Number(0, label=label, **shared))
@@ -117,8 +106,8 @@ class Page:
             while race.is_running:
                 yield self.shown(race)
                 time.sleep(EVERY)
-            rounds = {self.bars: drawing.bars(race.drafted.rounds), self.round: at(race, 1)}
-            yield self.shown(race) | rounds | {self.tree: self.drawn(race, 1)}
+            first = gr.Slider(maximum=max(len(race.drafted.rounds), 2), value=1)
+            yield self.shown(race) | {self.round: first, self.tree: self.drawn(race, 1)}
         finally:
             race.stop()
 
@@ -132,16 +121,6 @@ class Page:
     def drawn(self, race: Race | None, number: int) -> str:
         """The tree of a round."""
         return drawing.tree(race.drafted.rounds if race else [], number, self.models.tokenizer)
-
-    def choose(self, name: str) -> gr.Radio:
-        """Offer the draft heads of another drafter."""
-        return gr.Radio([OWN, *self.models.heads(name)], value=OWN)
-
-
-def at(race: Race | None, number: int) -> gr.Slider:
-    """The slider of rounds, at one of them."""
-    last = max(len(race.drafted.rounds) if race else 0, 1)
-    return gr.Slider(maximum=max(last, 2), value=min(max(number, 1), last))
 
 
 def alert(error: object) -> str:

@@ -15,38 +15,32 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from threading import Condition, Thread
-from typing import get_args
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..decoding import DraftTree
-from ..measure.autotune import heads_of
 from ..measure.calls import sampling_arguments
 from ..measure.chat import restore_chat_options
 from ..measure.prompts import encode_said, left_padded
-from ..measure.settings import DraftingSettings, Head
+from ..measure.settings import DraftingSettings
 from ..measure.terminal import ColouredStreamer
 
 logger = logging.getLogger(__name__)
 SLICE = 0.03  # seconds of a turn at least
+USED = attrgetter("used")
 
 
-class Turns:
+class Turns(Condition):
     """The machine: whoever has used it least goes next."""
 
     def __init__(self) -> None:
-        self.changed = Condition()
+        super().__init__()
         self.calls: list[Turn] = []
         self.holder: Turn | None = None
-
-    def enter(self) -> "Turn":
-        """Join, with as much used as who has used it least."""
-        with self.changed:
-            self.calls.append(turn := Turn(self, min((one.used for one in self.calls), default=0)))
-        return turn
 
 
 class Turn:
@@ -56,10 +50,12 @@ class Turn:
     joined, so whoever joins begins at once.
     """
 
-    def __init__(self, turns: Turns, used: float) -> None:
+    def __init__(self, turns: Turns) -> None:
         self.seconds = 0.0
-        self._turns, self._before = turns, used
-        self._random = random_states()
+        self._turns, self._random = turns, random_states()
+        with turns:  # with as much used as who has used it least
+            self._before = min((one.used for one in turns.calls), default=0.0)
+            turns.calls.append(self)
 
     @property
     def used(self) -> float:
@@ -68,12 +64,10 @@ class Turn:
 
     def __enter__(self) -> "Turn":
         turns = self._turns
-
-        def is_next() -> bool:
-            return not turns.holder and self is min(turns.calls, key=lambda call: call.used)
-
-        with turns.changed:
-            turns.changed.wait_for(is_next)
+        with turns:
+            turns.wait_for(
+                lambda: not turns.holder and self.used <= min(c.used for c in turns.calls)
+            )
             turns.holder = self
         torch.set_rng_state(self._random[0])
         torch.cuda.set_rng_state_all(self._random[1:])
@@ -81,7 +75,7 @@ class Turn:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._turns.changed:
+        with self._turns:
             self._turns.calls.remove(self)
             self._end()
 
@@ -94,9 +88,9 @@ class Turn:
     def _end(self) -> None:
         self.seconds += time.perf_counter() - self._since
         self._random = random_states()
-        with self._turns.changed:
+        with self._turns:
             self._turns.holder = None
-            self._turns.changed.notify_all()
+            self._turns.notify_all()
 
 
 def random_states() -> list[Tensor]:
@@ -187,7 +181,7 @@ class Race:
             seed: of both.
         """
         self.is_greedy, self.error, self._seed = is_greedy, "", seed
-        self.plain, self.drafted = (Side(tokenizer, turns.enter()) for _ in calls)
+        self.plain, self.drafted = (Side(tokenizer, Turn(turns)) for _ in calls)
         pairs = zip((self.plain, self.drafted), calls, strict=True)
         self._threads = [Thread(target=self._run, args=pair, daemon=True) for pair in pairs]
         for thread in self._threads:
@@ -234,11 +228,6 @@ class Models:
     def __post_init__(self) -> None:
         restore_chat_options(self.tokenizer, next(iter(self.drafters.values())).config)
 
-    def heads(self, name: str) -> list[str]:
-        """List the draft heads of a drafter, those in eight bits too."""
-        known = {"quantized", *heads_of(self.drafters[name], self.target)}
-        return [one for one in get_args(Head) if "full" in known and one.split("_q")[0] in known]
-
     def race(
         self, prompt: str, max_new_tokens: int, sampling: dict, name: str, settings: dict
     ) -> Race:
@@ -256,7 +245,7 @@ class Models:
         if not temperature:
             settings = settings | {"verification": None}  # a greedy call has one rule
         drafting = DraftingSettings(**settings).drafting()
-        with self.turns.enter():
+        with Turn(self.turns):
             ids = encode_said(prompt, self.tokenizer, self.target, max_new_tokens)  # (1, length)
         pad = getattr(drafter.config, "pad_token_id", None) or 0
         arguments = sampling_arguments(temperature, max_new_tokens) | {"pad_token_id": pad}
