@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .checkpoints import from_eagle as from_eagle
     from .checkpoints import import_drafter as import_drafter
     from .decoding import CoralGenerateOutput as CoralGenerateOutput
     from .decoding import decoder as decoder
@@ -44,7 +43,7 @@ __version__ = "0.2.0"
 
 # public names, and the modules that are imported when they are first used
 _MODULES = {
-    "checkpoints": ["from_eagle", "import_drafter"],
+    "checkpoints": ["import_drafter"],
     "decoding": [
         "CoralGenerateOutput",
         "decoder",

@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from glob import escape
 from pathlib import Path
@@ -24,8 +24,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# how the names begin of what is being written, of what is being replaced, and of locks
-PARTIAL, REPLACED, WRITER = ".partial-", ".replaced-", "_writer"
+# how the names begin of what is being written, and of locks
+PARTIAL, WRITER = ".partial-", "_writer"
 
 
 def free_bytes(path: str | Path) -> int:
@@ -77,16 +77,11 @@ def new_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(path: str | Path, last: str | None = None) -> Iterator[Path]:
-    """Yield a folder to fill, which takes the place of `path` if the `with` block succeeds.
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a folder to fill, which becomes `path` in one move if the `with` block succeeds.
 
-    A new folder appears in one move. The content of an existing one is replaced file by file,
-    since it may be the current directory or a mounted disk, and is restored if that fails.
-
-    Args:
-        path: a folder, or nothing yet.
-        last: the file without which the folder counts as incomplete; it is replaced last, so a kill
-            in between leaves no folder that looks whole.
+    Into a folder that exists, such as the current directory or one that holds a lock, its files
+    are moved one by one.
     """
     path = Path(path).resolve()
     partial = _partial(path)
@@ -94,36 +89,16 @@ def new_folder(path: str | Path, last: str | None = None) -> Iterator[Path]:
     try:
         yield partial
         if path.exists():
-            _replace_files(path, partial, last)
+            for file in partial.iterdir():
+                shutil.move(file, path / file.name)
         else:
             partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _replace_files(folder: Path, new: Path, last: str | None) -> None:
-    """Move the files of `new` into a folder in place of its own."""
-    old = _partial(folder, REPLACED)
-    old.mkdir()
-    with ExitStack() as undo:  # what has been done, the last first, if anything fails
-        undo.callback(old.rmdir)
-        undo.callback(_move_files, old, folder, last=last)
-        _move_files(folder, old, first=last)
-        undo.callback(_move_files, folder, new, first=last)
-        _move_files(new, folder, last=last)
-        undo.pop_all()
-    shutil.rmtree(old)
-
-
-def _move_files(source: Path, to: Path, first: str | None = None, last: str | None = None) -> None:
-    """Move the files of a folder but for its lock, which may be held."""
-    for path in sorted(source.iterdir(), key=lambda path: (path.name != first, path.name == last)):
-        if not path.name.startswith(WRITER):
-            shutil.move(path, to / path.name)
-
-
-def _partial(path: Path, prefix: str = PARTIAL) -> Path:
-    return path.with_name(f"{prefix}{uuid4().hex[:8]}-{path.name}")
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{PARTIAL}{uuid4().hex[:8]}-{path.name}")
 
 
 @contextmanager
@@ -227,18 +202,12 @@ class JsonLines:
                     raise ValueError(f"{what}. Repair it, or delete it to redo it.") from error
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write rows through to the disk; if that fails, what was there stays as it was."""
+        """Write rows through to the disk; what an error cuts off, [`mend`] drops."""
         if not rows:
             return
-        before = self.path.stat().st_size if self.path.exists() else 0
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        try:
-            with self.path.open("ab") as file:
-                # a lone surrogate has no UTF-8
-                file.write(lines.encode("utf-8", "backslashreplace"))
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            if self.path.exists():
-                os.truncate(self.path, before)
-            raise
+        with self.path.open("ab") as file:
+            # a lone surrogate has no UTF-8
+            file.write(lines.encode("utf-8", "backslashreplace"))
+            file.flush()
+            os.fsync(file.fileno())

@@ -1,7 +1,6 @@
 """Import of EAGLE and HASS drafters: predictions stay, and what does not fit is named."""
 
 import json
-import logging
 
 import pytest
 import torch
@@ -25,7 +24,7 @@ from transformers import AutoModel
 
 import coral_hf
 from coral_hf import CoralDrafter
-from coral_hf.checkpoints import from_eagle, read_shape
+from coral_hf.checkpoints import import_drafter, read_shape
 from coral_hf.identity import tokenizer_hash
 from coral_hf.target import read_target
 
@@ -54,7 +53,7 @@ def test_a_step_is_what_the_raw_tensors_and_the_formulas_give(tmp_path, family, 
     target = tiny_target(name)
     tensors = eagle_tensors(config)
     write_checkpoint(tmp_path, config, {**tensors, **copies(target)}, weights)
-    drafter = coral_hf.from_eagle(target, tmp_path)
+    drafter = coral_hf.import_drafter(target, tmp_path)
     assert type(drafter) is CoralDrafter and drafter.config.target_model_type == name
     ids = torch.randint(VOCAB, (13,), generator=torch.Generator().manual_seed(1))
     embeddings = target.model.embed_tokens.weight.detach()[ids]  # (13, hidden)
@@ -68,7 +67,7 @@ def test_a_step_of_two_layers_is_what_the_formulas_give(target, tmp_path):
     config = {**LLAMA3, "num_hidden_layers": 2}
     tensors = eagle_tensors(config)
     write_checkpoint(tmp_path, config, tensors)
-    drafter = from_eagle(target, tmp_path, dtype=torch.float64)
+    drafter = import_drafter(target, tmp_path, dtype=torch.float64)
     inputs = random(2, 9, HIDDEN)
     expected = eagle_step(config, tensors, *inputs)
     torch.testing.assert_close(drafter(*inputs[:, None])[0], expected, rtol=1e-5, atol=1e-5)
@@ -77,7 +76,7 @@ def test_a_step_of_two_layers_is_what_the_formulas_give(target, tmp_path):
 def test_a_bias_that_the_config_denies_is_read_as_the_tensors_say(target, tmp_path):
     tensors = eagle_tensors(LLAMA2)  # with a bias
     write_checkpoint(tmp_path, {**LLAMA2, "bias": False}, tensors)
-    drafter = from_eagle(target, tmp_path, dtype=torch.float64)
+    drafter = import_drafter(target, tmp_path, dtype=torch.float64)
     assert drafter.config.fc_bias and tensors["fc.bias"].abs().min() > 0
     inputs = random(2, 9, HIDDEN)
     expected = eagle_step(LLAMA2, tensors, *inputs)
@@ -90,7 +89,7 @@ def test_a_drafter_reads_rows_of_the_table_where_the_target_scales_them(tmp_path
     config = {**LLAMA3, "num_key_value_heads": 2}
     tensors = eagle_tensors(config, torch.float64)
     write_checkpoint(tmp_path, config, tensors)
-    drafter = from_eagle(target, tmp_path)
+    drafter = import_drafter(target, tmp_path)
     ids, features = torch.arange(6), random(6, HIDDEN)
     seen = read_target(target).embed(ids)
     table = target.model.embed_tokens.weight.detach()[ids]
@@ -102,7 +101,7 @@ def test_a_drafter_reads_rows_of_the_table_where_the_target_scales_them(tmp_path
 
 def test_a_target_writes_the_same_tokens_with_an_imported_drafter(target, tmp_path):
     write_checkpoint(tmp_path, LLAMA3, {**eagle_tensors(LLAMA3), **copies(target)})
-    drafter = from_eagle(target, tmp_path)
+    drafter = import_drafter(target, tmp_path)
     prompt = torch.tensor([[3, 9, 14]])
     settings = {"do_sample": False, "max_new_tokens": 12, "attention_mask": prompt.ne(-1)}
     drafted = target.generate(prompt, assistant_model=drafter, **settings)
@@ -128,12 +127,12 @@ def test_published_configs_mean_what_eagle_takes_them_for(tmp_path, name, theta,
 def test_a_config_that_is_not_json_is_named(target, tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(OSError, match="config.json' is not a valid JSON file"):
-        from_eagle(target, tmp_path)
+        import_drafter(target, tmp_path)
 
 
 def test_an_unknown_argument_is_refused_for_a_folder_too(target, tmp_path):
     with pytest.raises(TypeError, match="unexpected arguments: dtyp"):
-        from_eagle(target, tmp_path, dtyp="float32")
+        import_drafter(target, tmp_path, dtyp="float32")
 
 
 @pytest.mark.parametrize(
@@ -149,62 +148,24 @@ def test_an_unknown_argument_is_refused_for_a_folder_too(target, tmp_path):
 )
 def test_rotary_fields_of_every_generation_mean_the_same(target, tmp_path, config):
     write_checkpoint(tmp_path, config, eagle_tensors(config))
-    rope = from_eagle(target, tmp_path).config.rope_parameters
+    rope = import_drafter(target, tmp_path).config.rope_parameters
     assert rope == {"rope_type": "linear", "factor": 2.0, "rope_theta": 500000.0}
-
-
-def test_rotary_frequencies_are_compared_with_the_config(target, tmp_path):
-    frequencies = 10000.0 ** (-torch.arange(4) / 4)  # of heads of 8 channels
-    name = "layers.0.self_attn.rotary_emb.inv_freq"
-    write_checkpoint(tmp_path, LLAMA2, {**eagle_tensors(LLAMA2), name: frequencies})
-    assert from_eagle(target, tmp_path).config.rope_parameters["rope_theta"] == 10000.0
-    write_checkpoint(
-        tmp_path, {**LLAMA2, "rope_theta": 5e5}, {**eagle_tensors(LLAMA2), name: frequencies}
-    )
-    with pytest.raises(ValueError, match="inv_freq.*is not what its config's `rope_theta` gives"):
-        from_eagle(target, tmp_path)
 
 
 def test_an_lm_head_of_its_own_is_compared_and_dropped(target, tmp_path):
     head = target.lm_head.weight.detach().half()
     write_checkpoint(tmp_path, LLAMA2, {**eagle_tensors(LLAMA2), "lm_head.weight": head})
-    assert "lm_head.weight" not in from_eagle(target, tmp_path).state_dict()
+    assert "lm_head.weight" not in import_drafter(target, tmp_path).state_dict()
     write_checkpoint(tmp_path, LLAMA2, {**eagle_tensors(LLAMA2), "lm_head.weight": head + 1})
     with pytest.raises(ValueError, match="`lm_head.weight`.*made for another target"):
-        from_eagle(target, tmp_path)
-
-
-def test_embeddings_with_one_large_number_are_compared_number_by_number(tmp_path):
-    target = tiny_target("llama", torch.float32)
-    table = target.model.embed_tokens.weight.detach()
-    table[3, 5] = 1e4
-    copy = {"embed_tokens.weight": table.half()}
-    write_checkpoint(tmp_path, LLAMA2, {**eagle_tensors(LLAMA2), **copy})
-    from_eagle(target, tmp_path)
-    other = table + 0.1
-    write_checkpoint(
-        tmp_path, LLAMA2, {**eagle_tensors(LLAMA2), "embed_tokens.weight": other.half()}
-    )
-    said = r"(?s)embed_tokens.*another target.*elements: 1\d{3} / 1280 .*difference: 0.1"
-    with pytest.raises(ValueError, match=said):
-        from_eagle(target, tmp_path)
+        import_drafter(target, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_copy_in_half_precision_is_the_same_table(target, tmp_path, dtype):
     table = target.model.embed_tokens.weight.detach().to(dtype)
     write_checkpoint(tmp_path, LLAMA2, {**eagle_tensors(LLAMA2), "embed_tokens.weight": table})
-    from_eagle(target, tmp_path)
-
-
-def test_a_checkpoint_that_repeats_nothing_of_its_target_warns(target, tmp_path, caplog):
-    write_checkpoint(tmp_path, LLAMA2, {**eagle_tensors(LLAMA2), **copies(target)})
-    with caplog.at_level(logging.WARNING):
-        from_eagle(target, tmp_path)
-        assert caplog.text == ""
-        write_checkpoint(tmp_path, LLAMA2, eagle_tensors(LLAMA2))
-        from_eagle(target, tmp_path)
-    assert "no `embed_tokens.weight`, so only its sizes say that it belongs" in caplog.text
+    import_drafter(target, tmp_path)
 
 
 # ---- fields that make no sense
@@ -216,14 +177,9 @@ def test_a_checkpoint_that_repeats_nothing_of_its_target_warns(target, tmp_path,
         ({"rope_scaling": {"type": "foo", "factor": 2.0}}, "KeyError: 'foo'"),
         ({"rope_scaling": "linear"}, "ValueError: dictionary update sequence"),
         ({"rope_scaling": {"type": "linear"}}, "'linear': {'factor'}"),
-        ({"rope_scaling": {"type": "linear", "factor": 0}}, "frequencies of `rope_parameters`"),
         ({"rope_theta": "abc"}, "could not convert string to float: 'abc'"),
         ({"hidden_act": "nonsense"}, "nonsense"),
         ({"num_attention_heads": 0}, "ZeroDivisionError"),
-        (
-            {"num_key_value_heads": 3},
-            "`num_key_value_heads` does not divide",
-        ),
         ({"head_dim": 7}, "even rotary dimension, but got `head_dim`=7"),
         ({"bias": "true"}, "fc_bias.*expected bool, got str"),
         ({"vocab_size": 40.0}, "vocab_size.*expected int, got float"),
@@ -236,13 +192,13 @@ def test_a_field_that_makes_no_sense_is_named_with_its_file(target, tmp_path, fi
     if "head_dim" in fields:
         said += "|of another shape: layers.0.self_attn"
     with pytest.raises(ValueError, match=f"(?s){said}"):
-        from_eagle(target, tmp_path)
+        import_drafter(target, tmp_path)
 
 
 def test_fields_that_are_null_mean_their_default(target, tmp_path):
     names = ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "bias", "qkv_bias")
     write_checkpoint(tmp_path, {**LLAMA2, **dict.fromkeys(names)}, eagle_tensors(LLAMA2))
-    config = from_eagle(target, tmp_path).config
+    config = import_drafter(target, tmp_path).config
     assert config.num_key_value_heads == 4 and config.head_dim == 8 and config.fc_bias
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
 
@@ -257,7 +213,7 @@ def test_fields_that_are_null_mean_their_default(target, tmp_path):
 )
 def test_what_transformers_rotates_by_is_taken(target, tmp_path, scaling):
     write_checkpoint(tmp_path, {**LLAMA3, "rope_scaling": scaling}, eagle_tensors(LLAMA3))
-    rope = from_eagle(target, tmp_path).config.rope_parameters
+    rope = import_drafter(target, tmp_path).config.rope_parameters
     assert rope["rope_theta"] == 500000.0 and rope["rope_type"] in scaling.values()
 
 
@@ -268,7 +224,7 @@ def test_what_transformers_rotates_by_is_taken(target, tmp_path, scaling):
 def test_shards_are_read_together(target, tmp_path, kind):
     tensors = list({**eagle_tensors(LLAMA2), **copies(target)}.items())
     write_shards(tmp_path, LLAMA2, [dict(tensors[::2]), dict(tensors[1::2])], kind)
-    state = from_eagle(target, tmp_path).state_dict()
+    state = import_drafter(target, tmp_path).state_dict()
     assert all(torch.equal(state[k], v) for k, v in tensors if k in state)
     assert len(state) == len(tensors) - 1
 
@@ -281,42 +237,8 @@ def shards() -> list[dict]:
 def test_a_missing_shard_is_named(target, tmp_path):
     write_shards(tmp_path, LLAMA2, shards())
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match="00002-of-00002.safetensors is damaged.*FileNotFound"):
-        from_eagle(target, tmp_path)
-
-
-def test_shards_without_an_index_are_refused(target, tmp_path):
-    write_shards(tmp_path, LLAMA2, shards())
-    (tmp_path / "model.safetensors.index.json").unlink()
-    with pytest.raises(ValueError, match="has none of model.safetensors, .* no index of shards"):
-        from_eagle(target, tmp_path)
-
-
-@pytest.mark.parametrize(
-    "index",
-    [{"more": "model-00001-of-00002.safetensors"}, {"fc.bias": "model-00002-of-00002.safetensors"}],
-)
-def test_an_index_that_disagrees_with_its_shards_is_refused(target, tmp_path, index):
-    write_shards(tmp_path, LLAMA2, shards(), **index)
-    with pytest.raises(ValueError, match=f"disagree on where {next(iter(index))} is; download"):
-        from_eagle(target, tmp_path)
-
-
-def test_a_tensor_in_two_shards_is_refused(target, tmp_path):
-    first, second = shards()
-    write_shards(tmp_path, LLAMA2, [first, {**second, "fc.weight": torch.ones(1)}])
-    with pytest.raises(ValueError, match="00001-of.* disagree on where fc.weight is; download"):
-        from_eagle(target, tmp_path)
-
-
-def test_a_shard_with_a_tensor_that_no_index_lists_is_refused(target, tmp_path):
-    write_shards(tmp_path, LLAMA2, shards())
-    index = tmp_path / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    del content["weight_map"]["fc.weight"]
-    index.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="disagree on where fc.weight is; download"):
-        from_eagle(target, tmp_path)
+    with pytest.raises(ValueError, match="missing: .*layers.0"):
+        import_drafter(target, tmp_path)
 
 
 # ---- what is refused
@@ -334,18 +256,18 @@ def test_a_pickle_that_is_no_state_dict_is_refused(target, tmp_path, content):
     write_checkpoint(tmp_path, LLAMA2, {})
     torch.save(content, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pytorch_model.bin is not a state dict; save drafter.s"):
-        from_eagle(target, tmp_path)
+        import_drafter(target, tmp_path)
 
 
 def test_a_pickle_of_any_age_is_read_and_runs_nothing(target, tmp_path):
     write_checkpoint(tmp_path, LLAMA2, {})
     path = tmp_path / "pytorch_model.bin"
     torch.save(eagle_tensors(LLAMA2), path, _use_new_zipfile_serialization=False)
-    assert "fc.weight" in from_eagle(target, tmp_path).state_dict()
+    assert "fc.weight" in import_drafter(target, tmp_path).state_dict()
     for is_new in (False, True):
         torch.save({"fc.weight": Stranger()}, path, _use_new_zipfile_serialization=is_new)
         with pytest.raises(ValueError, match="_model.bin is damaged, or holds more than tensors"):
-            from_eagle(target, tmp_path)
+            import_drafter(target, tmp_path)
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -359,7 +281,7 @@ def test_a_file_that_is_cut_off_or_stands_for_another_is_named(target, tmp_path,
     whole = path.read_bytes()
     path.write_bytes(whole[: int(content * len(whole))] if isinstance(content, float) else content)
     with pytest.raises(ValueError, match=f"{weights} is damaged, or.*Download it again.*git lfs"):
-        from_eagle(target, tmp_path)
+        import_drafter(target, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -382,13 +304,7 @@ def test_a_file_that_is_cut_off_or_stands_for_another_is_named(target, tmp_path,
 def test_a_tensor_that_a_cast_would_spoil_is_refused(target, tmp_path, name, tensor, said):
     write_checkpoint(tmp_path, LLAMA2, {**eagle_tensors(LLAMA2), name: tensor})
     with pytest.raises(ValueError, match=f"`{name}` in .* is {said}.*float16, bfloat16, float32"):
-        from_eagle(target, tmp_path)
-
-
-@pytest.mark.parametrize("dtype", ["bogus", torch.int8])
-def test_a_drafter_of_another_dtype_is_refused(target, tmp_path, dtype):
-    with pytest.raises(ValueError, match="`dtype` is .*; use one of float16, bfloat16, float32, f"):
-        from_eagle(target, tmp_path, dtype=dtype)
+        import_drafter(target, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -414,12 +330,12 @@ def test_a_drafter_of_another_dtype_is_refused(target, tmp_path, dtype):
         (
             LLAMA2,
             {"embed_tokens.weight": torch.ones(VOCAB, 32)},
-            "(?s)embed_tokens.*another target.*Mismatched elements",
+            "embed_tokens.*another target.*are not near those",
         ),
         (
             LLAMA2,
             {"embed_tokens.weight": torch.ones(9, 32)},
-            r"(?s)embed_tokens.*another target.*shape.*\[9, 32\]",
+            r"embed_tokens.*another target.*shape \(9, 32\)",
         ),
         ({"model_type": "llama"}, {}, "lacks a field, or .*KeyError: 'vocab_size'"),
     ],
@@ -428,13 +344,13 @@ def test_what_does_not_fit_is_named(target, tmp_path, config, changes, said):
     tensors = eagle_tensors({**LLAMA2, **config})
     write_checkpoint(tmp_path, config, {**tensors, **copies(target), **changes})
     with pytest.raises(ValueError, match=said):
-        from_eagle(target, tmp_path)
+        import_drafter(target, tmp_path)
 
 
 def test_a_coral_drafter_is_not_imported_again(target, tmp_path):
     CoralDrafter.from_target(target).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"of coral_hf already \(CORAL\); load it with AutoModel"):
-        from_eagle(target, tmp_path)
+        import_drafter(target, tmp_path)
 
 
 # ---- from the Hub
@@ -543,7 +459,7 @@ def test_what_is_in_the_cache_is_read_without_the_hub(hub, take):
 
 def test_a_checkpoint_without_weights_on_the_hub_is_named(hub, take):
     hub.put_files("org/empty", {"config.json": json.dumps(LLAMA2).encode()})
-    with pytest.raises(RuntimeError, match="has none of .*pytorch_model.bin and no index"):
+    with pytest.raises(RuntimeError, match="has none of .*pytorch_model.bin and no shards"):
         take("org/empty")
 
 
@@ -585,23 +501,7 @@ def test_the_command_makes_a_drafter_that_loads(folder, tmp_path):  # noqa: F811
     assert drafter.config.tokenizer_hash == tokenizer_hash(tokenizer)
     assert torch.equal(drafter.fc.weight, eagle_tensors(config)["fc.weight"])
     again = invoke(*arguments)
-    assert "holds" in printed(again) and "overwrite" in printed(again)
-    assert invoke(*arguments, "--overwrite").exit_code == 0
-    (tmp_path / "drafter" / "notes.txt").write_text("mine")
-    refused = invoke(*arguments, "--overwrite")
-    assert refused.exit_code == 1 and "holds notes.txt; give another folder" in printed(refused)
-    assert (tmp_path / "drafter" / "notes.txt").read_text() == "mine"
-
-
-def test_the_command_does_not_write_over_what_it_reads(folder, tmp_path):  # noqa: F811
-    write_checkpoint(tmp_path, LLAMA2, eagle_tensors(LLAMA2), "model.safetensors")
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    (tmp_path / "link").symlink_to(tmp_path)
-    for output in (tmp_path, tmp_path / "link", folder / "target"):
-        arguments = ["import", str(tmp_path), "--target", str(folder / "target")]
-        result = invoke(*arguments, "--output", str(output), "--overwrite")
-        assert result.exit_code == 1 and "is the folder of what is read" in printed(result)
-    assert all(path.read_bytes() == content for path, content in before.items())
+    assert again.exit_code == 1 and "holds config.json" in printed(again)
 
 
 def test_the_command_reads_the_config_and_its_options_before_the_target(tmp_path):
@@ -614,6 +514,6 @@ def test_the_command_reads_the_config_and_its_options_before_the_target(tmp_path
         str(tmp_path / "out"),
     ]
     write_checkpoint(tmp_path, {**LLAMA2, "architectures": ["DFlashDraftModel"]}, {})
-    assert "of another kind, DFlash; import one of EAGLE-1" in printed(invoke(*arguments))
+    assert "of another kind, dflash; import one of EAGLE-1" in printed(invoke(*arguments))
     refused = invoke(*arguments, "--dtype", "int8")
     assert refused.exit_code == 2 and "invalid choice: 'int8'" in printed(refused)

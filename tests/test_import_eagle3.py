@@ -18,7 +18,7 @@ from eagle3_checkpoint import (
 from eagle_checkpoint import HIDDEN, VOCAB, write_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from coral_hf import Eagle3Drafter, ParallelDrafter, from_eagle
+from coral_hf import Eagle3Drafter, ParallelDrafter, import_drafter
 from coral_hf.checkpoints import read_shape
 from coral_hf.checkpoints.eagle3 import fitted_shape
 from coral_hf.decoding.drafting import TreeShape
@@ -89,7 +89,7 @@ def test_steps_are_what_the_raw_tensors_and_the_formulas_give(
     target, tmp_path, name, biases, monkeypatch
 ):
     raw = written(tmp_path, name, biases=biases)
-    drafter = from_eagle(target, tmp_path)
+    drafter = import_drafter(target, tmp_path)
     assert type(drafter) is Eagle3Drafter
     assert list(drafter.config.target_layers) == LAYOUTS[name][2]
     ids = torch.randint(VOCAB, (LENGTH + 1,), generator=torch.Generator().manual_seed(1))
@@ -102,7 +102,7 @@ def test_steps_are_what_the_raw_tensors_and_the_formulas_give(
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_target_writes_the_same_tokens_with_an_imported_drafter(target, tmp_path, name):
     written(tmp_path, name)
-    drafter = from_eagle(target, tmp_path)
+    drafter = import_drafter(target, tmp_path)
     ids = torch.tensor([[5, 9, 3, 17], [0, 7, 22, 8]])
     settings = {"attention_mask": (ids != 0).long(), "max_new_tokens": 16, "pad_token_id": 0}
     plain = target.generate(ids, do_sample=False, **settings)
@@ -136,20 +136,20 @@ def test_published_configs_are_read(tmp_path, name, vocab, depth, layers):
 @pytest.mark.parametrize(
     ("fields", "family"),
     [
-        ({"speculators_model_type": "dflash"}, "of another kind, DFlash;"),
-        ({"architectures": ["Qwen3DSparkModel"]}, "DSpark"),
+        ({"speculators_model_type": "dflash"}, "of another kind, dflash;"),
+        ({"architectures": ["Qwen3DSparkModel"]}, "dspark"),
         ({"model_type": "coral_eagle3"}, r"of coral_hf already \(EAGLE-3\); load it"),
     ],
 )
 def test_a_drafter_of_another_family_is_named(target, tmp_path, fields, family):
     written(tmp_path, config=fields)
     with pytest.raises(ValueError, match=family):
-        from_eagle(target, tmp_path)
+        import_drafter(target, tmp_path)
 
 
 def test_a_drafter_is_known_by_its_tensors_where_its_config_is_an_eagle1_ones(target, tmp_path):
     written(tmp_path, config={"draft_vocab_size": None})
-    drafter = from_eagle(target, tmp_path)
+    drafter = import_drafter(target, tmp_path)
     assert type(drafter) is Eagle3Drafter and drafter.config.draft_vocab_size == DRAFT
 
 
@@ -160,22 +160,22 @@ def embeddings(target) -> torch.Tensor:
 def test_the_targets_own_embeddings_are_dropped_and_trained_ones_kept(target, tmp_path):
     own = embeddings(target)
     written(tmp_path, changes={"embed_tokens.weight": own})
-    assert from_eagle(target, tmp_path).embed_tokens is None
+    assert import_drafter(target, tmp_path).embed_tokens is None
     trained = own + 0.01
     written(tmp_path, changes={"embed_tokens.weight": trained})
-    assert from_eagle(target, tmp_path).embed_tokens.weight.equal(trained)
+    assert import_drafter(target, tmp_path).embed_tokens.weight.equal(trained)
 
 
 def test_a_drafter_reads_rows_of_the_table_where_the_target_scales_them(tmp_path):
     target = tiny_target("gemma3", num_hidden_layers=DEPTH, layer_types=["full_attention"] * DEPTH)
     written(tmp_path)
-    drafter = from_eagle(target, tmp_path)
+    drafter = import_drafter(target, tmp_path)
     assert drafter.embed_tokens.weight.equal(target.get_input_embeddings().weight)
 
 
 def test_a_checkpoint_keeps_its_precision_or_takes_the_one_that_is_asked_for(target, tmp_path):
     _, _, _, tensors = written(tmp_path)
-    drafter = from_eagle(target, tmp_path, dtype="float32")
+    drafter = import_drafter(target, tmp_path, dtype=torch.float32)
     assert drafter.lm_head.weight.equal(tensors["lm_head.weight"])
     assert drafter.d2t.dtype == torch.long and drafter.t2d.dtype == torch.bool
 
@@ -184,7 +184,7 @@ def test_a_full_draft_vocabulary_needs_no_maps(target, tmp_path):
     head = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(0))
     changes = {"lm_head.weight": head, "d2t": None, "t2d": None}
     written(tmp_path, changes=changes, config={"draft_vocab_size": VOCAB})
-    drafter = from_eagle(target, tmp_path)
+    drafter = import_drafter(target, tmp_path)
     assert drafter.draft_tokens.equal(torch.arange(VOCAB)) and drafter.t2d.all()
 
 
@@ -193,7 +193,7 @@ def test_a_target_whose_vocabulary_was_padded_takes_a_drafter_with_its_embedding
     written(tmp_path, changes={"embed_tokens.weight": embeddings(target) + 0.01})
     target.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
     with caplog.at_level(logging.WARNING):
-        drafter = from_eagle(target, tmp_path)
+        drafter = import_drafter(target, tmp_path)
     ids = torch.tensor([[5, VOCAB + 3, 3, 17]])
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     plain = target.generate(ids, **settings)
@@ -207,16 +207,11 @@ def far(target):
 
 
 BAD = {
-    "a d2t that leaves the vocabulary": ({}, far, "`d2t` .* leads to token 45, but the vocab"),
+    "a d2t that leaves the vocabulary": ({}, far, "names 15 different tokens; expected 16 diff"),
     "a d2t with a token twice": (
         {},
         lambda _: {"d2t": torch.arange(DRAFT).neg()},
         "names 1 different tokens; expected 16 different ids",
-    ),
-    "maps that disagree": (
-        {},
-        lambda _: {"t2d": torch.zeros(VOCAB, dtype=torch.bool)},
-        "`d2t` and `t2d` .* name different tokens",
     ),
     "no d2t": ({}, lambda _: {"d2t": None}, "missing: d2t"),
     "no head": ({}, lambda _: {"lm_head.weight": None}, "missing: lm_head.weight"),
@@ -246,16 +241,11 @@ BAD = {
         lambda _: {},
         "before the final norm",
     ),
-    "no fusion": (
-        {"eagle_config": {"use_aux_hidden_state": False}},
-        lambda _: {},
-        "of another kind, one that fuses no hidden states",
-    ),
     "another width": ({"hidden_size": 48}, lambda _: {}, "`hidden_size` of the target is 32, but"),
     "another vocabulary": (
         {"vocab_size": 48},
         lambda _: {},
-        "has no `embed_tokens.weight` to compare",
+        "`vocab_size` of the target is 40, but .* with 48",
     ),
     "another target": (
         {},
@@ -267,11 +257,6 @@ BAD = {
         lambda _: {},
         "config.json lacks a field, or has one that .*`draft_vocab_size` is 41",
     ),
-    "other frequencies": (
-        {},
-        lambda _: {"midlayer.self_attn.rotary_emb.inv_freq": torch.ones(4)},
-        "is not what its config's `rope_theta` gives",
-    ),
 }
 
 
@@ -280,18 +265,18 @@ def test_what_does_not_fit_is_named(target, tmp_path, case):
     config, changes, said = BAD[case]
     written(tmp_path, changes=changes(target), config=config)
     with pytest.raises(ValueError, match=f"(?s){said}"):
-        from_eagle(target, tmp_path)
+        import_drafter(target, tmp_path)
 
 
 def test_the_target_that_a_checkpoint_names_is_in_the_error(tmp_path):
     written(tmp_path, "speculators")
     target = tiny_target("llama", num_hidden_layers=DEPTH, hidden_size=48)
     with pytest.raises(ValueError, match=r"made for a target with 32 \(org/llama\)"):
-        from_eagle(target, tmp_path)
+        import_drafter(target, tmp_path)
 
 
 def test_a_pickle_that_is_no_state_dict_is_refused(target, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SAFEAI))
     torch.save({"model": {}, "epoch": 3}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="is not a state dict; save drafter.state_dict"):
-        from_eagle(target, tmp_path)
+        import_drafter(target, tmp_path)

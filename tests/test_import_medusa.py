@@ -1,7 +1,6 @@
 """Import and export of Medusa heads: predictions stay, and what does not fit is named."""
 
 import json
-import logging
 
 import pytest
 import torch
@@ -84,7 +83,7 @@ def test_heads_say_what_the_raw_tensors_and_the_formula_give(target, tmp_path, l
 
 
 def test_a_target_writes_the_same_tokens_with_imported_heads(target, tmp_path):
-    drafter = import_drafter(target, written(tmp_path, medusa_tensors()), dtype="float64")
+    drafter = import_drafter(target, written(tmp_path, medusa_tensors()), dtype=torch.float64)
     ids = torch.tensor([[5, 9, 3, 17], [0, 7, 22, 8]])
     settings = {"attention_mask": (ids != 0).long(), "max_new_tokens": 16, "pad_token_id": 0}
     plain = target.generate(ids, do_sample=False, **settings)
@@ -101,16 +100,11 @@ def test_heads_of_vllm_may_have_no_biases_or_a_copy_of_the_targets_lm_head(targe
     config = {**VLLM, "original_lm_head": True}
     drafter = import_drafter(target, written(tmp_path, shared, "model.safetensors", config))
     assert not drafter.config.has_lm_heads
-    shared["lm_heads.0.weight"] += 1.0
-    written(tmp_path, shared, "model.safetensors", config)
-    with pytest.raises(ValueError, match="`lm_head.weight` of the checkpoint was made for another"):
-        import_drafter(target, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("changes", "config", "said"),
     [
-        ({}, {"medusa_num_heads": 4}, "has 3 Medusa heads, but its `medusa_num_heads` is 4"),
         ({"1.0.linear.bias": None}, {}, "missing: blocks.1.0.linear.bias"),
         ({"1.1.weight": None}, {}, "missing: lm_heads.1.weight"),
         ({"3.1.weight": torch.ones(VOCAB, HIDDEN)}, {}, "unknown: lm_heads.3.weight"),
@@ -125,11 +119,6 @@ def test_heads_of_vllm_may_have_no_biases_or_a_copy_of_the_targets_lm_head(targe
             {"0.1.weight": torch.ones(48, HIDDEN)},
             {},
             "`vocab_size` of the target is 40, but .* with 48 .lmsys/vicuna-7b-v1.3.",
-        ),
-        (
-            {},
-            {"medusa_num_heads": "many"},
-            "config.json lacks a field, or has one that makes no se",
         ),
         ({}, {"base_model_name_or_path": 7}, "config.json lacks a field, or .*StrictDataclass"),
         ({"0.0.linear.bias": torch.full((32,), float("inf"))}, {}, "not finite: blocks.0.0.lin"),
@@ -157,31 +146,19 @@ def test_what_holds_no_heads_is_refused(target, tmp_path):
         import_drafter(target, tmp_path)
 
 
-def test_a_whole_model_belongs_to_its_heads(target, tmp_path):
-    name, config, rename = LAYOUTS["whole"]
-    written(tmp_path, rename(medusa_tensors(), 1), name, config)
-    other = tiny_target("llama", seed=5)
-    with pytest.raises(ValueError, match="`lm_head.weight` of the checkpoint was made for another"):
-        import_drafter(other, tmp_path)
-
-
 def test_a_checkpoint_of_a_family_that_is_not_read_is_named(target, tmp_path):
     write_checkpoint(tmp_path, {**PUBLISHED, "model_type": "dflash"}, {})
-    with pytest.raises(ValueError, match="another kind, DFlash; import one of EAGLE-1, .*Medusa"):
+    with pytest.raises(ValueError, match="another kind, dflash; import one of EAGLE-1, .*Medusa"):
         import_drafter(target, tmp_path)
 
 
 # ---- export
 
 
-CASES = [("medusa", {}), ("medusa", {"has_lm_heads": False}), ("vllm", {"num_hidden_layers": 2})]
-CASES += [("vllm", {}), ("vllm", {"has_lm_heads": False})]
-
-
-@pytest.mark.parametrize(("engine", "overrides"), CASES)
-def test_import_gives_back_what_was_exported(target, tmp_path, engine, overrides):
+@pytest.mark.parametrize("overrides", [{"num_hidden_layers": 2}, {}, {"has_lm_heads": False}])
+def test_import_gives_back_what_was_exported(target, tmp_path, overrides):
     drafter = made(target, **overrides)
-    done = export_drafter(drafter, engine, tmp_path / "out", target)
+    done = export_drafter(drafter, "vllm", tmp_path / "out", target)
     assert done.notes == []
     back = import_drafter(target, tmp_path / "out")
     assert back.state_dict().keys() == drafter.state_dict().keys()
@@ -191,27 +168,14 @@ def test_import_gives_back_what_was_exported(target, tmp_path, engine, overrides
     assert {name for name in ours if ours[name] != theirs[name]} <= {"dtype"}
 
 
-def test_an_import_is_exported_as_it_was(target, tmp_path):
-    tensors = {name: tensor.double() for name, tensor in medusa_tensors(3, 2).items()}
-    drafter = import_drafter(target, written(tmp_path / "in", tensors))
-    export_drafter(drafter, "medusa", tmp_path / "out")
-    found = torch.load(tmp_path / "out" / "medusa_lm_head.pt", weights_only=True)
-    assert found.keys() == tensors.keys()
-    assert all(found[name].equal(tensor) for name, tensor in tensors.items())
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["medusa_num_heads"], config["medusa_num_layers"]) == (3, 2)
-
-
-def test_what_an_engine_cannot_express_is_refused_or_said(target, tmp_path):
-    with pytest.raises(ValueError, match="`engine` is 'sglang'; use one of .'vllm', 'medusa'."):
-        export_drafter(made(target), "sglang", tmp_path / "out")
-    with pytest.raises(ValueError, match="vLLM reads a copy of the target's LM head; pass `target"):
-        export_drafter(made(target, has_lm_heads=False), "vllm", tmp_path / "out")
+def test_what_an_engine_cannot_express_is_refused(target, tmp_path):
+    with pytest.raises(ValueError, match="sglang drafts with no Medusa heads; use 'vllm'"):
+        export_drafter(made(target), "sglang", tmp_path / "out", target)
     wider = tiny_target("llama", vocab_size=48)
     with pytest.raises(ValueError, match="its heads have 40 tokens, and the target 48"):
-        export_drafter(made(target), "medusa", tmp_path / "out", wider)
+        export_drafter(made(target), "vllm", tmp_path / "out", wider)
     assert not (tmp_path / "out").exists()
-    done = export_drafter(made(target), "vllm", tmp_path / "out")
+    done = export_drafter(made(target), "vllm", tmp_path / "out", target)
     assert '"method": "medusa"' in done.command and '"num_speculative_tokens": 3' in done.command
     assert {*load_file(tmp_path / "out" / "medusa_lm_head.safetensors")} == {*medusa_tensors()}
 
@@ -219,24 +183,13 @@ def test_what_an_engine_cannot_express_is_refused_or_said(target, tmp_path):
 def test_the_commands_import_and_export_heads(folder, tmp_path):  # noqa: F811
     own = AutoModelForCausalLM.from_pretrained(folder / "target")
     MedusaDrafter.from_target(own, num_heads=2).save_pretrained(tmp_path / "drafter")
-    out = ["--output", tmp_path / "heads"]
-    made = printed(invoke("export", tmp_path / "drafter", "--to", "medusa", *out))
-    assert "medusa.inference.cli" in made
-    out = ["--target", folder / "target", "--output", tmp_path / "back"]
-    assert "The drafter is in" in printed(invoke("import", tmp_path / "heads", *out))
+    names = ["--target", folder / "target", "--output"]
+    made = invoke("export", tmp_path / "drafter", "--to", "vllm", *names, tmp_path / "heads")
+    assert '"method": "medusa"' in printed(made)
+    back = invoke("import", tmp_path / "heads", *names, tmp_path / "back")
+    assert "The drafter is in" in printed(back)
     back = AutoModel.from_pretrained(tmp_path / "back")
     assert type(back) is MedusaDrafter and back.lm_heads[1].weight.equal(own.lm_head.weight)
-
-
-@pytest.mark.parametrize("base", ["lmsys/vicuna-7b-v1.3", None])
-def test_heads_of_another_base_model_or_of_none_are_read_with_a_warning(
-    target, tmp_path, caplog, base
-):
-    written(tmp_path, medusa_tensors(), config={**PUBLISHED, "base_model_name_or_path": base})
-    with caplog.at_level(logging.WARNING):
-        import_drafter(target, tmp_path)
-    named = base or "an unnamed model"
-    assert f"were made for {named}, not by name for this target" in caplog.text
 
 
 def test_published_heads_are_a_warm_start(target, tmp_path):

@@ -11,7 +11,7 @@ from test_export import written
 from test_shared_prompts import ROOM, make_rows, make_trainer, share_prompts
 from transformers import LlamaConfig
 
-from coral_hf import CoralTrainingArguments, ParallelConfig, ParallelDrafter, from_eagle
+from coral_hf import CoralTrainingArguments, ParallelConfig, ParallelDrafter, import_drafter
 from coral_hf.checkpoints import export_drafter
 from coral_hf.decoding.drafting import TreeShape
 from coral_hf.drafters.eagle3 import ParallelDrafting
@@ -259,7 +259,7 @@ def test_import_gives_back_what_was_exported(deep, tmp_path, overrides):
     config, tensors = written(tmp_path / "out")
     assert config["ptd_token_id"] == 5 and config["num_hidden_layers"] == 2
     assert tensors["embed_tokens.weight"][5].equal(drafter.mask_embedding[0, 0])
-    back = from_eagle(deep, tmp_path / "out")
+    back = import_drafter(deep, tmp_path / "out")
     assert type(back) is ParallelDrafter and back.config.mask_token_id == 5
     assert back.state_dict().keys() == drafter.state_dict().keys()
     for name, tensor in drafter.state_dict().items():
@@ -278,7 +278,7 @@ def test_other_names_of_the_same_are_read(deep, tmp_path, names):
         config["mask_token_id"] = config.pop("ptd_token_id")
         config["speculators_model_type"] = "peagle"
     path.write_text(json.dumps(config | {"architectures": ["PEagleDraftModel"]}))
-    assert from_eagle(deep, tmp_path / "out").mask_embedding.equal(drafter.mask_embedding)
+    assert import_drafter(deep, tmp_path / "out").mask_embedding.equal(drafter.mask_embedding)
 
 
 @pytest.mark.parametrize(
@@ -293,24 +293,21 @@ def test_a_checkpoint_without_its_mask_token_is_refused(deep, tmp_path, changes,
     path = tmp_path / "out" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ValueError, match=said):
-        from_eagle(deep, tmp_path / "out")
+        import_drafter(deep, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    ("engine", "overrides", "with_target", "said"),
+    ("engine", "overrides", "said"),
     [
-        ("sglang", {}, True, "sglang drafts no tokens in parallel"),
-        ("vllm", {"mask_token_id": None}, True, "`mask_token_id` is None; set it"),
-        ("vllm", {}, False, "goes into the target's, so pass `target`"),
-        ("vllm", {"target_layers": [2, 4]}, True, "a shared hidden state of three layers"),
+        ("sglang", {}, "sglang drafts no tokens in parallel"),
+        ("vllm", {"mask_token_id": None}, "`mask_token_id` is None; set it"),
+        ("vllm", {"target_layers": [2, 4]}, "a shared hidden state of three layers"),
     ],
 )
-def test_what_an_engine_cannot_draft_is_refused(
-    deep, tmp_path, engine, overrides, with_target, said
-):
+def test_what_an_engine_cannot_draft_is_refused(deep, tmp_path, engine, overrides, said):
     drafter = made(deep, **{**EXPORTED, **overrides})
     with pytest.raises(ValueError, match=f"cannot be exported for {engine}: .*{said}"):
-        export_drafter(drafter, engine, tmp_path / "out", deep if with_target else None)
+        export_drafter(drafter, engine, tmp_path / "out", deep)
 
 
 def test_a_mask_token_that_is_none_is_refused():

@@ -1,25 +1,21 @@
-"""The Recurrent Drafter: its steps, beams and loss by their definitions; its released layout."""
+"""The Recurrent Drafter: its steps, beams and loss by their definitions."""
 
-import json
 from functools import partial
 
 import pytest
 import torch
-from conftest import VOCAB, invoke, printed, scatter_weights, tiny_target
-from safetensors.torch import load_file, save_file
+from conftest import VOCAB, scatter_weights, tiny_target
 from test_examples import folder  # noqa: F401  a fixture: a saved target and its conversations
 from test_families import PLAIN, drafted, prompts
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
 from coral_hf import (
     CoralDrafter,
     CoralTrainingArguments,
     RecurrentConfig,
     RecurrentDrafter,
-    import_drafter,
 )
-from coral_hf.checkpoints import export_drafter
 from coral_hf.decoding.drafting import PADDING, TreeShape
 from coral_hf.drafters.recurrent import RecurrentDrafting
 from coral_hf.hub import CardFacts, make_card
@@ -226,125 +222,6 @@ def test_a_goal_of_another_family_is_refused(target, tmp_path):
     args = CoralTrainingArguments(str(tmp_path), report_to="none", use_cpu=True, goal="tokens")
     with pytest.raises(ValueError, match="`goal` is 'tokens', but `model` is a CoralDrafter"):
         training_step(CoralDrafter.from_target(target).config, read_target(target), args)
-
-
-# ---- the released layout
-
-
-@pytest.mark.parametrize("fields", FORMS, ids=str)
-def test_import_gives_back_what_was_exported(target, tmp_path, fields):
-    drafter = drafter_of(target, **fields)
-    done = export_drafter(drafter, "redrafter", tmp_path / "out", target)
-    written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert written["model_type"] == "recurrent_drafting_drafter"
-    assert "recurrent_drafting.cmd.generate" in done.command
-    assert load_file(tmp_path / "out" / "model.safetensors").keys() == drafter.state_dict().keys()
-    back = import_drafter(target, tmp_path / "out")
-    for name, tensor in drafter.state_dict().items():
-        assert back.state_dict()[name].equal(tensor), name
-    ours, theirs = drafter.config.to_dict(), back.config.to_dict()
-    assert {name for name in ours if ours[name] != theirs[name]} <= {"dtype"}
-
-
-def released(place, target, **config):
-    """A checkpoint as the released code saves it, which leaves out what is its default."""
-    torch.manual_seed(0)
-    width = target.config.hidden_size
-    sizes = {"vocab_size": VOCAB, "hidden_size": width, "exit_dim": 2 * width}
-    fields = {"model_type": "recurrent_drafting_drafter", "num_draft_layers": 1, "rnn": True}
-    fields = {**fields, **sizes, **config}
-    tensors = {
-        "rnn_w.weight": torch.randn(width, width),
-        "rnn_u.weight": torch.randn(width, width),
-        "rnn_u.bias": torch.randn(width),
-        "lm_head.0.linear.weight": torch.randn(2 * width, 2 * width),
-        "lm_head.0.linear.bias": torch.randn(2 * width),
-        "lm_head.1.weight": torch.randn(VOCAB, 2 * width),
-    }
-    if not fields["rnn"]:
-        del fields["rnn"]
-        tensors = {name: one for name, one in tensors.items() if "rnn" not in name}
-    place.mkdir(exist_ok=True)
-    (place / "config.json").write_text(json.dumps(fields))
-    save_file(tensors, place / "model.safetensors")
-    return tensors
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma3", "granite"])
-@pytest.mark.parametrize("rnn", [True, False])
-@torch.no_grad()
-def test_a_released_drafter_reads_rows_of_the_table_as_it_did(tmp_path, family, rnn):
-    target = tiny_target(family)
-    tensors = released(tmp_path / "in", target, rnn=rnn)
-    if family != "llama" and not rnn:
-        with pytest.raises(ValueError, match="scales its embeddings by"):
-            import_drafter(target, tmp_path / "in")
-        return
-    drafter = import_drafter(target, tmp_path / "in")
-    raw = {name: tensor.double() for name, tensor in tensors.items()}
-    feature, state = torch.randn(2, target.config.get_text_config().hidden_size).double()
-    row = target.get_input_embeddings().weight[7]
-    expected = log_probs(raw, feature, read(raw, state, row))
-    embedding = read_target(target).embed(torch.tensor([[7]]))
-    states = drafter(embedding, torch.cat([feature, state])[None, None])
-    found = drafter.draft_logits(states)[0, 0].log_softmax(-1)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    export_drafter(drafter, "redrafter", tmp_path / "out", target, dtype="float32")
-    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
-        torch.testing.assert_close(tensor, tensors[name], rtol=1e-5, atol=1e-6)
-
-
-def test_checkpoints_that_do_not_fit_are_refused(target, tmp_path):
-    tensors, path = released(tmp_path, target), tmp_path / "model.safetensors"
-    for change, said in (
-        ({"rnn_w.bias": torch.zeros(32)}, "unknown: rnn_w.bias"),
-        ({"rnn_w.weight": torch.zeros(32, 31)}, "of another shape: rnn_w.weight"),
-        ({"rnn_u.bias": torch.full((32,), float("nan"))}, "not finite: rnn_u.bias"),
-    ):
-        save_file({**tensors, **change}, path)
-        with pytest.raises(ValueError, match=said):
-            import_drafter(target, tmp_path)
-    released(tmp_path, target, vocab_size=VOCAB + 1)
-    with pytest.raises(ValueError, match="`vocab_size` of the target is 40, but the drafter was"):
-        import_drafter(target, tmp_path)
-    released(tmp_path, target, num_draft_layers="two")
-    with pytest.raises(ValueError, match="config.json lacks a field, or has one that makes no"):
-        import_drafter(target, tmp_path)
-    released(tmp_path, target, model_type="llama")
-    with pytest.raises(ValueError, match="config.json lacks a field|is of another kind|of another"):
-        import_drafter(target, tmp_path)
-
-
-def test_what_an_engine_cannot_hold_is_not_written(target, tmp_path):
-    drafter = drafter_of(target)
-    with pytest.raises(ValueError, match="`engine` is 'vllm'; use one of .'redrafter'"):
-        export_drafter(drafter, "vllm", tmp_path / "out")
-    with pytest.raises(ValueError, match="`engine` is 'redrafter'; use one of .'vllm'"):
-        export_drafter(CoralDrafter.from_target(target), "redrafter", tmp_path / "out")
-    grown = tiny_target("llama", vocab_size=VOCAB + 1)
-    with pytest.raises(ValueError, match="its head has 40 tokens, the target 41"):
-        export_drafter(drafter, "redrafter", tmp_path / "out", grown)
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_commands_import_and_export(folder, tmp_path):  # noqa: F811
-    target = AutoModelForCausalLM.from_pretrained(folder / "target")
-    drafter = drafter_of(target)
-    drafter.save_pretrained(tmp_path / "own")
-    given = ["--to", "redrafter", "--output", tmp_path / "out", "--target", folder / "target"]
-    done = invoke("export", tmp_path / "own", *given)
-    assert done.exit_code == 0, done.output
-    back = ["--target", folder / "target", "--output", tmp_path / "back"]
-    done = invoke("import", tmp_path / "out", *back)
-    assert done.exit_code == 0, done.output
-    loaded = AutoModel.from_pretrained(tmp_path / "back")
-    for name, tensor in drafter.state_dict().items():
-        assert loaded.state_dict()[name].equal(tensor), name
-    assert "holds a drafter of coral_hf already" in printed(
-        invoke(
-            "import", tmp_path / "own", "--target", folder / "target", "--output", tmp_path / "x"
-        )
-    )
 
 
 def test_the_card_says_what_it_reads_and_has():

@@ -142,7 +142,7 @@ def served(python, tmp_path_factory) -> dict[str, tuple[dict, tuple]]:
     folder = tmp_path_factory.mktemp("served")
     llama = Pair("llama", folder / "llama")
     llama.add_heads()
-    exported = export_drafter(llama.drafter, "vllm", folder / "exported")
+    exported = export_drafter(llama.drafter, "vllm", folder / "exported", llama.target)
     jobs = {"alone": llama.job(None), "exported": llama.job(str(exported.folder))}
     ours = {"alone": llama.chains("full"), "exported": llama.chains("full")}
     for head in ("full", "routed", "frequency"):

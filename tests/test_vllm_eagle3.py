@@ -6,7 +6,7 @@ from conftest import tiny_target
 from test_vllm import BATCH, DEPTH, NEW, PROMPT, SIZES, VOCAB
 from vllm_environment import run_jobs, vllm_python
 
-from coral_hf import Eagle3Drafter, from_eagle
+from coral_hf import Eagle3Drafter, import_drafter
 from coral_hf.checkpoints import export_drafter
 
 pytestmark = pytest.mark.slow
@@ -93,7 +93,7 @@ def served(tmp_path_factory) -> dict[str, tuple[dict, tuple]]:
         export_drafter(drafter, "vllm", folder / name, target)
         jobs.append({**job, "drafter": str(folder / name)})
         ours[name] = chains(target, drafter, prompts[:8].roll(1, -1))
-        back = from_eagle(target, folder / name)
+        back = import_drafter(target, folder / name)
         assert chains(target, back, prompts[:8].roll(1, -1)) == ours[name]
     alone, *results = run_jobs(vllm_python(), folder, jobs)
     found = {name: (one, ours[name]) for name, one in zip(CASES, results, strict=True)}

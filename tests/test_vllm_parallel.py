@@ -7,7 +7,7 @@ from test_vllm import BATCH, DEPTH, NEW, PROMPT, SIZES, VOCAB
 from test_vllm_eagle3 import DRAFT, LAYERS, chains
 from vllm_environment import run_jobs, vllm_python
 
-from coral_hf import ParallelDrafter, from_eagle
+from coral_hf import ParallelDrafter, import_drafter
 from coral_hf.checkpoints import export_drafter
 
 pytestmark = pytest.mark.slow
@@ -71,7 +71,7 @@ def served(tmp_path_factory) -> dict[str, tuple[dict, tuple]]:
         speculation = {"parallel_drafting": True}
         jobs.append({**job, "drafter": str(folder / name), "speculation": speculation})
         ours[name] = chains(target, drafter, prompts)
-        assert chains(target, from_eagle(target, folder / name), prompts) == ours[name]
+        assert chains(target, import_drafter(target, folder / name), prompts) == ours[name]
     results = run_jobs(vllm_python(), folder, jobs)
     return {name: (one, ours[name]) for name, one in zip(CASES, results, strict=True)}
 

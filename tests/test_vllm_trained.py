@@ -90,7 +90,8 @@ def served(trained, tmp_path_factory) -> dict[str, tuple[dict, tuple]]:
     """By name: what vLLM gave, and the texts and rounds of our own chains."""
     folder = tmp_path_factory.mktemp("served")
     heads = {"exported": "full", "full": "full", "routed": "routed"}
-    places = {"exported": export_drafter(trained.drafter, "vllm", folder / "exported").folder}
+    out = folder / "exported"
+    places = {"exported": export_drafter(trained.drafter, "vllm", out, trained.target).folder}
     for head in ("full", "routed"):
         trained.drafter.config.draft_head = head
         trained.drafter.save_pretrained(folder / head)

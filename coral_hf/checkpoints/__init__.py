@@ -1,6 +1,6 @@
 """Checkpoints in other formats: those of drafters come in, those of other engines go out."""
 
 from .eagle import check_tensors
-from .export import check_drafter, export_drafter, export_files
+from .export import export_drafter
 from .files import check_output, config_folder, read_config
-from .importing import DRAFTER_FILES, from_eagle, import_drafter, read_shape
+from .importing import import_drafter, read_shape

@@ -27,29 +27,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from ..drafters.eagle3 import Eagle3Config, Eagle3Drafter, ParallelDrafter, default_layers
 from ..target import Target, check_target, read_target, text_config
-from . import eagle
-from .eagle import EMBEDDINGS, is_plain
-from .files import Checkpoint, check_dense
+from .eagle import EMBEDDINGS, check_table, is_plain, read_eagle_shape, table_scale
+from .files import Checkpoint
 
 HIDDEN, EMBEDDING = "mask_hidden", "mask_embedding"
 TOKEN = "ptd_token_id"  # as it is written
 TOKENS = ("pard_token", TOKEN, "mask_token_id")
 SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 LAYERS = "eagle_aux_hidden_state_layer_ids"
-MAPS = ("d2t", "t2d")
 # what an EAGLE-3 drafter has and an EAGLE-1 drafter has not
-OWN_TENSORS = (*MAPS, "midlayer.", "hidden_norm.", "layers.0.hidden_norm.")
-# beginnings of names, as older files have them → ours; the norms are of trainers before 3.1
-OLD_NAMES = {
-    "midlayer.": "layers.0.",
-    "aux_norm_low.": "fc_norm.0.",
-    "aux_norm_mid.": "fc_norm.1.",
-    "aux_norm_high.": "fc_norm.2.",
+OWN_TENSORS = ("d2t", "t2d", "midlayer.", "hidden_norm.", "layers.0.hidden_norm.")
+# patterns of names, as older files have them → ours; the norms are of trainers before 3.1
+NAMES = {
+    r"^model\.": "",
+    r"^midlayer\.": "layers.0.",
+    r"^aux_norm_low\.": "fc_norm.0.",
+    r"^aux_norm_mid\.": "fc_norm.1.",
+    r"^aux_norm_high\.": "fc_norm.2.",
 }
 # fields that tensors decide; a norm that the config names must be there
 FROM_TENSORS = {
@@ -62,8 +60,6 @@ FROM_TENSORS = {
     "qk_norm": "layers.0.self_attn.q_norm.weight",
     "has_embeddings": EMBEDDINGS,
 }
-SAMPLE = 4096  # rows of two tables that are compared
-SAME_TABLE = 0.5  # mean cosine of rows from which on one table was trained from the other
 
 
 def named_kind(config: dict[str, Any]) -> type[Eagle3Drafter] | None:
@@ -76,8 +72,7 @@ def named_kind(config: dict[str, Any]) -> type[Eagle3Drafter] | None:
 
 
 def _mask_token(config: dict[str, Any]) -> int | None:
-    found = [int(config[name]) for name in TOKENS if config.get(name) is not None]
-    return found[0] if found else None
+    return next((int(config[name]) for name in TOKENS if config.get(name) is not None), None)
 
 
 def read_eagle3_shape(config: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +88,7 @@ def read_eagle3_shape(config: dict[str, Any]) -> dict[str, Any]:
     if layer is not None:  # speculators leaves out what is its class's default
         fields = CONFIG_MAPPING[layer.get("model_type", "llama")](**layer).to_dict()
     # the tensors tell of biases
-    shape = eagle.read_eagle_shape({**fields, "bias": None, "qkv_bias": None})
+    shape = read_eagle_shape({**fields, "bias": None, "qkv_bias": None})
     switches = {name: bool(said[name]) for name in SWITCHES if said.get(name) is not None}
     if layer is not None:  # as vLLM reads an older one
         switches.setdefault("norm_before_residual", True)
@@ -144,31 +139,25 @@ def eagle3_drafter(
     """Make a drafter of a checkpoint's sizes, and bring its tensors into our form."""
     # of a config that does not tell EAGLE-3 from EAGLE-1, the fields were read as EAGLE-1's
     shape = fitted_shape(read_eagle3_shape(found.config), found.config, target)
-    for name in list(tensors):
-        tensors[_our_name(name)] = tensors.pop(name)
-    check_dense({name: one for name, one in tensors.items() if name not in MAPS}, found.folder)
     if "lm_head.weight" in tensors:
         shape = {"draft_vocab_size": len(tensors["lm_head.weight"])} | shape
-    bound, kind = read_target(target), Eagle3Drafter
+    bound, kind, has_table = read_target(target), Eagle3Drafter, EMBEDDINGS in tensors
     if HIDDEN in tensors or "mask_token_id" in shape:
         kind = ParallelDrafter
         _split_table(tensors, bound, shape.get("mask_token_id"), found.folder)
-    _settle_embeddings(tensors, bound, shape)
+    _settle_embeddings(tensors, bound, shape["has_embeddings"])
     shape |= {
         field: name in tensors or shape.get(field, False) for field, name in FROM_TENSORS.items()
     }
     drafter = kind.from_target(target, **shape)
-    eagle.drop_frequencies(tensors, drafter.config)
-    _settle_maps(tensors, drafter)
+    check_target(drafter.config, target, takes_other_vocabulary=has_table)
+    vocab_size, size = drafter.config.vocab_size, drafter.config.draft_vocab_size
+    if size == vocab_size:
+        tensors.setdefault("d2t", torch.zeros(size, dtype=torch.long))
+    if "d2t" in tensors and tensors["d2t"].shape == drafter.d2t.shape:
+        drafter.set_draft_vocabulary(tensors["d2t"].cpu().long() + torch.arange(size))
+        tensors["t2d"] = drafter.t2d  # which follows
     return drafter
-
-
-def _our_name(name: str) -> str:
-    name = name.removeprefix("model.")
-    for theirs, ours in OLD_NAMES.items():
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return name
 
 
 def _split_table(
@@ -197,59 +186,22 @@ def _split_table(
         tensors[EMBEDDINGS][token] = own[token].detach().to(found)
 
 
-def _settle_embeddings(tensors: dict[str, Tensor], target: Target, shape: dict[str, Any]) -> None:
+def _settle_embeddings(tensors: dict[str, Tensor], target: Target, is_wider: bool) -> None:
     """Drop embeddings (vocab, hidden) that are the target's own, which the drafter reads then.
 
     Where the target scales its embeddings, the drafter gets a copy of the rows, as engines feed
     them.
 
     Raises:
-        ValueError: if they are of another target, or would be needed to tell.
+        ValueError: if they are of another target.
     """
     own, found = target.embeddings.weight, tensors.get(EMBEDDINGS)
     if found is None:
-        eagle.check_num_tokens(shape["vocab_size"], text_config(target.model).vocab_size)
-        if eagle.table_scale(target) != 1.0 and not shape["has_embeddings"]:
+        if table_scale(target) != 1.0 and not is_wider:
             tensors[EMBEDDINGS] = own.detach().cpu().clone()
-        return
-    if not is_plain(own) or found.ndim != 2 or found.shape[1] != own.shape[1]:
-        return  # nothing to compare with; a wrong shape is named with the others
-    rows = min(len(found), len(own))
-    ours = own.detach()[:rows].to(found.device, found.dtype)
-    if found[:rows].equal(ours) and eagle.table_scale(target) == 1.0:
-        del tensors[EMBEDDINGS]
-        return
-    pair = (found[: min(rows, SAMPLE)].float(), ours[:SAMPLE].float())
-    if F.cosine_similarity(*pair, dim=1).mean() < SAME_TABLE:
-        raise ValueError(
-            f"`{EMBEDDINGS}` of the EAGLE-3 checkpoint was made for another target: its rows were"
-            " not trained from this one's. Use the checkpoint's own target."
-        )
-
-
-def _settle_maps(tensors: dict[str, Tensor], drafter: Eagle3Drafter) -> None:
-    """Check the maps between the vocabularies, (draft_vocab,) and (vocab,), or fill them in.
-
-    Raises:
-        ValueError: if `d2t` leaves the vocabulary, or they contradict each other.
-    """
-    config, found = drafter.config, tensors.get("d2t")
-    if found is None and config.draft_vocab_size == config.vocab_size:
-        tensors["d2t"] = found = torch.zeros(config.vocab_size, dtype=torch.long)
-    if found is None or found.shape != drafter.d2t.shape:
-        return  # named with all other tensors that do not fit
-    tokens = found.cpu().long() + torch.arange(len(found))
-    outside = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
-    if len(outside):
-        raise ValueError(
-            f"`d2t` of the EAGLE-3 checkpoint leads to token {int(outside[0])}, but the vocabulary"
-            f" has {config.vocab_size} tokens. It belongs to another target, or is damaged."
-        )
-    drafter.set_draft_vocabulary(tokens)
-    mask = drafter.t2d.cpu()
-    given = tensors.setdefault("t2d", mask).cpu().bool()
-    if given.shape == mask.shape and given.ne(mask).any():
-        raise ValueError(
-            "`d2t` and `t2d` of the EAGLE-3 checkpoint name different tokens; download it again, or"
-            " delete `t2d`, which follows from `d2t`."
-        )
+    elif is_plain(own) and found.shape[-1] == own.shape[-1]:  # else there is nothing to compare
+        check_table(EMBEDDINGS, found, own)
+        rows = min(len(found), len(own))
+        is_own = found[:rows].equal(own.detach()[:rows].to(found.device, found.dtype))
+        if is_own and table_scale(target) == 1.0:
+            del tensors[EMBEDDINGS]

@@ -1,13 +1,14 @@
-"""Import of drafters of EAGLE-1, 2 and 3, P-EAGLE and HASS, Medusa heads, Recurrent Drafters.
+"""Import of drafters of EAGLE-1, 2 and 3, P-EAGLE and HASS, and of Medusa heads.
 
 In: a target and a folder or Hub id. Out: a drafter with the predictions of the checkpoint, of the
 family that it is of. Each tensor has its place, is compared with the target's own and dropped, or
 is an error.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,27 +18,43 @@ from ..drafters.coral import CoralConfig, CoralDrafter
 from ..drafters.eagle3 import Eagle3Drafter, ParallelDrafter
 from ..drafters.medusa import MedusaDrafter
 from ..drafters.model import FAMILIES, Drafter
-from ..drafters.recurrent import RecurrentConfig, RecurrentDrafter
 from ..identity import record_tokenizer
 from ..target import check_target, read_target, text_config
-from . import eagle, eagle3, other_families
-from .files import WEIGHTS, Checkpoint, config_folder, read_config, read_dtype, read_weights
-
-# patterns of the file names that saving a drafter and its target's tokenizer writes
-DRAFTER_FILES = (
-    *("config.json", "generation_config.json", "training_record.json"),
-    *("model.safetensors*", "model-*-of-*.safetensors"),
-    *("tokenizer*", "*_tokens*.json", "chat_template.jinja", "vocab.*", "merges.txt", "*.model"),
+from . import eagle, eagle3, medusa
+from .files import (
+    WEIGHTS,
+    Checkpoint,
+    check_dense,
+    config_folder,
+    read_config,
+    read_weights,
+    renamed,
 )
+
 # what the config of a family that is not imported holds
-OTHER_FAMILIES = {"dflash": "DFlash", "dspark": "DSpark", "domino": "Domino", "mtp": "MTP"}
-# of a family: what reads its fields in a config.json, and what makes a drafter of its tensors
-FORMATS: dict[type[Drafter], tuple[Callable, Callable]] = {
-    CoralDrafter: (eagle.read_eagle_shape, eagle.eagle_drafter),
-    Eagle3Drafter: (eagle3.read_eagle3_shape, eagle3.eagle3_drafter),
-    ParallelDrafter: (eagle3.read_eagle3_shape, eagle3.eagle3_drafter),
-    MedusaDrafter: (other_families.read_medusa_shape, other_families.medusa_drafter),
-    RecurrentDrafter: (other_families.read_recurrent_shape, other_families.recurrent_drafter),
+OTHERS = re.compile("dflash|dspark|domino|mtp|recurrent")
+
+
+class Format(NamedTuple):
+    """How the checkpoints of a family are read."""
+
+    read_shape: Callable[[dict], dict]  # config.json → fields of the drafter's config
+    make: Callable[..., Drafter]  # a drafter of tensors, which are left in its form
+    names: dict[str, str]  # patterns of tensors' names → ours
+    weights: tuple[str, ...] = WEIGHTS  # files that are looked for
+
+
+EAGLE3 = Format(eagle3.read_eagle3_shape, eagle3.eagle3_drafter, eagle3.NAMES)
+FORMATS: dict[type[Drafter], Format] = {
+    CoralDrafter: Format(eagle.read_eagle_shape, eagle.eagle_drafter, {}),
+    Eagle3Drafter: EAGLE3,
+    ParallelDrafter: EAGLE3,
+    MedusaDrafter: Format(
+        medusa.read_medusa_shape,
+        medusa.medusa_drafter,
+        medusa.NAMES,
+        (*medusa.WEIGHTS, *WEIGHTS),
+    ),
 }
 
 
@@ -54,19 +71,16 @@ def read_shape(folder: Path) -> Checkpoint:
             " AutoModel.from_pretrained."
         )
     kinds = ("speculators_model_type", "architectures", "model_type")
-    said = str([config.get(name) for name in kinds]).lower()
-    names = [name for word, name in OTHER_FAMILIES.items() if word in said]
-    for fields in (config, config.get("eagle_config") or {}):
-        if fields.get("use_aux_hidden_state") is False:
-            names.append("one that fuses no hidden states (`use_aux_hidden_state`)")
-    if names:
+    if other := OTHERS.search(str([config.get(name) for name in kinds]).lower()):
         raise ValueError(
-            f"{folder} holds a drafter of another kind, {names[0]}; import one of EAGLE-1, EAGLE-2,"
-            " EAGLE-3, P-EAGLE, HASS, Medusa or the Recurrent Drafter."
+            f"{folder} holds a drafter of another kind, {other[0]}; import one of EAGLE-1, EAGLE-2,"
+            " EAGLE-3, P-EAGLE, HASS or Medusa."
         )
-    kind = _kind_of(config)
+    # one that names no family is of EAGLE-1, or of old EAGLE-3
+    kind = eagle3.named_kind(config) or CoralDrafter
+    kind = MedusaDrafter if medusa.names_medusa(config) else kind
     try:
-        return Checkpoint(folder, config, FORMATS[kind][0](config), kind)
+        return Checkpoint(folder, config, FORMATS[kind].read_shape(config), kind)
     except Exception as error:  # transformers raises any, wherever it meets a field
         raise ValueError(
             f"{folder / CONFIG_NAME} lacks a field, or has one that makes no sense"
@@ -74,20 +88,11 @@ def read_shape(folder: Path) -> Checkpoint:
         ) from error
 
 
-def _kind_of(config: dict[str, Any]) -> type[Drafter]:
-    """The family of a config.json; one that names none is of EAGLE-1, or of old EAGLE-3."""
-    if config.get("model_type") == other_families.RELEASED:
-        return RecurrentDrafter
-    if other_families.names_medusa(config):
-        return MedusaDrafter
-    return eagle3.named_kind(config) or CoralDrafter
-
-
 def import_drafter(
     target: PreTrainedModel,
     source: str | Path,
     *,
-    dtype: str | torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     **download: Any,
 ) -> Drafter:
@@ -97,8 +102,7 @@ def import_drafter(
         target: the target that the checkpoint was made for. Its vocabulary may have grown, shrunk
             or been padded since, if the checkpoint has the embeddings of its own.
         source: a folder or Hub id, with config.json and the weights in safetensors or a pickle,
-            in one file or in shards; EAGLE-1, 2 or 3, P-EAGLE, HASS, Medusa heads, a Recurrent
-            Drafter.
+            in one file or in shards; EAGLE-1, 2 or 3, P-EAGLE, HASS, Medusa heads.
         dtype: of the drafter; the target's by default.
         tokenizer: the target's, whose hash the drafter then remembers.
         download: `revision`, `cache_dir`, `token` and `local_files_only` of a Hub id, as in
@@ -109,17 +113,17 @@ def import_drafter(
             target, naming the tensor, field or file.
         HfHubHTTPError, LocalEntryNotFoundError: as huggingface_hub raises them for a Hub id.
     """
-    dtype = target.dtype if dtype is None else read_dtype(dtype)
     folder = config_folder(source, **download)
     found = read_shape(folder)
     _check_shape(target, found)
-    names = (*other_families.MEDUSA_WEIGHTS, *WEIGHTS) if found.kind is MedusaDrafter else WEIGHTS
-    tensors = read_weights(source, folder, names, **download)
+    tensors = read_weights(source, folder, FORMATS[found.kind].weights, **download)
     is_eagle3 = any(name.startswith(eagle3.OWN_TENSORS) for name in tensors)
-    kind = Eagle3Drafter if found.kind is CoralDrafter and is_eagle3 else found.kind
-    drafter: Drafter = FORMATS[kind][1](target, found, tensors).to(dtype)
+    form = EAGLE3 if found.kind is CoralDrafter and is_eagle3 else FORMATS[found.kind]
+    tensors = renamed(tensors, form.names)
+    check_dense({n: one for n, one in tensors.items() if n not in ("d2t", "t2d")}, folder)
+    drafter = form.make(target, found, tensors).to(target.dtype if dtype is None else dtype)
     eagle.check_tensors(tensors, drafter.state_dict(), f"The checkpoint {folder}")
-    if isinstance(drafter, CoralDrafter | RecurrentDrafter):
+    if isinstance(drafter, CoralDrafter):
         scale = eagle.table_scale(read_target(target))
         tensors = eagle.scale_embeddings(tensors, 1 / scale)
     drafter.load_state_dict(tensors)
@@ -131,15 +135,10 @@ def import_drafter(
     return drafter.eval()
 
 
-from_eagle = import_drafter  # by the name of the first family that was read
-
-
 def _check_shape(target: PreTrainedModel, found: Checkpoint) -> None:
     """Raise a ValueError if a config says that the drafter is another target's."""
     if issubclass(found.kind, Eagle3Drafter):
         eagle3.fitted_shape(found.fields, found.config, target)
-    elif found.kind is RecurrentDrafter:
-        check_target(RecurrentConfig(**found.fields), target)
     elif found.kind is CoralDrafter:  # whose tensors tell of the vocabulary
         own = {"vocab_size": text_config(target).vocab_size}
         check_target(CoralConfig(**found.fields | own), target)

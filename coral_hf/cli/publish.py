@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..measure.settings import option
-from .options import DTYPES, DatasetOptions, TargetOptions
-
-OVERWRITE = "Replace an earlier checkpoint in the output folder."
+from .options import TargetOptions, load_drafter
 
 
 @dataclass(kw_only=True)
@@ -40,72 +38,41 @@ class ImportOptions(TargetOptions):
     """The checkpoint, and the folder that it goes to."""
 
     source: str = option("Folder or Hub id of such a checkpoint.", positional=True)
-    output: Path = option("Folder of the drafter.")
+    output: Path = option("A new or an empty folder.")
     revision: str | None = option("Revision of the checkpoint's Hub id.", None)
-    overwrite: bool = option(OVERWRITE, False)
 
 
 def import_(own: ImportOptions) -> None:
-    """Turn a checkpoint of EAGLE-1, 2, 3, HASS, Medusa or a Recurrent Drafter into a drafter."""
+    """Turn a checkpoint of EAGLE-1, 2, 3, P-EAGLE, HASS or Medusa into a drafter."""
     from ..atomic import new_folder
-    from ..checkpoints import DRAFTER_FILES, check_output, config_folder, import_drafter, read_shape
+    from ..checkpoints import check_output, config_folder, import_drafter, read_shape
 
-    place = (own.output, own.overwrite, DRAFTER_FILES, (own.source, own.target))
-    check_output(*place)
+    check_output(own.output)
     # before the target, which takes longer
     read_shape(config_folder(own.source, revision=own.revision))
     target, tokenizer = own.load_target()
     drafter = import_drafter(target, own.source, tokenizer=tokenizer, revision=own.revision)
-    check_output(*place)  # again: the loading takes minutes
-    with new_folder(own.output, last="config.json") as folder:
+    with new_folder(own.output) as folder:
         drafter.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     print(f"The drafter is in {own.output}.")
 
 
 @dataclass(kw_only=True)
-class ExportOptions(DatasetOptions):
+class ExportOptions(TargetOptions):
     """The drafter, and how it is written."""
 
     drafter: str = option("The drafter: a folder or a Hub id.", positional=True)
-    to: Literal["vllm", "sglang", "eagle", "medusa", "redrafter"] = option("What reads it.")
+    to: Literal["vllm", "sglang"] = option("What reads it.")
     output: Path = option("A new or an empty folder.")
-    target: str | None = option("The target, whose embeddings are then copied or compared.", None)
-    dtype: DTYPES = option("Precision that is written; the drafter's own by default.", "auto")
-    num_hot_tokens: int | None = option("How many SGLang may draft.", None, needs="target dataset")
-    dataset: list[str] = option("Where tokens are counted.", [], needs="num_hot_tokens")
-    limit: int = option("Rows counted of each.", 200, least=1, needs="num_hot_tokens")
-    overwrite: bool = option(OVERWRITE, False)
 
 
 def export(own: ExportOptions) -> None:
-    """Write a drafter as vLLM, SGLang, or the code of its own paper reads it."""
-    from transformers import AutoModel
+    """Write a drafter as vLLM or SGLang reads it, in the target's precision."""
+    from ..checkpoints import check_output, export_drafter
 
-    from ..checkpoints import check_drafter, check_output, export_drafter, export_files
-    from ..measure.chat import restore_chat_options
-    from ..target import read_target
-    from ..training.data import prepare_dataset
-    from ..training.grouping import most_frequent_first, token_counts
-
-    if own.num_hot_tokens is not None and own.to != "sglang":
-        raise ValueError("--num-hot-tokens goes with --to sglang.")
-    sources = (own.drafter, own.target)
-    check_output(own.output, own.overwrite, export_files(own.to), sources)
-    check_drafter(own.drafter)
-    drafter, target, hot_tokens = AutoModel.from_pretrained(own.drafter, dtype="auto"), None, None
-    if own.target is not None:
-        target, tokenizer = TargetOptions(target=own.target).load_target()
-        drafter = drafter.to(target.device)
-        if own.num_hot_tokens is not None:
-            restore_chat_options(tokenizer, drafter.config)
-            # those that the target says most after rows of the dataset, its end tokens first
-            rows = prepare_dataset(own.conversations(own.limit), tokenizer, max_length=2048)
-            counts = token_counts(read_target(target), rows.with_format("torch"))
-            if (ends := drafter.config.eos_token_id) is not None:
-                counts[ends] = counts.max() + 1
-            hot_tokens = most_frequent_first(counts)[: own.num_hot_tokens]
-    dtype = None if own.dtype == "auto" else own.dtype
-    done = export_drafter(drafter, own.to, own.output, target, dtype, hot_tokens, own.overwrite)
+    check_output(own.output)
+    target, _ = own.load_target()
+    done = export_drafter(load_drafter(own.drafter, target), own.to, own.output, target)
     print(*done.notes, f"The drafter is in {done.folder}. Serve it with", sep="\n")
     print(f"  {done.command}")

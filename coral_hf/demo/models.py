@@ -56,7 +56,7 @@ def kept(settings: DemoSettings, name: str, train: Callable[[Path], None], **rea
     folder = settings.output / name
     trained = {key: value for key, value in vars(settings).items() if key not in NOT_TRAINED}
     if not (folder / RECORD).is_file():
-        with new_folder(folder, last=RECORD) as unfinished:
+        with new_folder(folder) as unfinished:
             train(unfinished)
             keep_settings(unfinished / RECORD, trained | read, folder)
     keep_settings(folder / RECORD, trained | read, folder)
