@@ -55,8 +55,8 @@ def engine_config(config: DrafterConfig, scales: Scales, engine: str) -> dict[st
         if scales.softcap is not None:
             fields["final_logit_softcapping"] = scales.softcap
         return fields
-    own = {"qkv_bias": config.attention_bias, "logit_scale": scales.logit}
-    return fields | {name: value for name, value in own.items() if value not in (False, 1.0)}
+    fields |= {"qkv_bias": True} if config.attention_bias else {}
+    return fields | ({"logit_scale": scales.logit} if scales.logit != 1.0 else {})
 
 
 def obstacles(config: DrafterConfig, scales: Scales, engine: str, has_fc_bias: bool) -> list[str]:
