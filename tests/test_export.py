@@ -283,7 +283,7 @@ def routed(target):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_router_stays_behind_and_a_note_says_so(routed, tmp_path, engine):
+def test_a_router_stays_behind_and_a_note_says_so(target, routed, tmp_path, engine):
     done = export_drafter(routed, engine, tmp_path / "out", target)
     assert not [name for name in written(tmp_path / "out")[1] if "router" in name]
     assert done.notes[0].startswith(
