@@ -304,7 +304,7 @@ def test_a_file_that_is_cut_off_or_stands_for_another_is_named(target, tmp_path,
 def test_a_tensor_that_a_cast_would_spoil_is_refused(target, tmp_path, name, tensor, said):
     write_checkpoint(tmp_path, LLAMA2, {**eagle_tensors(LLAMA2), name: tensor})
     with pytest.raises(
-        ValueError, match=f"`{name}` in .* is {said}.*float16, torch.bfloat16, torch.float32"
+        ValueError, match=f"`{name}` in .* is {said}.*torch.bfloat16, torch.float32"
     ):
         import_drafter(target, tmp_path)
 
@@ -463,12 +463,6 @@ def test_a_checkpoint_without_weights_on_the_hub_is_named(hub, take):
     hub.put_files("org/empty", {"config.json": json.dumps(LLAMA2).encode()})
     with pytest.raises(RuntimeError, match="has none of .*pytorch_model.bin and no shards"):
         take("org/empty")
-
-
-def test_no_weights_are_downloaded_for_a_config_that_does_not_fit(hub, take):
-    with pytest.raises(RuntimeError, match="`hidden_size` of the target is 32, but .* with 64"):
-        take("org/wide")
-    assert hub.asked("pytorch_model.bin") == 0 and hub.asked("GET .*config.json") == 1
 
 
 def test_a_private_checkpoint_is_read_with_a_token_of_a_revision(hub, reader, take, tmp_path):

@@ -14,12 +14,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
-from ..drafters.coral import CoralConfig, CoralDrafter
+from ..drafters.coral import CoralDrafter
 from ..drafters.eagle3 import Eagle3Drafter, ParallelDrafter
 from ..drafters.medusa import MedusaDrafter
 from ..drafters.model import FAMILIES, Drafter
 from ..identity import record_tokenizer
-from ..target import check_target, read_target, text_config
+from ..target import read_target
 from . import eagle, eagle3, medusa
 from .files import (
     WEIGHTS,
@@ -115,7 +115,6 @@ def import_drafter(
     """
     folder = config_folder(source, **download)
     found = read_shape(folder)
-    _check_shape(target, found)
     tensors = read_weights(source, folder, FORMATS[found.kind].weights, **download)
     is_eagle3 = any(name.startswith(eagle3.OWN_TENSORS) for name in tensors)
     form = EAGLE3 if found.kind is CoralDrafter and is_eagle3 else FORMATS[found.kind]
@@ -133,12 +132,3 @@ def import_drafter(
     origin = (None, None) if is_local else (str(source), folder.name)
     drafter.training_record = [{"stage": "import", "source": origin[0], "revision": origin[1]}]
     return drafter.eval()
-
-
-def _check_shape(target: PreTrainedModel, found: Checkpoint) -> None:
-    """Raise a ValueError if a config says that the drafter is another target's."""
-    if issubclass(found.kind, Eagle3Drafter):
-        eagle3.fitted_shape(found.fields, found.config, target)
-    elif found.kind is CoralDrafter:  # whose tensors tell of the vocabulary
-        own = {"vocab_size": text_config(target).vocab_size}
-        check_target(CoralConfig(**found.fields | own), target)

@@ -4,7 +4,6 @@ In: names of folders, files and Hub repositories. Out: models, prompts, datasets
 to import is imported when it is needed.
 """
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,8 +11,6 @@ from typing import Literal
 from .. import measure
 from ..measure.settings import option
 
-logger = logging.getLogger(__name__)
-A_HANDFUL = 10  # prompts, below which a figure says little
 DTYPES = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 
@@ -140,13 +137,6 @@ class PromptOptions:
         part = (self.limit, self.last, self.user_turn)
         return [prompt for path in self.prompts for prompt in measure.read_prompts(path, *part)]
 
-    def measured_prompts(self) -> list:
-        """Return the prompts that figures rest on, and warn if they are few."""
-        if len(prompts := self.read_prompts()) < A_HANDFUL:
-            few = f"Only {len(prompts)} prompt{'s' if len(prompts) > 1 else ''}"
-            logger.warning(f"{few}: figures are a first look; give {A_HANDFUL} or more.")
-        return prompts
-
 
 @dataclass(kw_only=True)
 class DrafterOptions(TargetOptions):
@@ -174,7 +164,7 @@ class MeasuredOptions(DrafterOptions, PromptOptions):
 
     def load(self) -> tuple:
         """Return the target, padded if that was asked for, drafter, tokenizer and prompts."""
-        prompts = self.measured_prompts()  # first, since loading models takes longer
+        prompts = self.read_prompts()  # first, since loading models takes longer
         return *self.load_models(self.pad_layers), prompts
 
     def show(self, report) -> None:
