@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from datetime import datetime
+from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 from reprlib import repr as shortened
@@ -114,29 +112,23 @@ def sole_writer(folder: str | Path, file: str = "") -> Iterator[None]:
         file: the name of the output where it is one file, beside which others may be written.
 
     Raises:
-        ValueError: if another process writes to it, naming that process.
+        ValueError: if another process writes to it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{WRITER}.{file}" if file else WRITER
-    holder, lock = folder / f"{name}.txt", FileLock(folder / f"{name}.lock", timeout=0)
+    lock = FileLock(folder / f"{WRITER}{file and '.'}{file}.lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        who = "another run"
-        with suppress(OSError):  # it may have just begun or ended
-            who = holder.read_text() or who
-        remedy = "Wait for it, stop it, or choose another output."
-        raise ValueError(f"{folder / file} is in use: {who} writes to it. {remedy}") from None
+        raise ValueError(
+            f"{folder / file} is in use: another run writes to it (`fuser {lock.lock_file}` names"
+            " its process). Wait for it, stop it, or choose another output."
+        ) from None
     try:
         for partial in folder.glob(f"{PARTIAL}*-{escape(file)}*"):
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-        since = datetime.now().isoformat(" ", "seconds")
-        with suppress(OSError):  # on a full disk the lock alone has to do
-            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {since},")
         yield
     finally:
-        holder.unlink(missing_ok=True)
         lock.release()
 
 

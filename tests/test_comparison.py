@@ -208,7 +208,7 @@ def test_a_second_comparison_in_a_folder_is_refused(names, tmp_path):
     (tmp_path / "once").mkdir()
     with sole_writer(tmp_path / "once"):
         found = invoke("compare", *names)
-        assert found.exit_code == 1 and "once is in use: process " in printed(found)
+        assert found.exit_code == 1 and "once is in use: another run" in printed(found)
     assert invoke("compare", *names).exit_code == 0
 
 

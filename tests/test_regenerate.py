@@ -406,7 +406,7 @@ def test_an_output_of_another_target_or_program_is_refused(target, tmp_path):
     with pytest.raises(ValueError, match="own.jsonl exists and was not written by `regenerate`"):
         run(target, tmp_path / "own.jsonl")
     with sole_writer(tmp_path, "held.jsonl"):
-        with pytest.raises(ValueError, match="held.jsonl is in use: process "):
+        with pytest.raises(ValueError, match="held.jsonl is in use: another run"):
             run(target, tmp_path / "held.jsonl")
 
 

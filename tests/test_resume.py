@@ -329,7 +329,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_ends(tmp_path):
     process = start(tmp_path, "hold")
     try:
         assert "held\n" in process.stdout
-        with pytest.raises(ValueError, match=f"{tmp_path} is in use: process {process.pid} on"):
+        with pytest.raises(ValueError, match=f"{tmp_path} is in use: another run"):
             launched.make_trainer(tmp_path, max_steps=1).train()
     finally:
         process.kill()
@@ -348,5 +348,5 @@ def test_two_trainers_of_one_process_do_not_share_a_folder_either(tmp_path):
 
     first = launched.make_trainer(tmp_path, max_steps=1)
     first.add_callback(Second())
-    with pytest.raises(ValueError, match=f"is in use: process {os.getpid()} on"):
+    with pytest.raises(ValueError, match="is in use: another run"):
         first.train()
