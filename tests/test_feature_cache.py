@@ -402,5 +402,5 @@ def test_another_size_of_shards_cannot_be_resumed(target, rows, tmp_path):
 
 def test_a_second_writer_is_refused(target, rows, tmp_path):
     with sole_writer(tmp_path / "cache"):
-        with pytest.raises(ValueError, match=f"cache is in use: .*cache{os.sep}_writer.lock` names"):
+        with pytest.raises(ValueError, match=f"cache is in use: .*cache{os.sep}_writer.lock`"):
             write_features(target, rows, tmp_path / "cache")
