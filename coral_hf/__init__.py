@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .checkpoints import import_drafter as import_drafter
     from .decoding import CoralGenerateOutput as CoralGenerateOutput
-    from .decoding import decoder as decoder
     from .decoding import install as install
     from .decoding import register_drafting as register_drafting
     from .decoding import register_input as register_input
@@ -46,7 +45,6 @@ _MODULES = {
     "checkpoints": ["import_drafter"],
     "decoding": [
         "CoralGenerateOutput",
-        "decoder",
         "install",
         "register_drafting",
         "register_input",

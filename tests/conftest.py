@@ -88,7 +88,7 @@ LONG = """
     test_verification_rules test_resume test_adapters test_evaluation test_distributed
     test_properties test_other_vocabulary test_hub test_hub_again test_hub_refusals
     test_hub_training test_regenerate_served test_demo test_target_variants test_planning
-    test_rounds_on_a_device test_drafts_ahead
+    test_rounds_on_a_device
 """.split()
 
 

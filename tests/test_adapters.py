@@ -164,13 +164,6 @@ def test_a_merged_drafter_predicts_and_saves_what_the_adapted_one_does(saved, tm
     assert torch.equal(one_step(load(tmp_path)), one_step(merged))
 
 
-def test_generate_refuses_a_drafter_with_virtual_tokens(target, saved):
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    model = get_peft_model(load(saved), config)
-    with pytest.raises(ValueError, match="virtual tokens, but a drafter reads features"):
-        target.generate(PROMPT, assistant_model=model, **GREEDY)
-
-
 # ---- adapters that cannot be trained
 
 

@@ -285,9 +285,8 @@ def test_a_streamer_gets_the_batch_token_by_token(target, drafter):
 
 @pytest.mark.parametrize("rows", [(6,), (5, 9, 2)])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_scores_logits_states_and_attentions_have_the_plain_calls_shapes_and_values(rows, family):
+def test_scores_and_logits_have_the_plain_calls_shapes_and_values(rows, family):
     target = tiny_target(family, torch.float32)
-    target.set_attn_implementation("eager")
     drafter = CoralDrafter.from_target(target).eval()
     prompts = make_prompts(rows)
     settings = {
@@ -297,27 +296,13 @@ def test_scores_logits_states_and_attentions_have_the_plain_calls_shapes_and_val
         "return_dict_in_generate": True,
         "eos_token_id": None,
         "pad_token_id": PAD,
-        **dict.fromkeys(
-            ("output_scores", "output_logits", "output_hidden_states", "output_attentions"), True
-        ),
+        **dict.fromkeys(("output_scores", "output_logits"), True),
     }
     plain = target.generate(**prompts, **settings)
     drafted = target.generate(**prompts, **settings, assistant_model=drafter, **TREE)
     assert drafted.sequences.equal(plain.sequences)
     for name in ("scores", "logits"):
         torch.testing.assert_close(drafted[name], plain[name], rtol=1e-3, atol=1e-4)
-    for name in ("hidden_states", "attentions"):
-        assert len(drafted[name]) == len(plain[name]) == 9
-        seen = prompts["attention_mask"].bool()
-        for step, (ours, theirs) in enumerate(zip(drafted[name], plain[name], strict=True)):
-            assert [one.shape for one in ours] == [one.shape for one in theirs]
-            if step == 0 and name == "hidden_states":  # padding holds anything
-                ours, theirs = ([one[seen] for one in part] for part in (ours, theirs))
-            if step == 0 and name == "attentions":
-                ours, theirs = (
-                    [one.transpose(1, 2)[seen] for one in part] for part in (ours, theirs)
-                )
-            torch.testing.assert_close(tuple(ours), tuple(theirs), rtol=1e-3, atol=1e-4)
 
 
 def test_the_returned_cache_of_a_batch_is_a_prefill_of_all_but_the_last_tokens(target, drafter):

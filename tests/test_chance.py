@@ -171,7 +171,7 @@ def elsewhere():
         {"repetition_penalty": 1.2},
         {"do_sample": True, "drawn_tree": True},
         {"do_sample": True, "verification": "traversal"},
-        {"return_dict_in_generate": True, "output_scores": True, "output_hidden_states": True},
+        {"return_dict_in_generate": True, "output_scores": True},
     ],
     ids=str,
 )

@@ -111,32 +111,3 @@ def test_rows_of_one_length_are_processed_as_a_batch_and_as_alone():
     for row, one, scores in zip([0, 1, 3], logits, found, strict=True):
         alone = processors(ids[row : row + 1, : sequences.lengths[row]], one[None].clone())
         assert scores.equal(alone[0])
-
-
-@pytest.mark.parametrize("padding", [0, 30])
-def test_features_come_in_the_chunks_of_a_prompt_and_none_are_kept(
-    target, drafter, monkeypatch, padding
-):
-    ids = torch.randint(3, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[1, :padding] = 0
-    settings = {"assistant_model": drafter, "speculation": "always", "attention_mask": mask}
-    settings |= {"max_new_tokens": 16, "pad_token_id": 0, "return_dict_in_generate": True}
-    lengths, caches, extend = [], [], CoralDrafting.extend
-
-    def watched(own, tokens, features, positions):
-        lengths.append((tokens.shape[1] - 1, features.shape[1]))
-        extend(own, tokens, features, positions)
-        caches.append((own._cache.positions.clone(), own._cache.layers[0].keys.clone()))
-
-    monkeypatch.setattr(CoralDrafting, "extend", watched)
-    whole = target.generate(ids, **settings)
-    parts = target.generate(ids, **settings, prefill_chunk_size=40)
-    assert lengths == [(90, 90), (40, 40), (40, 40), (10, 10)]
-    assert parts.sequences.equal(whole.sequences)
-    assert parts.stats.round_lengths == whole.stats.round_lengths
-    (positions, keys), (positions_in_parts, keys_in_parts) = caches[0], caches[-1]
-    assert positions.equal(positions_in_parts)
-    seen = positions >= 0
-    kept = (states.transpose(1, 2)[seen] for states in (keys_in_parts, keys))
-    torch.testing.assert_close(*kept)

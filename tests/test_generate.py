@@ -366,17 +366,6 @@ def test_left_padding_of_a_row_changes_nothing(target, drafter):
         assert torch.equal(drafted[:, 3:], plain)
 
 
-def test_custom_generate_is_the_same_loop_without_the_wrap(target, drafter):
-    loop = coral_hf.decoder(drafter, tree_depth=3)
-    plain = target.generate(PROMPT, do_sample=False, max_new_tokens=20)
-    coral_hf.uninstall()
-    try:
-        drafted = target.generate(PROMPT, do_sample=False, max_new_tokens=20, custom_generate=loop)
-    finally:
-        coral_hf.install()
-    assert torch.equal(plain, drafted)
-
-
 def test_install_is_idempotent_and_uninstall_gives_back_what_was_there():
     wrapped = GenerationMixin.generate
     coral_hf.install()

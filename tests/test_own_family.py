@@ -166,8 +166,3 @@ def test_a_drafter_of_another_family_loads_with_the_auto_classes(toy, tmp_path):
 def test_options_of_another_family_are_refused(target, toy):
     with pytest.raises(ValueError, match="Unknown settings .'draft_head'.; use .'tree_depth'"):
         target.generate(PROMPTS, assistant_model=toy, draft_head="full", do_sample=False, **BATCH)
-
-
-def test_an_unregistered_model_is_no_drafter(target):
-    with pytest.raises(ValueError, match="LlamaForCausalLM, which is no drafter of a registered"):
-        coral_hf.decoder(target)

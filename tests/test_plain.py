@@ -98,12 +98,10 @@ def both(target, drafter, given, **settings):
 def assert_same(plain, ours):
     """Compare tokens, and whatever else was asked for of each."""
     assert ours.sequences.equal(plain.sequences)
-    for name in ("scores", "logits", "hidden_states", "attentions"):
+    for name in ("scores", "logits"):
         pairs = zip(getattr(plain, name) or (), getattr(ours, name) or (), strict=True)
         for one, other in pairs:
-            layers = zip(one, other, strict=True) if isinstance(one, tuple) else [(one, other)]
-            for first, second in layers:
-                torch.testing.assert_close(second, first)
+            torch.testing.assert_close(other, one)
 
 
 # ---- never
@@ -114,7 +112,7 @@ def assert_same(plain, ours):
 )
 def test_a_call_that_never_drafts_is_plain_generate(target, prompts, settings):
     drafter = CoralDrafter.from_target(target).eval()
-    given = {**prompts, **settings, "output_scores": True, "output_hidden_states": True}
+    given = {**prompts, **settings, "output_scores": True}
     plain, ours = both(target, drafter, given, speculation="never")
     assert_same(plain, ours)
     assert [type(layer) for layer in ours[CACHE].layers] == [type(x) for x in plain[CACHE].layers]
@@ -169,11 +167,10 @@ def test_a_cache_continues_in_a_call_of_the_other_kind(target, order):
 def test_the_rest_of_a_call_that_steps_back_is_plain_generates(
     target, prompts, steps_back, known, settings
 ):
-    target.set_attn_implementation("eager")  # which returns attentions, and NaN for padding
+    target.set_attn_implementation("eager")  # NaN for padding
     prompts["inputs"].clamp_(min=1)
     prompts["attention_mask"].fill_(1)
     given = {**prompts, **settings, "output_scores": True, "output_logits": True}
-    given |= {"output_hidden_states": True, "output_attentions": True}
     text = target.generate(**prompts, **settings, do_sample=False)
     plain, ours = both(target, as_drafter(KnowsSomeRows(text, known)), given)
     assert ours.sequences.equal(plain.sequences)
@@ -181,9 +178,6 @@ def test_the_rest_of_a_call_that_steps_back_is_plain_generates(
     for name in ("scores", "logits"):
         for one, other in zip(plain[name], ours[name], strict=True):
             torch.testing.assert_close(other, one)
-    assert len(ours.hidden_states) == len(ours.attentions) == NEW
-    for one, other in zip(plain.hidden_states[-1], ours.hidden_states[-1], strict=True):
-        torch.testing.assert_close(other, one, atol=1e-5, rtol=0)  # its softmax is in float32
 
 
 @pytest.mark.parametrize("known", [[False] * 3, [True, False, True]], ids=["even", "uneven"])

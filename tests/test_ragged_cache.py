@@ -340,22 +340,6 @@ def test_a_mask_adds_nothing_where_a_query_may_look_and_hides_the_rest(dtype):
     assert hidden.softmax(-1).tolist() == [1.0, 0.0]
 
 
-def test_a_call_with_reserved_room_copies_no_layer_in_its_rounds():
-    cache = RaggedCache([None])
-    cache.begin(BATCH)
-    cache.reserve(200, 100, 12)
-    cache.update(*make_rows(150), layer_idx=0)  # a prompt in two passes
-    cache.update(*make_rows(50), layer_idx=0)
-    cache.append(torch.arange(200).repeat(BATCH, 1))
-    cache.set_recording(True)
-    address = cache.layers[0].keys.data_ptr()
-    for step in range(GROWTH // 2):
-        keys, _ = cache.update(*make_rows(12, seed=step), layer_idx=0)
-        assert keys.data_ptr() == address
-        cache.commit([2, 2], torch.tensor([[0, 5], [0, 7]]))
-    assert cache.layers[0]._buffers[0].shape[2] == 200 + GROWTH + 12
-
-
 def test_a_layer_that_grows_holds_one_of_keys_and_values_twice(monkeypatch):
     layer, alive = filled(1000), []
     old = [weakref.ref(states.untyped_storage()) for states in layer._buffers]

@@ -28,7 +28,7 @@ def test_a_graph_is_checked_once_a_call_and_what_has_changed_is_compiled_again(m
         assert ours.sequences.equal(plain) and ours.stats.num_rounds > 2
         return len(checks)
 
-    assert assert_right() == 2 * 2  # two steps: when they are compiled, and in the first round
+    assert assert_right() == 2  # two steps
     assert assert_right() == 2
     target.lm_head.weight = torch.nn.Parameter(target.lm_head.weight.flip(0).clone())
     assert assert_right() >= 2
@@ -91,26 +91,6 @@ def test_a_step_that_does_not_compile_runs_as_it_is_beside_one_that_does(error, 
         ours = drafted(target, drafter, prompts(), **settings, speculation="always")
         assert ours.sequences.equal(plain)
     assert len(compiled) == 2 and caplog.text.count("`verify` of a round cannot be compiled") == 1
-
-
-@pytest.mark.slow
-def test_a_target_that_has_changed_and_does_not_compile_any_more_runs_as_it_is(caplog):
-    torch._dynamo.reset()
-    target, drafter = pair(num_hidden_layers=1)
-    is_broken = []
-
-    def backend(graph, example_inputs):
-        if is_broken:
-            raise RuntimeError("this backend compiles nothing any more")
-        return graph.forward
-
-    settings = {**PLAIN, "compile_config": CompileConfig(backend=backend)}
-    drafted(target, drafter, prompts(), **settings, speculation="always")
-    is_broken.append(True)
-    target.model.layers[0].mlp.register_forward_hook(lambda module, args, out: 2 * out)
-    plain = target.generate(**prompts(), **PLAIN)
-    ours = drafted(target, drafter, prompts(), **settings, speculation="always")
-    assert ours.sequences.equal(plain) and "`verify` of a round cannot be compiled" in caplog.text
 
 
 def test_an_interrupted_graph_leaves_target_and_drafter_usable():

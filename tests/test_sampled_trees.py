@@ -174,6 +174,14 @@ def test_the_scores_of_a_drawn_tree_are_those_of_the_emitted_tokens(target, draf
         assert scores[0, out.sequences[0, PROMPT.shape[1] + step]].isfinite()
 
 
+@pytest.mark.parametrize("rule", ["traversal", "block"])
+def test_where_tokens_are_verified_in_turn_the_token_rule_decides(target, drafter, rule):
+    shape = {"tree_top_k": 1} if rule == "block" else {}
+    settings = {**shape, "drawn_tree": True, "repetition_penalty": 1.3}
+    found = [sample(target, drafter, verification=one, **settings) for one in (rule, "token")]
+    assert found[0].sequences.equal(found[1].sequences)
+
+
 def test_the_drafters_own_settings_choose_the_rule(target, drafter, monkeypatch):
     monkeypatch.setattr(drafter.generation_config, "verification", "traversal", raising=False)
     by_setting = sample(target, drafter).sequences
@@ -194,24 +202,11 @@ def test_the_drafters_own_settings_choose_the_rule(target, drafter, monkeypatch)
                 "verification": "traversal",
                 "watermarking_config": SynthIDTextWatermarkingConfig(keys=[3, 5], ngram_len=3),
             },
-            "SynthIDTextWatermarkLogitsProcessor may remember",
+            "SynthIDTextWatermarkLogitsProcessor remembers",
         ),
-        (
-            {"verification": "traversal", "drawn_tree": False, "guidance_scale": 1.5},
-            "UnbatchedClassifierFreeGuidanceLogitsProcessor may remember",
-        ),
-        ({"verification": "block", "tree_top_k": 1, "logits_processor": [print]}, "may remember"),
         (
             {"drawn_tree": True, "guidance_scale": 1.5},
-            "UnbatchedClassifierFreeGuidanceLogitsProcessor may remember",
-        ),
-        (
-            {
-                "verification": "traversal",
-                "num_return_sequences": 2,
-                "prefix_allowed_tokens_fn": lambda row, ids: [3, 4, 5],
-            },
-            "looks at the whole batch",
+            "UnbatchedClassifierFreeGuidanceLogitsProcessor remembers",
         ),
     ],
 )

@@ -10,7 +10,7 @@ from .drafting import (
     register_drafting,
     root_only,
 )
-from .generate import decoder, install, uninstall
+from .generate import install, uninstall
 from .loop import CoralGenerateOutput, DecodingStats
 from .preparation.needs import register_input
 from .rounds.warm_up import warm_up

@@ -12,7 +12,7 @@ joins with `register_drafting(model_type, factory)`.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -197,9 +197,6 @@ class FixedDrafting(Drafting, Protocol):
     ) -> DraftTree:
         """See [`Drafting`]; `root` is (batch,), `chance` an `chance.Uniforms`."""
 
-    def forget_pass(self) -> None:
-        """Forget what a broken-off `propose` or `commit` has left."""
-
     def fix(self, capacity: int, shape: TreeShape, is_drawn: bool) -> tuple[Level, ...]:
         """Make room for rows of `capacity` tokens, and trees of `shape`.
 
@@ -209,20 +206,6 @@ class FixedDrafting(Drafting, Protocol):
 
     def unfix(self, lengths: list[int]) -> None:
         """Go back to buffers that grow, with what was read of each row's first tokens."""
-
-
-@runtime_checkable
-class PartwiseDrafting(Drafting, Protocol):
-    """A `Drafting` that takes the features of a long prompt in parts, so that none are kept."""
-
-    def extend(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
-        """Read the next part of prompts, which `begin` has started; see [`Drafting.begin`].
-
-        Args:
-            tokens: (batch, length + 1), from the part's first one to the next part's.
-            features: (batch, length, len(layers) · hidden), the target's.
-            positions: (batch, length), of the features.
-        """
 
 
 class Family(NamedTuple):

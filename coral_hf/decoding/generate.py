@@ -10,7 +10,7 @@ out a drafter without a word, and refuses it.
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,6 @@ from transformers import (
     GenerationMixin,
     LogitsProcessorList,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -42,8 +41,7 @@ from .plain.draft_policy import Costs, choose_policy, choose_speculation
 from .plain.own_loop import OwnLoop
 from .preparation.needs import Preparation, choose_preparation
 from .preparation.runner import make_runner
-from .rounds.choice import with_constant_shapes
-from .rounds.loop import FixedPlan
+from .rounds.loop import FixedPlan, with_constant_shapes
 from .sequences import Sequences
 from .settings import (
     DECODING_KEYWORDS,
@@ -71,15 +69,13 @@ def install() -> None:
         call = signature.bind_partial(self, *args, **kwargs).arguments
         if isinstance(call.get("assistant_model"), (str, Path)):
             call["assistant_model"] = named_drafter(call["assistant_model"], self)
-        is_drafted = isinstance(call.get("custom_generate"), BoundDrafter)
-        if family_of(call.get("assistant_model")) is None and not is_drafted:
+        if family_of(call.get("assistant_model")) is None:
             return plain(self, *args, **kwargs)
-        return _generate_with_drafter(plain, {**call.pop("kwargs", {}), **call})
+        return generate_with_drafter(plain, {**call.pop("kwargs", {}), **call})
 
     @functools.wraps(plain_batch)
     def generate_batch(self, *args, **kwargs):
-        is_bound = isinstance(kwargs.get("custom_generate"), BoundDrafter)
-        if is_bound or is_drafter(kwargs.get("assistant_model")):
+        if is_drafter(kwargs.get("assistant_model")):
             refuse_continuous_batching()
         return plain_batch(self, *args, **kwargs)
 
@@ -143,31 +139,28 @@ def is_drafter(assistant: Any) -> bool:
     return family_of(assistant) is not None
 
 
-def _without_wrapper(drafter: PreTrainedModel) -> PreTrainedModel:
-    """The drafter inside of a `PeftModel`, whose adapter acts within its layers."""
-    adapters = getattr(drafter, "peft_config", {}).values()
-    if any(adapter.is_prompt_learning for adapter in adapters):
-        raise ValueError(
-            "The drafter's adapter learns virtual tokens, but a drafter reads features and no"
-            " tokens of its own; use an adapter of its layers, such as LoRA."
-        )
-    return drafter.get_base_model() if hasattr(drafter, "get_base_model") else drafter
+def generate_with_drafter(plain: Callable, call: dict[str, Any], only_compiles: bool = False):
+    """Call plain `generate` with our loop as its decoding method; `call` is by keyword.
 
-
-def _generate_with_drafter(plain: Callable, call: dict[str, Any]):
-    """Call plain `generate` with our loop as its decoding method; `call` is by keyword."""
-    model, drafter = call.pop("self"), call.pop("assistant_model", None)
-    bound = call.pop("custom_generate") if drafter is None else None
+    `only_compiles`: compile the rounds of such calls, and decode nothing.
+    """
+    model, drafter = call.pop("self"), call.pop("assistant_model")
+    if hasattr(drafter, "get_base_model"):  # of PEFT, whose adapter acts within its layers
+        drafter = drafter.get_base_model()
     accept_keywords(model, call)
+    family = family_of(drafter)
+    assert family is not None, "`generate` hands over drafters of registered families alone"
     ours = (*DECODING_KEYWORDS, *family_options())
     own = {name: call.pop(name) for name in ours if name in call}
-    if bound is not None:  # a drafter that is bound already
-        own, drafter = {**bound.settings, **own}, bound.drafter
-    # `generate` hands a callable neither streamer nor tokenizer, so they are bound here
-    streamer = call.get("streamer") or (bound and bound.streamer)
-    loop = decoder(drafter, streamer=streamer, tokenizer=call.get("tokenizer"), **own)
+    known = [*DECODING_KEYWORDS, *family.options]
+    if unknown := sorted(own.keys() - known):
+        raise ValueError(f"Unknown settings {unknown}; use {known}.")
+    if call.get("tokenizer") is not None:
+        check_tokenizer(call["tokenizer"], drafter.config)
+    own = {name: value for name, value in own.items() if value is not None}
     keywords = tuple(name for name in call if call[name] is not None)
-    loop = replace(loop, keywords=keywords, only_compiles=bool(bound and bound.only_compiles))
+    # `generate` hands a callable no streamer, so it is bound here
+    loop = BoundDrafter(drafter, family, own, call.get("streamer"), keywords, only_compiles)
     call["stopping_criteria"] = with_stop_strings(call, model.generation_config)
     return plain(model, **{**call, "custom_generate": loop})
 
@@ -180,8 +173,8 @@ class BoundDrafter:
     family: Family
     settings: Settings  # by keyword, the options of the drafter's family included
     streamer: BaseStreamer | None
-    keywords: tuple[str, ...] = ()  # of `generate`, that the caller has set
-    only_compiles: bool = False  # whether nothing is decoded
+    keywords: tuple[str, ...]  # of `generate`, that the caller has set
+    only_compiles: bool
 
     def __call__(
         self,
@@ -218,20 +211,17 @@ class BoundDrafter:
         keep_cache = config.return_dict_in_generate or is_user_cache(given)
         start = self._start(model)
         drafting = start(memory=getattr(given, MEMORY, None))
-        room = longest - input_ids.shape[1], shape.nodes
-        cache = continued_cache(input_ids, model_kwargs, windows, room)
-        collector = OutputCollector(config, len(input_ids), windows)
-        make = functools.partial(make_runner, read_target(model), need, takes_tree, drafting.layers)
-        runner = make(cache, collector.extras, keep_cache)
+        cache = continued_cache(input_ids, model_kwargs, windows)
+        collector = OutputCollector(config, len(input_ids))
+        sides = read_target(model), need, takes_tree, drafting.layers
+        runner = make_runner(*sides, cache, keep_cache)
         costs = Costs(**(getattr(own, "draft_costs", None) or {}))
         # drawn text follows from its seed, and so never from a clock
         timed, fixed_costs = (None, costs) if config.do_sample else (model, None)
         policy = choose_policy(timed, shape, speculation, costs)
-        plan = Plan(rule, longest, keep_cache, config.prefill_chunk_size)
+        plan = Plan(rule, longest, keep_cache)
         loop = DecodingLoop(drafting, runner, sequences, collector, policy, plan)
-        is_captured = bool((defaults | settings)["capture"])
-        rest = lambda: (start(), make()), fixed_costs, is_captured, self.only_compiles
-        how = FixedPlan(shape, speculation == "adaptive", *rest)
+        how = FixedPlan(shape, speculation == "adaptive", fixed_costs, self.only_compiles)
         loop = with_constant_shapes(loop, how, need > Preparation.DIRECT or not takes_tree)
         del drafting  # the loop gives it up where it does not pay
         loop.run(model_kwargs)
@@ -243,36 +233,3 @@ class BoundDrafter:
         """What makes the drafter's side of a call."""
         options = {one: self.settings[one] for one in self.family.options if one in self.settings}
         return functools.partial(self.family.start, self.drafter, read_target(model), **options)
-
-
-def decoder(
-    drafter: PreTrainedModel,
-    streamer: BaseStreamer | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    **settings,
-) -> BoundDrafter:
-    """Return the decoding loop, for `generate(..., custom_generate=decoder(drafter))`.
-
-    Args:
-        drafter: a drafter of the target, of a family that is registered, or one in a `PeftModel`.
-        streamer: gets every token in order.
-        tokenizer: of the target, compared with the one the drafter was trained with.
-        settings: `tree_depth`, `tree_top_k`, `tree_nodes`, `speculation`, and when sampling
-            `verification` ("token", "traversal" or "block") and `drawn_tree`; `capture`, to launch
-            rounds of constant shapes as CUDA graphs; the drafter's `generation_config` by default.
-            Also the options of the drafter's family, such as CORAL's `draft_head`.
-    """
-    drafter = _without_wrapper(drafter)
-    family = family_of(drafter)
-    if family is None:
-        raise ValueError(
-            f"`drafter` is a {type(drafter).__name__}, which is no drafter of a registered family;"
-            " pass a drafter, or call `coral_hf.register_drafting` for its `model_type` first."
-        )
-    known = [*DECODING_KEYWORDS, *family.options]
-    if unknown := sorted(settings.keys() - known):
-        raise ValueError(f"Unknown settings {unknown}; use {known}.")
-    if tokenizer is not None:
-        check_tokenizer(tokenizer, drafter.config)
-    given = {name: value for name, value in settings.items() if value is not None}
-    return BoundDrafter(drafter, family, given, streamer)

@@ -5,7 +5,6 @@ In: prompts, and all that `generate` has prepared. Out: the target's own tokens,
 
 import time
 from dataclasses import dataclass, field
-from itertools import chain, repeat
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,8 +13,9 @@ from transformers import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .caches.continuation import CACHE
-from .drafting import Drafting, DraftTree, PartwiseDrafting, TreeShape, host_tensor, root_only
-from .outputs import OutputCollector, TargetOutput
+from .caches.shared_keys import sharing_keys
+from .drafting import Drafting, DraftTree, TreeShape, host_tensor, root_only
+from .outputs import OutputCollector
 from .plain.draft_policy import DraftPolicy, RoundSample
 from .plain.own_loop import OwnLoop
 from .sequences import Sequences
@@ -34,7 +34,7 @@ class DecodingStats:
     num_levels: int = 0  # that were drafted, over all rounds; none in a plain round
     num_nodes: int = 0  # of a row, the root included, over all rounds
     is_stepped_back: bool = False  # whether drafting was given up, since it did not pay
-    way: Literal["growing", "static", "compiled", "captured"] = "growing"  # how rounds are run
+    way: Literal["growing", "static", "compiled"] = "growing"  # how rounds are run
     warm_up_seconds: float = 0.0  # compiling, before the first token
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0  # growing trees, and reading what was accepted
@@ -94,7 +94,6 @@ class Plan(NamedTuple):
     rule: Rule
     max_length: int  # of a sequence, in tokens
     keep_memory: bool = False  # whether the drafter reads the last tokens too, for a later call
-    chunk_size: int | None = None  # tokens of a prompt that are read in one pass
 
 
 @dataclass
@@ -125,7 +124,7 @@ class DecodingLoop:
         self.lap("prefill_seconds")
         config = self.collector.config
         own_loop = OwnLoop(self.target.model, self.sequences, config, model_kwargs)
-        while self.sequences.active and not self.policy.is_plain:
+        while self.sequences.active and not (self.policy.is_plain or self.target.is_at_switch):
             self.round()
         if self.sequences.active:
             return self.step_back(own_loop)
@@ -133,21 +132,16 @@ class DecodingLoop:
 
     def prefill(self, model_kwargs: dict) -> None:
         """Read the prompts (batch, length), emit each row's first token, start the drafter."""
-        prompts, drafting, readers = self.sequences.ids, self.drafting, None
-        if isinstance(drafting, PartwiseDrafting):  # the first part begins, others continue
-            readers = chain([drafting.begin], repeat(drafting.extend))
-        output = self.target.prefill(prompts, model_kwargs, self.plan.chunk_size, readers)
-        nothing = output.features[:, :0].clone()  # features of a long prompt are not kept
-        self.collector.prompt = output._replace(features=nothing, logits=nothing)
-        rows = self.sequences.active
+        prompts, rows = self.sequences.ids, self.sequences.active
+        chunk_size = self.collector.config.prefill_chunk_size
+        output = self.target.prefill(prompts, model_kwargs, chunk_size)
         first = self.verifier.verify(root_only(prompts[:, -1]), output)
         kept = self.kept(rows)
         if kept or self.keep_memory:
             new = output.features.shape[1]
             unread = prompts[:, prompts.shape[1] - new :]
             tokens = torch.cat([unread, unread.new_tensor(first.tokens)], dim=1)
-            read = drafting.begin if readers is None else next(readers)
-            read(tokens, output.features, self.target.cache.positions[:, -new:])
+            self.drafting.begin(tokens, output.features, self.target.cache.positions[:, -new:])
         self.drop(rows, kept)
 
     def round(self) -> None:
@@ -157,10 +151,11 @@ class DecodingLoop:
         tree = self.draft(rows)
         self.sequences.show(tree)
         draft = self.lap("draft_seconds")
-        output = self.target.score(tree)
+        with sharing_keys():
+            output = self.target.score(tree)
         accepted = self.verifier.verify(tree, output)
         decode = self.lap("verify_seconds")
-        kept = self.commit(rows, tree, output, accepted)
+        kept = self.commit(rows, tree, accepted)
         decode += self.lap("other_seconds")
         self.read(kept, output.features, accepted)
         read = self.lap("draft_seconds")
@@ -192,15 +187,9 @@ class DecodingLoop:
         depth = min(shape.depth, room, self.plan.max_length - shortest - 1)
         return shape._replace(depth=max(depth, 0), nodes=min(shape.nodes, room + 1))
 
-    def commit(
-        self, rows: list[int], tree: DraftTree, output: TargetOutput, accepted: Accepted
-    ) -> list[int]:
+    def commit(self, rows: list[int], tree: DraftTree, accepted: Accepted) -> list[int]:
         """Keep what was accepted, drop the rows that have ended, and return the others."""
         self.stats.add_round(tree, accepted.counts)
-        if self.collector.extras:
-            paths = zip(rows, accepted.path.tolist(), accepted.counts, strict=True)
-            for index, (row, path, count) in enumerate(paths):
-                self.collector.add_nodes(row, index, path[:count], output)
         path = accepted.path if accepted.path.shape[1] > 1 else None  # the root is in its place
         self.target.commit(accepted.counts, path)
         kept = self.kept(rows)
@@ -223,10 +212,8 @@ class DecodingLoop:
         tokens = [accepted.tokens[row] for row in rows]
         counts = host_tensor([len(row) for row in tokens])
         new = int(counts.max())
-        path = accepted.path[:, :new].to(features.device)
-        if len(rows) < len(path):
-            features, path = features[rows], path[rows]
-        paired = features.gather(1, path[..., None].expand(-1, -1, features.shape[2]))
+        path = accepted.path[rows, :new].to(features.device)
+        paired = features[rows].gather(1, path[..., None].expand(-1, -1, features.shape[2]))
         padded = host_tensor([row + [0] * (new - len(row)) for row in tokens])
         self.drafting.commit(padded.to(features.device), paired, counts)
 
@@ -280,7 +267,7 @@ class DecodingLoop:
             self.sequences.is_stopped[row] = False
         for row, new in zip(where, found.tokens, strict=True):
             tokens[row] = new
-        self.commit(rows, tree, output, Accepted(torch.zeros_like(tree.parents), tokens))
+        self.commit(rows, tree, Accepted(torch.zeros_like(tree.parents), tokens))
 
     def memory(self) -> object | None:
         """What the drafter has read of all sequences, None where it has not read every token."""

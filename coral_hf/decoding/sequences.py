@@ -111,33 +111,15 @@ class Sequences:
         for length in set(lengths):  # rows of one length are a batch
             found = [index for index, own in enumerate(lengths) if own == length]
             own = [rows[index] for index in found]
-            processed_rows = self._process(own, self._buffer[own, :length], logits[found])
-            scores.update(zip(found, processed_rows, strict=True))
+            processors = LogitsProcessorList(_of_rows(one, own) for one in self.processors)
+            alike = processors(self._buffer[own, :length], logits[found])
+            scores.update(zip(found, alike, strict=True))
         return torch.stack([scores[index] for index in range(len(rows))])
 
     def warp(self, logits: Tensor) -> Tensor:
         """A drafter's logits (rows, vocab) after the processors that look at nothing else."""
         warpers = [one for one in self.processors if type(one) in watchers.PREFIX_FREE]
         return processed(warpers, logits)
-
-    def scores_after(
-        self, row: int, tokens: list[int], parents: list[int], logits: Tensor
-    ) -> Tensor:
-        """Processed scores after each node of a tree below a row: (nodes, vocab) → the same."""
-        if self.is_prefix_free:
-            return processed(self.processors, logits)
-        logits, text = logits.to(torch.float32, copy=True), self._row(row)
-        prefixes = [text]  # parents come before their children
-        for token, parent in zip(tokens[1:], parents[1:], strict=True):
-            drafted = text.new_tensor([[token]])
-            prefixes.append(torch.cat([prefixes[max(parent, 0)], drafted], dim=1))
-        pairs = zip(prefixes, logits[:, None], strict=True)
-        return torch.cat([self._process([row], prefix, one) for prefix, one in pairs])
-
-    def _process(self, rows: list[int], prefixes: Tensor, logits: Tensor) -> Tensor:
-        """Process the logits (rows, vocab) after prefixes (rows, length), as if they were all."""
-        own = LogitsProcessorList(_of_rows(one, rows) for one in self.processors)
-        return own(prefixes, logits)
 
     def _row(self, row: int) -> Tensor:
         """(1, length)"""

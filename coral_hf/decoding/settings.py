@@ -19,7 +19,7 @@ TREE_DEFAULTS = {"tree_depth": 6, "tree_top_k": 10, "tree_nodes": 60}
 RULES = ("greedy", "token", "traversal", "block")
 TREE_KEYWORDS = tuple(TREE_DEFAULTS)
 RULE_KEYWORDS = ("verification", "drawn_tree")
-DECODING_KEYWORDS = (*TREE_KEYWORDS, *RULE_KEYWORDS, "speculation", "capture")
+DECODING_KEYWORDS = (*TREE_KEYWORDS, *RULE_KEYWORDS, "speculation")
 
 Settings = dict[str, Any]  # by keyword of `generate`
 

@@ -9,7 +9,6 @@ reaches the target as a 4-D float mask and position ids; a chain is plain causal
 """
 
 import sys
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from transformers.utils import ModelOutput
 from ..target import Target, named_states, position_limit, sliding_windows, takes_positions
 from .caches.continuation import CACHE, join, part_of, whole_length
 from .caches.ragged_cache import HIDDEN, RaggedCache
-from .caches.shared_keys import sharing_keys
 from .drafting import DraftTree
 from .outputs import TargetOutput
 from .preparation.needs import rotary_switches
@@ -34,8 +32,6 @@ class TargetRunner:
         takes_tree: whether it verifies trees, or chains only.
         layers: which hidden states the drafter reads; see [`coral_hf.decoding.Drafting`].
         cache: what it has read before the call.
-        extras: what its passes must return beside logits: `"output_hidden_states"` and
-            `"output_attentions"`.
         keeps_rows: whether somebody will ask for the slots of rows that ended early.
     """
 
@@ -45,7 +41,6 @@ class TargetRunner:
         takes_tree: bool,
         layers: tuple[int, ...],
         cache: RaggedCache | None = None,
-        extras: tuple[str, ...] = (),
         keeps_rows: bool = False,
     ):
         self._target, self._takes_tree, self._layers = target, takes_tree, layers
@@ -54,8 +49,8 @@ class TargetRunner:
         self._windows = sliding_windows(target.model)
         self._switches = rotary_switches(target.model)
         self._states = named_states(target.model, layers)
-        self._extras, self._keeps_rows = extras, keeps_rows
         self._ahead = 0  # of the longest row, how far its positions are ahead of its slots
+        self._keeps_rows = keeps_rows
         self._rows: list[int] = []  # of the call, that are in the cache
         self._ended: list[tuple[list[int], RaggedCache]] = []  # rows that have left it
         self.cache = cache or RaggedCache(self._windows)
@@ -65,31 +60,29 @@ class TargetRunner:
         """The target itself."""
         return self._target.model
 
+    @property
+    def is_at_switch(self) -> bool:
+        """Whether the target would read its text anew, as it may where it prepares its passes."""
+        return False
+
     def prefill(
-        self,
-        input_ids: Tensor,
-        model_kwargs: dict,
-        chunk_size: int | None = None,
-        readers: Iterator[Callable[..., None]] | None = None,
+        self, input_ids: Tensor, model_kwargs: dict, chunk_size: int | None = None
     ) -> TargetOutput:
         """Read what the cache does not hold of the prompts (batch, length).
 
         Args:
             chunk_size: tokens of a pass; all at once by default.
-            readers: the first is called with tokens, features and positions of the first pass, and
-                so on, but of the last one; see [`PartwiseDrafting`].
 
         Returns:
-            logits of the last token only, (batch, 1, vocab); features of the tokens that were read,
-                without those that `readers` have got.
+            logits of the last token only, (batch, 1, vocab); features of the tokens that were read.
         """
         cache, held, (batch, length) = self.cache, self.cache.get_seq_length(), input_ids.shape
         is_whole = length == whole_length(input_ids, model_kwargs)
         # a continued sequence comes whole, or as its new tokens
         new_ids = input_ids[:, held:] if is_whole else input_ids
         positions = self._prompt_positions(input_ids, model_kwargs)
-        self._rows, width = list(range(batch)), new_ids.shape[1]
         cache.set_recording(False)
+        self._rows, width = list(range(batch)), new_ids.shape[1]
         features, stop = [], 0
         for chunk in new_ids.split(chunk_size or width, dim=1):
             start, stop = stop, stop + chunk.shape[1]
@@ -107,9 +100,6 @@ class TargetRunner:
                 inputs |= {CACHE: cache, "use_cache": True}
             output = self._forward(**inputs)
             features.append(output.features[:, start - stop :])
-            if readers is not None and stop < width:
-                part = positions[:, held + start : held + stop]
-                next(readers)(new_ids[:, start : stop + 1], features.pop(), part)
         cache.set_recording(True)
         cache.begin(batch, self._target.device)
         cache.append(positions)
@@ -158,7 +148,7 @@ class TargetRunner:
             seen = self.cache.positions != HIDDEN
             own = torch.ones_like(tree.tokens, dtype=torch.bool)
             inputs["attention_mask"] = torch.cat([seen, own], 1).long()
-        return self._read_tree(inputs)
+        return self._forward(**inputs)
 
     def commit(self, counts: list[int], path: Tensor | None) -> None:
         """Keep the first nodes on a path (batch, longest), so many of each row; None: the root."""
@@ -174,30 +164,18 @@ class TargetRunner:
 
     def whole_cache(self) -> RaggedCache:
         """The cache of all rows of the call, those that ended early included."""
-        if not self._ended:
-            return self.cache
-        return join([*self._ended, (self._rows, self.cache)])
+        return join([*self._ended, (self._rows, self.cache)]) if self._ended else self.cache
 
     def _forward(self, **inputs) -> TargetOutput:
         """Run the target over `input_ids` (batch, new)."""
         if CACHE not in inputs:
             inputs |= {CACHE: self.cache, "use_cache": True}
-        names = [name.removeprefix("output_") for name in self._extras]
-        inputs |= {"output_hidden_states": self._states, **dict.fromkeys(self._extras, True)}
-        outputs = self._run(inputs)
+        outputs = self._run({**inputs, "output_hidden_states": self._states})
         tokens = inputs["input_ids"]
         states = [outputs.hidden_states[layer] for layer in self._layers]
         states = states or [tokens.new_empty(*tokens.shape, 0, dtype=outputs.logits.dtype)]
         features = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
-        extras = {name: getattr(outputs, name) for name in names}
-        return TargetOutput(outputs.logits, features, list(self.cache.lengths), **extras)
-
-    def _read_tree(self, inputs: dict[str, Any]) -> TargetOutput:
-        """One pass over the nodes of trees, (batch, nodes)."""
-        if torch.compiler.is_compiling():  # a graph has no place for another function
-            return self._forward(**inputs)
-        with sharing_keys():
-            return self._forward(**inputs)
+        return TargetOutput(outputs.logits, features)
 
     def _run(self, inputs: dict[str, Any]) -> ModelOutput:
         """One pass of the target."""

@@ -5,17 +5,17 @@ In: a `DraftTree` and the target's output of each node. Out: `Accepted`, appende
     at once       a rule over tensors, read once a round; where scores follow from logits alone, and
                   only end tokens and lengths stop a row
     step by step  scores are processed where the walk arrives, once, in order; where a processor or
-                  criterion needs order, or the caller wants scores of each token. A rule that looks
-                  at the whole tree has decided before, by the scores of every node
+                  criterion needs order, or the caller wants scores of each token. Rules that look
+                  at the whole tree cannot do so, and the token rule takes their place
 """
 
 from collections.abc import Sequence
-from itertools import count
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
+from transformers.utils import logging
 
 from . import rules
 from .chance import Chance, Draws
@@ -23,6 +23,8 @@ from .drafting import DraftTree, host_tensor
 from .outputs import OutputCollector, TargetOutput
 from .sequences import Sequences
 from .watchers import processed
+
+logger = logging.get_logger(__name__)
 
 
 class Accepted(NamedTuple):
@@ -44,6 +46,9 @@ class Verifier:
         self.sequences, self.collector, self.rule = sequences, collector, rule
         self.chance = Chance()
         self.is_stepwise = collector.keeps_scores or collector.keeps_logits or not sequences.is_free
+        if self.is_stepwise and rule in ("traversal", "block"):
+            self.rule = "token"
+            logger.info(f"Tokens are verified one after another, by the token rule: not {rule!r}.")
 
     def verify(self, tree: DraftTree, output: TargetOutput) -> Accepted:
         """Verify one tree for each row of `Sequences.active`, and append what comes out."""
@@ -68,19 +73,17 @@ class Verifier:
         sequences, active, logits = self.sequences, self.sequences.active, output.logits
         going, nodes = list(range(len(active))), [0] * len(active)  # where each walk stands
         path, accepted = ([[0][:0] for _ in active] for _ in range(2))
-        is_decided = looks_ahead(self.rule, tree)
-        every, decided = self._look_ahead(tree, logits) if is_decided else (logits, [])
-        for step in count():
+        while True:
             rows, stands = [active[row] for row in going], [nodes[row] for row in going]
-            scores = every[going, stands]  # (going, vocab)
-            if is_decided:
-                tokens, children = (part[going].tolist() for part in decided[step])
+            scores = sequences.scores(rows, logits[going, stands])  # (going, vocab)
+            siblings = rules.siblings_at(tree, host_tensor(nodes).to(scores.device), going)
+            if self.rule == "greedy":
+                step = rules.Step(token := scores.argmax(-1), siblings.with_token(token))
             else:
-                scores = sequences.scores(rows, scores)
-                tokens, children = self._next_step(tree, nodes, going, scores)
+                step = rules.token_step(siblings, scores.softmax(-1), self.chance)
+            tokens, children = step.token.tolist(), step.child.tolist()
             if ended := sequences.padded:  # all rows are going
-                padding = tree.tokens.new_full((len(nodes),), sequences.pad_token)
-                siblings = rules.siblings_at(tree, host_tensor(nodes).to(padding.device))
+                padding = torch.full_like(step.token, sequences.pad_token)
                 next_nodes = siblings.with_token(padding).tolist()
                 for row in ended:
                     tokens[row], children[row] = sequences.pad_token, next_nodes[row]
@@ -100,38 +103,6 @@ class Verifier:
         padded = [nodes + [0] * (longest - len(nodes)) for nodes in path]
         return Accepted(host_tensor(padded).to(logits.device), accepted)
 
-    def _look_ahead(self, tree: DraftTree, logits: Tensor) -> tuple[Tensor, list[rules.Step]]:
-        """Decide by the scores of every node: the scores (batch, nodes, vocab), and all steps."""
-        texts = zip(self.sequences.active, tree.tokens.tolist(), tree.parents.tolist(), strict=True)
-        pairs = zip(texts, logits, strict=True)
-        scores = torch.stack([self.sequences.scores_after(*text, own) for text, own in pairs])
-        verdict = rules.verify_traversal(tree, scores.softmax(-1), self.chance)
-        children = verdict.path.roll(-1, dims=1)  # 0 where the path ends
-        steps = zip(verdict.tokens(tree).T, children.T, strict=True)
-        return scores, [rules.Step(*step) for step in steps]
-
-    def _next_step(
-        self, tree: DraftTree, nodes: list[int], going: list[int], scores: Tensor
-    ) -> tuple[list[int], list[int]]:
-        """Decide token by token, with scores processed for the node where each walk stands.
-
-        `nodes`: of each row; `going`: rows whose walk goes on; `scores`: theirs, (going, vocab).
-        """
-        siblings = rules.siblings_at(tree, host_tensor(nodes).to(scores.device), going)
-        if self.rule == "greedy":
-            step = rules.Step(token := scores.argmax(-1), siblings.with_token(token))
-        else:
-            step = rules.token_step(siblings, scores.softmax(-1), self.chance)
-        return step.token.tolist(), step.child.tolist()
-
-
-def looks_ahead(rule: str, tree: DraftTree) -> bool:
-    """Whether a rule of `settings.RULES` looks at all of a tree before its first token is decided.
-
-    On chains "block" is "traversal". On tokens that were chosen both are the token rule.
-    """
-    return rule in ("traversal", "block") and tree.draft_probs is not None
-
 
 def decide(
     rule: str, tree: DraftTree, logits: Tensor, processors: Sequence[LogitsProcessor], chance: Draws
@@ -141,7 +112,8 @@ def decide(
         is_coarse = not processors and logits.dtype != torch.float64  # `processed` changes nothing
         scores = logits if is_coarse else processed(processors, logits.flatten(0, 1))
         return rules.verify_greedy(tree, scores.view_as(logits))
-    if looks_ahead(rule, tree):
+    # on chains "block" is "traversal"; on tokens that were chosen both are the token rule
+    if rule != "token" and tree.draft_probs is not None:
         probs = processed(processors, logits.flatten(0, 1)).softmax(-1)
         return rules.verify_traversal(tree, probs.view_as(logits), chance)
     rows = torch.arange(len(logits), device=logits.device)

@@ -31,7 +31,6 @@ from .tree_drafting import Grown, TreeDrafting, last_kept
 # tokens of a prompt that are read at once, so that masks and activations do not grow with it
 LEAST_PIECE, LARGEST_PIECE = 128, 256
 MASK_SIZE = 2**20  # of a piece's mask, one row's
-LEVELS = 64  # nodes of a default tree's levels, all of them
 LEAST_WINDOW = 32  # holds the levels of any tree
 
 Windows = list[int | None]  # of each layer, None for full attention
@@ -114,8 +113,6 @@ class CachedDrafting(TreeDrafting):
         else:
             self._cache = memory.cache
             self._cache.truncate()  # an interrupted call may have left drafted slots
-        length = positions.shape[1]
-        self._cache.reserve(self._cache.width + length, length, LEVELS)
         self._begin(tokens, features, positions, is_new)
 
     def _continues(self, memory: DrafterMemory, starts: Tensor) -> bool:
@@ -185,10 +182,6 @@ class CachedDrafting(TreeDrafting):
     def kind(self) -> Hashable:
         """See [`FixedDrafting`]."""
         return super().kind, *self._windows
-
-    def forget_pass(self) -> None:
-        """See [`FixedDrafting`]."""
-        self._cache.truncate()
 
     def unfix(self, lengths: list[int]) -> None:
         """See [`FixedDrafting`]."""
@@ -273,12 +266,8 @@ class FeatureDrafting(CachedDrafting):
         """Embed tokens (batch, new) as a step reads them: (batch, new, hidden)."""
         return self.target.embed(tokens)
 
-    def extend(self, tokens: Tensor, features: Tensor, positions: Tensor) -> None:
-        """Read the next part of prompts, (batch, length + 1); see [`PartwiseDrafting`]."""
-        self._read(tokens[:, 1:], features, positions)  # each feature with the token after it
-
     def _begin(self, tokens: Tensor, features: Tensor, positions: Tensor, is_new: bool) -> None:
-        self.extend(tokens, features, positions)
+        self._read(tokens[:, 1:], features, positions)  # each feature with the token after it
 
     def _step(self, tokens: Tensor, states: Tensor, positions: Tensor, mask: Any) -> Tensor:
         """See [`CachedDrafting`]; `mask` is (batch, new, slots + new), added to scores."""

@@ -162,8 +162,6 @@ class LastFeatureDrafting(OneCall):
         """Take the last feature of prompts, (batch, length, hidden); see [`Drafting`]."""
         self._feature = features[:, -1].to(self.device, copy=True)
 
-    extend = begin  # the last part of a prompt holds the last feature
-
     def commit(self, tokens: Tensor, features: Tensor, counts: Tensor) -> None:
         """Take the feature before each row's newest token; see [`Drafting`].
 
@@ -180,7 +178,4 @@ class LastFeatureDrafting(OneCall):
         """Return None: there is nothing that a continued call does not read anew."""
 
     def unfix(self, lengths: list[int]) -> None:
-        """See [`FixedDrafting`]."""
-
-    def forget_pass(self) -> None:
         """See [`FixedDrafting`]."""

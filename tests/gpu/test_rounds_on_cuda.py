@@ -1,4 +1,4 @@
-"""Rounds on a CUDA device: static, captured and compiled ones give the text of a plain call.
+"""Rounds on a CUDA device: static and compiled ones give the text of a plain call.
 
 Run them with `python -m pytest -n 0 -m gpu`; it takes some minutes.
 """
@@ -13,7 +13,6 @@ from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 from coral_hf import CoralDrafter
 from coral_hf.decoding.rounds import steps
-from coral_hf.decoding.rounds.loop import FixedLoop
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,7 +23,6 @@ VOCAB = 64
 TREE = {"tree_depth": 4, "tree_top_k": 4, "tree_nodes": 16}
 WAYS = {
     "static": {"cache_implementation": "static"},
-    "captured": {"capture": True},
     "compiled": {"compile_config": CompileConfig(mode="default")},
 }
 PLAIN = {"do_sample": False, "max_new_tokens": 64, "pad_token_id": 0}
@@ -57,19 +55,7 @@ def test_every_way_of_running_gives_the_tokens_of_a_plain_call(family, rows, way
         assert target.generate(**given, assistant_model=drafter, **settings).equal(plain)
 
 
-@pytest.mark.parametrize("sampling", [{}, {"drawn_tree": True}, {"verification": "traversal"}])
-def test_captured_rounds_draw_what_static_rounds_draw(sampling):
-    target, drafter = pair("llama")
-    settings = {"do_sample": True, "max_new_tokens": 40, "pad_token_id": 0, **TREE, **sampling}
-    texts = []
-    for way in ("static", "captured"):
-        torch.manual_seed(3)
-        given = {**prompts(2), "assistant_model": drafter, "speculation": "always"}
-        texts.append(target.generate(**given, **settings, **WAYS[way]))
-    assert texts[0].equal(texts[1])
-
-
-def test_neither_a_step_nor_the_next_draft_waits_for_anything(monkeypatch):
+def test_no_step_waits_for_anything(monkeypatch):
     target, drafter = pair("llama", torch.float16)
 
     def watched(step):
@@ -83,7 +69,6 @@ def test_neither_a_step_nor_the_next_draft_waits_for_anything(monkeypatch):
         return run
 
     monkeypatch.setattr(steps, "STEPS", {name: watched(one) for name, one in steps.STEPS.items()})
-    monkeypatch.setattr(FixedLoop, "_draft", watched(FixedLoop._draft))
     for sampling in ({}, {"do_sample": True, "verification": "traversal", "top_p": 0.9}):
         settings = {**PLAIN, **TREE, **WAYS["static"], **sampling, "speculation": "always"}
         target.generate(**prompts(2), assistant_model=drafter, **settings)

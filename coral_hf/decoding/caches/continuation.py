@@ -47,7 +47,7 @@ def _grows(cache: Cache) -> bool:
 
 
 def continued_cache(
-    input_ids: Tensor, model_kwargs: dict, windows: Sequence[int | None], room: tuple[int, int]
+    input_ids: Tensor, model_kwargs: dict, windows: Sequence[int | None]
 ) -> RaggedCache:
     """Adopt the cache of a call, or make an empty one where it starts at the first token.
 
@@ -55,7 +55,6 @@ def continued_cache(
         input_ids: (batch, length), whole sequences or only what is new in them.
         model_kwargs: what `generate` has prepared, the call's own cache included.
         windows: attention window of each layer of the target, None for full attention.
-        room: new tokens of a row at most, and nodes of a tree.
 
     Raises:
         ValueError: if the cache has another number of rows, or has dropped slots and the sequences
@@ -63,7 +62,6 @@ def continued_cache(
     """
     given, fresh = model_kwargs.get(CACHE), RaggedCache(windows)
     length, whole = input_ids.shape[1], whole_length(input_ids, model_kwargs)
-    fresh.reserve(whole, *room)
     if given is None or given.get_seq_length() == 0:
         return fresh
     held = [getattr(layer, "keys", None) for layer in given.layers]
@@ -79,7 +77,6 @@ def continued_cache(
     layers = [_adopt(*pair) for pair in zip(given.layers, windows, strict=False)]
     if all(layer is not None and layer.holds(kept) for layer in layers):
         fresh.layers[: len(layers)] = layers
-        fresh.reserve(whole, *room)
         for layer in fresh.layers:
             layer.cut(kept)
         return fresh

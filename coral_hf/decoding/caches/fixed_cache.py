@@ -1,7 +1,7 @@
 """KV cache of fixed capacity, whose every shape is the same in each round.
 
 In: what a `RaggedCache` has read. Out: buffers with the same methods, in which counts are tensors
-on the device: nothing waits for it, and nothing is compiled or captured twice.
+on the device: nothing waits for it, and nothing is compiled twice.
 
     slot      0   1   2   3   …  size-1 | size …  size+room-1
     row 0     committed slots, in order |  tokens of the newest passes, until a commit
@@ -87,11 +87,6 @@ class FixedLayer(CacheLayerMixin):
         sizes = self.keys.shape[:2]
         rows, heads = (torch.arange(size, device=self.keys.device) for size in sizes)
         return rows[:, None, None], heads[None, :, None]
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.keys = self.values = None
-        self.is_initialized, self.pending = False, 0
 
     def get_seq_length(self) -> int:
         """Slots that a pass comes behind, whether or not they hold a token."""
@@ -216,10 +211,8 @@ class FixedCache(Cache):
         for layer, own in zip(cache.layers, self.layers, strict=True):
             if own.is_initialized and layer.window is None:
                 layer.adopt(own.keys, own.values, width)
-                own.reset()
             elif own.is_initialized:
                 layer.start = max(min(lengths) - layer.window + 1, 0)
                 places = torch.arange(layer.start, width, device=own.keys.device) % own.size
                 layer.update(own.keys[:, :, places], own.values[:, :, places])
-                own.reset()
         return cache

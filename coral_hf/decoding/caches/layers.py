@@ -18,11 +18,6 @@ SPARE, GROWTH = 64, 16
 SLIDING_SPARE, SLACK = 128, 4
 
 
-def spare_slots(held: int) -> int:
-    """Slots that the buffers of a full layer have to spare when they hold so many."""
-    return max(GROWTH, held // SPARE)
-
-
 class RaggedLayer(DynamicLayer):
     """One layer's keys and values, (batch, kv_heads, slots, head_dim), in a larger buffer.
 
@@ -39,7 +34,6 @@ class RaggedLayer(DynamicLayer):
         self.start = 0  # the first slot that is held
         self.record_past = False  # whether a sliding layer waits for `release`, as a tree needs
         self.is_plain = False  # whether to append as transformers does
-        self.reserved = 0  # slots that the next buffers of a full layer have at least
         self._buffers: list[Tensor] = []  # keys, values: (batch, kv_heads, capacity, head_dim)
 
     @property
@@ -136,7 +130,6 @@ class RaggedLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything, and give its memory back."""
-        super().reset()
         self.keys = self.values = None
         self.is_initialized: bool = False
         self.start, self._buffers = 0, []
@@ -151,10 +144,8 @@ class RaggedLayer(DynamicLayer):
 
     def _grow(self, key_states: Tensor, value_states: Tensor, needed: int) -> None:
         """Move what is held to buffers (batch, kv_heads, capacity, head_dim), a little larger."""
-        if self.is_sliding:
-            capacity = needed + max(SLACK, needed // SLIDING_SPARE)
-        else:
-            capacity = max(needed + spare_slots(needed), self.reserved)
+        least, share = (SLACK, SLIDING_SPARE) if self.is_sliding else (GROWTH, SPARE)
+        capacity = needed + max(least, needed // share)
         held, self._buffers = self.held, []
         for name, new in (("keys", key_states), ("values", value_states)):
             buffer = new.new_empty(*new.shape[:2], capacity, new.shape[-1])

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 
 from ...target import CONVOLUTION
 from ..drafting import host_tensor
-from .layers import RaggedLayer, new_layer, spare_slots
+from .layers import new_layer
 
 HIDDEN = -1  # the position of a slot that no query attends to
 
@@ -93,17 +93,6 @@ class RaggedCache(Cache):
         for layer in self.layers:
             if layer.window == CONVOLUTION:
                 layer.cut(self.width)  # it has no slots that tell how much is committed
-
-    def reserve(self, prompt: int, new: int, nodes: int) -> None:
-        """Make room in full layers for a call, so that no round copies what they hold.
-
-        Args:
-            prompt, new: tokens of its prompt, and at most of its answer, of which a part has room.
-            nodes: of a pass, that are not committed yet.
-        """
-        for layer in self.layers:
-            if isinstance(layer, RaggedLayer):
-                layer.reserved = prompt + min(new, spare_slots(prompt)) + nodes
 
     def commit(self, counts: Sequence[int], nodes: Tensor | None = None) -> None:
         """Keep tokens of the last pass and drop the others.

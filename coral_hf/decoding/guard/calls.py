@@ -20,7 +20,7 @@ from ...target import position_limit, text_config
 from ..caches.continuation import CACHE
 from ..preparation.needs import further_inputs
 from ..settings import Rule
-from ..watchers import ROW_WISE, STATEFUL, STATELESS
+from ..watchers import STATEFUL
 from .entries import TABLES, TREE, Findings, Judgement, finding, judge
 from .foreign import LIBRARIES, has_adapters_by_row, root_of
 from .target import accept_target, placement_findings
@@ -135,15 +135,10 @@ def _caches(cache: Cache | None) -> Findings:
 
 
 def _rule(call: Call, rule: Rule) -> Findings:
-    """Processors that cannot follow the order in which a rule reads scores."""
-    reads_all = rule.name in ("traversal", "block")  # every node, accepted or not
+    """Processors for which no tree is drawn."""
     for one in call.processors:
-        is_unknown = type(one) not in STATELESS
-        if (reads_all and is_unknown) or (rule.is_drawn and isinstance(one, STATEFUL)):
-            yield finding(MODES, "rule that reads all nodes", type(one).__name__)
-    is_row_wise = all(type(one) in ROW_WISE for one in call.processors)
-    if reads_all and len(call.input_ids) > 1 and not is_row_wise:
-        yield finding(MODES, "rule that reads rows alone", rule.name)
+        if rule.is_drawn and isinstance(one, STATEFUL):
+            yield finding(MODES, "drawn tree", type(one).__name__)
 
 
 def _prompts(call: Call) -> Findings:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ...target import FEATURE, read_target, text_config
+from ..caches.shared_keys import sharing_keys
 from ..drafting import DraftTree, host_tensor
 from ..preparation.needs import Preparation, choose_preparation
 from ..preparation.runner import make_runner
@@ -86,20 +87,21 @@ def _try_call(model: PreTrainedModel, lengths: tuple[int, ...], new: int, takes_
         assert need < Preparation.CHECKED or not takes_tree, "each round is compared with steps"
         runner = make_runner(read_target(model), need, takes_tree, (FEATURE,))
         found = [runner.prefill(input_ids, kwargs).logits[:, 0]]  # (batch, vocab) for each token
-        while len(found) < new:
+        while len(found) < new and not runner.is_at_switch:
             depth = min(3, new - len(found) - 1, runner.room())
             rest = plain.sequences[:, longest + len(found) - 1 :]
             tree, path = _tree_of(rest, depth, vocab, None if takes_tree else len(found))
             tree = runner.checked(tree)
             path = path[: tree.tokens.shape[1]]
-            logits = runner.score(tree).logits
+            with sharing_keys():
+                logits = runner.score(tree).logits
             found += [logits[:, node] for node in path]
             nodes = host_tensor([path] * len(input_ids)) if len(path) > 1 else None
             runner.commit([len(path)] * len(input_ids), nodes)
         return torch.stack(found)
 
     found = model.generate(ids, **call, custom_generate=reread)
-    expected = torch.stack(plain.logits)
+    expected = torch.stack(plain.logits[: len(found)])
     off = (found.to(expected) - expected).abs().amax(-1) / expected.std(dim=-1)  # (tokens, batch)
     off = off[off > ROUNDING.get(model.dtype, LOOSE)]
     if len(off):

@@ -17,7 +17,6 @@ from transformers.utils import ModelOutput
 
 from ...target import Target
 from ..caches.continuation import CACHE
-from ..caches.ragged_cache import RaggedCache
 from ..drafting import DraftTree, root_only
 from ..outputs import TargetOutput
 from ..target_runner import TargetRunner, masks_by_layer
@@ -51,19 +50,19 @@ class PreparedRunner(TargetRunner):
         self._kwargs = self._grown({**model_kwargs, CACHE: self.cache}, 1)
         return output
 
+    @property
+    def is_at_switch(self) -> bool:
+        """Whether the target would drop its cache for the next token, as Phi-3 does at a switch."""
+        may_drop = self._is_compared or self._switches
+        return bool(may_drop) and self._prepare(self._ids[:, -1:], 1).get(CACHE) is None
+
     def room(self) -> int:
         """See [`TargetRunner`]."""
         if self._has_differed:
             return 0
         length = self._ids.shape[1] + 1
-        rooms = [super().room()]
-        for switch in self._switches:
-            # where a target drops its cache at a switch, it does so by the number of tokens
-            if length <= switch.length:
-                rooms.append(switch.length - length)
-            elif self.cache.width <= switch.length:
-                rooms.append(0)
-        return min(rooms)
+        until = [one.length - length for one in self._switches if length <= one.length]
+        return min([super().room(), *until])
 
     def checked(self, tree: DraftTree) -> DraftTree:
         """A tree, or its root alone where the target would prepare its nodes otherwise in turn."""
@@ -89,24 +88,7 @@ class PreparedRunner(TargetRunner):
             own = self.cache.position_ids(tree.depths)
             masks = masks_by_layer(self.model, self.cache, own, tree.ancestry())
             inputs |= {"position_ids": root + tree.depths, "attention_mask": masks}
-        if inputs.get(CACHE) is not None:
-            return self._read_tree(inputs)
-        # the target reads its text again, the root alone behind it
-        self._restart(inputs["input_ids"].shape[1] - 1)
-        output = self._forward(**{**inputs, CACHE: self.cache, "use_cache": True})
-        self.cache.set_recording(True)
-        return _of_last_token(output)
-
-    def _restart(self, committed: int) -> None:
-        """Begin an empty cache, in which the text's last tokens, so many, will be committed."""
-        old, self.cache = self.cache, RaggedCache(self._windows)
-        self.cache.begin(len(self._ids), self._target.device)
-        if committed:
-            self.cache.append(old.positions[:, -committed:])
-        self.cache.next_positions = old.next_positions
-        if old.layers[0].is_plain:
-            self.cache.use_plain_append()
-        self._kwargs[CACHE] = self.cache
+        return self._forward(**inputs)
 
     def commit(self, counts: list[int], path: Tensor | None) -> None:
         """See [`TargetRunner`]."""
@@ -153,13 +135,3 @@ def make_runner(target: Target, need: Preparation, takes_tree: bool, *passes) ->
     if need > Preparation.DIRECT:
         return PreparedRunner(target, takes_tree, *passes, need=need)
     return TargetRunner(target, takes_tree, *passes)
-
-
-def _of_last_token(output: TargetOutput) -> TargetOutput:
-    """What a pass over a whole text gives for its last token: axis 1 is that of tokens."""
-    return output._replace(
-        logits=output.logits[:, -1:],
-        features=output.features[:, -1:],
-        hidden_states=tuple(states[:, -1:] for states in output.hidden_states),
-        attentions=tuple(weights[..., -1:, :] for weights in output.attentions),
-    )

@@ -7,7 +7,7 @@ In: what a prompt's pass has left. Out: for each round one small tensor, which t
     token     target over the newest token alone, where drafting does not pay
 
 No value decides a shape and nothing is read on the way, so that each of the three can be compiled
-or captured once. All that a round leaves to the next stays in the same buffers.
+once. All that a round leaves to the next stays in the same buffers.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from transformers import LogitsProcessor
 from ...target import text_config
 from ..caches.fixed_cache import FixedCache
 from ..chance import Uniforms
-from ..drafting import PADDING, DraftTree, FixedDrafting, TreeShape, root_only
+from ..drafting import PADDING, DraftTree, FixedDrafting, Level, TreeShape, root_only
 from ..rules import Verdict
 from ..settings import Rule
 from ..target_runner import TargetRunner
@@ -52,7 +52,7 @@ class FixedRounds:
     rule: Rule
     processors: Sequence[LogitsProcessor]
     capacity: int
-    steps: Any
+    steps: Any = None
 
     def __post_init__(self):
         batch, device = len(self.root), self.root.device
@@ -65,31 +65,30 @@ class FixedRounds:
         self.is_active = torch.ones(batch, dtype=torch.bool, device=device)
         # steps of which this call has checked that their graph is still right; see `Compiled`
         self.checked: dict[str, Callable] = {}
-        tokens, parents, depths = (
-            torch.full((batch, nodes), fill, dtype=torch.long, device=device)
-            for fill in (0, PADDING, 0)
-        )
-        levels, branching = self.shape.depth, self.shape.top_k
-        draft_probs = None
-        if plan:
-            levels, branching = len(plan), max(level.children for level in plan)
-            sizes = batch, nodes, text_config(self.target.model).vocab_size
-            draft_probs = torch.zeros(sizes, dtype=torch.float32, device=device)
-        draws: Any = "without_replacement" if plan else "chosen"
-        parts = tokens, parents, depths, draft_probs
-        self.tree = DraftTree(*parts, draws, levels, branching, plan)
+        self.tree = self._plant(nodes, plan)
+        levels, branching = self.tree.levels, self.tree.branching
         counts = {"greedy": 0, "token": (levels + 1) * (branching * bool(plan) + 1)}
         count = counts.get(self.rule.name, nodes + 1)
         self.uniforms = Uniforms(batch, count, drawn, device)
 
-    def run(self, name: str) -> Tensor | None:
+    def _plant(self, nodes: int, plan: tuple[Level, ...]) -> DraftTree:
+        """The buffers of a tree, (batch, nodes), whose levels are drawn as planned, or chosen."""
+        batch, device = len(self.root), self.root.device
+        tokens, parents, depths = (
+            torch.full((batch, nodes), fill, dtype=torch.long, device=device)
+            for fill in (0, PADDING, 0)
+        )
+        if not plan:
+            levels, branching = self.shape.depth, self.shape.top_k
+            return DraftTree(tokens, parents, depths, levels=levels, branching=branching)
+        vocab, branching = text_config(self.target.model).vocab_size, max(c for _, c in plan)
+        draft_probs = torch.zeros(batch, nodes, vocab, dtype=torch.float32, device=device)
+        parts = tokens, parents, depths, draft_probs
+        return DraftTree(*parts, "without_replacement", len(plan), branching, plan)
+
+    def run(self, name: str) -> Any:
         """Run a step of a round, `draft`, `verify` or `token`: None, or (batch, new + 1)."""
         return self.steps.run(name, self)
-
-    def forget_pass(self) -> None:
-        """Forget what a step has left that was broken off."""
-        self.target.cache.truncate()
-        self.drafting.forget_pass()
 
     def draft(self) -> None:
         """Draft a tree below each root."""

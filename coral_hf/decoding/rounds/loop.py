@@ -4,22 +4,23 @@ In: a call whose scores follow from logits alone. Out: what the general loop giv
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
 from transformers import CompileConfig, GenerationConfig
+from transformers.utils import logging
 
+from ...target import CONVOLUTION, sliding_windows, takes_positions
 from ..drafting import FixedDrafting, TreeShape, host_tensor, root_only
 from ..loop import DecodingLoop
 from ..plain.costs import CostModel, Costs, RoundSample
-from ..plain.draft_policy import AdaptiveDraft, DraftPolicy
+from ..plain.draft_policy import AdaptiveDraft
+from ..preparation.needs import rotary_switches
 from ..target_runner import TargetRunner
 from .fixed_rounds import FixedRounds
 from .steps import Steps, measure_costs, run_dry, steps_of
 
+logger = logging.get_logger(__name__)
 LEAST_CAPACITY = 256
 FINE = 1024  # a capacity from which on there is another one between each and its double
 SPARE = 4  # how much larger a capacity that is compiled may be than one that is not
@@ -45,31 +46,9 @@ class FixedPlan(NamedTuple):
     """How a call runs its rounds."""
 
     shape: TreeShape  # of every tree
-    is_adaptive: bool  # whether drafting is given up where it does not pay
-    # makes the two sides of the call anew, as they are before its first pass
-    fresh: Callable[[], tuple[Any, TargetRunner]]
+    is_adaptive: bool  # whether trees are given up where that pays
     costs: Costs | None = None  # what rounds cost; None: measured once in a process
-    is_captured: bool = False  # whether steps are captured in CUDA graphs
-    only_compiles: bool = False  # whether nothing is decoded
-
-
-class HostCopy:
-    """A tensor on its way to the host, for which nobody waits before it is read."""
-
-    def __init__(self, tensor: Tensor):
-        self._tensor = tensor
-        self._event: torch.cuda.Event | None = None
-        if tensor.device.type == "cuda":
-            there = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
-            self._tensor = there.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(tensor.device))
-
-    def read(self) -> list:
-        """Wait for the tensor, and no more: what was launched since goes on."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._tensor.tolist()
+    only_compiles: bool = False  # whether the call is there to compile, and decodes nothing
 
 
 @dataclass
@@ -86,80 +65,47 @@ class FixedLoop(DecodingLoop):
         super().__post_init__()
         self.compile_config = compile_config_of(self.collector.config)
         self.stats.way = "static" if self.compile_config is None else "compiled"
-        if self.fixed.is_captured:
-            self.stats.way = "captured"
-        # a device that works by itself drafts while the host reads; a draft keeps nothing
-        self.drafts_ahead = self.sequences.ids.is_cuda
-        self.is_ahead = False  # whether the next tree is being drafted
+        self.step_names = ["draft", "verify", *(["token"] if self.fixed.is_adaptive else [])]
 
     def run(self, model_kwargs: dict) -> None:
         """Decode until every row has ended; `model_kwargs` are what `generate` prepared."""
-        prompt, only_compiles = self.sequences.prompt_length, self.fixed.only_compiles
-        longest = self.plan.max_length
-        self.capacity = self._capacity(longest if only_compiles else min(longest, prompt + FAR))
-        if self.compile_config is not None:
-            if not only_compiles:
-                self.capacity = self._ready_capacity()
-            self.warm_up()
-        if only_compiles:
-            return
-        self.lap_start = time.perf_counter()
+        longest, only_compiles = self.plan.max_length, self.fixed.only_compiles
+        most = longest if only_compiles else self.sequences.prompt_length + FAR
+        self.capacity = self._capacity(min(longest, most))
+        if self.compile_config is not None and not only_compiles:
+            self.capacity = self._ready_capacity()
         self.prefill(model_kwargs)
         self.lap("prefill_seconds")
-        if self.sequences.active:
+        if self.sequences.active or only_compiles:
             self.begin_rounds()
-            while self.sequences.active:
+            if self.fixed.is_adaptive:
+                costs = self.fixed.costs or measure_costs(self.rounds)
+                self.policy = AdaptiveDraft(self.fixed.shape, CostModel(costs))
+            while self.sequences.active and not only_compiles:
                 self.round()
             self.end_rounds()
         self.sequences.end()
 
-    def warm_up(self) -> None:
-        """Compile what this call runs, on prompts of two tokens, before its first token."""
-        steps, how = self._steps(), self.fixed
-        if steps.is_ready and (not how.is_adaptive or steps.costs or how.costs):
-            return
-        drafting, target = self.fixed.fresh()
-        prompts = self.sequences.ids[:, :1].expand(-1, 2)
-        output = target.prefill(prompts, {"attention_mask": torch.ones_like(prompts)})
-        tokens = torch.cat([prompts, prompts[:, :1]], dim=1)
-        drafting.begin(tokens, output.features, target.cache.positions)
-        self._rounds(drafting, target)
-        self.lap("warm_up_seconds")
-
     def begin_rounds(self) -> None:
-        """Go on from the prompts in buffers of constant shape."""
-        self._begin()
-        self.policy = DraftPolicy(self.fixed.shape)
-        if self.fixed.is_adaptive:
-            costs = self.fixed.costs or measure_costs(self.rounds)
-            self.policy = AdaptiveDraft(self.fixed.shape, CostModel(costs))
-
-    def _begin(self) -> None:
-        """Make rounds, in the buffers of this call."""
-        self.rounds = self._rounds(self.drafting, self.target)
-        self.num_stopped = 0
-        self._note_ends()
-
-    def _rounds(self, drafting: FixedDrafting, target: TargetRunner) -> FixedRounds:
-        """Rounds of which each step has run once, and was measured where somebody asks."""
+        """Go on in buffers of constant shape, with steps that are compiled where they shall be."""
         root = self.sequences.last(list(range(len(self.sequences.lengths))))
         how = self.fixed.shape, self.plan.rule, tuple(self.sequences.processors)
-        rounds = FixedRounds(drafting, target, root, *how, self.capacity, self._steps())
-        run_dry(rounds, "draft", "verify", *(["token"] if self.fixed.is_adaptive else []))
-        if self.fixed.is_adaptive and self.fixed.costs is None:
-            measure_costs(rounds)
-        return rounds
+        steps = self._steps()
+        self.rounds = FixedRounds(self.drafting, self.target, root, *how, self.capacity, steps)
+        if self.compile_config is not None and not steps.is_ready(*self.step_names):
+            run_dry(self.rounds, *self.step_names)
+            self.lap("warm_up_seconds")
+        self._note_ends()
 
     def _steps(self) -> Steps:
-        """The steps of rounds, which all calls of a kind share."""
+        """The steps of this call's rounds, which all calls of a kind share."""
         processors = tuple(
             (type(one), tuple((name, repr(value)) for name, value in vars(one).items()))
             for one in self.sequences.processors
         )
         sizes = len(self.sequences.lengths), self.capacity, self.fixed.shape, self.plan.rule
         kind = *sizes, processors, self.drafting.kind, self.sequences.ids.device
-        how = self.compile_config, self.fixed.is_captured
-        return steps_of(self.target.model, kind, *how)
+        return steps_of(self.target.model, kind, self.compile_config)
 
     def _capacity(self, length: int) -> int:
         """What rows of `length` tokens need, with all that a round may write behind them."""
@@ -169,7 +115,7 @@ class FixedLoop(DecodingLoop):
         """The next capacity that is compiled, or the one at hand where none is near."""
         least = self.capacity
         while self.capacity <= SPARE * least:
-            if self._steps().is_ready:
+            if self._steps().is_ready("draft", "verify"):
                 return self.capacity
             self.capacity = capacity_for(self.capacity + 1)
         return least
@@ -179,21 +125,23 @@ class FixedLoop(DecodingLoop):
         return rows
 
     def round(self) -> None:
-        """Draft and verify, and read what came out; by then the next draft may be under way."""
+        """Draft where that pays, verify, and read what came out."""
         rows, self.lap_start = self.sequences.active, time.perf_counter()
-        if not self.is_ahead:
-            self._draft()
-        self.is_ahead = False
+        longest = max(self.sequences.lengths[row] for row in rows)
+        if longest + self.fixed.shape.depth + 1 > self.capacity:  # go on in the next one
+            self.end_rounds(goes_on=True)
+            self.capacity = self._capacity(longest + self.capacity // 2)
+            self.begin_rounds()
+        rounds, tree = self.rounds, self.rounds.tree
+        rounds.uniforms.draw_all()
         if is_plain := self.policy.is_plain:
             self.stats.is_stepped_back, self.keep_memory = True, False
-        tree = root_only(self.rounds.root) if is_plain else self.rounds.tree
+            tree = root_only(rounds.root)
+        else:
+            rounds.run("draft")
         self.sequences.show(tree)
         self.lap("draft_seconds")
-        copy = HostCopy(self.rounds.run("token" if is_plain else "verify"))
-        if self.drafts_ahead and not self._is_full(rounds=2):
-            self._draft()
-            self.is_ahead = True
-        found = self._tokens(copy.read())
+        found = self._tokens(rounds.run("token" if is_plain else "verify").tolist())
         self.lap("verify_seconds")
         counts = [len(new) for new in self.sequences.emit([found[row] for row in rows])]
         self._note_ends()
@@ -202,21 +150,6 @@ class FixedLoop(DecodingLoop):
             size, tokens = (tree.levels, tree.tokens.shape[1]), sum(counts) / len(rows)
             self.policy.note(RoundSample(len(rows), *size, tokens))
         self.lap("other_seconds")
-
-    def _draft(self) -> None:
-        """Begin a round, with a tree where drafting pays."""
-        if self._is_full():  # go on in buffers of the next capacity
-            self.end_rounds(goes_on=True)
-            self.capacity = self._capacity(self.sequences.longest + self.capacity // 2)
-            self._begin()
-        self.rounds.uniforms.draw_all()
-        if not self.policy.is_plain:
-            self.rounds.run("draft")
-
-    def _is_full(self, rounds: int = 1) -> bool:
-        """Whether some row may not have room for so many rounds more."""
-        longest = max(self.sequences.lengths[row] for row in self.sequences.active)
-        return longest + rounds * (self.fixed.shape.depth + 1) > self.capacity
 
     def _tokens(self, found: list[list[int]]) -> list[list[int]]:
         """The new tokens of each row, from what a step gives, (batch, depth + 2)."""
@@ -229,12 +162,9 @@ class FixedLoop(DecodingLoop):
         return tokens
 
     def _note_ends(self) -> None:
-        """Tell the device which rows have ended, when one has."""
-        is_stopped = self.sequences.is_stopped
-        if sum(is_stopped) > self.num_stopped:
-            self.num_stopped = sum(is_stopped)
-            is_active = host_tensor([not one for one in is_stopped])
-            self.rounds.is_active.copy_(is_active, non_blocking=True)
+        """Tell the device which rows have ended."""
+        is_active = host_tensor([not one for one in self.sequences.is_stopped])
+        self.rounds.is_active.copy_(is_active, non_blocking=True)
 
     def end_rounds(self, goes_on: bool = False) -> None:
         """Go back to buffers that grow, for whoever continues the sequences."""
@@ -242,3 +172,44 @@ class FixedLoop(DecodingLoop):
         self.target.cache = self.target.cache.grown(lengths)
         if goes_on or self.keep_memory:
             self.drafting.unfix(lengths)
+
+
+def with_constant_shapes(loop: DecodingLoop, how: FixedPlan, is_prepared: bool) -> DecodingLoop:
+    """The loop of a call: with constant shapes where it asks for them and can have them.
+
+    A call asks in the way in which it asks transformers.
+
+    Args:
+        is_prepared: whether the target prepares the inputs of each round itself, or takes no tree.
+
+    Raises:
+        ValueError: if it cannot, and is there to compile and no more.
+    """
+    config = loop.collector.config
+    if config.cache_implementation != "static" and compile_config_of(config) is None:
+        return loop
+    obstacle = _obstacle(loop, is_prepared)
+    if obstacle is None:
+        sides: tuple[Any, TargetRunner] = loop.drafting, loop.target
+        return FixedLoop(*sides, loop.sequences, loop.collector, loop.policy, loop.plan, fixed=how)
+    if how.only_compiles:
+        raise ValueError(f"There is nothing to compile: {obstacle}.")
+    logger.info(f"The rounds of this call have varying shapes: {obstacle}.")
+    return loop
+
+
+def _obstacle(loop: DecodingLoop, is_prepared: bool) -> str | None:
+    """Why the rounds of a call cannot have constant shapes; None if they can."""
+    model = loop.target.model
+    devices = {*getattr(model, "hf_device_map", {"": model.device}).values()}
+    devices.add(getattr(loop.drafting, "device", model.device))
+    reasons = {
+        "the drafter has none of that kind": not hasattr(loop.drafting, "fix"),
+        "something needs one token after another, or scores of each": loop.verifier.is_stepwise,
+        "the target prepares the inputs of each round itself": is_prepared,
+        "the target takes no positions": not takes_positions(model),
+        "the target's rotary embedding changes with the length": rotary_switches(model),
+        "a layer of the target holds no text": {0, CONVOLUTION} & {*sliding_windows(model)},
+        "the models are on several devices": len(devices) > 1,
+    }
+    return next((reason for reason, is_so in reasons.items() if is_so), None)

@@ -1,4 +1,4 @@
-"""How the steps of fixed rounds are run: as they are, compiled, or captured in CUDA graphs.
+"""How the steps of fixed rounds are run: as they are, or compiled.
 
 In: `FixedRounds`. Out: the same steps, of which each is one graph. Graphs are kept with their
 target, by all that a shape or a constant of them follows from, so that a call of the same kind
@@ -7,7 +7,8 @@ compiles nothing.
 
 import statistics
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
 from types import FunctionType
@@ -28,7 +29,6 @@ logger = logging.get_logger(__name__)
 Step = Callable[[FixedRounds], Tensor | None]
 _ALL: tuple[Any, ...] = FixedRounds.draft, FixedRounds.verify, FixedRounds.token
 STEPS: dict[str, Step] = {step.__name__: step for step in _ALL}
-COMPILERS = ("torch._dynamo", "torch._inductor")  # whose errors come before anything has run
 _COMPILING = Lock()  # one thread at a time
 TRIALS = 3  # dry rounds, whose median says what a round costs
 
@@ -38,7 +38,7 @@ class Steps:
     """The steps of rounds of one kind, by name, and what is known of them."""
 
     by_name: dict[str, Step] = field(default_factory=lambda: dict(STEPS))
-    done: set[str] = field(default_factory=set)  # that have run
+    done: set[str] = field(default_factory=set)  # that have been compiled
     costs: list[Costs] = field(default_factory=list)  # of a round, once they were measured
 
     def run(self, name: str, rounds: FixedRounds) -> Tensor | None:
@@ -47,64 +47,34 @@ class Steps:
             return rounds.checked[name](rounds)
         step = self.by_name[name]
         with sharing_keys():
-            if not isinstance(step, Compiled):
-                return step(rounds)
-            try:
-                found = step(rounds)
-            except Exception as error:
-                if not type(error).__module__.startswith(COMPILERS):
-                    raise
-                # the target has changed since, and what it is now does not compile
-                self.give_up(name, rounds, error)
-                return self.by_name[name](rounds)
-            unguarded = step.unguarded() if rounds.root.device.type == "cpu" else None
-            if unguarded is not None:
+            found = step(rounds)
+        if isinstance(step, Compiled) and rounds.root.device.type == "cpu":
+            if (unguarded := step.unguarded()) is not None:
                 rounds.checked[name] = unguarded
-            return found
+        return found
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether draft and verification have run, so that nothing of them is left to compile."""
-        return self.done >= {"draft", "verify"}
-
-    def give_up(self, name: str, rounds: FixedRounds, error: Exception) -> None:
-        """Run a step as it is from now on, and say so once."""
-        self.by_name[name] = STEPS[name]
-        rounds.forget_pass()
-        reason = " ".join(str(error).strip().split("\n")[:2])
-        logger.warning_once(
-            f"The step `{name}` of a round cannot be compiled or captured with this target and"
-            f" drafter, and runs as it is ({type(error).__name__}: {reason}). Leave out"
-            " `compile_config` or `capture`, or call `torch._logging.set_logs(graph_breaks=True)`"
-            " to see why."
-        )
+    def is_ready(self, *names: str) -> bool:
+        """Whether nothing of some steps is left to compile."""
+        return self.done >= {*names}
 
 
 # by target, and by kind
 _STEPS: "WeakKeyDictionary[PreTrainedModel, dict[Hashable, Steps]]" = WeakKeyDictionary()
 
 
-def steps_of(
-    model: PreTrainedModel, kind: Hashable, config: CompileConfig | None, is_captured: bool
-) -> Steps:
+def steps_of(model: PreTrainedModel, kind: Hashable, config: CompileConfig | None) -> Steps:
     """The steps of rounds, compiled where a `config` asks for it; made once a process.
-
-    Those that are captured are of one call, whose buffers they know by their addresses.
 
     Args:
         model: the target.
         kind: all that shapes and constants of the steps follow from, beside the target.
     """
     options = None if config is None else _options(config)
-    kind = kind, repr(options), is_captured
-    known = _STEPS.setdefault(model, {})
+    kind, known = (kind, repr(options)), _STEPS.setdefault(model, {})
     if kind not in known:
         known[kind] = Steps()
         if options is not None:
             known[kind].by_name = {name: Compiled(step, options) for name, step in STEPS.items()}
-    if is_captured:
-        captured: dict[str, Step] = {name: Captured(step) for name, step in STEPS.items()}
-        return Steps(captured, costs=known[kind].costs)
     return known[kind]
 
 
@@ -144,54 +114,26 @@ class Compiled:
         return FunctionType(graphs[0].code, self._plain.__globals__) if len(graphs) == 1 else None
 
 
-class Captured:
-    """A step in a CUDA graph: its kernels are launched at once, on the buffers of one call."""
-
-    RUNS = 2  # before the capture, in which libraries choose their kernels and get their workspace
-
-    def __init__(self, step: Step):
-        self._step = step
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._output: Tensor | None = None
-
-    def __call__(self, rounds: FixedRounds) -> Tensor | None:
-        """Run the step; the first time it is captured, and must keep nothing of its rows."""
-        if self._graph is None:
-            self._capture(rounds)
-        else:
-            self._graph.replay()
-        return self._output
-
-    def _capture(self, rounds: FixedRounds) -> None:
-        stream = torch.cuda.Stream(rounds.root.device)
-        stream.wait_stream(torch.cuda.current_stream(rounds.root.device))
-        with torch.cuda.stream(stream):
-            for _ in range(self.RUNS):
-                self._step(rounds)
-        torch.cuda.current_stream(rounds.root.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = self._step(rounds)
-        self._graph, self._output = graph, output
-
-
 def run_dry(rounds: FixedRounds, *names: str) -> None:
-    """Run each step once on rows that keep nothing, so that what compiles has compiled.
+    """Compile steps by running each once, in rounds that keep nothing.
 
-    A step that cannot be compiled or captured runs as it is from then on.
+    A step that cannot be compiled runs as it is from then on, which is said once.
     """
     steps: Steps = rounds.steps
-    rounds.is_active.fill_(False)
-    for name in (name for name in names if name not in steps.done):
-        try:
-            with _COMPILING:
+    with _idle(rounds), _COMPILING:
+        for name in (name for name in names if name not in steps.done):
+            try:
                 steps.run(name, rounds)
-        except Exception as error:
-            if steps.by_name[name] is STEPS[name]:
-                raise
-            steps.give_up(name, rounds, error)
-        steps.done.add(name)
-    rounds.is_active.fill_(True)
+            except Exception as error:
+                reason = " ".join(str(error).strip().split("\n")[:2])
+                logger.warning_once(
+                    f"The step `{name}` of a round cannot be compiled with this target and drafter,"
+                    f" and runs as it is ({type(error).__name__}: {reason}). Leave out"
+                    " `compile_config`, or call `torch._logging.set_logs(graph_breaks=True)` to see"
+                    " why."
+                )
+                steps.by_name[name] = STEPS[name]
+            steps.done.add(name)
 
 
 def measure_costs(rounds: FixedRounds) -> Costs:
@@ -200,14 +142,22 @@ def measure_costs(rounds: FixedRounds) -> Costs:
     Once in a process, so that calls alike decide alike.
     """
     if not rounds.steps.costs:
-        rounds.is_active.fill_(False)
-        seconds = {name: [_timed(rounds, name) for _ in range(TRIALS)] for name in STEPS}
+        with _idle(rounds):
+            seconds = {name: [_timed(rounds, name) for _ in range(TRIALS)] for name in STEPS}
         draft, verify, token = (statistics.median(seconds[name]) for name in STEPS)
         tree = rounds.tree
         more = max(verify / token - 1, 0.0) / max(tree.tokens.shape[1] - 1, 1)
         rounds.steps.costs.append(Costs(base=1.0, level=draft / token / tree.levels, node=more))
-        rounds.is_active.fill_(True)
     return rounds.steps.costs[0]
+
+
+@contextmanager
+def _idle(rounds: FixedRounds) -> Iterator[None]:
+    """Let rounds keep nothing of any row."""
+    is_active = rounds.is_active.clone()
+    rounds.is_active.fill_(False)
+    yield
+    rounds.is_active.copy_(is_active)
 
 
 def _timed(rounds: FixedRounds, name: str) -> float:

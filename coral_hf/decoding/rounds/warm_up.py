@@ -1,12 +1,11 @@
 """Compiling ahead, so that no call waits for it."""
 
 import time
-from dataclasses import replace
 
 import torch
 from transformers import CompileConfig, PreTrainedModel
 
-from ..generate import decoder
+from ..generate import generate_with_drafter
 
 
 @torch.no_grad()
@@ -46,9 +45,9 @@ def warm_up(
     if settings.get("speculation") == "never":
         raise ValueError("`speculation` is 'never', so that there are no rounds; leave it out.")
     start = time.perf_counter()
-    loop = replace(decoder(drafter), only_compiles=True)
     ids = torch.zeros(batch_size, 1, dtype=torch.long, device=target.device)
-    lengths = {"max_length": max_length, "compile_config": compile_config or CompileConfig()}
-    mask = torch.ones_like(ids)
-    target.generate(ids, attention_mask=mask, custom_generate=loop, **lengths, **settings)
+    call = {"self": target, "inputs": ids, "attention_mask": torch.ones_like(ids), **settings}
+    call |= {"assistant_model": drafter, "max_length": max_length}
+    call["compile_config"] = compile_config or CompileConfig()
+    generate_with_drafter(type(target).generate.__wrapped__, call, only_compiles=True)
     return time.perf_counter() - start

@@ -26,7 +26,7 @@ def test_a_paged_cache_is_refused_with_a_drafter(monkeypatch):
         )
 
 
-@pytest.mark.parametrize("how", ["drafter", "folder", "bound"])
+@pytest.mark.parametrize("how", ["drafter", "folder"])
 def test_continuous_batching_is_refused_with_a_drafter(monkeypatch, tmp_path, how):
     target = tiny_target("llama", torch.float32)
     drafter = CoralDrafter.from_target(target).eval()
@@ -34,7 +34,6 @@ def test_continuous_batching_is_refused_with_a_drafter(monkeypatch, tmp_path, ho
     given = {
         "drafter": {"assistant_model": drafter},
         "folder": {"assistant_model": str(tmp_path)},
-        "bound": {"custom_generate": coral_hf.decoder(drafter)},
     }[how]
     with pytest.raises(ValueError, match="^`generate_batch` is continuous batching, .*; call `gen"):
         target.generate_batch([[3, 4, 5]], max_new_tokens=4, **given)
