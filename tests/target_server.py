@@ -67,8 +67,7 @@ class Handler(loopback_hub.Handler):
             return self.answer_json({"error": {"message": said}}, 401)
         if (fault := self.take_fault()) is not None:
             if fault.status is not None:
-                headers = {"Retry-After": "0"} if fault.status == 503 else {}
-                return self.answer(fault.message.encode(), fault.status, **headers)
+                return self.answer(fault.message.encode(), fault.status)
             self.breaks_off = self.close_connection = True
         known = {"GET /v1/models": self.models, "POST /v1/completions": self.completions}
         found = known.get(f"{self.command} {self.route}")

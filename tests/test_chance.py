@@ -36,7 +36,6 @@ DRAWING = {
     "heads/collection.py",  # initial weights of a router
     "training/grouping/positions.py",
     "training/layer_start.py",
-    "training/regeneration/regenerate.py",
     "training/steps/base.py",
     "training/steps/parallel.py",  # positions that are dropped
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -199,10 +200,8 @@ def test_a_prompt_that_the_server_finds_too_long_is_left_out(server, folder, tmp
     assert (done.num_rows, done.num_left_out) == (1, 1)
     assert len(read(tmp_path / "out.jsonl")[1]["messages"]) == 2
     (left_out,) = read(tmp_path / "out.jsonl.left_out.jsonl").values()
-    assert left_out["reason"] == (
-        "the server refused a prompt for its length (400 This model's maximum context length is 60"
-        " tokens)"
-    )
+    reason = r"the server refused a prompt for its length \(400 .* maximum context length is 60 tok"
+    assert re.match(reason, left_out["reason"])
 
 
 def test_the_positions_of_the_server_leave_room_for_answers(server, folder, tmp_path):
@@ -232,7 +231,7 @@ REFUSALS = {
     "no JSON": (
         {"faults": [Fault("GET", 200, 1, "<html>Hello</html>")]},
         {},
-        "no JSON object, but '200 <html>Hello</html>'",
+        "does not answer as a server with OpenAI's API does: 200 <html>Hello</html>",
     ),
     "no API": (
         {"faults": [Fault("POST", 404, 1, '{"detail": "Not Found"}')]},
@@ -278,7 +277,7 @@ def test_the_key_is_in_no_file_and_no_message(server, folder, tmp_path, monkeypa
     run(at(server, folder), tmp_path / "out.jsonl")
     assert len(read(tmp_path / "out.jsonl")) == 6
     server.key, wrong = "another", server.key
-    with pytest.raises(ValueError, match=f"refuses the key in {KEY} .401 Invalid key ") as found:
+    with pytest.raises(ValueError, match=f"refuses the key in {KEY} .401 .*Invalid key ") as found:
         run(at(server, folder), tmp_path / "other.jsonl")
     for url in (f"http://user:{wrong}@a/v1", f"http://a/v1?key={wrong}"):
         with pytest.raises(ValueError, match="holds more than an address") as refused:

@@ -18,30 +18,18 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ...identity import short_hash, tokenizer_hash
+from ...measure.calls import until_stop
 from ...measure.chat import OPTIONS, chat_options, read_options, render
 from ..data.encoding import text_ids
 from ..data.forms import rendered_form
 from ..data.messages import Message, Row, is_plain_text, read_text, read_tools, to_messages
 from . import RegenerationSettings
-
-
-class Answer(NamedTuple):
-    """The tokens that a target generated after a prompt."""
-
-    tokens: list[int]  # (new,) with the end token, where there is one
-    is_complete: bool  # whether the target ended it itself
-
-    @classmethod
-    def of(cls, tokens: list[int], ends: Sequence[int]) -> "Answer":
-        """Cut generated tokens, (new,), after the first end token."""
-        end = next((i for i, token in enumerate(tokens, start=1) if token in ends), None)
-        return cls(tokens[:end], end is not None)
 
 
 def end_tokens(config: GenerationConfig, tokenizer: Tokenizer) -> list[int]:
@@ -125,26 +113,27 @@ class Dialogue:
         self._prompt = ids
         return ids
 
-    def take(self, answer: Answer) -> None:
-        """Add an answer; nothing follows one that was cut off."""
-        ids = [*self._start, *(answer.tokens[:-1] if answer.is_complete else answer.tokens)]
+    def take(self, tokens: list[int], ends: Sequence[int]) -> None:
+        """Add an answer, (new,), up to an end token; nothing follows one that was cut off."""
+        tokens = until_stop(tokens, ends)
+        is_complete = not {*tokens}.isdisjoint(ends)
+        ids = [*self._start, *(tokens[:-1] if is_complete else tokens)]
         text = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        if not answer.is_complete:
+        if not is_complete:
             self.stopped = "an answer that was cut off"
             text = text.rstrip("\ufffd")  # the cut may go through a character of several tokens
             if self._settings.unfinished == "drop" or not text.strip():
                 return
         self._messages.append({"role": "assistant", "content": text})
-        self.num_kept = len(self._messages)
-        self._is_complete = answer.is_complete
+        self.num_kept, self._is_complete = len(self._messages), is_complete
         # what was read and written goes into the last row of tokens, or begins another
         rows, prompt = self._token_rows, self._prompt
         if not rows or prompt[: len(rows[-1]["input_ids"])] != rows[-1]["input_ids"]:
             tokenizer = short_hash(self._tokenizer)
             rows.append({"input_ids": [], "loss_mask": [], "tokenizer": tokenizer})
         read = prompt[len(rows[-1]["input_ids"]) :]
-        rows[-1]["input_ids"] += [*read, *answer.tokens]
-        rows[-1]["loss_mask"] += [0] * len(read) + [1] * len(answer.tokens)
+        rows[-1]["input_ids"] += [*read, *tokens]
+        rows[-1]["loss_mask"] += [0] * len(read) + [1] * len(tokens)
 
     def result(self) -> dict[str, Any]:
         """Make the row to be written, with its number; without an answer, the `reason`."""

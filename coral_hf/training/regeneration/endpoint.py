@@ -7,9 +7,9 @@ one sentence. The server's key is read from the environment and gets into no fil
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from random import Random
-from typing import Any, TypeVar
+from typing import Any
 
 from anyio import sleep
 
@@ -20,10 +20,9 @@ except ImportError:
 
 KEY = "CORAL_HF_API_KEY"
 ADDRESS = r"(https?://(?:[\w.-]+|\[[\da-fA-F:]+\])(?::\d{1,5})?)((?:/[\w.~-]*)*)"
-RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
+RETRIED = (200, 408, 409, 425, 429, 500, 502, 503, 504)  # 200 with what is no JSON object
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds before a request is sent again
 CONNECT_SECONDS = 30
-Reply = TypeVar("Reply")
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,7 @@ class TooLong(ValueError):
 
 
 class Failure(Exception):
-    """What may be over when a request is sent again, after some seconds."""
-
-    def __init__(self, said: str, seconds: float = 0.0):
-        super().__init__(said)
-        self.seconds = seconds
+    """What may be over when a request is sent again."""
 
 
 class Connection(httpx.AsyncClient):
@@ -80,7 +75,7 @@ class Connection(httpx.AsyncClient):
     """
 
     def __init__(self, endpoint: Endpoint, size: int):
-        self._endpoint, self._random = endpoint, Random()
+        self._endpoint = endpoint
         self._key = os.environ.get(KEY, "").strip()
         if not re.fullmatch("[!-~]*", self._key):
             raise ValueError(f"{KEY} holds characters that no key has.")
@@ -103,11 +98,25 @@ class Connection(httpx.AsyncClient):
             response = await self.request("POST" if body else "GET", path, json=body)
         except httpx.RequestError as error:
             raise Failure(f"no answer ({type(error).__name__} {error})") from error
-        return self._read(response)
+        with suppress(ValueError):
+            if response.status_code == 200 and isinstance(found := response.json(), dict):
+                return found
+        # the key is for nobody to see
+        text = response.text.replace(self._key, "(key)") if self._key else response.text
+        said = f"{response.status_code} {' '.join(text.split())[:300]}"
+        if response.status_code in RETRIED:
+            raise Failure(said)
+        if response.status_code in (401, 403):
+            remedy = "refuses the key in" if self._key else "asks for a key; put it into"
+            raise ValueError(f"The server at {self._endpoint.url} {remedy} {KEY} ({said}).")
+        if re.match("413|400 .*context.(length|window)", said):
+            raise TooLong(f"the server refused a prompt for its length ({said})")
+        where = f"The server at {self._endpoint.url} refused a request to {response.url}"
+        raise ValueError(f"{where} ({said}).")
 
     async def ask(
-        self, path: str, body: dict[str, Any], read: Callable[[dict[str, Any]], Reply]
-    ) -> Reply:
+        self, path: str, body: dict[str, Any], read: Callable[[dict[str, Any]], list[int]]
+    ) -> list[int]:
         """Send an object to a path until the server answers.
 
         Args:
@@ -119,45 +128,14 @@ class Connection(httpx.AsyncClient):
             ConnectionError: if it fails too often in a row.
             ValueError: as `once`.
         """
-        failures = 0
-        while True:
+        failures = list[Failure]()
+        while len(failures) <= self._endpoint.retries:
+            if failures:
+                await sleep(min(FIRST_WAIT * 2 ** (len(failures) - 1), LONGEST_WAIT))
             try:
                 return read(await self.once(path, body))
             except Failure as failure:
-                failures += 1
-                if failures > self._endpoint.retries:
-                    what = f"The server at {self._endpoint.url} failed {failures} times in a row"
-                    remedy = "Repeat the run when it is up again; it resumes."
-                    raise ConnectionError(f"{what}, last with: {failure}. {remedy}") from failure
-                seconds = min(FIRST_WAIT * 2 ** min(failures - 1, 10), LONGEST_WAIT)
-                # not all requests that failed together come again together
-                seconds *= self._random.uniform(0.5, 1)
-                await sleep(max(seconds, failure.seconds))
-
-    def _read(self, response: Any) -> dict[str, Any]:
-        try:
-            found = response.json()
-        except ValueError:
-            found = None
-        status, url = response.status_code, self._endpoint.url
-        if status == 200 and isinstance(found, dict):
-            return found
-        said = f"{status} {self._said(found, response.text)}".strip()
-        if status in RETRIED:
-            named = response.headers.get("retry-after", "")
-            raise Failure(said, float(named) if named.isdecimal() else 0.0)
-        if status in (401, 403):
-            remedy = "refuses the key in" if self._key else "asks for a key; put it into"
-            raise ValueError(f"The server at {url} {remedy} {KEY} ({said}).")
-        if status == 413 or (status == 400 and re.search("context.(length|window)", said)):
-            raise TooLong(f"the server refused a prompt for its length ({said})")
-        if status == 200:
-            raise Failure(f"no JSON object, but {said!r}")
-        raise ValueError(f"The server at {url} refused a request to {response.url} ({said}).")
-
-    def _said(self, found: Any, text: str) -> str:
-        """Return what a server says of an error, without the key and cut short."""
-        error = found.get("error") if isinstance(found, dict) else None
-        text = str(error.get("message", text)) if isinstance(error, dict) else text
-        text = text.replace(self._key, "(key)") if self._key else text
-        return " ".join(text.split())[:300].rstrip(".")
+                failures.append(failure)
+        what = f"The server at {self._endpoint.url} failed {len(failures)} times in a row"
+        remedy = "Repeat the run when it is up again; it resumes."
+        raise ConnectionError(f"{what}, last with: {failures[-1]}. {remedy}")

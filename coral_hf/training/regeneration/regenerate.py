@@ -7,8 +7,7 @@ In: a target, rows of any layout. Out: a JSONL file of `messages` or `text` rows
     out.jsonl.settings.json     what the answers depend on; a resumed run must have the same
     out.jsonl.left_out.jsonl    rows without an answer, with the reason
 
-With a temperature, a token is drawn as the largest of log-probability plus Gumbel noise; the noise
-of each answer comes from a generator of its own, so no answer depends on the others of its batch.
+With a temperature, the answers of a batch are drawn from the seed of its first row.
 """
 
 import math
@@ -19,12 +18,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.utils import logging
 
 from ...atomic import JsonLines, keep_settings, sole_writer
@@ -34,7 +30,7 @@ from ...measure.prompts import left_padded
 from ...target import max_positions, text_config
 from ..data.dataset import warn_of_other_ends
 from . import RegenerationSettings
-from .dialogue import Answer, Dialogue, asked_for, end_tokens, longest_prompt
+from .dialogue import Dialogue, asked_for, end_tokens, longest_prompt
 from .endpoint import Endpoint
 from .served import ServedTarget
 
@@ -168,8 +164,6 @@ class AnswerGenerator:
         self._room = longest_prompt(positions, self.settings)
         self.batch_size = self.settings.batch_size
         self._ends = end_tokens(self.target.generation_config, self.tokenizer)
-        pads = [self.tokenizer.pad_token_id, *self._ends, 0]
-        self._pad = next(token for token in pads if token is not None)
         self.target.eval()
 
     def identity(self) -> dict[str, Any]:
@@ -189,56 +183,23 @@ class AnswerGenerator:
         """Answer all turns of rows, a batch at a time."""
         for rows in batches:
             while asked := [(r, ids) for r in rows if (ids := r.next_prompt(self._room))]:
-                seeds = [seed_of(self.settings.seed, r.number, r.num_kept) for r, _ in asked]
-                answers = self.generate([ids for _, ids in asked], seeds)
+                seed = seed_of(self.settings.seed, asked[0][0].number, asked[0][0].num_kept)
+                answers = self.generate([ids for _, ids in asked], seed)
                 for (row, _), answer in zip(asked, answers, strict=True):
-                    row.take(answer)
+                    row.take(answer, self._ends)
             yield rows
 
-    def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Answer]:
-        """Answer some prompts.
-
-        Args:
-            prompts: (batch, length), of different lengths.
-            seeds: (batch,) of the draws. With a drafter, the first is that of the whole batch.
-        """
-        settings, device = self.settings, self.target.device
-        choice, processors = GREEDY, LogitsProcessorList()
-        if settings.temperature > 0 and self.drafter is not None:
+    def generate(self, prompts: Sequence[list[int]], seed: int) -> list[list[int]]:
+        """Answer some prompts, (batch, length), of different lengths: (batch, new)."""
+        settings, choice = self.settings, GREEDY
+        if settings.temperature > 0:
             choice = {"temperature": settings.temperature, "top_p": settings.top_p, **SAMPLED}
-        elif settings.temperature > 0:  # the largest score, after noise
-            processors.append(TemperatureLogitsWarper(settings.temperature))
-            processors += [TopPLogitsWarper(settings.top_p), GumbelNoise(seeds, device)]
-        ends = {"eos_token_id": self._ends or None, "pad_token_id": self._pad}
+        pad = self.tokenizer.pad_token_id or 0
+        ends = {"eos_token_id": self._ends or None, "pad_token_id": pad}
         config = GenerationConfig(**choice, **ends, max_new_tokens=settings.max_new_tokens)
-        batch = left_padded(prompts, self._pad, device)
-        with seeded(seeds[0], device):
+        batch = left_padded(prompts, pad, self.target.device)
+        with seeded(seed, self.target.device):
             output = self.target.generate(
-                **batch,
-                generation_config=config,
-                logits_processor=processors,
-                assistant_model=self.drafter,
+                **batch, generation_config=config, assistant_model=self.drafter
             )
-        new = output[:, batch["input_ids"].shape[1] :]  # (batch, new)
-        return [Answer.of(tokens, self._ends) for tokens in new.tolist()]
-
-
-class GumbelNoise(LogitsProcessor):
-    """Noise after which the largest score is a draw from softmax(scores): the Gumbel-max trick.
-
-    Args:
-        seeds: (batch,), one a row.
-        device: of the scores; another kind of device draws other tokens.
-    """
-
-    def __init__(self, seeds: Sequence[int], device: torch.device):
-        # a generator for each row of scores (batch, vocab)
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Add noise to scores, (batch, vocab)."""
-        noise = torch.empty_like(scores)  # (batch, vocab)
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.exponential_(generator=generator)
-        # the logarithm of an exponential variable is a negative Gumbel variable
-        return scores - noise.log()
+        return output[:, batch["input_ids"].shape[1] :].tolist()

@@ -19,10 +19,10 @@ from anyio.from_thread import start_blocking_portal
 from transformers import AutoConfig, GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ...identity import full_name, seed_of
+from ...identity import seed_of
 from ...target import max_positions, text_config
 from . import RegenerationSettings
-from .dialogue import Answer, Dialogue, asked_for, end_tokens, longest_prompt
+from .dialogue import Dialogue, asked_for, end_tokens, longest_prompt
 from .endpoint import Connection, Endpoint, Failure, TooLong
 
 # a text is sent without special tokens; else, what a server would take from the target's
@@ -100,7 +100,8 @@ class ServedTarget:
             seed = seed_of(self.settings.seed, row.number, row.num_kept)
             try:
                 body = self._body(prompt, self.settings.max_new_tokens, seed)
-                row.take(await server.ask("completions", body, partial(self._read, prompt=prompt)))
+                read = partial(self._read, prompt=prompt)
+                row.take(await server.ask("completions", body, read), self._ends)
             except TooLong as error:
                 row.stopped = str(error)
             except ValueError as error:
@@ -121,8 +122,8 @@ class ServedTarget:
             **others,
         }
 
-    def _read(self, reply: dict[str, Any], prompt: list[int]) -> Answer:
-        """Return the answer to a prompt, (length,), once all that is known of it fits.
+    def _read(self, reply: dict[str, Any], prompt: list[int]) -> list[int]:
+        """Return the answer to a prompt, (length,) each, once all that is known of it fits.
 
         Raises:
             ValueError: if it does not.
@@ -133,8 +134,7 @@ class ServedTarget:
         if len(tokens) > most or not all(0 <= token < size for token in tokens):
             found = f"{len(tokens)} tokens up to {max(tokens)}"
             raise ValueError(f"the server returned {found}, not at most {most} below {size}.")
-        answer = Answer.of(tokens, self._ends)
-        if not answer.is_complete and len(tokens) < most:
+        if len(tokens) < most and {*tokens}.isdisjoint(self._ends):
             reason = choice.get("finish_reason")
             if reason not in ("stop", "length"):
                 raise Failure(f"an answer that ended with {reason!r}")
@@ -143,7 +143,7 @@ class ServedTarget:
                 f" and token {tokens[-1:]}; the target's ends are {self._ends}. Serve it without"
                 " limits of its own (vLLM: `--generation-config vllm`)."
             )
-        return answer
+        return tokens
 
     async def _meet(self) -> None:
         """Find the target's name and positions on the server, and that it returns tokens."""
@@ -174,15 +174,14 @@ class ServedTarget:
 
     def _entry(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
         """Return what a server says of the target, among all models that it holds."""
-        name, model = self.endpoint.target, self.endpoint.model
-        names = {model} if model else {name, full_name(name)}
+        name = self.endpoint.model or self.endpoint.target
         for entry in entries:
-            if entry["id"] in names or (not model and entry.get("root") in names):
+            if name in (entry["id"], entry.get("root")):
                 return entry
         held = ", ".join(entry["id"] for entry in entries) or "no model"
         raise ValueError(
-            f"The server at {self.endpoint.url} holds {held}, and none called {model or name};"
-            " give the target's name there as `model`, --endpoint-model."
+            f"The server at {self.endpoint.url} holds {held}, and none called {name}; give the"
+            " target's name there as `model`, --endpoint-model."
         )
 
 
