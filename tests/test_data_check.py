@@ -1,8 +1,9 @@
-"""The check of a dataset: counted as training reads it, with its strangest rows."""
+"""The check of a dataset: counted as training reads it, and its strangest rows."""
 
 import bz2
 import json
 import lzma
+import re
 
 import datasets
 import pytest
@@ -11,12 +12,10 @@ from test_data import CHAT, PLAIN_TEMPLATE, fresh_cache, tiny_tokenizer  # noqa:
 
 from coral_hf.training.data import (
     check_dataset,
-    describe,
     load_conversations,
     prepare_dataset,
     with_weight,
 )
-from coral_hf.training.data.show import kinds_of
 
 QUESTION = {"role": "user", "content": "hi"}
 
@@ -35,62 +34,24 @@ def test_numbers_are_those_of_the_rows_that_training_reads(num_proc):
     assert found["num_training_rows"] == len(trained)
     assert found["num_tokens"] == sum(map(len, trained["input_ids"]))
     labels = [label for row in trained["labels"] for label in row]
-    assert found["num_trained"] == sum(label != -100 for label in labels)
-    assert (found["num_cut_rows"], found["num_dropped"], found["num_rows"]) == (1, 0, 5)
-    assert (found["num_turns"], found["num_assistant_turns"]) == (len(CHAT) + 6, 5)
+    assert found["num_trained_tokens"] == sum(label != -100 for label in labels)
+    assert (found["num_cut_rows"], found["num_dropped_rows"], found["num_rows"]) == (1, 0, 5)
     (why,) = found["unread"]
-    assert why.startswith("`messages` has no turns") and found["unread_rows"][why] == 3
-    first = {one["reason"].split(",")[0]: one["row"] for one in reversed(found["strangest"])}
-    assert first["most tokens"] == 1 and first["shortest answer"] == 4
-    assert {type(one["row"]) for one in found["strangest"]} == {int}
-    assert json.loads(json.dumps(found))["lengths"]["longest"] == 64
-    assert "not read   1 rows" in str(found)
+    assert why.startswith("Row 3: `messages` has no turns") and found["num_unread_rows"] == 1
+    strangest = [next(iter(found[f"rows_of_{name}"])) for name in ("most_tokens", "fewest_trained")]
+    assert strangest == [1, 4]
+    assert json.loads(json.dumps(found))["quantiles_of_length"]["1.0"] == 64
 
 
 def test_rows_that_are_cut_before_their_answer_are_dropped():
     long = [{"role": "user", "content": "q" * 90}, {"role": "assistant", "content": "a"}]
     dataset = datasets.Dataset.from_list([{"messages": long}, {"messages": CHAT}])
     found = check_dataset(dataset, tiny_tokenizer(PLAIN_TEMPLATE), 64)
-    assert (found["num_dropped"], found["num_training_rows"], found["num_cut_rows"]) == (1, 1, 1)
-
-
-def test_the_behaviour_of_the_template_is_counted():
-    opened = PLAIN_TEMPLATE.replace("%}<bot>{% endif", "%}<bot><think>{% endif")
-    dataset = datasets.Dataset.from_list([{"messages": CHAT}] * 2)
-    counts = check_dataset(dataset, tiny_tokenizer(opened), 64)["behaviour"]
-    assert counts["an empty thought is read before answers, not trained"] == 2
-    assert counts["a training row an answer, as turns are rendered otherwise later"] == 2
-    plain = check_dataset(dataset, tiny_tokenizer(PLAIN_TEMPLATE), 64)["behaviour"]
-    assert plain == {"one rendering holds every prompt and answer": 2}
-
-
-@pytest.mark.parametrize(
-    ("texts", "kinds"),
-    [
-        (["<think>", "hm", "</think>", "yes"], ["thought"] * 3 + ["answer"]),
-        (["hm", "</think>", "yes"], ["thought"] * 2 + ["answer"]),
-        (["<think>", "cut"], ["thought"] * 2),
-        (["So:", "<tool_call>", "{}", "</tool_call>", "<end>"], "answer call call call answer"),
-        (["[TOOL_CALLS]", "[…]"], "call call"),
-        (["a < b", " > c"], "answer answer"),
-    ],
-)
-def test_thoughts_and_calls_are_found_by_their_marks(texts, kinds):
-    names = kinds.replace("call", "tool_call").split() if isinstance(kinds, str) else kinds
-    assert kinds_of(texts) == names
-
-
-def test_a_row_is_described_by_spans_of_one_kind():
-    (found,) = describe([(7, chat("<think>hm</think>yes"))], tiny_tokenizer(PLAIN_TEMPLATE), 40)
-    assert (found["row"], found["num_cut"]) == (7, 0)
-    assert found["source"] == "`messages`: user, assistant"
-    kinds = {one["kind"]: one["text"] for one in found["spans"]}
-    assert kinds["thought"] == "<think>hm</think>" and kinds["answer"] == "yes<end>"
-    places = [one["tokens"] for one in found["spans"]]
-    assert [start for start, _ in places] == [0, *(stop for _, stop in places[:-1])]
-    (cut,) = describe([(7, chat("x" * 90))], tiny_tokenizer(PLAIN_TEMPLATE), 40)
-    assert cut["num_tokens"] == 40 and cut["spans"][-1]["kind"] == "cut"
-    assert len(cut["spans"][-1]["text"].removesuffix("<end>")) == cut["num_cut"] - 1
+    assert (found["num_dropped_rows"], found["num_training_rows"], found["num_cut_rows"]) == (
+        1,
+        1,
+        1,
+    )
 
 
 def test_a_dataset_counts_by_its_weight():
@@ -108,16 +69,13 @@ def test_the_command_checks_files_and_fails_where_training_would(tmp_path):
     good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
     good.write_text(json.dumps({"messages": CHAT}))
     bad.write_text(json.dumps({"messages": CHAT}) + "\n" + json.dumps({"messages": CHAT[:1]}))
-    result = invoke("data", "check", good, "--target", tmp_path / "target", "--json")
+    names = ["--target", tmp_path / "target", "--dataset", good]
+    result = invoke("data", "check", *names, "--json")
     assert result.exit_code == 0, result.output
     shown = json.loads(result.output[result.output.index('{"num_rows"') :])
     assert shown["num_rows"] == 1 and shown["max_length"] == 2048
-    result = invoke("data", "check", "--target", tmp_path / "target", good, bad)
-    assert result.exit_code == 1 and "not read   1 rows" in result.output
-    result = invoke("data", "show", good, "--target", tmp_path / "target", "--json")
-    assert '"kind": "answer"' in result.output
-    result = invoke("data", "check", "--target", tmp_path / "target")
-    assert result.exit_code == 1 and "coral-hf data check FILE" in result.output
+    result = invoke("data", "check", *names, "--dataset", bad)
+    assert result.exit_code == 1 and re.search(r"unread +Row 2: No token of .*: 1", result.output)
 
 
 def test_a_configuration_and_a_split_of_a_dataset_are_chosen(tmp_path):

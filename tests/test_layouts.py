@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from conftest import tiny_target
 from datasets import Dataset, DatasetDict
 from test_data import (  # noqa: F401  the cache is a fixture
     CHAT,
@@ -19,7 +17,6 @@ from test_data import (  # noqa: F401  the cache is a fixture
 )
 from test_regenerate import run, target  # noqa: F401  a fixture
 
-from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
 from coral_hf.cli.options import DatasetOptions
 from coral_hf.training.data import load_conversations, prepare_dataset, to_messages, tokenize
 
@@ -114,7 +111,6 @@ def test_masks_of_tokens_are_read(mask):
     ("row", "name"),
     [
         ({"messages": CHAT, "persona": "a kind old pirate"}, "persona"),
-        ({"messages": CHAT, "documents": [{"text": "It rains in Rome."}]}, "documents"),
         ({"messages": CHAT, "answer_mask": [0, 1]}, "answer_mask"),
         ({"messages": CHAT, "loss_weight": 0.5}, "loss_weight"),
         ({"input_ids": IDS, "my_mask": [0, 0, 0, 1, 1]}, "my_mask"),
@@ -122,28 +118,15 @@ def test_masks_of_tokens_are_read(mask):
         ({"instruction": "q", "output": "a", "question": "Is it another?"}, "question"),
     ],
 )
-def test_a_column_that_is_not_read_is_named_or_ignored(row, name):
+def test_a_column_that_is_not_read_is_named_unless_it_is_removed(row, name):
     with pytest.raises(ValueError, match=f"Row 0: The column `{name}` is not read, but holds "):
         prepare([row])
-    rows = Dataset.from_list([row])
-    assert len(prepare_dataset(rows, tiny_tokenizer(), 100, ignore_columns=[name])) == 1
+    rows = Dataset.from_list([row]).remove_columns(name)
+    assert len(prepare_dataset(rows, tiny_tokenizer(), 100)) == 1
 
 
-def test_a_trainer_ignores_columns_of_some_of_its_datasets(tmp_path: Path):
-    size = len(tiny_tokenizer())
-    model = tiny_target("llama", torch.float32, vocab_size=size)
-    given = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True}
-    rows = Dataset.from_list([{"messages": CHAT, "persona": "a kind old pirate"}])
-    parts = DatasetDict(one=Dataset.from_list([{"messages": CHAT}]), other=rows)
-    trainer = CoralTrainer(
-        model=CoralDrafter.from_target(model),
-        target_model=model,
-        args=CoralTrainingArguments(ignore_columns=["persona"], **given),
-        train_dataset=rows,
-        eval_dataset=parts,
-        processing_class=tiny_tokenizer(),
-    )
-    assert trainer.train_dataset[0] == trainer.eval_dataset["one"][0]
+def test_several_datasets_are_no_dataset():
+    parts = DatasetDict(one=Dataset.from_list([{"messages": CHAT}]), other=Dataset.from_list([]))
     with pytest.raises(ValueError, match=r"`dataset` is a DatasetDict of \['one', 'other'\]; pass"):
         prepare_dataset(parts, tiny_tokenizer(), 100)
 
@@ -159,8 +142,6 @@ def test_a_dataset_command_leaves_out_columns(tmp_path: Path):
     file.write_text(json.dumps({"messages": CHAT, "persona": "a kind old pirate"}))
     rows = DatasetOptions(dataset=[str(file)], ignore_columns=["persona"]).rows()
     assert rows.column_names == ["messages"]
-    with pytest.raises(ValueError, match="--ignore-column none: no dataset has such a column"):
-        DatasetOptions(dataset=[str(file)], ignore_columns=["none"]).rows()
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])

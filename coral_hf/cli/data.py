@@ -1,7 +1,6 @@
 """Commands that show, check, store and make what a drafter is trained on."""
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,52 +10,46 @@ from ..measure.settings import option
 from ..training.regeneration import RegenerationSettings
 from .options import ChatOptions, DatasetOptions, TargetOptions, load_drafter
 
-ROWS_OF_A_PROCESS = 2000  # fewer are read sooner by one
-
 
 @dataclass(kw_only=True)
 class DataOptions(ChatOptions, DatasetOptions):
-    """Rows of a dataset to be shown, or a dataset to be checked."""
+    """Which rows are shown, or how a dataset is checked."""
 
     action: Literal["show", "check"] = option("What to do.", positional=True)
-    files: list[str] = option("Files, folders or Hub ids.", [], positional=True)
-    dataset: list[str] = option("The same, by name.", [])
     target: str = option("The target or its tokenizer alone: a folder or a Hub id.")
     row: int = option("The first row shown, from 0; -1 is the last.", 0)
     limit: int = option("Rows shown.", 1, least=1)
     max_length: int | None = option("Cut rows here; `check` does at 2048.", None, least=1)
-    num_proc: int | None = option("Processes that check; by default one a core.", None, least=1)
-    json: bool = option("Print JSON: a line a training row, or the whole check.", False)
+    num_proc: int | None = option("Processes that check.", None, least=1)
+    json: bool = option("Print the check as JSON.", False)
 
 
 def data(own: DataOptions) -> None:
     """Show what is read and trained of rows, or count what training would read of a dataset.
 
-    `show` prints tokens in colour or, through a pipe, with marks. `check` prints numbers, how the
-    chat template behaves, and the ten strangest rows; it exits with 1 if a row cannot be read.
+    `show` prints tokens in colour or, through a pipe, with marks. `check` prints numbers and
+    strange rows; it exits with 1 if a row cannot be read.
     """
-    from ..training.data import check_dataset, describe, show
+    from ..training.data import check_dataset, show
 
-    own.dataset = [*own.files, *own.dataset]
-    if not own.dataset:
-        raise ValueError(f"Name what to read: coral-hf data {own.action} FILE --target T.")
     rows = own.conversations()
     chosen = range(len(rows))[own.row :][: own.limit]
     if own.action == "show" and not chosen:
         raise ValueError(f"--row is {own.row}, but the dataset has {len(rows)} rows, from 0.")
-    numbered, tokenizer = ((index, rows[index]) for index in chosen), own.load_tokenizer()
-    if own.action == "check":
-        most = min(os.cpu_count() or 1, len(rows) // ROWS_OF_A_PROCESS)
-        num_proc = own.num_proc or (most if most > 1 else None)
-        found = check_dataset(rows, tokenizer, own.max_length or 2048, num_proc, own.vocab_size())
-        print(json.dumps(found, ensure_ascii=False) if own.json else found)
-        if found["unread"]:
-            sys.exit(1)
-    elif own.json:
-        for one in describe(numbered, tokenizer, own.max_length):
-            print(json.dumps(one, ensure_ascii=False))
+    tokenizer = own.load_tokenizer()
+    if own.action == "show":
+        return show(((index, rows[index]) for index in chosen), tokenizer, own.max_length)
+    found = check_dataset(rows, tokenizer, own.max_length or 2048, own.num_proc, own.vocab_size())
+    if own.json:
+        print(json.dumps(found, ensure_ascii=False))
     else:
-        show(numbered, tokenizer, own.max_length)
+        for name, value in found.items():
+            parts = value.items() if isinstance(value, dict) else [("", value)]
+            lines = [f"{key}: {part}" if key != "" else f"{part:,}" for key, part in parts]
+            shown = f"\n{'':24}".join(lines)
+            print(f"{name.removeprefix('num_').replace('_', ' '):24}{shown}")
+    if found["unread"]:
+        sys.exit(1)
 
 
 @dataclass(kw_only=True)

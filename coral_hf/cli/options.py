@@ -86,22 +86,18 @@ class DatasetOptions:
         """Return the first conversations of each dataset, or the ones that are held out."""
         from ..training.data import join_datasets, load_conversations, with_weight
 
-        parts, unknown = [], {*self.ignore_columns}
-        weights = self.weight or [1.0] * len(self.dataset)
+        parts, weights = [], self.weight or [1.0] * len(self.dataset)
         if len(weights) != len(self.dataset):
             raise ValueError(f"{len(self.dataset)} --dataset have {len(weights)} --weight.")
         for path, weight in zip(self.dataset, weights, strict=True):
             rows = load_conversations(path, self.split, self.config, self.revision)
             ignored = [name for name in self.ignore_columns if name in rows.column_names]
-            unknown -= {*ignored}
             rows = rows.remove_columns(ignored)
             kept = range(len(rows) - self.hold_out)
             if not kept:
                 raise ValueError(f"--hold-out {self.hold_out} leaves no row of {path}.")
             chosen = rows.select(range(len(kept), len(rows)) if held_out else kept[:limit])
             parts.append(chosen if held_out else with_weight(chosen, weight))
-        if unknown:
-            raise ValueError(f"--ignore-column {' '.join(unknown)}: no dataset has such a column.")
         return join_datasets(parts, self.dataset)
 
 

@@ -29,10 +29,7 @@ def parse(name: str, command: Command, words: Sequence[str]) -> dict[str, Any]:
     # `--max-length` is our spelling; `--max_length`, that of transformers' scripts, is read as well
     words = [re.sub("^--[^=]+", lambda found: found[0].replace("_", "-"), word) for word in words]
     options = {one.name: one for kind in kinds.values() for one in fields(kind)}
-    # a list without a name may stand before and behind options
-    is_mixed = any(one.metadata.get("positional") and is_list(one) for one in options.values())
-    parse_words = parser.parse_known_intermixed_args if is_mixed else parser.parse_known_args
-    known, others = parse_words(words)
+    known, others = parser.parse_known_args(words)
     typed, arguments = vars(known), dict[str, Any]()
     if EXTRA in get_type_hints(command):
         arguments[EXTRA] = others
@@ -86,7 +83,7 @@ def add_option(parser: argparse.ArgumentParser, one: Field[Any], kind: Any) -> a
     if NoneType in get_args(kind):
         kind = get_args(kind)[0]
     if get_origin(kind) is list:
-        settings |= {"nargs": "*"} if is_positional else {"action": "append"}
+        settings["action"] = "append"
         kind = get_args(kind)[0]
     if get_origin(kind) is Literal:
         settings["choices"] = get_args(kind)
@@ -107,11 +104,6 @@ def help_text(one: Field[Any]) -> str:
         default = " ".join(map(str, one.default_factory()))
     says_nothing = default in (MISSING, None, "") or isinstance(default, bool)
     shown = "" if says_nothing else f" Default: {default}."
-    if is_list(one) and not one.metadata.get("positional"):
+    if str(one.type).startswith("list["):
         shown = f" May be repeated.{shown}"
     return (one.metadata["help"] + shown).replace("%", "%%")
-
-
-def is_list(one: Field[Any]) -> bool:
-    """Whether a field holds several values."""
-    return str(one.type).startswith("list[")

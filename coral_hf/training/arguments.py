@@ -80,9 +80,6 @@ class RowArguments(TrainingArguments):
     """[`~transformers.TrainingArguments`] with what decides how a dataset becomes rows."""
 
     max_length: int = _setting(2048, "Tokens after which a conversation is cut.")
-    ignore_columns: list[str] | None = _setting(
-        None, "Columns of the dataset that are not read, though they hold text or a mask."
-    )
     # every trained weight is used in every batch
     ddp_find_unused_parameters: bool | None = _setting(False, "DDP looks for unused parameters.")
     # the `forward` of a drafter does not name the columns of a batch

@@ -146,8 +146,7 @@ def token_rows(
     elif not is_joined(dataset):
         # what is cut is counted in a warning
         longest = min(max_length, max_positions(text) or max_length)
-        sizes = {"vocab_size": vocab_size, "ignore_columns": args.ignore_columns or ()}
-        dataset = prepare_dataset(dataset, tokenizer, longest, **sizes)
+        dataset = prepare_dataset(dataset, tokenizer, longest, vocab_size=vocab_size)
     if not may_join or is_joined(dataset):
         return dataset
     # rows of token ids may be padded

@@ -6,10 +6,10 @@ batch. Trained is what the target writes: the assistant's turns or, of plain tex
 """
 
 from ...measure.chat import set_chat_options
-from .check import DataCheck, check_dataset
+from .check import check_dataset
 from .dataset import prepare_dataset
 from .documents import CoralCollator, pack_dataset, share_prompts
 from .encoding import tokenize
 from .loading import join_datasets, load_conversations, with_weight
 from .messages import to_messages
-from .show import describe, show
+from .show import show

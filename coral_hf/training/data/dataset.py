@@ -6,14 +6,13 @@ are an error: on a GPU they are an assertion that names nothing.
 """
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
-import pyarrow.compute as arrow
 import transformers
 from datasets import Dataset, IterableDataset
+from pandas import DataFrame
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
@@ -22,7 +21,6 @@ from ...identity import digest, file_digest
 from ...measure import chat
 from ...target import text_config
 from .encoding import IGNORED, check_ids, cut, encode
-from .messages import Row
 
 Data = TypeVar("Data", Dataset, IterableDataset)
 
@@ -30,7 +28,7 @@ logger = logging.get_logger(__name__)
 
 IDS, MASK = datasets.Sequence(datasets.Value("int32")), datasets.Sequence(datasets.Value("int8"))
 COLUMNS = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS}
-NOTES = dict.fromkeys(("source", "num_trained", "num_lost"), datasets.Value("int64"))
+NOTES = dict.fromkeys(("source", "num_tokens", "num_trained", "num_lost"), datasets.Value("int64"))
 NOTES |= {"problem": datasets.Value("string")}
 
 
@@ -40,7 +38,6 @@ def prepare_dataset(
     max_length: int,
     num_proc: int | None = None,
     vocab_size: int | None = None,
-    ignore_columns: Collection[str] = (),
 ) -> Data:
     """Tokenize a dataset to the columns `input_ids`, `attention_mask` and `labels`.
 
@@ -54,7 +51,6 @@ def prepare_dataset(
         max_length: tokens after which a row is cut.
         num_proc: processes that tokenize.
         vocab_size: of the target, to refuse token ids that it does not have.
-        ignore_columns: columns that are not read, if it has them, though they hold text or a mask.
 
     Raises:
         ValueError: for rows that cannot be read, naming the first and their number; of a stream
@@ -66,38 +62,32 @@ def prepare_dataset(
     first = next(iter(plain), None)
     if first is None:
         raise ValueError("`dataset` has no rows; check its path, its split and its filters.")
-    plain = plain.remove_columns([name for name in ignore_columns if name in first])
-    row = {name: first[name] for name in first if name not in ignore_columns}
-    given = {"tokenizer": tokenizer, "max_length": max_length, "vocab_size": vocab_size}
-    read = functools.partial(_tokenize, **given)
-    strict = functools.partial(read, is_strict=True)
-    strict(row, 0)  # fail at once where every row would
-    if isinstance(plain, IterableDataset):
-        rows = map_rows(plain, strict, COLUMNS)
-        return rows.filter(lambda row: any(label != IGNORED for label in row["labels"]))
-    rows = map_rows(plain, read, {**COLUMNS, **NOTES}, "Tokenizing", num_proc)
+    # fail at once where every row would
+    batch = {name: [value] for name, value in first.items()}
+    _tokenize(batch, [0], tokenizer, max_length, vocab_size, is_strict=True)
+    rows = tokenize_rows(plain, tokenizer, max_length, num_proc, vocab_size)
+    if isinstance(rows, IterableDataset):
+        return rows.filter(lambda row: row["num_trained"]).select_columns([*COLUMNS])
     return _drop_untrained(rows, len(plain), max_length)
 
 
-def map_rows(
+def tokenize_rows(
     dataset: Data,
-    read: Callable[[Row, int], list[dict[str, Any]]],
-    features: Mapping[str, Any],
-    desc: str = "",
+    tokenizer: Tokenizer,
+    max_length: int,
     num_proc: int | None = None,
+    vocab_size: int | None = None,
 ) -> Data:
-    """Call a function with each row and its number, and collect the rows that it returns.
-
-    Args:
-        features: of these; what a row lacks is None.
-        desc: of the progress bar; a stream has none.
-    """
-    known = {"read": read, "names": [*features], "code": code_version()}
-    options = {"with_indices": True, "fn_kwargs": known, "remove_columns": columns_of(dataset)}
-    if isinstance(dataset, IterableDataset):  # a bad row is raised when it is reached
-        return dataset.map(_by_row, batched=True, batch_size=1, **options)
-    options |= {"features": datasets.Features(features), "desc": desc, "num_proc": num_proc}
-    return dataset.with_format(None).map(_by_row, batched=True, **options)
+    """Tokenize a dataset to COLUMNS and NOTES; a stream raises a bad row when it is reached."""
+    known = {"tokenizer": tokenizer, "max_length": max_length, "vocab_size": vocab_size}
+    options = {"batched": True, "with_indices": True, "remove_columns": columns_of(dataset)}
+    options["fn_kwargs"] = known | {"code": code_version()}
+    if isinstance(dataset, IterableDataset):
+        options["fn_kwargs"]["is_strict"] = True
+        return dataset.map(_tokenize, batch_size=1, **options)
+    features = datasets.Features({**COLUMNS, **NOTES})
+    options |= {"features": features, "desc": "Tokenizing", "num_proc": num_proc}
+    return dataset.with_format(None).map(_tokenize, **options)
 
 
 def columns_of(dataset: Any) -> list[str]:
@@ -105,13 +95,9 @@ def columns_of(dataset: Any) -> list[str]:
     return dataset.column_names or list(next(iter(dataset)))
 
 
-def _by_row(
-    batch: dict[str, list], indices: list[int], read: Callable, names: Sequence[str], code: str
-) -> dict[str, list]:
-    """See `map_rows`; a batch is given by column, and `code` for the cache alone."""
-    rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-    found = [one for row, i in zip(rows, indices, strict=True) for one in read(row, i)]
-    return {name: [one.get(name) for one in found] for name in names}
+def notes_of(rows: Dataset) -> DataFrame:
+    """Return what is noted of tokenized rows."""
+    return rows.select_columns([*NOTES]).to_pandas()
 
 
 @functools.cache
@@ -125,42 +111,47 @@ def code_version() -> str:
 
 
 def _tokenize(
-    row: Row,
-    index: int,
+    batch: dict[str, list],
+    indices: list[int],
     tokenizer: Tokenizer,
     max_length: int,
     vocab_size: int | None,
+    code: str = "",
     is_strict: bool = False,
-) -> list[dict[str, Any]]:
-    """Tokenize a row to rows of COLUMNS and NOTES.
+) -> dict[str, list]:
+    """See `tokenize_rows`; a batch is given by column, and `code` for the cache alone.
 
     An error is noted in a row of its own, so that all bad rows are counted; `is_strict` raises it.
     """
-    problem, whole = "", [{"input_ids": list[int](), "labels": list[int]()}]
-    try:
-        whole = encode(row, tokenizer, max_length, vocab_size).rows
-    except ValueError as error:
-        problem = f"Row {index}: {error}"
-        if is_strict:
-            raise ValueError(problem) from error
-    rows = []
-    for one in whole:
-        part: dict[str, Any] = {**cut(one, max_length), "source": index, "problem": problem}
-        part["num_trained"] = sum(label != IGNORED for label in part["labels"])
-        part["num_lost"] = len(one["input_ids"]) - len(part["input_ids"])
-        rows.append(part)
-    return rows
+    found: dict[str, list] = {name: [] for name in (*COLUMNS, *NOTES)}
+    for index, *values in zip(indices, *batch.values(), strict=True):
+        problem, wholes = "", [{"input_ids": list[int](), "labels": list[int]()}]
+        try:
+            row = dict(zip(batch, values, strict=True))
+            wholes = encode(row, tokenizer, max_length, vocab_size)
+        except ValueError as error:
+            problem = f"Row {index}: {error}"
+            if is_strict:
+                raise ValueError(problem) from error
+        for whole in wholes:
+            part: dict[str, Any] = {**cut(whole, max_length), "source": index, "problem": problem}
+            part["num_tokens"] = len(part["input_ids"])
+            part["num_trained"] = sum(label != IGNORED for label in part["labels"])
+            part["num_lost"] = len(whole["input_ids"]) - part["num_tokens"]
+            for name, value in part.items():
+                found[name].append(value)
+    return found
 
 
 def _drop_untrained(rows: Dataset, num_rows: int, max_length: int) -> Dataset:
-    """Drop rows without labels, count them and those that were cut; refuse bad rows.
+    """Drop tokenized rows without labels, count them and those that were cut; refuse bad rows.
 
     Args:
-        rows: tokenized, each with the number of its source.
+        rows: of `tokenize_rows`.
         num_rows: before they were tokenized.
         max_length: that they were cut to.
     """
-    notes = rows.select_columns([*NOTES]).to_pandas()
+    notes = notes_of(rows)
     bad, of_rows = notes.problem[notes.problem != ""], f"of {num_rows} rows"
     if len(bad):
         raise ValueError(
@@ -203,14 +194,9 @@ def warn_of_other_ends(tokenizer: Tokenizer, target: PreTrainedModel) -> None:
 def check_rows(dataset: Any, vocab_size: int) -> None:
     """Raise a ValueError naming the first row of `input_ids` outside the vocabulary.
 
-    Only a `datasets.Dataset` is read, as Arrow arrays; a stream can be read only once.
+    Only a `datasets.Dataset` is read; a stream can be read only once.
     """
-    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
-        return
-    start = 0
-    for batch in dataset.with_format("arrow").iter(batch_size=1000):
-        extremes = arrow.min_max(arrow.list_flatten(batch["input_ids"])).as_py().values()
-        if any(not 0 <= token < vocab_size for token in extremes if token is not None):
-            for row, ids in enumerate(batch["input_ids"].to_pylist(), start):
-                check_ids(ids, vocab_size, f"Row {row}: ")
-        start += len(batch)
+    if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
+        rows = dataset.select_columns("input_ids").with_format("numpy")
+        for number, row in enumerate(rows):
+            check_ids(row["input_ids"], vocab_size, f"Row {number}: ")

@@ -12,12 +12,13 @@ import math
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ...identity import short_hash
-from .messages import TOKEN_MASKS, Message, Row, check_unread, is_plain_text, layout_of, read_text
+from .messages import TOKEN_MASKS, Row, check_unread, is_plain_text, layout_of, read_text
 from .turns import RenderedChat, Turn
 
 Encoded = dict[str, list[int]]  # `input_ids` and `labels`, each (length,)
@@ -27,14 +28,6 @@ IGNORED = -100  # the label that cross entropy and the trainer's count of items 
 TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask", "token_type_ids", "special_tokens_mask")
 # with it a template itself marks what the target writes
 GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-
-
-class Encoding(NamedTuple):
-    """Training rows of a row, and how the chat template behaved."""
-
-    rows: list[Encoded]
-    messages: Sequence[Message] = ()  # of a conversation, as the row gives them
-    behaviour: Sequence[str] = ()
 
 
 def tokenize(row: Row, tokenizer: Tokenizer, max_length: int) -> list[Encoded]:
@@ -47,7 +40,7 @@ def tokenize(row: Row, tokenizer: Tokenizer, max_length: int) -> list[Encoded]:
     Raises:
         ValueError: for a row that cannot be read, or that the chat template cannot render.
     """
-    return [cut(one, max_length) for one in encode(row, tokenizer, max_length).rows]
+    return [cut(one, max_length) for one in encode(row, tokenizer, max_length)]
 
 
 def cut(encoded: Encoded, max_length: int) -> Encoded:
@@ -62,7 +55,7 @@ def cut(encoded: Encoded, max_length: int) -> Encoded:
 
 def encode(
     row: Row, tokenizer: Tokenizer, max_length: int | None = None, vocab_size: int | None = None
-) -> Encoding:
+) -> list[Encoded]:
     """Turn a row into training rows of `input_ids` and `labels`, each (length,).
 
     Plain text is split into rows of `max_length`; others are whole. Ids beyond `vocab_size` are an
@@ -70,12 +63,11 @@ def encode(
     """
     layout = layout_of(row)
     if is_plain_text(row):
-        whole = _encode_text(row, tokenizer)
-        found = Encoding(split_text(whole, tokenizer.bos_token_id, max_length))
+        found = split_text(_encode_text(row, tokenizer), tokenizer.bos_token_id, max_length)
     elif layout == "token_rows":
-        found = Encoding(_encode_token_rows(row, tokenizer))
+        found = _encode_token_rows(row, tokenizer)
     elif layout == "input_ids":
-        found = Encoding([_encode_ids(row)])
+        found = [_encode_ids(row)]
     else:
         found = Chat(row, tokenizer).encode()
     # A drafter reads a token and the feature before it; nothing predicts the first two tokens.
@@ -84,7 +76,7 @@ def encode(
     # feature         f0     f1       f2       f3       f_i has read x_0 .. x_i
     # drafter reads          (x1,f0)  (x2,f1)  (x3,f2)  and predicts x2, x3, x4
     # label           -100   -100     x2       x3
-    for one in found.rows:
+    for one in found:
         check_ids(one["input_ids"], vocab_size or math.inf)
         one["labels"] = [IGNORED, IGNORED, *one["labels"][2:]][: len(one["input_ids"])]
     return found
@@ -167,10 +159,10 @@ def text_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 def check_ids(ids: Sequence[int], vocab_size: float, where: str = "") -> None:
     """Raise a ValueError if token ids of a row, (length,), are outside the vocabulary."""
-    if ids and (min(ids) < 0 or max(ids) >= vocab_size):
-        token = next(token for token in ids if not 0 <= token < vocab_size)
-        what = f"{where}`input_ids` has {token}, outside the target's vocabulary of {vocab_size}"
-        raise ValueError(f"{what} tokens; encode it with the target's own tokenizer.")
+    row = np.asarray(ids)
+    if len(outside := row[(row < 0) | (row >= vocab_size)]):
+        what = f"{where}`input_ids` has {outside[0]}, outside the target's vocabulary of"
+        raise ValueError(f"{what} {vocab_size} tokens; encode it with the target's own tokenizer.")
 
 
 class Chat(RenderedChat):
@@ -182,17 +174,13 @@ class Chat(RenderedChat):
         super().__init__(row, tokenizer)
         self.tokenizer = tokenizer
         self.has_blocks = bool(GENERATION_BLOCK.search(self.template))
-        self._ids_of: dict[str, list[int]] = {}  # tokens of texts that come again and again
         self._special = {*tokenizer.added_tokens_decoder}
 
-    def encode(self) -> Encoding:
+    def encode(self) -> list[Encoded]:
         """Return the training rows, one where that is exact."""
-        if (whole := self._encode_whole()) is not None:
-            how, found = "one rendering holds every prompt and answer", [whole]
-        else:
-            how = "a training row an answer, as turns are rendered otherwise later"
-            found = [self._encode_turn(turn) for turn in self.turns if turn.is_trained]
-            found = found or [{"input_ids": [], "labels": []}]
+        whole = self._encode_whole()
+        apart = (self._encode_turn(turn) for turn in self.turns if turn.is_trained)
+        found = [whole] if whole else [*apart] or [{"input_ids": [], "labels": []}]
         trained = [label != IGNORED for one in found for label in one["labels"]]
         if (trained and all(trained)) or not (any(trained) or self.is_weighted):
             roles = [turn["role"] for turn in self.messages]
@@ -201,16 +189,10 @@ class Chat(RenderedChat):
                 " answers' alone. Drop rows without prompt or answer with `dataset.filter`, or"
                 " enclose only the answers in the template in `{% generation %}`."
             )
-        return Encoding(found, self.given, [*self.behaviour(), how])
-
-    def _ids(self, text: str) -> list[int]:
-        """Tokenize a text, (length,), as `apply_chat_template` does."""
-        if text not in self._ids_of:
-            self._ids_of[text] = self._encoded(text)["input_ids"]
-        return self._ids_of[text]
+        return found
 
     def _encoded(self, text: str) -> Any:
-        """Tokenize a text: `input_ids` and `offset_mapping`, (length,) each."""
+        """Tokenize a text as `apply_chat_template` does: its `input_ids` and `offset_mapping`."""
         # not verbose: a warning of the length would come before the cut to `max_length`
         options = {"return_offsets_mapping": True, "verbose": False}
         return self.tokenizer(text, add_special_tokens=False, **options)
@@ -251,7 +233,7 @@ class Chat(RenderedChat):
             return None
         last = next((i for i in reversed(range(number)) if ids[i] in self._special), 0)
         tail = text[offsets[last][0] : seam] if number else text[:seam]
-        return number if self._ids(tail) == ids[last:number] else None
+        return number if self._encoded(tail)["input_ids"] == ids[last:number] else None
 
     def _encode_turn(self, turn: Turn) -> Encoded:
         """Encode the prompt and the answer of one turn."""
@@ -261,7 +243,7 @@ class Chat(RenderedChat):
         start = self._tokens_before(seam, turn.prompt + written, ids, offsets)
         mask = [1] * len(ids)
         if start is None:  # a token spans both: the target writes others
-            prompt, after = self._ids(turn.prompt), self._encoded(written)
+            prompt, after = self._encoded(turn.prompt)["input_ids"], self._encoded(written)
             apart = [*prompt, *after["input_ids"]]
             if self.tokenizer.decode(apart) != self.tokenizer.decode(ids):
                 what = f"The tokens of turn {turn.position} are others after its prompt"

@@ -7,13 +7,12 @@ start of the user's, with neighbouring turns of one role joined, with contents a
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from reprlib import repr as shortened
 from typing import Any
 
 from transformers.utils import logging
 
-from .messages import Message
+from .messages import Message, parse
 
 logger = logging.get_logger(__name__)
 
@@ -74,14 +73,6 @@ def arguments_as_text(messages: list[Message]) -> list[Message]:
     return [_with_arguments(turn, as_text) for turn in messages]
 
 
-def parse(value: Any) -> Any:
-    """Return the object that a string is the JSON of; anything else as it is."""
-    with suppress(json.JSONDecodeError):
-        found = json.loads(value) if isinstance(value, str) else None
-        return found if isinstance(found, dict | list) else value
-    return value
-
-
 def as_text(value: Any) -> Any:
     """Return the JSON of an object; a string as it is."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -94,12 +85,8 @@ def _with_arguments(turn: Message, change: Callable[[Any], Any]) -> Message:
     def changed(call: Any) -> dict[str, Any]:
         if not isinstance(call, Mapping):
             raise ValueError(f"`tool_calls` is {shortened(calls)}, and not a list of calls.")
-        found = {**call}
-        if "function" in found:  # OpenAI's layout
-            found["function"] = changed(found["function"])
-        if "arguments" in found:
-            found["arguments"] = change(found["arguments"])
-        return found
+        inner = {"function": changed, "arguments": change}  # of OpenAI's layout, and of others
+        return {name: inner[name](part) if name in inner else part for name, part in call.items()}
 
     return {**turn, "tool_calls": [changed(call) for call in calls]} if calls else turn
 

@@ -87,9 +87,7 @@ def load_conversations(
 
 def _reader_of(file: Path) -> str | None:
     """Name the reader of `datasets` for a file; None for an unknown ending."""
-    name = file.stem if file.suffix in COMPRESSED else file.name
-    reader = READERS.get(Path(name).suffix)
-    return None if reader in BINARY and name != file.name else reader
+    return READERS.get(Path(file.stem if file.suffix in COMPRESSED else file.name).suffix)
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:

@@ -28,8 +28,8 @@ DESCRIPTIONS = {
     *("url", "model", "split", "type", "title", "date", "timestamp", "created", "author", "tags"),
     *("score", "rating", "quality", "name", "hash", "file", "path", "meta", "metadata", "info"),
 }
-MASK = re.compile(r"(^|_)(masks?|labels?|weights?|loss|train|trained)($|_)")
-WORDS = re.compile(r"[^\W\d_]\S*\s+\S*[^\W\d_]")
+MASK = re.compile(r"(^|_)(masks?|labels|weights?|loss|train|trained)($|_)")
+WORDS = re.compile(r"[^\W\d_]\S*\s+\S*[^\W\d_]|[^\x00-\x7f]{9}")  # more than a name
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # keys of a turn
 WEIGHTS = ("weight", "train", "loss")  # keys of a turn that say whether it is trained
 TURN_MASKS = ("mask", "masked", "loss_mask", "loss_weight")  # which are not read
@@ -45,12 +45,11 @@ ROLES = {
 def layout_of(row: Row) -> str:
     """Name the layout of a row: the column that it is read by."""
     columns = [name for name in row if row[name] is not None]
-    needs = {"completion": ("prompt",), "instruction": ANSWERS}
+    is_pair = isinstance(row.get("chosen"), str)
+    needs = {"completion": ["prompt"], "instruction": ANSWERS, "chosen": ["prompt"] * is_pair}
     for layout in LAYOUTS:
-        needed = needs.get(layout, (layout,))
-        if layout == "chosen" and isinstance(row.get(layout), str):
-            needed = ("prompt",)
         is_empty = layout == "token_rows" and not row.get(layout)
+        needed = needs.get(layout) or [layout]
         if layout in columns and {*needed} & {*columns} and not is_empty:
             return layout
     raise ValueError(
@@ -181,25 +180,22 @@ def _message(turn: Any, position: int) -> Message:
 
 def _read_weight(message: Message, position: int) -> None:
     """Read which turns are trained: a `weight` of 0 or 1 (OpenAI), `train` or `loss` as bools."""
-    values = {name: message.pop(name) for name in WEIGHTS if name in message}
-    unread = {name: message[name] for name in TURN_MASKS if name in message}
-    for name, value in {**values, **unread}.items():
-        if name in unread or value not in (0, 1):
+    found = {name: message.pop(name) for name in (*WEIGHTS, *TURN_MASKS) if name in message}
+    for name, value in found.items():
+        if name in TURN_MASKS or value not in (0, 1):
             raise ValueError(f"Turn {position} has `{name}` {value!r}; use a `weight` of 0 or 1.")
-        if value == 0:
-            message["weight"] = 0
+    if 0 in found.values():
+        message["weight"] = 0
 
 
 def _text(content: Any, where: str) -> str:
     """Join the parts of a content, since templates for text would print a list."""
     if isinstance(content, str):
         return content
-    parts = content if isinstance(content, list) else [None]
-    texts: list[Any] = [
-        part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
-        for part in parts
-    ]
-    if not all(isinstance(text, str) for text in texts):
+    parts = content if isinstance(content, list) else [content]
+    known = [part for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+    texts = [part["text"] for part in known if isinstance(part.get("text"), str)]
+    if len(texts) < len(parts):
         raise ValueError(
             f"The content of {where} is {shortened(content)}; expected text, or a list of"
             " `{'type': 'text', 'text': ...}`. Drop such rows with `dataset.filter`."
@@ -218,22 +214,27 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
+def parse(value: Any) -> Any:
+    """Return the object that a string is the JSON of; anything else as it is."""
+    with suppress(json.JSONDecodeError):
+        found = json.loads(value) if isinstance(value, str) else None
+        return found if isinstance(found, dict | list) else value
+    return value
+
+
 def read_tools(row: Row) -> list[Any] | None:
     """Read the `tools` of a row, a list of JSON schemas or its JSON; None where it has none.
 
     Rendering them refuses anything else.
     """
-    tools = row.get("tools") or None
-    if isinstance(tools, str):
-        with suppress(json.JSONDecodeError):
-            tools = json.loads(tools)
-    return without_nulls(tools) or None
+    return without_nulls(parse(row.get("tools"))) or None
 
 
 def check_unread(row: Row, read: Iterable[str], texts: Iterable[str] | None) -> None:
     """Raise a ValueError for a column that holds text or a mask and is not read.
 
-    A text that is there already, such as a copy of the first question, is none.
+    A text that is there already, such as a copy of the first question, is none; nor is one of the
+    whole row.
 
     Args:
         row: of any layout.
@@ -243,30 +244,14 @@ def check_unread(row: Row, read: Iterable[str], texts: Iterable[str] | None) -> 
     known, parts = {*read, *READ_ELSEWHERE}, list(texts or [])
     joined = "\n".join(parts)
     for name, value in row.items():
-        if name in known or value is None or isinstance(value, bool):
+        if name in known or isinstance(value, bool):
             continue
-        is_mask = bool(MASK.search(name)) and _is_numbers(value)
-        is_mask &= isinstance(value, list) or "label" not in name  # a class of the row
-        is_described = name in DESCRIPTIONS or name.endswith(("_id", "_name"))
-        words = [] if texts is None or is_described else _texts(value)
-        # a rendering of the whole row is no news either
-        unread = [t for t in words if t not in joined and not all(part in t for part in parts)]
-        if is_mask or unread:
+        is_mask = MASK.search(name) and isinstance(value, int | float | list)
+        is_described = texts is None or name in DESCRIPTIONS or name.endswith(("_id", "_name"))
+        is_text = not is_described and isinstance(value, str) and WORDS.search(value)
+        if is_text:  # and no news
+            is_text = value not in joined and not all(part in value for part in parts)
+        if is_mask or is_text:
             what = f"{'a mask' if is_mask else 'text'}: {shortened(value)}"
-            remedy = "Rename it to one that is (docs/use/data.md), or name it in `ignore_columns`."
+            remedy = "Rename it to one that is (docs/use/data.md), or `remove_columns`."
             raise ValueError(f"The column `{name}` is not read, but holds {what}. {remedy}")
-
-
-def _is_numbers(value: Any) -> bool:
-    values = value if isinstance(value, list) else [value]
-    return all(isinstance(one, int | float) for one in values)
-
-
-def _texts(value: Any) -> list[str]:
-    """Return the texts of more than one word that a value holds."""
-    if isinstance(value, str):
-        is_text = bool(WORDS.search(value)) or (len(value) > 30 and not value.isascii())
-        return [value] if is_text else []
-    if isinstance(value, Mapping):
-        return [t for key in ("content", "value", "text") for t in _texts(value.get(key))]
-    return [t for one in value for t in _texts(one)] if isinstance(value, list) else []

@@ -25,8 +25,12 @@ from .messages import Message, Row, read_tools, to_messages
 logger = logging.get_logger(__name__)
 
 SWITCHES = ("enable_thinking", "thinking")  # options that ask for a thought, or for none
-OPENED_THOUGHT = re.compile(r"<(\w*think\w*|reasoning|thought)>\s*$")
+OPENED_THOUGHT = re.compile(r"(<(\w*think\w*|reasoning|thought)>)(\s*)$")
 CLOSED_THOUGHT = re.compile(r"</(\w*think\w*|reasoning|thought)>")
+EMPTY_THOUGHTS = (
+    "Prompts open a thought that some answers do not have: they are trained after an empty one."
+    " Better let the target answer itself (`coral-hf regenerate`)."
+)
 ANSWER = "_coral_answer"  # stands for an answer, to see what a template writes after it
 
 
@@ -62,27 +66,12 @@ class RenderedChat:
         self._render: Callable[..., Any] = partial(render, tokenizer=tokenizer, tools=tools, **own)
         # a rendering, and the messages whose ids are its key
         self._known: dict[tuple[Any, ...], tuple[Any, Sequence[Message]]] = {}
-        self.given = to_messages(row)
-        weighted = rendered_form(self.given, self.text)
+        weighted = rendered_form(to_messages(row), self.text)
         self.is_weighted = any("weight" in turn for turn in weighted)
-        self.messages = [without_weight(turn) for turn in weighted]
+        self.messages = [{k: turn[k] for k in turn if k != "weight"} for turn in weighted]
         # no prompt can be rendered for a turn that opens the conversation
         places = [i for i, turn in enumerate(weighted) if i and turn["role"] == "assistant"]
         self.turns = [self._read_turn(i, weighted[i].get("weight") != 0) for i in places]
-
-    def behaviour(self) -> list[str]:
-        """Say how the template takes the conversation, where that is not as it stands."""
-        found = list[str]()
-        if [turn["role"] for turn in self.given] != [turn["role"] for turn in self.messages]:
-            found.append("turns are read as ones of another role, or joined")
-        elif any(isinstance(turn.get("content"), list) for turn in self.messages):
-            found.append("contents are written as lists of parts")
-        for turn in self.turns:
-            options = (turn.options or {}).items()
-            found += [f"answers are asked for with {name} {on}" for name, on in options]
-        if any(turn.empty for turn in self.turns):
-            found.append("an empty thought is read before answers, not trained")
-        return [*dict.fromkeys(found)]
 
     def text(self, messages: Sequence[Message], **options: Any) -> str:
         """Render messages as text, once."""
@@ -123,24 +112,34 @@ class RenderedChat:
                 yield {name: has_thought}
 
     def _read_apart(self, position: int, is_cut: bool) -> tuple[str, str, str]:
-        """Read prompt, empty thought and answer of a turn that is not rendered after its prompt."""
-        before, turn = self.messages[:position], self.messages[position]
+        """Read prompt, empty thought and answer of a turn that is not rendered after its prompt.
+
+        Targets write a line break around each mark of a thought, two behind (DeepSeek-R1, Qwen3).
+        """
+        before, turn, empty = self.messages[:position], self.messages[position], ""
         prompt, text = self.text(before, add_generation_prompt=True), self.text([*before, turn])
-        thought, has_calls = thought_of(turn), bool(turn.get("tool_calls"))
-        opened = OPENED_THOUGHT.search(prompt)
-        if opened and not has_calls and not thought:
-            content = text_of(turn)
-            if is_cut or f"</{opened[1]}>" in content:
-                return prompt, "", after_mark(content, opened[0]) + self._ending(position, is_cut)
-        if opened and text.startswith(prompt[: opened.start()]) and not (is_cut and has_calls):
-            written = text_of(turn) if is_cut else text[opened.start() :]
-            if not written.startswith(opened[0].strip()):
-                return prompt, *with_thought(opened[0], opened[1], thought, written)
-        if opened or thought or has_calls:
+        opened, thought = OPENED_THOUGHT.search(prompt), thought_of(turn)
+        if opened and turn.get("tool_calls") and not is_cut:  # which the template writes
+            start = prompt[: opened.start()]
+            written = text.removeprefix(start)
+            is_rendered = text.startswith(start) and not written.startswith(opened[1])
+        else:
+            written = text_of(turn) + self._ending(position, is_cut)
+            is_rendered = not turn.get("tool_calls") and (not thought or opened)
+        if not is_rendered:
             what = f"turn {position}, with its calls or its thought, after the prompt of it"
             remedy = "write a thought into `content`, or let the target answer itself"
             raise ValueError(f"The chat template does not render {what}; {remedy}.")
-        return prompt, "", text_of(turn) + self._ending(position, is_cut)
+        if opened:
+            mark, lines, closing = opened[1], opened[3], f"</{opened[2]}>\n\n"
+            if thought:
+                written = f"{thought}\n{closing}{written}" if written else thought
+            elif is_cut or closing.rstrip() in written:  # the prompt has written the mark
+                written = re.sub(rf"\A\s*{re.escape(mark)}(?:{lines})?", "", written)
+            else:
+                logger.warning_once(EMPTY_THOUGHTS)
+                empty = ("\n" if lines.endswith("\n") else "\n\n") + closing
+        return prompt, empty, written
 
     def _ending(self, position: int, is_cut: bool) -> str:
         """Return what the template writes after an answer; nothing after one that was cut off."""
@@ -154,40 +153,6 @@ class RenderedChat:
         return text.rpartition(ANSWER)[2]
 
 
-def without_weight(turn: Message) -> Message:
-    """Leave out of a turn whether it is trained."""
-    return {k: turn[k] for k in turn if k != "weight"} if "weight" in turn else turn
-
-
 def thought_of(turn: Message) -> str:
     """Return the thought of a turn that stands beside its content."""
     return (turn.get("reasoning_content") or "").strip()
-
-
-def after_mark(content: str, opened: str) -> str:
-    """Return a content without the mark that its prompt has written, `opened`, if it has it too."""
-    mark, inside = opened.strip(), content.lstrip()
-    if not inside.startswith(mark):
-        return content
-    return inside.removeprefix(mark).removeprefix(opened[len(mark) :])
-
-
-def with_thought(opened: str, name: str, thought: str, written: str) -> tuple[str, str]:
-    """Return the empty thought and the answer of a turn whose thought is rendered nowhere.
-
-    Targets write a line break around each mark of it, and two behind (DeepSeek-R1, Qwen3).
-
-    Args:
-        opened: the mark that the prompt ends with.
-        name: of the mark.
-        thought: of the turn, perhaps none.
-        written: what the template writes of the turn.
-    """
-    if thought:
-        return "", f"{thought}\n</{name}>\n\n{written}" if written else thought
-    logger.warning_once(
-        "Prompts open a thought that some answers do not have: they are trained after an empty one."
-        " Better let the target answer itself (`coral-hf regenerate`)."
-    )
-    lines = "\n" if opened.endswith("\n") else "\n\n"
-    return f"{lines}</{name}>\n\n", written
