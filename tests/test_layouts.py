@@ -159,12 +159,14 @@ def test_keys_that_only_late_rows_have_are_read(tmp_path: Path, name: str):
     assert [to_messages(found[i])[1]["tool_calls"] for i in (601, 602)] == [*calls]
 
 
-def test_a_value_of_another_kind_is_named_by_its_line(tmp_path: Path):
+def test_a_value_of_another_kind_is_named_by_its_row(tmp_path: Path):
     row = {"messages": [{**Q, "content": "x" * 40_000}, A], "system": "Be brief."}
     rows = [row] * 600 + [{**row, "system": 3, "late": "x"}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(ValueError, match="a.jsonl, line 601: `system` is 3, of another kind"):
-        load_conversations(tmp_path / "a.jsonl")
+    found = load_conversations(tmp_path / "a.jsonl")
+    assert to_messages(found[0])[0] == {"role": "system", "content": "Be brief."}
+    with pytest.raises(ValueError, match=r"content of turn 0 \(system\) is 3; expected text"):
+        to_messages(found[600])
 
 
 def test_a_prompt_of_plain_text_is_answered_as_a_whole(target, tmp_path):  # noqa: F811

@@ -80,10 +80,10 @@ def tokenize_rows(
 ) -> Data:
     """Tokenize a dataset to COLUMNS and NOTES; a stream raises a bad row when it is reached."""
     known = {"tokenizer": tokenizer, "max_length": max_length, "vocab_size": vocab_size}
-    options = {"batched": True, "with_indices": True, "remove_columns": columns_of(dataset)}
-    options["fn_kwargs"] = known | {"code": code_version()}
+    known |= {"code": code_version(), "is_strict": isinstance(dataset, IterableDataset)}
+    options: dict[str, Any] = {"batched": True, "with_indices": True, "fn_kwargs": known}
+    options["remove_columns"] = columns_of(dataset)
     if isinstance(dataset, IterableDataset):
-        options["fn_kwargs"]["is_strict"] = True
         return dataset.map(_tokenize, batch_size=1, **options)
     features = datasets.Features({**COLUMNS, **NOTES})
     options |= {"features": features, "desc": "Tokenizing", "num_proc": num_proc}

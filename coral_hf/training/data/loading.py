@@ -11,8 +11,8 @@ import re
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from reprlib import repr as shortened
 from typing import Any
 
 import datasets
@@ -21,7 +21,8 @@ import pyarrow
 from datasets import Dataset
 
 DOCUMENT_CHARACTERS = 2000  # about 500 tokens of English
-KINDS = {str: "string", bool: "bool", int: "int64", float: "float64"}  # of JSON's scalars
+SCALARS = {"str": "string", "bool": "bool", "int": "int64", "float": "float64"}  # of JSON
+SCALARS["float int"] = "float64"
 READERS = {
     **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"),
     ".txt": "text",
@@ -113,53 +114,43 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
         raise ValueError(f"{file} is empty; give a file with at least one row.")
 
 
-def _rows(file: Path) -> Iterator[tuple[int, dict]]:
-    """Yield the rows of a JSON file with their numbers: lines, or places in its array.
+def _rows(file: Path) -> Iterator[dict]:
+    """Yield the rows of a JSON file, of its lines or of its array.
 
     Raises:
-        ValueError: for what is neither.
+        ValueError: for what is neither, with the line.
     """
     lines = _lines(file)
     for number, text in lines:
         try:
             if text.lstrip().startswith("["):
-                text += "".join(line for _, line in lines)
-                yield from enumerate(json.loads(text), start=1)
+                yield from json.loads(text + "".join(line for _, line in lines))
             elif text.strip():
                 row = json.loads(text)
                 if not isinstance(row, dict):
                     raise ValueError(f"a row is an object, not a {type(row).__name__}")
-                yield number, row
+                yield row
         except ValueError as error:
             raise ValueError(f"{file}, line {number}: {error}. Repair or drop it.") from error
 
 
 def whole_features(files: Sequence[Path]) -> datasets.Features:
-    """Read the columns of JSON files, with what kind of values each holds, over all rows.
+    """Read the columns of JSON files over all rows.
 
-    Lists and objects are kept as JSON, so that their keys may differ from row to row.
+    Lists, objects and values of several kinds are kept as JSON, so that they may differ from row to
+    row.
 
     Raises:
-        ValueError: for a line that is not JSON, and for a column of different kinds, naming the
-            line of the first that differs.
+        ValueError: for a line that is not JSON.
     """
-    kinds: dict[str, str] = {}
-    for file in files:
-        for number, row in _rows(file):
-            for key, value in row.items():
-                if value is None:
-                    continue
-                kind = "json" if isinstance(value, list | dict) else KINDS[type(value)]
-                before = kinds.setdefault(key, kind)
-                if {before, kind} == {"int64", "float64"}:
-                    kinds[key] = "float64"
-                elif before != kind:
-                    raise ValueError(
-                        f"{file}, line {number}: `{key}` is {shortened(value)}, of another kind"
-                        " than in the lines before. Write it in one way."
-                    )
-    found = {k: datasets.Json() if v == "json" else datasets.Value(v) for k, v in kinds.items()}
-    return datasets.Features(found)
+    kinds: dict[str, set[str]] = {}
+    for row in chain.from_iterable(map(_rows, files)):
+        for key, value in row.items():
+            if value is not None:
+                kinds.setdefault(key, set()).add(type(value).__name__)
+    names = {key: SCALARS.get(" ".join(sorted(kind))) for key, kind in kinds.items()}
+    known = {k: datasets.Value(name) if name else datasets.Json() for k, name in names.items()}
+    return datasets.Features(known)
 
 
 def _documents(file: Path, split: str) -> list[str]:

@@ -249,9 +249,8 @@ def check_unread(row: Row, read: Iterable[str], texts: Iterable[str] | None) -> 
         is_mask = MASK.search(name) and isinstance(value, int | float | list)
         is_described = texts is None or name in DESCRIPTIONS or name.endswith(("_id", "_name"))
         is_text = not is_described and isinstance(value, str) and WORDS.search(value)
-        if is_text:  # and no news
-            is_text = value not in joined and not all(part in value for part in parts)
-        if is_mask or is_text:
+        is_known = is_text and (value in joined or all(part in value for part in parts))
+        if is_mask or (is_text and not is_known):
             what = f"{'a mask' if is_mask else 'text'}: {shortened(value)}"
             remedy = "Rename it to one that is (docs/use/data.md), or `remove_columns`."
             raise ValueError(f"The column `{name}` is not read, but holds {what}. {remedy}")

@@ -124,8 +124,8 @@ class RenderedChat:
             written = text.removeprefix(start)
             is_rendered = text.startswith(start) and not written.startswith(opened[1])
         else:
-            written = text_of(turn) + self._ending(position, is_cut)
-            is_rendered = not turn.get("tool_calls") and (not thought or opened)
+            is_rendered = not turn.get("tool_calls") and bool(opened or not thought)
+            written = text_of(turn) + self._ending(position, is_cut) if is_rendered else ""
         if not is_rendered:
             what = f"turn {position}, with its calls or its thought, after the prompt of it"
             remedy = "write a thought into `content`, or let the target answer itself"
