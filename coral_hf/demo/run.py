@@ -1,6 +1,6 @@
 """The demo: train a small target and a drafter for it, then generate with and without the drafter.
 
-In: DemoSettings. Out: reports; models, reports and plots in the output folder; results and coloured
+In: DemoSettings. Out: reports; models and reports in the output folder; results and coloured
 answers in the terminal. Models that the folder holds are not trained again.
 """
 
@@ -83,7 +83,8 @@ def run_demo(settings: DemoSettings) -> list[Report]:
         with unlogged("decoding.plain.draft_policy", "measure.benchmark"), console.status(said):
             reports.append(run_benchmark(model, drafter, tokenizer, prompts, chosen))
     for report in reports:
-        report.write(settings.output / f"{report.environment.num_target_layers}-layers")
+        without_plots = replace(report, figures={})  # which take seconds
+        without_plots.write(settings.output / f"{report.environment.num_target_layers}-layers")
     for prompt in prompts[:2]:
         console.print(side_by_side(reports[-1], tokenizer, prompt))
     if console.color_system and not console.no_color:
@@ -95,7 +96,7 @@ def run_demo(settings: DemoSettings) -> list[Report]:
         if (seconds := report.environment.compile_seconds) is not None:
             console.print(f"Its rounds were compiled ahead, in {seconds:.0f} s.")
     console.rule()
-    console.print(f"Models, reports and plots are in {settings.output}.", soft_wrap=True)
+    console.print(f"Models and reports are in {settings.output}.", soft_wrap=True)
     page = "coral-hf playground"
     if settings.output != DemoSettings.output:
         page += f" --target {source} --drafter {folder} --pad-layers {settings.pad_layers}"
