@@ -241,6 +241,8 @@ def test_a_tree_is_drawn_with_its_path_and_its_confidences(models):
     )
     assert " 90%<" in drawn and " 5%<" in drawn and " 50%<" in drawn
     assert "are drawn here" in drawing.tree([], 1, models.tokenizer)
+    shares = re.findall(r"<td>(\d+)%</td>", drawing.bars([one, Round([1], [0], [], [], 2)]))
+    assert shares == ["50", "50"]
 
 
 def test_text_is_shown_as_it_stands_with_the_colours_of_its_depths():
@@ -342,6 +344,7 @@ def test_a_prompt_is_answered_twice_and_its_rounds_are_stepped_through(chromium,
         page.keyboard.press("ArrowLeft")
         page.get_by_text(f"Round {last - 1} of {last}").wait_for()
         assert page.locator(".tree .accepted").count() > 1
+        assert page.get_by_role("rowheader", name="depth 1").is_visible()
 
 
 @pytest.mark.slow

@@ -176,6 +176,7 @@ def test_the_benchmark_says_what_was_read_before_anything_is_loaded(folder, tmp_
     caplog.set_level("INFO", "coral_hf")
     assert invoke("benchmark", *names).exit_code == 1
     assert f"2 of 2 prompts from {path}, one a line." in caplog.text
+    assert "Only 2 of 10 or more prompts: figures are a first look." in caplog.text
     refused = printed(invoke("benchmark", *names, "--limit", 0))
     assert "`limit` is 0; use 1 or more" in refused
 

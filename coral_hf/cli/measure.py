@@ -151,7 +151,7 @@ def compare(own: CompareOptions, settings: ComparisonSettings, training_options:
     if own.keep is not None and len(own.steps) > 1:
         raise ValueError("--keep searches from one --steps on; give --steps once.")
     trials = [comparison.Trial.parse(text) for text in own.trial]
-    prompts, rows = own.read_prompts(), own.rows()
+    prompts, rows = own.measured_prompts(), own.rows()
     settings.options = training_options
     target, tokenizer = own.load_target()
     whole = comparison.Comparison(target, tokenizer, rows, prompts, settings)

@@ -4,6 +4,7 @@ In: names of folders, files and Hub repositories. Out: models, prompts, datasets
 to import is imported when it is needed.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,8 @@ from typing import Literal
 from .. import measure
 from ..measure.settings import option
 
+logger = logging.getLogger(__name__)
+A_HANDFUL = 10  # prompts, below which a figure says little
 DTYPES = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 
@@ -133,6 +136,13 @@ class PromptOptions:
         part = (self.limit, self.last, self.user_turn)
         return [prompt for path in self.prompts for prompt in measure.read_prompts(path, *part)]
 
+    def measured_prompts(self) -> list:
+        """Return the prompts that figures rest on, and warn if they are few."""
+        if len(prompts := self.read_prompts()) < A_HANDFUL:
+            few = f"Only {len(prompts)} of {A_HANDFUL} or more prompts"
+            logger.warning(f"{few}: figures are a first look.")
+        return prompts
+
 
 @dataclass(kw_only=True)
 class DrafterOptions(TargetOptions):
@@ -160,7 +170,7 @@ class MeasuredOptions(DrafterOptions, PromptOptions):
 
     def load(self) -> tuple:
         """Return the target, padded if that was asked for, drafter, tokenizer and prompts."""
-        prompts = self.read_prompts()  # first, since loading models takes longer
+        prompts = self.measured_prompts()  # first, since loading models takes longer
         return *self.load_models(self.pad_layers), prompts
 
     def show(self, report) -> None:

@@ -1,4 +1,4 @@
-"""What the page shows of a race, as HTML: texts, the result, draft trees.
+"""What the page shows of a race, as HTML: texts, the result, acceptance by depth, draft trees.
 
 In: a `Race`, or one of its rounds. Out: HTML without scripts, styled by `style.css`.
 """
@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..decoding.drafting import PADDING
 from ..measure.benchmark import num_same
-from ..measure.terminal import COLOURS
+from ..measure.calls import Call
+from ..measure.summary import accepted_depths
+from ..measure.terminal import COLOURS, colour_of
 from .race import Race, Round, Side
 
 VISIBLE = str.maketrans({" ": "·", "\n": "↵", "\t": "→"})
@@ -59,6 +61,19 @@ def result(race: Race) -> str:
         plain, drafted = race.plain.tokens, race.drafted.tokens
         shown += f", the same {num_same(plain, drafted)} of {len(plain)} tokens"
     return f'<p role="status">{shown}</p>'
+
+
+def bars(rounds: Sequence[Round]) -> str:
+    """In how many of the rounds a token of each depth was accepted."""
+    lengths = [len(one.accepted) + 1 for one in rounds]
+    call = Call(tokens=[], round_lengths=lengths, num_rounds=len(rounds))
+    rows = [
+        f"<tr><th scope='row'>depth {one.depth}</th><td class='bar'>"
+        f"<span class='{colour_of(one.depth)}' style='width: {one.share:.0%}'></span></td>"
+        f"<td>{one.share:.0%}</td></tr>"
+        for one in (accepted_depths([call]) if rounds else [])
+    ]
+    return f"<h2>Acceptance by depth</h2><table class='bars'>{''.join(rows)}</table>"
 
 
 def tree(rounds: Sequence[Round], number: int, tokenizer: PreTrainedTokenizerBase) -> str:

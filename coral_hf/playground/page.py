@@ -43,6 +43,7 @@ class Page:
                 with gr.Column(min_width=300):
                     self.drafted = gr.HTML(drawing.pane(DRAFTED))
             gr.HTML(drawing.legend())
+            self.bars = gr.HTML(drawing.bars([]))
             self.round = gr.Slider(1, 2, 1, step=1, label="Round")
             self.tree = gr.HTML(self.drawn(None, 1))
             self._listen()
@@ -51,7 +52,7 @@ class Page:
         """Say what happens when something is pressed or chosen."""
         asked = [self.prompt, *self.sampling, self.drafter, *self.drafting]
         shown = [self.race, self.alert, self.result, self.plain, self.drafted]
-        shown += [self.round, self.tree]
+        shown += [self.bars, self.round, self.tree]
         triggers = [self.run.click, self.prompt.submit]
         gr.on(triggers, self.answer, asked, shown, concurrency_limit=None, **PRIVATE)
         self.stop.click(lambda race: race and race.stop(), self.race, **PRIVATE)
@@ -107,7 +108,8 @@ class Page:
                 yield self.shown(race)
                 time.sleep(EVERY)
             first = gr.Slider(maximum=max(len(race.drafted.rounds), 2), value=1)
-            yield self.shown(race) | {self.round: first, self.tree: self.drawn(race, 1)}
+            rounds = {self.bars: drawing.bars(race.drafted.rounds), self.round: first}
+            yield self.shown(race) | rounds | {self.tree: self.drawn(race, 1)}
         finally:
             race.stop()
 
