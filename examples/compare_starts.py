@@ -1,11 +1,10 @@
 """Compare initial weights of a drafter: one training run each, same data, seed and settings.
 
 python examples/compare_starts.py --target org/my-llama --dataset talk.jsonl --hold-out 200 \
-    --start random --start layer --start a-drafter --start lora8:a-drafter --output_dir runs
+    --start random --start a-drafter --start lora8:a-drafter --output_dir runs
 
-A start is `random`; `layer`, the target's last layer, also with another `fc` (`layer=0.5,0.5`,
-`layer=random`); the folder of a drafter or an EAGLE checkpoint; or `loraR:FOLDER`, which trains an
-adapter of rank R on a drafter. Each start reads each `--share` of the rows, the first ones, for
+A start is `random`; the folder of a drafter or an EAGLE checkpoint; or `loraR:FOLDER`, which trains
+an adapter of rank R on a drafter. Each start reads each `--share` of the rows, the first ones, for
 each of the `--seeds`. A finished run is appended to `--rows`, and the same command goes on. All
 other options are those of CoralTrainingArguments.
 """
@@ -30,7 +29,7 @@ from coral_hf.target import read_target
 from coral_hf.training import parse_arguments
 from coral_hf.training.data import load_conversations, prepare_dataset, to_messages
 from coral_hf.training.stages import lora
-from coral_hf.training.warm_start import from_layer, warm_start
+from coral_hf.training.warm_start import warm_start
 
 KEY = ("run", "seed", "share", "start")
 AT_ONCE = 20  # prompts that are answered together
@@ -50,11 +49,6 @@ COLUMNS = {
 def drafter_from(start: str, target) -> CoralDrafter:
     if start == "random":
         return CoralDrafter.from_target(target).float()
-    if start == "layer=random":
-        return from_layer(target, fc=None)
-    if start.startswith("layer="):
-        embedding, feature = map(float, start.removeprefix("layer=").split(","))
-        return from_layer(target, fc=(embedding, feature))
     return warm_start(target, start.split(":")[-1])
 
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
+from coral_hf import CoralDrafter
 from coral_hf.atomic import write_text
 from coral_hf.measure import Prompt, read_prompts
 from coral_hf.training import parse_arguments, pipeline
 from coral_hf.training.data import load_conversations
 from coral_hf.training.regeneration import RegenerationSettings
 from coral_hf.training.regeneration.regenerate import regenerate
-from coral_hf.training.warm_start import from_layer
 
 HELD_OUT = 200  # last dialogues
 EVERY = 18
@@ -106,7 +106,7 @@ def main(options: argparse.Namespace, typed: list[str]) -> None:
         ),
     ]
     set_seed(stages[0].seed)
-    drafter = from_layer(target)
+    drafter = CoralDrafter.from_target(target).float()
     drafter = pipeline.train(
         target, tokenizer, concatenate_datasets(rows), stages, drafter, resume=True
     )

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from coral_hf import CoralDrafter
 from coral_hf.training.losses import csra_loss, regression_loss
-from coral_hf.training.losses.token_loss import Head, TargetGoal, token_loss
+from coral_hf.training.losses.token_loss import Head, target_goal, token_loss
 from coral_hf.training.steps.attention import plain_mixed_attention
 from coral_hf.training.steps.unroll import unroll
 
@@ -35,7 +35,7 @@ def library_loss(drafter, embeddings, features, goal, logits_of):
     """Compute the loss as the trainer does; embeddings and features (1, length, hidden)."""
     predicted = unroll(drafter, embeddings, features, STEPS)
     predicted = predicted.flatten(1, 2)
-    tokens = token_loss(predicted, TargetGoal(logits_of, goal), Head(logits_of))
+    tokens = token_loss(predicted, lambda rows: target_goal(logits_of(goal[rows])), Head(logits_of))
     loss = regression_loss(predicted, goal).sum() + tokens.loss
     return loss + csra_loss(predicted, TEMPERATURE)
 

@@ -8,10 +8,9 @@ from coral_hf.training.losses.token_loss import (
     CLASSIFICATION,
     Head,
     LogitsOf,
-    TargetGoal,
     TokenLoss,
     TokenWeights,
-    TorchChunkLoss,
+    target_goal,
     token_loss,
 )
 
@@ -43,11 +42,11 @@ def chunked_token_loss(
     weights: TokenWeights = CLASSIFICATION,
     chunk_size: int = 128,
     steps: Tensor | None = None,
-    kind: type[TorchChunkLoss] = TorchChunkLoss,
 ) -> TokenLoss:
     """`token_loss`, shapes too, of a target's own distribution and head."""
-    goal, head = TargetGoal(logits_of, target), Head(logits_of)
-    return token_loss(predicted, goal, head, kind(weights), steps, chunk_size=chunk_size)
+    head = Head(logits_of)
+    goals = lambda rows: target_goal(logits_of(target[rows]))  # noqa: E731
+    return token_loss(predicted, goals, head, weights, steps, chunk_size=chunk_size)
 
 
 def plain_token_loss(

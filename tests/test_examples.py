@@ -73,19 +73,18 @@ def test_a_target_is_fine_tuned_and_starts_of_its_drafter_compared(folder, monke
     target = AutoModelForCausalLM.from_pretrained(folder / "tuned")
     CoralDrafter.from_target(target).save_pretrained(folder / "first")
     names = ["--target", folder / "tuned", "--output_dir", folder / "runs", "--num-prompts", 1]
-    starts = ["random", "layer=0.5,0.5", f"lora2:{folder / 'first'}"]
-    starts = [part for start in starts for part in ("--start", start)]
+    starts = ["random", str(folder / "first"), f"lora2:{folder / 'first'}"]
+    names += [part for start in starts for part in ("--start", start)]
     names += ["--rows", folder / "starts.jsonl", "--share", 0.5, "--share", 1]
-    run(monkeypatch, "compare_starts.py", *data, *names, *starts, *short)
+    run(monkeypatch, "compare_starts.py", *data, *names, *short)
     rows = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
-    assert [(row["share"], row["start"].partition(":")[0]) for row in rows] == [
-        (share, start) for share in (0.5, 1.0) for start in ("random", "layer=0.5,0.5", "lora2")
-    ]
+    pairs = [(share, start) for share in (0.5, 1.0) for start in starts]
+    assert [(row["share"], row["start"]) for row in rows] == pairs
     assert rows[0]["rows"] < rows[-1]["rows"]
     assert all(row["tau"] >= 1 for row in rows)
     assert all((row["tau_before"] is None) == (row["start"] == "random") for row in rows)
     first = capsys.readouterr().out
-    run(monkeypatch, "compare_starts.py", *data, *names, *starts, *short)  # all rows are there
+    run(monkeypatch, "compare_starts.py", *data, *names, *short)  # all rows are there
     assert capsys.readouterr().out.splitlines()[-8:] == first.splitlines()[-8:]
 
 

@@ -23,7 +23,6 @@ from coral_hf.checkpoints import (
     import_drafter,
 )
 from coral_hf.target import read_target
-from coral_hf.training.warm_start import from_layer
 
 ENGINES = ("vllm", "sglang")
 # what every engine's drafter of one layer has
@@ -163,15 +162,14 @@ def test_the_tensors_predict_in_an_engine_what_they_did_here(tmp_path, engine, f
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_export_and_import_leave_every_round_as_it_was(tmp_path, engine, family):
     target = tiny_target(family, torch.float32)
-    drafter = from_layer(target)
+    drafter = make_drafter(target)
     export_drafter(drafter, engine, tmp_path / "out", target)
     back = import_drafter(target, tmp_path / "out")
     prompt = torch.tensor([[3, 9, 14]])
     settings = {"do_sample": False, "max_new_tokens": 40, "attention_mask": prompt.ne(-1)}
     settings |= {"return_dict_in_generate": True}
     before, after = (
-        target.generate(prompt, assistant_model=one, **settings).stats
-        for one in (drafter.eval(), back)
+        target.generate(prompt, assistant_model=one, **settings).stats for one in (drafter, back)
     )
     assert before.round_lengths == after.round_lengths
     assert 1 < before.acceptance_length

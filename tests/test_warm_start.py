@@ -1,4 +1,4 @@
-"""Warm starts: initial weights from a layer, another drafter or an EAGLE checkpoint."""
+"""Warm starts: initial weights from another drafter or an EAGLE checkpoint."""
 
 import json
 
@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from coral_hf import CoralDrafter
 from coral_hf.identity import tokenizer_hash
-from coral_hf.training.layer_start import from_layer, in_feature_units
 from coral_hf.training.stages import lora
 from coral_hf.training.warm_start import from_drafter, warm_start
 
@@ -35,80 +34,6 @@ def tokenizer():
 def assert_same(ours: dict, theirs: dict) -> None:
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name].float()) for name, tensor in ours.items())
-
-
-# ---- the target's last layer
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
-def test_the_last_layer_computes_the_same_in_drafter_and_target(family):
-    target = tiny_target(family, torch.float32)
-    layer, norm = target.model.layers[-1], target.model.norm
-    with torch.no_grad():
-        norm.weight.fill_(1.3)  # with gains that differ, the second norm is right on average only
-    generator = torch.Generator().manual_seed(0)
-    stream = torch.randn(1, 7, HIDDEN, generator=generator)
-    size = 3.0
-    stream *= size / stream.square().mean(-1, keepdim=True).sqrt()
-    positions = torch.arange(7)[None]
-    mask = torch.full((7, 7), float("-inf")).triu(1)[None, None]
-    rotary = target.model.rotary_emb(stream, positions)
-    expected = layer(stream, attention_mask=mask, position_embeddings=rotary)
-    drafter = from_layer(target)
-    gains = layer.input_layernorm.weight.detach(), norm.weight.detach()
-    theirs = {k: v for k, v in layer.state_dict().items() if k != "input_layernorm.weight"}
-    drafter.layers[0].load_state_dict(in_feature_units(theirs, *gains, size))
-    feature = stream / size * norm.weight
-    embedding = torch.zeros_like(feature)
-    found = drafter(embedding, feature, positions)  # fc hands the feature on
-    torch.testing.assert_close(found, expected / size * norm.weight, rtol=2e-3, atol=2e-3)
-
-
-def test_a_final_norm_with_a_gain_of_zero_gives_finite_weights(target):
-    gains = torch.ones(HIDDEN), torch.ones(HIDDEN).index_fill(0, torch.tensor([3]), 0.0)
-    theirs = target.model.layers[-1].state_dict()
-    assert all(t.isfinite().all() for t in in_feature_units(theirs, *gains, 2.0).values())
-
-
-def test_the_size_of_the_stream_is_measured(target):
-    drafter = from_layer(target)
-    layer, gain = target.model.layers[-1], target.model.norm.weight.detach()
-    ratio = layer.mlp.down_proj.weight * gain[:, None] / drafter.layers[0].mlp.down_proj.weight
-    assert ratio.std() < 1e-3 and 0.5 < ratio.mean() < 50
-
-
-@pytest.mark.parametrize("scales", [(0.0, 1.0), (0.5, 0.25)])
-def test_fc_adds_up_the_embedding_and_the_feature(target, scales):
-    embedding, feature = torch.randn(2, 3, HIDDEN)
-    fc = from_layer(target, fc=scales).fc
-    expected = scales[0] * embedding + scales[1] * feature
-    torch.testing.assert_close(fc(torch.cat([embedding, feature], -1)), expected)
-
-
-def test_fc_may_be_random(target):
-    assert from_layer(target, fc=None).fc.weight.std() < 0.1
-
-
-def test_a_warm_start_is_in_fp32(target):
-    drafter = warm_start(tiny_target("llama", torch.bfloat16), "layer")
-    assert drafter.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("family", "said"),
-    [
-        ("qwen3", r"Qwen3DecoderLayer.*unknown: self_attn.k_norm.weight, self_attn.q_norm.weight"),
-        ("phi3", r"Phi3DecoderLayer.*missing: mlp.gate_proj.weight.*unknown: mlp.gate_up_proj"),
-        ("mixtral", r"MixtralDecoderLayer.*missing: mlp.down_proj.weight"),
-        ("gemma2", r"Gemma2ForCausalLM.*its activation is 'gelu_pytorch_tanh', the drafter's"),
-        ("gpt2", r"its decoder GPT2Model has no `layers`"),
-        ("smollm3", r"its last layer has no rotary positions"),
-        ("granite", r"it scales its attention \(`attention_multiplier`\)"),
-    ],
-)
-def test_a_layer_of_another_kind_is_refused(family, said):
-    with pytest.raises(ValueError, match=said):
-        warm_start(tiny_target(family, torch.float32), "layer")
 
 
 # ---- a drafter of another target

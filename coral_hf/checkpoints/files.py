@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -97,18 +96,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{path} is not a state dict; save drafter.state_dict() alone.")
     return tensors
-
-
-def read_beginning(
-    source: str | Path, beginnings: tuple[str, ...], **download: Any
-) -> dict[str, Tensor]:
-    """Read the tensors of a model in safetensors, of any shapes, whose names begin so."""
-    found: dict[str, Tensor] = {}
-    for path in _local(source, ["model*.safetensors"], **download).glob("model*.safetensors"):
-        with safe_open(path, "pt") as opened:
-            names = [name for name in opened.keys() if name.startswith(beginnings)]
-            found |= {name: opened.get_tensor(name) for name in names}
-    return found
 
 
 def renamed(tensors: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:

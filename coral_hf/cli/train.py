@@ -24,9 +24,7 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
     draft_vocab_size: int | None = option(
         "Tokens of a fresh EAGLE-3 or parallel drafter.", None, least=1, excludes="start"
     )
-    start: str | None = option(
-        "A drafter of any target to start from; or 'layer' or 'mtp' of this one.", None, flag="from"
-    )
+    start: str | None = option("A drafter of any target to start from.", None, flag="from")
     lora_r: int | None = option("Train a LoRA of this rank instead.", None, needs="start")
     lora_alpha: int | None = option("Its alpha; twice its rank by default.", None, needs="lora_r")
     lora_target: list[str] = option("Its layers, such as fc; default: all.", [], needs="lora_r")
@@ -44,8 +42,8 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
         from ..training.steps import kind_of_recipe
         from ..training.warm_start import kind_of_source
 
-        if source := self._source:
-            self.kind = kind_of_source(source)
+        if self.start:
+            self.kind = kind_of_source(self.start)
         else:
             self.kind = kind_of_recipe(parse_arguments(self.output, typed).recipe)
         found, own = [], dict[str, Any]()
@@ -63,13 +61,6 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
             folder = self.output / ("adapter" if name == "drafter" and self.lora_r else name)
             found.append(parse_arguments(folder, typed, stage=name, **fields))
         return found
-
-    @property
-    def _source(self) -> str | None:
-        """The drafter that training starts from; None where it starts from the target's layers."""
-        from ..training.warm_start import OF_TARGET
-
-        return None if self.start in OF_TARGET else self.start
 
     @property
     def _has_draft_vocabulary(self) -> bool:
@@ -107,8 +98,8 @@ class TrainOptions(TargetOptions, TrainingDataOptions):
 
         target = AutoConfig.from_pretrained(self.target)
         drafter = self.kind.drafter.config_class.from_target(target, **self._fields(stages[0]))
-        if source := self._source:
-            drafter = own_config(source) or drafter
+        if self.start:
+            drafter = own_config(self.start) or drafter
         settings, tokenizer = replace(settings, lora_rank=self.lora_r), self.load_tokenizer()
         return make_plan(self.target, rows, stages, settings, tokenizer, self.dtype, drafter)
 

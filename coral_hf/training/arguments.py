@@ -199,11 +199,6 @@ class CoralTrainingArguments(RowArguments):
                 "`regression_weight`, `classification_weight` and `top_k_weight` are all 0, so the"
                 " drafter would not learn from its target; set one of them."
             )
-        if self.use_liger_kernel and (recipe.top_k_weight or not recipe.classification_weight):
-            raise ValueError(
-                "`use_liger_kernel` computes the classification loss alone; leave it out, or use"
-                " `top_k_weight` 0 and a `classification_weight` above 0."
-            )
 
     @property
     def method(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from .features import CachedFeatures
 UNREAD: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0.0, "the losses compare with the target's own probabilities"),
     "neftune_noise_alpha": (None, "`feature_noise` is the noise of a drafter's inputs"),
+    "use_liger_kernel": (False, "a drafter has no layers that it replaces"),
     "remove_unused_columns": (False, "the collator picks the columns"),
     "batch_eval_metrics": (False, "an evaluation computes its own metrics"),
     "include_for_metrics": ([], "an evaluation returns no predictions"),

@@ -28,7 +28,6 @@ from .data.encoding import IGNORED
 from .distributed import GiveBack, mean_loss, place_target, sharded_copy, shards_weights
 from .evaluation import Evaluation
 from .inputs import check_given, lengths_only, prepare_rows, tokenizer_of
-from .losses.liger_loss import check_liger
 from .runs.callbacks import DrafterPushes, FiniteGuard, PushCallback
 from .runs.checkpoints import AtomicCheckpoints
 from .stages import ROUTER_STAGES, with_adapter
@@ -78,8 +77,6 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         accept_target(target_model)
         accept_features(target_model)
         check_target(model.config, target_model, takes_other_vocabulary=True)
-        if args.use_liger_kernel:
-            check_liger(args)
         if processing_class is not None:
             record_tokenizer(processing_class, model.config)
             keep_chat_options(processing_class, model.config)

@@ -1,8 +1,7 @@
-"""Warm starts: initial weights of a drafter from a layer of its target or from another drafter.
+"""Warm starts: initial weights of a drafter from another drafter.
 
-In: a target and a source: "layer" or "mtp", a drafter of another target, or the folder of a
-checkpoint. Out: a drafter for the target, in fp32, to be trained. A tensor that fits nowhere is an
-error.
+In: a target, and a drafter of another one or the folder of a checkpoint. Out: a drafter for the
+target, in fp32, to be trained. A tensor that fits nowhere is an error.
 """
 
 import re
@@ -19,12 +18,10 @@ from ..drafters.coral import CoralDrafter
 from ..drafters.model import Drafter
 from ..identity import tokenizer_hash
 from ..target import text_config
-from .layer_start import from_layer, from_mtp
 from .stages import is_adapted
 from .steps import TrainingStep, step_kind, step_kinds
 
 logger = logging.get_logger(__name__)
-OF_TARGET = LAYER, MTP = "layer", "mtp"
 # fields that the weights of a drafter depend on; the others follow from the target
 OWN_SHAPE = (
     "intermediate_size",
@@ -50,10 +47,9 @@ def warm_start(
     All tensors of the source keep their shapes, such as (hidden, 2 * hidden) of `fc`.
 
     Args:
-        source: `"layer"` for the target's own last layer, `"mtp"` for the MTP layer that its
-            checkpoint ships; a drafter of another target of the same width, or its folder or Hub
-            id; the folder or Hub id of a checkpoint of EAGLE, HASS, P-EAGLE or Medusa. The drafter
-            is of the same family, of a layer a CORAL one.
+        source: a drafter of another target of the same width, or its folder or Hub id; the folder
+            or Hub id of a checkpoint of EAGLE, HASS, P-EAGLE or Medusa. The drafter is of the same
+            family.
         tokenizer: the target's; draft heads of the source are kept if they were made for it.
 
     Raises:
@@ -61,8 +57,6 @@ def warm_start(
     """
     if isinstance(source, Drafter):
         return from_drafter(target, source, tokenizer)
-    if str(source) in OF_TARGET:
-        return from_layer(target) if str(source) == LAYER else from_mtp(target)
     if own_config(source) is not None:
         return from_drafter(target, _load(source), tokenizer)
     return import_drafter(target, source, dtype=torch.float32, tokenizer=tokenizer).train()
@@ -74,7 +68,7 @@ def start_from(target: PreTrainedModel, source: str, tokenizer: Tokenizer) -> Dr
     One fits a target of its own sizes, family and tokenizer, such as a fine-tune: heads, tree and
     training record stay. Of another only the weights do, see [`warm_start`].
     """
-    if source in OF_TARGET or own_config(source) is None:
+    if own_config(source) is None:
         return warm_start(target, source, tokenizer)
     drafter = _load(source)
     if not _fits(drafter, target, tokenizer):
@@ -131,7 +125,7 @@ def from_drafter(
     if width != text.hidden_size:
         raise ValueError(
             f"`hidden_size` of the target is {text.hidden_size}, but the drafter to start from is"
-            f" one of a target with {width}; use warm_start(target, 'layer')."
+            f" one of a target with {width}; start afresh."
         )
     is_coral = isinstance(other, CoralDrafter)
     # what stands for tokens, such as a router's groups, is of its tokenizer; heads of a CORAL

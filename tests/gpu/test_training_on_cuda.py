@@ -1,13 +1,9 @@
-"""Kernels of training on a CUDA device: attention of the unroll, and Liger's loss."""
+"""Kernels of training on a CUDA device: attention of the unroll."""
 
 import pytest
 import torch
-from loss_inputs import chunked_token_loss, features, make_head, plain_token_loss
 from test_flex_attention import document_by_document, positions_of, value_and_gradients
-from test_liger_loss import CASES, needs_liger
 
-from coral_hf.training.losses.liger_loss import LigerChunkLoss
-from coral_hf.training.losses.token_loss import TokenWeights
 from coral_hf.training.steps.unroll import RowAttention, fits_flex
 
 pytestmark = [
@@ -33,26 +29,3 @@ def test_the_kernel_gives_the_value_and_gradient_of_a_plain_mask(steps, head_dim
     for ours, plain in zip(found, expected, strict=True):
         # kernels may multiply fp32 in tf32
         torch.testing.assert_close(ours.double(), plain, rtol=2e-2, atol=2e-2)
-
-
-@needs_liger
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_ligers_kernel_gives_the_value_and_gradient_of_the_plain_loss(case):
-    dtype, weights = getattr(torch, case["dtype"]), TokenWeights(case["weight"])
-    steps = torch.tensor([1.0, 0.5, -2.0]).cuda()
-    found = []
-    for loss_of in (
-        lambda *given: chunked_token_loss(
-            *given[:-1], case["chunk_size"], given[-1], LigerChunkLoss
-        ),
-        plain_token_loss,
-    ):
-        predicted, target = (part.detach().cuda() for part in features())
-        predicted.requires_grad_()
-        head = make_head(dtype, **case["finish"])
-        head.module.cuda()
-        loss = loss_of(predicted, target, head.logits, weights, steps).loss
-        (gradient,) = torch.autograd.grad(loss, predicted)
-        found.append((loss.detach(), gradient))
-    close = 3e-2 if dtype == torch.bfloat16 else 1e-3
-    torch.testing.assert_close(*found, rtol=close, atol=close)

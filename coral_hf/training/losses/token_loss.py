@@ -4,8 +4,8 @@ In: predicted features of all steps at the trained positions, what is to be pred
 head. Out: sums over positions. Logits exist for one chunk of positions at a time.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def token_loss(
     predicted: Tensor,
     goal_of: Callable[[slice], Goal],
     head: Head,
-    chunk_loss: "TorchChunkLoss | None" = None,
+    weights: TokenWeights = CLASSIFICATION,
     step_weights: Tensor | None = None,
     kept: Tensor | None = None,
     chunk_size: int = CHUNK,
@@ -73,13 +73,13 @@ def token_loss(
         predicted: (steps, positions, hidden).
         goal_of: of some of the positions.
         head: of the drafter.
-        chunk_loss: of a chunk's logits; in torch's own operations by default.
+        weights: of the losses.
         step_weights: (steps,), all 1 by default.
         kept: (steps, positions), those that have a loss; all by default.
         chunk_size: positions whose logits are held at a time.
     """
     trained = [weight for weight in head.weights if weight.requires_grad]
-    options = goal_of, head, chunk_loss or TorchChunkLoss(), step_weights, kept, chunk_size
+    options = goal_of, head, weights, step_weights, kept, chunk_size
     return TokenLoss(*_ChunkedLoss.apply(predicted, options, torch.is_grad_enabled(), *trained))
 
 
@@ -88,50 +88,46 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, predicted, options, has_gradient, *weights):
-        goal_of, head, chunk_loss, step_weights, kept, size = options
+        goal_of, head, shares, step_weights, kept, size = options
         steps, positions, _ = predicted.shape
         gradients = [torch.zeros_like(one) for one in (predicted, *weights)]
         classification, top_k = sums = [wide(predicted.new_zeros(steps)) for _ in range(2)]
         agreed = torch.zeros(steps, positions, dtype=torch.bool, device=predicted.device)
         scale = torch.ones_like(top_k) if step_weights is None else step_weights
         all_kept = torch.ones_like(agreed) if kept is None else kept
-
-        def differentiate(part: Tensor, own: Goal, where: Any, weight: Tensor):
-            """Losses and agreement of some rows, and gradients; their logits are dropped."""
-            with torch.set_grad_enabled(has_gradient):
-                raw = head.logits_of(part[where])
-            *found, slope = chunk_loss(raw.detach(), own)
-            if not has_gradient:
-                return found, []
-            if not (step_weights is None and kept is None):
-                slope.mul_(weight[where][..., None])
-            unused = {"allow_unused": True, "materialize_grads": True}
-            return found, torch.autograd.grad(raw, [part, *weights], slope.to(raw.dtype), **unused)
-
         # a trained head's gradient, as large as the head, is added up once a chunk
         pieces = [slice(None)] if weights or head.is_by_step else range(steps)
         for start in range(0, positions, size):
             rows = slice(start, start + size)
             goal = goal_of(rows)
+            k = min(shares.k, goal.probs.shape[-1]) if shares.top_k else 0
+            whole = *goal, *goal.probs.topk(k, dim=-1)
             for piece in pieces:
                 part = predicted[piece, rows].detach().requires_grad_()
-                is_kept, own, where = all_kept[piece, rows], goal, ...
+                is_kept, own, where = all_kept[piece, rows], whole, ...
                 if kept is not None and not head.is_by_step:  # of the others there are no logits
                     where = is_kept.nonzero(as_tuple=True)
-                    own = Goal(goal.probs[where[-1]], goal.first[where[-1]])
-                weight = scale[piece][..., None] * is_kept
-                (*losses, is_first), found = differentiate(part, own, where, weight)
+                    own = [of[where[-1]] for of in whole]
+                with torch.set_grad_enabled(has_gradient):
+                    raw = head.logits_of(part[where])
+                slope = raw.detach()
+                *losses, is_first = _chunk_losses(slope, own, shares)
                 agreed[piece, rows][where] = is_first
                 for total, one in zip(sums, losses, strict=True):
                     spread = total.new_zeros(is_kept.shape)
                     spread[where] = one.to(spread.dtype)
                     total[piece] += (spread * is_kept).sum(-1)
-                places = [gradients[0][piece, rows], *gradients[1:]]
-                for place, one in zip(places, found, strict=bool(found)):
-                    place += one
+                if step_weights is not None or kept is not None:
+                    slope *= (scale[piece][..., None] * is_kept)[where][..., None]
+                if has_gradient:
+                    unused = {"allow_unused": True, "materialize_grads": True}
+                    found = torch.autograd.grad(raw, [part, *weights], slope, **unused)
+                    places = [gradients[0][piece, rows], *gradients[1:]]
+                    for place, one in zip(places, found, strict=True):
+                        place += one
+                del raw, slope  # before the next logits are made
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(classification, top_k, agreed)
-        shares = chunk_loss.weights
         losses = shares.classification * classification + shares.top_k * top_k
         return (losses * scale).sum(), classification, top_k, agreed
 
@@ -141,22 +137,10 @@ class _ChunkedLoss(torch.autograd.Function):
         return predicted, None, None, *weights
 
 
-class TargetGoal:
-    """The target's own distribution, from its features (positions, hidden).
-
-    Chunks share a buffer (rows, vocab): large temporaries cost page faults at every allocation.
-    """
-
-    def __init__(self, logits_of: LogitsOf, features: Tensor):
-        self._logits_of, self._features = logits_of, features
-        self._buffer: Tensor | None = None
-
-    @torch.no_grad()
-    def __call__(self, rows: slice) -> Goal:
-        """Make the goal of some positions, in place of that of others."""
-        self._buffer, logits = _refill(self._buffer, self._logits_of(self._features[rows]))
-        first = logits.argmax(-1)
-        return Goal(torch.softmax(logits, -1, out=logits), first)
+def target_goal(logits: Tensor) -> Goal:
+    """Make a goal of the target's own distribution, in place of its logits (rows, vocab)."""
+    first, logits = logits.argmax(-1), wide(logits)
+    return Goal(torch.softmax(logits, -1, out=logits), first)
 
 
 def draft_goal(logits: Tensor, tokens: Tensor) -> Goal:
@@ -187,85 +171,58 @@ def label_goal(labels: Tensor, tokens: Tensor) -> Goal:
     return Goal(probs.float(), torch.where(probs.any(-1), probs.byte().argmax(-1), -1))
 
 
-class Chunk(NamedTuple):
-    """The losses of logits (*batch, vocab), and their gradient."""
-
-    classification: Tensor  # (*batch)
-    top_k: Tensor  # (*batch)
-    agreed: Tensor  # (*batch)
-    slope: Tensor  # (*batch, vocab), which may be written to
-
-
-class TorchChunkLoss:
-    """The losses of a chunk in torch's own operations.
+def _chunk_losses(
+    logits: Tensor, goal: Sequence[Tensor], weights: TokenWeights
+) -> Iterable[Tensor]:
+    """Compute the losses of a chunk, and write their gradient into its logits.
 
     A CPU computes them a few rows at a time, which stay in its cache; a GPU all at once.
+
+    Args:
+        logits: (*batch, rows, vocab).
+        goal: what [`Goal`] has, and its most probable tokens: their probabilities and ids, (rows,
+            k) each.
+        weights: how much each loss counts in the gradient.
+
+    Returns:
+        Classification and top-k loss, and which first choices are the goal's: (*batch, rows) each.
     """
-
-    def __init__(self, weights: TokenWeights = CLASSIFICATION):
-        self.weights = weights
-        self._buffer: Tensor | None = None  # of some rows; a new one would cost page faults
-        self._goal: Goal | None = None
-        self._top: Any = ()  # its most probable tokens, (rows, k): the steps of a chunk share it
-
-    def __call__(self, logits: Tensor, goal: Goal) -> Chunk:
-        """Compute the losses of logits (*batch, rows, vocab), which the gradient overwrites.
-
-        `weights` say how much each loss counts in it.
-        """
-        k = min(self.weights.k, logits.shape[-1]) if self.weights.top_k else 0
-        if goal is not self._goal:
-            self._goal, self._top = goal, goal.probs.topk(k, dim=-1)
-        size = FEW if logits.device.type == "cpu" else logits.shape[-2]
-        parts = zip(
-            logits.split(size, dim=-2), *(of.split(size) for of in (*goal, *self._top)), strict=True
-        )
-        with torch.autocast(logits.device.type, enabled=False):  # it would sum in half precision
-            found = [self._differentiate(*part) for part in parts]
-        losses, top_k, agreed = (torch.cat(one, dim=-1) for one in zip(*found, strict=True))
-        return Chunk(losses, top_k, agreed, logits)
-
-    def _differentiate(
-        self, raw: Tensor, probs: Tensor, first: Tensor, top_probs: Tensor, top_tokens: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Write the gradient into some rows, and return what [`Chunk`] has beside it."""
-        weights = self.weights
-        self._buffer, logits = _refill(self._buffer, raw.flatten(0, -2))
-        logits = logits.view(raw.shape)
-        highest = logits.amax(-1, keepdim=True)
-        chosen = first.clamp(min=0).expand(raw.shape[:-1])[..., None]
-        agreed = (logits.gather(-1, chosen) == highest)[..., 0] & (first >= 0)
-        logits -= highest
-        probs = probs.to(logits.dtype)
-        own = torch.linalg.vecdot(logits, probs.expand_as(logits))
-        top_tokens = top_tokens.expand(*raw.shape[:-1], -1)
-        top_probs = top_probs.to(logits.dtype).expand_as(top_tokens)
-        top_logits = logits.gather(-1, top_tokens)  # (*batch, rows, k)
-        total = logits.exp_().sum(-1, keepdim=True)
-        log_total, is_trained = total.log(), (first >= 0)[:, None]
-        top_k = (top_probs * (log_total - top_logits)).sum(-1)
-        mass = weights.classification * is_trained + weights.top_k * top_probs.sum(-1, keepdim=True)
-        # mass · softmax(z) - w_cls p - w_topk p over the top k
-        slope = logits.mul_(mass / total).sub_(probs, alpha=weights.classification)
-        raw.copy_(slope.scatter_add_(-1, top_tokens, -weights.top_k * top_probs))
-        return (is_trained * log_total)[..., 0] - own, top_k, agreed
+    size = FEW if logits.device.type == "cpu" else logits.shape[-2]
+    parts = zip(logits.split(size, dim=-2), *(of.split(size) for of in goal), strict=True)
+    with torch.autocast(logits.device.type, enabled=False):  # it would sum in half precision
+        found = [_differentiate(*part, weights) for part in parts]
+    return (torch.cat(one, dim=-1) for one in zip(*found, strict=True))
 
 
-def _refill(buffer: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Copy `logits` (rows, vocab), in fp32 or wider, to a buffer; return it, and the copy in it.
-
-    The first chunk is the longest, so the others fit.
-    """
-    if buffer is None or len(buffer) < len(logits):
-        buffer = torch.empty_like(logits, dtype=wide_type(logits))
-    return buffer, buffer[: len(logits)].copy_(logits)
-
-
-def wide_type(tensor: Tensor) -> torch.dtype:
-    """Fp32, or the dtype of a tensor of any shape where that is wider."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+def _differentiate(
+    raw: Tensor,
+    probs: Tensor,
+    first: Tensor,
+    top_probs: Tensor,
+    top_tokens: Tensor,
+    weights: TokenWeights,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `_chunk_losses` does of some rows: `raw` are logits (*batch, rows, vocab)."""
+    logits = wide(raw)
+    highest = logits.amax(-1, keepdim=True)
+    chosen = first.clamp(min=0).expand(raw.shape[:-1])[..., None]
+    agreed = (logits.gather(-1, chosen) == highest)[..., 0] & (first >= 0)
+    logits -= highest
+    probs = probs.to(logits.dtype)
+    own = torch.linalg.vecdot(logits, probs.expand_as(logits))
+    top_tokens = top_tokens.expand(*raw.shape[:-1], -1)
+    top_probs = top_probs.to(logits.dtype).expand_as(top_tokens)
+    top_logits = logits.gather(-1, top_tokens)  # (*batch, rows, k)
+    total = logits.exp_().sum(-1, keepdim=True)
+    log_total, is_trained = total.log(), (first >= 0)[:, None]
+    top_k = (top_probs * (log_total - top_logits)).sum(-1)
+    mass = weights.classification * is_trained + weights.top_k * top_probs.sum(-1, keepdim=True)
+    # mass · softmax(z) - w_cls p - w_topk p over the top k
+    slope = logits.mul_(mass / total).sub_(probs, alpha=weights.classification)
+    raw.copy_(slope.scatter_add_(-1, top_tokens, -weights.top_k * top_probs))
+    return (is_trained * log_total)[..., 0] - own, top_k, agreed
 
 
 def wide(tensor: Tensor) -> Tensor:
     """A tensor of any shape in fp32, or in its own dtype where that is wider."""
-    return tensor.to(wide_type(tensor))
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

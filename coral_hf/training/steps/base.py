@@ -21,16 +21,7 @@ from ..arguments import CoralTrainingArguments
 from ..features.reading import TargetFeatures
 from ..grouping import group_order
 from ..losses import router_loss
-from ..losses.liger_loss import LigerChunkLoss
-from ..losses.token_loss import (
-    Goal,
-    Head,
-    TargetGoal,
-    TokenLoss,
-    TokenWeights,
-    TorchChunkLoss,
-    token_loss,
-)
+from ..losses.token_loss import Goal, Head, TokenLoss, TokenWeights, target_goal, token_loss
 from ..stages import (
     ROUTER_STAGES,
     check_head_settings,
@@ -176,19 +167,12 @@ class TrainingStep:
 
     def drafter_losses(self, drafter: Any, trained: Trained) -> Losses:
         """Compute the losses on tokens of all steps, with their weights."""
-        recipe, args = self.args.resolved, self.args
-        weights = TokenWeights(recipe.classification_weight, recipe.top_k_weight, args.top_k)
-        kernel = (LigerChunkLoss if args.use_liger_kernel else TorchChunkLoss)(weights)
+        recipe = self.args.resolved
+        weights = TokenWeights(recipe.classification_weight, recipe.top_k_weight, self.args.top_k)
         scale = None if recipe.step_decay == 1 else self.step_weights(trained)
-        found = token_loss(
-            trained.predicted,
-            self.goal(drafter, trained),
-            self.head(drafter),
-            kernel,
-            scale,
-            trained.kept,
-            self.chunk_size,
-        )
+        goal, head = self.goal(drafter, trained), self.head(drafter)
+        options = weights, scale, trained.kept, self.chunk_size
+        found = token_loss(trained.predicted, goal, head, *options)
         losses = Losses({"tokens": found.loss}, self.notes(trained, found))
         if recipe.top_k_weight:
             losses.notes["top_k_loss"] = found.top_k.mean()
@@ -203,7 +187,7 @@ class TrainingStep:
 
     def goal(self, drafter: Any, trained: Trained) -> Callable[[slice], Goal]:
         """What is to be predicted at some positions, over the tokens of `head`."""
-        return TargetGoal(self.target.head.logits, trained.target)
+        return lambda rows: target_goal(self.target.head.logits(trained.target[rows]))
 
     def head(self, drafter: Any) -> Head:
         """The LM head that losses read, with what is trained of it."""

@@ -37,7 +37,7 @@ class OwnHeadStep(TrainingStep):
     can_shard = False  # the LM head runs outside of `forward`
     is_detached = False
     head_parts: ClassVar[tuple[str, ...]]  # modules of a drafter that `draft_logits` runs
-    unused: tuple[str, ...] = ("regression_weight", "top_k_weight", "use_liger_kernel")
+    unused: tuple[str, ...] = ("regression_weight", "top_k_weight")
     chunk_size = 64  # positions whose logits are held at a time, those of all steps together
 
     def follow_target(self, drafter: Any) -> None:
