@@ -21,8 +21,7 @@ from coral_hf.heads.router import Groups
 from coral_hf.measure.prompts import encode, read_prompts
 from coral_hf.target import Target, read_target
 from coral_hf.training.data import load_conversations, prepare_dataset
-from coral_hf.training.grouping import group_order
-from coral_hf.training.grouping.positions import trained_features
+from coral_hf.training.grouping import group_order, trained_features
 
 GROUPINGS = ("contiguous", "frequency", "kmeans")
 LENGTH = 512  # tokens of a row at most

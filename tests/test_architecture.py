@@ -36,7 +36,7 @@ PURE = ["decoding/drafting.py", "decoding/chance.py", "drafters/tree_builders.py
 PURE += [f"training/losses/{name}.py" for name in ("__init__", "token_loss")]
 PURE += ["training/steps/attention.py"]
 # imported when they are needed: each costs seconds, or is not installed everywhere
-LAZY = {"datasets", "peft", "matplotlib", "sklearn", "vllm", "transformers.trainer"}
+LAZY = {"datasets", "peft", "matplotlib", "vllm", "transformers.trainer"}
 
 # name of transformers → the files that know it
 SEAMS = {

@@ -34,8 +34,7 @@ DRAWING = {
     "decoding/chance.py",
     "decoding/guard/trial.py",  # weights of small copies
     "heads/collection.py",  # initial weights of a router
-    "training/grouping/positions.py",
-    "training/layer_start.py",
+    "training/grouping.py",
     "training/steps/base.py",
     "training/steps/parallel.py",  # positions that are dropped
 }

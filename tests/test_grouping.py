@@ -4,13 +4,16 @@ import pytest
 import torch
 from conftest import VOCAB, tiny_target
 from datasets import Dataset
-from head_inputs import SPLITS, group_of
 
-from coral_hf.heads.router import Groups, check_order
+from coral_hf.heads.router import check_order
 from coral_hf.target import Target, read_target
 from coral_hf.training.features import CachedFeatures, write_features
-from coral_hf.training.grouping import group_order, most_frequent_first, token_counts
-from coral_hf.training.grouping.order import balanced_groups, kmeans_groups
+from coral_hf.training.grouping import (
+    alike_together,
+    group_order,
+    most_frequent_first,
+    token_counts,
+)
 
 MADE = ("kmeans", "frequency")
 
@@ -85,20 +88,6 @@ def test_a_grouping_that_counts_needs_rows(target, rows):
         group_order("frequency", target, untrained, 4)
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"num_groups": 0}, "`num_groups` is 0; use 1 to .* 40"),
-        ({"num_groups": 41}, "`num_groups` is 41"),
-        ({"grouping": "random"}, "'random'; use one of .*'kmeans'"),
-    ],
-)
-def test_invalid_arguments_are_refused(target, fields, message):
-    given = {"grouping": "kmeans", "target": target, "rows": None, "num_groups": 4, **fields}
-    with pytest.raises(ValueError, match=message):
-        group_order(**given)
-
-
 def test_groups_by_similarity_need_a_readable_head(rows):
     pytest.importorskip("torchao")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -113,35 +102,6 @@ def test_groups_by_similarity_need_a_readable_head(rows):
     check_order(group_order("frequency", quantised, rows, 4), VOCAB)
 
 
-# ---- balance
-
-
-@pytest.mark.parametrize(("num_tokens", "num_groups"), SPLITS)
-def test_balanced_groups_have_the_sizes_that_were_asked_for(num_tokens, num_groups):
-    groups = Groups(num_tokens, num_groups)
-    sizes = torch.bincount(group_of(groups), minlength=groups.filled)
-    scores = torch.randn(num_tokens, groups.filled, generator=torch.Generator().manual_seed(0))
-    found = balanced_groups(scores, sizes)
-    assert torch.bincount(found, minlength=groups.filled).tolist() == sizes.tolist()
-
-
-def test_balanced_groups_are_nearly_the_best():
-    from scipy.optimize import linear_sum_assignment
-
-    scores = torch.randn(120, 6, generator=torch.Generator().manual_seed(0))
-    found = scores.gather(1, balanced_groups(scores, torch.full((6,), 20))[:, None]).sum()
-    columns = scores.repeat_interleave(20, dim=1).numpy()  # a column for each place
-    best = columns[linear_sum_assignment(columns, maximize=True)].sum()
-    assert 0.99 * best <= found <= best + 1e-3
-
-
-def test_the_token_that_would_lose_most_keeps_its_group():
-    scores = torch.tensor([[5.0, 4.0], [5.0, 0.0], [5.0, 3.0], [5.0, 4.0]])
-    assert balanced_groups(scores, torch.tensor([2, 2])).tolist() == [1, 0, 0, 1]
-    begun = torch.tensor([0, 1, 1, 0])
-    assert balanced_groups(scores, torch.tensor([2, 2]), begun).tolist() == [1, 0, 0, 1]
-
-
 # ---- kmeans
 
 
@@ -149,9 +109,21 @@ def test_kmeans_puts_equal_rows_together():
     generator = torch.Generator().manual_seed(0)
     kinds = torch.arange(4).repeat(5)[torch.randperm(20, generator=generator)]
     rows = 3 * torch.randn(4, 8, generator=generator)[kinds]
-    groups = kmeans_groups(rows, torch.full((4,), 5))
-    for kind in range(4):
-        assert len(set(groups[kinds == kind].tolist())) == 1
+    order = alike_together(rows, 5, generator)
+    assert order.sort().values.tolist() == [*range(20)]
+    for group in kinds[order].split(5):
+        assert len(group.unique()) == 1
+
+
+def test_halves_are_those_of_a_balanced_assignment():
+    from scipy.optimize import linear_sum_assignment
+
+    rows = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    groups = alike_together(rows, 20, torch.Generator().manual_seed(0)).split(20)
+    centroids = torch.stack([rows[group].mean(0) for group in groups])
+    places = torch.cdist(rows, centroids).square().repeat_interleave(20, dim=1)
+    _, best = linear_sum_assignment(places.numpy())
+    assert {*groups[0].tolist()} == {*torch.tensor(best).lt(20).nonzero()[:, 0].tolist()}
 
 
 # ---- counts
@@ -175,8 +147,6 @@ def test_frequent_tokens_come_first(target, rows):
 def test_equal_counts_are_in_the_order_of_the_ids():
     counts = torch.tensor([0.0, 2.0, 0.0, 1.0, 2.0])
     assert most_frequent_first(counts).tolist() == [1, 4, 3, 0, 2]
-    with pytest.raises(ValueError, match="not finite"):
-        most_frequent_first(counts.log().log())
 
 
 def test_padding_of_the_vocabulary_is_never_counted(target, rows):
