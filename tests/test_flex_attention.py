@@ -112,43 +112,6 @@ def test_flex_attention_is_the_plain_one_of_each_document(
         torch.testing.assert_close(ours, plain)
 
 
-@pytest.mark.parametrize(
-    "documents",
-    [
-        [[1]],
-        [[BLOCK]],
-        [[5 * BLOCK + 3]],
-        [[100, 400, 3, 137], [640]],
-        [[BLOCK, BLOCK, 2 * BLOCK]],
-        [[1] * 300],
-    ],
-)
-@pytest.mark.parametrize("lag", [0, 1, 4])
-def test_blocks_are_read_where_a_key_is_seen_and_whole_where_all_are(documents, lag):
-    positions = positions_of(documents)
-    length = positions.shape[1]
-    mask = block_mask(positions, lag)
-    exact = flex.create_block_mask(
-        mask.mask_mod, len(positions), None, length, length, device="cpu", BLOCK_SIZE=BLOCK
-    )
-    assert mask.shape == exact.shape
-
-    def listed(kind: str) -> list[tuple[set[int], set[int]]]:
-        """Blocks of keys by block of queries, ours and torch's."""
-        found = []
-        for one in (mask, exact):
-            numbers, indices = getattr(one, f"{kind}_num_blocks"), getattr(one, f"{kind}_indices")
-            rows = zip(numbers.flatten().tolist(), indices.flatten(0, 2).tolist(), strict=True)
-            found.append([set(row[:number]) for number, row in rows])
-        return [*zip(*found, strict=True)]
-
-    whole, needed = listed("full_kv"), listed("kv")
-    assert all(ours == theirs for ours, theirs in whole)
-    assert all(ours >= theirs for ours, theirs in needed)  # none is missing
-    # read in vain: one where documents end before a lag
-    assert all(len(ours - theirs) <= 1 for ours, theirs in needed)
-
-
 def test_documents_that_are_far_apart_are_skipped():
     sparsity = block_mask(positions_of([[BLOCK] * 16]), 1).sparsity()
     assert sparsity > 90  # percent: one block of sixteen

@@ -20,7 +20,7 @@ from .data import pack_dataset, share_prompts
 from .data.dataset import check_rows, prepare_dataset
 from .features import CachedFeatures
 
-# settings of every `Trainer` that the losses of a drafter never read, with the value that is none
+# settings and arguments of every `Trainer` that ours never read, with the value that is none
 UNREAD: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0.0, "the losses compare with the target's own probabilities"),
     "neftune_noise_alpha": (None, "`feature_noise` is the noise of a drafter's inputs"),
@@ -28,12 +28,9 @@ UNREAD: dict[str, tuple[Any, str]] = {
     "remove_unused_columns": (False, "the collator picks the columns"),
     "batch_eval_metrics": (False, "an evaluation computes its own metrics"),
     "include_for_metrics": ([], "an evaluation returns no predictions"),
-}
-# arguments of every `Trainer` that are never called
-UNCALLED = {
-    "compute_loss_func": "the losses are those of `args`",
-    "model_init": "pass `model`, a drafter of its target",
-    "preprocess_logits_for_metrics": "an evaluation returns no predictions",
+    "compute_loss_func": (None, "the losses are those of `args`"),
+    "model_init": (None, "pass `model`, a drafter of its target"),
+    "preprocess_logits_for_metrics": (None, "an evaluation returns no predictions"),
 }
 
 
@@ -56,13 +53,11 @@ def check_given(
             )
     if not isinstance(args, kind):
         raise ValueError(f"`args` is {_described(args)}; pass `{kind.__name__}`.")
+    given = {**vars(args), **others}
     for name, (none, reason) in UNREAD.items():
-        value = getattr(args, name, none)
+        value = given.get(name)
         if value not in (None, none) and name not in read:
             raise ValueError(f"`{name}` is {value!r}, which means nothing here: {reason}.")
-    for name, reason in UNCALLED.items():
-        if others.get(name) is not None:
-            raise ValueError(f"`{name}` is never called: {reason}; leave it out.")
     if args.device.type == "cpu" and (args.fp16 or args.fp16_full_eval):
         name = "fp16" if args.fp16 else "fp16_full_eval"
         raise ValueError(f"`{name}` is True, but training runs on a CPU; use bf16, or neither.")

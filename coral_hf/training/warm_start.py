@@ -13,28 +13,15 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
 from ..checkpoints import config_folder, import_drafter, read_config, read_shape
-from ..drafters.configuration import FamilyConfig, target_fields
+from ..drafters.configuration import DrafterConfig, FamilyConfig, target_fields
 from ..drafters.coral import CoralDrafter
 from ..drafters.model import Drafter
 from ..identity import tokenizer_hash
 from ..target import text_config
 from .stages import is_adapted
-from .steps import TrainingStep, step_kind, step_kinds
+from .steps import KINDS, TrainingStep, step_kind
 
 logger = logging.get_logger(__name__)
-# fields that the weights of a drafter depend on; the others follow from the target
-OWN_SHAPE = (
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "rope_parameters",
-    "attention_bias",
-    "fc_bias",
-)
 # what a drafter proposes and embeds by itself: it is lost where the tokens are others
 OF_TOKENS = re.compile(r"d2t|t2d|lm_heads?\.(\d+\.)?weight|embed_tokens\.weight")
 
@@ -103,7 +90,7 @@ def _load(source: str | Path) -> Drafter:
 def own_config(source: str | Path) -> FamilyConfig | None:
     """The config of a drafter in a folder or on the Hub; None if it is another library's."""
     own = read_config(folder := config_folder(source)).get("model_type", "")
-    kind = step_kinds().get(own)
+    kind = KINDS.get(own)
     return None if kind is None else kind.drafter.config_class.from_pretrained(folder)
 
 
@@ -133,14 +120,13 @@ def from_drafter(
     hashes = {config.tokenizer_hash, tokenizer and tokenizer_hash(tokenizer)}
     is_same = config.vocab_size == text.vocab_size and len(hashes - {None}) < 2
     keeps_heads = is_same and not (is_coral and None in hashes)
-    shape = {name: getattr(config, name) for name in OWN_SHAPE if hasattr(config, name)}
-    if not is_coral:
-        # where tokens are others, heads begin anew, and so does the draft vocabulary of EAGLE-3
-        lost = set() if is_same else {"draft_vocab_size", "has_embeddings", "mask_token_id"}
-        if getattr(config, "target_num_layers", None) not in (None, text.num_hidden_layers):
-            lost |= {"target_layers"}
-        lost |= {"target_num_layers"}
-        shape |= {n: getattr(config, n) for n in config.own_names() if n not in lost}
+    lost = {"max_position_embeddings", "target_num_layers"}  # they follow from the target
+    if not is_same:  # heads begin anew, and so does the draft vocabulary of EAGLE-3
+        lost |= {"draft_vocab_size", "has_embeddings", "mask_token_id"}
+    if getattr(config, "target_num_layers", None) not in (None, text.num_hidden_layers):
+        lost |= {"target_layers"}
+    names = {*DrafterConfig.__annotations__, *config.own_names()} - lost
+    shape = {name: getattr(config, name) for name in names if hasattr(config, name)}
     drafter = type(other).from_target(target, **shape).float()
     if keeps_heads and hasattr(drafter, "heads"):
         drafter.heads.adopt(config)

@@ -22,9 +22,8 @@ def regression_loss(predicted: Tensor, target: Tensor) -> Tensor:
     Returns:
         (steps,), summed over positions.
     """
-    target = target.to(predicted.dtype)
-    by_step = [F.smooth_l1_loss(features, target, reduction="none") for features in predicted]
-    return torch.stack([loss.float().mean(-1).sum() for loss in by_step])
+    target = target.to(predicted.dtype).expand_as(predicted)
+    return F.smooth_l1_loss(predicted, target, reduction="none").float().mean(-1).sum(-1)
 
 
 def router_loss(

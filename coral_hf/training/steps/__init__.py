@@ -4,30 +4,20 @@ In: a drafter's config. Out: the step that the trainer runs. A new family is add
 `register_step(model_type, kind)`, where `kind` is a [`TrainingStep`].
 """
 
-import importlib
 from typing import Any
 
 from ...target import Target
-from ..arguments import RECIPES, CoralTrainingArguments
+from ..arguments import CoralTrainingArguments
 from .base import TrainingStep
 from .objectives import Losses, Trained, Unrolled
 
 __all__ = ["Losses", "Trained", "TrainingStep", "Unrolled", "register_step", "step_kind"]
-_KINDS: dict[str, type[TrainingStep]] = {}
-# modules that register their steps
-_BUILT_IN = ("coral", "own_head", "parallel")
+KINDS: dict[str, type[TrainingStep]] = {}  # by the `model_type` of their drafters
 
 
 def register_step(model_type: str, kind: type[TrainingStep]) -> None:
     """Train drafters of a `model_type` with the steps that `kind(config, target, args)` makes."""
-    _KINDS[model_type] = kind
-
-
-def step_kinds() -> dict[str, type[TrainingStep]]:
-    """The kind of step of each family, by the `model_type` of its drafters."""
-    for name in _BUILT_IN:
-        importlib.import_module(f"{__name__}.{name}")
-    return _KINDS
+    KINDS[model_type] = kind
 
 
 def step_kind(model_type: str) -> type[TrainingStep]:
@@ -36,24 +26,17 @@ def step_kind(model_type: str) -> type[TrainingStep]:
     Raises:
         ValueError: if none is registered for it.
     """
-    if model_type not in step_kinds():
+    if model_type not in KINDS:
         raise ValueError(
             f"`model` is a {model_type!r} drafter, for which no training step is registered, only"
-            f" for {sorted(_KINDS)}; see `coral_hf.training.steps.register_step`."
+            f" for {sorted(KINDS)}; see `coral_hf.training.steps.register_step`."
         )
-    return _KINDS[model_type]
+    return KINDS[model_type]
 
 
 def kind_of_recipe(recipe: str) -> type[TrainingStep]:
-    """The kind of step of the family that a recipe is for.
-
-    Raises:
-        ValueError: if it is for none.
-    """
-    for kind in step_kinds().values():
-        if recipe in kind.recipes:
-            return kind
-    raise ValueError(f"`recipe` is {recipe!r}; use one of {(*RECIPES,)}.")
+    """The kind of step of the family that one of `RECIPES` is for."""
+    return next(kind for kind in KINDS.values() if recipe in kind.recipes)
 
 
 def training_step(config: Any, target: Target, args: CoralTrainingArguments) -> TrainingStep:
@@ -72,3 +55,6 @@ def training_step(config: Any, target: Target, args: CoralTrainingArguments) -> 
                 f" use one of {known}."
             )
     return kind(config, target, args)
+
+
+from . import coral, own_head, parallel  # noqa: E402, F401  they register their steps

@@ -234,10 +234,10 @@ class TrainingStep:
         return head.children(hidden[None], log_path, top_k=1).tokens[0, :, 0]
 
 
-def positions_of(batch: Batch) -> Tensor | None:
-    """Positions of the tokens that are followed by another, (batch, length - 1), if packed."""
-    positions = batch.get("position_ids")
-    return None if positions is None else positions[:, :-1]
+def positions_of(batch: Batch) -> Tensor:
+    """Positions of the tokens that are followed by another, (batch or 1, length - 1)."""
+    ids = batch["input_ids"]
+    return batch.get("position_ids", torch.arange(ids.shape[1], device=ids.device)[None])[:, :-1]
 
 
 def drawn_generator(device: torch.device, process: int) -> torch.Generator:

@@ -185,9 +185,8 @@ class MedusaStep(OwnHeadStep):
         """Run `num_steps` heads, or all there are, on the features; see [`TrainingStep`]."""
         states = model(inputs[1], num_steps)  # (heads, batch, length - 1, hidden)
         # how many features a document, or a branch of it, has before each position
-        index, positions = torch.arange(states.shape[2], device=states.device), positions_of(batch)
-        if positions is not None:
-            index = index - Places.of(positions).start
+        starts = Places.of(positions_of(batch)).start
+        index = torch.arange(states.shape[2], device=states.device) - starts
         kept = index >= torch.arange(len(states), device=index.device)[:, None, None]
         predicted = torch.stack([own.roll(head, 1) for head, own in enumerate(states)])
         return predicted, kept.expand(predicted.shape[:3])
@@ -199,13 +198,8 @@ class MedusaStep(OwnHeadStep):
 
     def goal(self, drafter: MedusaDrafter, trained: Trained) -> Callable[[slice], Goal]:
         """The tokens of the text; see [`TrainingStep`]."""
-
-        def goal_of(rows: slice) -> Goal:
-            own = trained.tokens[rows]
-            probs = torch.zeros(len(own), drafter.config.vocab_size, device=own.device)
-            return Goal(probs.scatter_(1, own[:, None], 1.0), own)
-
-        return goal_of
+        tokens = torch.arange(drafter.config.vocab_size, device=trained.tokens.device)
+        return lambda rows: label_goal(trained.tokens[rows], tokens)
 
     def choices(self, drafter: MedusaDrafter, predicted: Tensor, step: int) -> Tensor:
         """See [`TrainingStep`]: by the head of the step, (rows, hidden) → (rows,)."""

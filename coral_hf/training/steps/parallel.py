@@ -82,26 +82,24 @@ def draw_chains(
         chance: where the draws come from; not read where all are kept.
     """
     length, is_trained = labels.shape[1] - 1, labels != IGNORED
-    ahead = F.pad(is_trained[:, 2:], (0, num_steps))
+    ahead = F.pad(is_trained[:, 2:], (0, num_steps)).unfold(1, num_steps, 1)
     # a chain ends before the first token that is not trained: (steps, batch, length)
-    reach = [ahead[:, depth : depth + length] for depth in range(num_steps)]
-    is_there = torch.stack(reach).long().cumprod(0).bool()
+    is_there = ahead.permute(2, 0, 1).long().cumprod(0).bool()
     order = torch.zeros(is_trained.shape[0], length, device=labels.device)
     if keep_ratio < 1:
         order.uniform_(generator=chance)
     order -= is_there[1].float()  # those that can be trained come first
     ranking = order.argsort(dim=1, stable=True)  # (batch, length)
     rank, count = ranking.argsort(dim=1), is_there[1].sum(1, keepdim=True)  # (batch, 1)
-    anchors, depths, kept = [], [], []
+    anchors, kept = [], [is_there[0]]
     for depth in range(num_steps):
-        size = part_of(length, keep_ratio**depth)
-        anchors.append(ranking[:, :size].sort(dim=1).values)
-        depths.append(torch.full((size,), depth, device=labels.device))
-        is_kept = is_there[depth]
+        anchors.append(ranking[:, : part_of(length, keep_ratio**depth)].sort(dim=1).values)
         if depth > 0:
-            is_kept = is_kept & (rank < part_of(count, keep_ratio**depth))
-        kept.append(F.pad(is_kept, (depth, 0))[:, :length])
-    return Chains(torch.cat(anchors, dim=1), torch.cat(depths), torch.stack(kept))
+            is_kept = is_there[depth] & (rank < part_of(count, keep_ratio**depth))
+            kept.append(F.pad(is_kept, (depth, 0))[:, :length])
+    sizes = torch.tensor([own.shape[1] for own in anchors], device=labels.device)
+    depths = torch.arange(num_steps, device=labels.device).repeat_interleave(sizes)
+    return Chains(torch.cat(anchors, dim=1), depths, torch.stack(kept))
 
 
 def part_of(count: Any, share: float) -> Any:
@@ -143,10 +141,7 @@ class ParallelStep(Eagle3Step):
         ratio = self.args.keep_ratio if model.training else 1.0
         chance = None if ratio == 1 else drawn_generator(states.device, self.args.process_index)
         chains = draw_chains(batch["labels"], num_steps, ratio, chance)
-        positions = positions_of(batch)
-        if positions is None:
-            positions = torch.arange(length, device=states.device)[None]
-        positions = positions.expand(rows, -1)
+        positions = positions_of(batch).expand(rows, -1)
         drafter = extract_model_from_parallel(model)
         masks = chains.anchors.shape[1] - length
         shared = drafter.fuse(drafter.mask_hidden).expand(rows, masks, -1)

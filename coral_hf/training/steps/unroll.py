@@ -62,11 +62,10 @@ class RowAttention:
 
     Args:
         positions: (batch or 1, length), which begin at 0 with each document.
-        is_packed: whether there are several documents in a row.
     """
 
-    def __init__(self, positions: Tensor, is_packed: bool = True):
-        self._positions, self._is_packed = positions, is_packed
+    def __init__(self, positions: Tensor):
+        self._positions = positions
         self._masks: dict[int, flex.BlockMask] = {}  # of flex attention, by lag, for all layers
 
     @cached_property
@@ -85,7 +84,7 @@ class RowAttention:
         """
         if fits_flex(query):
             return merged_attention(query, target, own, self._positions, self._far)
-        if not self._is_packed:
+        if all(len(parts) == 1 for parts in self._parts):
             return mixed_attention(query, target, own)
         tensors = [query, *target, *(one for pair in own for one in pair)]
         rows = []
@@ -102,8 +101,8 @@ class RowAttention:
     def _far(self, query: Tensor, target: KeysValues, lag: int) -> tuple[Tensor, Tensor]:
         """See `FarAttention`; (batch, heads, length, head_dim) and (batch, heads, length).
 
-        By torch's flex attention no mask over all keys is made: blocks of keys that no query of a
-        block may see are skipped, and the mask of the others is computed in the kernel.
+        By torch's flex attention: blocks of keys that no query of a block may see are skipped, and
+        the mask of the others is computed in the kernel.
         """
         if lag not in self._masks:
             self._masks[lag] = block_mask(self._positions, lag)
@@ -139,15 +138,14 @@ def unroll(
     Raises:
         ValueError: for more steps than the tokens that branches repeat allow.
     """
-    is_packed = position_ids is not None
-    if num_steps >= REPEATED and position_ids is not None and has_branches(position_ids):
+    if position_ids is None:
+        position_ids = torch.arange(features.shape[1], device=features.device)[None]
+    if num_steps >= REPEATED and has_branches(position_ids):
         raise ValueError(
             f"`num_steps` is {num_steps}, but rows that share prompts allow {REPEATED - 1} at"
             " most; pass share_prompts=False, and write a feature cache with that again."
         )
-    if position_ids is None:
-        position_ids = torch.arange(features.shape[1], device=features.device)[None]
-    rows, begins = RowAttention(position_ids, is_packed), (position_ids == 0)[..., None]
+    rows, begins = RowAttention(position_ids), (position_ids == 0)[..., None]
     seen: Seen = {}
     inputs, predicted = features, []
     for step in range(num_steps):
@@ -162,8 +160,8 @@ def unroll(
 
 def fits_flex(query: Tensor) -> bool:
     """Whether queries (batch, heads, length, head_dim) go through the kernel, which is Triton's."""
-    is_there = hasattr(flex, "AuxRequest") and importlib.util.find_spec("triton") is not None
-    return is_there and query.is_cuda and query.shape[-1] >= LEAST_HEAD_DIM
+    is_large = query.is_cuda and query.shape[-1] >= LEAST_HEAD_DIM
+    return is_large and importlib.util.find_spec("triton") is not None
 
 
 @cache
@@ -174,42 +172,15 @@ def _kernel() -> Callable:
 def block_mask(positions: Tensor, lag: int) -> flex.BlockMask:
     """Let each position t see those up to t - lag of its document; positions (batch or 1, length).
 
-    Documents of a row follow each other, so blocks are compared by their first and last ones. Of a
-    document with branches, those of the other branches are read in vain.
+    Blocks of keys that no query of a block sees are skipped.
     """
-    length = positions.shape[1]
-    # (batch or 1, whole blocks), what fills the last block is a document of its own
+    batch, length = positions.shape
+    # what fills the last block is a document of its own
     places = Places.of(pad(positions, (0, -length % BLOCK)))
     shift = torch.tensor(lag, device=positions.device)  # a tensor: one graph for all lags
 
     def is_seen(row, head, query, key):  # () each
-        return places.sees(row % positions.shape[0], query, key, shift)
+        return places.sees(row % batch, query, key, shift)
 
-    (first, last), (part, end_part) = (
-        (where[:, ::BLOCK], where[:, BLOCK - 1 :: BLOCK]) for where in (places.trunk, places.start)
-    )  # (batch or 1, blocks)
-    start = torch.arange(first.shape[1], device=positions.device) * BLOCK
-    end = (start + BLOCK).clamp(max=length) - 1
-    # (batch or 1, blocks of queries, blocks of keys)
-    is_one = (part == end_part)[:, :, None] & (part == end_part)[:, None]
-    is_whole = is_one & (part[:, :, None] == part[:, None]) & (end <= start[:, None] - lag)
-    is_shared = (last[:, None] >= first[:, :, None]) & (first[:, None] <= last[:, :, None])
-    is_needed = is_shared & (start <= end[:, None] - lag)
-    return flex.BlockMask.from_kv_blocks(
-        *_listed(is_needed & ~is_whole),
-        *_listed(is_whole),
-        BLOCK_SIZE=BLOCK,
-        mask_mod=is_seen,
-        seq_lengths=(length, length),
-    )
-
-
-def _listed(is_read: Tensor) -> tuple[Tensor, Tensor]:
-    """List the blocks of keys of each block of queries, (batch or 1, blocks, blocks).
-
-    Returns:
-        Their number (batch or 1, 1, blocks), and their indices first, (batch or 1, 1, blocks,
-        blocks).
-    """
-    indices = is_read.int().argsort(dim=-1, descending=True, stable=True)
-    return is_read.sum(-1).int()[:, None], indices.int()[:, None].contiguous()
+    sizes = batch, None, length, length
+    return flex.create_block_mask(is_seen, *sizes, str(positions.device), BLOCK_SIZE=BLOCK)
