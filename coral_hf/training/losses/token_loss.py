@@ -101,7 +101,7 @@ class _ChunkedLoss(torch.autograd.Function):
             rows = slice(start, start + size)
             goal = goal_of(rows)
             k = min(shares.k, goal.probs.shape[-1]) if shares.top_k else 0
-            whole = *goal, *goal.probs.topk(k, dim=-1)
+            whole = [*goal, *goal.probs.topk(k, dim=-1)]
             for piece in pieces:
                 part = predicted[piece, rows].detach().requires_grad_()
                 is_kept, own, where = all_kept[piece, rows], whole, ...
@@ -190,17 +190,17 @@ def _chunk_losses(
     size = FEW if logits.device.type == "cpu" else logits.shape[-2]
     parts = zip(logits.split(size, dim=-2), *(of.split(size) for of in goal), strict=True)
     with torch.autocast(logits.device.type, enabled=False):  # it would sum in half precision
-        found = [_differentiate(*part, weights) for part in parts]
+        found = [_differentiate(weights, *part) for part in parts]
     return (torch.cat(one, dim=-1) for one in zip(*found, strict=True))
 
 
 def _differentiate(
+    weights: TokenWeights,
     raw: Tensor,
     probs: Tensor,
     first: Tensor,
     top_probs: Tensor,
     top_tokens: Tensor,
-    weights: TokenWeights,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do what `_chunk_losses` does of some rows: `raw` are logits (*batch, rows, vocab)."""
     logits = wide(raw)
