@@ -149,11 +149,6 @@ def test_equal_counts_are_in_the_order_of_the_ids():
     assert most_frequent_first(counts).tolist() == [1, 4, 3, 0, 2]
 
 
-def test_padding_of_the_vocabulary_is_never_counted(target, rows):
-    counts = token_counts(target, rows, num_tokens=35)
-    assert (counts[35:] == 0).all() and (counts[:35] > 0).all()
-
-
 @pytest.mark.parametrize("max_tokens", [1, 10, 1000])
 def test_no_more_positions_are_read_than_were_asked_for(target, rows, max_tokens):
     trained = sum(len(row["input_ids"]) - 3 for row in rows)

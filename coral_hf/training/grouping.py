@@ -79,7 +79,7 @@ def group_order(
     vocab_size = text_config(target.model).vocab_size
     num_tokens = num_tokens or vocab_size
     if grouping == "frequency":
-        counts = token_counts(target, rows, max_tokens, num_tokens, seed)
+        counts = token_counts(target, rows, max_tokens, seed)
         order = most_frequent_first(counts[:num_tokens])
     elif target.head.is_readable:
         vectors = target.head.weight[:num_tokens].detach().float().cpu()  # (tokens, hidden)
@@ -155,13 +155,7 @@ def trained_features(
 
 
 @torch.no_grad()
-def token_counts(
-    target: Target,
-    rows: Any,
-    max_tokens: int = MAX_TOKENS,
-    num_tokens: int | None = None,
-    seed: int = 0,
-) -> Tensor:
+def token_counts(target: Target, rows: Any, max_tokens: int = MAX_TOKENS, seed: int = 0) -> Tensor:
     """Sum the target's probabilities, (positions, vocab), over trained positions.
 
     A position counts for all likely tokens, not for the one in the row, so fewer positions suffice,
@@ -171,7 +165,6 @@ def token_counts(
         target: the target.
         rows: as the trainer has them: token ids and labels, or `CachedFeatures`.
         max_tokens: trained positions that are read at most.
-        num_tokens: of the tokenizer; ids from there on, which pad the vocabulary, count nothing.
         seed: of the order in which rows are read.
 
     Returns:
@@ -180,13 +173,11 @@ def token_counts(
     Raises:
         ValueError: if there are no rows, or if none of their tokens is trained.
     """
-    vocab_size = text_config(target.model).vocab_size
-    counts = torch.zeros(vocab_size, dtype=torch.float64)
-    own = slice(num_tokens or vocab_size)
+    counts = torch.zeros(text_config(target.model).vocab_size, dtype=torch.float64)
     for features in trained_features(target, rows, max_tokens, seed):
         for chunk in features.split(CHUNK_SIZE):
-            probs = target.head.logits(chunk).float().softmax(-1)  # (chunk, vocab)
-            counts[own] += probs[:, own].sum(0).cpu()
+            # of (chunk, vocab)
+            counts += target.head.logits(chunk).float().softmax(-1).sum(0).cpu()
     if not counts.any():
         raise ValueError(NO_TOKEN)
     return counts

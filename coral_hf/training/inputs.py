@@ -26,8 +26,6 @@ UNREAD: dict[str, tuple[Any, str]] = {
     "neftune_noise_alpha": (None, "`feature_noise` is the noise of a drafter's inputs"),
     "use_liger_kernel": (False, "a drafter has no layers that it replaces"),
     "remove_unused_columns": (False, "the collator picks the columns"),
-    "batch_eval_metrics": (False, "an evaluation computes its own metrics"),
-    "include_for_metrics": ([], "an evaluation returns no predictions"),
     "compute_loss_func": (None, "the losses are those of `args`"),
     "model_init": (None, "pass `model`, a drafter of its target"),
     "preprocess_logits_for_metrics": (None, "an evaluation returns no predictions"),
