@@ -37,7 +37,7 @@ from .data.encoding import IGNORED
 from .features import CachedFeatures
 from .features.reading import TargetFeatures
 
-NUM_TURNS = 20  # of k-means
+NUM_TURNS = 10  # of k-means: 30 made no better groups
 CHUNK_SIZE = 128  # rows of target logits held at a time
 # on a target of 32k tokens 10k positions made groups as good as 100k did
 MAX_TOKENS = 50_000
