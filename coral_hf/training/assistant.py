@@ -79,8 +79,8 @@ class AssistantTrainer(AtomicCheckpoints):
     ):
         models = {"model": model} | ({} if target_model is None else {"target_model": target_model})
         is_plain = getattr(args, "loss", None) == "ce"  # the loss of any `Trainer`
-        read = ("neftune_noise_alpha", "use_liger_kernel")
-        read += ("label_smoothing_factor",) if is_plain else ()
+        read = ["neftune_noise_alpha", "use_liger_kernel"]
+        read += ["label_smoothing_factor"] if is_plain else []
         check_given(models, args, AssistantTrainingArguments, kwargs, read)
         if target_model is None and not is_plain:
             raise ValueError(f"`loss` is {args.loss!r}, for a target; pass `target_model`.")

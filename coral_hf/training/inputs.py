@@ -5,7 +5,7 @@ a feature cache. Out: the tokenizer, rows that the collator takes, or a ValueErr
 pass.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ UNREAD: dict[str, tuple[Any, str]] = {
 
 
 def check_given(
-    models: dict[str, Any], args: Any, kind: type[Any], others: dict[str, Any], read: tuple = ()
+    models: dict[str, Any], args: Any, kind: type[Any], others: dict[str, Any], read: Sequence = ()
 ) -> None:
     """Raise a ValueError for models, settings or arguments that mean nothing to a trainer.
 
