@@ -154,7 +154,8 @@ class TrainingStep:
 
     def predict(self, model: nn.Module, inputs: Pair, batch: Batch, num_steps: int) -> Predicted:
         """Run the drafter on what `inputs` gave, (batch, length - 1, hidden) each."""
-        return unroll(model, *inputs, num_steps, positions_of(batch), self.is_detached), None
+        packed = positions_of(batch) if "position_ids" in batch else None
+        return unroll(model, *inputs, num_steps, packed, self.is_detached), None
 
     def losses(self, drafter: Any, trained: Trained) -> Losses:
         """Compute the losses of the stage; `drafter` has no wrappers, and may run its heads."""

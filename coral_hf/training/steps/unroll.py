@@ -62,10 +62,11 @@ class RowAttention:
 
     Args:
         positions: (batch or 1, length), which begin at 0 with each document.
+        is_packed: whether there are several documents in a row.
     """
 
-    def __init__(self, positions: Tensor):
-        self._positions = positions
+    def __init__(self, positions: Tensor, is_packed: bool = True):
+        self._positions, self._is_packed = positions, is_packed
         self._masks: dict[int, flex.BlockMask] = {}  # of flex attention, by lag, for all layers
 
     @cached_property
@@ -84,7 +85,7 @@ class RowAttention:
         """
         if fits_flex(query):
             return merged_attention(query, target, own, self._positions, self._far)
-        if all(len(parts) == 1 for parts in self._parts):
+        if not self._is_packed:
             return mixed_attention(query, target, own)
         tensors = [query, *target, *(one for pair in own for one in pair)]
         rows = []
@@ -138,14 +139,15 @@ def unroll(
     Raises:
         ValueError: for more steps than the tokens that branches repeat allow.
     """
-    if position_ids is None:
-        position_ids = torch.arange(features.shape[1], device=features.device)[None]
-    if num_steps >= REPEATED and has_branches(position_ids):
+    is_packed = position_ids is not None
+    if num_steps >= REPEATED and position_ids is not None and has_branches(position_ids):
         raise ValueError(
             f"`num_steps` is {num_steps}, but rows that share prompts allow {REPEATED - 1} at"
             " most; pass share_prompts=False, and write a feature cache with that again."
         )
-    rows, begins = RowAttention(position_ids), (position_ids == 0)[..., None]
+    if position_ids is None:
+        position_ids = torch.arange(features.shape[1], device=features.device)[None]
+    rows, begins = RowAttention(position_ids, is_packed), (position_ids == 0)[..., None]
     seen: Seen = {}
     inputs, predicted = features, []
     for step in range(num_steps):
