@@ -7,7 +7,7 @@ In: a drafter's config. Out: the step that the trainer runs. A new family is add
 from typing import Any
 
 from ...target import Target
-from ..arguments import CoralTrainingArguments
+from ..arguments import RECIPES, CoralTrainingArguments
 from .base import TrainingStep
 from .objectives import Losses, Trained, Unrolled
 
@@ -35,8 +35,15 @@ def step_kind(model_type: str) -> type[TrainingStep]:
 
 
 def kind_of_recipe(recipe: str) -> type[TrainingStep]:
-    """The kind of step of the family that one of `RECIPES` is for."""
-    return next(kind for kind in KINDS.values() if recipe in kind.recipes)
+    """The kind of step of the family that a recipe is for.
+
+    Raises:
+        ValueError: if it is for none.
+    """
+    for kind in KINDS.values():
+        if recipe in kind.recipes:
+            return kind
+    raise ValueError(f"`recipe` is {recipe!r}; use one of {(*RECIPES,)}.")
 
 
 def training_step(config: Any, target: Target, args: CoralTrainingArguments) -> TrainingStep:
