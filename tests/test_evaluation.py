@@ -13,10 +13,11 @@ import torch
 from conftest import VOCAB, tiny_target
 from datasets import Dataset
 from test_data import CHAT, tiny_tokenizer
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, PrinterCallback
 
 from coral_hf import CoralDrafter, CoralTrainer, CoralTrainingArguments
 from coral_hf.target import read_target
+from coral_hf.training.evaluation import EvaluationTable
 from coral_hf.training.evaluation.acceptance import (
     acceptance_by_depth,
     acceptance_length,
@@ -420,6 +421,23 @@ def test_two_processes_report_what_one_does(tmp_path):
     assert first == second
     assert first == pytest.approx(alone)
     assert alone["eval_acceptance_length"] > 1.2
+
+
+def test_an_evaluation_is_one_table_of_acceptance_beside_the_losses(target, rows, tmp_path, capsys):
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1, "max_steps": 2}
+    parts = {"chat": rows, "code": rows}
+    trainer = make_trainer(target, rows, tmp_path, eval_dataset=parts, **settings)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(EvaluationTable)
+    trainer.train()
+    shown = capsys.readouterr().out
+    for name in ("chat", "code"):
+        assert shown.count(f"eval_{name}, step 2; loss") == 1 and f"'eval_{name}_loss'" not in shown
+    assert shown.count("(decoded)") == shown.count("(simulated chain)") == 2
+    newest = next(one for one in trainer.state.log_history[::-1] if "regression_loss_1" in one)
+    evaluated = next(one for one in trainer.state.log_history if "eval_code_loss" in one)
+    share = f"{evaluated['eval_code_acceptance_depth_1']:.1%}"
+    assert re.search(rf"│ 1 +│ +{share} +│ +{newest['regression_loss_1']:.4g} ", shown)
 
 
 @pytest.mark.slow

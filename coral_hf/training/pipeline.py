@@ -10,7 +10,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, ProgressCallback, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
@@ -18,6 +18,7 @@ from ..drafters.model import Drafter
 from ..hub.repository import stale_files
 from ..measure.autotune import NEW_TOKENS, PROMPTS, choose_head
 from .arguments import CoralTrainingArguments
+from .evaluation import EvaluationTable
 from .evaluation.acceptance import held_out_prompts
 from .runs.checkpoints import INCOMPLETE, flush, last_checkpoint, write_error
 from .runs.run_record import check_vacant
@@ -66,6 +67,8 @@ def train(
     for args in stages:
         datasets = {"train_dataset": dataset, "eval_dataset": eval_dataset}
         trainer = CoralTrainer(drafter, target, args, tokenizer, **datasets)
+        if trainer.pop_callback(ProgressCallback) is not None:
+            trainer.add_callback(EvaluationTable)
         trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir, resume))
         if isinstance(trainer.drafter, PeftModel):
             trainer.save_model()
