@@ -194,12 +194,18 @@ class JsonLines:
                     raise ValueError(f"{what}. Repair it, or delete it to redo it.") from error
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write rows through to the disk; what an error cuts off, [`mend`] drops."""
+        """Write rows through to the disk; if that fails, what was there stays as it was."""
         if not rows:
             return
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        with self.path.open("ab") as file:
-            # a lone surrogate has no UTF-8
-            file.write(lines.encode("utf-8", "backslashreplace"))
-            file.flush()
-            os.fsync(file.fileno())
+        before = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("ab") as file:
+                # a lone surrogate has no UTF-8
+                file.write(lines.encode("utf-8", "backslashreplace"))
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            if self.path.exists():
+                os.truncate(self.path, before)
+            raise

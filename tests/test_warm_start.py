@@ -158,8 +158,8 @@ def test_an_eagle_checkpoint_without_embeddings_becomes_a_drafter(target, tmp_pa
             {"layers.0.self_attn.o_proj.weight": torch.ones(32, 16)},
             r"of another shape: layers.0.self_attn.o_proj.weight \(32, 16\), not \(32, 32\)",
         ),
-        ({"embed_tokens.weight": torch.ones(VOCAB, 32)}, "(?s)embed_tokens.*Mismatched ele"),
-        ({"embed_tokens.weight": torch.ones(9, 32)}, r"(?s)embed_tokens.*shape.*\[9, 32\]"),
+        ({"embed_tokens.weight": torch.ones(VOCAB, 32)}, "embed_tokens.*its rows are not near"),
+        ({"embed_tokens.weight": torch.ones(9, 32)}, r"embed_tokens.*the shape \(9, 32\)"),
     ],
 )
 def test_an_eagle_checkpoint_that_does_not_fit_is_refused(target, tmp_path, changes, said):
