@@ -126,7 +126,8 @@ def test_an_option_has_one_spelling_and_that_of_transformers_is_read_too():
 
 def test_usage_names_what_is_required():
     usage = invoke("export", "--help").output.split("\n\n")[0]
-    assert usage == "usage: coral-hf export --target TARGET DRAFTER --to TO --output OUTPUT [options]"
+    required = "--target TARGET DRAFTER --to TO --output OUTPUT"
+    assert usage == f"usage: coral-hf export {required} [options]"
 
 
 def test_options_of_the_trainer_are_passed_on_and_those_of_other_commands_refused():
