@@ -97,8 +97,7 @@ def draw_chains(
         if depth > 0:
             is_kept = is_there[depth] & (rank < part_of(count, keep_ratio**depth))
             kept.append(F.pad(is_kept, (depth, 0))[:, :length])
-    sizes = torch.tensor([own.shape[1] for own in anchors], device=labels.device)
-    depths = torch.arange(num_steps, device=labels.device).repeat_interleave(sizes)
+    depths = torch.cat([torch.full_like(own[0], i) for i, own in enumerate(anchors)])
     return Chains(torch.cat(anchors, dim=1), depths, torch.stack(kept))
 
 
