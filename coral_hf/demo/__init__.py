@@ -39,7 +39,7 @@ class DemoSettings:
     drafter_budget: Budget = Budget(max_steps=4000, max_seconds=70)
     router_budget: Budget = Budget(max_steps=1000, max_seconds=12)
     max_length: int = 256
-    pad_layers: int = 12
+    pad_layers: int = 8
     tree: tuple[int, int, int] = (5, 4, 16)
     shallow_tree: tuple[int, int, int] = (2, 2, 4)
     num_prompts: int = 2
