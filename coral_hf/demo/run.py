@@ -45,7 +45,7 @@ def run_demo(settings: DemoSettings) -> list[Report]:
     """Train what is not there yet, load it, measure it on held-out prompts and show the result.
 
     With the default settings it takes less than five minutes on two CPU cores the first time, and
-    half a minute after that; and no network.
+    less than one after that; and no network.
 
     Returns:
         The reports at the target's own depth, and padded.
