@@ -26,13 +26,11 @@ class DemoSettings:
         num_stories: that are trained on.
         max_length: tokens of a training row at most.
         pad_layers: depth of the padded target.
-        tree: depth, top-k and nodes of what is drafted for it.
-        shallow_tree: the same at the target's own two layers, of which a level of the tree costs a
-            good part.
+        tree: depth, top-k and nodes of what is drafted.
     """
 
     output: Path = option("Folder of models and reports.", Path("coral-demo"))
-    compile: bool = option("Compile the rounds.", True)
+    compile: bool = option("Compile the rounds of the padded target.", True)
     # in Python alone
     num_stories: int = 8000
     target_budget: Budget = Budget(max_steps=10_000, max_seconds=60)
@@ -41,7 +39,6 @@ class DemoSettings:
     max_length: int = 256
     pad_layers: int = 8
     tree: tuple[int, int, int] = (5, 4, 16)
-    shallow_tree: tuple[int, int, int] = (2, 2, 4)
     num_prompts: int = 2
     max_new_tokens: int = 160
     seed: int = 0

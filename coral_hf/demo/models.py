@@ -40,7 +40,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARMUP_STEPS = 20
 DRAFTER_BATCH_SIZE = 2  # rows of a step: more steps in the same time
 # settings on which no weights depend
-NOT_TRAINED = ("output", "compile", "pad_layers", "tree", "shallow_tree", "max_new_tokens")
+NOT_TRAINED = ("output", "compile", "pad_layers", "tree", "max_new_tokens")
 RECORD = "demo.json"  # in the folder of a model
 
 

@@ -31,6 +31,8 @@ RESULT = (
     "{1.tokens_per_second:.1f} tokens/s alone (eager), {2.tokens_per_second:.1f} with the drafter;"
     " {2.tau_per_token:.2f} tokens a round"
 )
+LEFT_ALONE = """\
+So few layers are left alone: with speculation="never" they decode at their own speed."""
 NEXT = """\
 The same two models in a browser, with prompts of your own (pip install gradio):
   {}
@@ -56,6 +58,7 @@ def run_demo(settings: DemoSettings) -> list[Report]:
     console = get_console()
     source = kept(settings, "target", partial(train_target, settings))
     target = AutoModelForCausalLM.from_pretrained(source, dtype="auto").to(DEVICE).eval()
+    target.requires_grad_(False)  # as training leaves it, so that later runs find its graphs
     tokenizer = AutoTokenizer.from_pretrained(source)
     train = partial(train_drafter, settings, target, tokenizer)
     folder = kept(settings, "drafter", train, target=weights_digest(target))
@@ -64,23 +67,18 @@ def run_demo(settings: DemoSettings) -> list[Report]:
     drafter = AutoModel.from_pretrained(folder, dtype=target.dtype).to(DEVICE)
 
     prompts = held_out_prompts(settings)
-    shallow, tree = (
-        dict[str, Any](zip(TREE, sizes, strict=True))
-        for sizes in (settings.shallow_tree, settings.tree)
-    )
     own = BenchmarkSettings(
-        **shallow,
+        **dict[str, Any](zip(TREE, settings.tree, strict=True)),
         max_new_tokens=settings.max_new_tokens,
         seed=settings.seed,
-        compile=settings.compile,
-        speculation="adaptive",  # so shallow a target may be faster without
+        speculation="always",
     )
-    deep = replace(own, **tree, speculation="always", warmup=0)  # the machine is warm by then
+    deep = replace(own, compile=settings.compile, warmup=0)  # the machine is warm by then
     reports = []
     for model, chosen in ((target, own), (pad_target(target, settings.pad_layers), deep)):
         layers = model.config.num_hidden_layers
         said = f"Measuring {len(prompts)} held-out prompts with {layers} layers"
-        with unlogged("decoding.plain.draft_policy", "measure.benchmark"), console.status(said):
+        with unlogged("measure.benchmark"), console.status(said):
             reports.append(run_benchmark(model, drafter, tokenizer, prompts, chosen))
     for report in reports:
         without_plots = replace(report, figures={})  # which take seconds
@@ -95,6 +93,8 @@ def run_demo(settings: DemoSettings) -> list[Report]:
         console.print(dashed(RESULT, report.environment, *report.numbers["rows"][-2:]))
         if (seconds := report.environment.compile_seconds) is not None:
             console.print(f"Its rounds were compiled ahead, in {seconds:.0f} s.")
+        if report.numbers["rows"][-1].speedup < 1:
+            console.print(LEFT_ALONE, highlight=False)
     console.rule()
     console.print(f"Models and reports are in {settings.output}.", soft_wrap=True)
     page = "coral-hf playground"
