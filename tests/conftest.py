@@ -77,6 +77,11 @@ def pytest_collection_finish():
     gc.enable()
 
 
+def slowly(*values):
+    """Parameters that are tried with the slow tests."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def pytest_unconfigure():
     """Let the process clear up as any other does."""
     gc.unfreeze()

@@ -31,6 +31,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return AutoModel.from_pretrained(folder).state_dict()
 
 
+@pytest.mark.slow
 def test_a_lora_is_saved_beside_the_merged_drafter(folder, drafter, tmp_path):
     lora = ["--lora-r", 2, "--lora-target", "fc", "--lora-target", "v_proj", "--router-epochs", 0]
     result = train(folder, tmp_path / "new", "--from", drafter, *lora)
@@ -47,6 +48,7 @@ def test_a_lora_is_saved_beside_the_merged_drafter(folder, drafter, tmp_path):
     assert now.draft_head == then.draft_head and now.is_router_trained
 
 
+@pytest.mark.slow
 def test_the_router_is_trained_on_the_merged_drafter(folder, drafter, tmp_path):
     options = ["--from", drafter, "--lora-r", 2, "--router-epochs", 1]
     result = train(folder, tmp_path / "new", *options)
@@ -122,6 +124,7 @@ def test_a_head_stage_trains_the_head_of_a_trained_drafter(folder, tmp_path):
     assert heads_of(AutoModel.from_pretrained(folder_of), target) == ["full", "routed"]
 
 
+@pytest.mark.slow
 def test_fresh_head_replaces_the_drafters_own_head(folder, tmp_path):
     first = train(folder, tmp_path / "first", "--grouping", "contiguous", "--router-epochs", 1)
     assert first.exit_code == 0, first.output

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import VOCAB, WINDOW, noted_passes, scatter_weights, tiny_target
+from conftest import VOCAB, WINDOW, noted_passes, scatter_weights, slowly, tiny_target
 from transformers import DynamicCache
 
 from coral_hf import CoralDrafter
@@ -101,7 +101,7 @@ def test_a_plain_calls_cache_is_continued_with_a_drafter_that_starts_cold(family
 
 @pytest.mark.parametrize("family", ["mistral_window", "gemma2", "gemma3", "gpt_oss"])
 @pytest.mark.parametrize("turns", ["drafted plain drafted", "plain drafted drafted plain"])
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [2, *slowly(1)])
 def test_a_text_far_longer_than_the_window_continues_over_many_turns(family, turns, rows):
     target, cache = tiny_target(family, torch.float64), None
     drafter = CoralDrafter.from_target(target).eval()

@@ -11,6 +11,7 @@ from pathlib import Path
 import launched
 import pytest
 import torch
+from conftest import slowly
 from transformers import AutoModel
 
 import coral_hf
@@ -70,7 +71,7 @@ def one(tmp_path_factory):
     return {**stages, **own}
 
 
-@pytest.mark.parametrize("how", ["plain", "accumulated"])
+@pytest.mark.parametrize("how", ["plain", *slowly("accumulated")])
 @pytest.mark.parametrize("stage", [*launched.STAGES, *launched.FAMILIES])
 def test_two_processes_have_the_gradients_of_one_with_twice_the_batch(one, two, how, stage):
     assert len(one[stage]["gradients"]) == 3

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from conftest import VOCAB, as_drafter, noted_passes, scatter_weights, tiny_target
+from conftest import VOCAB, as_drafter, noted_passes, scatter_weights, slowly, tiny_target
 from test_generate import TheTargetItself
 
 from coral_hf import CoralDrafter
@@ -219,7 +219,7 @@ def test_speculation_can_be_left_out(target, drafter):
 
 
 @pytest.mark.parametrize("speculation", ["adaptive", "always", "never"])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [3, *slowly(1)])
 @pytest.mark.parametrize("family", ["llama", "mistral_window", "gpt2"])
 def test_tokens_are_the_targets_own_under_any_policy(speculation, rows, family):
     target = tiny_target(family)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import VOCAB, scatter_weights, tiny_target
+from conftest import VOCAB, scatter_weights, slowly, tiny_target
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig
 
 import coral_hf
@@ -127,7 +127,7 @@ def test_greedy_tokens_are_the_targets_own(target, switches):
     assert target.generate(ids, **settings).equal(plain)
 
 
-@pytest.mark.parametrize("way", [{}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("way", [*slowly({}), {"cache_implementation": "static"}])
 @pytest.mark.parametrize(
     "family", ["qwen2", "qwen3", "gemma3", "phi3", "gpt2", "gpt_oss", "mixtral", "granite"]
 )

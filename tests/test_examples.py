@@ -160,6 +160,7 @@ def test_heads_are_timed_and_their_reads_counted(groups, monkeypatch, capsys):
     assert rows[0][6] == "1.00x" and all(float(row[5].split()[0]) > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_what_a_call_holds_beside_its_caches_hardly_grows_with_the_prompt(monkeypatch, capsys):
     monkeypatch.setattr(RaggedCache, "commit", RaggedCache.commit)  # which the script watches
     sizes = ["--widths", "published", "--patterns", "llama", "--layers", 2, "--new", 6]
@@ -171,6 +172,7 @@ def test_what_a_call_holds_beside_its_caches_hardly_grows_with_the_prompt(monkey
     assert 0 < short <= long <= short + 128  # a token has 4096 bytes in a layer's cache
 
 
+@pytest.mark.slow
 def test_static_rounds_hold_what_growing_ones_do_at_the_same_capacity(monkeypatch, capsys):
     monkeypatch.setattr(RaggedCache, "commit", RaggedCache.commit)  # which the script watches
     sizes = ["--widths", "published", "--patterns", "llama", "--layers", 2, "--new", 6]

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from bigram import BigramDrafter
-from conftest import scatter_weights, tiny_target
+from conftest import scatter_weights, slowly, tiny_target
 from enumerated import TINY, chances_of_all_texts, own_chances, p_value, sample_texts
 from transformers import AutoModelForCausalLM, CompileConfig
 
@@ -149,7 +149,7 @@ def fixed_rounds(monkeypatch):
 
 
 @pytest.mark.parametrize("way", SOME_WAYS)
-@pytest.mark.parametrize("shape", [TREE, CHAIN], ids=["tree", "chain"])
+@pytest.mark.parametrize("shape", [TREE, *slowly(CHAIN)], ids=["tree", "chain"])
 @pytest.mark.parametrize("family", each(FAMILIES, ROUTED))
 def test_greedy_tokens_of_a_batch_are_the_targets_own(family, shape, way, fixed_rounds):
     target, drafter = pair(family)
@@ -174,7 +174,7 @@ def test_rows_end_where_they_end_in_a_plain_call(family, way):
 
 
 @pytest.mark.parametrize("way", ["growing", "static"])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [3, *slowly(1)])
 @pytest.mark.parametrize("family", each(FAMILIES))
 def test_a_call_continues_from_the_cache_of_another(family, rows, way):
     target, drafter = pair(family)
@@ -203,7 +203,7 @@ def test_a_prompt_in_parts_and_a_short_memory_change_no_token(family):
 
 
 @pytest.mark.parametrize(
-    "shape", [TreeShape(2, 1, 3), TreeShape(2, 2, 7), TreeShape(1, 4, 5)], ids=str
+    "shape", [TreeShape(2, 2, 7), *slowly(TreeShape(2, 1, 3), TreeShape(1, 4, 5))], ids=str
 )
 @pytest.mark.parametrize("family", each(FAMILIES, ROUTED))
 @torch.no_grad()

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from conftest import scatter_weights
+from conftest import scatter_weights, slowly
 from enumerated import p_value
 from fixed_calls import (
     COMPILED,
@@ -40,7 +40,7 @@ def rounds_run(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [3, *slowly(1)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rounds_of_constant_shapes_give_the_tokens_of_a_plain_call(family, rows, rounds_run):
     # the text crosses the sliding windows
@@ -96,6 +96,7 @@ def test_a_call_compiles_three_graphs_before_its_second_token_and_the_next_none(
     assert len(compiled) == 3
 
 
+@pytest.mark.slow
 def test_shorter_calls_run_in_what_was_compiled_ahead():
     torch._dynamo.reset()
     target, drafter = pair()
@@ -323,6 +324,7 @@ def test_a_fixed_cache_sees_what_the_growing_one_sees(window):
     assert back.positions.equal(grows.positions) and back.lengths == grows.lengths
 
 
+@pytest.mark.slow
 def test_compiling_ahead_leaves_nothing_to_compile():
     torch._dynamo.reset()
     target, drafter = pair(dtype=torch.float32, num_hidden_layers=1)

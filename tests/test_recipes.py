@@ -19,6 +19,7 @@ def script():
     return runpy.run_path(str(EXAMPLES / "recipes.py"))
 
 
+@pytest.mark.slow
 def test_a_comparison_goes_on_by_whole_seeds(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
     heroes = ("cat", "dog", "hen", "fox", "dog", "cow", "cow")
     (tmp_path / "stories.txt").write_text("<|endoftext|>".join(map(STORY.format, heroes)))

@@ -86,6 +86,7 @@ def decoded_rounds(target, drafter, prompt, new):
     return output.stats.round_lengths
 
 
+@pytest.mark.slow
 def test_on_the_targets_own_text_the_rounds_are_those_of_chain_decoding(target, drafter, texts):
     labels = texts.clone()
     labels[:, :4] = -100

@@ -93,6 +93,7 @@ def test_a_step_that_does_not_compile_runs_as_it_is_beside_one_that_does(error, 
     assert len(compiled) == 2 and caplog.text.count("`verify` of a round cannot be compiled") == 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_graph_leaves_target_and_drafter_usable():
     torch._dynamo.reset()
     target, drafter = pair(num_hidden_layers=1)

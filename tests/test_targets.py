@@ -120,11 +120,11 @@ def pair_and_texts(family: str, attention: str, dtype: torch.dtype):
 @pytest.mark.parametrize(
     ("family", "attention", "batch"),
     [
-        pytest.param(family, attention, batch, marks=pytest.mark.slow if is_slow else ())
+        pytest.param(family, attention, batch, marks=() if is_quick else pytest.mark.slow)
         for family in FAMILIES
         for attention in ("sdpa", "eager")
         for batch in BATCHES
-        for is_slow in [attention == "eager" and (batch > 1 or family not in EAGER)]
+        for is_quick in [batch > 1 if attention == "sdpa" else batch == 1 and family in EAGER]
     ],
 )
 def test_greedy_tokens_equal_the_target_alone(family, attention, dtype, batch):

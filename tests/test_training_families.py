@@ -6,7 +6,7 @@ from statistics import mean
 
 import pytest
 import torch
-from conftest import VOCAB, invoke, printed, tiny_target
+from conftest import VOCAB, invoke, printed, slowly, tiny_target
 from datasets import Dataset
 from test_examples import folder  # noqa: F401  a saved target and its conversations
 from test_trainer import logged, make_trainer
@@ -191,7 +191,7 @@ def test_a_plan_counts_the_layers_and_runs_the_step(family, folder, tmp_path):  
     assert found.memory.features > 0 and found.memory.optimizer > 0
 
 
-@pytest.mark.parametrize("family", [*FAMILIES[:2], *LAST_SLOW], indirect=True)
+@pytest.mark.parametrize("family", [FAMILIES[0], *slowly(FAMILIES[1]), *LAST_SLOW], indirect=True)
 def test_the_command_trains_resumes_and_trains_further(family, folder, tmp_path):  # noqa: F811
     names = ["--target", folder / "target", "--dataset", folder / "talk.jsonl"]
     quick = ["--max-steps", 2, "--num-steps", 2, "--use-cpu", "True"]

@@ -6,6 +6,7 @@ on. The target is a small Llama with a byte-level tokenizer, the drafter is trai
 
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from timeit import repeat
 from typing import Any
@@ -164,13 +165,14 @@ def common_arguments(settings: DemoSettings, budget: Budget, folder: Path) -> di
     }
 
 
+@cache
 def bf16_pays() -> bool:
     """Measure whether a product in bf16 is clearly faster than in fp32: some CPUs emulate it."""
 
     def seconds(dtype: torch.dtype) -> float:
         matrix = torch.ones(512, 512, dtype=dtype, device=DEVICE)  # (rows, columns)
         # reading a number waits for the device; the fastest, since others may use the machine
-        return min(repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=20))
+        return min(repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=5))
 
     return seconds(torch.bfloat16) < 0.7 * seconds(torch.float32)
 

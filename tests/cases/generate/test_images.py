@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import LLAMA_LIKE, ROPE, SIZES, scatter_weights
+from conftest import LLAMA_LIKE, ROPE, SIZES, scatter_weights, slowly
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -96,7 +96,7 @@ def qwen3_vl():
 
 
 @pytest.mark.parametrize("settings", [TREE, CHAIN, PLAIN], ids=["tree", "chain", "never"])
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [2, *slowly(1)])
 @pytest.mark.parametrize("make", [gemma3, paligemma, qwen2_5_vl, qwen3_vl])
 def test_text_after_an_image_equals_plain_generate(compare, make, rows, settings):
     target, size, given, types = make()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SIZES, make_target, tiny_target
+from conftest import SIZES, make_target, slowly, tiny_target
 from transformers import PhimoeConfig
 
 from coral_hf import CoralDrafter
@@ -21,7 +21,7 @@ TREE, CHAIN = {"speculation": "always"}, {"speculation": "always", "tree_top_k":
 PLAIN = {"speculation": "never"}
 
 
-BATCHES = pytest.mark.parametrize("batch", [1, 3])
+BATCHES = pytest.mark.parametrize("batch", [3, *slowly(1)])
 SETTINGS = pytest.mark.parametrize("settings", [TREE, CHAIN, PLAIN], ids=["tree", "chain", "never"])
 
 
