@@ -139,7 +139,7 @@ class BigramDrafting(Drafting):
         successors, log_probs = (part[:, : shape.top_k] for part in self.table)
         for _ in range(shape.depth):
             beam = builder.add_level(successors[tokens], log_probs[tokens])
-            if not builder.is_worth_more(beam):
+            if not beam.is_worth(shape.level_floor):
                 break
             tokens = beam.tokens
         return builder.build()

@@ -52,7 +52,7 @@ def measure(
     for place, batch in enumerate(batches):
         for seed, (name, own) in product(range(samples), modes.items()):
             begin = time.perf_counter()
-            with seeded(seed, target.device):
+            with seeded(place * samples + seed, target.device):
                 call = call_generate(target, batch, own)
             of_mode = found[name]
             of_mode["seconds"][place] += time.perf_counter() - begin

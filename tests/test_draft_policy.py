@@ -144,7 +144,7 @@ def grow(shape):
     """Two levels of two nodes; the paths below the root: 0.5, 0.25, then 0.25, 0.125, …"""
     builder, half = TreeBuilder(torch.tensor([0]), shape), torch.tensor([[[0.5, 0.25]]]).log()
     beam = builder.add_level(torch.tensor([[[1, 2]]]), half)
-    is_worth_more = builder.is_worth_more(beam)
+    is_worth_more = beam.is_worth(shape.level_floor)
     builder.add_level(torch.tensor([[[3, 4], [5, 6]]]), half.expand(1, 2, 2))
     return builder.build(), is_worth_more
 

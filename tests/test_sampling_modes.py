@@ -19,6 +19,8 @@ from torch import Tensor
 from coral_hf import CoralDrafter, register_drafting
 from coral_hf.decoding.drafting import TreeShape
 from coral_hf.drafters.coral import CoralDrafting
+from coral_hf.drafters.tree_builders import Beam
+from coral_hf.drafters.tree_drafting import Grown, TreeDrafting
 from coral_hf.measure.calls import sampling_arguments
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "sampling_modes.py"
@@ -110,6 +112,50 @@ def sum_up(drafting: Callable, rule: Callable, shape: TreeShape, case: Case) -> 
     return SimpleNamespace(texts=texts, length=length)
 
 
+class Listed(TreeDrafting):
+    """The library's own drawing of trees, from a table of distributions by prefix."""
+
+    drafter = SimpleNamespace(device=torch.device("cpu"))
+
+    def __init__(self, draft: dict[tuple, Tensor]):
+        self.draft, self.head = draft, self
+
+    def _start(self, root: Tensor) -> Grown:
+        return self.at([()])
+
+    def _grow(self, grown: Grown, beam: Beam, depth: int) -> Grown:
+        pairs = zip(beam.parents[0].tolist(), beam.tokens[0].tolist(), strict=True)
+        # children of padding are padding, whatever is drawn for them
+        return self.at([(*self.prefixes[parent], token) for parent, token in pairs])
+
+    def at(self, prefixes: list[tuple]) -> Grown:
+        self.prefixes = prefixes
+        return Grown(torch.zeros(1, len(prefixes), 1))
+
+    def logits(self, features: Tensor, log_path: Tensor) -> Tensor:
+        return torch.stack([self.draft[prefix] for prefix in self.prefixes]).log()[None]
+
+
+class Siblings:
+    """Draws without replacement by `Choices`, of one row."""
+
+    def __init__(self, chance: Choices):
+        self.chance = chance
+
+    def draw_siblings(self, probs: Tensor, children: int) -> tuple[Tensor, Tensor]:
+        values = torch.stack([self.chance.race(family) for family in probs[0]])[None]
+        order, tokens = values.topk(children, dim=2)
+        return tokens, order > 0
+
+
+def drawn(shape: TreeShape, draft: dict, chance: Choices):
+    tree = Listed(draft).propose(torch.tensor([0]), shape, lambda one: one, Siblings(chance))
+    probs = dict(enumerate(tree.draft_probs[0]))
+    return SimpleNamespace(
+        tokens=tree.tokens[0].tolist(), parents=tree.parents[0].tolist(), probs=probs
+    )
+
+
 def case_of(vocab: int, depth: int, seed: int, kind: str = "random") -> Case:
     return Case("any", (0, *range(depth)), vocab, kind, seed=seed)
 
@@ -143,6 +189,30 @@ def test_drawing_the_tokens_of_a_chosen_shape_keeps_the_targets_distribution(sha
     found = sum_up(replayed, rule, shape, case)
     assert abs(float(found.texts.sum()) - 1) < 1e-12
     assert error(found, case) < 1e-12
+
+
+@pytest.mark.parametrize("rule", [token_walk, traversal])
+@pytest.mark.parametrize("floors", [(0.0, 0.0), (0.1, 0.0), (0.0, 0.7), (0.1, 0.5)])
+@pytest.mark.parametrize(("shape", "vocab"), [((2, 2, 7), 3), ((3, 2, 15), 2), ((3, 1, 4), 3)])
+def test_a_drawn_tree_that_grows_where_it_pays_keeps_the_targets_distribution(
+    shape, vocab, floors, rule
+):
+    shape, case = TreeShape(*shape, *floors), case_of(vocab, shape[0], seed=3)
+    found = sum_up(drawn, rule, shape, case)
+    assert abs(float(found.texts.sum()) - 1) < 1e-12
+    assert error(found, case) < 1e-12
+
+
+@pytest.mark.parametrize("floors", [(0.1, 0.0), (0.0, 0.7)])
+def test_what_does_not_pay_is_not_drawn(floors):
+    sizes = set()
+    _, draft, _ = world(case_of(3, 2, seed=3))
+    scripts: list[list[int]] = [[]]
+    while scripts:
+        chance = Choices(scripts.pop())
+        sizes.add(len(drawn(TreeShape(2, 2, 7, *floors), draft, chance).tokens))
+        scripts += chance.others
+    assert len(sizes) > 1 and max(sizes) <= 7
 
 
 def ranked_by_identity(top_k: int, chance: Choices, probs: Tensor):

@@ -7,9 +7,9 @@ In: for each level, children of the nodes that were expanded, or the distributio
 are expanded, the most confident nodes of all are verified.
 
 `SampledTreeBuilder`: what a node gets is decided before it is drawn: the shape of a level by
-`plan_levels` from the numbers of `TreeShape`, the nodes to expand from the tokens above them. So
-each family of siblings is a draw without replacement from its own q, which verification takes for
-granted; a drawn child is never dropped.
+`plan_levels` from the numbers of `TreeShape`, the nodes to expand, as far as they pay, from the
+tokens above them. So each family of siblings is a draw without replacement from its own q, which
+verification takes for granted; a drawn child is never dropped.
 
     nodes 31, depth 4, top_k 2      level     1   2   3   4
                                     nodes     2   4   8   16       a full binary tree
@@ -31,6 +31,13 @@ class Beam(NamedTuple):
     tokens: Tensor  # (batch, beam)
     parents: Tensor  # (batch, beam), which node of the previous beam each one hangs on
     log_path: Tensor  # (batch, beam), log-confidence of the path from the root
+
+    def is_worth(self, floor: float) -> bool:
+        """Whether to draft the level below, on average over the batch.
+
+        Each node of the beam that is accepted gives one more accepted node at most.
+        """
+        return floor == 0 or float(self.log_path.exp().sum(1).mean()) >= floor
 
     def of_parents(self, states: Tensor) -> Tensor:
         """What each node's parent has: (batch, parents, width) → (batch, beam, width)."""
@@ -72,14 +79,6 @@ class TreeBuilder:
         self._log_paths.append(log_paths)
         self._size += tokens.shape[1]
         return beam
-
-    def is_worth_more(self, beam: Beam) -> bool:
-        """Whether to draft the level below a beam, on average over the batch.
-
-        Each node of the beam that is accepted gives one more accepted node at most.
-        """
-        floor = self._shape.level_floor
-        return floor == 0 or float(beam.log_path.exp().sum(1).mean()) >= floor
 
     def build(self) -> DraftTree:
         """The root and the best nodes of the pool, in the order in which they were added."""
@@ -143,10 +142,16 @@ class SampledTreeBuilder:
         self._expanded: list[tuple[Tensor, Tensor]] = []  # nodes (batch, families), and their q
         self._size, self._chance = 1, chance or Chance()
 
-    def best(self, families: int) -> Beam:
-        """The most probable nodes of the newest level, which are to get children."""
+    def best(self, families: int, floor: float = 0.0) -> Beam:
+        """The most probable nodes of the newest level, which are to get children.
+
+        Those below `floor` are left out if no row of the batch has so many above it.
+        """
         newest, siblings = self._log_paths[-1], self._plan[-1].children if self._plan else 1
-        log_path, index = newest.topk(families, dim=1)
+        log_path, index = newest.topk(min(families, newest.shape[1]), dim=1)
+        if floor > 0:
+            above = max(int((log_path.exp() >= floor).sum(1).max()), 1)
+            log_path, index = log_path[:, :above], index[:, :above]
         self._beam, self._beam_log_path = self._size - newest.shape[1] + index, log_path
         return Beam(self._tokens[-1].gather(1, index), index // siblings, log_path)
 

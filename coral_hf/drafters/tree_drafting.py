@@ -72,8 +72,10 @@ class TreeDrafting(OneCall):
         """A tree of draws without replacement among siblings, below `root` (batch,)."""
         builder, grown = SampledTreeBuilder(root, chance), self._start(root)
         for depth, level in enumerate(plan_levels(shape)):
-            beam = builder.best(level.families)
+            beam = builder.best(level.families, shape.node_floor * level.children)
             if depth > 0:
+                if not beam.is_worth(shape.level_floor):
+                    break
                 grown = self._grow(grown, beam, depth)
             logits = self.head.logits(grown.features, beam.log_path)  # (batch, families, vocab)
             builder.draw(warped(logits, warp), level.children)
@@ -85,7 +87,7 @@ class TreeDrafting(OneCall):
         log_path = torch.zeros(len(root), 1, dtype=torch.float32, device=root.device)
         beam = builder.add_level(*self.head.children(grown.features, log_path, shape.top_k))
         for depth in range(1, shape.depth):
-            if not builder.is_worth_more(beam):
+            if not beam.is_worth(shape.level_floor):
                 break
             grown = self._grow(grown, beam, depth)
             children = self.head.children(grown.features, beam.log_path, shape.top_k)
@@ -129,8 +131,9 @@ class MarginalDrafting(OneCall):
             probs = warped(self.head.logits(outputs, log_path), warp)  # (levels, batch, vocab)
             drawn = SampledTreeBuilder(root, chance)
             for level, own in zip(plan_levels(shape), probs, strict=False):
-                drawn.best(level.families)
-                drawn.draw(own[:, None].expand(-1, level.families, -1), level.children)
+                beam = drawn.best(level.families, shape.node_floor * level.children)
+                families = own[:, None].expand(-1, beam.tokens.shape[1], -1)
+                drawn.draw(families, level.children)
             return drawn.build()
         builder, width = TreeBuilder(root, shape), 1
         children = self.head.children(outputs, log_path, shape.top_k)  # (levels, batch, top_k) each
