@@ -25,8 +25,13 @@ from coral_hf.measure.prompts import Prompt, encode, left_padded, user_message
 from coral_hf.playground import drawing
 from coral_hf.playground.race import Models, Race, Round, Side, Turn, Turns
 
-# Gradio reads an option of pandas that goes away
-pytestmark = pytest.mark.filterwarnings("ignore:.future.no_silent_downcasting")
+# Gradio reads options of pandas that go away
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.future.no_silent_downcasting"),
+    pytest.mark.filterwarnings("ignore:The copy keyword is deprecated"),
+    # and leaves a socket open where its first port is taken
+    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+]
 
 GREEDY = {"temperature": 0, "top_p": 1, "top_k": 0, "seed": 0}
 LENGTH = 24  # new tokens
@@ -400,6 +405,7 @@ def test_the_page_of_a_target_without_chat_template_says_so(chromium, models):
 
 @pytest.mark.slow
 def test_a_reader_who_leaves_ends_the_generation(chromium, url, models):
+    slow = models.target.register_forward_pre_hook(lambda *_: time.sleep(0.1))  # 45 s in all
     with visiting(chromium, url) as (page, _):
         ask(page, "Hello", 450)
         page.wait_for_function("document.body.innerText.match(/[1-9]\\d* tokens, [1-9]/)")
@@ -407,6 +413,7 @@ def test_a_reader_who_leaves_ends_the_generation(chromium, url, models):
     begun = time.monotonic()
     while models.turns.calls and time.monotonic() - begun < 20:
         time.sleep(0.01)
+    slow.remove()
     assert not models.turns.calls
 
 
