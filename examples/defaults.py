@@ -4,11 +4,11 @@ OMP_NUM_THREADS=1 python examples/defaults.py --target coral-bench --drafter mix
     --prompts mixed/dialogues.jsonl --prompts mixed/stories.jsonl --rows defaults.jsonl \
     --mode default --mode "drawn tree_depth=4 tree_top_k=2 verification=traversal"
 
-A mode is a name and the arguments of `generate` that it stands for; with --tune there is one more,
-of a copy of the drafter after `autotune`. All modes answer a batch in turn, with the same seeds,
-before the next one. Seconds are those of the processor. A row, of one setting, is appended to ROWS
-as it ends, and the same command goes on. Intervals are of ratios of tokens per second to the first
-mode, over the batches.
+A mode is a name and the arguments of `generate` that it stands for, and `spreads` of
+`decoding/plain/draft_policy.py`; with --tune there is one more, of a copy of the drafter after
+`autotune`. All modes answer a batch in turn, with the same seeds, before the next one. Seconds are
+those of the processor. A row, of one setting, is appended to ROWS as it ends, and the same command
+goes on. Intervals are of ratios of tokens per second to the first mode, over the batches.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from coral_hf import autotune
 from coral_hf.atomic import JsonLines
+from coral_hf.decoding.plain import draft_policy
 from coral_hf.measure import read_prompts
 from coral_hf.measure.calls import Arguments, Batch, call_generate, sampling_arguments, seeded
 from coral_hf.measure.padding import pad_target
@@ -52,8 +53,13 @@ def measure(
     for place, batch in enumerate(batches):
         for seed, (name, own) in product(range(samples), modes.items()):
             begin = time.perf_counter()
-            with seeded(place * samples + seed, target.device):
-                call = call_generate(target, batch, own)
+            patience = own.get("spreads", draft_policy.SPREADS)
+            arguments = {name: value for name, value in own.items() if name != "spreads"}
+            with (
+                patch.object(draft_policy, "SPREADS", patience),
+                seeded(place * samples + seed, target.device),
+            ):
+                call = call_generate(target, batch, arguments)
             of_mode = found[name]
             of_mode["seconds"][place] += time.perf_counter() - begin
             of_mode["tokens"][place] += call.num_tokens - call.num_rows

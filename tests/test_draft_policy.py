@@ -11,6 +11,7 @@ from test_generate import TheTargetItself
 from coral_hf import CoralDrafter
 from coral_hf.decoding.caches.continuation import CACHE
 from coral_hf.decoding.drafting import TreeShape
+from coral_hf.decoding.plain import draft_policy
 from coral_hf.decoding.plain.costs import (
     PROBES,
     CostModel,
@@ -18,7 +19,12 @@ from coral_hf.decoding.plain.costs import (
     DecayedLine,
     RoundSample,
 )
-from coral_hf.decoding.plain.draft_policy import PATIENCE, AdaptiveDraft, choose_speculation
+from coral_hf.decoding.plain.draft_policy import (
+    PATIENCE,
+    SPREADS,
+    AdaptiveDraft,
+    choose_speculation,
+)
 from coral_hf.drafters.tree_builders import TreeBuilder
 
 SHAPE = TreeShape(depth=4, top_k=3, nodes=20)
@@ -75,6 +81,16 @@ def test_a_few_unlucky_rounds_are_no_reason_to_step_back():
     rounds(policy, 50, tokens=5)
     rounds(policy, 5, tokens=1)
     assert not policy.is_plain
+
+
+@pytest.mark.parametrize("spreads", [0.0, SPREADS])
+def test_a_drafter_that_pays_is_kept_although_its_rounds_vary(monkeypatch, spreads):
+    monkeypatch.setattr(draft_policy, "SPREADS", spreads)
+    policy = AdaptiveDraft(SHAPE, CostModel(Costs(base=1.8, level=0.0, node=0.0)))
+    for _ in range(20):  # 2 tokens a round
+        rounds(policy, 1, tokens=13)
+        rounds(policy, 11, tokens=1)
+    assert policy.is_plain == (spreads == 0)
 
 
 def test_nodes_and_levels_must_be_worth_what_they_cost():

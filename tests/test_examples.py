@@ -138,6 +138,14 @@ def test_training_cost_compares_two_implementations_of_one_loss(capsys, monkeypa
     assert rows[0][-2].strip() == rows[1][-2].strip()
 
 
+def test_patience_is_worth_more_than_it_costs_where_tokens_vary(capsys, monkeypatch):
+    sizes = ["--cost", 2, "--gain", 0.6, 1.25, "--length", 512, "--spreads", 0, 4, "--calls", 200]
+    run(monkeypatch, "patience.py", *sizes)
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line]
+    (lost, less_lost), (won, more_won) = ([float(cell) for cell in row[4:6]] for row in lines[2:])
+    assert 0.98 < less_lost <= lost < 1 < won < 1.1 < more_won < 1.25
+
+
 @pytest.mark.slow
 def test_planned_memory_is_put_beside_what_a_run_allocates(folder, monkeypatch, capsys):
     case = ["--case", folder / "target", folder / "talk.jsonl", "--recipe", "eagle"]

@@ -12,8 +12,10 @@ lost against plain decoding since it last paid is its *regret*:
 
     regret ← max(0, regret + cost of the round in plain passes - tokens of a row)
 
-At `PATIENCE` the rest of the call is decoded plainly, unless recent rounds have paid on average;
-a clock measures plain passes again before that, since a machine that slowed down slowed both.
+Beyond `PATIENCE`, and `SPREADS` times the variance of the tokens of recent rounds, the rest of the
+call is decoded plainly, unless recent rounds have paid on average; a clock measures plain passes
+again before that, since a machine that slowed down slowed both. The more the tokens vary, the
+higher regret climbs by chance although drafting pays.
 
 Rounds of constant shapes have trees of one size, and are given up in the same way.
 """
@@ -28,6 +30,7 @@ logger = logging.get_logger(__name__)
 SPECULATION = ("adaptive", "always", "never")
 DEFAULT_SPECULATION = "adaptive"
 PATIENCE = 2.0  # plain passes
+SPREADS = 4.0  # plain passes a squared token
 FIRST_CHECK = 8  # rounds after which a plain pass is measured again; then after twice as many, …
 LEAST_WORTH = 0.05  # plain passes; of a token
 
@@ -56,7 +59,7 @@ class AdaptiveDraft(DraftPolicy):
         self._model = model
         self._regret = 0.0
         self._cost = 1.0  # of a recent round
-        self._tokens = 1.0  # of a row in a recent round
+        self._tokens, self._spread = 1.0, 0.0  # of a row in a recent round, and their variance
         self._rounds, self._next_check = 0, FIRST_CHECK
         self._doubted: float | None = None  # a plain pass as it was known when doubts came
 
@@ -85,9 +88,11 @@ class AdaptiveDraft(DraftPolicy):
             return self._settle_doubts(sample.rows)
         self._rounds += 1
         self._cost += (1 - FADING) * (cost - self._cost)
-        self._tokens += (1 - FADING) * (sample.tokens - self._tokens)
+        beyond = sample.tokens - self._tokens
+        self._tokens += (1 - FADING) * beyond
+        self._spread += (1 - FADING) * (beyond**2 - self._spread)
         self._regret = max(0.0, self._regret + cost - sample.tokens)
-        if self._regret > PATIENCE:
+        if self._regret > PATIENCE + SPREADS * self._spread:
             self._doubted = self._model.plain(sample.rows)
             self._model.forget_plain(sample.rows)
             self._settle_doubts(sample.rows)
