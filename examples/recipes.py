@@ -112,7 +112,8 @@ class Experiment:
     def __init__(self, options: argparse.Namespace, typed: Sequence[str]):
         self.options = options
         tokenizer = AutoTokenizer.from_pretrained(options.target)
-        target = AutoModelForCausalLM.from_pretrained(options.target, dtype="auto").eval()
+        dtype = "auto" if "--bf16" in typed else torch.float32  # bf16 is slow where it is emulated
+        target = AutoModelForCausalLM.from_pretrained(options.target, dtype=dtype).eval()
         device = f"--use_cpu={not torch.cuda.is_available()}"
         rows = load_conversations(options.dataset)
         split = len(rows) - options.hold_out
