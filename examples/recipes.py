@@ -60,7 +60,7 @@ AT_ONCE = 20  # prompts that are answered together
 CONVERGED = 0.1  # tokens that τ still gains in the last quarter, at most
 LEVEL, POWER = 0.05, 0.8
 FACTS = ("hardware", "num_threads", "dtype", "versions", "target")
-PACED = 60  # steps that tell how many fit into the minutes
+PACES, PACED = 3, 20  # runs, and steps of each, that tell how many fit into the minutes
 ELSEWHERE = ("rows", "seconds", "seeds", "plot", "trial")  # what no run depends on
 Row = dict[str, Any]
 
@@ -141,14 +141,24 @@ class Experiment:
         return self.runs.train(drafter, trial.options, [clock], seed=seed, **lengths)
 
     def length(self, recipe: str, before: Sequence[Row]) -> int:
-        """Return the steps of a run: those of the one before it, or as many as fit its minutes."""
+        """Return the steps of a run: those of the one before it, or as many as fit its minutes.
+
+        The pace of the first trial tells how many it has, and that of another in turn with it how
+        many that has in the same time, whatever the speed of the machine then.
+        """
         if self.options.minutes is None:
             return self.options.steps
-        if known := [row["steps"] for row in before if row["recipe"] == recipe]:
-            return known[0]
-        clock = Clock()
-        self.train(recipe, 0, PACED, clock)
-        return max(1, round(PACED * 60 * self.options.minutes / clock.processor))
+        known = {row["recipe"]: row["steps"] for row in reversed(before)}
+        if recipe in known:
+            return known[recipe]
+        first = (self.options.trial or RECIPES)[0]
+        clocks = {name: Clock() for name in (first, recipe)}
+        for _ in range(PACES):
+            for name, clock in clocks.items():
+                self.train(name, 0, PACED, clock)
+        spent = {name: clock.processor for name, clock in clocks.items()}
+        paced = PACES * PACED * 60 * self.options.minutes / spent[first]
+        return max(1, round(known.get(first, paced) * spent[first] / spent[recipe]))
 
     def run(self, recipe: str, seed: int, steps: int) -> Row:
         """Train a fresh drafter and return what is known of it."""

@@ -55,9 +55,9 @@ def test_a_comparison_goes_on_by_whole_seeds(folder, tmp_path, monkeypatch, caps
     trials = ("--trial", "eagle", "--trial", "hass single_step_share=0.5")
     assert len(rows(*trials)) == 8  # seeds of eagle are there
     assert "| hass single_step_share=0.5 − eagle | 2 | " in capsys.readouterr().out
-    # as many steps as 60 that take a second, by the pace of the first seed; 5 answers on the way
+    # as many steps as 60 that take three seconds, by the pace of the first seed; 5 answers between
     monkeypatch.setattr(time, "process_time", map(float, count()).__next__)
-    for row in rows(*trials[2:], "--minutes", 0.002)[8:]:
+    for row in rows(*trials, "--minutes", 0.006)[8:]:
         assert row["steps"] == 7 and row["processor_minutes"] == pytest.approx(6 / 60)
 
 
