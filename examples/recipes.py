@@ -7,13 +7,15 @@ Each recipe, as it is shipped, trains a fresh drafter with each seed, on the sam
 steps; with --minutes, for as many as fit into so much processor time, by the pace of a few. While
 it learns and at its end it answers held-out beginnings, which no row of the training has, greedily.
 A finished run is appended to ROWS; the recipes of one seed come before the next seed. After SECONDS
-no further run is begun, and the same command goes on. --trial 'hass single_step_share=0.3' is
+no further run is begun, and the same command goes on; a run that was interrupted goes on from its
+last checkpoint, beside ROWS. --trial 'hass single_step_share=0.3' is
 compared in place of the recipes, several in turn. All other options are those of training
 arguments.
 """
 
 import argparse
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -31,6 +33,7 @@ from transformers import (
     TrainerState,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 from coral_hf.atomic import JsonLines
 from coral_hf.identity import digest
@@ -48,6 +51,7 @@ from coral_hf.target import read_target
 from coral_hf.training.comparison.trials import Comparison, Trial
 from coral_hf.training.data import load_conversations, prepare_dataset
 from coral_hf.training.evaluation.acceptance import acceptance_by_depth, count_rounds, prompt_of
+from coral_hf.training.runs.checkpoints import last_checkpoint
 
 RECIPES = ("eagle", "hass", "coral")
 OPTIONS = (
@@ -65,18 +69,30 @@ ELSEWHERE = ("rows", "seconds", "seeds", "plot", "trial")  # what no run depends
 Row = dict[str, Any]
 
 
-class Clock(TrainerCallback):
-    """Counts the processor time of a run."""
+def clocks() -> torch.Tensor:
+    """Read the clock and the processor time, in seconds."""
+    return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
-    processor = 0.0  # seconds
+
+class Clock(TrainerCallback):
+    """Counts the time of a run. The log of its checkpoints keeps it, so that a run may go on."""
+
+    begin = torch.zeros(2)  # by the clocks
+
+    @property
+    def spent(self) -> list[float]:
+        """Seconds of the clock and of the processor."""
+        return (clocks() - self.begin).tolist()
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """See [`~transformers.TrainerCallback`]."""
-        self.processor -= time.process_time()
+        before = logged(state, "spent")
+        self.begin = clocks() - torch.tensor(before[-1] if before else 0.0)
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(self, args, state, control, **kwargs) -> None:
         """See [`~transformers.TrainerCallback`]."""
-        self.processor += time.process_time()
+        if state.global_step % args.save_steps == 0 or state.global_step == state.max_steps:
+            state.log_history.append({"spent": self.spent})
 
 
 class Watch(Clock):
@@ -88,22 +104,26 @@ class Watch(Clock):
     """
 
     def __init__(self, answer: Callable[[Any], list[int]], steps: int):
-        self.answer, self.seconds = answer, 0.0
+        self.answer = answer
         self.steps = {max(1, round(share * steps)) for share in MEASURED}
-        self.found = list[Row]()
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         """See [`~transformers.TrainerCallback`]."""
-        if state.global_step not in self.steps:
-            return
-        begin, processor = time.perf_counter(), time.process_time()
-        rounds = self.answer(model.eval())
-        model.train()
-        read = {"steps": state.global_step, "trained_on": int(state.num_input_tokens_seen)}
-        counts = count_rounds(rounds, TREE["tree_depth"])
-        self.found.append({**read, "tau": mean(rounds), "rounds": counts.tolist()})
-        self.seconds += time.perf_counter() - begin
-        self.processor -= time.process_time() - processor
+        if state.global_step in self.steps:
+            begin = clocks()
+            rounds = self.answer(model.eval())
+            model.train()
+            read = {"steps": state.global_step, "trained_on": int(state.num_input_tokens_seen)}
+            counts = count_rounds(rounds, TREE["tree_depth"])
+            found = {**read, "tau": mean(rounds), "rounds": counts.tolist()}
+            state.log_history.append({"found": found})
+            self.begin += clocks() - begin
+        super().on_step_end(args, state, control)
+
+
+def logged(state: TrainerState, name: str) -> list[Any]:
+    """Return what the log has of a name, the last at the end."""
+    return [entry[name] for entry in state.log_history if name in entry]
 
 
 class Experiment:
@@ -131,14 +151,17 @@ class Experiment:
         target, sizes = read_target(self.runs.target), (self.options.max_new_tokens, 0.0, AT_ONCE)
         return decoded_rounds(drafter, target, self.prompts, *sizes)
 
-    def train(self, recipe: str, seed: int, steps: int, clock: Clock) -> TrainerState:
-        """Train a fresh drafter."""
+    def train(
+        self, recipe: str, seed: int, steps: int, clock: Clock, folder: Path | None = None
+    ) -> TrainerState:
+        """Train a fresh drafter, or go on from the last checkpoint in a folder."""
         trial = Trial.parse(recipe)
         set_seed(seed)  # before the weights are drawn
         drafter = self.runs.fresh(trial).float()
         drafter.generation_config.update(**TREE)
         lengths = {"max_steps": steps, "logging_steps": max(steps // 10, 1)}
-        return self.runs.train(drafter, trial.options, [clock], seed=seed, **lengths)
+        lengths["save_steps"] = max(steps // 10, 1)
+        return self.runs.train(drafter, trial.options, [clock], folder, seed=seed, **lengths)
 
     def length(self, recipe: str, before: Sequence[Row]) -> int:
         """Return the steps of a run: those of the one before it, or as many as fit its minutes.
@@ -152,32 +175,37 @@ class Experiment:
         if recipe in known:
             return known[recipe]
         first = (self.options.trial or RECIPES)[0]
-        clocks = {name: Clock() for name in (first, recipe)}
+        spent = dict.fromkeys((first, recipe), 0.0)
         for _ in range(PACES):
-            for name, clock in clocks.items():
-                self.train(name, 0, PACED, clock)
-        spent = {name: clock.processor for name, clock in clocks.items()}
+            for name in spent:
+                spent[name] += logged(self.train(name, 0, PACED, Clock()), "spent")[-1][1]
         paced = PACES * PACED * 60 * self.options.minutes / spent[first]
         return max(1, round(known.get(first, paced) * spent[first] / spent[recipe]))
 
-    def run(self, recipe: str, seed: int, steps: int) -> Row:
-        """Train a fresh drafter and return what is known of it."""
-        watch = Watch(self.answer, steps)
-        state = self.train(recipe, seed, steps, watch)
-        logged = {name: value for entry in state.log_history for name, value in entry.items()}
-        counts = torch.tensor(watch.found[-1]["rounds"])
+    def run(self, recipe: str, seed: int, before: Sequence[Row], folder: Path) -> Row:
+        """Train a fresh drafter and return what is known of it; the folder has its checkpoints."""
+        last = last_checkpoint(folder, resume=True)
+        if last:
+            steps = TrainerState.load_from_json(Path(last, TRAINER_STATE_NAME)).max_steps
+        else:
+            steps = self.length(recipe, before)
+        state = self.train(recipe, seed, steps, Watch(self.answer, steps), folder)
+        *earlier, found = logged(state, "found")
+        seconds, processor = logged(state, "spent")[-1]
+        names = sorted({name for entry in state.log_history for name in entry})
+        counts = torch.tensor(found["rounds"])
         environment = vars(describe_environment(self.runs.target))
         return {
             "recipe": recipe,
             "seed": seed,
-            "minutes": (logged["train_runtime"] - watch.seconds) / 60,
-            "processor_minutes": watch.processor / 60,
-            **watch.found[-1],
+            "minutes": seconds / 60,
+            "processor_minutes": processor / 60,
+            **found,
             "acceptance": [*acceptance_by_depth(counts).values()],
-            "similarity": [logged[name] for name in sorted(logged) if "feature_similarity" in name],
+            "similarity": [logged(state, name)[-1] for name in names if "feature_sim" in name],
             "prompts": len(self.prompts),
             "tokens": int(counts @ torch.arange(len(counts))),
-            "before": watch.found[:-1],
+            "before": earlier,
             **{name: environment[name] for name in FACTS},
         }
 
@@ -328,9 +356,11 @@ def main(options: argparse.Namespace, typed: Sequence[str]) -> None:
             print("Time is up; the same command goes on.")
             break
         experiment = experiment or Experiment(options, typed)
-        found = experiment.run(recipe, seed, experiment.length(recipe, rows))
+        folder = options.rows.parent / "unfinished" / digest([run, recipe, seed])[:12]
+        found = experiment.run(recipe, seed, rows, folder)
         rows.append({"run": run, **found, "settings": own})
         table.append(rows[-1:])
+        shutil.rmtree(folder)
         print(f"{recipe}, seed {seed}: τ {found['tau']:.3f}", flush=True)
     tables = [pair_table(rows), recipe_table(rows)]
     if options.minutes is None:  # else each recipe has read another number of tokens

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from test_examples import EXAMPLES, folder, run  # noqa: F401  a saved target
+from transformers import PrinterCallback
 
 STORY = "Once there was a small {} who lived in a house by the sea."
 FIRST, SECOND = [4.04, 4.08, 3.99, 4.11, 4.02], [3.98, 4.02, 4.01, 4.05, 3.97]
@@ -17,6 +18,16 @@ FIRST, SECOND = [4.04, 4.08, 3.99, 4.11, 4.02], [3.98, 4.02, 4.01, 4.05, 3.97]
 @pytest.fixture(scope="module")
 def script():
     return runpy.run_path(str(EXAMPLES / "recipes.py"))
+
+
+def interrupt(monkeypatch, after):
+    """Interrupt a training run when it has written a checkpoint."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(PrinterCallback, "on_save", on_save)
 
 
 @pytest.mark.slow
@@ -51,14 +62,25 @@ def test_a_comparison_goes_on_by_whole_seeds(folder, tmp_path, monkeypatch, caps
     for row in (found[-1], again[-1]):
         row.pop("minutes"), row.pop("processor_minutes")
     assert again == found
+    # the last run once more, interrupted after its second checkpoint
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
+    interrupt(monkeypatch, after=2)
+    with pytest.raises(KeyboardInterrupt):
+        rows()
+    monkeypatch.undo()
+    assert len(table.read_text().splitlines()) == 5
+    assert [path.name for path in tmp_path.glob("unfinished/*/checkpoint*")] == ["checkpoint-2"]
+    again = rows()
+    assert again[-1].pop("minutes") > again[-1].pop("processor_minutes") > 0
+    assert again[-1] == found[-1] and not [*tmp_path.glob("unfinished/*")]
     capsys.readouterr()
     trials = ("--trial", "eagle", "--trial", "hass single_step_share=0.5")
     assert len(rows(*trials)) == 8  # seeds of eagle are there
     assert "| hass single_step_share=0.5 − eagle | 2 | " in capsys.readouterr().out
-    # as many steps as 60 that take three seconds, by the pace of the first seed; 5 answers between
+    # each look at the clock takes a second: 60 steps look 30 times, 7 steps with 5 answers 12 times
     monkeypatch.setattr(time, "process_time", map(float, count()).__next__)
-    for row in rows(*trials, "--minutes", 0.006)[8:]:
-        assert row["steps"] == 7 and row["processor_minutes"] == pytest.approx(6 / 60)
+    for row in rows(*trials, "--minutes", 0.06)[8:]:
+        assert row["steps"] == 7 and row["processor_minutes"] == pytest.approx(12 / 60)
 
 
 def test_a_difference_has_the_interval_of_a_paired_t_test(script):

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from ...measure.settings import ComparisonSettings
 from ...target import read_target
 from .. import CoralTrainer, CoralTrainingArguments, parse_arguments
 from ..data import prepare_dataset
+from ..runs.checkpoints import last_checkpoint
 from ..runs.run_record import rows_identity
 from ..steps import TrainingStep, kind_of_recipe
 
@@ -173,16 +175,22 @@ class Comparison:
         drafter: Drafter,
         options: Sequence[str] = (),
         callbacks: Sequence[TrainerCallback] = (),
+        kept: Path | None = None,
         **fields: Any,
     ) -> TrainerState:
-        """Train a drafter or its head, and write nothing; the options are added to all trials'."""
-        fields |= {"save_strategy": "no", "disable_tqdm": True}
-        fields["include_num_input_tokens_seen"] = "non_padding"
+        """Train a drafter or its head; the options are added to all trials'.
+
+        Args:
+            kept: folder of the last checkpoint, from which training goes on where there is one; if
+                None, nothing is written.
+        """
+        fields |= {"disable_tqdm": True, "include_num_input_tokens_seen": "non_padding"}
+        fields |= {"save_total_limit": 1} if kept else {"save_strategy": "no"}
         with tempfile.TemporaryDirectory() as folder:
-            args = parse_arguments(folder, [*self.settings.options, *options], **fields)
+            args = parse_arguments(kept or folder, [*self.settings.options, *options], **fields)
             known: dict[str, Any] = {"train_dataset": self.dataset, "callbacks": [*callbacks]}
             trainer = CoralTrainer(drafter, self.target, args, self.tokenizer, **known)
-            trainer.train()
+            trainer.train(last_checkpoint(args.output_dir, resume=True))
         return trainer.state
 
     @contextmanager
