@@ -201,6 +201,7 @@ class Experiment:
         kind = CoralTrainingArguments if is_coral else AssistantTrainingArguments
         chosen |= {"max_steps": steps, "warmup_steps": min(20, steps)}
         chosen["use_cpu"] = not torch.cuda.is_available()
+        chosen |= {"recipe": "coral"} if is_coral else {}
         args = parse_arguments(self.folder / f"{name}-run", OPTIONS.split(), kind, **chosen)
         given = {"args": args, "target_model": target, "processing_class": tokenizer}
         trainer_kind = CoralTrainer if is_coral else AssistantTrainer

@@ -34,6 +34,7 @@ from coral_hf.training.runs.checkpoints import sole_run
 from coral_hf.training.steps.base import add_noise
 
 SETTINGS = {
+    "recipe": "coral",
     "max_steps": 4,
     "per_device_train_batch_size": 4,
     "learning_rate": 1e-2,

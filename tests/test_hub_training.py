@@ -70,7 +70,7 @@ def test_a_trained_drafter_is_pushed_with_its_training_record_in_the_card(
     assert (record["steps"], record["rows"], record["stage"]) == (2, 1, "drafter")
     assert record["seconds"] > 0 and record["trained_tokens"] > 0 and record["hardware"]
     for line in (
-        "| recipe | `coral`: `num_steps` 3",
+        "| recipe | `one_step_first`: `num_steps` 3",
         "| optimizer steps | 2 |",
         f"| trained tokens, each pass counted | {record['trained_tokens']:,} |",
         f"| hardware | {record['hardware']} |",

@@ -47,6 +47,7 @@ def make_trainer(target, rows, folder, drafter=None, peft_config=None, **setting
         drafter = CoralDrafter.from_target(target)
     fields = {
         "output_dir": str(folder),
+        "recipe": "coral",
         "max_steps": 4,
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
@@ -385,12 +386,13 @@ def test_a_share_of_a_run_trains_its_first_step_alone(target, rows, tmp_path):
 
 def test_a_share_of_single_steps_is_for_a_drafters_stages(target, tmp_path):
     def steps(**settings):
-        args = CoralTrainingArguments(output_dir=str(tmp_path), single_step_share=0.3, **settings)
+        args = CoralTrainingArguments(output_dir=str(tmp_path), **settings)
         return [args.steps_at(number, 10) for number in range(10)]
 
     assert steps() == steps(stage="joint") == [1] * 3 + [3] * 7
-    assert steps(stage="router") == [3] * 10
-    assert steps(recipe="eagle") == [1] * 10
+    assert steps(stage="router") == steps(recipe="hass") == [3] * 10
+    assert steps(recipe="hass", single_step_share=0.5) == [1] * 5 + [3] * 5
+    assert steps(recipe="eagle", single_step_share=0.5) == [1] * 10
 
 
 def test_csra_of_later_steps_does_not_train_the_first(target, rows, tmp_path):

@@ -63,7 +63,7 @@ class FeaturesOptions(TargetOptions, DatasetOptions):
     max_length: int = option("Tokens after which a row is cut.", 2048, least=1)
     packing: bool = option("Put several conversations in each row.", False)
     share_prompts: bool = option("Put answers with the same prompt in one row.", True)
-    recipe: str = option("'eagle3' and 'parallel' read inner layers too.", "coral")
+    recipe: str = option("'eagle3' and 'parallel' read inner layers too.", "one_step_first")
     start: str | None = option("A drafter to be trained.", None, flag="from", excludes="recipe")
     format: Literal["bfloat16", "int8"] = option("'int8' takes half the space.", "bfloat16")
     batch_size: int = option("Rows that are read at once.", 8, least=1)

@@ -1,7 +1,7 @@
 """Settings of a training run, in addition to those of every `Trainer`.
 
 In: settings in Python, or options of a command. Out: `CoralTrainingArguments`; steps and weights
-that are not set come from a recipe, the values of a published method.
+that are not set come from a recipe, such as the values of a published method.
 """
 
 from collections.abc import Sequence
@@ -28,6 +28,9 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
+    # HASS's losses, and in the first part of a run step 1 alone, which learns quicker: the best of
+    # those that we compared, in docs/results/recipes.md and schedule.md
+    "one_step_first": Recipe(num_steps=3, top_k_weight=1.0, single_step_share=0.3),
     # one step on the target's features (EAGLE, section 4; EAGLE-2 trains alike)
     "eagle": Recipe(num_steps=1),
     # N steps on its own predictions, and the target's most probable tokens once more (HASS)
@@ -128,9 +131,10 @@ class CoralTrainingArguments(RowArguments):
 
     stage: str = _setting("drafter", "'drafter'; its 'router' alone; both: 'joint'.")
     recipe: str = _setting(
-        "coral",
-        "The method whose steps and weights count where none are set: 'eagle', 'hass', 'coral' of"
-        " CORAL drafters, 'eagle3', 'medusa', 'parallel', 'recurrent' of those families.",
+        "one_step_first",
+        "The method whose steps and weights count where none are set: 'one_step_first', 'coral',"
+        " 'eagle', 'hass' of CORAL drafters, 'eagle3', 'medusa', 'parallel', 'recurrent' of those"
+        " families.",
     )
     num_steps: int | None = _setting(None, "Steps of the unroll (N); Medusa heads.")
     regression_weight: float | None = _setting(None, "Weight of the smooth L1 loss on features.")

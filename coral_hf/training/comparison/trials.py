@@ -70,7 +70,7 @@ class Trial(NamedTuple):
         own = [word.removeprefix(DRAFTER) for word in words if word.startswith(DRAFTER)]
         options = [f"--{word}" for word in words if not word.startswith(DRAFTER)]
         recipes = [word.removeprefix("recipe=") for word in words if word.startswith("recipe=")]
-        kind = kind_of_recipe(["coral", *recipes][-1])
+        kind = kind_of_recipe([CoralTrainingArguments.recipe, *recipes][-1])
         fields = config_fields(own, kind.drafter.config_class)
         return cls(" ".join([first, *rest]), options, fields, kind)
 

@@ -137,7 +137,8 @@ def timed_run(
                 write_features(target, part, cache, features, layers=kind.layers(config))
                 part = CachedFeatures(cache)
                 token = (time.perf_counter() - start) / sum(part.lengths)
-            seconds, share = 0.0, args.resolved.single_step_share
+            share = 0.0 if args.stage == "router" else args.resolved.single_step_share
+            seconds = 0.0
             for alone, weight in ((0.0, 1 - share), (1.0, share)):
                 if weight:
                     own: dict[str, Any] = {"output_dir": str(Path(folder, args.stage))}

@@ -11,7 +11,7 @@ class CoralStep(TrainingStep):
     """See [`coral_hf.training.steps.TrainingStep`]."""
 
     drafter = CoralDrafter
-    recipes = ("coral", "eagle", "hass")
+    recipes = ("one_step_first", "coral", "eagle", "hass")
     stages = ("drafter", *ROUTER_STAGES)
 
     def drafter_losses(self, drafter: CoralDrafter, trained: Trained) -> Losses:
