@@ -7,17 +7,21 @@ Every family is trained on the same rows, in the same order, for as many steps a
 steps are timed first, so that the learning rate falls to its end. Its recipe decides the rest, and
 a small language model has one layer of the target's width and loss kl. A bigram table is counted on
 the same rows, and prompt lookup needs none. All of them answer the last HOLD_OUT rows' beginnings
-with one tree, each beside plain `generate`. A finished measurement is appended to ROWS; drafters
-and checkpoints lie in WORK. After SECONDS no further step or measurement is begun, and the same
-command resumes. All other options are those of training arguments.
+with one tree, each beside plain `generate`. A seed, 0 to SEEDS - 1, draws fresh weights and the
+order of the rows; the table has means over seeds, and of τ the 95 % t-interval. A finished
+measurement is appended to ROWS; drafters and checkpoints lie in WORK. After SECONDS no further step
+or measurement is begun, and the same command resumes. All other options are those of training
+arguments.
 """
 
 import argparse
 import json
+import math
 import time
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
+from statistics import mean, stdev
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
@@ -25,6 +29,7 @@ from unittest.mock import patch
 import torch
 import transformers
 from bigram import BigramDrafter
+from scipy.stats import t as student
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import coral_hf
@@ -42,7 +47,7 @@ from coral_hf.training.runs.checkpoints import last_checkpoint
 from coral_hf.training.steps import kind_of_recipe
 
 NAMES = {  # by recipe, where a family has one
-    "coral": "CORAL",
+    "one_step_first": "CORAL",
     "eagle3": "EAGLE-3",
     "medusa": "Medusa",
     "parallel": "P-EAGLE",
@@ -51,6 +56,7 @@ NAMES = {  # by recipe, where a family has one
     "bigram": "bigram table",
     "prompt_lookup": "prompt lookup",
 }
+UNTRAINED = ("bigram", "prompt_lookup")  # seed 0 alone
 OPTIONS = (
     "--per_device_train_batch_size 4 --learning_rate 3e-3 --warmup_steps 30 --save_steps 200"
     " --lr_scheduler_type cosine --adam_beta2 0.95 --max_length 128 --logging_steps 50"
@@ -59,17 +65,18 @@ OPTIONS = (
 UNTIMED, TIMED = 3, 12  # steps
 TREE = {"tree_depth": 5, "tree_top_k": 4, "tree_nodes": 16, "speculation": "always"}
 TEMPERATURES = (0.0, 1.0)
-KEY = ("run", "family", "temperature")
+KEY = ("run", "seed", "family", "temperature")
 FACTS = ("hardware", "num_threads", "dtype", "versions", "target")
-TRAINING = ("target", "dataset", "hold_out", "minutes", "clock", "typed", "options")
-ELSEWHERE = ("work", "rows", "seconds", "family")  # what no result depends on
+TRAINING = ("target", "dtype", "dataset", "hold_out", "minutes", "clock", "typed", "options")
+ELSEWHERE = ("work", "rows", "seconds", "family", "seeds")  # what no result depends on
 COLUMNS = {
     "family": "{0[name]}",
     "T": "{0[temperature]:g}",
-    "own parameters": "{0[parameters]:,}",
+    "own parameters": "{0[parameters]:,.0f}",
     "minutes": "{0[minutes]:.1f}",
-    "steps": "{0[steps]}",
-    "τ": "{0[tau]:.2f}",
+    "steps": "{0[steps]:.0f}",
+    "seeds": "{0[seeds]}",
+    "τ": "{0[tau]:.2f}{0[spread]}",
     "draft, ms a round": "{0[draft_ms]:.2f}",
     "decoding over eager": "{0[speedup]:.2f}×",
     "e": "{0[efficiency]:.2f}",
@@ -97,7 +104,7 @@ class Experiment:
     def __init__(self, options: argparse.Namespace, typed: list[str]):
         self.options, self.typed, self.end = options, typed, time.monotonic() + options.seconds
         self.tokenizer = AutoTokenizer.from_pretrained(options.target)
-        target = AutoModelForCausalLM.from_pretrained(options.target, dtype="auto")
+        target = AutoModelForCausalLM.from_pretrained(options.target, dtype=options.dtype)
         self.target = target.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         rows = load_conversations(options.dataset)
         rows = rows.select(range(len(rows) - options.hold_out))
@@ -111,15 +118,15 @@ class Experiment:
         chosen = chosen[: options.num_prompts]
         self.prompts = sorted(chosen, key=lambda one: -encode(one, self.tokenizer).shape[1])
 
-    def train(self, family: str, folder: Path, watch: Watch, **fields: Any) -> Any:
+    def train(self, family: str, folder: Path, watch: Watch, seed: int = 0, **fields: Any) -> Any:
         """Train a fresh drafter, or the one of the last checkpoint; returns its trainer."""
         is_small = family == "language_model"
         trainer_kind = coral_hf.AssistantTrainer if is_small else coral_hf.CoralTrainer
         kind = coral_hf.AssistantTrainingArguments if is_small else coral_hf.CoralTrainingArguments
         fields |= {} if is_small else {"recipe": family}
-        fields["use_cpu"] = self.target.device.type == "cpu"
+        fields |= {"use_cpu": self.target.device.type == "cpu", "seed": seed}
         args = parse_arguments(folder, [*OPTIONS.split(), *self.typed], kind, **fields)
-        set_seed(args.seed)
+        set_seed(seed)
         if is_small:
             width = self.target.config.get_text_config().hidden_size
             model: Any = small_model(self.target.config, 1, width)
@@ -146,22 +153,22 @@ class Experiment:
             known.append([{"family": family, "steps": found[family]}])
         return found[family]
 
-    def drafter(self, family: str) -> Any:
+    def drafter(self, family: str, seed: int) -> Any:
         """A family's drafter, trained if it is not there, and its entry of the training record.
 
         Raises:
             TimeoutError: if time ran out before the last step.
         """
-        place = self.options.work / family
+        place = self.options.work / f"{family}-{seed}"
         if not place.exists():
             if family == "bigram":
                 texts = [torch.tensor(ids) for ids in self.rows["input_ids"]]
                 size = self.target.config.get_text_config().vocab_size
                 model, entry = BigramDrafter.from_texts(texts, size), {}
             else:
-                run = place.with_name(f"{family}-run")
+                run = place.with_name(f"{place.name}-run")
                 steps = self.num_steps(family)
-                trainer = self.train(family, run, Watch(self.end), max_steps=steps)
+                trainer = self.train(family, run, Watch(self.end), seed, max_steps=steps)
                 if trainer.state.global_step < steps:
                     raise TimeoutError
                 model, entry = trainer.drafter, trainer.training_record[-1]
@@ -174,12 +181,12 @@ class Experiment:
             model = coral_hf.LanguageModelDrafter(model, self.tokenizer)
         return model, json.loads((place / "entry.json").read_text())
 
-    def measure(self, family: str, temperature: float) -> dict[str, Any]:
+    def measure(self, seed: int, family: str, temperature: float) -> dict[str, Any]:
         """Let a family answer all prompts beside plain `generate`; a row of the table."""
         entry: dict[str, Any] = {}
         drafter, own = None, {"prompt_lookup_num_tokens": 10}
         if family != "prompt_lookup":
-            drafter, entry = self.drafter(family)
+            drafter, entry = self.drafter(family, seed)
             own = {"assistant_model": drafter, **TREE}
         common = sampling_arguments(temperature, self.options.max_new_tokens)
         methods = {"plain": common, "drafted": common | own}
@@ -228,6 +235,22 @@ def numbers(calls: list[Call]) -> dict[str, Any]:
     }
 
 
+def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Average the rows of each family and temperature over their seeds."""
+    groups, found = dict[Any, list[dict[str, Any]]](), list[dict[str, Any]]()
+    for row in rows:
+        groups.setdefault((row["family"], row["temperature"]), []).append(row)
+    for own in groups.values():
+        first, number, spread = own[0], len(own), ""
+        if number > 1:
+            width = student.ppf(0.975, number - 1) / math.sqrt(number)
+            spread = f" ± {width * stdev(row['tau'] for row in own):.2f}"
+        numbers = [key for key, value in first.items() if isinstance(value, int | float)]
+        means = {key: mean(row[key] for row in own) for key in numbers}
+        found.append(first | means | {"seeds": number, "spread": spread})
+    return found
+
+
 def main(options: argparse.Namespace, typed: list[str]) -> None:
     own = {name: value for name, value in vars(options).items() if name not in ELSEWHERE}
     own |= {name: Path(own[name]).name for name in ("target", "dataset")}
@@ -236,7 +259,11 @@ def main(options: argparse.Namespace, typed: list[str]) -> None:
     keep_settings(options.work / "settings.json", trained, options.work)
     table, run = JsonLines(options.rows).mend(), digest(own)[:12]
     known = {tuple(row[name] for name in KEY): row for row in table.read()}
-    keys = [*product([run], options.family, TEMPERATURES)]
+    keys = [
+        (run, *key)
+        for key in product(range(options.seeds), options.family, TEMPERATURES)
+        if not (key[0] and key[1] in UNTRAINED)
+    ]
     clock = patch.object(time, "perf_counter", time.process_time)
     try:
         with clock if options.clock == "processor" else nullcontext():
@@ -250,7 +277,11 @@ def main(options: argparse.Namespace, typed: list[str]) -> None:
                     table.append([known[key]])
     except TimeoutError:
         print("Time is up; the same command goes on.")
-    print(tabulate("", COLUMNS, [known[key] for key in keys if key in known]).to_markdown())
+    print(
+        tabulate(
+            "", COLUMNS, over_seeds([known[key] for key in keys if key in known])
+        ).to_markdown()
+    )
 
 
 if __name__ == "__main__":
@@ -261,11 +292,12 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=Path, required=True, help="JSON lines of all results")
     parser.add_argument("--family", nargs="+", choices=NAMES, default=[*NAMES])
     parser.add_argument("--minutes", type=float, default=2.0, help="of training, for each family")
-    sizes = {"hold-out": 200, "num-words": 32, "num-prompts": 40, "max-new-tokens": 96}
+    sizes = {"hold-out": 200, "num-words": 32, "num-prompts": 40, "max-new-tokens": 96, "seeds": 1}
     for name, size in sizes.items():  # held-out rows, words of a text that are its prompt
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--user-turn", type=int, default=-1, help="of a dialogue, to be answered")
     parser.add_argument("--compiled", action="store_true", help="compiled plain `generate` too")
+    parser.add_argument("--dtype", default="auto", help="of the target and the drafters")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     # processor time is for one thread on a busy machine
     parser.add_argument("--clock", choices=["wall", "processor"], default="wall")
