@@ -69,7 +69,8 @@ def main(options: argparse.Namespace, typed: list[str]) -> None:
     defaults = ["--save_strategy", "no", "--logging_steps", "1"]
     args = parse_arguments("runs", defaults + typed)
     tokenizer = AutoTokenizer.from_pretrained(options.target)
-    target = AutoModelForCausalLM.from_pretrained(options.target, dtype="auto").to(args.device)
+    target = AutoModelForCausalLM.from_pretrained(options.target, dtype=options.dtype)
+    target = target.to(args.device)
     rows = load_conversations(options.dataset)
     held_out = rows.select(range(len(rows) - options.hold_out, len(rows)))
     rows = rows.select(range(len(rows) - options.hold_out))
@@ -82,7 +83,9 @@ def main(options: argparse.Namespace, typed: list[str]) -> None:
         encode(Prompt("held-out", "", tuple(messages)), tokenizer)[0].tolist() for messages in asked
     ]
     table = JsonLines(options.rows).mend()
-    run = digest([options.target, options.dataset, options.hold_out, len(prompts), typed])[:12]
+    run = digest(
+        [options.target, options.dataset, options.hold_out, len(prompts), options.dtype, typed]
+    )[:12]
     known = {tuple(row[name] for name in KEY): row for row in table.read()}
     keys = [*product([run], range(options.seeds), options.share or [1.0], options.start)]
     for key in keys:
@@ -141,6 +144,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--num-prompts", type=int, default=20, help="held-out rows to measure τ on")
     parser.add_argument("--share", type=float, action="append", help="of the rows; default: all")
+    parser.add_argument("--dtype", default="auto", help="of the target")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rows", type=Path, required=True, help="JSON lines of all results")
     parser.add_argument("--user-turn", type=int, default=-1, help="the user turn that is answered")

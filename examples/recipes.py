@@ -8,9 +8,9 @@ steps; with --minutes, for as many as fit into so much processor time, by the pa
 it learns and at its end it answers held-out beginnings, which no row of the training has, greedily.
 A finished run is appended to ROWS; the recipes of one seed come before the next seed. After SECONDS
 no further run is begun, and the same command goes on; a run that was interrupted goes on from its
-last checkpoint, beside ROWS. --trial 'hass single_step_share=0.3' is
-compared in place of the recipes, several in turn. All other options are those of training
-arguments.
+last checkpoint, beside ROWS. KEEP is a folder for the trained drafters. --trial
+'hass single_step_share=0.3' is compared in place of the recipes, several in turn. All other options
+are those of training arguments.
 """
 
 import argparse
@@ -65,7 +65,7 @@ CONVERGED = 0.1  # tokens that τ still gains in the last quarter, at most
 LEVEL, POWER = 0.05, 0.8
 FACTS = ("hardware", "num_threads", "dtype", "versions", "target")
 PACES, PACED = 3, 20  # runs, and steps of each, that tell how many fit into the minutes
-ELSEWHERE = ("rows", "seconds", "seeds", "plot", "trial")  # what no run depends on
+ELSEWHERE = ("rows", "seconds", "seeds", "plot", "trial", "keep")  # what no run depends on
 Row = dict[str, Any]
 
 
@@ -360,6 +360,9 @@ def main(options: argparse.Namespace, typed: Sequence[str]) -> None:
         found = experiment.run(recipe, seed, rows, folder)
         rows.append({"run": run, **found, "settings": own})
         table.append(rows[-1:])
+        if options.keep:
+            kept = options.keep / f"{recipe}-{seed}".replace(" ", "-")
+            shutil.copytree(last_checkpoint(folder, resume=True), kept)
         shutil.rmtree(folder)
         print(f"{recipe}, seed {seed}: τ {found['tau']:.3f}", flush=True)
     tables = [pair_table(rows), recipe_table(rows)]
@@ -383,5 +386,6 @@ if __name__ == "__main__":
     parser.add_argument("--minutes", type=float, help="of processor time, in place of --steps")
     parser.add_argument("--trial", action="append", help="a recipe and settings")
     parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--keep", type=Path, help="folder for the trained drafters")
     parser.add_argument("--plot", type=Path, help="PNG file of τ by tokens")
     main(*parser.parse_known_args())

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 from test_examples import EXAMPLES, folder, run  # noqa: F401  a saved target
-from transformers import PrinterCallback
+from transformers import AutoModel, PrinterCallback
+
+from coral_hf import CoralDrafter
 
 STORY = "Once there was a small {} who lived in a house by the sea."
 FIRST, SECOND = [4.04, 4.08, 3.99, 4.11, 4.02], [3.98, 4.02, 4.01, 4.05, 3.97]
@@ -70,7 +72,9 @@ def test_a_comparison_goes_on_by_whole_seeds(folder, tmp_path, monkeypatch, caps
     monkeypatch.undo()
     assert len(table.read_text().splitlines()) == 5
     assert [path.name for path in tmp_path.glob("unfinished/*/checkpoint*")] == ["checkpoint-2"]
-    again = rows()
+    again = rows("--keep", tmp_path / "kept")
+    drafter = AutoModel.from_pretrained(tmp_path / "kept" / "coral-1")
+    assert isinstance(drafter, CoralDrafter)
     assert again[-1].pop("minutes") > again[-1].pop("processor_minutes") > 0
     assert again[-1] == found[-1] and not [*tmp_path.glob("unfinished/*")]
     capsys.readouterr()
