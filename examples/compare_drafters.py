@@ -62,7 +62,7 @@ OPTIONS = (
     " --lr_scheduler_type cosine --adam_beta2 0.95 --max_length 128 --logging_steps 50"
     " --save_total_limit 1 --disable_tqdm True"
 )
-UNTIMED, TIMED = 3, 12  # steps
+UNTIMED, TIMED = 3, 20  # steps of runs; the second has as much of each part as a long one
 TREE = {"tree_depth": 5, "tree_top_k": 4, "tree_nodes": 16, "speculation": "always"}
 TEMPERATURES = (0.0, 1.0)
 KEY = ("run", "seed", "family", "temperature")
@@ -89,7 +89,11 @@ class Watch(transformers.TrainerCallback):
     """Notes when steps end, and stops a run with a checkpoint when its time is up."""
 
     def __init__(self, end: float):
-        self.end, self.ends = end, list[float]()
+        self.end, self.begin, self.ends = end, 0.0, list[float]()
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """See [`~transformers.TrainerCallback`]."""
+        self.begin = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """See [`~transformers.TrainerCallback`]."""
@@ -144,11 +148,12 @@ class Experiment:
         known = JsonLines(self.options.work / "steps.jsonl").mend()
         found = {row["family"]: row["steps"] for row in known.read()}
         if family not in found:
-            watch = Watch(float("inf"))
-            with TemporaryDirectory() as folder:
-                steps = {"max_steps": UNTIMED + TIMED, "save_strategy": "no"}
-                self.train(family, Path(folder), watch, **steps)
-            step = (watch.ends[-1] - watch.ends[UNTIMED - 1]) / TIMED
+            for length in (UNTIMED, TIMED):
+                watch = Watch(float("inf"))
+                with TemporaryDirectory() as folder:
+                    steps = {"max_steps": length, "save_strategy": "no"}
+                    self.train(family, Path(folder), watch, **steps)
+            step = (watch.ends[-1] - watch.begin) / TIMED
             found[family] = max(1, round(60 * self.options.minutes / step))
             known.append([{"family": family, "steps": found[family]}])
         return found[family]
@@ -245,8 +250,10 @@ def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if number > 1:
             width = student.ppf(0.975, number - 1) / math.sqrt(number)
             spread = f" ± {width * stdev(row['tau'] for row in own):.2f}"
-        numbers = [key for key, value in first.items() if isinstance(value, int | float)]
-        means = {key: mean(row[key] for row in own) for key in numbers}
+        values = {  # some seeds may have none, such as the tie of a mismatch
+            key: [row[key] for row in own if isinstance(row[key], int | float)] for key in first
+        }
+        means = {key: mean(some) for key, some in values.items() if some}
         found.append(first | means | {"seeds": number, "spread": spread})
     return found
 

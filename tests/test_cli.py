@@ -104,6 +104,8 @@ def test_a_wrong_training_option_is_refused_by_name(folder):  # noqa: F811
     unknown = invoke(*arguments, "--no_such_option", "1")
     assert unknown.exit_code == 2
     assert "unrecognized arguments: --no-such-option" in unknown.output
+    short = invoke(*arguments, "--recip", "hass")  # which would train the default
+    assert short.exit_code == 2 and "unrecognized arguments: --recip" in short.output
     wrong = invoke(*arguments, "--num_steps", "0")
     assert wrong.exit_code == 1 and "Error: `num_steps` is 0" in printed(wrong)
     shown = invoke("--traceback", *arguments, "--num_steps", "0")

@@ -266,6 +266,26 @@ def test_a_longer_run_warns_if_its_learning_rate_changes(tmp_path, caplog):
     assert said in caplog.text
 
 
+def test_a_lengthened_run_does_not_go_back_to_one_step(tmp_path, caplog):
+    def steps(folder, length, resume=True):
+        trainer = launched.make_trainer(
+            folder, max_steps=length, single_step_share=0.5, **EACH_STEP
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        last = trainer.state.log_history[:-1]
+        return ["agreement_2" in entry for entry in last if "loss" in entry]
+
+    assert steps(tmp_path, 2, resume=False) == [False, True]
+    assert steps(tmp_path, 6) == [False] + [True] * 5
+    # and not in a later resume either, of which the checkpoint lies before half of the run
+    assert steps(tmp_path, 20) == [False] + [True] * 19
+    shutil.rmtree(tmp_path)
+    assert steps(tmp_path, 4, resume=False) == [False] * 2 + [True] * 2
+    for number in (2, 3, 4):
+        shutil.rmtree(tmp_path / f"checkpoint-{number}")
+    assert steps(tmp_path, 6) == [False] * 3 + [True] * 3  # which had not left it
+
+
 def test_a_checkpoint_without_settings_resumes_with_a_warning(begun, tmp_path, caplog):
     for name in checkpoints(begun):
         shutil.copytree(begun / name, tmp_path / name)

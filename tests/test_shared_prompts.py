@@ -233,6 +233,14 @@ def test_more_steps_than_branches_repeat_tokens_are_refused(shared):
         unroll(drafter, torch.zeros(2, 1), torch.zeros(2, 1), 8, batch["position_ids"])
 
 
+def test_more_steps_are_refused_before_the_part_of_one_step(tmp_path, shared):
+    settings = {"recipe": "one_step_first", "num_steps": 8}
+    trainer = make_trainer(tiny_target("llama"), shared, tmp_path, **settings)
+    with pytest.raises(ValueError, match="`num_steps` is 8, but rows that share prompts allow 7"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_the_trainer_joins_the_answers_of_a_conversation(tmp_path):
     template = (
         "{% for m in messages %}<{{ m.role }}>"

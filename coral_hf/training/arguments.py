@@ -4,8 +4,10 @@ In: settings in Python, or options of a command. Out: `CoralTrainingArguments`; 
 that are not set come from a recipe, such as the values of a published method.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,13 +93,18 @@ class RowArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, value in vars(self).items():
+        for one in fields(self):
+            name, value = one.name, getattr(self, one.name)
             if name in CHOICES and value not in CHOICES[name]:
                 raise ValueError(f"`{name}` is {value!r}; use one of {CHOICES[name]}.")
-            if name in LEAST and value is not None and value < LEAST[name]:
-                raise ValueError(f"`{name}` is {value}; use {LEAST[name]} or more.")
-            if name in MOST and value is not None and value > MOST[name]:
-                raise ValueError(f"`{name}` is {value}; use {MOST[name]} or less.")
+            if name in LEAST and value is not None:
+                least, most = LEAST[name], MOST.get(name, math.inf)
+                kind = Integral if one.type in (int, int | None) else Real
+                is_fit = isinstance(value, kind) and math.isfinite(value)
+                if not (is_fit and least <= value <= most):
+                    bounds = f"{least} or more" if name not in MOST else f"{least} to {most}"
+                    whole = "a whole number, " if kind is Integral else ""
+                    raise ValueError(f"`{name}` is {value!r}; use {whole}{bounds}.")
 
     def __getstate__(self) -> dict[str, Any]:
         # `Trainer` pickles its arguments into every checkpoint, and uploads them
@@ -198,6 +205,10 @@ class CoralTrainingArguments(RowArguments):
         weight = recipe.csra_weight
         if recipe.num_steps == 1 and weight:
             raise ValueError(f"`csra_weight` is {weight}, but `num_steps` 1: use more, or no CSRA.")
+        if recipe.single_step_share == 1 and weight:
+            raise ValueError(
+                f"`csra_weight` is {weight}, but `single_step_share` 1: use less, or no CSRA."
+            )
         if not (recipe.regression_weight or recipe.classification_weight or recipe.top_k_weight):
             raise ValueError(
                 "`regression_weight`, `classification_weight` and `top_k_weight` are all 0, so the"
@@ -224,7 +235,7 @@ def parse_arguments(
     """Parse options of the command line, such as `--num_steps 3`; `fields` replace them."""
     # the usage that argparse writes would list two hundred options
     usage = f"[options of {kind.__name__}]"
-    parser = HfArgumentParser(kind, prog="coral-hf", usage=usage)
+    parser = HfArgumentParser(kind, prog="coral-hf", usage=usage, allow_abbrev=False)
     # pinned memory without CUDA makes torch warn
     has_cuda = torch.cuda.is_available()
     parser.set_defaults(output_dir=output_dir, report_to="none", dataloader_pin_memory=has_cuda)

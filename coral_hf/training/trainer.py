@@ -128,7 +128,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the loss of a batch, of shape (), a sum divided by `num_items_in_batch`."""
-        num_steps = self.args.steps_at(self.state.global_step, self.state.max_steps)
+        num_steps = self._num_steps()
         trained = self.step.unroll(model, inputs, num_steps).trained()
         losses = self.step.losses(self.drafter, trained)
         loss = mean_loss(self, losses.total, inputs["labels"], num_items_in_batch)
@@ -136,6 +136,14 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
             self.meter.add(losses.notes, len(trained.target))
             self._guard.watch(inputs, trained.target, {**losses.terms, "total": loss})
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _num_steps(self) -> int:
+        """Count the steps of the unroll now: a run never goes back to one, if it is lengthened."""
+        if not self._run.get("is_unrolled"):
+            found = self.args.steps_at(self.state.global_step, self.state.max_steps)
+            self._run["is_unrolled"] = found > 1
+            return found
+        return self.args.resolved.num_steps
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """See [`~transformers.Trainer.prediction_step`]; an evaluation counts accepted tokens.

@@ -207,6 +207,7 @@ class Comparison:
             self.fresh(trial)
         depends_on = asdict(self.settings)
         del depends_on["output"], depends_on["batch_size"]
+        depends_on["recipe"] = CoralTrainingArguments.recipe  # of trials that name none
         with sole_writer(self.settings.output):
             self.keep_folder(prompts=digest(self._ids), **depends_on)
             self._lines.mend()

@@ -36,7 +36,9 @@ class AtomicCheckpoints(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._run: dict[str, Any] = {}  # `run`, the same in all its checkpoints, and `settings`
+        # `run`, the same in all its checkpoints, `settings`, and whether it `is_unrolled`: it has
+        # trained a step of several steps of the unroll
+        self._run: dict[str, Any] = {}
         self._entry: dict[str, Any] = {}  # of this run in the drafter's training record
         self._is_staging = False
         self.meter = RunMeter()
@@ -79,7 +81,8 @@ class AtomicCheckpoints(Trainer):
 
         is_main = self.is_world_process_zero()
         before = call_in_main(earlier, is_main)
-        self._run = {"run": before["run"], "settings": settings}
+        unrolled = {"is_unrolled": before.get("is_unrolled", False)}
+        self._run = {"run": before["run"], "settings": settings, **unrolled}
         cost = before.get("entry", {"trained_tokens": 0, "seconds": 0.0})
         # the tokens are those of all processes
         self.meter.start(cost["trained_tokens"] if is_main else 0, cost["seconds"])

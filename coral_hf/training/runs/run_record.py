@@ -23,7 +23,7 @@ from ..features import CachedFeatures
 
 logger = logging.get_logger(__name__)
 
-# in each checkpoint: `run`, an id, `settings`, and `entry`, the `run_summary` so far
+# in each checkpoint: `run`, an id, `settings`, `is_unrolled`, and `entry`, the `run_summary` so far
 RUN = "coral_run.json"
 SETTINGS = (
     # of the losses
@@ -123,7 +123,9 @@ def check_resume(checkpoint: Path, settings: dict, folder: Path) -> dict[str, An
         if name in then and then[name] != now
     }
     length = [changed.pop(name) for name in LENGTHS if name in changed]
-    is_share = 0 < settings["warmup_steps"] < 1 or settings.get("single_step_share")
+    is_alone = settings.get("stage") in ("drafter", "joint") and not run.get("is_unrolled")
+    is_share = is_alone and settings["num_steps"] > 1 and settings["single_step_share"]
+    is_share = is_share or 0 < settings["warmup_steps"] < 1
     if length and (settings["lr_scheduler_type"] not in STEADY or is_share):
         logger.warning(
             f"The run of {checkpoint} resumes with another length ({'; '.join(length)}): it"

@@ -31,7 +31,7 @@ from ..stages import (
     is_adapted,
 )
 from .objectives import Losses, Trained, Unrolled, alignment, by_step, step_similarity
-from .unroll import unroll
+from .unroll import check_branches, unroll
 
 Pair = tuple[Tensor, Tensor]  # embeddings and features, (batch, length - 1, hidden) each
 # of the collator, (batch, length) each; of a feature cache `features` too, (batch, length, layers ·
@@ -155,6 +155,7 @@ class TrainingStep:
     def predict(self, model: nn.Module, inputs: Pair, batch: Batch, num_steps: int) -> Predicted:
         """Run the drafter on what `inputs` gave, (batch, length - 1, hidden) each."""
         packed = positions_of(batch) if "position_ids" in batch else None
+        check_branches(packed, self.args.resolved.num_steps)  # in a part of one step too
         return unroll(model, *inputs, num_steps, packed, self.is_detached), None
 
     def losses(self, drafter: Any, trained: Trained) -> Losses:

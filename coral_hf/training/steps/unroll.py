@@ -113,6 +113,15 @@ class RowAttention:
         return far, aux.lse
 
 
+def check_branches(position_ids: Tensor | None, num_steps: int) -> None:
+    """Raise a ValueError for more steps than the tokens that branches repeat allow."""
+    if num_steps >= REPEATED and position_ids is not None and has_branches(position_ids):
+        raise ValueError(
+            f"`num_steps` is {num_steps}, but rows that share prompts allow {REPEATED - 1} at"
+            " most; pass share_prompts=False, and write a feature cache with that again."
+        )
+
+
 def unroll(
     drafter: nn.Module,
     embeddings: Tensor,
@@ -140,11 +149,7 @@ def unroll(
         ValueError: for more steps than the tokens that branches repeat allow.
     """
     is_packed = position_ids is not None
-    if num_steps >= REPEATED and position_ids is not None and has_branches(position_ids):
-        raise ValueError(
-            f"`num_steps` is {num_steps}, but rows that share prompts allow {REPEATED - 1} at"
-            " most; pass share_prompts=False, and write a feature cache with that again."
-        )
+    check_branches(position_ids, num_steps)
     if position_ids is None:
         position_ids = torch.arange(features.shape[1], device=features.device)[None]
     rows, begins = RowAttention(position_ids, is_packed), (position_ids == 0)[..., None]
