@@ -214,8 +214,8 @@ def test_shared_prompts_have_the_loss_of_single_rows(tmp_path):
     [
         ({"num_steps": 1}, "`num_steps` is 1; use 2 or more"),
         ({"csra_weight": 0.1}, "`csra_weight` is 0.1, which is not for a ParallelDrafter"),
-        ({"keep_ratio": 0.0}, "`keep_ratio` is 0.0; use 0.001 or more"),
-        ({"keep_ratio": 1.5}, "`keep_ratio` is 1.5; use 1 or less"),
+        ({"keep_ratio": 0.0}, "`keep_ratio` is 0.0; use 0.001 to 1"),
+        ({"keep_ratio": 1.5}, "`keep_ratio` is 1.5; use 0.001 to 1"),
     ],
 )
 def test_settings_that_mean_nothing_here_are_refused(target, tmp_path, settings, said):

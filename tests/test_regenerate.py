@@ -427,6 +427,7 @@ def test_a_full_disk_keeps_the_rows_that_are_written(target, tmp_path):
     ("settings", "message"),
     [
         ({"temperature": -1.0}, "`temperature` is -1.0; use 0 or more"),
+        ({"temperature": float("nan")}, "`temperature` is nan; use 0 or more"),
         ({"unfinished": "mend"}, "`unfinished` is 'mend'; use 'keep' or 'drop'"),
         ({"batch_size": 0}, "`batch_size` is 0; use 1 or more"),
         ({"max_new_tokens": 128}, "`max_new_tokens` is 128, but there are 128 positions"),

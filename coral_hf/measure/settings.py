@@ -34,7 +34,8 @@ def check_least(settings: Any) -> None:
     for one in fields(settings):
         least, value = one.metadata.get("least"), vars(settings)[one.name]
         if least is not None and value is not None:
-            if min(value if isinstance(value, list) else [value], default=least) < least:
+            values = value if isinstance(value, list) else [value]
+            if not all(least <= number for number in values):  # which NaN is not
                 raise ValueError(f"`{one.name}` is {value}; use {least} or more.")
 
 
