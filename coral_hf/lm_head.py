@@ -1,7 +1,7 @@
 """A target's LM head as draft heads read it, and a cache of what is computed from its weight.
 
 In: the target's output module. Out: logits exactly as the target computes them, of all tokens or
-of some rows or channels of the weight.
+of some rows of the weight.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,8 @@
 """Compare initial weights of a drafter: one training run each, same data, seed and settings.
 
 python examples/compare_starts.py --target org/my-llama --dataset talk.jsonl --hold-out 200 \
-    --start random --start a-drafter --start lora8:a-drafter --output_dir runs
+    --start random --start a-drafter --start lora8:a-drafter --rows starts.jsonl \
+    --output_dir runs
 
 A start is `random`; the folder of a drafter or an EAGLE checkpoint; or `loraR:FOLDER`, which trains
 an adapter of rank R on a drafter. Each start reads each `--share` of the rows, the first ones, for

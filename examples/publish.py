@@ -1,7 +1,7 @@
 """Measure a drafter and publish it with the report in its model card.
 
 hf auth login
-python examples/publish.py --target org/my-llama --drafter my-drafter --prompts mt_bench.jsonl
+python examples/publish.py --target org/my-llama --drafter my-drafter --prompts mt_bench.jsonl \
     --repo org/coral-my-llama
 """
 

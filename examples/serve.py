@@ -1,8 +1,7 @@
 """Convert an EAGLE or HASS drafter, and export it for vLLM and SGLang.
 
-python examples/serve.py --target meta-llama/Meta-Llama-3-8B-Instruct
-    --eagle yuhuili/EAGLE-LLaMA3-Instruct-8B
-    --output served
+python examples/serve.py --target meta-llama/Meta-Llama-3-8B-Instruct \
+    --eagle yuhuili/EAGLE-LLaMA3-Instruct-8B --output served
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Train the drafter of docs/results/speed.md: dialogues and stories, all answered by the target.
 
 python examples/train_mixed.py --target coral-bench --dialogues sgd_train.jsonl.gz \
-    --stories tinystories_v2_head.txt --held-out-stories tinystories_val.txt --output mixed
+    --stories tinystories_v2_head.txt --held-out-stories tinystories_val.txt --output mixed \
+    --recipe coral
 
 Trained on the first eight turns of every 18th dialogue but for the last 200, on a greedy story for
 every beginning, and on one drawn at T = 1 for every 8th. OUTPUT gets the drafter with its router,

@@ -1,8 +1,11 @@
 """Commands of the docs are ones that the program takes, their code runs, links lead somewhere."""
 
+import argparse
 import importlib.util
 import re
+import runpy
 import shlex
+import sys
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -44,19 +47,43 @@ START, USE = DOCS / "start", sorted((DOCS / "use").glob("*.md"))
 OF_OTHER_MODELS = {"hub", "reasoning", "llama31_8b_24gb", "qwen3_8b_24gb", "playground"}
 
 
+def shell_lines(page: Path) -> list[str]:
+    """The lines of a page's shell blocks."""
+    blocks = re.findall(r"^ *```bash\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [line.strip() for line in "".join(blocks).replace("\\\n", " ").splitlines()]
+
+
 def commands(page: Path) -> list[list[str]]:
     """The words of each `coral-hf` command in a page's shell blocks; not of those with dots."""
-    blocks = re.findall(r"^ *```bash\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL)
-    lines = [line.strip() for line in "".join(blocks).replace("\\\n", " ").splitlines()]
     lines = [
         line.replace("|", " ; ")
-        for line in lines
+        for line in shell_lines(page)
         if re.match(r"(.*&& |([A-Z_]+=\S+ )*)coral-hf ", line)
     ]
     split = [shlex.split(line, comments=True) for line in lines]
     found = [words[words.index("coral-hf") + 1 :] for words in split]
     whole = [words for words in found if "..." not in words]
     return [words[: words.index(";")] if ";" in words else words for words in whole]
+
+
+def calls_of_examples(page: Path) -> list[list[str]]:
+    """The words of each call of an example, on a page or in an example's docstring.
+
+    Variables of the shell have their value, or 1 where a loop sets them.
+    """
+    if page.suffix == ".py":
+        text = page.read_text().split('"""')[1].replace("\\\\\n", " ").replace("\\\n", " ")
+        lines = [line.strip() for line in text.splitlines()]
+    else:
+        lines = shell_lines(page)
+    known = dict(re.findall(r'^([A-Z]+)="(.*)"$', "\n".join(lines), re.MULTILINE))
+    found = []
+    for line in lines:
+        line = re.sub(r"\$(\w+)", lambda match: known.get(match[1], "1"), line)
+        words = shlex.split(line, comments=True) if "python examples/" in line else []
+        if words and not {"...", "…"} & {*words} and "vllm_speed.py" not in line:  # it needs vLLM
+            found.append(words[words.index("python") + 1 :])
+    return found
 
 
 def python_blocks(text: str) -> list[str]:
@@ -76,6 +103,35 @@ def test_a_command_of_a_page_is_parsed_without_error(page, words, tmp_path):
     name, *words = words
     arguments = parse(name, COMMANDS[name], words)
     parse_arguments(tmp_path, arguments.get("training_options", []), use_cpu=True)
+
+
+CALLS = [
+    pytest.param(words, id=f"{page.name}: {words[0]}")
+    for page in (*PAGES, *sorted((ROOT / "examples").glob("*.py")))
+    for words in calls_of_examples(page)
+]
+
+
+class Parsed(Exception):
+    """Raised in place of what an example does after it has read its options."""
+
+
+@pytest.mark.parametrize("words", CALLS)
+def test_a_call_of_an_example_is_parsed_without_error(words, monkeypatch, tmp_path):
+    script, *typed = words
+    read = argparse.ArgumentParser.parse_known_args
+
+    def parse_known_args(self, args=None, namespace=None):
+        _, others = read(self, typed, namespace)
+        raise Parsed(others)
+
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr(sys, "argv", [script, *typed])
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
+    with pytest.raises(Parsed) as parsed:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    monkeypatch.undo()
+    parse_arguments(tmp_path, parsed.value.args[0], use_cpu=True)
 
 
 def test_an_option_that_a_page_of_use_names_is_one_of_a_program():

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 256  # positions whose logits are held at a time
+CHUNK = 128  # positions whose logits are held at a time
 FEW = 8  # of them, whose losses a CPU computes at a time
 # (*batch, hidden) → (*batch, vocab)
 LogitsOf = Callable[[Tensor], Tensor]

@@ -21,7 +21,7 @@ from ..arguments import CoralTrainingArguments
 from ..features.reading import TargetFeatures
 from ..grouping import group_order
 from ..losses import router_loss
-from ..losses.token_loss import Goal, Head, TokenLoss, TokenWeights, target_goal, token_loss
+from ..losses.token_loss import CHUNK, Goal, Head, TokenLoss, TokenWeights, target_goal, token_loss
 from ..stages import (
     ROUTER_STAGES,
     check_head_settings,
@@ -56,7 +56,7 @@ class TrainingStep:
     can_shard = True  # whether FSDP and ZeRO-3 may hold parts of the drafter
     is_detached = True  # a step's inputs: no gradient flows to the step before it
     unused: tuple[str, ...] = ()  # settings that mean nothing to the family
-    chunk_size = 128  # positions whose logits are held at a time
+    chunk_size = CHUNK  # positions whose logits are held at a time
 
     def __init__(self, config: Any, target: Target, args: CoralTrainingArguments):
         """Keep what the step reads: the drafter's config, its target, the settings of the run.
