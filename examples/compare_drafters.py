@@ -40,9 +40,10 @@ from coral_hf.measure.calls import Bench, Call, sampling_arguments
 from coral_hf.measure.prompts import encode, read_prompts
 from coral_hf.measure.report import describe_environment, tabulate
 from coral_hf.measure.summary import grouped, median_ratio, summarise_tasks
-from coral_hf.training.arguments import parse_arguments
+from coral_hf.training.arguments import RECIPES, parse_arguments
 from coral_hf.training.assistant import small_model
 from coral_hf.training.data import load_conversations, prepare_dataset
+from coral_hf.training.planning.run import PARTS, steps_in
 from coral_hf.training.runs.checkpoints import last_checkpoint
 from coral_hf.training.steps import kind_of_recipe
 
@@ -62,7 +63,7 @@ OPTIONS = (
     " --lr_scheduler_type cosine --adam_beta2 0.95 --max_length 128 --logging_steps 50"
     " --save_total_limit 1 --disable_tqdm True"
 )
-UNTIMED, TIMED = 3, 20  # steps of runs; the second has as much of each part as a long one
+UNTIMED, TIMED = 3, 12  # steps
 TREE = {"tree_depth": 5, "tree_top_k": 4, "tree_nodes": 16, "speculation": "always"}
 TEMPERATURES = (0.0, 1.0)
 KEY = ("run", "seed", "family", "temperature")
@@ -89,11 +90,7 @@ class Watch(transformers.TrainerCallback):
     """Notes when steps end, and stops a run with a checkpoint when its time is up."""
 
     def __init__(self, end: float):
-        self.end, self.begin, self.ends = end, 0.0, list[float]()
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """See [`~transformers.TrainerCallback`]."""
-        self.begin = time.perf_counter()
+        self.end, self.ends = end, list[float]()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """See [`~transformers.TrainerCallback`]."""
@@ -143,18 +140,27 @@ class Experiment:
         trainer.train(resume_from_checkpoint=last_checkpoint(folder, resume=True))
         return trainer
 
+    def pace(self, family: str, **fields: Any) -> float:
+        """Seconds of a training step."""
+        watch = Watch(float("inf"))
+        with TemporaryDirectory() as folder:
+            fields |= {"max_steps": UNTIMED + TIMED, "save_strategy": "no"}
+            self.train(family, Path(folder), watch, **fields)
+        return (watch.ends[-1] - watch.ends[UNTIMED - 1]) / TIMED
+
     def num_steps(self, family: str) -> int:
         """How many steps take the time that a family has, from a few that are timed."""
         known = JsonLines(self.options.work / "steps.jsonl").mend()
         found = {row["family"]: row["steps"] for row in known.read()}
         if family not in found:
-            for length in (UNTIMED, TIMED):
-                watch = Watch(float("inf"))
-                with TemporaryDirectory() as folder:
-                    steps = {"max_steps": length, "save_strategy": "no"}
-                    self.train(family, Path(folder), watch, **steps)
-            step = (watch.ends[-1] - watch.begin) / TIMED
-            found[family] = max(1, round(60 * self.options.minutes / step))
+            seconds, recipe = 60 * self.options.minutes, RECIPES.get(family)
+            if recipe and (recipe.single_step_share or recipe.single_steps):
+                given = [*OPTIONS.split(), *self.typed]
+                args = parse_arguments(self.options.work, given, recipe=family)
+                paces = [self.pace(family, **own) for own in PARTS]
+                found[family] = steps_in(seconds, args, *paces)
+            else:
+                found[family] = max(1, round(seconds / self.pace(family)))
             known.append([{"family": family, "steps": found[family]}])
         return found[family]
 

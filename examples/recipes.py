@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -48,9 +48,11 @@ from coral_hf.measure.report import (
 )
 from coral_hf.measure.settings import ComparisonSettings
 from coral_hf.target import read_target
+from coral_hf.training import CoralTrainingArguments, parse_arguments
 from coral_hf.training.comparison.trials import Comparison, Trial
 from coral_hf.training.data import load_conversations, prepare_dataset
 from coral_hf.training.evaluation.acceptance import acceptance_by_depth, count_rounds, prompt_of
+from coral_hf.training.planning.run import PARTS, seconds_of, steps_in
 from coral_hf.training.runs.checkpoints import last_checkpoint
 
 RECIPES = ("eagle", "hass", "coral")
@@ -64,7 +66,7 @@ AT_ONCE = 20  # prompts that are answered together
 CONVERGED = 0.1  # tokens that τ still gains in the last quarter, at most
 LEVEL, POWER = 0.05, 0.8
 FACTS = ("hardware", "num_threads", "dtype", "versions", "target")
-PACES, PACED = 3, 20  # runs, and steps of each, that tell how many fit into the minutes
+PACES, PACED = 3, 20  # runs of each part, and their steps, that tell how many fit the minutes
 ELSEWHERE = ("rows", "seconds", "seeds", "plot", "trial", "keep")  # what no run depends on
 Row = dict[str, Any]
 
@@ -152,7 +154,13 @@ class Experiment:
         return decoded_rounds(drafter, target, self.prompts, *sizes)
 
     def train(
-        self, recipe: str, seed: int, steps: int, clock: Clock, folder: Path | None = None
+        self,
+        recipe: str,
+        seed: int,
+        steps: int,
+        clock: Clock,
+        folder: Path | None = None,
+        **own: Any,
     ) -> TrainerState:
         """Train a fresh drafter, or go on from the last checkpoint in a folder."""
         trial = Trial.parse(recipe)
@@ -161,7 +169,13 @@ class Experiment:
         drafter.generation_config.update(**TREE)
         lengths = {"max_steps": steps, "logging_steps": max(steps // 10, 1)}
         lengths["save_steps"] = max(steps // 10, 1)
-        return self.runs.train(drafter, trial.options, [clock], folder, seed=seed, **lengths)
+        own |= {"seed": seed, **lengths}
+        return self.runs.train(drafter, trial.options, [clock], folder, **own)
+
+    def arguments(self, recipe: str) -> CoralTrainingArguments:
+        """Return the settings of a trial."""
+        options = [*self.runs.settings.options, *Trial.parse(recipe).options]
+        return parse_arguments(self.options.rows.parent, options)
 
     def length(self, recipe: str, before: Sequence[Row]) -> int:
         """Return the steps of a run: those of the one before it, or as many as fit its minutes.
@@ -175,12 +189,15 @@ class Experiment:
         if recipe in known:
             return known[recipe]
         first = (self.options.trial or RECIPES)[0]
-        spent = dict.fromkeys((first, recipe), 0.0)
+        spent = {name: [0.0] * len(PARTS) for name in (first, recipe)}  # by part
         for _ in range(PACES):
-            for name in spent:
-                spent[name] += logged(self.train(name, 0, PACED, Clock()), "spent")[-1][1]
-        paced = PACES * PACED * 60 * self.options.minutes / spent[first]
-        return max(1, round(known.get(first, paced) * spent[first] / spent[recipe]))
+            for name, (part, own) in product(spent, enumerate(PARTS)):
+                state = self.train(name, 0, PACED, Clock(), **own)
+                spent[name][part] += logged(state, "spent")[-1][1] / (PACES * PACED)
+        seconds = 60 * self.options.minutes
+        if first in known:
+            seconds = seconds_of(known[first], self.arguments(first), *spent[first])
+        return steps_in(seconds, self.arguments(recipe), *spent[recipe])
 
     def run(self, recipe: str, seed: int, before: Sequence[Row], folder: Path) -> Row:
         """Train a fresh drafter and return what is known of it; the folder has its checkpoints."""

@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from coral_hf import CoralDrafter, CoralTrainingArguments
+from coral_hf import CoralDrafter
 from coral_hf.decoding.caches.ragged_cache import RaggedCache
 from coral_hf.measure import Prompt
 
@@ -133,7 +133,7 @@ def test_families_are_compared_and_a_run_that_was_stopped_resumes(
     ]
 
 
-def test_a_family_is_timed_in_both_parts_of_its_run_and_averaged_over_seeds(tmp_path, monkeypatch):
+def test_a_family_is_averaged_over_the_seeds_that_have_a_number(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     script = runpy.run_path(str(EXAMPLES / "compare_drafters.py"))
     row = {"family": "medusa", "temperature": 1.0, "tau": 2.0, "steps": 7, "draft_ms": None}
@@ -142,9 +142,6 @@ def test_a_family_is_timed_in_both_parts_of_its_run_and_averaged_over_seeds(tmp_
     assert (found["tau"], found["steps"], found["seeds"]) == (2.5, 7, 2)
     assert (found["widest_tie"], found["draft_ms"]) == (1e-6, None)
     assert found["spread"] == " ± 6.35"  # 12.706 / √2 · 0.7071
-    args = CoralTrainingArguments(str(tmp_path))
-    timed = [args.steps_at(step, script["TIMED"]) for step in range(script["TIMED"])]
-    assert timed.count(1) == args.resolved.single_step_share * len(timed)
 
 
 @pytest.mark.slow

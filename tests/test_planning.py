@@ -219,12 +219,35 @@ def test_hours_come_from_a_few_steps_and_nothing_is_kept(folder, tmp_path, featu
 
 
 @pytest.mark.slow
-def test_hours_count_single_steps_by_their_share(folder, tmp_path, monkeypatch):  # noqa: F811
-    seconds = iter([8.0, 2.0])  # of all steps, of one
+@pytest.mark.parametrize("recipe", ["hass", "coral"])
+def test_hours_count_single_steps_by_their_share(recipe, folder, tmp_path, monkeypatch):  # noqa: F811
+    seconds = iter([2.0, 8.0])  # of one step of the unroll, of all
     monkeypatch.setattr(run, "fmean", lambda _: next(seconds))
-    args = arguments(tmp_path, max_steps=1000, single_step_share=0.25)
+    args = arguments(tmp_path, recipe=recipe, max_steps=1000, single_step_share=0.25)
     planned = coral_hf.plan(folder / "target", folder / "talk.jsonl", args, PlanSettings())
     assert planned.stages[0].seconds == 0.75 * 8.0 + 0.25 * 2.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "length", "alone"),
+    [
+        ({"recipe": "hass"}, 25, 0),  # 25 steps of 4 s
+        ({"recipe": "eagle"}, 25, 0),
+        ({"single_step_share": 0.5}, 40, 20),
+        ({"single_step_share": 1.0}, 100, 100),
+        ({"single_step_share": 0.1, "single_steps": 40}, 55, 40),
+        ({"single_step_share": 0.5, "single_steps": 10}, 40, 20),
+        ({"single_steps": 400}, 100, 100),
+        ({"single_steps": 400, "stage": "router"}, 25, 0),
+    ],
+    ids=str,
+)
+def test_steps_that_fit_into_a_time_are_of_two_kinds(settings, length, alone, tmp_path):
+    args = arguments(tmp_path, **{"recipe": "hass", **settings})
+    assert run.steps_in(100.0, args, 1.0, 4.0) == length
+    assert args.steps_alone(length) == alone
+    assert 96.0 < run.seconds_of(length, args, 1.0, 4.0) <= 100.0
+    assert run.steps_in(0.1, args, 1.0, 4.0) == 1  # none is shorter
 
 
 def test_a_stream_cannot_be_planned(named, tmp_path):

@@ -27,6 +27,7 @@ class Recipe(NamedTuple):
     csra_weight: float = 0.0
     step_decay: float = 1.0
     single_step_share: float = 0.0
+    single_steps: int = 0
 
 
 RECIPES = {
@@ -151,6 +152,7 @@ class CoralTrainingArguments(RowArguments):
     csra_weight: float | None = _setting(None, "Weight of cross-step representation alignment.")
     step_decay: float | None = _setting(None, "Weight of a step's losses over the step before it.")
     single_step_share: float | None = _setting(None, "Share of a run that trains step 1 alone.")
+    single_steps: int | None = _setting(None, "Optimizer steps that do so at least.")
     goal: str | None = _setting(
         None, "The target's 'distribution', or the text's 'tokens' (drafters with an own LM head)."
     )
@@ -194,11 +196,16 @@ class CoralTrainingArguments(RowArguments):
         given = {name: value for name, value in found.items() if value is not None}
         return RECIPES[self.recipe]._replace(**given)
 
+    def steps_alone(self, length: int) -> int:
+        """Count the optimizer steps of `length`, from the first on, that train step 1 alone."""
+        if self.stage not in ("drafter", "joint"):
+            return 0
+        recipe = self.resolved
+        return min(length, max(round(recipe.single_step_share * length), recipe.single_steps))
+
     def steps_at(self, number: int, length: int) -> int:
         """Count the steps of the unroll at optimizer step `number`, from 0, of `length`."""
-        recipe, is_drafter = self.resolved, self.stage in ("drafter", "joint")
-        is_alone = is_drafter and number < round(recipe.single_step_share * length)
-        return 1 if is_alone else recipe.num_steps
+        return 1 if number < self.steps_alone(length) else self.resolved.num_steps
 
     def _check_losses(self) -> None:
         recipe = self.resolved

@@ -139,11 +139,17 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
 
     def _num_steps(self) -> int:
         """Count the steps of the unroll now: a run never goes back to one, if it is lengthened."""
-        if not self._run.get("is_unrolled"):
-            found = self.args.steps_at(self.state.global_step, self.state.max_steps)
-            self._run["is_unrolled"] = found > 1
-            return found
-        return self.args.resolved.num_steps
+        recipe, length = self.args.resolved, self.state.max_steps
+        if self._run.get("is_unrolled"):
+            return recipe.num_steps
+        if recipe.csra_weight and 0 < length <= self.args.steps_alone(length):
+            raise ValueError(
+                f"`csra_weight` is {recipe.csra_weight}, but all {length} steps of the run train"
+                " step 1 of the unroll alone; train longer, or pass a smaller `single_steps`."
+            )
+        found = self.args.steps_at(self.state.global_step, length)
+        self._run["is_unrolled"] = found > 1
+        return found
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """See [`~transformers.Trainer.prediction_step`]; an evaluation counts accepted tokens.

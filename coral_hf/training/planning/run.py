@@ -5,6 +5,7 @@ optimizer step on this machine, for which models are loaded; nothing that is wri
 """
 
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -31,6 +32,9 @@ LEAST_STEPS, SECONDS = 6, 10.0
 LEFT_OUT = 2  # steps, the first ones
 UNKEPT: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no", "report_to": "none"}
 UNKEPT |= {"disable_tqdm": True, "push_to_hub": False, "load_best_model_at_end": False}
+# settings of a run that trains step 1 of the unroll alone, and of one that never does
+PARTS: tuple[dict[str, Any], ...]
+PARTS = {"num_steps": 1, "csra_weight": 0.0}, {"single_step_share": 0.0, "single_steps": 0}
 
 
 def largest_batch(
@@ -67,6 +71,22 @@ def num_steps(num_rows: int, args: CoralTrainingArguments) -> int:
     batches = -(-num_rows // (args.per_device_train_batch_size * args.world_size))
     each = -(-batches // args.gradient_accumulation_steps)
     return int(np.ceil(args.num_train_epochs * each))
+
+
+def seconds_of(length: int, args: CoralTrainingArguments, of_one: float, of_all: float) -> float:
+    """Return the seconds of a run of some optimizer steps.
+
+    Args:
+        of_one, of_all: seconds of a step that trains step 1 of the unroll alone, and of another.
+    """
+    alone = args.steps_alone(length)
+    return alone * of_one + (length - alone) * of_all
+
+
+def steps_in(seconds: float, args: CoralTrainingArguments, *of_a_step: float) -> int:
+    """Count the optimizer steps that take so long, 1 at least; `of_a_step` as in `seconds_of`."""
+    lengths = range(1, int(seconds / min(of_a_step)) + 2)
+    return max(1, bisect_right(lengths, seconds, key=lambda n: seconds_of(n, args, *of_a_step)))
 
 
 def num_checkpoints(steps: int, args: CoralTrainingArguments) -> int:
@@ -125,7 +145,8 @@ def timed_run(
     drafter, is_written = kind.drafter(config), features not in ("online", "cached")
     with TemporaryDirectory() as folder:
         for args in stages:
-            most = min(NUM_STEPS, max(num_steps(len(rows), args), LEAST_STEPS))
+            length = num_steps(len(rows), args)
+            most = min(NUM_STEPS, max(length, LEAST_STEPS))
             size = args.per_device_train_batch_size * args.gradient_accumulation_steps
             part = rows
             if not isinstance(rows, CachedFeatures):
@@ -137,15 +158,14 @@ def timed_run(
                 write_features(target, part, cache, features, layers=kind.layers(config))
                 part = CachedFeatures(cache)
                 token = (time.perf_counter() - start) / sum(part.lengths)
-            share = 0.0 if args.stage == "router" else args.resolved.single_step_share
-            seconds = 0.0
-            for alone, weight in ((0.0, 1 - share), (1.0, share)):
-                if weight:
+            alone, seconds = args.steps_alone(length), [0.0, 0.0]
+            for index, number in enumerate((alone, length - alone)):
+                if number:
                     own: dict[str, Any] = {"output_dir": str(Path(folder, args.stage))}
-                    own |= {"max_steps": most, "single_step_share": alone}
+                    own |= {"max_steps": most, **PARTS[index]}
                     timer, short = StepTimer(), replace(args, **own, **UNKEPT)
                     given = {"train_dataset": part, "callbacks": [timer]}
                     CoralTrainer(drafter, target, short, tokenizer, **given).train()
-                    seconds += weight * timer.seconds()
-            found.append(seconds)
+                    seconds[index] = timer.seconds()
+            found.append(seconds_of(length, args, *seconds) / length)
     return found, token
