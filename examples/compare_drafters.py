@@ -154,7 +154,7 @@ class Experiment:
         found = {row["family"]: row["steps"] for row in known.read()}
         if family not in found:
             seconds, recipe = 60 * self.options.minutes, RECIPES.get(family)
-            if recipe and (recipe.single_step_share or recipe.single_steps):
+            if recipe and recipe.single_step_share:
                 given = [*OPTIONS.split(), *self.typed]
                 args = parse_arguments(self.options.work, given, recipe=family)
                 paces = [self.pace(family, **own) for own in PARTS]

@@ -15,7 +15,7 @@ def make_arguments(tmp_path, **settings) -> CoralTrainingArguments:
 def test_the_default_is_the_recipe_that_led_in_our_comparisons(tmp_path):
     args = make_arguments(tmp_path)
     assert (args.stage, args.recipe) == ("drafter", "one_step_first")
-    assert args.resolved == (3, 1.0, 0.1, 1.0, 0.0, 1.0, 0.3, 0)
+    assert args.resolved == (3, 1.0, 0.1, 1.0, 0.0, 1.0, 0.3)
 
 
 @pytest.mark.parametrize(
@@ -79,12 +79,12 @@ def test_settings_are_part_of_to_dict(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        ("eagle", (1, 1.0, 0.1, 0.0, 0.0, 1.0, 0.0, 0)),
-        ("hass", (3, 1.0, 0.1, 1.0, 0.0, 1.0, 0.0, 0)),
-        ("coral", (3, 1.0, 0.1, 0.0, 0.1, 1.0, 0.0, 0)),
-        ("eagle3", (7, 0.0, 1.0, 0.0, 0.0, 0.8, 0.0, 0)),
-        ("parallel", (8, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0)),
-        ("recurrent", (5, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0)),
+        ("eagle", (1, 1.0, 0.1, 0.0, 0.0, 1.0, 0.0)),
+        ("hass", (3, 1.0, 0.1, 1.0, 0.0, 1.0, 0.0)),
+        ("coral", (3, 1.0, 0.1, 0.0, 0.1, 1.0, 0.0)),
+        ("eagle3", (7, 0.0, 1.0, 0.0, 0.0, 0.8, 0.0)),
+        ("parallel", (8, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0)),
+        ("recurrent", (5, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0)),
     ],
 )
 def test_a_recipe_sets_what_is_not_set(tmp_path, recipe, expected):
@@ -99,30 +99,12 @@ def weights(args: CoralTrainingArguments) -> tuple:
 
 def test_another_recipe_changes_only_what_is_not_set(tmp_path):
     coral = make_arguments(tmp_path, recipe="coral", classification_weight=1.0)
-    assert weights(dataclasses.replace(coral, recipe="hass")) == (
-        3,
-        1.0,
-        1.0,
-        1.0,
-        0.0,
-        1.0,
-        0.0,
-        0,
-    )
-    assert weights(dataclasses.replace(coral, recipe="eagle")) == (
-        1,
-        1.0,
-        1.0,
-        0.0,
-        0.0,
-        1.0,
-        0.0,
-        0,
-    )
+    assert weights(dataclasses.replace(coral, recipe="hass")) == (3, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0)
+    assert weights(dataclasses.replace(coral, recipe="eagle")) == (1, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0)
     # 0.1 is what CORAL's recipe gave, but here it is given
     own = dataclasses.replace(coral, recipe="hass", csra_weight=0.1)
-    assert weights(own) == (3, 1.0, 1.0, 1.0, 0.1, 1.0, 0.0, 0)
-    assert weights(dataclasses.replace(own, recipe="coral")) == (3, 1.0, 1.0, 0.0, 0.1, 1.0, 0.0, 0)
+    assert weights(own) == (3, 1.0, 1.0, 1.0, 0.1, 1.0, 0.0)
+    assert weights(dataclasses.replace(own, recipe="coral")) == (3, 1.0, 1.0, 0.0, 0.1, 1.0, 0.0)
     assert weights(dataclasses.replace(own, recipe="hass")) == weights(own)
     back = dataclasses.replace(dataclasses.replace(coral, recipe="eagle"), recipe="coral")
     assert weights(back) == weights(coral)

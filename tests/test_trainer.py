@@ -393,13 +393,10 @@ def test_a_share_of_single_steps_is_for_a_drafters_stages(target, tmp_path):
     assert steps(stage="router") == steps(recipe="hass") == [3] * 10
     assert steps(recipe="hass", single_step_share=0.5) == [1] * 5 + [3] * 5
     assert steps(recipe="eagle", single_step_share=0.5) == [1] * 10
-    assert steps(recipe="hass", single_steps=4) == steps(single_steps=4) == [1] * 4 + [3] * 6
-    assert steps(single_steps=40) == [1] * 10
-    assert steps(single_steps=4, stage="router") == [3] * 10
 
 
 def test_csra_that_no_step_of_a_run_computes_is_refused(target, rows, tmp_path):
-    trainer = make_trainer(target, rows, tmp_path, single_steps=4)
+    trainer = make_trainer(target, rows, tmp_path, single_step_share=0.9)  # of 4: 3.6
     with pytest.raises(ValueError, match="`csra_weight` is 0.1, but all 4 steps of the run train"):
         trainer.train()
 

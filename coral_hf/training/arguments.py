@@ -27,7 +27,6 @@ class Recipe(NamedTuple):
     csra_weight: float = 0.0
     step_decay: float = 1.0
     single_step_share: float = 0.0
-    single_steps: int = 0
 
 
 RECIPES = {
@@ -152,7 +151,6 @@ class CoralTrainingArguments(RowArguments):
     csra_weight: float | None = _setting(None, "Weight of cross-step representation alignment.")
     step_decay: float | None = _setting(None, "Weight of a step's losses over the step before it.")
     single_step_share: float | None = _setting(None, "Share of a run that trains step 1 alone.")
-    single_steps: int | None = _setting(None, "Optimizer steps that do so at least.")
     goal: str | None = _setting(
         None, "The target's 'distribution', or the text's 'tokens' (drafters with an own LM head)."
     )
@@ -200,8 +198,7 @@ class CoralTrainingArguments(RowArguments):
         """Count the optimizer steps of `length`, from the first on, that train step 1 alone."""
         if self.stage not in ("drafter", "joint"):
             return 0
-        recipe = self.resolved
-        return min(length, max(round(recipe.single_step_share * length), recipe.single_steps))
+        return round(self.resolved.single_step_share * length)
 
     def steps_at(self, number: int, length: int) -> int:
         """Count the steps of the unroll at optimizer step `number`, from 0, of `length`."""

@@ -145,7 +145,7 @@ class CoralTrainer(AtomicCheckpoints, DrafterPushes):
         if recipe.csra_weight and 0 < length <= self.args.steps_alone(length):
             raise ValueError(
                 f"`csra_weight` is {recipe.csra_weight}, but all {length} steps of the run train"
-                " step 1 of the unroll alone; train longer, or pass a smaller `single_steps`."
+                " step 1 of the unroll alone; train longer, or pass a smaller `single_step_share`."
             )
         found = self.args.steps_at(self.state.global_step, length)
         self._run["is_unrolled"] = found > 1

@@ -34,7 +34,7 @@ UNKEPT: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no", "report_
 UNKEPT |= {"disable_tqdm": True, "push_to_hub": False, "load_best_model_at_end": False}
 # settings of a run that trains step 1 of the unroll alone, and of one that never does
 PARTS: tuple[dict[str, Any], ...]
-PARTS = {"num_steps": 1, "csra_weight": 0.0}, {"single_step_share": 0.0, "single_steps": 0}
+PARTS = {"num_steps": 1, "csra_weight": 0.0}, {"single_step_share": 0.0}
 
 
 def largest_batch(

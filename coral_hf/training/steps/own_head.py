@@ -157,7 +157,7 @@ class MedusaStep(OwnHeadStep):
     drafter = MedusaDrafter
     recipes = ("medusa",)
     goals = ("tokens",)
-    unused = (*OwnHeadStep.unused, "csra_weight", "single_step_share", "single_steps")
+    unused = (*OwnHeadStep.unused, "csra_weight", "single_step_share")
 
     @classmethod
     def fresh_fields(cls, args: CoralTrainingArguments) -> dict[str, Any]:

@@ -126,7 +126,7 @@ class ParallelStep(Eagle3Step):
     drafter = ParallelDrafter
     recipes = ("parallel",)
     stages = ("drafter",)
-    unused = (*Eagle3Step.unused, "csra_weight", "single_step_share", "single_steps")
+    unused = (*Eagle3Step.unused, "csra_weight", "single_step_share")
 
     def __init__(self, config: ParallelConfig, target: Target, args: CoralTrainingArguments):
         super().__init__(config, target, args)
