@@ -136,11 +136,20 @@ def test_families_are_compared_and_a_run_that_was_stopped_resumes(
 def test_a_family_is_averaged_over_the_seeds_that_have_a_number(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     script = runpy.run_path(str(EXAMPLES / "compare_drafters.py"))
-    row = {"family": "medusa", "temperature": 1.0, "tau": 2.0, "steps": 7, "draft_ms": None}
+    row = {
+        "family": "medusa",
+        "temperature": 1.0,
+        "tau": 2.0,
+        "steps": 7,
+        "draft_ms": 6.0,
+        "speedup": 0.5,
+    }
+    row |= {"stage_ms": {"prefill": 9.0, "draft": 6.0, "verify": 3.0, "other": 1.0}}
     seeds = [row | {"widest_tie": None}, row | {"tau": 3.0, "widest_tie": 1e-6}]
     (found,) = script["over_seeds"](seeds)
     assert (found["tau"], found["steps"], found["seeds"]) == (2.5, 7, 2)
-    assert (found["widest_tie"], found["draft_ms"]) == (1e-6, None)
+    assert (found["widest_tie"], found["draft_ms"]) == (1e-6, 6.0)
+    assert found["deeper"] == 0.5 * 10.0 * 4 / (3.0 * 4 + 7.0)
     assert found["spread"] == " ± 6.35"  # 12.706 / √2 · 0.7071
 
 
