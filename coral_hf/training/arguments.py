@@ -31,7 +31,7 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     # HASS's losses, and in the first part of a run step 1 alone, which learns quicker: near the
-    # best of those that we compared, whatever the time, in docs/results/schedule.md
+    # best of those that we compared, in runs of 1,000 steps or more, in docs/results/schedule.md
     "one_step_first": Recipe(num_steps=3, top_k_weight=1.0, single_step_share=0.3),
     # one step on the target's features (EAGLE, section 4; EAGLE-2 trains alike)
     "eagle": Recipe(num_steps=1),
